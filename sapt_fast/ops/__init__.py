@@ -1,0 +1,13 @@
+"""What is computed: every op with its contract, plain-torch reference and autograd formula."""
+
+from sapt_fast.ops.mixed_lora import mixed_lora, mixed_lora_linear
+from sapt_fast.ops.router import QueryProjection, pool_tokens, reflection_loss, route
+
+__all__ = [
+    "QueryProjection",
+    "mixed_lora",
+    "mixed_lora_linear",
+    "pool_tokens",
+    "reflection_loss",
+    "route",
+]

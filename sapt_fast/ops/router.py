@@ -1,0 +1,217 @@
+"""Routing: from a batch of inputs to one weight per adapter.
+
+SAPT (ACL 2024): pool the input embeddings over the sequence, project them to a query, and take the
+softmax of its products with one learned key per adapter. The reflection loss keeps the weights of
+earlier tasks' inputs where they were.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sapt_fast import dispatch
+
+_OP = "router"
+POOLINGS = ("max", "mean")
+
+
+class QueryProjection(NamedTuple):
+    """`q = LayerNorm(SiLU(up down e))`; no biases and no nonlinearity between the two products.
+
+    Attributes:
+        down: [H, D]. up: [D, H].
+        norm_weight, norm_bias: [D]. eps: of the LayerNorm.
+    """
+
+    down: Tensor
+    up: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+    eps: float = 1e-5
+
+
+def pool_tokens(
+    input_ids: Tensor,
+    table: Tensor,
+    *,
+    mask: Tensor | None = None,
+    pooling: str = "max",
+    backend: str | None = None,
+) -> Tensor:
+    """Pools the embeddings of token ids over the sequence; B x T x D is never stored.
+
+    Args:
+        input_ids: [B, T] int64 or int32.
+        table: [V, D], the embedding matrix; differentiable.
+        mask: [B, T], zero where a token takes no part; None lets all of them. A row without any
+            token gives zeros.
+        pooling: "max" or "mean".
+        backend: as in `dispatch.resolve`.
+
+    Returns:
+        [B, D] in table's dtype.
+
+    Raises:
+        ValueError: a shape or `pooling` does not fit.
+    """
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids: got shape {tuple(input_ids.shape)}, expected [B, T]")
+    _check_pooling(pooling, mask, input_ids.shape)
+    kernel = dispatch.kernels(_OP, dispatch.resolve(_OP, table.device, backend))
+    return kernel.pool_tokens_fwd(input_ids, table, mask, pooling)
+
+
+def pool_embeds(embeds: Tensor, *, mask: Tensor | None = None, pooling: str = "max") -> Tensor:
+    """Pools embeddings [B, T, D] over the sequence to [B, D]; `mask` and errors as `pool_tokens`."""
+    if embeds.dim() != 3:
+        raise ValueError(f"embeds: got shape {tuple(embeds.shape)}, expected [B, T, D]")
+    _check_pooling(pooling, mask, embeds.shape[:2])
+    if mask is None:
+        return embeds.amax(1) if pooling == "max" else embeds.mean(1)
+    keep = (mask != 0).unsqueeze(-1)
+    if pooling == "mean":
+        return (embeds * keep).sum(1) / keep.sum(1).clamp(min=1).to(embeds.dtype)
+    pooled = embeds.masked_fill(~keep, float("-inf")).amax(1)
+    return torch.where(keep.any(1), pooled, 0.0)
+
+
+def route(
+    embeds: Tensor,
+    keys: Tensor,
+    projection: QueryProjection | None,
+    *,
+    mask: Tensor | None = None,
+    pooling: str = "max",
+    temperature: float | None = None,
+    top_k: int | None = None,
+    threshold: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """One weight per sample and adapter, from the input's embeddings and the adapters' keys.
+
+    Args:
+        embeds: [B, T, D], or [B, D] when already pooled (by `pool_tokens`).
+        keys: [K, D].
+        projection: from the pooled embedding to the query; None for the identity.
+        mask: [B, T], zero where a token takes no part in the pooling.
+        pooling: "max" (the released SAPT) or "mean".
+        temperature: the scores' divisor; None for sqrt(D).
+        top_k: keep the k largest weights of each sample, scaled to sum to 1.
+        threshold: weights below it become exactly zero and the rest sum to 1; the largest weight
+            of a sample always stays.
+        backend: as in `dispatch.resolve`.
+
+    Returns:
+        weights [B, K] in float32 (float64 for float64 inputs), rows sum to 1. Computed in that
+        dtype throughout.
+
+    Raises:
+        ValueError: a shape, `pooling`, `temperature`, `top_k` or `threshold` does not fit.
+    """
+    scores = route_scores(
+        embeds, keys, projection, mask=mask, pooling=pooling, temperature=temperature, backend=backend
+    )
+    return sparsify(torch.softmax(scores, -1), top_k=top_k, threshold=threshold)
+
+
+def route_scores(
+    embeds: Tensor,
+    keys: Tensor,
+    projection: QueryProjection | None,
+    *,
+    mask: Tensor | None = None,
+    pooling: str = "max",
+    temperature: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The scores [B, K] whose softmax `route` returns; arguments and errors are those of `route`."""
+    if keys.dim() != 2 or keys.shape[1] != embeds.shape[-1]:
+        raise ValueError(f"keys: got shape {tuple(keys.shape)}, expected [K, {embeds.shape[-1]}]")
+    if temperature is not None and not temperature > 0:
+        raise ValueError(f"temperature: got {temperature}, expected a positive number or None")
+    pooled = embeds if embeds.dim() == 2 else pool_embeds(embeds, mask=mask, pooling=pooling)
+    divisor = math.sqrt(keys.shape[1]) if temperature is None else temperature
+    kernel = dispatch.kernels(_OP, dispatch.resolve(_OP, pooled.device, backend))
+    return kernel.route_scores_fwd(pooled, keys, projection, divisor)
+
+
+def sparsify(
+    weights: Tensor, *, top_k: int | None = None, threshold: float | None = None
+) -> Tensor:
+    """Drops small weights [B, K] as `route` describes; the kept ones sum to 1 in every row."""
+    if top_k is not None and not 1 <= top_k:
+        raise ValueError(f"top_k: got {top_k}, expected at least 1 or None")
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise ValueError(f"threshold: got {threshold}, expected a number in [0, 1] or None")
+    count = weights.shape[-1]
+    if (top_k is None or top_k >= count) and not threshold:
+        return weights
+    keep = torch.ones_like(weights, dtype=torch.bool)
+    if threshold:
+        keep = weights >= weights.amax(-1, keepdim=True).clamp(max=threshold)
+    if top_k is not None and top_k < count:
+        chosen = torch.zeros_like(keep).scatter_(-1, weights.topk(top_k, -1).indices, True)
+        keep = keep & chosen
+    kept = weights * keep
+    return kept / kept.sum(-1, keepdim=True)
+
+
+def reflection_loss(scores: Tensor, target: Tensor) -> Tensor:
+    """KL(target || softmax(scores)), the mean over the batch (SAPT, attentive reflection).
+
+    Args:
+        scores: [B, K], of `route_scores`.
+        target: [K'] or [B, K'] with K' <= K, the earlier weights in learning order; newer adapters
+            count as zeros, which pushes weight off them.
+
+    Raises:
+        ValueError: the shapes do not fit, or target holds negative or non-finite values.
+    """
+    batch, count = scores.shape
+    shape = tuple(target.shape)
+    if target.dim() not in (1, 2) or shape[-1] > count or (len(shape) == 2 and shape[0] != batch):
+        raise ValueError(f"target: got shape {shape}, expected [K'] or [{batch}, K'], K' <= {count}")
+    target = F.pad(target.to(scores), (0, count - shape[-1])).expand(batch, count)
+    return F.kl_div(F.log_softmax(scores, -1), target, reduction="batchmean")
+
+
+# --- reference ---------------------------------------------------------------------------------
+
+
+def pool_tokens_fwd(input_ids: Tensor, table: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
+    """`pool_embeds(table[input_ids])` by embedding bags, which gather and reduce in one pass."""
+    if input_ids.numel() == 0:
+        return table.new_zeros(input_ids.shape[0], table.shape[1])
+    if mask is None:
+        return F.embedding_bag(input_ids, table, mode=pooling)
+    keep = mask != 0
+    if pooling == "mean":
+        share = keep.to(table.dtype) / keep.sum(1, keepdim=True).clamp(min=1).to(table.dtype)
+        return F.embedding_bag(input_ids, table, mode="sum", per_sample_weights=share)
+    # A masked position repeats a token that is kept, which leaves the maximum as it is.
+    kept_id = input_ids.gather(1, keep.to(torch.uint8).argmax(1, keepdim=True))
+    pooled = F.embedding_bag(torch.where(keep, input_ids, kept_id), table, mode="max")
+    return torch.where(keep.any(1, keepdim=True), pooled, 0.0)
+
+
+def route_scores_fwd(
+    pooled: Tensor, keys: Tensor, projection: QueryProjection | None, divisor: float
+) -> Tensor:
+    """`query(pooled) keys^T / divisor` in float32, or float64 for float64 inputs."""
+    dtype = torch.promote_types(torch.promote_types(pooled.dtype, keys.dtype), torch.float32)
+    query = pooled.to(dtype)
+    if projection is not None:
+        down, up, norm_weight, norm_bias = (t.to(dtype) for t in projection[:4])
+        hidden = F.silu(F.linear(F.linear(query, down), up))
+        query = F.layer_norm(hidden, hidden.shape[-1:], norm_weight, norm_bias, projection.eps)
+    return F.linear(query, keys.to(dtype)) / divisor
+
+
+def _check_pooling(pooling: str, mask: Tensor | None, shape: torch.Size) -> None:
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling: got {pooling!r}, expected one of {POOLINGS}")
+    if mask is not None and mask.shape != shape:
+        raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected {tuple(shape)}")

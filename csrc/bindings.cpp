@@ -1,0 +1,199 @@
+// The module sapt_fast._C. Tensors come as addresses and sizes: no torch headers, no ABI to match.
+// The caller has checked shapes, dtypes and contiguity; here only what would read out of bounds.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "capability.h"
+#include "cpu/mixed_lora.h"
+#ifdef SAPT_FAST_WITH_CUDA
+#include "cuda/runtime.h"
+#endif
+
+namespace py = pybind11;
+
+namespace sapt_fast {
+namespace {
+
+using Address = std::uintptr_t;
+
+template <class T = void>
+T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+void require(bool holds, const char* what) {
+    if (!holds) throw std::invalid_argument(what);
+}
+
+DType dtype_of(int code) {
+    require(code >= 0 && code <= static_cast<int>(DType::float64), "dtype: not a known code");
+    return static_cast<DType>(code);
+}
+
+const MixedLoraKernels& mixed_lora() {
+#if defined(__x86_64__)
+    switch (current_capability()) {
+        case Capability::avx512:
+            return avx512::mixed_lora_kernels;
+        case Capability::avx2:
+            return avx2::mixed_lora_kernels;
+        case Capability::default_:
+            break;
+    }
+#endif
+    return default_::mixed_lora_kernels;
+}
+
+RankWeights rank_weights(Address mixture, Address row_adapter, Address row_scale, std::int64_t rows,
+                         std::int64_t samples, std::int64_t adapters, std::int64_t ranks) {
+    require(rows >= 0 && ranks >= 0 && adapters > 0, "rows, ranks, adapters: negative or zero");
+    require(rows == 0 || (samples > 0 && rows % samples == 0), "samples: does not divide rows");
+    const bool empty = rows == 0 || ranks == 0;
+    require(empty || (mixture && row_adapter && row_scale), "mixture: null address");
+    return {at(mixture), at<const std::int32_t>(row_adapter), at(row_scale), rows, samples,
+            adapters,    ranks};
+}
+
+std::size_t acc_size(DType dtype) { return dtype == DType::float64 ? sizeof(double) : sizeof(float); }
+
+std::unique_ptr<char[]> scratch(std::int64_t count, DType dtype) {
+    return std::unique_ptr<char[]>(new char[static_cast<std::size_t>(count) * acc_size(dtype)]);
+}
+
+void weight_ranks(int dtype, Address out, Address h, Address mixture, Address row_adapter,
+                  Address row_scale, std::int64_t rows, std::int64_t samples, std::int64_t adapters,
+                  std::int64_t ranks, int threads) {
+    const DType type = dtype_of(dtype);
+    const RankWeights weights =
+        rank_weights(mixture, row_adapter, row_scale, rows, samples, adapters, ranks);
+    require(threads > 0, "threads: not positive");
+    if (rows == 0 || ranks == 0) return;
+    require(out && h, "out, h: null address");
+    mixed_lora().weight_ranks(type, at(out), at(h), weights, threads);
+}
+
+void weight_ranks_backward(int dtype, Address g, Address h, Address d_mixture, Address packed_g,
+                           Address packed_h, const std::vector<std::int64_t>& ranges, Address mixture,
+                           Address row_adapter, Address row_scale, std::int64_t rows,
+                           std::int64_t samples, std::int64_t adapters, std::int64_t ranks,
+                           int threads) {
+    const DType type = dtype_of(dtype);
+    const RankWeights weights =
+        rank_weights(mixture, row_adapter, row_scale, rows, samples, adapters, ranks);
+    require(threads > 0, "threads: not positive");
+    require(ranges.size() % 2 == 0, "ranges: an odd number of bounds");
+    std::int64_t before = 0;
+    for (std::int64_t bound : ranges) {
+        require(bound >= before && bound <= ranks, "ranges: not ascending within the ranks");
+        before = bound;
+    }
+    if (rows == 0) return;
+    require(ranks == 0 || (g && h), "g, h: null address");
+    const std::int64_t chunks = chunks_per_sample(weights);
+    std::unique_ptr<char[]> partial;
+    if (d_mixture && chunks > 1) partial = scratch(samples * chunks * ranks, type);
+    const auto count = static_cast<std::int64_t>(ranges.size() / 2);
+    const RankBackward args = {at(g),        at(h),         at(d_mixture), at(packed_g),
+                               at(packed_h), ranges.data(), count,         partial.get()};
+    mixed_lora().weight_ranks_backward(type, args, weights, threads);
+}
+
+void decode(int dtype, int lora_dtype, Address y, Address h, Address x, Address weight,
+            Address bias, Address lora_a, Address lora_b, Address mixture, Address row_adapter,
+            Address row_scale, std::int64_t rows, std::int64_t inputs, std::int64_t outputs,
+            std::int64_t samples, std::int64_t adapters, std::int64_t ranks, bool accumulate,
+            int threads) {
+    const DType type = dtype_of(dtype);
+    const DType lora_type = dtype_of(lora_dtype);
+    require(lora_type == type || (lora_type == DType::float32 && type != DType::float64),
+            "lora_dtype: neither dtype nor float32");
+    const RankWeights weights =
+        rank_weights(mixture, row_adapter, row_scale, rows, samples, adapters, ranks);
+    require(inputs >= 0 && outputs >= 0, "inputs, outputs: negative");
+    require(threads > 0, "threads: not positive");
+    if (rows == 0) return;
+    require(outputs == 0 || y, "y: null address");
+    require(inputs == 0 || x, "x: null address");
+    require(ranks == 0 || (h && lora_a && lora_b), "h, lora_a, lora_b: null address");
+    const std::unique_ptr<char[]> hw = scratch(rows * ranks, type);
+    const Decode args = {at(y),      at(h),    at(x),  at(weight), at(bias),   at(lora_a),
+                         at(lora_b), hw.get(), inputs, outputs,    accumulate, type,
+                         lora_type};
+    mixed_lora().decode(args, weights, threads);
+}
+
+py::list cpu_capabilities() {
+    py::list names;
+    for (Capability capability : supported_capabilities()) names.append(name_of(capability));
+    return names;
+}
+
+py::dict cuda_report() {
+    py::dict report;
+#ifdef SAPT_FAST_WITH_CUDA
+    const CudaRuntime runtime = cuda_runtime();
+    py::list devices;
+    for (const CudaDevice& device : runtime.devices) {
+        py::dict entry;
+        entry["name"] = device.name;
+        entry["capability"] = py::make_tuple(device.major, device.minor);
+        entry["multiprocessors"] = device.multiprocessors;
+        entry["memory"] = device.memory;
+        devices.append(entry);
+    }
+    report["compiled"] = true;
+    report["architectures"] = py::str(runtime.architectures).attr("split")();
+    report["runtime_version"] = runtime.runtime_version;
+    report["driver_version"] = runtime.driver_version;
+    report["error"] = runtime.error;
+    report["devices"] = devices;
+#else
+    report["compiled"] = false;
+    report["architectures"] = py::list();
+    report["runtime_version"] = 0;
+    report["driver_version"] = 0;
+    report["error"] = "built without CUDA";
+    report["devices"] = py::list();
+#endif
+    return report;
+}
+
+}  // namespace
+}  // namespace sapt_fast
+
+PYBIND11_MODULE(_C, m) {
+    using namespace sapt_fast;
+    using py::arg;
+    init_capability();
+    m.doc() = "Native kernels of sapt_fast; tensors are passed as addresses and sizes.";
+    m.attr("FLOAT32") = static_cast<int>(DType::float32);
+    m.attr("BFLOAT16") = static_cast<int>(DType::bfloat16);
+    m.attr("FLOAT16") = static_cast<int>(DType::float16);
+    m.attr("FLOAT64") = static_cast<int>(DType::float64);
+    m.def("cpu_capability", [] { return std::string(name_of(current_capability())); },
+          "Instruction set in use: default, avx2 or avx512.");
+    m.def("cpu_capabilities", &cpu_capabilities, "Those of this CPU, lowest first.");
+    m.def("set_cpu_capability", &set_capability, arg("name"),
+          "Use another one of cpu_capabilities().");
+    m.def("cuda_runtime", &cuda_report, "Compiled architectures, versions and visible devices.");
+    m.def("weight_ranks", &weight_ranks, arg("dtype"), arg("out"), arg("h"), arg("mixture"),
+          arg("row_adapter"), arg("row_scale"), arg("rows"), arg("samples"), arg("adapters"),
+          arg("ranks"), arg("threads"), py::call_guard<py::gil_scoped_release>(),
+          "out = h * weights of every rank.");
+    m.def("weight_ranks_backward", &weight_ranks_backward, arg("dtype"), arg("g"), arg("h"),
+          arg("d_mixture"), arg("packed_g"), arg("packed_h"), arg("ranges"), arg("mixture"),
+          arg("row_adapter"), arg("row_scale"), arg("rows"), arg("samples"), arg("adapters"),
+          arg("ranks"), arg("threads"), py::call_guard<py::gil_scoped_release>(),
+          "g *= weights in place; the gradient of the mixture; the ranges' weighted g and h.");
+    m.def("mixed_lora_decode", &decode, arg("dtype"), arg("lora_dtype"), arg("y"), arg("h"),
+          arg("x"), arg("weight"), arg("bias"), arg("lora_a"), arg("lora_b"), arg("mixture"),
+          arg("row_adapter"), arg("row_scale"), arg("rows"), arg("inputs"), arg("outputs"),
+          arg("samples"), arg("adapters"), arg("ranks"), arg("accumulate"), arg("threads"),
+          py::call_guard<py::gil_scoped_release>(), "The whole layer for a few rows, in one call.");
+}

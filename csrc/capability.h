@@ -1,0 +1,25 @@
+// Which instruction set the CPU kernels use; chosen at run time.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace sapt_fast {
+
+enum class Capability { default_, avx2, avx512 };
+
+const char* name_of(Capability capability);
+
+// Those of this CPU, lowest first.
+std::vector<Capability> supported_capabilities();
+
+// The one in use: the best one, or SAPT_FAST_CPU_CAPABILITY.
+Capability current_capability();
+
+// Throws std::invalid_argument for an unknown name and for what this CPU lacks.
+void set_capability(const std::string& name);
+
+// Reads SAPT_FAST_CPU_CAPABILITY; throws as set_capability does.
+void init_capability();
+
+}  // namespace sapt_fast

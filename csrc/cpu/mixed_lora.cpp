@@ -1,0 +1,394 @@
+#include "cpu/mixed_lora.h"
+
+#include "cpu/vec.h"
+
+namespace sapt_fast {
+namespace {
+
+constexpr int kRankBlock = 512;  // ranks whose weights are held on the stack
+constexpr int kRowBlock = 4;     // rows of x that share one read of a weight row
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class A>
+void fill_weights(A* out, const RankWeights& weights, int64_t sample, int64_t start, int64_t stop) {
+    const A* mixture = static_cast<const A*>(weights.mixture) + sample * weights.adapters;
+    const A* scale = static_cast<const A*>(weights.row_scale);
+    for (int64_t j = start; j < stop; ++j) {
+        out[j - start] = mixture[weights.row_adapter[j]] * scale[j];
+    }
+}
+
+template <class T>
+inline void multiply_row(T* out, const T* in, const acc_t<T>* by, int64_t count) {
+    int64_t j = 0;
+    for (; j + kLanes<T> <= count; j += kLanes<T>) store(out + j, load(in + j) * load(by + j));
+    for (; j < count; ++j) out[j] = from_acc<T>(to_acc(in[j]) * by[j]);
+}
+
+template <class T>
+void weight_ranks(T* out, const T* h, const RankWeights& weights, int threads) {
+    const int64_t rows = weights.rows / weights.samples;
+    const int64_t ranks = weights.ranks;
+    const int64_t chunks = chunks_per_sample(weights);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t task = 0; task < weights.samples * chunks; ++task) {
+        const int64_t sample = task / chunks;
+        const int64_t first = task % chunks * kChunkRows;
+        const int64_t last = smaller(first + kChunkRows, rows);
+        for (int64_t start = 0; start < ranks; start += kRankBlock) {
+            const int64_t stop = smaller(start + kRankBlock, ranks);
+            acc_t<T> by[kRankBlock];
+            fill_weights(by, weights, sample, start, stop);
+            for (int64_t row = first; row < last; ++row) {
+                const int64_t at = (sample * rows + row) * ranks + start;
+                multiply_row(out + at, h + at, by, stop - start);
+            }
+        }
+    }
+}
+
+// sum += g * h and g *= by, in one pass over one row.
+template <class T>
+inline void backward_row(T* g, const T* h, const acc_t<T>* by, acc_t<T>* sum, int64_t count) {
+    int64_t j = 0;
+    for (; j + kLanes<T> <= count; j += kLanes<T>) {
+        const vec_t<acc_t<T>> value = load(g + j);
+        store(sum + j, load(sum + j) + value * load(h + j));
+        store(g + j, value * load(by + j));
+    }
+    for (; j < count; ++j) {
+        const acc_t<T> value = to_acc(g[j]);
+        sum[j] += value * to_acc(h[j]);
+        g[j] = from_acc<T>(value * by[j]);
+    }
+}
+
+// Those columns of [start, stop) that the ranges name, one after the other; multiplied if `by`.
+template <class T>
+void pack(T* to, const T* from, const acc_t<T>* by, const RankBackward& args, int64_t start,
+          int64_t stop) {
+    int64_t offset = 0;
+    for (int64_t i = 0; i < args.range_count; ++i) {
+        const int64_t low = args.ranges[2 * i];
+        const int64_t high = args.ranges[2 * i + 1];
+        const int64_t first = low > start ? low : start;
+        const int64_t last = smaller(high, stop);
+        T* out = to + offset + first - low;
+        if (first < last && by != nullptr) {
+            multiply_row(out, from + first, by + first - start, last - first);
+        } else if (first < last) {
+            memcpy(out, from + first, sizeof(T) * (last - first));
+        }
+        offset += high - low;
+    }
+}
+
+template <class A>
+void add_to_adapters(A* d_mixture, const A* sum, const RankWeights& weights, int64_t start,
+                     int64_t stop) {
+    const A* scale = static_cast<const A*>(weights.row_scale);
+    for (int64_t j = start; j < stop; ++j) {
+        d_mixture[weights.row_adapter[j]] += scale[j] * sum[j - start];
+    }
+}
+
+template <class T>
+void weight_ranks_backward(const RankBackward& args, const RankWeights& weights, int threads) {
+    typedef acc_t<T> A;
+    const int64_t rows = weights.rows / weights.samples;
+    const int64_t ranks = weights.ranks;
+    const int64_t chunks = chunks_per_sample(weights);
+    A* d_mixture = static_cast<A*>(args.d_mixture);
+    A* partial = static_cast<A*>(args.partial);
+    int64_t packed = 0;
+    for (int64_t i = 0; i < args.range_count; ++i) {
+        packed += args.ranges[2 * i + 1] - args.ranges[2 * i];
+    }
+    if (d_mixture != nullptr) {
+        memset(d_mixture, 0, sizeof(A) * weights.samples * weights.adapters);
+    }
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t task = 0; task < weights.samples * chunks; ++task) {
+        const int64_t sample = task / chunks;
+        const int64_t first = sample * rows + task % chunks * kChunkRows;
+        const int64_t last = smaller(first + kChunkRows, (sample + 1) * rows);
+        for (int64_t start = 0; start < ranks; start += kRankBlock) {
+            const int64_t stop = smaller(start + kRankBlock, ranks);
+            A by[kRankBlock];
+            A sum[kRankBlock] = {};
+            fill_weights(by, weights, sample, start, stop);
+            for (int64_t row = first; row < last; ++row) {
+                const T* h = static_cast<const T*>(args.h) + row * ranks;
+                T* g = static_cast<T*>(args.g) + row * ranks;
+                backward_row(g + start, h + start, by, sum, stop - start);
+                if (args.packed_g != nullptr) {
+                    T* to = static_cast<T*>(args.packed_g) + row * packed;
+                    pack<T>(to, g, nullptr, args, start, stop);
+                }
+                if (args.packed_h != nullptr) {
+                    T* to = static_cast<T*>(args.packed_h) + row * packed;
+                    pack<T>(to, h, by, args, start, stop);
+                }
+            }
+            if (partial != nullptr) {
+                memcpy(partial + task * ranks + start, sum, sizeof(A) * (stop - start));
+            } else if (d_mixture != nullptr) {
+                add_to_adapters(d_mixture + sample * weights.adapters, sum, weights, start, stop);
+            }
+        }
+    }
+    if (d_mixture == nullptr || partial == nullptr) return;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t sample = 0; sample < weights.samples; ++sample) {
+        A* total = partial + sample * chunks * ranks;
+        for (int64_t chunk = 1; chunk < chunks; ++chunk) {
+            for (int64_t j = 0; j < ranks; ++j) total[j] += total[chunk * ranks + j];
+        }
+        add_to_adapters(d_mixture + sample * weights.adapters, total, weights, 0, ranks);
+    }
+}
+
+// out[r][c] = x row r . w row c, for ROWS rows and COLS columns.
+template <int ROWS, int COLS, class T, class W>
+inline __attribute__((always_inline)) void dots(acc_t<T>* out, int64_t out_stride, const T* x,
+                                                const W* w, int64_t count) {
+    typedef acc_t<T> A;
+    constexpr int kStep = kLanes<T>;
+    vec_t<A> sum[ROWS][COLS] = {};
+    int64_t i = 0;
+    for (; i + kStep <= count; i += kStep) {
+        vec_t<A> column[COLS];
+        for (int c = 0; c < COLS; ++c) column[c] = load(w + c * count + i);
+        for (int r = 0; r < ROWS; ++r) {
+            const vec_t<A> value = load(x + r * count + i);
+            for (int c = 0; c < COLS; ++c) sum[r][c] += value * column[c];
+        }
+    }
+    for (int r = 0; r < ROWS; ++r) {
+        for (int c = 0; c < COLS; ++c) {
+            A total = sum_of<A>(sum[r][c]);
+            for (int64_t k = i; k < count; ++k) {
+                total += static_cast<A>(to_acc(x[r * count + k])) * to_acc(w[c * count + k]);
+            }
+            out[r * out_stride + c] = total;
+        }
+    }
+}
+
+template <int ROWS, class T, class W>
+void dot_rows(acc_t<T>* out, int64_t out_stride, const T* x, const W* w, int64_t columns,
+              int64_t count) {
+    int64_t c = 0;
+    for (; c + 4 <= columns; c += 4) {
+        dots<ROWS, 4>(out + c, out_stride, x, w + c * count, count);
+    }
+    for (; c < columns; ++c) dots<ROWS, 1>(out + c, out_stride, x, w + c * count, count);
+}
+
+// out [rows, columns] = x [rows, count] . w [columns, count]^T; one read of w per kRowBlock rows.
+template <class T, class W>
+void multiply_transposed(acc_t<T>* out, int64_t out_stride, const T* x, int64_t rows, const W* w,
+                         int64_t columns, int64_t count) {
+    int64_t r = 0;
+    for (; r + kRowBlock <= rows; r += kRowBlock) {
+        dot_rows<kRowBlock>(out + r * out_stride, out_stride, x + r * count, w, columns, count);
+    }
+    for (; r + 2 <= rows; r += 2) {
+        dot_rows<2>(out + r * out_stride, out_stride, x + r * count, w, columns, count);
+    }
+    if (r < rows) {
+        dot_rows<1>(out + r * out_stride, out_stride, x + r * count, w, columns, count);
+    }
+}
+
+// tile [ROWS, VECS vectors] += hw [ROWS, ranks] . b [ranks, ...]
+template <int ROWS, int VECS, class A, class L>
+inline __attribute__((always_inline)) void expand(A* tile, int64_t tile_stride, const A* hw,
+                                                  int64_t ranks, const L* b, int64_t b_stride) {
+    constexpr int kStep = kLanes<A>;
+    vec_t<A> sum[ROWS][VECS];
+    for (int r = 0; r < ROWS; ++r) {
+        for (int v = 0; v < VECS; ++v) sum[r][v] = load(tile + r * tile_stride + v * kStep);
+    }
+    for (int64_t j = 0; j < ranks; ++j) {
+        vec_t<A> column[VECS];
+        for (int v = 0; v < VECS; ++v) column[v] = load(b + j * b_stride + v * kStep);
+        for (int r = 0; r < ROWS; ++r) {
+            const vec_t<A> by = broadcast(hw[r * ranks + j]);
+            for (int v = 0; v < VECS; ++v) sum[r][v] += by * column[v];
+        }
+    }
+    for (int r = 0; r < ROWS; ++r) {
+        for (int v = 0; v < VECS; ++v) store(tile + r * tile_stride + v * kStep, sum[r][v]);
+    }
+}
+
+template <int ROWS, class A, class L>
+void expand_rows(A* tile, int64_t tile_stride, const A* hw, int64_t ranks, const L* b,
+                 int64_t b_stride, int64_t columns) {
+    constexpr int kStep = kLanes<A>;
+    int64_t c = 0;
+    for (; c + 4 * kStep <= columns; c += 4 * kStep) {
+        expand<ROWS, 4>(tile + c, tile_stride, hw, ranks, b + c, b_stride);
+    }
+    for (; c + kStep <= columns; c += kStep) {
+        expand<ROWS, 1>(tile + c, tile_stride, hw, ranks, b + c, b_stride);
+    }
+    for (; c < columns; ++c) {
+        for (int r = 0; r < ROWS; ++r) {
+            A sum = tile[r * tile_stride + c];
+            for (int64_t j = 0; j < ranks; ++j) {
+                sum += hw[r * ranks + j] * static_cast<A>(to_acc(b[j * b_stride + c]));
+            }
+            tile[r * tile_stride + c] = sum;
+        }
+    }
+}
+
+// The outputs [start, stop), at most TILE of them, of kRowBlock rows or fewer.
+template <int64_t TILE, class T, class L>
+void decode_tile(const Decode& args, const RankWeights& weights, int64_t row, int64_t rows,
+                 int64_t start, int64_t stop) {
+    typedef acc_t<T> A;
+    const int64_t columns = stop - start;
+    T* y = static_cast<T*>(args.y) + row * args.outputs + start;
+    A tile[kRowBlock * TILE] = {};
+    if (args.weight != nullptr) {
+        multiply_transposed(tile, TILE, static_cast<const T*>(args.x) + row * args.inputs, rows,
+                            static_cast<const T*>(args.weight) + start * args.inputs, columns,
+                            args.inputs);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t c = 0; c < columns; ++c) {
+            A& value = tile[r * TILE + c];
+            if (args.bias != nullptr) value += to_acc(static_cast<const T*>(args.bias)[start + c]);
+            if (args.accumulate) value += to_acc(y[r * args.outputs + c]);
+        }
+    }
+    const A* hw = static_cast<const A*>(args.hw) + row * weights.ranks;
+    const L* b = static_cast<const L*>(args.lora_b) + start;
+    switch (rows) {
+        case 4:
+            expand_rows<4>(tile, TILE, hw, weights.ranks, b, args.outputs, columns);
+            break;
+        case 3:
+            expand_rows<3>(tile, TILE, hw, weights.ranks, b, args.outputs, columns);
+            break;
+        case 2:
+            expand_rows<2>(tile, TILE, hw, weights.ranks, b, args.outputs, columns);
+            break;
+        default:
+            expand_rows<1>(tile, TILE, hw, weights.ranks, b, args.outputs, columns);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+        T* to = y + r * args.outputs;
+        int64_t c = 0;
+        for (; c + kLanes<T> <= columns; c += kLanes<T>) store(to + c, load(tile + r * TILE + c));
+        for (; c < columns; ++c) to[c] = from_acc<T>(tile[r * TILE + c]);
+    }
+}
+
+// The ranks [start, stop): h, and h times the weights into the scratch.
+template <class T, class L>
+void decode_ranks(const Decode& args, const RankWeights& weights, int64_t start, int64_t stop) {
+    typedef acc_t<T> A;
+    const int64_t ranks = weights.ranks;
+    const int64_t rows_per_sample = weights.rows / weights.samples;
+    A* hw = static_cast<A*>(args.hw) + start;
+    T* h = static_cast<T*>(args.h) + start;
+    multiply_transposed(hw, ranks, static_cast<const T*>(args.x), weights.rows,
+                        static_cast<const L*>(args.lora_a) + start * args.inputs, stop - start,
+                        args.inputs);
+    const A* scale = static_cast<const A*>(weights.row_scale);
+    for (int64_t row = 0; row < weights.rows; ++row) {
+        const A* mixture = static_cast<const A*>(weights.mixture) +
+                           row / rows_per_sample * weights.adapters;
+        for (int64_t j = start; j < stop; ++j) {
+            A& value = hw[row * ranks + j - start];
+            h[row * ranks + j - start] = from_acc<T>(value);
+            value *= mixture[weights.row_adapter[j]] * scale[j];
+        }
+    }
+}
+
+template <class T, class L>
+void decode(const Decode& args, const RankWeights& weights, int threads) {
+    constexpr int64_t kTile = 4 * kLanes<T>;
+    constexpr int64_t kRanks = 4;
+    const int64_t rank_tasks = (weights.ranks + kRanks - 1) / kRanks;
+    const int64_t tiles = (args.outputs + kTile - 1) / kTile;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < rank_tasks; ++task) {
+            decode_ranks<T, L>(args, weights, task * kRanks,
+                               smaller((task + 1) * kRanks, weights.ranks));
+        }
+#pragma omp for schedule(static)
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+            for (int64_t row = 0; row < weights.rows; row += kRowBlock) {
+                decode_tile<kTile, T, L>(args, weights, row,
+                                         smaller(weights.rows - row, kRowBlock), tile * kTile,
+                                         smaller((tile + 1) * kTile, args.outputs));
+            }
+        }
+    }
+}
+
+void weight_ranks_any(DType dtype, void* out, const void* h, const RankWeights& weights,
+                      int threads) {
+    switch (dtype) {
+        case DType::float32:
+            return weight_ranks(static_cast<float*>(out), static_cast<const float*>(h), weights,
+                                threads);
+        case DType::bfloat16:
+            return weight_ranks(static_cast<BFloat16*>(out), static_cast<const BFloat16*>(h),
+                                weights, threads);
+        case DType::float16:
+            return weight_ranks(static_cast<Float16*>(out), static_cast<const Float16*>(h),
+                                weights, threads);
+        case DType::float64:
+            return weight_ranks(static_cast<double*>(out), static_cast<const double*>(h), weights,
+                                threads);
+    }
+}
+
+void weight_ranks_backward_any(DType dtype, const RankBackward& args, const RankWeights& weights,
+                               int threads) {
+    switch (dtype) {
+        case DType::float32:
+            return weight_ranks_backward<float>(args, weights, threads);
+        case DType::bfloat16:
+            return weight_ranks_backward<BFloat16>(args, weights, threads);
+        case DType::float16:
+            return weight_ranks_backward<Float16>(args, weights, threads);
+        case DType::float64:
+            return weight_ranks_backward<double>(args, weights, threads);
+    }
+}
+
+void decode_any(const Decode& args, const RankWeights& weights, int threads) {
+    const bool same = args.lora_dtype == args.dtype;
+    switch (args.dtype) {
+        case DType::float32:
+            return decode<float, float>(args, weights, threads);
+        case DType::bfloat16:
+            return same ? decode<BFloat16, BFloat16>(args, weights, threads)
+                        : decode<BFloat16, float>(args, weights, threads);
+        case DType::float16:
+            return same ? decode<Float16, Float16>(args, weights, threads)
+                        : decode<Float16, float>(args, weights, threads);
+        case DType::float64:
+            return decode<double, double>(args, weights, threads);
+    }
+}
+
+}  // namespace
+
+namespace SAPT_FAST_CAPABILITY {
+extern const MixedLoraKernels mixed_lora_kernels = {weight_ranks_any, weight_ranks_backward_any,
+                                                    decode_any};
+}
+
+}  // namespace sapt_fast

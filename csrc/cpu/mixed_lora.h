@@ -1,0 +1,80 @@
+// The parts of the mixed LoRA layer for which a GEMM library would need an extra pass. One set of
+// these functions exists per capability; bindings.cpp picks one at run time.
+#pragma once
+
+#include <stdint.h>
+
+namespace sapt_fast {
+
+enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2, float64 = 3 };
+
+// The weight of rank j in row m: mixture[m / (rows / samples), row_adapter[j]] * row_scale[j].
+// mixture and row_scale are float, or double where the ranks are double.
+struct RankWeights {
+    const void* mixture;         // [samples, adapters]
+    const int32_t* row_adapter;  // [ranks]
+    const void* row_scale;       // [ranks]
+    int64_t rows;                // a multiple of samples
+    int64_t samples;
+    int64_t adapters;
+    int64_t ranks;
+};
+
+struct RankBackward {
+    void* g;                // [rows, ranks]; on return multiplied by the weights
+    const void* h;          // [rows, ranks]
+    void* d_mixture;        // [samples, adapters] or null
+    void* packed_g;         // [rows, sum of the ranges' lengths] or null: weighted g of their ranks
+    void* packed_h;         // the same of h
+    const int64_t* ranges;  // [2 * range_count]: start, stop
+    int64_t range_count;
+    void* partial;  // [samples * chunks_per_sample, ranks] of float or double; null: one chunk each
+};
+
+struct Decode {
+    void* y;             // [rows, outputs]
+    void* h;             // [rows, ranks]
+    const void* x;       // [rows, inputs]
+    const void* weight;  // [outputs, inputs] or null
+    const void* bias;    // [outputs] or null
+    const void* lora_a;  // [ranks, inputs]
+    const void* lora_b;  // [ranks, outputs]
+    void* hw;            // scratch, [rows, ranks] of float or double
+    int64_t inputs;
+    int64_t outputs;
+    bool accumulate;  // add to what y holds; else y is overwritten
+    DType dtype;
+    DType lora_dtype;  // dtype or float32
+};
+
+struct MixedLoraKernels {
+    // out = h * weights, both [rows, ranks]
+    void (*weight_ranks)(DType dtype, void* out, const void* h, const RankWeights& weights,
+                         int threads);
+    void (*weight_ranks_backward)(DType dtype, const RankBackward& args,
+                                  const RankWeights& weights, int threads);
+    // y (+)= x weight^T + bias + (weights * (x lora_a^T)) lora_b, one parallel region
+    void (*decode)(const Decode& args, const RankWeights& weights, int threads);
+};
+
+// Rows whose contribution to d_mixture is summed in one go. Fixed, so that the result does not
+// depend on the number of threads.
+constexpr int64_t kChunkRows = 128;
+
+inline int64_t chunks_per_sample(const RankWeights& weights) {
+    const int64_t rows = weights.samples > 0 ? weights.rows / weights.samples : 0;
+    return (rows + kChunkRows - 1) / kChunkRows;
+}
+
+#define SAPT_FAST_DECLARE(capability)                       \
+    namespace capability {                                  \
+    extern const MixedLoraKernels mixed_lora_kernels;       \
+    }
+SAPT_FAST_DECLARE(default_)
+#if defined(__x86_64__)
+SAPT_FAST_DECLARE(avx2)
+SAPT_FAST_DECLARE(avx512)
+#endif
+#undef SAPT_FAST_DECLARE
+
+}  // namespace sapt_fast

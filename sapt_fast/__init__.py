@@ -1,0 +1,30 @@
+"""SAPT and its relatives, fast: every input mixes its own share of a whole pool of adapters."""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "SaptConfig": "sapt_fast.methods.sapt",
+    "SaptTrainer": "sapt_fast.continual.trainer",
+    "load_official": "sapt_fast.checkpoint",
+    "load_pretrained": "sapt_fast.checkpoint",
+    "patch": "sapt_fast.patch",
+    "unpatch": "sapt_fast.patch",
+}
+__all__ = ["__version__", *_EXPORTS]
+
+if TYPE_CHECKING:
+    from sapt_fast.checkpoint import load_official, load_pretrained
+    from sapt_fast.continual.trainer import SaptTrainer
+    from sapt_fast.methods.sapt import SaptConfig
+    from sapt_fast.patch import patch, unpatch
+
+
+def __getattr__(name: str) -> Any:
+    """Loads what is asked for, so that `import sapt_fast` alone stays light."""
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_EXPORTS[name]), name)

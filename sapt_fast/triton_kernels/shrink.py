@@ -1,0 +1,492 @@
+"""Products into rank space: x [M, I] times lora_a [R, I], and dy [M, O] times lora_b [R, O].
+
+The epilogues apply the mixture weights while the product is still in registers. Weights are
+constant over the T = M // S rows of a sample, so a tile that meets few samples reads one weight
+row per sample ("segment"); a tile that meets many gathers one weight per element. D is the
+reduced dimension, I in the forward and O in the backward.
+"""
+# ruff: noqa: N803 - kernel arguments keep the letters of the formulas
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sapt_fast.triton_kernels import common
+from sapt_fast.triton_kernels.common import DeviceTraits, TileConfig, cdiv, round_up
+from sapt_fast.triton_kernels.gemm import RANK_ALIGN
+from sapt_fast.triton_kernels.row_reduction import Mixing, mixture_grad
+
+_MAX_SEGMENTS = 4
+
+
+@triton.jit
+def _product(
+    x_ptr,
+    a_ptr,
+    rows,
+    ranks,
+    M,
+    R,
+    k_start,
+    k_stop,
+    stride_xm,
+    stride_ar,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """x[rows, k_start:k_stop] a[ranks, k_start:k_stop]^T, float32; k_stop > k_start."""
+    tl.assume(k_stop > k_start)
+    offs_k = tl.arange(0, BLOCK_K)
+    safe_rows = tl.where(rows < M, rows, 0).to(tl.int64)
+    safe_ranks = tl.where(ranks < R, ranks, 0).to(tl.int64)
+    x_ptrs = x_ptr + safe_rows[:, None] * stride_xm + (k_start + offs_k)[None, :]
+    a_ptrs = a_ptr + safe_ranks[None, :] * stride_ar + (k_start + offs_k)[:, None]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(k_start, k_stop, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(x_ptrs)
+            a = tl.load(a_ptrs)
+        else:
+            x = tl.load(x_ptrs, mask=offs_k[None, :] < k_stop - k, other=0.0)
+            a = tl.load(a_ptrs, mask=offs_k[:, None] < k_stop - k, other=0.0)
+        acc = tl.dot(x.to(COMPUTE), a.to(COMPUTE), acc, input_precision="ieee")
+        x_ptrs += BLOCK_K
+        a_ptrs += BLOCK_K
+    return acc
+
+
+@triton.jit
+def _weighted(tile, mixture_ptr, adapters, scales, samples, first, S, K, SEGMENTS: tl.constexpr):
+    """tile * mixture[sample, adapter] * scale; SEGMENTS = 0 gathers, else samples per tile."""
+    if SEGMENTS == 0:
+        offsets = samples.to(tl.int64)[:, None] * K + adapters[None, :]
+        return tile * (tl.load(mixture_ptr + offsets) * scales[None, :])
+    weights = tl.load(mixture_ptr + first.to(tl.int64) * K + adapters) * scales
+    result = tile * weights[None, :]
+    for i in tl.static_range(1, SEGMENTS):
+        sample = tl.minimum(first + i, S - 1)
+        weights = tl.load(mixture_ptr + sample.to(tl.int64) * K + adapters) * scales
+        result = tl.where((samples == first + i)[:, None], tile * weights[None, :], result)
+    return result
+
+
+@triton.jit
+def _sum_parts(
+    parts_ptr, parts, offsets, part_size, mask, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Sum of the partial products that `_split_kernel` left, in their order."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    part_ptrs = parts_ptr + offsets
+    for _ in range(parts):
+        acc += tl.load(part_ptrs, mask=mask, other=0.0)
+        part_ptrs += part_size
+    return acc
+
+
+@triton.jit(do_not_specialize=["M", "R", "k_per_part", "rank_lo", "rank_hi"])
+def _split_kernel(
+    x_ptr,
+    a_ptr,
+    parts_ptr,
+    M,
+    D,
+    R,
+    k_per_part,
+    rank_lo,
+    rank_hi,
+    stride_xm,
+    stride_ar,
+    stride_pm,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """Part s = program axis 1 of x a^T into parts[s, M, stride_pm]: more programs for few tiles."""
+    lo, hi = rank_lo * 16, rank_hi * 16
+    tiles_r = tl.cdiv(hi - lo, BLOCK_N)
+    rows = tl.program_id(0) // tiles_r * BLOCK_M + tl.arange(0, BLOCK_M)
+    ranks = lo + tl.program_id(0) % tiles_r * BLOCK_N + tl.arange(0, BLOCK_N)
+    part = tl.program_id(1)
+    k_start = part * k_per_part
+    k_stop = min(k_start + k_per_part, D)
+    acc = _product(
+        x_ptr, a_ptr, rows, ranks, M, R, k_start, k_stop, stride_xm, stride_ar,
+        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, COMPUTE,
+    )  # fmt: skip
+    mask = (rows < M)[:, None] & (ranks < hi)[None, :]
+    offsets = (part.to(tl.int64) * M + rows[:, None]) * stride_pm + ranks[None, :]
+    tl.store(parts_ptr + offsets, acc, mask=mask)
+
+
+@triton.jit(do_not_specialize=["parts", "M", "R", "S", "T", "K", "rank_hi"])
+def _shrink_fwd_kernel(
+    x_ptr,
+    a_ptr,
+    parts_ptr,
+    parts,
+    mixture_ptr,
+    row_adapter_ptr,
+    row_scale_ptr,
+    h_ptr,
+    hw_ptr,
+    M,
+    D,
+    R,
+    S,
+    T,
+    K,
+    rank_hi,
+    stride_xm,
+    stride_ar,
+    stride_hm,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """One tile of h = x a^T and hw = h * w, both [M, stride_hm] with zeros in the padding."""
+    hi = rank_hi * 16
+    tiles_r = tl.cdiv(hi, BLOCK_N)
+    first_row = tl.program_id(0) // tiles_r * BLOCK_M
+    rows = first_row + tl.arange(0, BLOCK_M)
+    ranks = tl.program_id(0) % tiles_r * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (rows < M)[:, None] & (ranks < hi)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * stride_hm + ranks[None, :]
+    if parts_ptr is None:
+        h = _product(
+            x_ptr, a_ptr, rows, ranks, M, R, 0, D, stride_xm, stride_ar,
+            BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, COMPUTE,
+        )  # fmt: skip
+    else:
+        part_size = M.to(tl.int64) * stride_hm
+        h = _sum_parts(parts_ptr, parts, offsets, part_size, mask, BLOCK_M, BLOCK_N)
+
+    safe_ranks = tl.where(ranks < R, ranks, 0)
+    adapters = tl.load(row_adapter_ptr + safe_ranks)
+    scales = tl.load(row_scale_ptr + safe_ranks)
+    h = tl.where((ranks < R)[None, :], h, 0.0)
+    tl.store(h_ptr + offsets, h.to(h_ptr.dtype.element_ty), mask=mask)
+    samples = tl.where(rows < M, rows, 0) // T
+    hw = _weighted(h, mixture_ptr, adapters, scales, samples, first_row // T, S, K, SEGMENTS)
+    tl.store(hw_ptr + offsets, hw.to(hw_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "parts", "M", "R", "S", "T", "K", "rank_lo", "rank_hi", "train_lo", "train_hi",
+    ]
+)  # fmt: skip
+def _shrink_bwd_kernel(
+    dy_ptr,
+    b_ptr,
+    parts_ptr,
+    parts,
+    mixture_ptr,
+    row_adapter_ptr,
+    row_scale_ptr,
+    gate_ptr,
+    h_ptr,
+    gw_ptr,
+    hw_ptr,
+    partial_ptr,
+    M,
+    D,
+    R,
+    S,
+    T,
+    K,
+    rank_lo,
+    rank_hi,
+    train_lo,
+    train_hi,
+    h_columns,
+    stride_dym,
+    stride_br,
+    stride_hm,
+    stride_gm,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """One tile of g = dy b^T in the columns lo:hi, never stored itself. Outputs, None if unwanted:
+
+    gw = g * w, w taken with the scale `gate` of each rank; hw = h * w in the columns of the
+    trainable rows; partial sums of scale * g * h over the rows of each segment, or (SEGMENTS = 0)
+    that product for each row.
+    """
+    lo, hi = rank_lo * 16, rank_hi * 16
+    tiles_r = tl.cdiv(hi - lo, BLOCK_N)
+    tile_m = tl.program_id(0) // tiles_r
+    first_row = tile_m * BLOCK_M
+    rows = first_row + tl.arange(0, BLOCK_M)
+    ranks = lo + tl.program_id(0) % tiles_r * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_rows = (rows < M)[:, None]
+    mask = in_rows & (ranks < hi)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * stride_gm + ranks[None, :]
+    if parts_ptr is None:
+        g = _product(
+            dy_ptr, b_ptr, rows, ranks, M, R, 0, D, stride_dym, stride_br,
+            BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, COMPUTE,
+        )  # fmt: skip
+    else:
+        part_size = M.to(tl.int64) * stride_gm
+        g = _sum_parts(parts_ptr, parts, offsets, part_size, mask, BLOCK_M, BLOCK_N)
+
+    safe_ranks = tl.where(ranks < R, ranks, 0)
+    adapters = tl.load(row_adapter_ptr + safe_ranks)
+    samples = tl.where(rows < M, rows, 0) // T
+    first = first_row // T
+    g = tl.where((ranks < R)[None, :], g, 0.0)
+    # gw goes out before h comes in: both in registers at once would spill.
+    if gw_ptr is not None:
+        gates = tl.load(gate_ptr + safe_ranks)
+        gw = _weighted(g, mixture_ptr, adapters, gates, samples, first, S, K, SEGMENTS)
+        tl.store(gw_ptr + offsets, gw.to(gw_ptr.dtype.element_ty), mask=mask)
+    if h_ptr is not None:
+        scales = tl.load(row_scale_ptr + safe_ranks)
+        h_ptrs = h_ptr + rows.to(tl.int64)[:, None] * stride_hm + ranks[None, :]
+        h = tl.load(h_ptrs, mask=in_rows & (ranks < h_columns)[None, :], other=0.0).to(tl.float32)
+        h = tl.where((ranks < R)[None, :], h, 0.0)
+        if hw_ptr is not None:
+            hw = _weighted(h, mixture_ptr, adapters, scales, samples, first, S, K, SEGMENTS)
+            trains = (ranks >= train_lo * 16) & (ranks < train_hi * 16)
+            tl.store(
+                hw_ptr + offsets, hw.to(hw_ptr.dtype.element_ty), mask=in_rows & trains[None, :]
+            )
+        if partial_ptr is not None:
+            product = g * h * scales[None, :]
+            if SEGMENTS == 0:
+                tl.store(partial_ptr + offsets, product, mask=mask)
+            else:
+                for i in tl.static_range(SEGMENTS):
+                    inside = (samples == first + i)[:, None]
+                    sums = tl.sum(tl.where(inside, product, 0.0), axis=0)
+                    row = (tile_m * SEGMENTS + i).to(tl.int64)
+                    tl.store(partial_ptr + row * stride_gm + ranks, sums, mask=ranks < hi)
+
+
+def _shrink_config(
+    traits: DeviceTraits, itemsize: int, M: int, columns: int, gathers: bool
+) -> TileConfig:
+    if traits.capability == 0:
+        return TileConfig(16, 16 if columns <= 16 else 32, 32, num_warps=4, num_stages=1)
+    block_n = max(16, min(64, triton.next_power_of_2(columns)))
+    if itemsize == 4:
+        return TileConfig(64, block_n, 32, num_warps=4, num_stages=3)
+    if gathers or cdiv(M, 128) < traits.num_sms or traits.capability >= 120:
+        return TileConfig(64, block_n, 64, num_warps=4, num_stages=4)
+    if columns <= 64:
+        return TileConfig(128, block_n, 64, num_warps=8, num_stages=4)
+    return TileConfig(128, 128, 64, num_warps=8, num_stages=3)
+
+
+def _segments(block_m: int, S: int, T: int) -> int:
+    """Samples that a tile of rows meets at most, rounded up to 1, 2 or 4; 0 for more."""
+    if S == 1 or T % block_m == 0:
+        return 1
+    most = block_m // T if block_m % T == 0 else (block_m + T - 2) // T + 1
+    return 0 if most > _MAX_SEGMENTS else triton.next_power_of_2(most)
+
+
+def _plan(
+    traits: DeviceTraits, itemsize: int, M: int, columns: int, S: int
+) -> tuple[TileConfig, int]:
+    """Tile and number of segments; 0 segments gather the weights."""
+    tile = _shrink_config(traits, itemsize, M, columns, gathers=False)
+    segments = _segments(tile.m, S, M // S)
+    if segments == 0:
+        tile = _shrink_config(traits, itemsize, M, columns, gathers=True)
+        segments = _segments(tile.m, S, M // S)
+    return tile, segments
+
+
+def _split_reduction(
+    x: Tensor, factor: Tensor, window: tuple[int, int], columns: int, tile: TileConfig, tiles: int
+) -> tuple[Tensor | None, int]:
+    """Partial products over parts of the reduction when there are few tiles, else None.
+
+    A part is at least eight steps long, else the second pass costs more than it saves.
+    """
+    M, reduction = x.shape
+    num_sms = common.device_traits(x.device).num_sms
+    parts = min(num_sms // tiles, cdiv(reduction, tile.k) // 8)
+    if parts < 2:
+        return None, 0
+    k_per_part = round_up(cdiv(reduction, parts), tile.k)
+    parts = cdiv(reduction, k_per_part)
+    buffer = x.new_empty((parts, M, columns), dtype=torch.float32)
+    _split_kernel[(tiles, parts)](
+        x,
+        factor,
+        buffer,
+        M,
+        reduction,
+        factor.shape[0],
+        k_per_part,
+        window[0] // RANK_ALIGN,
+        window[1] // RANK_ALIGN,
+        x.stride(0),
+        factor.stride(0),
+        columns,
+        **tile.launch_options(),
+        EVEN_K=reduction % tile.k == 0,
+        COMPUTE=common.compute_dtype(x.dtype),
+    )
+    return buffer, parts
+
+
+def shrink_fwd(x: Tensor, lora_a: Tensor, mixing: Mixing, h: Tensor) -> Tensor:
+    """Fill `h` with x @ lora_a.T and return it times the mixture weights.
+
+    Args:
+        x: Of shape `[M, I]`, M > 0, unit column stride.
+        lora_a: Of shape `[R, I]`, R > 0, unit column stride, in x's dtype or float32.
+        mixing: The weights of the rows' samples.
+        h: Of shape `[M, Rp]`, contiguous, Rp the multiple of 16 from R on.
+
+    Returns:
+        hw of shape `[M, Rp]` in x's dtype, zero in the columns from R on.
+    """
+    M, D = x.shape
+    R, columns = lora_a.shape[0], h.shape[1]
+    S, K = mixing.mixture.shape
+    traits = common.device_traits(x.device)
+    tile, segments = _plan(traits, x.element_size(), M, columns, S)
+    hw = x.new_empty((M, columns))
+    tiles = cdiv(M, tile.m) * cdiv(columns, tile.n)
+    with torch.cuda.device_of(x):
+        buffer, parts = _split_reduction(x, lora_a, (0, columns), columns, tile, tiles)
+        _shrink_fwd_kernel[(tiles,)](
+            x,
+            lora_a,
+            buffer,
+            parts,
+            *mixing,
+            h,
+            hw,
+            M,
+            D,
+            R,
+            S,
+            M // S,
+            K,
+            columns // RANK_ALIGN,
+            x.stride(0),
+            lora_a.stride(0),
+            columns,
+            **tile.launch_options(),
+            EVEN_K=D % tile.k == 0,
+            SEGMENTS=segments,
+            COMPUTE=common.compute_dtype(x.dtype),
+        )
+    return hw
+
+
+class ShrinkGrads(NamedTuple):
+    """What the backward needs in rank space; None where it was not asked for."""
+
+    gw: Tensor | None  # [M, Rp] in dy's dtype, written in the columns of the window
+    hw: Tensor | None  # [M, Rp] in dy's dtype, written in the columns of the trainable rows
+    d_mixture: Tensor | None  # [S, K] float32
+
+
+def shrink_bwd(
+    dy: Tensor,
+    lora_b: Tensor,
+    mixing: Mixing,
+    gate: Tensor | None,
+    h: Tensor | None,
+    window: tuple[int, int],
+    train_window: tuple[int, int] | None,
+    needs_mixture: bool,
+) -> ShrinkGrads:
+    """Return the weighted g = dy @ lora_b.T, the weighted h and the gradient of the mixture.
+
+    Args:
+        dy: Of shape `[M, O]`, M > 0, unit column stride.
+        lora_b: Of shape `[R, O]`, R > 0, unit column stride, in dy's dtype or float32.
+        mixing: The weights of the rows' samples.
+        gate: Of shape `[R]`: row_scale, or 0 for rows to leave out of gw. None for no gw.
+        h: Of shape `[M, R]`, unit column stride; needed for `train_window` and the mixture.
+        window: Columns of g to compute, multiples of 16.
+        train_window: Columns in which hw is wanted, multiples of 16, or None.
+        needs_mixture: Whether d_mixture is wanted; then `window` is all columns.
+    """
+    M, D = dy.shape
+    R = lora_b.shape[0]
+    S, K = mixing.mixture.shape
+    columns = round_up(R, RANK_ALIGN)
+    traits = common.device_traits(dy.device)
+    tile, segments = _plan(traits, dy.element_size(), M, window[1] - window[0], S)
+    tiles_m = cdiv(M, tile.m)
+    tiles = tiles_m * cdiv(window[1] - window[0], tile.n)
+
+    gw = None if gate is None else dy.new_empty((M, columns))
+    hw = None if train_window is None else dy.new_empty((M, columns))
+    partial = d_mixture = None
+    if needs_mixture:
+        partial_rows = tiles_m * segments if segments else M
+        partial = dy.new_empty((partial_rows, columns), dtype=torch.float32)
+    if not (needs_mixture or train_window):
+        h = None
+    train_lo, train_hi = train_window or (0, 0)
+    with torch.cuda.device_of(dy):
+        buffer, parts = _split_reduction(dy, lora_b, window, columns, tile, tiles)
+        _shrink_bwd_kernel[(tiles,)](
+            dy,
+            lora_b,
+            buffer,
+            parts,
+            *mixing,
+            gate,
+            h,
+            gw,
+            hw,
+            partial,
+            M,
+            D,
+            R,
+            S,
+            M // S,
+            K,
+            window[0] // RANK_ALIGN,
+            window[1] // RANK_ALIGN,
+            train_lo // RANK_ALIGN,
+            train_hi // RANK_ALIGN,
+            0 if h is None else _readable_columns(h, columns),
+            dy.stride(0),
+            lora_b.stride(0),
+            0 if h is None else h.stride(0),
+            columns,
+            **tile.launch_options(),
+            EVEN_K=D % tile.k == 0,
+            SEGMENTS=segments,
+            COMPUTE=common.compute_dtype(dy.dtype),
+        )
+        if partial is not None:
+            tile_rows = tile.m if segments else 1
+            d_mixture = mixture_grad(partial, mixing, M, tile_rows, max(segments, 1))
+    return ShrinkGrads(gw, hw, d_mixture)
+
+
+def _readable_columns(h: Tensor, columns: int) -> int:
+    """Columns of h that may be read: with its padding the loads are whole vectors."""
+    last = h.storage_offset() + (h.shape[0] - 1) * h.stride(0) + columns
+    padded = h.stride(0) >= columns and last <= h.untyped_storage().nbytes() // h.element_size()
+    return columns if padded else h.shape[1]

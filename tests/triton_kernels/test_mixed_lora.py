@@ -1,0 +1,307 @@
+"""Triton kernels of `mixed_lora` against a float64 loop over the adapters, without a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from sapt_fast.triton_kernels import common, gemm, shrink
+from sapt_fast.triton_kernels.mixed_lora import empty_h, mixed_lora_bwd, mixed_lora_fwd
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = pytest.mark.skipif(
+    DEVICE.type == "cpu" and not common.INTERPRETED, reason="neither a GPU nor TRITON_INTERPRET=1"
+)
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@dataclass
+class Case:
+    """Sizes and options of one call; `ranks` gives the adapters."""
+
+    samples: int = 3
+    rows: int = 14  # per sample
+    i: int = 40
+    o: int = 24
+    ranks: tuple[int, ...] = (4, 0, 7)
+    trainable: tuple[int, ...] = (2,)  # adapters
+    weight: str = "plain"  # plain, transposed, strided, none
+    bias: bool = True
+    x: str = "plain"  # plain, sliced, transposed
+    dy: str = "plain"  # plain, expanded, sliced
+    lora_dtype: torch.dtype | None = None
+    through_frozen: bool = True
+    needs_x: bool = True
+    needs_mixture: bool = True
+    name: str = field(default="", compare=False)
+
+
+CASES = [
+    Case(name="mixed-ranks"),
+    Case(ranks=(4,), trainable=(0,), name="one-adapter-of-rank-4"),
+    Case(samples=1, rows=37, i=33, o=29, name="one-sample-odd-sizes"),
+    Case(samples=1, rows=1, name="one-row"),
+    Case(samples=23, rows=1, ranks=(4, 4, 9), name="per-token"),
+    Case(samples=9, rows=3, name="many-samples-per-tile"),
+    Case(samples=6, rows=8, name="two-samples-per-tile"),
+    Case(samples=2, rows=16, ranks=(16, 16), trainable=(1,), name="aligned"),
+    Case(samples=2, rows=45, i=48, o=64, ranks=(20, 4, 13), trainable=(1, 2), name="descriptors"),
+    Case(samples=2, rows=33, i=32, o=40, weight="transposed", name="descriptors-transposed"),
+    Case(samples=2, rows=5, i=288, o=544, ranks=(3, 2), trainable=(1,), name="split-reduction"),
+    Case(samples=1, rows=530, i=32, o=32, ranks=(2, 6), trainable=(0, 1), name="split-rows"),
+    Case(ranks=(9, 9, 9, 9), trainable=(0, 2), through_frozen=False, name="two-ranges-cut"),
+    Case(ranks=(20, 30, 4), trainable=(2,), through_frozen=False, name="last-trains-cut"),
+    Case(ranks=(20, 30, 4), through_frozen=False, needs_mixture=False, name="last-trains-cut-only"),
+    Case(trainable=(), through_frozen=False, name="nothing-trains-cut"),
+    Case(trainable=(), needs_mixture=False, name="input-only"),
+    Case(trainable=(), needs_x=False, name="mixture-only"),
+    Case(ranks=(20, 30, 4), needs_x=False, needs_mixture=False, name="factors-only"),
+    Case(weight="none", bias=False, name="no-weight"),
+    Case(weight="none", bias=False, trainable=(), through_frozen=False, name="no-weight-cut"),
+    Case(weight="strided", x="transposed", dy="expanded", name="strided-operands"),
+    Case(weight="transposed", x="sliced", dy="sliced", bias=False, name="views"),
+    Case(lora_dtype=torch.float32, name="float32-factors"),
+    Case(samples=2, rows=45, lora_dtype=torch.float32, name="float32-factors-descriptors"),
+    Case(ranks=(0, 0), trainable=(), name="no-ranks"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uninitialised memory is NaN, so that an element left unwritten shows."""
+
+    def poisoned(allocate: Any) -> Any:
+        def wrapper(*args: Any, **kwargs: Any) -> Tensor:
+            out = allocate(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() else out
+
+        return wrapper
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(Tensor, "new_empty", poisoned(Tensor.new_empty))
+
+
+def _view(t: Tensor, how: str) -> Tensor:
+    """The values of `t` [rows, columns] under other strides."""
+    if how == "transposed":
+        return t.t().contiguous().t()
+    if how == "sliced":
+        wide = torch.full(
+            (t.shape[0], t.shape[1] + 8), float("nan"), dtype=t.dtype, device=t.device
+        )
+        wide[:, :-8] = t
+        return wide[:, :-8]
+    if how == "strided":
+        wide = torch.full((*t.shape, 2), float("nan"), dtype=t.dtype, device=t.device)
+        wide[..., 0] = t
+        return wide[..., 0]
+    return t[:1, :1].expand_as(t) if how == "expanded" else t
+
+
+def _inputs(case: Case, dtype: torch.dtype) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, scale: float = 1.0, of: torch.dtype = dtype) -> Tensor:
+        return (torch.randn(shape, generator=generator) * scale).to(of).to(DEVICE)
+
+    m, r = case.samples * case.rows, sum(case.ranks)
+    lora_dtype = case.lora_dtype or dtype
+    adapter = torch.repeat_interleave(torch.arange(len(case.ranks)), torch.tensor(case.ranks))
+    scaling = torch.rand(len(case.ranks), generator=generator) + 0.5
+    starts = [sum(case.ranks[:k]) for k in range(len(case.ranks))]
+    weight = normal(case.o, case.i, scale=case.i**-0.5)
+    return {
+        "x": _view(normal(m, case.i), case.x),
+        "weight": None if case.weight == "none" else _view(weight, case.weight),
+        "bias": normal(case.o) if case.bias else None,
+        "lora_a": normal(r, case.i, scale=case.i**-0.5, of=lora_dtype),
+        "lora_b": normal(r, case.o, scale=max(r, 1) ** -0.5, of=lora_dtype),
+        "mixture": torch.rand(case.samples, len(case.ranks), generator=generator).to(DEVICE),
+        "row_adapter": adapter.int().to(DEVICE),
+        "row_scale": scaling[adapter].to(DEVICE),
+        "dy": _view(normal(m, case.o), case.dy),
+        "train_rows": [n for k in case.trainable for n in (starts[k], starts[k] + case.ranks[k])],
+    }
+
+
+def _expected(case: Case, t: dict[str, Any], dtype: torch.dtype) -> list[Tensor | None]:
+    """y, dx, d_mixture, d_a, d_b by autograd through a loop over the adapters, in `dtype`."""
+
+    def leaf(value: Tensor) -> Tensor:
+        return value.detach().to(dtype).requires_grad_()
+
+    x, a, b = leaf(t["x"]), leaf(t["lora_a"]), leaf(t["lora_b"])
+    mixture = t["mixture"].detach().to(dtype).requires_grad_()
+    w = mixture.repeat_interleave(case.rows, 0)
+    y = x.new_zeros(x.shape[0], case.o)
+    if t["weight"] is not None:
+        y = x @ t["weight"].to(dtype).t()
+    start = 0
+    for k, rank in enumerate(case.ranks):
+        rows = slice(start, start + rank)
+        start += rank
+        if rank:
+            source = x if case.through_frozen or k in case.trainable else x.detach()
+            scale = t["row_scale"][rows][0].to(dtype)
+            y = y + w[:, k, None] * scale * ((source @ a[rows].t()) @ b[rows])
+    if t["bias"] is not None:
+        y = y + t["bias"].to(dtype)
+    dx = d_mixture = d_a = d_b = None
+    if y.requires_grad:
+        inputs = [x, mixture, a, b]
+        grads = torch.autograd.grad(y, inputs, t["dy"].to(dtype), allow_unused=True)
+        dx, d_mixture, d_a, d_b = (
+            torch.zeros_like(leaf) if grad is None else grad
+            for grad, leaf in zip(grads, inputs, strict=True)
+        )
+        ranges = list(zip(t["train_rows"][::2], t["train_rows"][1::2], strict=True))
+        keep = [row for start, stop in ranges for row in range(start, stop)]
+        d_a, d_b = (d_a[keep], d_b[keep]) if keep else (None, None)
+    return [
+        y.detach(),
+        dx if case.needs_x else None,
+        d_mixture if case.needs_mixture else None,
+        d_a,
+        d_b,
+    ]
+
+
+def _actual(case: Case, t: dict[str, Any]) -> list[Tensor | None]:
+    pool = [t[n] for n in ("lora_a", "lora_b", "mixture", "row_adapter", "row_scale")]
+    y, h = mixed_lora_fwd(t["x"], t["weight"], t["bias"], *pool)
+    assert h.shape == (t["x"].shape[0], sum(case.ranks))
+    assert h.dtype == torch.float32
+    grads = mixed_lora_bwd(
+        t["dy"], t["x"], t["weight"], *pool, h,
+        t["train_rows"], case.needs_x, case.needs_mixture, case.through_frozen,
+    )  # fmt: skip
+    return [y, *grads]
+
+
+def _result_dtype(name: str, inputs: dict[str, Any]) -> torch.dtype:
+    source = {"d_mixture": "mixture", "d_a": "lora_a", "d_b": "lora_b"}.get(name, "x")
+    return inputs[source].dtype
+
+
+def _error(got: Tensor, want: Tensor) -> float:
+    """Root mean square of the difference, relative to that of the expected values."""
+    return float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).split(".")[-1])
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_forward_and_gradients(case: Case, dtype: torch.dtype) -> None:
+    inputs = _inputs(case, dtype)
+    before = {k: v.clone() for k, v in inputs.items() if isinstance(v, Tensor)}
+    exact = _expected(case, inputs, torch.float64)
+    plain = _expected(case, inputs, dtype)
+    outputs = _actual(case, inputs)
+    for name, value in before.items():
+        assert torch.equal(inputs[name], value), f"{name} was written to"
+    names = ["y", "dx", "d_mixture", "d_a", "d_b"]
+    for name, got, want, torch_made in zip(names, outputs, exact, plain, strict=True):
+        assert (got is None) == (want is None), name
+        if got is None or want is None or torch_made is None:
+            continue
+        assert got.shape == want.shape
+        assert got.is_contiguous()
+        assert got.dtype == _result_dtype(name, inputs)
+        # The interpreter truncates where bfloat16 is stored; a GPU and torch round.
+        factor = 3 if common.INTERPRETED and dtype == torch.bfloat16 else 2
+        assert _error(got, want) <= factor * _error(torch_made, want) + 1e-6, name
+
+
+def test_empty_batch() -> None:
+    case = Case(samples=2, rows=0)
+    inputs = _inputs(case, torch.float32)
+    y, dx, d_mixture, d_a, d_b = _actual(case, inputs)
+    assert y is not None
+    assert dx is not None
+    assert y.shape == (0, case.o)
+    assert dx.shape == (0, case.i)
+    for grad, shape in ((d_mixture, (2, 3)), (d_a, (7, case.i)), (d_b, (7, case.o))):
+        assert grad is not None
+        assert torch.equal(grad, torch.zeros(shape, device=DEVICE))
+
+
+def test_h_may_be_kept_in_the_dtype_of_x_or_without_padding() -> None:
+    case = Case()
+    inputs = _inputs(case, torch.float16)
+    pool = [inputs[n] for n in ("lora_a", "lora_b", "mixture", "row_adapter", "row_scale")]
+    fixed = inputs["train_rows"], True, True, True
+    y, h = mixed_lora_fwd(inputs["x"], inputs["weight"], None, *pool)
+    want = mixed_lora_bwd(inputs["dy"], inputs["x"], inputs["weight"], *pool, h, *fixed)
+    tight = h.clone(memory_format=torch.contiguous_format)
+    got = mixed_lora_bwd(inputs["dy"], inputs["x"], inputs["weight"], *pool, tight, *fixed)
+    for a, b in zip(got, want, strict=True):
+        assert a is not None
+        assert b is not None
+        assert torch.equal(a, b)
+    half_y, half = mixed_lora_fwd(inputs["x"], inputs["weight"], None, *pool, h_dtype=torch.float16)
+    assert half.dtype == torch.float16
+    assert torch.equal(half, h.to(torch.float16))
+    assert torch.equal(half_y, y)
+
+
+def test_h_is_laid_out_as_announced() -> None:
+    inputs = _inputs(Case(), torch.float32)
+    pool = [inputs[n] for n in ("lora_a", "lora_b", "mixture", "row_adapter", "row_scale")]
+    _, h = mixed_lora_fwd(inputs["x"], inputs["weight"], None, *pool)
+    announced = empty_h(inputs["x"], h.shape[1])
+    assert (h.shape, h.stride(), h.dtype) == (announced.shape, announced.stride(), announced.dtype)
+    assert h.stride(0) % 16 == 0
+
+
+def test_two_runs_agree_bit_for_bit() -> None:
+    case = Case(samples=4, rows=21)
+    inputs = _inputs(case, torch.float16)
+    for a, b in zip(_actual(case, inputs), _actual(case, inputs), strict=True):
+        assert a is not None
+        assert b is not None
+        assert torch.equal(a, b)
+
+
+def test_double_precision_is_refused() -> None:
+    inputs = _inputs(Case(), torch.float64)
+    pool = [inputs[n] for n in ("lora_a", "lora_b", "mixture", "row_adapter", "row_scale")]
+    with pytest.raises(TypeError, match="float64"):
+        mixed_lora_fwd(inputs["x"], inputs["weight"], inputs["bias"], *pool)
+
+
+@pytest.mark.parametrize("block_m", [16, 64])
+@pytest.mark.parametrize("rows", [1, 3, 8, 14, 16, 17, 40, 64, 65, 128])
+def test_segments_cover_every_tile(rows: int, block_m: int) -> None:
+    samples = 7
+    segments = shrink._segments(block_m, samples, rows)
+    total = samples * rows
+    met = [
+        (min(start + block_m, total) - 1) // rows - start // rows + 1
+        for start in range(0, total, block_m)
+    ]
+    assert segments in (0, 1, 2, 4)
+    assert segments == 0 or segments >= max(met)
+    assert segments > 0 or rows < block_m
+
+
+def test_descriptors_and_pointers_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(samples=2, rows=45, i=48, o=64)
+    inputs = _inputs(case, torch.float16)
+    used = []
+    fits = gemm._fits_tma
+    monkeypatch.setattr(gemm, "_fits_tma", lambda t: used.append(fits(t)) or fits(t))
+    by_descriptor = _actual(case, inputs)
+    assert used
+    assert all(used)
+    monkeypatch.setattr(gemm, "_fits_tma", lambda t: False)
+    for name, a, b in zip(("y", "dx"), by_descriptor, _actual(case, inputs), strict=False):
+        assert a is not None
+        assert b is not None
+        assert _error(a, b) < 1e-3, name

@@ -9,8 +9,8 @@ _EXPORTS = {
     "SaptTrainer": "sapt_fast.continual.trainer",
     "load_official": "sapt_fast.checkpoint",
     "load_pretrained": "sapt_fast.checkpoint",
-    "patch": "sapt_fast.patch",
-    "unpatch": "sapt_fast.patch",
+    "patch": "sapt_fast.patching",
+    "unpatch": "sapt_fast.patching",
 }
 __all__ = ["__version__", *_EXPORTS]
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sapt_fast.checkpoint import load_official, load_pretrained
     from sapt_fast.continual.trainer import SaptTrainer
     from sapt_fast.methods.sapt import SaptConfig
-    from sapt_fast.patch import patch, unpatch
+    from sapt_fast.patching import patch, unpatch
 
 
 def __getattr__(name: str) -> Any:

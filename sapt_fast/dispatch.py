@@ -58,6 +58,7 @@ def unavailable(op: str, backend: str, device_type: str) -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result
 def resolve(op: str, device: torch.device, backend: str | None = None) -> str:
     """The backend that runs `op` on `device`.
 
@@ -71,6 +72,7 @@ def resolve(op: str, device: torch.device, backend: str | None = None) -> str:
     return _resolve(op, device.type, backend or os.environ.get(ENV_VARIABLE) or None)
 
 
+@torch.compiler.assume_constant_result
 def kernels(op: str, backend: str) -> ModuleType:
     """The module that holds the kernels of `op` for `backend`."""
     return _load(f"{_FOLDERS[backend]}.{op}")

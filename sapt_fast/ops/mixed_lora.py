@@ -40,10 +40,10 @@ def rank_table(
     dtype: torch.dtype = torch.float32,
 ) -> RankTable:
     """The table of a pool whose adapter k has `ranks[k]` rows and scaling `scaling[k]`."""
-    repeats = torch.tensor(ranks, dtype=torch.int64)
-    adapter = torch.repeat_interleave(torch.arange(len(ranks)), repeats).to(device)
+    owners = [k for k, rank in enumerate(ranks) for _ in range(rank)]
+    adapter = torch.tensor(owners, dtype=torch.int32, device=device)
     scale = torch.as_tensor(scaling, dtype=dtype, device=device)
-    return RankTable(adapter.to(torch.int32), scale[adapter])
+    return RankTable(adapter, scale.index_select(0, adapter))
 
 
 def mixed_lora_linear(
@@ -421,7 +421,7 @@ def _forward_fake(
     train_rows, grad_through_frozen, backend,
 ):  # fmt: skip
     kernel = dispatch.kernels(_OP, dispatch.resolve(_OP, x.device, backend))
-    h = kernel.empty_h(x, lora_a.shape[0])
+    h = getattr(kernel, "empty_h", empty_h)(x, lora_a.shape[0])
     return x.new_empty(x.shape[0], lora_b.shape[1]), h
 
 

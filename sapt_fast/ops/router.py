@@ -138,6 +138,16 @@ def route_scores(
     return kernel.route_scores_fwd(pooled, keys, projection, divisor)
 
 
+def query(pooled: Tensor, projection: QueryProjection | None) -> Tensor:
+    """The queries [B, D] of pooled embeddings [B, D], in float32 or wider."""
+    q = pooled.to(torch.promote_types(pooled.dtype, torch.float32))
+    if projection is None:
+        return q
+    down, up, norm_weight, norm_bias = (t.to(q.dtype) for t in projection[:4])
+    hidden = F.silu(F.linear(F.linear(q, down), up))
+    return F.layer_norm(hidden, hidden.shape[-1:], norm_weight, norm_bias, projection.eps)
+
+
 def sparsify(
     weights: Tensor, *, top_k: int | None = None, threshold: float | None = None
 ) -> Tensor:
@@ -201,13 +211,8 @@ def route_scores_fwd(
     pooled: Tensor, keys: Tensor, projection: QueryProjection | None, divisor: float
 ) -> Tensor:
     """`query(pooled) keys^T / divisor` in float32, or float64 for float64 inputs."""
-    dtype = torch.promote_types(torch.promote_types(pooled.dtype, keys.dtype), torch.float32)
-    query = pooled.to(dtype)
-    if projection is not None:
-        down, up, norm_weight, norm_bias = (t.to(dtype) for t in projection[:4])
-        hidden = F.silu(F.linear(F.linear(query, down), up))
-        query = F.layer_norm(hidden, hidden.shape[-1:], norm_weight, norm_bias, projection.eps)
-    return F.linear(query, keys.to(dtype)) / divisor
+    q = query(pooled, projection)
+    return F.linear(q, keys.to(q.dtype)) / divisor
 
 
 def _check_pooling(pooling: str, mask: Tensor | None, shape: torch.Size) -> None:

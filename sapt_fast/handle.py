@@ -1,0 +1,225 @@
+"""model.sapt: what a user holds of a patched model."""
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sapt_fast.methods.sapt import SaptConfig, SaptRouter
+from sapt_fast.ops.router import query, reflection_loss
+from sapt_fast.routing import Routing
+
+if TYPE_CHECKING:
+    from sapt_fast.patching import PatchReport
+    from sapt_fast.pool import AdapterPool
+
+
+class SaptHandle(nn.Module):
+    """The tasks, the router and the losses of a patched model.
+
+    Attributes:
+        config: the SaptConfig. report: what was patched.
+        router: any module with `add_key`, `pool`, `scores` and `weights`, as `SaptRouter`.
+        tasks: names in learning order, oldest first.
+        routing: the running weights.
+    """
+
+    tasks: list[str]
+
+    def __init__(self, model: Any, config: SaptConfig, report: "PatchReport") -> None:
+        super().__init__()
+        embedding = model.get_input_embeddings()
+        width = embedding.weight.shape[1]
+        self.config = config
+        self.report = report
+        self.tasks = []
+        self.unfrozen_before: list[str] = []
+        self.router = SaptRouter(
+            width,
+            config,
+            initializer_range=getattr(model.config, "initializer_range", 0.02),
+            device=embedding.weight.device,
+            dtype=embedding.weight.dtype,
+        )
+        # Not a submodule: the handle is one of the model's.
+        object.__setattr__(self, "_model", model)
+        self.routing = Routing(model, self._route)
+        if config.standardize_query:
+            self.router.standardize(embedding, embedding.weight.shape[0])
+
+    def add_task(self, name: str, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Adds an adapter to every patched layer and a key; they train, the earlier ones freeze.
+
+        Args:
+            name: unique; used as a folder name by `save_pretrained`.
+            optimizer: if given, the new parameters take the place of those they follow in its
+                parameter groups, with fresh state.
+
+        Raises:
+            ValueError: name is empty, taken, or no folder name.
+        """
+        if not name or name in self.tasks or os.path.basename(name) != name or name in (".", ".."):
+            raise ValueError(
+                f"name: got {name!r}, expected a new name without path separators "
+                f"(there are {self.tasks})"
+            )
+        before = list(self._growing())
+        for pool in self.pools.values():
+            pool.add(self.config.r, self.config.lora_alpha / self.config.r)
+        self.router.add_key()
+        if not self.tasks:
+            for parameter in self.router.parameters():
+                parameter.requires_grad_(parameter is not self.router.keys.frozen)
+        self.tasks.append(name)
+        self.routing.weights = None
+        if optimizer is not None:
+            _follow(optimizer, before, list(self._growing()))
+
+    @property
+    def pools(self) -> dict[str, "AdapterPool"]:
+        """The adapter pool of every patched layer, by its path in the model."""
+        return {name: self._model.get_submodule(name).sapt_pool for name in self.report.patched}
+
+    @property
+    def attention(self) -> Tensor | None:
+        """Weights [B, K] of this thread's last forward, detached; None before the first."""
+        weights = self.routing.weights
+        return None if weights is None else weights.detach()
+
+    def route(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """The router's weights [B, K] for these inputs, with gradient.
+
+        Args:
+            input_ids: [B, T]; or inputs_embeds [B, T, D].
+            attention_mask: [B, T], 1 where there is a token (used when config.mask_padding).
+            labels: [B, T] of a decoder-only model: only tokens whose label is -100 are pooled.
+
+        Raises:
+            RuntimeError: there is no task yet.
+        """
+        self._require_task()
+        pooled = self._pooled(input_ids, inputs_embeds, attention_mask, labels)
+        return self.router.weights(self.router.scores(pooled))
+
+    def reflection_loss(
+        self,
+        input_ids: Tensor,
+        target: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """KL(target || prediction) on inputs of an earlier task, the mean over the batch.
+
+        Args:
+            input_ids, attention_mask, labels: as in `route`.
+            target: [K'] or [B, K'] in learning order; newer tasks count as zeros.
+        """
+        self._require_task()
+        if not torch.isfinite(target).all() or (target < 0).any():
+            raise ValueError("target: got negative or non-finite values, expected attention weights")
+        pooled = self._pooled(input_ids, None, attention_mask, labels)
+        return reflection_loss(self.router.scores(pooled), target.to(pooled.device))
+
+    def fixed(self, weights: Tensor) -> AbstractContextManager[None]:
+        """A context in which these weights stand in for the router's, in this thread.
+
+        Args:
+            weights: [K] for every input, [B, K] per sample or [B, T, K] per token.
+
+        Raises:
+            ValueError: the shape does not fit, or weights are not finite.
+        """
+        weights = torch.as_tensor(weights)
+        count = len(self.tasks)
+        if weights.dim() not in (1, 2, 3) or weights.shape[-1] != count:
+            raise ValueError(
+                f"weights: got shape {tuple(weights.shape)}, expected [{count}], [B, {count}] or "
+                f"[B, T, {count}]"
+            )
+        if not weights.is_floating_point() or not torch.isfinite(weights).all():
+            raise ValueError("weights: got non-finite or integer values, expected finite floats")
+        weights = weights.to(self.router.norm.weight.device)
+        return self.routing.pin(weights[None] if weights.dim() == 1 else weights)
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """What training a task updates: the newest adapter, its key and the query projection."""
+        return (p for p in self._model.parameters() if p.requires_grad)
+
+    @torch.no_grad()
+    def init_key(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
+        """Sets the newest key to the mean query of these inputs (`key_init="mean_query"`)."""
+        self._require_task()
+        queries = query(self._pooled(input_ids, None, attention_mask, None), self.router.projection)
+        self.router.keys.trainable.copy_(queries.mean(0, keepdim=True))
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """One PEFT adapter folder per task, router.safetensors and sapt_config.json; atomic."""
+        from sapt_fast.checkpoint import save_pretrained
+
+        save_pretrained(self._model, directory)
+
+    def export_adapter(self, weights: Tensor, directory: str | os.PathLike[str]) -> None:
+        """The static mixture `weights` [K] as one ordinary PEFT LoRA of rank R; atomic."""
+        from sapt_fast.checkpoint import export_adapter
+
+        export_adapter(self._model, weights, directory)
+
+    def _route(self, **inputs: Any) -> Tensor | None:
+        """`route` for the hooks: None while there is no task, or no input to look at."""
+        if not self.tasks:
+            return None
+        return self.route(**inputs)
+
+    def _pooled(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+    ) -> Tensor:
+        mask = attention_mask if self.config.mask_padding else None
+        if mask is not None and mask.dim() != 2:
+            mask = None
+        if labels is not None and self._model.can_generate():
+            prompt = (labels == -100).to(torch.int64)
+            # A row without a prompt (plain language modelling) is pooled whole.
+            prompt = torch.where(prompt.any(1, keepdim=True), prompt, torch.ones_like(prompt))
+            mask = prompt if mask is None else prompt * mask
+        embedding = self._model.get_input_embeddings()
+        return self.router.pool(embedding, input_ids, inputs_embeds, mask)
+
+    def _require_task(self) -> None:
+        if not self.tasks:
+            raise RuntimeError("there is no task yet: call model.sapt.add_task(name) first")
+
+    def _growing(self) -> Iterator[nn.Parameter]:
+        """The parameters that `add_task` replaces by new ones."""
+        for pool in self.pools.values():
+            yield from (pool.a.trainable, pool.b.trainable)
+        yield self.router.keys.trainable
+
+    def extra_repr(self) -> str:
+        return f"tasks={self.tasks}, layers={len(self.report.patched)}"
+
+
+def _follow(
+    optimizer: torch.optim.Optimizer, before: list[nn.Parameter], after: list[nn.Parameter]
+) -> None:
+    successor = {id(old): new for old, new in zip(before, after, strict=True)}
+    for group in optimizer.param_groups:
+        for old in group["params"]:
+            if id(old) in successor:
+                optimizer.state.pop(old, None)
+        group["params"] = [successor.pop(id(p), p) for p in group["params"]]
+    if len(successor) == len(before):
+        raise ValueError("optimizer: holds none of the parameters of the task before")

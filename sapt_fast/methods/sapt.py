@@ -1,0 +1,240 @@
+"""SAPT: shared attention over learned keys chooses each input's mixture of adapters.
+
+Zhao et al., "SAPT: A Shared Attention Framework for Parameter-Efficient Continual Learning of
+Large Language Models", ACL 2024.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sapt_fast.ops.router import (
+    POOLINGS,
+    QueryProjection,
+    pool_embeds,
+    pool_tokens,
+    route_scores,
+    sparsify,
+)
+from sapt_fast.pool import RowStack
+
+
+@dataclass
+class SaptConfig:
+    """How a model's adapters are shaped, placed and routed.
+
+    The defaults are those that work across backbones; `official` gives the released settings.
+    """
+
+    r: int = field(default=8, metadata={"help": "Rank of each new adapter."})
+    lora_alpha: float = field(default=32, metadata={"help": "Scaling is lora_alpha / r."})
+    lora_dropout: float = field(
+        default=0.0, metadata={"help": "Dropout on the adapters' input while training."}
+    )
+    target_modules: Sequence[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Names (last parts of the path) of the linear layers to adapt, or one regular "
+            "expression for the whole path; None takes query and value as PEFT does."
+        },
+    )
+    adapter: str = field(default="lora", metadata={"help": "Kind of adapter: 'lora'."})
+    query_hidden_dim: int = field(
+        default=100, metadata={"help": "Bottleneck of the query projection."}
+    )
+    query_init: str = field(
+        default="linear",
+        metadata={"help": "'linear' (nn.Linear's default) or 'normal' (the model's initializer_range)."},
+    )
+    temperature: float | None = field(
+        default=None, metadata={"help": "Divisor of the attention scores; None for sqrt(d)."}
+    )
+    pooling: str = field(
+        default="mean", metadata={"help": "'mean' or 'max' of the input embeddings over the tokens."}
+    )
+    standardize_query: bool = field(
+        default=False,
+        metadata={
+            "help": "Subtract from the pooled embedding the mean, and divide by the deviation, "
+            "that random token sequences have: what all inputs share then no longer hides what "
+            "tells them apart."
+        },
+    )
+    key_init: str = field(
+        default="uniform",
+        metadata={"help": "'uniform' in (-1, 1), or 'mean_query' of the task's first inputs."},
+    )
+    own_key_loss: float = field(
+        default=0.0,
+        metadata={"help": "Weight of -log(weight of the task's own adapter), added in training."},
+    )
+    kl_ratio: float = field(default=0.5, metadata={"help": "Weight of the reflection loss."})
+    mask_padding: bool = field(
+        default=True, metadata={"help": "Leave padding out of the pooling."}
+    )
+    grad_through_frozen: bool = field(
+        default=True,
+        metadata={"help": "Let inputs receive gradient through earlier tasks' adapters."},
+    )
+    top_k: int | None = field(default=None, metadata={"help": "Keep the k largest weights only."})
+    threshold: float | None = field(
+        default=None, metadata={"help": "Weights below this become zero."}
+    )
+    reserve_tasks: int = field(
+        default=16, metadata={"help": "Tasks to make room for; beyond it the pool doubles."}
+    )
+
+    def __post_init__(self) -> None:
+        _require(self.adapter == "lora", "adapter", self.adapter, "'lora'")
+        _require(self.r >= 1, "r", self.r, "at least 1")
+        _require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "[0, 1)")
+        _require(self.pooling in POOLINGS, "pooling", self.pooling, f"one of {POOLINGS}")
+        _require(self.query_hidden_dim >= 1, "query_hidden_dim", self.query_hidden_dim, "at least 1")
+        inits = ("linear", "normal")
+        _require(self.query_init in inits, "query_init", self.query_init, f"one of {inits}")
+        inits = ("uniform", "mean_query")
+        _require(self.key_init in inits, "key_init", self.key_init, f"one of {inits}")
+        positive = self.temperature is None or self.temperature > 0
+        _require(positive, "temperature", self.temperature, "a positive number or None")
+        _require(self.reserve_tasks >= 1, "reserve_tasks", self.reserve_tasks, "at least 1")
+
+    @classmethod
+    def official(cls, model: str, benchmark: str) -> "SaptConfig":
+        """The released settings, quirks included: padding is pooled, no gradient reaches inputs
+        through earlier adapters, plain max-pooling.
+
+        Args:
+            model: "t5" or "llama".
+            benchmark: "superni" or "long_sequence".
+        """
+        if (model, benchmark) not in _OFFICIAL:
+            raise ValueError(
+                f"official: got ({model!r}, {benchmark!r}), expected one of {sorted(_OFFICIAL)}"
+            )
+        r, alpha, kl_ratio = _OFFICIAL[model, benchmark]
+        return cls(
+            r=r,
+            lora_alpha=alpha,
+            kl_ratio=kl_ratio,
+            query_init="normal" if model == "llama" else "linear",
+            pooling="max",
+            mask_padding=False,
+            grad_through_frozen=False,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict; `from_dict` gives the config back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "SaptConfig":
+        """Raises ValueError on an unknown field."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known)
+        _require(not unknown, "SaptConfig", f"unknown fields {unknown}", f"among {sorted(known)}")
+        return cls(**values)
+
+
+_OFFICIAL = {
+    ("t5", "superni"): (4, 32, 0.5),
+    ("t5", "long_sequence"): (8, 32, 0.1),
+    ("llama", "superni"): (4, 32, 1.0),
+    ("llama", "long_sequence"): (4, 32, 2.0),
+}
+
+
+class SaptRouter(nn.Module):
+    """The query projection, shared by all tasks, and one key per task.
+
+    Args:
+        width: D, the width of the input embeddings.
+        config: pooling, projection and keys.
+        initializer_range: deviation of `query_init="normal"`.
+    """
+
+    query_mean: Tensor
+    query_std: Tensor
+
+    def __init__(
+        self,
+        width: int,
+        config: SaptConfig,
+        *,
+        initializer_range: float = 0.02,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        hidden, place = config.query_hidden_dim, {"device": device, "dtype": dtype}
+        self.config = config
+        self.down = nn.Linear(width, hidden, bias=False, **place)
+        self.up = nn.Linear(hidden, width, bias=False, **place)
+        self.norm = nn.LayerNorm(width, **place)
+        self.keys = RowStack(width, config.reserve_tasks, device=self.norm.weight.device, dtype=dtype)
+        if config.query_init == "normal":
+            nn.init.normal_(self.down.weight, std=initializer_range)
+            nn.init.normal_(self.up.weight, std=initializer_range)
+        if config.standardize_query:
+            self.register_buffer("query_mean", torch.zeros(width, **place))
+            self.register_buffer("query_std", torch.ones(width, **place))
+
+    def add_key(self) -> None:
+        """A new trainable key, uniform in (-1, 1); earlier keys freeze."""
+        self.keys.append(1, lambda rows: rows.uniform_(-1, 1))
+
+    def pool(
+        self,
+        embedding: nn.Module,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """The pooled input embeddings [B, D] of token ids or of given embeddings."""
+        pooling = self.config.pooling
+        if inputs_embeds is not None:
+            pooled = pool_embeds(inputs_embeds, mask=mask, pooling=pooling)
+        elif input_ids is None:
+            raise ValueError("input_ids: got None and no inputs_embeds, expected one of them")
+        elif type(embedding) is nn.Embedding:
+            pooled = pool_tokens(input_ids, embedding.weight, mask=mask, pooling=pooling)
+        else:
+            pooled = pool_embeds(embedding(input_ids), mask=mask, pooling=pooling)
+        if self.config.standardize_query:
+            pooled = (pooled - self.query_mean) / self.query_std
+        return pooled
+
+    def scores(self, pooled: Tensor) -> Tensor:
+        """Attention scores [B, K] of pooled embeddings, differentiable in projection and newest key."""
+        frozen, newest = self.keys.frozen, self.keys.trainable
+        keys = torch.cat([frozen, newest]) if frozen.shape[0] else newest
+        return route_scores(pooled, keys, self.projection, temperature=self.config.temperature)
+
+    @property
+    def projection(self) -> QueryProjection:
+        """The parameters of the query projection."""
+        norm = self.norm
+        return QueryProjection(self.down.weight, self.up.weight, norm.weight, norm.bias, norm.eps)
+
+    def weights(self, scores: Tensor) -> Tensor:
+        """The mixture [B, K] of scores."""
+        mixture = torch.softmax(scores, -1)
+        return sparsify(mixture, top_k=self.config.top_k, threshold=self.config.threshold)
+
+    @torch.no_grad()
+    def standardize(self, embedding: nn.Module, vocabulary: int, *, length: int = 64) -> None:
+        """Sets the statistics of `standardize_query` from pooled random token sequences."""
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(vocabulary, (256, length), generator=generator)
+        self.query_mean.zero_()
+        self.query_std.fill_(1)
+        pooled = self.pool(embedding, ids.to(self.query_mean.device), None, None)
+        self.query_mean.copy_(pooled.mean(0))
+        self.query_std.copy_(pooled.std(0).clamp(min=1e-6))
+
+
+def _require(holds: bool, name: str, got: object, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}: got {got!r}, expected {expected}")

@@ -1,0 +1,191 @@
+"""patch(model): find the layers, swap them, report; unpatch(model): put everything back."""
+
+import logging
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from sapt_fast.handle import SaptHandle
+from sapt_fast.layers import MIXED
+from sapt_fast.methods.sapt import SaptConfig
+from sapt_fast.pool import AdapterPool
+from sapt_fast.routing import Routing
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class PatchReport:
+    """What `patch` did.
+
+    Attributes:
+        patched: paths of the layers that mix adapters now.
+        skipped: path of each layer that matched but was left alone, and why.
+    """
+
+    patched: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.patched)} layers patched, {len(self.skipped)} skipped"]
+        return "\n".join(lines + [f"  skipped {name}: {why}" for name, why in self.skipped.items()])
+
+
+def patch(
+    model: PreTrainedModel, config: SaptConfig | None = None, *, strict: bool = False
+) -> PreTrainedModel:
+    """Makes a transformers model mix a pool of adapters, in place.
+
+    The chosen linear layers keep their weights, their place and their state_dict keys; the model
+    gains `model.sapt`, the handle with the tasks, the router and the losses. The base parameters
+    are frozen. Until the first `model.sapt.add_task(name)` the model computes what it did before.
+
+    Args:
+        model: a PreTrainedModel. Patching it again with an equal config (or none) changes nothing.
+        config: None for `SaptConfig()`.
+        strict: raise if any layer that matches `target_modules` cannot be patched.
+
+    Returns:
+        model.
+
+    Raises:
+        TypeError: model is not a PreTrainedModel.
+        ValueError: nothing matches, the model is patched with another config, or accelerate has
+            already hooked it; and, with `strict`, a matching layer cannot be patched.
+
+    Example:
+        >>> import sapt_fast, transformers
+        >>> config = transformers.T5Config(
+        ...     vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+        >>> model = sapt_fast.patch(transformers.T5ForConditionalGeneration(config))
+        >>> model.sapt.add_task("first")
+        >>> model.sapt.tasks
+        ['first']
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"model: got {type(model).__name__}, expected a transformers PreTrainedModel "
+            "(for a PeftModel call merge_and_unload() first)"
+        )
+    handle = getattr(model, "sapt", None)
+    if isinstance(handle, SaptHandle):
+        if config is not None and config != handle.config:
+            raise ValueError(
+                "config: the model is patched with another config; call sapt_fast.unpatch(model) "
+                f"first (has {handle.config}, got {config})"
+            )
+        return model
+    config = config or SaptConfig()
+    report = _find(model, config)
+    if strict and report.skipped:
+        raise ValueError(f"strict: some layers cannot be patched. {report}")
+    if not report.patched:
+        raise ValueError(
+            f"target_modules: {_targets(model, config)!r} leaves no layer to patch in "
+            f"{type(model).__name__}. {report}. Its linear layers are named: {_linear_names(model)}"
+        )
+    frozen = [name for name, p in model.named_parameters() if p.requires_grad]
+    handle = SaptHandle(model, config, report)
+    for name in report.patched:
+        _swap(model.get_submodule(name), handle.routing, config)
+    for _, parameter in model.named_parameters():
+        parameter.requires_grad_(False)
+    handle.unfrozen_before = frozen
+    model.sapt = handle
+    handle.routing.install()
+    logger.info("%s: %s", type(model).__name__, str(report).splitlines()[0])
+    return model
+
+
+def unpatch(model: PreTrainedModel) -> PreTrainedModel:
+    """Undoes `patch`: classes, methods, hooks and requires_grad are as before; adapters are gone.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    handle = getattr(model, "sapt", None)
+    if not isinstance(handle, SaptHandle):
+        raise ValueError("model: not patched by sapt_fast.patch")
+    handle.routing.remove()
+    del model.sapt
+    for name in handle.report.patched:
+        _restore(model.get_submodule(name))
+    for name in handle.unfrozen_before:
+        model.get_parameter(name).requires_grad_(True)
+    return model
+
+
+def _find(model: PreTrainedModel, config: SaptConfig) -> PatchReport:
+    hooked = [name or "the model" for name, m in model.named_modules() if hasattr(m, "_hf_hook")]
+    if hooked:
+        raise ValueError(
+            f"model: accelerate has hooked {hooked[0]} (and {len(hooked) - 1} more), which would "
+            "bypass the patch; call sapt_fast.patch before accelerate dispatches the model, or "
+            "accelerate.hooks.remove_hook_from_module(model, recurse=True) first"
+        )
+    report, targets = PatchReport(), _targets(model, config)
+    for name, module in model.named_modules():
+        if not _matches(name, targets):
+            continue
+        reason = _unpatchable(module)
+        if reason is None:
+            report.patched.append(name)
+        else:
+            report.skipped[name] = reason
+    return report
+
+
+def _targets(model: PreTrainedModel, config: SaptConfig) -> Iterable[str] | str:
+    if config.target_modules is not None:
+        return config.target_modules
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as defaults
+
+    kind = model.config.model_type
+    if kind not in defaults:
+        raise ValueError(
+            f"target_modules: no default for model type {kind!r}; name the linear layers to adapt "
+            f"(this model has: {_linear_names(model)})"
+        )
+    return defaults[kind]
+
+
+def _matches(name: str, targets: Iterable[str] | str) -> bool:
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith("." + target) for target in targets)
+
+
+def _unpatchable(module: nn.Module) -> str | None:
+    if type(module) in MIXED:
+        return "its forward was replaced by another library" if "forward" in vars(module) else None
+    return f"{type(module).__module__}.{type(module).__name__} is not a plain linear layer"
+
+
+def _linear_names(model: nn.Module) -> list[str]:
+    return sorted({n.rpartition(".")[2] for n, m in model.named_modules() if type(m) in MIXED})
+
+
+def _swap(module: Any, routing: Routing, config: SaptConfig) -> None:
+    rows, columns = module.weight.shape
+    inputs, outputs = (columns, rows) if isinstance(module, nn.Linear) else (rows, columns)
+    module.sapt_pool = AdapterPool(
+        inputs,
+        outputs,
+        reserve=config.reserve_tasks * config.r,
+        device=module.weight.device,
+        dtype=module.weight.dtype,
+    )
+    module.sapt_routing = routing
+    module.sapt_dropout = config.lora_dropout
+    module.sapt_grad_through_frozen = config.grad_through_frozen
+    module.__class__ = MIXED[type(module)]
+
+
+def _restore(module: Any) -> None:
+    module.__class__ = next(base for base, mixed in MIXED.items() if type(module) is mixed)
+    for name in ("sapt_pool", "sapt_routing", "sapt_dropout", "sapt_grad_through_frozen"):
+        delattr(module, name)

@@ -1,0 +1,166 @@
+"""The adapter pool: storage that grows task by task and never moves what is frozen."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from sapt_fast.ops.mixed_lora import RankTable, mix, rank_table
+
+
+class RowStack(nn.Module):
+    """The rows of all tasks of one kind, one after the other in one piece of memory.
+
+    Two parameters cover the rows: `frozen`, those of earlier tasks, and `trainable`, those of the
+    newest one. Both are views of one buffer with room to spare, so the whole stack is a single
+    contiguous matrix for the kernels and a new task only writes its own rows. Beyond the reserved
+    room the buffer doubles.
+
+    Args:
+        width: columns of a row.
+        reserve: rows to make room for.
+    """
+
+    frozen: nn.Parameter
+    trainable: nn.Parameter
+
+    def __init__(
+        self, width: int, reserve: int, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.width = width
+        self._memory = torch.empty(max(reserve, 1), width, device=device, dtype=dtype)
+        self.frozen = nn.Parameter(self._memory[:0], requires_grad=False)
+        self.trainable = nn.Parameter(self._memory[:0], requires_grad=False)
+
+    def __len__(self) -> int:
+        return self.frozen.shape[0] + self.trainable.shape[0]
+
+    def append(self, rows: int, fill: Callable[[Tensor], object]) -> nn.Parameter:
+        """Freezes what is there and adds `rows` trainable rows, written by `fill` in place.
+
+        The parameter that trained before keeps its values but leaves the module without a
+        gradient, so an optimizer that still holds it leaves its rows alone.
+        """
+        self._realign()
+        start = len(self)
+        if start + rows > self._memory.shape[0]:
+            self._move(max(2 * self._memory.shape[0], start + rows))
+        fresh = self._memory[start : start + rows]
+        fill(fresh)
+        self.trainable.requires_grad_(False)
+        self.trainable.grad = None
+        self.frozen.data = self._memory[:start]
+        self.trainable = nn.Parameter(fresh)
+        return self.trainable
+
+    def rows(self) -> Tensor:
+        """All rows, [R, width], without gradient; shares memory with the two parameters."""
+        if not torch.compiler.is_compiling():
+            self._realign()
+        return self._memory[: len(self)]
+
+    def _realign(self) -> None:
+        """Puts the parameters back side by side after `.to()`, a deep copy or an assigned load."""
+        start = self._memory.data_ptr()
+        offset = self.frozen.numel() * self._memory.element_size()
+        for part, address in ((self.frozen, start), (self.trainable, start + offset)):
+            moved = part.numel() > 0 and part.data_ptr() != address
+            if moved or part.dtype != self._memory.dtype or part.device != self._memory.device:
+                self._move(self._memory.shape[0])
+                return
+
+    def _move(self, capacity: int) -> None:
+        size, first = len(self), self.frozen.shape[0]
+        dtype = torch.promote_types(self.frozen.dtype, self.trainable.dtype)
+        memory = torch.empty(capacity, self.width, device=self.trainable.device, dtype=dtype)
+        memory[:first] = self.frozen.data
+        memory[first:size] = self.trainable.data
+        self._memory = memory
+        self.frozen.data = memory[:first]
+        self.trainable.data = memory[first:size]
+
+    def extra_repr(self) -> str:
+        return f"frozen={self.frozen.shape[0]}, trainable={self.trainable.shape[0]}, width={self.width}"
+
+
+class AdapterPool(nn.Module):
+    """All LoRA adapters of one linear layer.
+
+    Attributes:
+        a: the stack of A, [R, in_features]. b: of B, [R, out_features] (B as rows of rank).
+        ranks: rank of each adapter, in learning order; 0 where a task leaves this layer alone.
+        scaling: alpha / r of each adapter.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        reserve: int = 64,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        device = torch.device(device or "cpu")
+        dtype = dtype or torch.get_default_dtype()
+        self.a = RowStack(in_features, reserve, device=device, dtype=dtype)
+        self.b = RowStack(out_features, reserve, device=device, dtype=dtype)
+        self.ranks: list[int] = []
+        self.scaling: list[float] = []
+        self._tables: dict[tuple[torch.device, torch.dtype], RankTable] = {}
+
+    def __len__(self) -> int:
+        return len(self.ranks)
+
+    def add(self, rank: int, scaling: float) -> None:
+        """Adds a trainable adapter that changes nothing yet (A Kaiming-uniform, B zero); freezes
+        the others."""
+        self.a.append(rank, lambda rows: nn.init.kaiming_uniform_(rows, a=5**0.5) if rank else rows)
+        self.b.append(rank, nn.init.zeros_)
+        self.ranks.append(rank)
+        self.scaling.append(float(scaling))
+        self._tables.clear()
+        rows = self.a.trainable
+        self._table(rows.device, torch.promote_types(rows.dtype, torch.float32))
+
+    def adapter(self, index: int) -> tuple[Tensor, Tensor]:
+        """(A [r, in_features], B [r, out_features]) of one adapter, views of the pool."""
+        start = sum(self.ranks[:index])
+        rows = slice(start, start + self.ranks[index])
+        return self.a.rows()[rows], self.b.rows()[rows]
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mixture: Tensor,
+        *,
+        grad_through_frozen: bool = True,
+    ) -> Tensor:
+        """`ops.mixed_lora_linear` over this pool.
+
+        Args:
+            x: [..., in_features], rows grouped by sample.
+            weight, bias: of the layer; weight None for the mixture alone.
+            mixture: [S, K]; S divides the rows of x.
+        """
+        first, last = self.a.frozen.shape[0], len(self.a)
+        return mix(
+            x, weight, bias, self.a.rows(), self.b.rows(), mixture,
+            self._table(x.device, torch.promote_types(x.dtype, torch.float32)),
+            [self.a.trainable], [self.b.trainable],
+            [first, last] if last > first else [],
+            grad_through_frozen,
+        )  # fmt: skip
+
+    def _table(self, device: torch.device, dtype: torch.dtype) -> RankTable:
+        key = (device, dtype)
+        if key not in self._tables:
+            self._tables[key] = rank_table(self.ranks, self.scaling, device, dtype)
+        return self._tables[key]
+
+    def extra_repr(self) -> str:
+        return f"ranks={self.ranks}"

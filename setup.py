@@ -29,17 +29,18 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "none", "cpu", "cuda")
 DEFAULT_CUDA_ARCHS = "80;90a;100+PTX"
-CXX_FLAGS = (
-    "-O3 -std=c++17 -fPIC -fvisibility=hidden -fopenmp -fno-math-errno -fno-trapping-math "
-    "-Wall -Wextra -Werror"
-).split()
+CXX_FLAGS = [
+    *("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp"),
+    *("-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Werror"),
+]
 # Every file of csrc/cpu is compiled once per capability; the best one is chosen at run time.
 CAPABILITY_FLAGS = {
     "default": [],
-    "avx2": "-mavx2 -mfma -mf16c".split(),
-    "avx512": (
-        "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512"
-    ).split(),
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": [
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"),
+        "-mprefer-vector-width=512",
+    ],
 }
 
 

@@ -62,6 +62,14 @@ RankWeights rank_weights(Address mixture, Address row_adapter, Address row_scale
 
 std::size_t acc_size(DType dtype) { return dtype == DType::float64 ? sizeof(double) : sizeof(float); }
 
+// Threads for so many multiplications: all or one. Teams of changing sizes would make the OpenMP
+// runtime end and start threads.
+int team(std::int64_t work, int threads) {
+    require(threads > 0, "threads: not positive");
+    constexpr std::int64_t kWorthSharing = 1 << 15;
+    return work < kWorthSharing ? 1 : threads;
+}
+
 std::unique_ptr<char[]> scratch(std::int64_t count, DType dtype) {
     return std::unique_ptr<char[]>(new char[static_cast<std::size_t>(count) * acc_size(dtype)]);
 }
@@ -72,7 +80,7 @@ void weight_ranks(int dtype, Address out, Address h, Address mixture, Address ro
     const DType type = dtype_of(dtype);
     const RankWeights weights =
         rank_weights(mixture, row_adapter, row_scale, rows, samples, adapters, ranks);
-    require(threads > 0, "threads: not positive");
+    threads = team(rows * ranks, threads);
     if (rows == 0 || ranks == 0) return;
     require(out && h, "out, h: null address");
     mixed_lora().weight_ranks(type, at(out), at(h), weights, threads);
@@ -86,7 +94,7 @@ void weight_ranks_backward(int dtype, Address g, Address h, Address d_mixture, A
     const DType type = dtype_of(dtype);
     const RankWeights weights =
         rank_weights(mixture, row_adapter, row_scale, rows, samples, adapters, ranks);
-    require(threads > 0, "threads: not positive");
+    threads = team(rows * ranks, threads);
     require(ranges.size() % 2 == 0, "ranges: an odd number of bounds");
     std::int64_t before = 0;
     for (std::int64_t bound : ranges) {
@@ -116,7 +124,7 @@ void decode(int dtype, int lora_dtype, Address y, Address h, Address x, Address 
     const RankWeights weights =
         rank_weights(mixture, row_adapter, row_scale, rows, samples, adapters, ranks);
     require(inputs >= 0 && outputs >= 0, "inputs, outputs: negative");
-    require(threads > 0, "threads: not positive");
+    threads = team(rows * (weight ? inputs * outputs : ranks * (inputs + outputs)), threads);
     if (rows == 0) return;
     require(outputs == 0 || y, "y: null address");
     require(inputs == 0 || x, "x: null address");

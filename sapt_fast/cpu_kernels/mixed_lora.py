@@ -7,6 +7,7 @@ The contract of both functions is that of the reference in ``sapt_fast.ops.mixed
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sapt_fast import _C  # torch comes first: both must use the OpenMP runtime that torch brings
@@ -17,8 +18,14 @@ _CODES = {
     torch.float16: _C.FLOAT16,
     torch.float64: _C.FLOAT64,
 }
-# Up to this many rows reading the weights bounds the time, and one call beats GEMMs.
-_DECODE_ROWS = 8
+_Table = tuple[Tensor, Tensor, Tensor]
+
+# Up to so many rows reading the weights bounds the time: one call does the whole layer ...
+_WHOLE_ROWS = {torch.float32: 8, torch.bfloat16: 1, torch.float16: 32, torch.float64: 8}
+# ... or, with more rows, all but the base product.
+_DECODE_ROWS = {torch.float32: 64, torch.bfloat16: 32, torch.float16: 32, torch.float64: 64}
+# Multiplications below which a direct call of oneDNN, dear at a new shape, gains too little.
+_ONEDNN_WORK = 1 << 26
 
 
 def mixed_lora_fwd(
@@ -40,7 +47,7 @@ def mixed_lora_fwd(
     x = x.contiguous()
     dtype = h_dtype or x.dtype
     table = _table(mixture, row_adapter, row_scale, dtype)
-    if x.shape[0] <= _DECODE_ROWS and dtype == x.dtype:
+    if dtype == x.dtype and x.shape[0] <= _DECODE_ROWS[dtype]:
         return _decode(x, weight, bias, lora_a, lora_b, table)
     h = _multiply_nt(x.to(dtype), lora_a.to(dtype))
     hw = _weighted(h, table)
@@ -68,17 +75,15 @@ def mixed_lora_bwd(
     Returns:
         dx [M, I], d_mixture [S, K], d_a [Rt, I], d_b [Rt, O]; None for what was not asked for.
     """
-    x, dy = x.contiguous(), dy.contiguous()
+    x, dy, h = x.contiguous(), dy.contiguous(), h.contiguous()
     table = _table(mixture, row_adapter, row_scale, h.dtype)
     g = _multiply_nt(dy.to(h.dtype), lora_b.to(h.dtype))
     d_mixture, packed_g, packed_h = _weighted_backward(g, h, table, train_rows, needs_mixture)
     dx = d_a = d_b = None
-    if needs_x:
-        if grad_through_frozen:
-            gw, rows = g, lora_a
-        else:
-            gw, rows = packed_g, _rows(lora_a, train_rows)
-        dx = _two_products(dy, weight, None, gw.to(x.dtype), rows.to(x.dtype))
+    if needs_x and grad_through_frozen:
+        dx = _two_products(dy, weight, None, g.to(x.dtype), lora_a.to(x.dtype))
+    elif needs_x:
+        dx = _through_trained(dy, weight, packed_g.to(x.dtype), lora_a, train_rows)
     if train_rows:
         d_a = _multiply_tn(packed_g.to(x.dtype), x).to(lora_a.dtype)
         d_b = _multiply_tn(packed_h.to(x.dtype), dy).to(lora_b.dtype)
@@ -87,20 +92,18 @@ def mixed_lora_bwd(
     return dx, d_mixture, d_a, d_b
 
 
-class _Table:
-    """The weights of the ranks as the arguments that all functions of ``_C`` share."""
-
-    def __init__(self, mixture: Tensor, row_adapter: Tensor, row_scale: Tensor) -> None:
-        self.tensors = (mixture, row_adapter, row_scale)  # alive as long as the addresses
-        self.addresses = tuple(tensor.data_ptr() for tensor in self.tensors)
-        self.samples, self.adapters = mixture.shape
-
-
 def _table(mixture: Tensor, row_adapter: Tensor, row_scale: Tensor, dtype: torch.dtype) -> _Table:
+    """The three tensors that give every rank its weight, as ``_C`` reads them."""
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    return _Table(
-        mixture.to(compute).contiguous(), row_adapter.contiguous(), row_scale.to(compute).contiguous()
+    return (
+        mixture.to(compute).contiguous(),
+        row_adapter.contiguous(),
+        row_scale.to(compute).contiguous(),
     )
+
+
+def _addresses(table: _Table) -> tuple[int, int, int]:
+    return table[0].data_ptr(), table[1].data_ptr(), table[2].data_ptr()
 
 
 def _weighted(h: Tensor, table: _Table) -> Tensor:
@@ -108,8 +111,8 @@ def _weighted(h: Tensor, table: _Table) -> Tensor:
     rows, ranks = h.shape
     out = torch.empty_like(h)
     _C.weight_ranks(
-        _CODES[h.dtype], out.data_ptr(), h.data_ptr(), *table.addresses,
-        rows, table.samples, table.adapters, ranks, torch.get_num_threads(),
+        _CODES[h.dtype], out.data_ptr(), h.data_ptr(), *_addresses(table),
+        rows, *table[0].shape, ranks, torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -129,19 +132,24 @@ def _weighted_backward(
     d_mixture = None
     if needs_mixture:
         make = torch.empty if rows else torch.zeros
-        d_mixture = make(table.samples, table.adapters, dtype=table.tensors[0].dtype)
+        d_mixture = make(*table[0].shape, dtype=table[0].dtype)
     _C.weight_ranks_backward(
-        _CODES[g.dtype], g.data_ptr(), h.contiguous().data_ptr(),
+        _CODES[g.dtype], g.data_ptr(), h.data_ptr(),
         0 if d_mixture is None else d_mixture.data_ptr(),
         0 if packed_g is g or not count else packed_g.data_ptr(),
-        packed_h.data_ptr(), train_rows, *table.addresses,
-        rows, table.samples, table.adapters, ranks, torch.get_num_threads(),
+        packed_h.data_ptr(), train_rows, *_addresses(table),
+        rows, *table[0].shape, ranks, torch.get_num_threads(),
     )  # fmt: skip
     return d_mixture, packed_g, packed_h
 
 
 def _decode(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, table: _Table
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    table: _Table,
 ) -> tuple[Tensor, Tensor]:
     rows, inputs = x.shape
     ranks, outputs = lora_b.shape
@@ -149,9 +157,9 @@ def _decode(
         lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
     lora_a, lora_b = lora_a.contiguous(), lora_b.contiguous()
     h = x.new_empty(rows, ranks)
-    accumulate = weight is not None and not weight.is_contiguous()
+    accumulate = weight is not None and (rows > _WHOLE_ROWS[x.dtype] or not weight.is_contiguous())
     if accumulate:
-        y = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
+        y = F.linear(x, weight, bias)
         weight = bias = None
     else:
         y = x.new_empty(rows, outputs)
@@ -160,57 +168,58 @@ def _decode(
     _C.mixed_lora_decode(
         _CODES[x.dtype], _CODES[lora_a.dtype], y.data_ptr(), h.data_ptr(), x.data_ptr(),
         0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr(),
-        lora_a.data_ptr(), lora_b.data_ptr(), *table.addresses,
-        rows, inputs, outputs, table.samples, table.adapters, ranks, accumulate,
+        lora_a.data_ptr(), lora_b.data_ptr(), *_addresses(table),
+        rows, inputs, outputs, *table[0].shape, ranks, accumulate,
         torch.get_num_threads(),
     )  # fmt: skip
     return y, h
 
 
-def _onednn() -> Any:
-    """torch's binding of oneDNN's GEMM with a fused addition, or None."""
+def _find_onednn() -> Any:
     if not torch.backends.mkldnn.is_available():
         return None
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
-_ONEDNN = _onednn()
+# oneDNN's GEMM x . w^T with an optional fused addition; None in builds of torch without it.
+_ONEDNN = _find_onednn()
 
 
-def _uses_onednn(x: Tensor) -> bool:
+def _uses_onednn(x: Tensor, columns: int) -> bool:
+    """Whether oneDNN is called directly for x [M, I] times [I, columns].
+
+    torch.mm gives float32 to a BLAS, which is slower here; the 16-bit types reach oneDNN by it.
+    """
     return (
         _ONEDNN is not None
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and torch.backends.mkldnn.enabled
+        and x.dtype == torch.float32
+        and x.numel() * columns >= _ONEDNN_WORK
+        and bool(torch.backends.mkldnn.enabled)
     )
 
 
 def _multiply_nt(x: Tensor, rows: Tensor) -> Tensor:
     """x [M, I] . rows [R, I]^T"""
-    if _uses_onednn(x) and rows.numel() and x.numel():
+    if _uses_onednn(x, rows.shape[0]):
         return _ONEDNN(x, rows, None, "none", [], "")
     return torch.mm(x, rows.t())
 
 
 def _multiply_tn(packed: Tensor, x: Tensor) -> Tensor:
     """packed [M, R]^T . x [M, I]"""
-    if _uses_onednn(x) and packed.numel() and x.numel():
+    if _uses_onednn(x, packed.shape[1]):
         return _ONEDNN(packed.t(), x.t(), None, "none", [], "")
-    return torch.mm(packed.t(), x)
+    return torch.mm(packed.t().contiguous(), x)
 
 
 def _two_products(
     x: Tensor, matrix: Tensor | None, bias: Tensor | None, ranks: Tensor, rows: Tensor
 ) -> Tensor:
-    """x [M, I] . matrix [I, O] + bias + ranks [M, R] . rows [R, O]; without matrix the last alone.
-
-    The small product goes first: adding it hides inside the large one.
-    """
+    """x [M, I] . matrix [I, O] + bias + ranks [M, R] . rows [R, O]; or the last alone."""
     if matrix is None:
         return torch.mm(ranks, rows)
-    if not rows.numel() or not x.numel():
-        return x @ matrix if bias is None else torch.addmm(bias, x, matrix)
-    if _uses_onednn(x):
+    if rows.numel() and _uses_onednn(x, matrix.shape[1]):
+        # The small product first: adding it hides inside the large one.
         delta = _ONEDNN(ranks, rows.t(), None, "none", [], "")
         return _ONEDNN.binary(x, delta, matrix.t(), bias, "add")
     y = torch.mm(x, matrix) if bias is None else torch.addmm(bias, x, matrix)
@@ -221,8 +230,14 @@ def _transposed(weight: Tensor | None) -> Tensor | None:
     return None if weight is None else weight.t()
 
 
-def _rows(stack: Tensor, train_rows: list[int]) -> Tensor:
-    """The rows of the ranges; a view where there is one range."""
-    if len(train_rows) == 2:
-        return stack[train_rows[0] : train_rows[1]]
-    return torch.cat([stack[i:j] for i, j in zip(train_rows[::2], train_rows[1::2])] or [stack[:0]])
+def _through_trained(
+    dy: Tensor, weight: Tensor | None, packed_g: Tensor, lora_a: Tensor, train_rows: list[int]
+) -> Tensor:
+    """The gradient of x where only the trained adapters pass it on; no row of lora_a is moved."""
+    spans = list(zip(train_rows[::2], train_rows[1::2], strict=True))
+    parts = packed_g.split([stop - start for start, stop in spans], dim=1) if spans else (packed_g,)
+    rows = [lora_a[start:stop].to(dy.dtype) for start, stop in spans] or [lora_a[:0].to(dy.dtype)]
+    dx = _two_products(dy, weight, None, parts[0], rows[0])
+    for part, row in zip(parts[1:], rows[1:], strict=True):
+        dx.addmm_(part, row)
+    return dx

@@ -462,9 +462,11 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dy, _):
+    # An empty list of ints counts as a list of tensors, whose gradient is a list.
+    no_rows = None if ctx.train_rows else []
     if dy is None:
         empty = [None] * len(ctx.needs_a), [None] * len(ctx.needs_b)
-        return (*(None,) * 5, *empty, *(None,) * 6)
+        return (*(None,) * 5, *empty, None, None, None, no_rows, None, None)
     x, weight, lora_a, lora_b, mixture, row_adapter, row_scale, h = ctx.saved_tensors
     dx, d_mixture, d_a, d_b = _backward_op(
         dy, x, weight, lora_a, lora_b, mixture, row_adapter, row_scale, h,
@@ -479,7 +481,11 @@ def _backward(ctx, dy, _):
         _split(d_a, ctx.train_sizes, ctx.needs_a),
         _split(d_b, ctx.train_sizes, ctx.needs_b),
         d_mixture if mixture.requires_grad else None,
-        *(None,) * 5,
+        None,
+        None,
+        no_rows,
+        None,
+        None,
     )
 
 

@@ -1,0 +1,368 @@
+"""Every backend of `mixed_lora` against the float64 reference: forward and every gradient."""
+
+import importlib
+
+import pytest
+import torch
+
+from sapt_fast import dispatch
+from sapt_fast.ops import mixed_lora, mixed_lora_linear
+
+op = importlib.import_module("sapt_fast.ops.mixed_lora")
+
+BACKENDS = ["reference", "cpu", "triton"]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# What one rounding of the result costs in a dtype: an error this small is not worth a ratio.
+FLOOR = {torch.float32: 3e-7, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+# name: (x shape, O, ranks)
+CASES = {
+    "odd": ((3, 5, 33), 17, (4, 4, 4)),
+    "one_sample_one_adapter": ((1, 7, 16), 8, (4,)),
+    "one_row": ((1, 1, 24), 40, (4, 8)),
+    "mixed_ranks_and_none": ((2, 9, 40), 24, (3, 0, 5, 1)),
+    "sixty": ((4, 16, 64), 48, (4,) * 15),
+    "two_dimensional": ((6, 20), 12, (2, 2)),
+    "rows_beyond_a_tile": ((2, 70, 32), 72, (16, 4)),
+}
+
+
+def _inputs(shape, out, ranks, dtype, *, per_token=False, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*size):
+        return torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype)
+
+    total, width = sum(ranks), shape[-1]
+    lead = shape[:-1] if per_token else shape[:1]
+    mixture = torch.rand(*lead, len(ranks), generator=generator, dtype=torch.float64)
+    accumulate = torch.promote_types(dtype, torch.float32)
+    return {
+        "x": draw(*shape),
+        "weight": draw(out, width) / width**0.5,
+        "bias": draw(out),
+        "lora_a": draw(total, width) / width**0.5,
+        "lora_b": draw(total, out),
+        "mixture": mixture.to(accumulate),
+    }
+
+
+def _run(inputs, dtype=None, *, seed=1, **options):
+    """(output, gradients by name) in `dtype`, from a fixed random incoming gradient."""
+    leaves = {
+        name: t.detach().to(dtype or t.dtype).requires_grad_() for name, t in inputs.items()
+    }
+    y = mixed_lora_linear(*leaves.values(), **options)
+    generator = torch.Generator().manual_seed(seed)
+    grad = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(inputs["x"].dtype)
+    y.backward(grad.to(y.dtype))
+    return y.detach(), {name: leaf.grad for name, leaf in leaves.items()}
+
+
+def _error(result, exact):
+    scale = exact.double().pow(2).mean().sqrt().clamp(min=1e-30)
+    return ((result.double() - exact.double()).pow(2).mean().sqrt() / scale).item()
+
+
+def _assert_as_good_as_torch(result, plain, exact, dtype, name):
+    assert result.shape == exact.shape, name
+    assert torch.isfinite(result).all(), name
+    allowed = max(2 * _error(plain, exact), FLOOR[dtype])
+    assert _error(result, exact) <= allowed, f"{name}: {_error(result, exact):.1e} > {allowed:.1e}"
+
+
+def _plain_torch(inputs, ranks, scaling, grad_through_frozen=True, trainable=None):
+    """The formula adapter by adapter with autograd, in the inputs' dtype: the published loop."""
+    leaves = {name: t.detach().requires_grad_() for name, t in inputs.items()}
+    x, weight, bias, lora_a, lora_b, mixture = leaves.values()
+    y = torch.nn.functional.linear(x, weight, bias)
+    start = 0
+    for k, rank in enumerate(ranks):
+        a, b = lora_a[start : start + rank], lora_b[start : start + rank]
+        start += rank
+        source = x
+        if trainable is not None and k not in trainable:
+            a, b = a.detach(), b.detach()
+            source = x if grad_through_frozen else x.detach()
+        weights = mixture[..., k].to(x.dtype)
+        weights = weights.reshape(*weights.shape, *[1] * (x.dim() - weights.dim()))
+        y = y + weights * scaling[k] * ((source @ a.t()) @ b)
+    generator = torch.Generator().manual_seed(1)
+    grad = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(x.dtype)
+    y.backward(grad)
+    return y.detach(), {name: leaf.grad for name, leaf in leaves.items()}
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    reason = dispatch.unavailable("mixed_lora", request.param, "cpu")
+    assert reason is None, reason
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("case", CASES)
+def test_forward_and_every_gradient(backend, case, dtype):
+    shape, out, ranks = CASES[case]
+    scaling = torch.linspace(0.5, 2, len(ranks))
+    inputs = _inputs(shape, out, ranks, dtype)
+    exact = _plain_torch({k: v.double() for k, v in inputs.items()}, ranks, scaling.double())
+    plain = _plain_torch(inputs, ranks, scaling.to(dtype))
+    y, grads = _run(inputs, ranks=ranks, scaling=scaling, backend=backend)
+    _assert_as_good_as_torch(y, plain[0], exact[0], dtype, "y")
+    for name, grad in grads.items():
+        _assert_as_good_as_torch(grad, plain[1][name], exact[1][name], dtype, name)
+
+
+@pytest.mark.parametrize("per_token", [False, True], ids=["per_sample", "per_token"])
+@pytest.mark.parametrize("trainable", [[2], [0, 2], [], [1]])
+@pytest.mark.parametrize("through", [True, False], ids=["through_frozen", "stop_at_frozen"])
+def test_trainable_rows_and_gradient_modes(backend, through, trainable, per_token):
+    ranks, scaling = (4, 2, 3), torch.tensor([0.5, 1.0, 2.0])
+    inputs = _inputs((3, 6, 20), 12, ranks, torch.float32, per_token=per_token)
+    options = {"grad_through_frozen": through, "trainable": trainable}
+    exact = _plain_torch(
+        {k: v.double() for k, v in inputs.items()}, ranks, scaling.double(), **options
+    )
+    y, grads = _run(inputs, ranks=ranks, scaling=scaling, backend=backend, **options)
+    assert _error(y, exact[0]) <= 1e-6
+    for name, grad in grads.items():
+        if exact[1][name] is None:
+            assert grad is None or not grad.any(), name
+        else:
+            assert _error(grad, exact[1][name]) <= 2e-6, name
+    frozen = [k for k in range(3) if k not in trainable]
+    for k in frozen:
+        rows = slice(sum(ranks[:k]), sum(ranks[: k + 1]))
+        assert grads["lora_a"] is None or not grads["lora_a"][rows].any()
+
+
+def test_the_two_gradient_modes_differ(backend):
+    inputs = _inputs((2, 4, 16), 8, (4, 4), torch.float32)
+    exact, official = (
+        _run(inputs, ranks=4, trainable=[1], grad_through_frozen=mode, backend=backend)[1]
+        for mode in (True, False)
+    )
+    assert not torch.allclose(exact["x"], official["x"])
+    assert torch.equal(exact["mixture"], official["mixture"])
+
+
+def test_without_the_base(backend):
+    ranks = (3, 5)
+    inputs = _inputs((2, 6, 24), 10, ranks, torch.float32)
+    names = ("x", "lora_a", "lora_b", "mixture")
+    zero = {**inputs, "weight": torch.zeros(10, 24), "bias": torch.zeros(10)}
+    exact = _plain_torch({k: v.double() for k, v in zero.items()}, ranks, torch.ones(2).double())
+    leaves = {n: inputs[n].clone().requires_grad_() for n in names}
+    y = mixed_lora(*leaves.values(), ranks=ranks, backend=backend)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).float())
+    assert _error(y.detach(), exact[0]) <= 1e-6
+    for name in names:
+        assert _error(leaves[name].grad, exact[1][name]) <= 2e-6, name
+
+
+def test_non_contiguous_inputs_and_gradient(backend):
+    inputs = _inputs((3, 6, 20), 12, (4, 4), torch.float32)
+    exact = _run({k: v.double() for k, v in inputs.items()}, ranks=4, backend="reference")
+    strange = {k: _non_contiguous(v) for k, v in inputs.items()}
+    assert not strange["x"].is_contiguous()
+    leaves = {k: v.requires_grad_() for k, v in strange.items()}
+    y = mixed_lora_linear(*leaves.values(), ranks=4, backend=backend)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    y.backward(_non_contiguous(grad.float()))
+    assert y.is_contiguous()
+    assert _error(y.detach(), exact[0]) <= 1e-6
+    for name, leaf in leaves.items():
+        assert _error(leaf.grad, exact[1][name]) <= 2e-6, name
+
+
+def _non_contiguous(t):
+    wide = torch.empty(*t.shape[:-1], 2 * t.shape[-1], dtype=t.dtype)
+    wide[..., ::2] = t
+    return wide[..., ::2]
+
+
+def test_expanded_incoming_gradient_is_not_written_to(backend):
+    inputs = _inputs((2, 5, 16), 8, (4, 4), torch.float32)
+    leaves = {k: v.requires_grad_() for k, v in inputs.items()}
+    y = mixed_lora_linear(*leaves.values(), ranks=4, backend=backend)
+    y.sum().backward()
+    grad = torch.ones_like(y)
+    before = grad.clone()
+    again = {k: v.detach().requires_grad_() for k, v in inputs.items()}
+    mixed_lora_linear(*again.values(), ranks=4, backend=backend).backward(grad)
+    assert torch.equal(grad, before)
+    for name in leaves:
+        torch.testing.assert_close(leaves[name].grad, again[name].grad)
+
+
+def test_inputs_are_left_alone(backend):
+    inputs = _inputs((2, 5, 16), 8, (4, 4), torch.float32)
+    before = {k: v.clone() for k, v in inputs.items()}
+    _run(inputs, ranks=4, backend=backend)
+    assert all(torch.equal(inputs[k], before[k]) for k in inputs)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 16), (2, 0, 16), (0, 16)])
+def test_empty_batch(backend, shape):
+    inputs = _inputs(shape, 8, (4, 4), torch.float32)
+    y, grads = _run(inputs, ranks=4, backend=backend)
+    assert y.shape == (*shape[:-1], 8)
+    assert all(torch.equal(grads[k], torch.zeros_like(inputs[k])) for k in inputs)
+
+
+def test_unwritten_memory_never_shows(backend, monkeypatch):
+    empty, empty_like, new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
+
+    def poisoned(make):
+        def allocate(*args, **kwargs):
+            t = make(*args, **kwargs)
+            return t.fill_(float("nan")) if t.is_floating_point() else t
+
+        return allocate
+
+    inputs = _inputs((3, 7, 33), 17, (4, 0, 3), torch.float32)
+    expected = _run(inputs, ranks=(4, 0, 3), backend=backend)
+    monkeypatch.setattr(torch, "empty", poisoned(empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(new_empty))
+    y, grads = _run(inputs, ranks=(4, 0, 3), backend=backend)
+    assert torch.equal(y, expected[0])
+    assert all(torch.equal(grads[k], expected[1][k]) for k in grads)
+
+
+def test_the_same_bits_every_time(backend):
+    inputs = _inputs((3, 40, 64), 48, (4,) * 6, torch.float32)
+    first, second = (_run(inputs, ranks=4, backend=backend) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert all(torch.equal(first[1][k], second[1][k]) for k in first[1])
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_float32_adapters_on_a_bfloat16_layer(backend, train):
+    ranks = (4, 4)
+    inputs = _inputs((2, 6, 32), 16, ranks, torch.bfloat16)
+    for name in ("lora_a", "lora_b"):
+        inputs[name] = inputs[name].float()
+    with torch.set_grad_enabled(train):
+        y = mixed_lora_linear(*inputs.values(), ranks=ranks, backend=backend)
+    assert y.dtype == torch.bfloat16
+    exact = _run({k: v.double() for k, v in inputs.items()}, ranks=ranks, backend="reference")[0]
+    assert _error(y, exact) <= 1e-2
+    if train:
+        _, grads = _run(inputs, ranks=ranks, backend=backend)
+        assert grads["lora_a"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_gradcheck(backend):
+    for per_token in (False, True):
+        inputs = _inputs((2, 3, 5), 4, (2, 0, 3), torch.float64, per_token=per_token)
+        leaves = [t.requires_grad_() for t in inputs.values()]
+        scaling = torch.tensor([0.5, 2.0, 3.0])
+        assert torch.autograd.gradcheck(
+            lambda *a: mixed_lora_linear(*a, ranks=(2, 0, 3), scaling=scaling, backend=backend),
+            leaves,
+        )
+
+
+def _op_arguments(backend, dtype=torch.float32):
+    x, weight, bias, a, b, mixture = (
+        t.requires_grad_() for t in _inputs((6, 12), 8, (2, 0, 3), dtype).values()
+    )
+    table = op.rank_table((2, 0, 3), [1.0, 2.0, 3.0], x.device)
+    return x, weight, bias, a, b, mixture, table
+
+
+@pytest.mark.parametrize("trained", [[0, 5], [2, 5]])
+def test_opcheck_forward(backend, trained):
+    x, weight, bias, a, b, mixture, table = _op_arguments(backend)
+    rows = slice(*trained)
+    train = [a[rows].detach().requires_grad_()], [b[rows].detach().requires_grad_()]
+    arguments = (
+        x, weight, bias, a.detach(), b.detach(), *train, mixture, *table, trained, True, backend,
+    )  # fmt: skip
+    torch.library.opcheck(op._forward_op, arguments)
+
+
+@pytest.mark.parametrize("through", [True, False])
+def test_opcheck_backward(backend, through):
+    x, weight, bias, a, b, mixture, table = (
+        t.detach() if isinstance(t, torch.Tensor) else t for t in _op_arguments(backend)
+    )
+    _, h = op._forward_op(
+        x, weight, bias, a, b, [], [], mixture, *table, [2, 5], through, backend
+    )
+    arguments = (
+        torch.randn(6, 8), x, weight, a, b, mixture, *table, h, [2, 5], True, True, through, backend,
+    )  # fmt: skip
+    torch.library.opcheck(op._backward_op, arguments)
+
+
+def test_fullgraph_compile_forward_and_backward(backend):
+    def layer(x, weight, bias, a, b, mixture):
+        return mixed_lora_linear(x, weight, bias, a, b, mixture, ranks=4, backend=backend).relu()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for batch in (2, 3):
+        inputs = _inputs((batch, 5, 16), 8, (4, 4), torch.float32, seed=batch)
+        pair = [{k: v.clone().requires_grad_() for k, v in inputs.items()} for _ in range(2)]
+        for function, leaves in zip((layer, compiled), pair, strict=True):
+            function(*leaves.values()).square().sum().backward()
+        for name in inputs:
+            torch.testing.assert_close(pair[0][name].grad, pair[1][name].grad)
+
+
+def test_only_rank_space_is_saved_for_the_backward(backend):
+    inputs = _inputs((4, 16, 64), 48, (4,) * 15, torch.float32)
+    own = {t.data_ptr() for t in inputs.values()}
+    saved = []
+    leaves = {k: v.requires_grad_(k in ("x", "mixture")) for k, v in inputs.items()}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        mixed_lora_linear(*leaves.values(), ranks=4, backend=backend)
+    extra = sum(t.numel() for t in saved if t.data_ptr() not in own and t.is_floating_point())
+    assert extra <= 4 * 16 * 64 + 60  # M x R, R padded to 64, and the scale of each row
+
+
+def test_autocast_computes_in_its_dtype(backend):
+    inputs = _inputs((2, 5, 16), 8, (4, 4), torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, grads = _run(inputs, ranks=4, backend=backend)
+    assert y.dtype == torch.bfloat16
+    exact, _ = _run({k: v.double() for k, v in inputs.items()}, ranks=4, backend="reference")
+    assert _error(y, exact) <= 2e-2
+    assert all(grads[k].dtype == torch.float32 for k in grads)
+
+
+BAD = {
+    "x": ({"x": torch.zeros(2, 2, 2, 16)}, {}, ValueError, "x: got shape"),
+    "x dtype": ({"x": torch.zeros(2, 5, 16, dtype=torch.int64)}, {}, TypeError, "x: got dtype"),
+    "weight": ({"weight": torch.zeros(8, 15)}, {}, ValueError, r"weight: .*expected \[O, 16\]"),
+    "weight dtype": ({"weight": torch.zeros(8, 16).half()}, {}, TypeError, "weight: got dtype"),
+    "bias": ({"bias": torch.zeros(7)}, {}, ValueError, r"bias: .*expected \[8\]"),
+    "lora_a": ({"lora_a": torch.zeros(8, 15)}, {}, ValueError, "lora_a: got shape"),
+    "lora_b": ({"lora_b": torch.zeros(7, 8)}, {}, ValueError, "lora_b: got shape"),
+    "lora_b dtype": ({"lora_b": torch.zeros(8, 8).double()}, {}, TypeError, "lora_b: got dtype"),
+    "mixture": ({"mixture": torch.ones(3, 2)}, {}, ValueError, "mixture: got shape"),
+    "mixture dtype": ({"mixture": torch.ones(2, 2).long()}, {}, TypeError, "mixture: got dtype"),
+    "device": ({"mixture": torch.ones(2, 2, device="meta")}, {}, ValueError, "mixture: got device"),
+    "rank sum": ({}, {"ranks": (4, 5)}, ValueError, r"ranks: .*sum 8"),
+    "rank count": ({}, {"ranks": (4, 2, 2)}, ValueError, r"ranks: got 3 ranks, expected 2"),
+    "trainable": ({}, {"trainable": [2]}, ValueError, "trainable: got"),
+    "scaling": ({}, {"scaling": torch.ones(3)}, ValueError, "scaling: got shape"),
+    "backend": ({}, {"backend": "rocket"}, ValueError, "rocket"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_names_the_argument(name):
+    changes, options, error, message = BAD[name]
+    inputs = {**_inputs((2, 5, 16), 8, (4, 4), torch.float32), **changes}
+    with pytest.raises(error, match=message):
+        mixed_lora_linear(*inputs.values(), **{"ranks": 4, **options})
+
+
+def test_a_named_backend_that_cannot_run_raises():
+    inputs = _inputs((2, 5, 16), 8, (4, 4), torch.float32)
+    with pytest.raises(dispatch.BackendError, match="cuda"):
+        mixed_lora_linear(*inputs.values(), ranks=4, backend="cuda")

@@ -3,7 +3,7 @@
 ``SAPT_FAST_BUILD`` chooses what is built:
 
 - ``auto`` (default): CUDA and C++; without nvcc only C++; without a C++ compiler pure Python.
-  Every step down prints its reason.
+  The reason for less than all is printed.
 - ``none``: pure Python.
 - ``cpu``: C++ only; raises when it cannot be built.
 - ``cuda``: C++ and CUDA; raises when it cannot be built.
@@ -182,6 +182,8 @@ class BuildNative(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         folder = Path(self.build_temp).resolve() / "sapt_fast_c"
         mode = build_mode(os.environ.get("SAPT_FAST_BUILD"))
+        target.unlink(missing_ok=True)  # one of an earlier build must not pass for this one's
+        reason = ""
         if mode in ("auto", "cuda"):
             nvcc = find_nvcc()
             try:
@@ -191,13 +193,15 @@ class BuildNative(build_ext):
             except BuildError as error:
                 if mode == "cuda":
                     raise
-                print(f"sapt-fast: building without CUDA: {error}", file=sys.stderr)
+                reason = f"built without CUDA: {error}"
         try:
             Plan(folder / "cpu", target, None).run()
         except BuildError as error:
             if mode == "cpu":
                 raise
-            print(f"sapt-fast: installing as pure Python: {error}", file=sys.stderr)
+            reason = f"installed as pure Python: {error}"
+        if reason:
+            print(f"sapt-fast: {reason}", file=sys.stderr)
 
 
 def main() -> None:

@@ -157,10 +157,10 @@ def _decode(
         lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
     lora_a, lora_b = lora_a.contiguous(), lora_b.contiguous()
     h = x.new_empty(rows, ranks)
-    accumulate = weight is not None and (rows > _WHOLE_ROWS[x.dtype] or not weight.is_contiguous())
-    if accumulate:
+    accumulate = False
+    if weight is not None and (rows > _WHOLE_ROWS[x.dtype] or not weight.is_contiguous()):
         y = F.linear(x, weight, bias)
-        weight = bias = None
+        weight, bias, accumulate = None, None, True
     else:
         y = x.new_empty(rows, outputs)
     if bias is not None:

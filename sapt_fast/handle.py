@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from sapt_fast.patching import PatchReport
     from sapt_fast.pool import AdapterPool
 
+Adapter = tuple[Tensor, Tensor, float]  # A [r, in_features], B [r, out_features], alpha / r
+
+_RESERVED_NAMES = ("router.safetensors", "sapt_config.json")  # files beside the tasks' folders
+
 
 class SaptHandle(nn.Module):
     """The tasks, the router and the losses of a patched model.
@@ -24,10 +28,14 @@ class SaptHandle(nn.Module):
         config: the SaptConfig. report: what was patched.
         router: any module with `add_key`, `pool`, `scores` and `weights`, as `SaptRouter`.
         tasks: names in learning order, oldest first.
+        targets: by task name, the mean attention [k] over that task's inputs once it was learned
+            (k = 1 + its index; learning order): what the reflection loss holds it to. Filled by
+            whoever trains; saved and loaded with the adapters.
         routing: the running weights.
     """
 
     tasks: list[str]
+    targets: dict[str, Tensor]
 
     def __init__(self, model: Any, config: SaptConfig, report: "PatchReport") -> None:
         super().__init__()
@@ -36,6 +44,7 @@ class SaptHandle(nn.Module):
         self.config = config
         self.report = report
         self.tasks = []
+        self.targets = {}
         self.unfrozen_before: list[str] = []
         self.router = SaptRouter(
             width,
@@ -61,22 +70,30 @@ class SaptHandle(nn.Module):
         Raises:
             ValueError: name is empty, taken, or no folder name.
         """
-        if not name or name in self.tasks or os.path.basename(name) != name or name in (".", ".."):
-            raise ValueError(
-                f"name: got {name!r}, expected a new name without path separators "
-                f"(there are {self.tasks})"
-            )
+        self._require_new(name)
         before = list(self._growing())
         for pool in self.pools.values():
             pool.add(self.config.r, self.config.lora_alpha / self.config.r)
         self.router.add_key()
-        if not self.tasks:
-            for parameter in self.router.parameters():
-                parameter.requires_grad_(parameter is not self.router.keys.frozen)
-        self.tasks.append(name)
-        self.routing.weights = None
+        self._task_added(name)
         if optimizer is not None:
             _follow(optimizer, before, list(self._growing()))
+
+    def restore_task(self, name: str, adapters: dict[str, Adapter], key: Tensor) -> None:
+        """`add_task` with weights that exist already, as a checkpoint has them.
+
+        Args:
+            name: as in `add_task`.
+            adapters: by the path of each patched layer, A [r, in_features], B [r, out_features]
+                and the scaling; copied, ranks may differ.
+            key: [D].
+        """
+        self._require_new(name)
+        for path, pool in self.pools.items():
+            a, b, scaling = adapters[path]
+            pool.add(a.shape[0], scaling, (a, b))
+        self.router.add_key(key)
+        self._task_added(name)
 
     @property
     def pools(self) -> dict[str, "AdapterPool"]:
@@ -201,6 +218,21 @@ class SaptHandle(nn.Module):
     def _require_task(self) -> None:
         if not self.tasks:
             raise RuntimeError("there is no task yet: call model.sapt.add_task(name) first")
+
+    def _require_new(self, name: str) -> None:
+        folder = bool(name) and os.path.basename(name) == name and name not in (".", "..")
+        if not folder or name in self.tasks or name in _RESERVED_NAMES:
+            raise ValueError(
+                f"name: got {name!r}, expected a new name without path separators "
+                f"(there are {self.tasks})"
+            )
+
+    def _task_added(self, name: str) -> None:
+        if not self.tasks:
+            for parameter in self.router.parameters():
+                parameter.requires_grad_(parameter is not self.router.keys.frozen)
+        self.tasks.append(name)
+        self.routing.weights = None
 
     def _growing(self) -> Iterator[nn.Parameter]:
         """The parameters that `add_task` replaces by new ones."""

@@ -105,28 +105,33 @@ def unpatch(model: PreTrainedModel) -> PreTrainedModel:
     """Undoes `patch`: classes, methods, hooks and requires_grad are as before; adapters are gone.
 
     Raises:
-        ValueError: the model is not patched.
+        ValueError: the model is not patched, or accelerate has hooked it since.
     """
     handle = getattr(model, "sapt", None)
     if not isinstance(handle, SaptHandle):
         raise ValueError("model: not patched by sapt_fast.patch")
+    _refuse_hooked(model)
     handle.routing.remove()
     del model.sapt
     for name in handle.report.patched:
         _restore(model.get_submodule(name))
-    for name in handle.unfrozen_before:
-        model.get_parameter(name).requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in handle.unfrozen_before)
     return model
 
 
-def _find(model: PreTrainedModel, config: SaptConfig) -> PatchReport:
+def _refuse_hooked(model: PreTrainedModel) -> None:
     hooked = [name or "the model" for name, m in model.named_modules() if hasattr(m, "_hf_hook")]
     if hooked:
         raise ValueError(
-            f"model: accelerate has hooked {hooked[0]} (and {len(hooked) - 1} more), which would "
-            "bypass the patch; call sapt_fast.patch before accelerate dispatches the model, or "
-            "accelerate.hooks.remove_hook_from_module(model, recurse=True) first"
+            f"model: accelerate has hooked {hooked[0]} (and {len(hooked) - 1} more) and keeps its "
+            "present forward; call accelerate.hooks.remove_hook_from_module(model, recurse=True) "
+            "first, and let accelerate dispatch the model after sapt_fast.patch"
         )
+
+
+def _find(model: PreTrainedModel, config: SaptConfig) -> PatchReport:
+    _refuse_hooked(model)
     report, targets = PatchReport(), _targets(model, config)
     for name, module in model.named_modules():
         if not _matches(name, targets):
@@ -155,14 +160,25 @@ def _targets(model: PreTrainedModel, config: SaptConfig) -> Iterable[str] | str:
 
 def _matches(name: str, targets: Iterable[str] | str) -> bool:
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
+        try:
+            return re.fullmatch(targets, name) is not None
+        except re.error as error:
+            raise ValueError(f"target_modules: {targets!r} is no regular expression: {error}") from None
     return any(name == target or name.endswith("." + target) for target in targets)
 
 
 def _unpatchable(module: nn.Module) -> str | None:
     if type(module) in MIXED:
-        return "its forward was replaced by another library" if "forward" in vars(module) else None
+        own = _has_own_forward(module)
+        return "its forward was replaced by another library" if own else None
     return f"{type(module).__module__}.{type(module).__name__} is not a plain linear layer"
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Whether the instance's forward is another than its class's (accelerate's hooks, once
+    removed, leave the class's behind on the instance)."""
+    forward = vars(module).get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
 
 
 def _linear_names(model: nn.Module) -> list[str]:
@@ -182,10 +198,13 @@ def _swap(module: Any, routing: Routing, config: SaptConfig) -> None:
     module.sapt_routing = routing
     module.sapt_dropout = config.lora_dropout
     module.sapt_grad_through_frozen = config.grad_through_frozen
+    vars(module).pop("forward", None)
     module.__class__ = MIXED[type(module)]
 
 
 def _restore(module: Any) -> None:
+    if not _has_own_forward(module):
+        vars(module).pop("forward", None)
     module.__class__ = next(base for base, mixed in MIXED.items() if type(module) is mixed)
     for name in ("sapt_pool", "sapt_routing", "sapt_dropout", "sapt_grad_through_frozen"):
         delattr(module, name)

@@ -114,11 +114,24 @@ class AdapterPool(nn.Module):
     def __len__(self) -> int:
         return len(self.ranks)
 
-    def add(self, rank: int, scaling: float) -> None:
-        """Adds a trainable adapter that changes nothing yet (A Kaiming-uniform, B zero); freezes
-        the others."""
-        self.a.append(rank, lambda rows: nn.init.kaiming_uniform_(rows, a=5**0.5) if rank else rows)
-        self.b.append(rank, nn.init.zeros_)
+    def add(
+        self, rank: int, scaling: float, weights: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        """Adds a trainable adapter and freezes the others.
+
+        Args:
+            rank: r; 0 for none in this layer. scaling: alpha / r.
+            weights: A [r, in_features] and B [r, out_features] to copy; None for an adapter that
+                changes nothing yet (A Kaiming-uniform, B zero).
+        """
+        if weights is None:
+            self.a.append(
+                rank, lambda rows: nn.init.kaiming_uniform_(rows, a=5**0.5) if rank else rows
+            )
+            self.b.append(rank, nn.init.zeros_)
+        else:
+            self.a.append(rank, lambda rows: rows.copy_(weights[0]))
+            self.b.append(rank, lambda rows: rows.copy_(weights[1]))
         self.ranks.append(rank)
         self.scaling.append(float(scaling))
         self._tables.clear()

@@ -181,9 +181,9 @@ class SaptRouter(nn.Module):
             self.register_buffer("query_mean", torch.zeros(width, **place))
             self.register_buffer("query_std", torch.ones(width, **place))
 
-    def add_key(self) -> None:
-        """A new trainable key, uniform in (-1, 1); earlier keys freeze."""
-        self.keys.append(1, lambda rows: rows.uniform_(-1, 1))
+    def add_key(self, key: Tensor | None = None) -> None:
+        """A new trainable key, `key` [D] or uniform in (-1, 1); earlier keys freeze."""
+        self.keys.append(1, lambda rows: rows.uniform_(-1, 1) if key is None else rows.copy_(key))
 
     def pool(
         self,

@@ -36,6 +36,7 @@ class SaptHandle(nn.Module):
 
     tasks: list[str]
     targets: dict[str, Tensor]
+    _model: Any
 
     def __init__(self, model: Any, config: SaptConfig, report: "PatchReport") -> None:
         super().__init__()
@@ -55,7 +56,7 @@ class SaptHandle(nn.Module):
         )
         # Not a submodule: the handle is one of the model's.
         object.__setattr__(self, "_model", model)
-        self.routing = Routing(model, self._route)
+        self.routing = Routing(model, self.route, self._has_tasks)
         if config.standardize_query:
             self.router.standardize(embedding, embedding.weight.shape[0])
 
@@ -68,10 +69,13 @@ class SaptHandle(nn.Module):
                 parameter groups, with fresh state.
 
         Raises:
-            ValueError: name is empty, taken, or no folder name.
+            ValueError: name is empty, taken, or no folder name; or the optimizer holds none of the
+                parameters to follow.
         """
         self._require_new(name)
         before = list(self._growing())
+        if optimizer is not None:
+            _require_held(optimizer, before)
         for pool in self.pools.values():
             pool.add(self.config.r, self.config.lora_alpha / self.config.r)
         self.router.add_key()
@@ -143,7 +147,7 @@ class SaptHandle(nn.Module):
         """
         self._require_task()
         if not torch.isfinite(target).all() or (target < 0).any():
-            raise ValueError("target: got negative or non-finite values, expected attention weights")
+            raise ValueError("target: got negative or non-finite values, expected weights")
         pooled = self._pooled(input_ids, None, attention_mask, labels)
         return reflection_loss(self.router.scores(pooled), target.to(pooled.device))
 
@@ -191,11 +195,8 @@ class SaptHandle(nn.Module):
 
         export_adapter(self._model, weights, directory)
 
-    def _route(self, **inputs: Any) -> Tensor | None:
-        """`route` for the hooks: None while there is no task, or no input to look at."""
-        if not self.tasks:
-            return None
-        return self.route(**inputs)
+    def _has_tasks(self) -> bool:
+        return bool(self.tasks)
 
     def _pooled(
         self,
@@ -244,6 +245,12 @@ class SaptHandle(nn.Module):
         return f"tasks={self.tasks}, layers={len(self.report.patched)}"
 
 
+def _require_held(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if held.isdisjoint(map(id, parameters)):
+        raise ValueError("optimizer: holds none of the parameters that the task before trained")
+
+
 def _follow(
     optimizer: torch.optim.Optimizer, before: list[nn.Parameter], after: list[nn.Parameter]
 ) -> None:
@@ -253,5 +260,3 @@ def _follow(
             if id(old) in successor:
                 optimizer.state.pop(old, None)
         group["params"] = [successor.pop(id(p), p) for p in group["params"]]
-    if len(successor) == len(before):
-        raise ValueError("optimizer: holds none of the parameters of the task before")

@@ -72,7 +72,8 @@ def _checked_mixture(weights: Tensor | None, x: Tensor, count: int) -> Tensor:
     # A group of consecutive rows (beams, tokens) shares its sample's weights.
     if weights.dim() == 3 and x.shape[:2] != weights.shape[:2]:
         raise RuntimeError(
-            f"per-token weights of shape {tuple(weights.shape)} for an input of shape {tuple(x.shape)}"
+            f"per-token weights of shape {tuple(weights.shape)} for an input of shape "
+            f"{tuple(x.shape)}"
         )
     if weights.dim() == 2 and x.shape[0] % weights.shape[0]:
         raise RuntimeError(

@@ -66,11 +66,7 @@ def patch(
         >>> model.sapt.tasks
         ['first']
     """
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"model: got {type(model).__name__}, expected a transformers PreTrainedModel "
-            "(for a PeftModel call merge_and_unload() first)"
-        )
+    require_pretrained(model)
     handle = getattr(model, "sapt", None)
     if isinstance(handle, SaptHandle):
         if config is not None and config != handle.config:
@@ -80,7 +76,7 @@ def patch(
             )
         return model
     config = config or SaptConfig()
-    report = _find(model, config)
+    report = find_layers(model, config)
     if strict and report.skipped:
         raise ValueError(f"strict: some layers cannot be patched. {report}")
     if not report.patched:
@@ -130,7 +126,23 @@ def _refuse_hooked(model: PreTrainedModel) -> None:
         )
 
 
-def _find(model: PreTrainedModel, config: SaptConfig) -> PatchReport:
+def require_pretrained(model: object) -> None:
+    """Raises TypeError unless model is a PreTrainedModel."""
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"model: got {type(model).__name__}, expected a transformers PreTrainedModel "
+            "(for a PeftModel call merge_and_unload() first)"
+        )
+
+
+def layer_features(module: Any) -> tuple[int, int]:
+    """(in_features, out_features) of a linear layer or a GPT-2 Conv1D."""
+    rows, columns = module.weight.shape
+    return (columns, rows) if isinstance(module, nn.Linear) else (rows, columns)
+
+
+def find_layers(model: PreTrainedModel, config: SaptConfig) -> PatchReport:
+    """What `patch` would patch and skip; changes nothing. Raises as `patch` does."""
     _refuse_hooked(model)
     report, targets = PatchReport(), _targets(model, config)
     for name, module in model.named_modules():
@@ -163,7 +175,9 @@ def _matches(name: str, targets: Iterable[str] | str) -> bool:
         try:
             return re.fullmatch(targets, name) is not None
         except re.error as error:
-            raise ValueError(f"target_modules: {targets!r} is no regular expression: {error}") from None
+            raise ValueError(
+                f"target_modules: {targets!r} is no regular expression: {error}"
+            ) from None
     return any(name == target or name.endswith("." + target) for target in targets)
 
 
@@ -186,11 +200,8 @@ def _linear_names(model: nn.Module) -> list[str]:
 
 
 def _swap(module: Any, routing: Routing, config: SaptConfig) -> None:
-    rows, columns = module.weight.shape
-    inputs, outputs = (columns, rows) if isinstance(module, nn.Linear) else (rows, columns)
     module.sapt_pool = AdapterPool(
-        inputs,
-        outputs,
+        *layer_features(module),
         reserve=config.reserve_tasks * config.r,
         device=module.weight.device,
         dtype=module.weight.dtype,

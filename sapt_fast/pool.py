@@ -1,6 +1,7 @@
 """The adapter pool: storage that grows task by task and never moves what is frozen."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +40,8 @@ class RowStack(nn.Module):
     def append(self, rows: int, fill: Callable[[Tensor], object]) -> nn.Parameter:
         """Freezes what is there and adds `rows` trainable rows, written by `fill` in place.
 
-        The parameter that trained before keeps its values but leaves the module without a
-        gradient, so an optimizer that still holds it leaves its rows alone.
+        The parameter that trained before leaves the module with a copy of its rows and without a
+        gradient, so an optimizer that still holds it cannot reach the frozen ones.
         """
         self._realign()
         start = len(self)
@@ -50,6 +51,7 @@ class RowStack(nn.Module):
         fill(fresh)
         self.trainable.requires_grad_(False)
         self.trainable.grad = None
+        self.trainable.data = self.trainable.data.clone()
         self.frozen.data = self._memory[:start]
         self.trainable = nn.Parameter(fresh)
         return self.trainable
@@ -59,6 +61,21 @@ class RowStack(nn.Module):
         if not torch.compiler.is_compiling():
             self._realign()
         return self._memory[: len(self)]
+
+    # A compiled forward does not look where the parameters are, so whatever moves them realigns.
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RowStack":
+        super()._apply(fn, recurse)
+        self._realign()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._realign()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._realign()
 
     def _realign(self) -> None:
         """Puts the parameters back side by side after `.to()`, a deep copy or an assigned load."""
@@ -70,6 +87,7 @@ class RowStack(nn.Module):
                 self._move(self._memory.shape[0])
                 return
 
+    @torch.inference_mode(False)
     def _move(self, capacity: int) -> None:
         size, first = len(self), self.frozen.shape[0]
         dtype = torch.promote_types(self.frozen.dtype, self.trainable.dtype)
@@ -81,7 +99,8 @@ class RowStack(nn.Module):
         self.trainable.data = memory[first:size]
 
     def extra_repr(self) -> str:
-        return f"frozen={self.frozen.shape[0]}, trainable={self.trainable.shape[0]}, width={self.width}"
+        frozen, trainable = self.frozen.shape[0], self.trainable.shape[0]
+        return f"frozen={frozen}, trainable={trainable}, width={self.width}"
 
 
 class AdapterPool(nn.Module):
@@ -152,6 +171,7 @@ class AdapterPool(nn.Module):
         mixture: Tensor,
         *,
         grad_through_frozen: bool = True,
+        backend: str | None = None,
     ) -> Tensor:
         """`ops.mixed_lora_linear` over this pool.
 
@@ -167,6 +187,7 @@ class AdapterPool(nn.Module):
             [self.a.trainable], [self.b.trainable],
             [first, last] if last > first else [],
             grad_through_frozen,
+            backend,
         )  # fmt: skip
 
     def _table(self, device: torch.device, dtype: torch.dtype) -> RankTable:

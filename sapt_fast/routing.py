@@ -21,7 +21,6 @@ _CONTINUOUS_BATCHING = (
     "init_continuous_batching",
     "continuous_batching_context_manager",
 )
-_MISSING = object()
 
 
 class Routing:
@@ -30,16 +29,20 @@ class Routing:
     Args:
         model: the transformers model (inside any wrapper).
         route: computes weights [B, K] from keyword arguments input_ids, inputs_embeds,
-            attention_mask and labels; None when there is nothing to mix.
+            attention_mask and labels.
+        active: whether there is anything to mix; if not, nothing is routed.
     """
 
-    def __init__(self, model: nn.Module, route: Callable[..., Tensor | None]) -> None:
+    def __init__(
+        self, model: Any, route: Callable[..., Tensor], active: Callable[[], bool]
+    ) -> None:
         self.model = model
         self.route = route
+        self.active = active
         self._thread = threading.local()
         self._hooks: list[Any] = []
         self._replaced: dict[str, Any] = {}
-        self._argument_names: dict[str, tuple[str, ...]] = {}
+        self._argument_names: dict[type[nn.Module], tuple[str, ...]] = {}
 
     @property
     def weights(self) -> Tensor | None:
@@ -59,26 +62,24 @@ class Routing:
     def pin(self, weights: Tensor) -> Iterator[None]:
         """Uses `weights` in every forward of this thread while the context lasts."""
         before = self.pinned
-        self._thread.pinned = weights
+        self._thread.pinned = self.weights = weights
         try:
             yield
         finally:
             self._thread.pinned = before
+            if before is not None:
+                self.weights = before
 
     def install(self) -> None:
         """Adds the hooks; `remove` takes them away again."""
         model = self.model
-        self._hooks = [model.register_forward_pre_hook(self._enter_model, with_kwargs=True)]
+        # The model with its head, and the one inside it, which may be called on its own.
+        for root in dict.fromkeys((model, model.base_model)):
+            self._hook(root, self._enter_model, self._leave_model)
         if self._is_encoder_decoder:
-            encoder = model.get_encoder()
-            self._argument_names["encoder"] = _argument_names(encoder)
-            self._hooks += [
-                encoder.register_forward_pre_hook(self._enter_encoder, with_kwargs=True),
-                encoder.register_forward_hook(self._leave_encoder),
-            ]
+            self._hook(model.get_encoder(), self._enter_encoder, self._leave_encoder)
         elif hasattr(model, "generate"):
             self._replace("generate", self._generate)
-        self._argument_names["model"] = _argument_names(model)
         for name in _CONTINUOUS_BATCHING:
             if hasattr(model, name):
                 self._replace(name, self._refuse_continuous_batching)
@@ -93,7 +94,7 @@ class Routing:
         for hook in self._hooks:
             hook.remove()
         for name, before in self._replaced.items():
-            if before is _MISSING:
+            if before is None:
                 del self.model.__dict__[name]
             else:
                 self.model.__dict__[name] = before
@@ -108,13 +109,22 @@ class Routing:
         return bool(getattr(self.model.config, "is_encoder_decoder", False))
 
     def _replace(self, name: str, method: Callable[..., Any]) -> None:
-        self._replaced[name] = self.model.__dict__.get(name, _MISSING)
+        self._replaced[name] = self.model.__dict__.get(name)
         self.model.__dict__[name] = method
 
     def _own(self, name: str) -> Callable[..., Any]:
         """The model's method `name` as it was before `install`."""
         before = self._replaced[name]
-        return getattr(type(self.model), name).__get__(self.model) if before is _MISSING else before
+        return getattr(type(self.model), name).__get__(self.model) if before is None else before
+
+    def _hook(
+        self, module: nn.Module, enter: Callable[..., None], leave: Callable[..., None]
+    ) -> None:
+        self._argument_names[type(module)] = tuple(inspect.signature(module.forward).parameters)
+        self._hooks += [
+            module.register_forward_pre_hook(enter, with_kwargs=True),
+            module.register_forward_hook(leave, with_kwargs=True, always_call=True),
+        ]
 
     # --- forward hooks ---
 
@@ -124,46 +134,72 @@ class Routing:
                 "torch.nn.DataParallel shares one set of weights between its replicas: use "
                 "DistributedDataParallel, or launch with torchrun or accelerate"
             )
-        inputs = self._named("model", args, kwargs)
-        if self._is_encoder_decoder:
-            self._reuse_encoder_outputs(inputs.get("encoder_outputs"))
-        elif self.pinned is not None:
-            self.weights = self.pinned
-        elif _cached_tokens(inputs.get("past_key_values")) == 0:
-            self.weights = self._from_inputs(inputs)
-
-    def _reuse_encoder_outputs(self, encoder_outputs: Any) -> None:
-        if encoder_outputs is None:
-            return
+        if module is self.model:
+            self._thread.inside = True
+        elif getattr(self._thread, "inside", False):
+            return  # the model with its head has routed
+        inputs = self._named(module, args, kwargs)
+        cache, encoder_outputs = inputs.get("past_key_values"), inputs.get("encoder_outputs")
         if self.pinned is not None:
             self.weights = self.pinned
-            return
+        elif self._is_encoder_decoder:
+            if encoder_outputs is not None:
+                self.weights = self._from_encoder_outputs(encoder_outputs)
+        elif cache is not None and int(cache.get_seq_length()):
+            self.weights = self._from_cache(cache)
+        else:
+            self.weights = self._from_inputs(inputs)
+
+    def _leave_model(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
+    ) -> None:
+        if module is self.model:
+            self._thread.inside = False
+        cache = self._named(module, args, kwargs).get("past_key_values")
+        cache = getattr(output, "past_key_values", None) if cache is None else cache
+        if cache is not None and not self._is_encoder_decoder:
+            cache.routing_weights = self.weights
+
+    def _enter_encoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        pinned = self.pinned
+        inputs = self._named(module, args, kwargs)
+        self.weights = self._from_inputs(inputs) if pinned is None else pinned
+
+    def _leave_encoder(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
+    ) -> None:
+        if self.weights is not None and hasattr(output, "keys"):
+            output["routing_weights"] = self.weights
+
+    def _named(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if not args:
+            return kwargs
+        return {**dict(zip(self._argument_names[type(module)], args, strict=False)), **kwargs}
+
+    def _from_encoder_outputs(self, encoder_outputs: Any) -> Tensor | None:
         is_dict = hasattr(encoder_outputs, "get")
         weights = encoder_outputs.get("routing_weights") if is_dict else None
-        if weights is None and self.route() is not None:
+        if weights is None and self.active():
             raise RuntimeError(
                 f"encoder_outputs: got {type(encoder_outputs).__name__} without routing_weights; "
                 "pass the encoder's own output object (return_dict=True), or run inside "
                 "model.sapt.fixed(weights)"
             )
-        self.weights = weights
+        return weights
 
-    def _enter_encoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        pinned = self.pinned
-        inputs = self._named("encoder", args, kwargs)
-        self.weights = self._from_inputs(inputs) if pinned is None else pinned
-
-    def _leave_encoder(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        if self.weights is not None and hasattr(output, "keys"):
-            output["routing_weights"] = self.weights
-        return output
-
-    def _named(self, which: str, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-        if not args:
-            return kwargs
-        return {**dict(zip(self._argument_names[which], args, strict=False)), **kwargs}
+    def _from_cache(self, cache: Any) -> Tensor | None:
+        weights = getattr(cache, "routing_weights", None)
+        if weights is None and self.active():
+            raise RuntimeError(
+                f"past_key_values: got a {type(cache).__name__} that this model did not fill, so "
+                "the weights of its tokens are unknown; run the whole input, or run inside "
+                "model.sapt.fixed(weights)"
+            )
+        return weights
 
     def _from_inputs(self, inputs: dict[str, Any]) -> Tensor | None:
+        if not self.active():
+            return None
         return self.route(
             input_ids=inputs.get("input_ids"),
             inputs_embeds=inputs.get("inputs_embeds"),
@@ -176,15 +212,14 @@ class Routing:
     def _generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         generate = self._own("generate")
         ids, embeds = kwargs.get("input_ids", inputs), kwargs.get("inputs_embeds")
-        if self.pinned is not None or (ids is None and embeds is None):
+        if self.pinned is not None or not self.active() or (ids is None and embeds is None):
             return generate(inputs, *args, **kwargs)
         mask = kwargs.get("attention_mask")
         if mask is None and ids is not None:
-            mask = _padding_mask(ids, kwargs.get("generation_config") or self.model.generation_config)
+            config = kwargs.get("generation_config") or self.model.generation_config
+            mask = _padding_mask(ids, config)
         with torch.no_grad():
             weights = self.route(input_ids=ids, inputs_embeds=embeds, attention_mask=mask)
-        if weights is None:
-            return generate(inputs, *args, **kwargs)
         with self.pin(weights):
             return generate(inputs, *args, **kwargs)
 
@@ -231,14 +266,6 @@ class _Checkpoint:
                 self.routing.weights = before
 
         return self.function(run, self.routing.weights, *args, **kwargs)
-
-
-def _argument_names(module: nn.Module) -> tuple[str, ...]:
-    return tuple(inspect.signature(module.forward).parameters)
-
-
-def _cached_tokens(past_key_values: Any) -> int:
-    return 0 if past_key_values is None else int(past_key_values.get_seq_length())
 
 
 def _padding_mask(input_ids: Tensor, generation_config: Any) -> Tensor | None:

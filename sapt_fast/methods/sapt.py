@@ -47,13 +47,13 @@ class SaptConfig:
     )
     query_init: str = field(
         default="linear",
-        metadata={"help": "'linear' (nn.Linear's default) or 'normal' (the model's initializer_range)."},
+        metadata={"help": "'linear' (nn.Linear's default) or 'normal' (initializer_range)."},
     )
     temperature: float | None = field(
         default=None, metadata={"help": "Divisor of the attention scores; None for sqrt(d)."}
     )
     pooling: str = field(
-        default="mean", metadata={"help": "'mean' or 'max' of the input embeddings over the tokens."}
+        default="mean", metadata={"help": "'mean' or 'max' of the embeddings over the tokens."}
     )
     standardize_query: bool = field(
         default=False,
@@ -92,7 +92,8 @@ class SaptConfig:
         _require(self.r >= 1, "r", self.r, "at least 1")
         _require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "[0, 1)")
         _require(self.pooling in POOLINGS, "pooling", self.pooling, f"one of {POOLINGS}")
-        _require(self.query_hidden_dim >= 1, "query_hidden_dim", self.query_hidden_dim, "at least 1")
+        hidden = self.query_hidden_dim
+        _require(hidden >= 1, "query_hidden_dim", hidden, "at least 1")
         inits = ("linear", "normal")
         _require(self.query_init in inits, "query_init", self.query_init, f"one of {inits}")
         inits = ("uniform", "mean_query")
@@ -168,12 +169,14 @@ class SaptRouter(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        hidden, place = config.query_hidden_dim, {"device": device, "dtype": dtype}
+        hidden = config.query_hidden_dim
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.config = config
         self.down = nn.Linear(width, hidden, bias=False, **place)
         self.up = nn.Linear(hidden, width, bias=False, **place)
         self.norm = nn.LayerNorm(width, **place)
-        self.keys = RowStack(width, config.reserve_tasks, device=self.norm.weight.device, dtype=dtype)
+        device = self.norm.weight.device
+        self.keys = RowStack(width, config.reserve_tasks, device=device, dtype=dtype)
         if config.query_init == "normal":
             nn.init.normal_(self.down.weight, std=initializer_range)
             nn.init.normal_(self.up.weight, std=initializer_range)
@@ -207,7 +210,7 @@ class SaptRouter(nn.Module):
         return pooled
 
     def scores(self, pooled: Tensor) -> Tensor:
-        """Attention scores [B, K] of pooled embeddings, differentiable in projection and newest key."""
+        """Attention scores [B, K] of pooled embeddings; the projection and the newest key train."""
         frozen, newest = self.keys.frozen, self.keys.trainable
         keys = torch.cat([frozen, newest]) if frozen.shape[0] else newest
         return route_scores(pooled, keys, self.projection, temperature=self.config.temperature)

@@ -1,0 +1,166 @@
+"""Tiny models of every family under test, patched copies of them, and the one-sample oracle."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import sapt_fast
+
+VOCABULARY, WIDTH, RANK = 97, 32, 4
+_IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+_CAUSAL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    **_IDS,
+}
+_T5 = {
+    "vocab_size": VOCABULARY,
+    "d_model": WIDTH,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "dropout_rate": 0.0,
+    "decoder_start_token_id": 0,
+    **_IDS,
+}
+
+
+def _build(prefix: str, head: str, values: dict, **changed) -> PreTrainedModel:
+    config = getattr(transformers, f"{prefix}Config")(**{**values, **changed})
+    return getattr(transformers, prefix + head)(config)
+
+
+_LLAMA_LIKE = {"llama": "Llama", "qwen2": "Qwen2", "mistral": "Mistral", "gemma": "Gemma"}
+FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
+    "t5": partial(_build, "T5", "ForConditionalGeneration", _T5),
+    # num_heads * d_kv = 20, not d_model
+    "t5_narrow": partial(
+        _build, "T5", "ForConditionalGeneration", {**_T5, "num_heads": 5, "d_kv": 4}
+    ),
+    **{
+        name: partial(_build, prefix, "ForCausalLM", {**_CAUSAL, "head_dim": 8})
+        for name, prefix in _LLAMA_LIKE.items()
+    },
+    "gpt2": partial(
+        _build,
+        "GPT2",
+        "LMHeadModel",
+        {
+            "vocab_size": VOCABULARY,
+            "n_embd": WIDTH,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 128,
+            "attn_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "resid_pdrop": 0.0,
+            **_IDS,
+        },
+    ),
+    "bert": partial(
+        _build,
+        "Bert",
+        "ForSequenceClassification",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": WIDTH,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_labels": 5,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+        },
+    ),
+}
+CAUSAL = ("llama", "qwen2", "mistral", "gemma", "gpt2")
+
+
+def tiny(family: str, seed: int = 0, **config) -> PreTrainedModel:
+    """An untrained model of `family`, in eval mode."""
+    torch.manual_seed(seed)
+    return FAMILIES[family](**config).eval()
+
+
+def settings(**changed) -> sapt_fast.SaptConfig:
+    """A config whose weights differ much from sample to sample."""
+    return sapt_fast.SaptConfig(**{"r": RANK, "lora_alpha": 8, "temperature": 1.5, **changed})
+
+
+def patched(family: str, tasks: int = 3, seed: int = 0, **changed) -> PreTrainedModel:
+    """A patched `tiny` whose adapters all do something; `changed` are fields of the config."""
+    model = sapt_fast.patch(tiny(family, seed), settings(**changed))
+    for k in range(tasks):
+        model.sapt.add_task(f"task{k}")
+    return fill(model)
+
+
+@torch.no_grad()
+def fill(model: PreTrainedModel, seed: int = 7, deviation: float = 0.4) -> PreTrainedModel:
+    """Random values for every adapter row."""
+    generator = torch.Generator().manual_seed(seed)
+    for pool in model.sapt.pools.values():
+        for stack in (pool.a, pool.b):
+            rows = stack.rows()
+            rows.copy_(torch.randn(rows.shape, generator=generator) * deviation)
+    return model
+
+
+def token_ids(batch: int = 3, length: int = 9, seed: int = 11) -> Tensor:
+    """[batch, length] ids without pad or end tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCABULARY, (batch, length), generator=generator)
+
+
+class Oracle:
+    """One sample's mixture, merged by PEFT: what that sample alone must give.
+
+    Args:
+        model: patched.
+        base: an unpatched model with the same base weights; PEFT wraps it.
+    """
+
+    def __init__(self, model: PreTrainedModel, base: PreTrainedModel) -> None:
+        handle = model.sapt
+        config = LoraConfig(
+            r=handle.config.r,
+            lora_alpha=handle.config.lora_alpha,
+            target_modules=handle.report.patched,
+            fan_in_fan_out=model.config.model_type == "gpt2",
+        )
+        self.tasks = list(handle.tasks)
+        self.peft = get_peft_model(base, config, adapter_name=self.tasks[0])
+        for name in self.tasks[1:]:
+            self.peft.add_adapter(name, config)
+        for path, pool in handle.pools.items():
+            layer = self.peft.base_model.model.get_submodule(path)
+            for k, name in enumerate(self.tasks):
+                a, b = pool.adapter(k)
+                layer.lora_A[name].weight.data.copy_(a)
+                layer.lora_B[name].weight.data.copy_(b.t())
+
+    def merged(self, weights: Tensor) -> PreTrainedModel:
+        """The model whose only adapter is the mixture with these weights [K]."""
+        tuner = self.peft.base_model
+        if "mix" in self.peft.peft_config:
+            tuner.set_adapter(self.tasks[0])
+            tuner.delete_adapter("mix")
+        tuner.add_weighted_adapter(self.tasks, weights.tolist(), "mix", combination_type="cat")
+        tuner.set_adapter("mix")
+        return tuner.model.eval()
+
+
+def oracle(model: PreTrainedModel, family: str, seed: int = 0) -> Oracle:
+    """The oracle of `patched(family, seed=seed)`."""
+    return Oracle(model, tiny(family, seed))

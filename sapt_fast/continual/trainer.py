@@ -1,0 +1,341 @@
+"""A transformers Trainer with SAPT's losses, for encoder-decoder and decoder-only models."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import Seq2SeqTrainer
+
+from sapt_fast.continual.collate import pad_rows
+from sapt_fast.handle import SaptHandle
+
+__all__ = ["Replay", "SaptTrainer"]
+
+STATE_NAME = "sapt_state.safetensors"
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Inputs of an earlier task and the attention they are held to.
+
+    Attributes:
+        task: the task's name.
+        inputs: token ids of each input, without target; at least one row.
+        target: [K'] mean attention of the task's inputs when it was learned, learning order.
+    """
+
+    task: str
+    inputs: Sequence[Sequence[int]]
+    target: Tensor
+
+
+class SaptTrainer(Seq2SeqTrainer):
+    """Trains the newest adapter, its key and the query projection of a patched model.
+
+    The loss of an optimizer step is
+
+        (sum of the token losses) / tokens + kl_ratio * (sum over earlier tasks of KL)
+            + own_key_loss * mean(-log(weight of the task's own adapter))
+
+    (SAPT, ACL 2024; `kl_ratio` and `own_key_loss` are those of the model's SaptConfig), and does
+    not depend on how the step is divided into micro-batches. Every micro-batch draws one
+    pseudo-batch of each earlier task; which rows is a function of the seed and the step alone, so
+    a resumed run draws what the interrupted one would have.
+
+    Checkpoints hold the adapters and the router, not the frozen base model. For use after
+    training save with `model.sapt.save_pretrained`, as `save_model` does.
+
+    Args:
+        model: a patched model with at least one task.
+        args: Seq2SeqTrainingArguments; `remove_unused_columns=False` for custom data sets.
+        replay: one entry per earlier task; empty for no reflection loss.
+        replay_batch_size: rows of each task per micro-batch; None for the training batch size.
+            Never more than the task has.
+        pad_token_id: pads replayed inputs; None for the tokenizer's, else the model's.
+        key_learning_rate: of the newest key; None for `args.learning_rate`.
+        query_learning_rate: of the query projection; None for `args.learning_rate`.
+        kl_per_micro_batch: add the whole reflection loss in every micro-batch instead of its
+            share, as the released implementation does.
+        **kwargs: of Seq2SeqTrainer.
+
+    Raises:
+        ValueError: the model is not patched or has no task, or a replay entry is empty or has a
+            target that does not fit.
+
+    Example:
+        >>> trainer = SaptTrainer(  # doctest: +SKIP
+        ...     model, args, train_dataset=rows, data_collator=collator,
+        ...     replay=[Replay("first task", first_inputs, model.sapt.targets["first task"])],
+        ... )
+    """
+
+    model: Any
+    args: Any
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: Any = None,
+        *,
+        replay: Sequence[Replay] = (),
+        replay_batch_size: int | None = None,
+        pad_token_id: int | None = None,
+        key_learning_rate: float | None = None,
+        query_learning_rate: float | None = None,
+        kl_per_micro_batch: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        sapt = getattr(model, "sapt", None)
+        if not isinstance(sapt, SaptHandle) or not sapt.tasks:
+            raise ValueError(
+                "model: expected a patched model with a task; call sapt_fast.patch(model) and "
+                "model.sapt.add_task(name) first"
+            )
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError("compute_loss_func: not supported, SaptTrainer has its own loss")
+        if replay_batch_size is not None and replay_batch_size < 1:
+            raise ValueError(
+                f"replay_batch_size: got {replay_batch_size}, expected at least 1 or None"
+            )
+        _check_replay(replay, sapt)
+        super().__init__(model=model, args=args, **kwargs)
+        self.sapt = sapt
+        self._is_encoder_decoder = bool(getattr(self.model.config, "is_encoder_decoder", False))
+        # The token loss is divided by the tokens of the whole step, whatever the model's own does.
+        self.model_accepts_loss_kwargs = True
+        self.replay = list(replay)
+        self.replay_batch_size = replay_batch_size
+        self.pad_token_id = pad_token_id
+        self.key_learning_rate = key_learning_rate
+        self.query_learning_rate = query_learning_rate
+        self.kl_per_micro_batch = kl_per_micro_batch
+        self._streams = [
+            _RowStream(len(entry.inputs), f"{self.args.seed}/{entry.task}") for entry in replay
+        ]
+        self._micro_batch = (-1, 0)
+        self._kl_since_log: list[Tensor] = []
+
+    # --- the loss ---
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of the class's docstring; in evaluation the token loss alone."""
+        outputs = self._forward(model, inputs)
+        loss = self._token_loss(outputs.logits, inputs["labels"], num_items_in_batch)
+        if model.training:
+            # Without num_items_in_batch the Trainer divides the whole loss itself.
+            normalized = num_items_in_batch is not None
+            steps = self.current_gradient_accumulation_steps if normalized else 1
+            loss = loss + self._own_key_loss() / steps
+            kl = self._reflection_loss()
+            self._kl_since_log.append(kl.detach() / self.current_gradient_accumulation_steps)
+            scale = 1 if self.kl_per_micro_batch else steps
+            loss = loss + self.sapt.config.kl_ratio * kl / scale
+        return (loss, outputs) if return_outputs else loss
+
+    def _forward(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+        """The outputs. Labels are kept from the model, which would compute a loss of its own."""
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        if self._is_encoder_decoder:
+            if "decoder_input_ids" not in inputs:
+                base = self.accelerator.unwrap_model(model)
+                shifted = base.prepare_decoder_input_ids_from_labels(labels=labels)
+                inputs["decoder_input_ids"] = shifted
+            return model(**inputs)
+        routing = self.sapt.routing
+        weights = routing.pinned
+        if weights is None:
+            names = ("input_ids", "attention_mask", "inputs_embeds")
+            weights = self.sapt.route(**{n: inputs.get(n) for n in names}, labels=labels)
+        with routing.pin(weights):
+            return model(**inputs)
+
+    def _token_loss(
+        self, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
+        if not self._is_encoder_decoder:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        total = F.cross_entropy(
+            logits.flatten(0, 1).float(),
+            labels.flatten(),
+            reduction="sum",
+            label_smoothing=self.args.label_smoothing_factor,
+        )
+        if num_items_in_batch is None:
+            return total / (labels != -100).sum().clamp(min=1)
+        # The tokens were counted over all processes, which then average their gradients.
+        scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return total * scale / num_items_in_batch
+
+    def _own_key_loss(self) -> Tensor | float:
+        ratio, weights = self.sapt.config.own_key_loss, self.sapt.routing.weights
+        if not ratio or weights is None:
+            return 0.0
+        own = weights[..., -1].clamp(min=torch.finfo(weights.dtype).tiny)
+        return -ratio * own.log().mean()
+
+    def _reflection_loss(self) -> Tensor:
+        """Sum over the earlier tasks of KL(target || prediction) on their next pseudo-batches."""
+        total = torch.zeros((), device=self.args.device)
+        batch = self._next_micro_batch()
+        size = self.replay_batch_size or self.args.per_device_train_batch_size
+        for entry, stream in zip(self.replay, self._streams, strict=True):
+            rows = stream.batch(batch, min(size, len(entry.inputs)))
+            ids, mask = pad_rows([entry.inputs[row] for row in rows], self._pad_token_id())
+            ids, mask = ids.to(self.args.device), mask.to(self.args.device)
+            total = total + self.sapt.reflection_loss(ids, entry.target, mask)
+        return total
+
+    def _next_micro_batch(self) -> int:
+        """Number of the running micro-batch, over all steps and processes."""
+        step, index = self._micro_batch
+        index = index + 1 if step == self.state.global_step else 0
+        self._micro_batch = (self.state.global_step, index)
+        number = self.state.global_step * self.args.gradient_accumulation_steps + index
+        return number * self.args.world_size + self.args.process_index
+
+    def _pad_token_id(self) -> int:
+        candidates = (
+            self.pad_token_id,
+            getattr(self.processing_class, "pad_token_id", None),
+            getattr(self.model.config, "pad_token_id", None),
+        )
+        return next((i for i in candidates if i is not None), 0)
+
+    # --- what is optimised ---
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's optimizer, with the key and the query projection at their own rates."""
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer(model)
+        router = self.sapt.router
+        key = [router.keys.trainable]
+        query = [p for p in router.parameters() if p.requires_grad and p is not key[0]]
+        _separate(optimizer, key, self.key_learning_rate)
+        _separate(optimizer, query, self.query_learning_rate)
+        return optimizer
+
+    # --- logs and checkpoints ---
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds `kl`, the mean over the steps since the last log of the unweighted KL."""
+        if "loss" in logs and self.replay and self._kl_since_log:
+            kl = torch.stack(self._kl_since_log).sum()
+            steps = len(self._kl_since_log) / self.args.gradient_accumulation_steps
+            logs["kl"] = self.accelerator.gather(kl).mean().item() / steps
+            self._kl_since_log.clear()
+        super().log(logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """`model.sapt.save_pretrained(output_dir)`."""
+        if _internal_call:
+            super().save_model(output_dir, _internal_call=True)
+        elif self.args.should_save:
+            self.sapt.save_pretrained(output_dir or self.args.output_dir)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = _sapt_tensors(state_dict or self.model.state_dict())
+        save_file(tensors, folder / STATE_NAME, metadata={"tasks": json.dumps(self.sapt.tasks)})
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        """Loads into the parameters that are there: they share memory with the pool."""
+        path = os.path.join(resume_from_checkpoint, STATE_NAME)
+        if not os.path.isfile(path):
+            raise ValueError(
+                f"{resume_from_checkpoint} is no checkpoint of SaptTrainer: no {STATE_NAME}"
+            )
+        target = self.model if model is None else model
+        with safe_open(path, framework="pt", device="cpu") as file:
+            tasks = json.loads(file.metadata()["tasks"])
+            if tasks != self.sapt.tasks:
+                raise ValueError(f"{path} is of tasks {tasks}, the model has {self.sapt.tasks}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        keys = target.load_state_dict(tensors, strict=False)
+        missing = sorted(_sapt_tensors(dict.fromkeys(keys.missing_keys, torch.empty(0))))
+        if missing or keys.unexpected_keys:
+            raise ValueError(
+                f"{path} does not fit the model: missing {missing}, "
+                f"unexpected {keys.unexpected_keys}"
+            )
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+
+class _RowStream:
+    """An endless stream of row numbers: one seeded permutation after the other."""
+
+    def __init__(self, rows: int, seed: str) -> None:
+        self.rows = rows
+        self.seed = seed
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    def batch(self, number: int, size: int) -> list[int]:
+        """Rows `number * size` to `(number + 1) * size` of the stream."""
+        positions = range(number * size, (number + 1) * size)
+        return [self._permutation(p // self.rows)[p % self.rows] for p in positions]
+
+    def _permutation(self, number: int) -> list[int]:
+        if self._order[0] != number:
+            order = list(range(self.rows))
+            random.Random(f"{self.seed}/{number}").shuffle(order)
+            self._order = (number, order)
+        return self._order[1]
+
+
+def _check_replay(replay: Sequence[Replay], sapt: SaptHandle) -> None:
+    for entry in replay:
+        if not len(entry.inputs):
+            raise ValueError(f"replay: task {entry.task!r} has no inputs, expected at least one")
+        if entry.target.dim() != 1 or not 1 <= len(entry.target) <= len(sapt.tasks):
+            raise ValueError(
+                f"replay: the target of task {entry.task!r} has shape {tuple(entry.target.shape)}, "
+                f"expected [k] with k <= {len(sapt.tasks)}, the number of tasks"
+            )
+
+
+def _sapt_tensors(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The adapters and the router of a model's state_dict, copied out of the shared memory."""
+    return {
+        name: tensor.detach().clone()
+        for name, tensor in state_dict.items()
+        if ".sapt_pool." in name or name.startswith("sapt.") or ".sapt." in name
+    }
+
+
+def _separate(
+    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], rate: float | None
+) -> None:
+    """Moves `parameters` to groups with a learning rate of their own."""
+    if rate is None:
+        return
+    chosen = {id(parameter) for parameter in parameters}
+    for group in list(optimizer.param_groups):
+        moved = [p for p in group["params"] if id(p) in chosen]
+        if moved:
+            group["params"] = [p for p in group["params"] if id(p) not in chosen]
+            optimizer.add_param_group({**group, "params": moved, "lr": rate})

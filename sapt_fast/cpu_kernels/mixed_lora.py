@@ -181,7 +181,7 @@ def _find_onednn() -> Any:
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
-# oneDNN's GEMM x . w^T with an optional fused addition; None in builds of torch without it.
+# oneDNN's GEMM x . w^T; None in builds of torch without it.
 _ONEDNN = _find_onednn()
 
 
@@ -218,11 +218,14 @@ def _two_products(
     """x [M, I] . matrix [I, O] + bias + ranks [M, R] . rows [R, O]; or the last alone."""
     if matrix is None:
         return torch.mm(ranks, rows)
-    if rows.numel() and _uses_onednn(x, matrix.shape[1]):
-        # The small product first: adding it hides inside the large one.
-        delta = _ONEDNN(ranks, rows.t(), None, "none", [], "")
-        return _ONEDNN.binary(x, delta, matrix.t(), bias, "add")
-    y = torch.mm(x, matrix) if bias is None else torch.addmm(bias, x, matrix)
+    # In place onto the large product: a product of its own would cost the page faults of a new
+    # [M, O] tensor, which on CPUs is more than reading y once more.
+    if _uses_onednn(x, matrix.shape[1]):
+        y = _ONEDNN(x, matrix.t(), bias, "none", [], "")
+    elif bias is None:
+        y = torch.mm(x, matrix)
+    else:
+        y = torch.addmm(bias, x, matrix)
     return y.addmm_(ranks, rows)
 
 

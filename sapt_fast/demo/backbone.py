@@ -66,7 +66,7 @@ def new_backbone(seed: int) -> T5ForConditionalGeneration:
 
     Every head of the self-attentions starts with a bias of 4 towards one relative position, which
     makes character rules learnable in minutes. The embedding rows of the instruction letters
-    start three times as large, so that a router's max-pooled query tells instructions apart.
+    start three times as large, so that a router's pooled query tells instructions apart.
     Pretraining happens on these rows, thus the scale is part of the weights and nothing has to be
     multiplied later.
     """

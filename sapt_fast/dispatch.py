@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import logging
 import os
-from functools import lru_cache
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -48,7 +48,9 @@ def unavailable(op: str, backend: str, device_type: str) -> str | None:
     if backend == "cpu":
         if device_type != "cpu":
             return f"the tensors are on '{device_type}': move them to the CPU or choose triton"
-        return _import_failure("sapt_fast._C", "reinstall with SAPT_FAST_BUILD=cpu to see the error")
+        return _import_failure(
+            "sapt_fast._C", "reinstall with SAPT_FAST_BUILD=cpu to see the error"
+        )
     if backend == "triton":
         missing = _import_failure("triton", "pip install 'sapt_fast[gpu]'")
         if missing or device_type == "cuda":
@@ -83,7 +85,7 @@ def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _resolve(op: str, device_type: str, requested: str | None) -> str:
     if requested is not None:
         if requested not in BACKENDS:
@@ -102,12 +104,12 @@ def _resolve(op: str, device_type: str, requested: str | None) -> str:
     return chosen
 
 
-@lru_cache(maxsize=None)
+@cache
 def _load(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _import_failure(module: str, remedy: str) -> str | None:
     if importlib.util.find_spec(module) is None:
         return f"{module} is not installed ({remedy})"

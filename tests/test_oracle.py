@@ -1,10 +1,10 @@
 """Our numbers against recorded runs of the released implementation."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
+import parity
 import pytest
 import torch
 from safetensors import safe_open
@@ -16,10 +16,6 @@ from sapt_fast import SaptConfig
 ROOT = Path(__file__).parents[1]
 ORACLE = ROOT / "tests" / "data" / "oracle"
 RECORDINGS = sorted(ORACLE.glob("*_K*_seed*.safetensors"))
-
-_spec = importlib.util.spec_from_file_location("parity", ROOT / "benchmarks" / "parity.py")
-parity = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(parity)
 
 
 @pytest.fixture(params=RECORDINGS, ids=lambda path: path.stem)

@@ -37,22 +37,24 @@ def mixed_lora_fwd(
     mixture: Tensor,
     row_adapter: Tensor,
     row_scale: Tensor,
-    h_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``x W^T + bias`` plus the mixture.
 
     Returns:
-        y [M, O] in x's dtype and h = x A^T, [M, R], in ``h_dtype`` (x's dtype when None).
+        y [M, O] in x's dtype and h = x A^T, [M, R], in x's dtype.
     """
     x = x.contiguous()
-    dtype = h_dtype or x.dtype
-    table = _table(mixture, row_adapter, row_scale, dtype)
-    if dtype == x.dtype and x.shape[0] <= _DECODE_ROWS[dtype]:
+    table = _table(mixture, row_adapter, row_scale)
+    if x.shape[0] <= _DECODE_ROWS[x.dtype]:
         return _decode(x, weight, bias, lora_a, lora_b, table)
-    h = _multiply_nt(x.to(dtype), lora_a.to(dtype))
+    h = _multiply_nt(x, lora_a.to(x.dtype))
     hw = _weighted(h, table)
-    y = _two_products(x, _transposed(weight), bias, hw.to(x.dtype), lora_b.to(x.dtype))
-    return y, h
+    return _two_products(x, _transposed(weight), bias, hw, lora_b.to(x.dtype)), h
+
+
+def empty_h(x: Tensor, total_rank: int) -> Tensor:
+    """An uninitialised h as `mixed_lora_fwd` returns it."""
+    return x.new_empty(x.shape[0], total_rank)
 
 
 def mixed_lora_bwd(
@@ -64,7 +66,7 @@ def mixed_lora_bwd(
     mixture: Tensor,
     row_adapter: Tensor,
     row_scale: Tensor,
-    h: Tensor,
+    h: Tensor | None,
     train_rows: list[int],
     needs_x: bool,
     needs_mixture: bool,
@@ -75,31 +77,30 @@ def mixed_lora_bwd(
     Returns:
         dx [M, I], d_mixture [S, K], d_a [Rt, I], d_b [Rt, O]; None for what was not asked for.
     """
-    x, dy, h = x.contiguous(), dy.contiguous(), h.contiguous()
-    table = _table(mixture, row_adapter, row_scale, h.dtype)
-    g = _multiply_nt(dy.to(h.dtype), lora_b.to(h.dtype))
-    d_mixture, packed_g, packed_h = _weighted_backward(g, h, table, train_rows, needs_mixture)
+    x, dy = x.contiguous(), dy.contiguous()
+    table = _table(mixture, row_adapter, row_scale)
+    g = _multiply_nt(dy, lora_b.to(x.dtype))
+    if h is None:  # nothing but x wants a gradient
+        h = g
+    d_mixture, packed_g, packed_h = _weighted_backward(
+        g, h.contiguous(), table, train_rows, needs_mixture
+    )
     dx = d_a = d_b = None
     if needs_x and grad_through_frozen:
-        dx = _two_products(dy, weight, None, g.to(x.dtype), lora_a.to(x.dtype))
+        dx = _two_products(dy, weight, None, g, lora_a.to(x.dtype))
     elif needs_x:
-        dx = _through_trained(dy, weight, packed_g.to(x.dtype), lora_a, train_rows)
+        dx = _through_trained(dy, weight, packed_g, lora_a, train_rows)
     if train_rows:
-        d_a = _multiply_tn(packed_g.to(x.dtype), x).to(lora_a.dtype)
-        d_b = _multiply_tn(packed_h.to(x.dtype), dy).to(lora_b.dtype)
+        d_a = _multiply_tn(packed_g, x).to(lora_a.dtype)
+        d_b = _multiply_tn(packed_h, dy).to(lora_b.dtype)
     if d_mixture is not None:
         d_mixture = d_mixture.to(mixture.dtype)
     return dx, d_mixture, d_a, d_b
 
 
-def _table(mixture: Tensor, row_adapter: Tensor, row_scale: Tensor, dtype: torch.dtype) -> _Table:
+def _table(mixture: Tensor, row_adapter: Tensor, row_scale: Tensor) -> _Table:
     """The three tensors that give every rank its weight, as ``_C`` reads them."""
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
-    return (
-        mixture.to(compute).contiguous(),
-        row_adapter.contiguous(),
-        row_scale.to(compute).contiguous(),
-    )
+    return mixture.contiguous(), row_adapter.contiguous(), row_scale.contiguous()
 
 
 def _addresses(table: _Table) -> tuple[int, int, int]:

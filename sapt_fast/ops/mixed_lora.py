@@ -102,7 +102,17 @@ def mixed_lora_linear(
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected [{weight.shape[0]}]")
     return _checked(
-        x, weight, bias, lora_a, lora_b, mixture, ranks, scaling, grad_through_frozen, trainable, backend
+        x,
+        weight,
+        bias,
+        lora_a,
+        lora_b,
+        mixture,
+        ranks,
+        scaling,
+        grad_through_frozen,
+        trainable,
+        backend,
     )
 
 
@@ -123,7 +133,17 @@ def mixed_lora(
     Arguments, result and errors are those of `mixed_lora_linear`.
     """
     return _checked(
-        x, None, None, lora_a, lora_b, mixture, ranks, scaling, grad_through_frozen, trainable, backend
+        x,
+        None,
+        None,
+        lora_a,
+        lora_b,
+        mixture,
+        ranks,
+        scaling,
+        grad_through_frozen,
+        trainable,
+        backend,
     )
 
 
@@ -174,7 +194,7 @@ def mix(
 
 
 def _eager_inference(x: Tensor) -> bool:
-    """Whether the kernel may be called past torch's dispatcher, which costs more than a small op."""
+    """Whether to call the kernel past torch's dispatcher, which costs more than a small op."""
     return (
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
@@ -215,9 +235,13 @@ def _checked(
         if torch.is_autocast_enabled(x.device.type):
             allowed = _FLOATS
         if tensor is not None and tensor.dtype not in allowed:
-            raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {' or '.join(map(str, allowed))}")
+            raise TypeError(
+                f"{name}: got dtype {tensor.dtype}, expected {' or '.join(map(str, allowed))}"
+            )
     if lora_a.dtype != lora_b.dtype:
-        raise TypeError(f"lora_b: got dtype {lora_b.dtype}, expected {lora_a.dtype} (that of lora_a)")
+        raise TypeError(
+            f"lora_b: got dtype {lora_b.dtype}, expected {lora_a.dtype} (that of lora_a)"
+        )
     per_sample, per_token = tuple(x.shape[:1]), tuple(x.shape[:-1])
     if tuple(mixture.shape[:-1]) not in (per_sample, per_token) or mixture.dim() == 0:
         expected = " or ".join(str([*lead, "K"]) for lead in dict.fromkeys((per_sample, per_token)))
@@ -228,7 +252,9 @@ def _checked(
     layout = _rank_layout(ranks, count, lora_a.shape[0])
     trains = lora_a.requires_grad or lora_b.requires_grad
     if isinstance(scaling, Tensor) and tuple(scaling.shape) not in ((), (count,)):
-        raise ValueError(f"scaling: got shape {tuple(scaling.shape)}, expected a number or [{count}]")
+        raise ValueError(
+            f"scaling: got shape {tuple(scaling.shape)}, expected a number or [{count}]"
+        )
     train_rows = _train_rows(layout, trainable)
     if grad_through_frozen and not trains:
         train_rows = []
@@ -259,7 +285,7 @@ def _train_rows(layout: tuple[int, ...], trainable: Sequence[int] | None) -> lis
     """Row ranges [start, stop, start, stop, ...] of the adapters that train, neighbours merged."""
     count = len(layout)
     chosen = range(count) if trainable is None else sorted(set(trainable))
-    if chosen and not (0 <= chosen[0] and chosen[-1] < count):
+    if chosen and (chosen[0] < 0 or chosen[-1] >= count):
         raise ValueError(f"trainable: got {list(chosen)}, expected indices in [0, {count})")
     starts = [sum(layout[:k]) for k in range(count)]
     rows: list[int] = []
@@ -360,7 +386,9 @@ def _weighted(h: Tensor, mixture: Tensor, row_adapter: Tensor, row_scale: Tensor
 
 def _selected(train_rows: list[int], device: torch.device) -> Tensor:
     spans = zip(train_rows[::2], train_rows[1::2], strict=True)
-    return torch.tensor([j for i, k in spans for j in range(i, k)], dtype=torch.int64, device=device)
+    return torch.tensor(
+        [j for i, k in spans for j in range(i, k)], dtype=torch.int64, device=device
+    )
 
 
 # --- registered ops ----------------------------------------------------------------------------
@@ -383,9 +411,7 @@ def _forward_op(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     kernel = dispatch.kernels(_OP, dispatch.resolve(_OP, x.device, backend))
-    return kernel.mixed_lora_fwd(
-        x, weight, bias, lora_a, lora_b, mixture, row_adapter, row_scale
-    )
+    return kernel.mixed_lora_fwd(x, weight, bias, lora_a, lora_b, mixture, row_adapter, row_scale)
 
 
 @torch.library.custom_op("sapt_fast::mixed_lora_bwd", mutates_args=())
@@ -421,7 +447,7 @@ def _forward_fake(
     train_rows, grad_through_frozen, backend,
 ):  # fmt: skip
     kernel = dispatch.kernels(_OP, dispatch.resolve(_OP, x.device, backend))
-    h = getattr(kernel, "empty_h", empty_h)(x, lora_a.shape[0])
+    h = kernel.empty_h(x, lora_a.shape[0])
     return x.new_empty(x.shape[0], lora_b.shape[1]), h
 
 
@@ -470,7 +496,8 @@ def _backward(ctx, dy, _):
     x, weight, lora_a, lora_b, mixture, row_adapter, row_scale, h = ctx.saved_tensors
     dx, d_mixture, d_a, d_b = _backward_op(
         dy, x, weight, lora_a, lora_b, mixture, row_adapter, row_scale, h,
-        ctx.train_rows, x.requires_grad, mixture.requires_grad, ctx.grad_through_frozen, ctx.backend,
+        ctx.train_rows, x.requires_grad, mixture.requires_grad, ctx.grad_through_frozen,
+        ctx.backend,
     )  # fmt: skip
     return (
         dx if x.requires_grad else None,

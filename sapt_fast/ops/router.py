@@ -65,7 +65,7 @@ def pool_tokens(
 
 
 def pool_embeds(embeds: Tensor, *, mask: Tensor | None = None, pooling: str = "max") -> Tensor:
-    """Pools embeddings [B, T, D] over the sequence to [B, D]; `mask` and errors as `pool_tokens`."""
+    """Pools embeddings [B, T, D] over the sequence to [B, D]; the rest as in `pool_tokens`."""
     if embeds.dim() != 3:
         raise ValueError(f"embeds: got shape {tuple(embeds.shape)}, expected [B, T, D]")
     _check_pooling(pooling, mask, embeds.shape[:2])
@@ -112,7 +112,13 @@ def route(
         ValueError: a shape, `pooling`, `temperature`, `top_k` or `threshold` does not fit.
     """
     scores = route_scores(
-        embeds, keys, projection, mask=mask, pooling=pooling, temperature=temperature, backend=backend
+        embeds,
+        keys,
+        projection,
+        mask=mask,
+        pooling=pooling,
+        temperature=temperature,
+        backend=backend,
     )
     return sparsify(torch.softmax(scores, -1), top_k=top_k, threshold=threshold)
 
@@ -127,7 +133,7 @@ def route_scores(
     temperature: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """The scores [B, K] whose softmax `route` returns; arguments and errors are those of `route`."""
+    """The scores [B, K] whose softmax `route` returns; arguments and errors as there."""
     if keys.dim() != 2 or keys.shape[1] != embeds.shape[-1]:
         raise ValueError(f"keys: got shape {tuple(keys.shape)}, expected [K, {embeds.shape[-1]}]")
     if temperature is not None and not temperature > 0:
@@ -152,7 +158,7 @@ def sparsify(
     weights: Tensor, *, top_k: int | None = None, threshold: float | None = None
 ) -> Tensor:
     """Drops small weights [B, K] as `route` describes; the kept ones sum to 1 in every row."""
-    if top_k is not None and not 1 <= top_k:
+    if top_k is not None and not top_k >= 1:
         raise ValueError(f"top_k: got {top_k}, expected at least 1 or None")
     if threshold is not None and not 0 <= threshold <= 1:
         raise ValueError(f"threshold: got {threshold}, expected a number in [0, 1] or None")
@@ -183,7 +189,9 @@ def reflection_loss(scores: Tensor, target: Tensor) -> Tensor:
     batch, count = scores.shape
     shape = tuple(target.shape)
     if target.dim() not in (1, 2) or shape[-1] > count or (len(shape) == 2 and shape[0] != batch):
-        raise ValueError(f"target: got shape {shape}, expected [K'] or [{batch}, K'], K' <= {count}")
+        raise ValueError(
+            f"target: got shape {shape}, expected [K'] or [{batch}, K'], K' <= {count}"
+        )
     target = F.pad(target.to(scores), (0, count - shape[-1])).expand(batch, count)
     return F.kl_div(F.log_softmax(scores, -1), target, reduction="batchmean")
 

@@ -294,18 +294,6 @@ def test_mixture_gradient_does_not_depend_on_threads(threads):
     assert torch.equal(*results)
 
 
-def test_h_dtype():
-    case = make_case(dtype=torch.bfloat16)
-    y, h = kernel.mixed_lora_fwd(*case, h_dtype=torch.float32)
-    assert h.dtype == torch.float32
-    assert_close(h, expected_forward(case)[1], torch.float32)
-    assert_close(y, expected_forward(case)[0], torch.bfloat16)
-    args = (torch.ones_like(y), case.x, case.weight, *case[3:], h, [0, 4])
-    want = expected_backward(case, args[0], [0, 4], True)
-    for actual, expected in zip(kernel.mixed_lora_bwd(*args, True, True, True), want, strict=True):
-        assert_close(actual, expected, torch.bfloat16)
-
-
 @pytest.mark.usefixtures("capability")
 @pytest.mark.parametrize("factor", [1.0, 1.0 + 2**-9, 2.0**-12, 2.0**13])
 @pytest.mark.parametrize("columns", [1, 64])

@@ -11,6 +11,7 @@ from sapt_fast.ops import mixed_lora, mixed_lora_linear
 op = importlib.import_module("sapt_fast.ops.mixed_lora")
 
 BACKENDS = ["reference", "cpu", "triton"]
+GPU = "cuda" if torch.cuda.is_available() else "cpu"  # Triton interprets on the CPU
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # What one rounding of the result costs in a dtype: an error this small is not worth a ratio.
 FLOOR = {torch.float32: 3e-7, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -46,21 +47,35 @@ def _inputs(shape, out, ranks, dtype, *, per_token=False, seed=0):
     }
 
 
-def _run(inputs, dtype=None, *, seed=1, **options):
-    """(output, gradients by name) in `dtype`, from a fixed random incoming gradient."""
-    leaves = {
-        name: t.detach().to(dtype or t.dtype).requires_grad_() for name, t in inputs.items()
+def _device(backend):
+    return GPU if backend == "triton" else "cpu"
+
+
+def _leaves(inputs, backend):
+    return {
+        n: t.detach().to(_device(backend), copy=True).requires_grad_() for n, t in inputs.items()
     }
-    y = mixed_lora_linear(*leaves.values(), **options)
-    generator = torch.Generator().manual_seed(seed)
-    grad = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(inputs["x"].dtype)
-    y.backward(grad.to(y.dtype))
-    return y.detach(), {name: leaf.grad for name, leaf in leaves.items()}
+
+
+def _incoming(y):
+    """A fixed random gradient, the same for every provider."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
+
+
+def _run(inputs, *, backend, **options):
+    """(output, gradients by name) on the CPU."""
+    leaves = _leaves(inputs, backend)
+    y = mixed_lora_linear(*leaves.values(), backend=backend, **options)
+    y.backward(_incoming(y))
+    grads = {n: None if t.grad is None else t.grad.cpu() for n, t in leaves.items()}
+    return y.detach().cpu(), grads
 
 
 def _error(result, exact):
-    scale = exact.double().pow(2).mean().sqrt().clamp(min=1e-30)
-    return ((result.double() - exact.double()).pow(2).mean().sqrt() / scale).item()
+    result, exact = result.double().cpu(), exact.double().cpu()
+    scale = exact.pow(2).mean().sqrt().clamp(min=1e-30)
+    return ((result - exact).pow(2).mean().sqrt() / scale).item()
 
 
 def _assert_as_good_as_torch(result, plain, exact, dtype, name):
@@ -86,15 +101,13 @@ def _plain_torch(inputs, ranks, scaling, grad_through_frozen=True, trainable=Non
         weights = mixture[..., k].to(x.dtype)
         weights = weights.reshape(*weights.shape, *[1] * (x.dim() - weights.dim()))
         y = y + weights * scaling[k] * ((source @ a.t()) @ b)
-    generator = torch.Generator().manual_seed(1)
-    grad = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(x.dtype)
-    y.backward(grad)
+    y.backward(_incoming(y))
     return y.detach(), {name: leaf.grad for name, leaf in leaves.items()}
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    reason = dispatch.unavailable("mixed_lora", request.param, "cpu")
+    reason = dispatch.unavailable("mixed_lora", request.param, _device(request.param))
     assert reason is None, reason
     return request.param
 
@@ -146,15 +159,35 @@ def test_the_two_gradient_modes_differ(backend):
     assert torch.equal(exact["mixture"], official["mixture"])
 
 
+@pytest.mark.parametrize("through", [True, False])
+def test_when_only_the_input_wants_a_gradient(backend, through):
+    ranks = (3, 5)
+    inputs = _inputs((2, 6, 24), 10, ranks, torch.float32)
+    exact = _run(
+        {k: v.double() for k, v in inputs.items()},
+        backend="reference",
+        ranks=ranks,
+        trainable=[],
+        grad_through_frozen=through,
+    )
+    leaves = {k: v.detach() for k, v in _leaves(inputs, backend).items()}
+    x = leaves["x"].requires_grad_()
+    y = mixed_lora_linear(
+        *leaves.values(), ranks=ranks, trainable=[], grad_through_frozen=through, backend=backend
+    )
+    y.backward(_incoming(y))
+    assert _error(x.grad, exact[1]["x"]) <= 1e-6
+
+
 def test_without_the_base(backend):
     ranks = (3, 5)
     inputs = _inputs((2, 6, 24), 10, ranks, torch.float32)
     names = ("x", "lora_a", "lora_b", "mixture")
     zero = {**inputs, "weight": torch.zeros(10, 24), "bias": torch.zeros(10)}
     exact = _plain_torch({k: v.double() for k, v in zero.items()}, ranks, torch.ones(2).double())
-    leaves = {n: inputs[n].clone().requires_grad_() for n in names}
+    leaves = _leaves({n: inputs[n] for n in names}, backend)
     y = mixed_lora(*leaves.values(), ranks=ranks, backend=backend)
-    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).float())
+    y.backward(_incoming(y))
     assert _error(y.detach(), exact[0]) <= 1e-6
     for name in names:
         assert _error(leaves[name].grad, exact[1][name]) <= 2e-6, name
@@ -163,12 +196,12 @@ def test_without_the_base(backend):
 def test_non_contiguous_inputs_and_gradient(backend):
     inputs = _inputs((3, 6, 20), 12, (4, 4), torch.float32)
     exact = _run({k: v.double() for k, v in inputs.items()}, ranks=4, backend="reference")
-    strange = {k: _non_contiguous(v) for k, v in inputs.items()}
-    assert not strange["x"].is_contiguous()
-    leaves = {k: v.requires_grad_() for k, v in strange.items()}
+    leaves = {
+        k: _non_contiguous(v.to(_device(backend))).requires_grad_() for k, v in inputs.items()
+    }
+    assert not leaves["x"].is_contiguous()
     y = mixed_lora_linear(*leaves.values(), ranks=4, backend=backend)
-    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    y.backward(_non_contiguous(grad.float()))
+    y.backward(_non_contiguous(_incoming(y)))
     assert y.is_contiguous()
     assert _error(y.detach(), exact[0]) <= 1e-6
     for name, leaf in leaves.items():
@@ -176,19 +209,18 @@ def test_non_contiguous_inputs_and_gradient(backend):
 
 
 def _non_contiguous(t):
-    wide = torch.empty(*t.shape[:-1], 2 * t.shape[-1], dtype=t.dtype)
+    wide = torch.empty(*t.shape[:-1], 2 * t.shape[-1], dtype=t.dtype, device=t.device)
     wide[..., ::2] = t
     return wide[..., ::2]
 
 
 def test_expanded_incoming_gradient_is_not_written_to(backend):
     inputs = _inputs((2, 5, 16), 8, (4, 4), torch.float32)
-    leaves = {k: v.requires_grad_() for k, v in inputs.items()}
+    leaves, again = _leaves(inputs, backend), _leaves(inputs, backend)
     y = mixed_lora_linear(*leaves.values(), ranks=4, backend=backend)
     y.sum().backward()
     grad = torch.ones_like(y)
     before = grad.clone()
-    again = {k: v.detach().requires_grad_() for k, v in inputs.items()}
     mixed_lora_linear(*again.values(), ranks=4, backend=backend).backward(grad)
     assert torch.equal(grad, before)
     for name in leaves:
@@ -196,10 +228,10 @@ def test_expanded_incoming_gradient_is_not_written_to(backend):
 
 
 def test_inputs_are_left_alone(backend):
-    inputs = _inputs((2, 5, 16), 8, (4, 4), torch.float32)
-    before = {k: v.clone() for k, v in inputs.items()}
-    _run(inputs, ranks=4, backend=backend)
-    assert all(torch.equal(inputs[k], before[k]) for k in inputs)
+    leaves = _leaves(_inputs((2, 5, 16), 8, (4, 4), torch.float32), backend)
+    before = {k: v.detach().clone() for k, v in leaves.items()}
+    mixed_lora_linear(*leaves.values(), ranks=4, backend=backend).sum().backward()
+    assert all(torch.equal(leaves[k], before[k]) for k in leaves)
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 16), (2, 0, 16), (0, 16)])
@@ -244,7 +276,7 @@ def test_float32_adapters_on_a_bfloat16_layer(backend, train):
     for name in ("lora_a", "lora_b"):
         inputs[name] = inputs[name].float()
     with torch.set_grad_enabled(train):
-        y = mixed_lora_linear(*inputs.values(), ranks=ranks, backend=backend)
+        y = mixed_lora_linear(*_leaves(inputs, backend).values(), ranks=ranks, backend=backend)
     assert y.dtype == torch.bfloat16
     exact = _run({k: v.double() for k, v in inputs.items()}, ranks=ranks, backend="reference")[0]
     assert _error(y, exact) <= 1e-2
@@ -255,10 +287,10 @@ def test_float32_adapters_on_a_bfloat16_layer(backend, train):
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_gradcheck(backend):
+    scaling = torch.tensor([0.5, 2.0, 3.0])
     for per_token in (False, True):
         inputs = _inputs((2, 3, 5), 4, (2, 0, 3), torch.float64, per_token=per_token)
         leaves = [t.requires_grad_() for t in inputs.values()]
-        scaling = torch.tensor([0.5, 2.0, 3.0])
         assert torch.autograd.gradcheck(
             lambda *a: mixed_lora_linear(*a, ranks=(2, 0, 3), scaling=scaling, backend=backend),
             leaves,
@@ -267,7 +299,7 @@ def test_gradcheck(backend):
 
 def _op_arguments(backend, dtype=torch.float32):
     x, weight, bias, a, b, mixture = (
-        t.requires_grad_() for t in _inputs((6, 12), 8, (2, 0, 3), dtype).values()
+        *_leaves(_inputs((6, 12), 8, (2, 0, 3), dtype), backend).values(),
     )
     table = op.rank_table((2, 0, 3), [1.0, 2.0, 3.0], x.device)
     return x, weight, bias, a, b, mixture, table
@@ -289,11 +321,10 @@ def test_opcheck_backward(backend, through):
     x, weight, bias, a, b, mixture, table = (
         t.detach() if isinstance(t, torch.Tensor) else t for t in _op_arguments(backend)
     )
-    _, h = op._forward_op(
-        x, weight, bias, a, b, [], [], mixture, *table, [2, 5], through, backend
-    )
+    _, h = op._forward_op(x, weight, bias, a, b, [], [], mixture, *table, [2, 5], through, backend)
+    dy = torch.randn(6, 8, device=x.device)
     arguments = (
-        torch.randn(6, 8), x, weight, a, b, mixture, *table, h, [2, 5], True, True, through, backend,
+        dy, x, weight, a, b, mixture, *table, h, [2, 5], True, True, through, backend,
     )  # fmt: skip
     torch.library.opcheck(op._backward_op, arguments)
 
@@ -306,7 +337,7 @@ def test_fullgraph_compile_forward_and_backward(backend):
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for batch in (2, 3):
         inputs = _inputs((batch, 5, 16), 8, (4, 4), torch.float32, seed=batch)
-        pair = [{k: v.clone().requires_grad_() for k, v in inputs.items()} for _ in range(2)]
+        pair = [_leaves(inputs, backend) for _ in range(2)]
         for function, leaves in zip((layer, compiled), pair, strict=True):
             function(*leaves.values()).square().sum().backward()
         for name in inputs:
@@ -315,9 +346,9 @@ def test_fullgraph_compile_forward_and_backward(backend):
 
 def test_only_rank_space_is_saved_for_the_backward(backend):
     inputs = _inputs((4, 16, 64), 48, (4,) * 15, torch.float32)
-    own = {t.data_ptr() for t in inputs.values()}
+    leaves = _leaves(inputs, backend)
+    own = {t.data_ptr() for t in leaves.values()}
     saved = []
-    leaves = {k: v.requires_grad_(k in ("x", "mixture")) for k, v in inputs.items()}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         mixed_lora_linear(*leaves.values(), ranks=4, backend=backend)
     extra = sum(t.numel() for t in saved if t.data_ptr() not in own and t.is_floating_point())
@@ -326,7 +357,7 @@ def test_only_rank_space_is_saved_for_the_backward(backend):
 
 def test_autocast_computes_in_its_dtype(backend):
     inputs = _inputs((2, 5, 16), 8, (4, 4), torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(_device(backend), torch.bfloat16):
         y, grads = _run(inputs, ranks=4, backend=backend)
     assert y.dtype == torch.bfloat16
     exact, _ = _run({k: v.double() for k, v in inputs.items()}, ranks=4, backend="reference")

@@ -1,0 +1,164 @@
+"""What cpu_check and gpu_check share: the correctness gate and the sections of the report."""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import measure
+import torch
+from providers import Layer, Providers
+from rich.console import Console
+from rich.table import Table
+from training_step import PROVIDERS, Step, provider
+
+# Root-mean-square error against float64, relative; twice what plain torch makes is allowed too.
+FLOOR = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+def arguments(description: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=measure.RESULTS,
+        help="folder for <machine>/<date>-<commit>.json",
+    )
+    parser.add_argument("--quick", action="store_true", help="small sizes: does it run at all?")
+    return parser.parse_args()
+
+
+def correctness(layers: Iterable[Layer]) -> dict[str, dict[str, Any]]:
+    """Per backend of ours: errors of y and of every gradient against float64, and the verdict."""
+    report: dict[str, dict[str, Any]] = {}
+    for layer in layers:
+        ours = Providers(layer, training=True)
+        exact = _values(Providers(replace(layer, dtype=torch.float64), training=True), "stacked")
+        plain = _values(ours, "stacked")
+        for name in ours.forward():
+            if not name.startswith("ours_"):
+                continue
+            row = report.setdefault(name, {"ok": True, "cases": []})
+            values = _values(Providers(layer, training=True), name)
+            errors = {k: _error(values[k], exact[k]) for k in exact}
+            floor = FLOOR[layer.dtype]
+            ok = all(errors[k] <= max(2 * _error(plain[k], exact[k]), floor) for k in exact)
+            row["cases"].append({"layer": str(layer), "ok": ok, "errors": errors})
+            row["ok"] = row["ok"] and ok
+    return report
+
+
+def _values(providers: Providers, name: str) -> dict[str, torch.Tensor]:
+    y = providers.forward()[name]() if name != "stacked" else providers.stacked()
+    y.backward(providers.grad)
+    pool = providers._pool
+    a, b = (
+        (pool.a.trainable.grad, pool.b.trainable.grad)
+        if name.startswith("ours_")
+        else (providers.lora_a[-1].grad, providers.lora_b[-1].grad)
+    )
+    grads = {"x": providers.x.grad, "mixture": providers.mixture.grad, "a": a, "b": b}
+    return {"y": y.detach(), **grads}
+
+
+def _error(result: torch.Tensor, exact: torch.Tensor) -> float:
+    difference = (result.double() - exact.double()).pow(2).mean().sqrt()
+    return (difference / exact.double().pow(2).mean().sqrt().clamp(min=1e-30)).item()
+
+
+def layer_times(
+    layer: Layer, gate: dict[str, dict[str, Any]], *, repeats: int, training: bool
+) -> dict[str, Any]:
+    """Times of all providers on one layer; none is reported for a backend that failed the gate."""
+    providers = Providers(layer, training=training)
+    functions = {
+        name: function
+        for name, function in providers.forward().items()
+        if not name.startswith("ours_") or gate[name]["ok"]
+    }
+    steps = {n: providers.step(f) if training else f for n, f in functions.items()}
+    with torch.set_grad_enabled(training):
+        times = measure.interleaved_ms(steps, layer.device, repeats=repeats)
+        peaks = {name: measure.peak_bytes(run, layer.device) for name, run in steps.items()}
+    pass_name = "forward+backward" if training else "forward"
+    return {"layer": str(layer), "pass": pass_name, "ms": times, "peak_bytes": peaks}
+
+
+def saved_for_backward(layer: Layer) -> dict[str, int]:
+    """Elements that our op keeps for the backward beyond its inputs, and M * R."""
+    providers = Providers(layer, training=True)
+    inputs = {t.data_ptr() for t in (providers.x, providers.weight, providers.mixture)}
+    inputs |= {p.data_ptr() for p in providers._pool.parameters()}
+    inputs |= {s.rows().data_ptr() for s in (providers._pool.a, providers._pool.b)}
+    kept: dict[int, int] = {}
+
+    def note(t: torch.Tensor) -> torch.Tensor:
+        if t.data_ptr() not in inputs and t.is_floating_point():
+            kept[t.data_ptr()] = t.numel()
+        return t
+
+    name = next(n for n in providers.forward() if n.startswith("ours_"))
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        providers.forward()[name]()
+    rows = layer.batch * layer.tokens
+    return {"elements": sum(kept.values()), "rows_times_rank": rows * layer.adapters * layer.rank}
+
+
+def step_times(steps: dict[str, tuple[str, Step]], *, repeats: int) -> dict[str, Any]:
+    """Times of named (provider, step) pairs of one device, and their peak memory."""
+    device = next(iter(steps.values()))[1].device
+    functions = {name: provider(kind, step) for name, (kind, step) in steps.items()}
+    times = measure.interleaved_ms(functions, device, repeats=repeats)
+    del functions
+    peaks = {name: _peak_in_a_process(kind, step) for name, (kind, step) in steps.items()}
+    described = {
+        name: {"provider": kind, "step": str(step)} for name, (kind, step) in steps.items()
+    }
+    return {"what": described, "ms": times, "peak_bytes": peaks}
+
+
+def _peak_in_a_process(kind: str, step: Step) -> int:
+    assert kind in PROVIDERS
+    script = Path(__file__).with_name("training_step.py")
+    command = [sys.executable, str(script), kind, json.dumps(asdict(step))]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(run.stdout.splitlines()[-1])["peak_bytes"]
+
+
+def ratio(times: dict[str, Any], numerator: str, denominator: str) -> float | None:
+    """Median over median, None where one of them was not measured."""
+    if numerator not in times or denominator not in times:
+        return None
+    return times[numerator]["median"] / times[denominator]["median"]
+
+
+def target(
+    what: str, value: float | None, bound: float, *, at_least: bool = False
+) -> dict[str, Any]:
+    """One row of the table of targets."""
+    met = None if value is None else (value >= bound if at_least else value <= bound)
+    return {"what": what, "value": value, "target": bound, "at_least": at_least, "met": met}
+
+
+def finish(result: dict[str, Any], out: Path) -> int:
+    """Prints the table, writes the file; the exit status is 1 if a correctness check failed."""
+    if result["quick"]:
+        for row in result["targets"]:
+            row["met"] = None  # the targets are for the full sizes
+    table = Table("what", "measured", "target", "met")
+    for row in result["targets"]:
+        value = "not measured" if row["value"] is None else f"{row['value']:.3g}"
+        sign = ">=" if row["at_least"] else "<="
+        met = {True: "yes", False: "no", None: "-"}[row["met"]]
+        table.add_row(row["what"], value, f"{sign} {row['target']:g}", met)
+    console = Console()
+    console.print(table)
+    gate = result["correctness"]
+    for name, row in gate.items():
+        console.print(f"{name}: {'correct' if row['ok'] else 'WRONG, no speed reported'}")
+    console.print(f"written to {measure.save(result, out)}")
+    return 0 if all(row["ok"] for row in gate.values()) else 1

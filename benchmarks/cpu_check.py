@@ -1,0 +1,88 @@
+"""Correctness and speed on a CPU against every provider: one JSON file and a short table."""
+
+import sys
+from dataclasses import replace
+
+import checks
+import measure
+import torch
+from checks import ratio, target
+from providers import Layer
+from training_step import Step
+
+LAYER = Layer(8, 512, 1024, 1024, 15, 4, torch.float32)
+DECODE = Layer(1, 1, 1024, 1024, 15, 4, torch.float32)
+STEP = Step("t5", 512, 2048, 6, 8, 32128, batch=8, source=256, target=50, adapters=15)
+
+
+def main() -> int:
+    options = checks.arguments(__doc__)
+    layer, decode, step, repeats = LAYER, DECODE, STEP, 15
+    if options.quick:
+        layer = replace(LAYER, batch=2, tokens=32, width=128, out=128)
+        decode = replace(DECODE, width=128, out=128)
+        step = replace(
+            STEP, width=64, hidden=128, layers=1, heads=2, vocabulary=500, source=16, target=8
+        )
+        repeats = 3
+    small = replace(layer, batch=3, tokens=33, width=96, out=80)
+    gate = checks.correctness(
+        replace(small, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    )
+    train32 = checks.layer_times(layer, gate, repeats=repeats, training=True)
+    train16 = checks.layer_times(
+        replace(layer, dtype=torch.bfloat16), gate, repeats=repeats, training=True
+    )
+    decoding = checks.layer_times(decode, gate, repeats=40 * repeats, training=False)
+    steps = checks.step_times(
+        {
+            "ours": ("ours", step),
+            "released": ("released", step),
+            "peft_one_lora": ("peft_one_lora", step),
+        },
+        repeats=max(3, repeats // 2),
+    )
+    pools = checks.step_times(
+        {f"K{k}": ("ours", replace(step, adapters=k)) for k in (2, 64)},
+        repeats=max(3, repeats // 2),
+    )
+    saved = checks.saved_for_backward(layer)
+    a32, a16, d32, s32 = train32["ms"], train16["ms"], decoding["ms"], steps["ms"]
+    targets = [
+        target("layer forward+backward fp32: ours / base", ratio(a32, "ours_cpu", "base"), 1.08),
+        target(
+            "layer fp32: released / ours", ratio(a32, "released", "ours_cpu"), 3.8, at_least=True
+        ),
+        target(
+            "layer bf16: released / ours", ratio(a16, "released", "ours_cpu"), 12, at_least=True
+        ),
+        target("layer fp32: PEFT loop / ours", ratio(a32, "peft", "ours_cpu"), 2.6, at_least=True),
+        target("layer bf16: PEFT loop / ours", ratio(a16, "peft", "ours_cpu"), 3, at_least=True),
+        target("layer fp32: ours / stacked torch", ratio(a32, "ours_cpu", "stacked"), 1.0),
+        target("layer bf16: ours / stacked torch", ratio(a16, "ours_cpu", "stacked"), 1.0),
+        target("saved for backward / (M * R)", saved["elements"] / saved["rows_times_rank"], 1.001),
+        target("T5 step: ours / PEFT with one LoRA", ratio(s32, "ours", "peft_one_lora"), 1.05),
+        target("T5 step: released / ours", ratio(s32, "released", "ours"), 1.55, at_least=True),
+        target("T5 step: K 64 / K 2", ratio(pools["ms"], "K64", "K2"), 1.12),
+        target(
+            "T5 step peak memory: ours / PEFT with one LoRA",
+            steps["peak_bytes"]["ours"] / steps["peak_bytes"]["peft_one_lora"],
+            1.05,
+        ),
+        target("decode one token: ours / base", ratio(d32, "ours_cpu", "base"), 1.5),
+    ]
+    result = {
+        "kind": "cpu_check",
+        "quick": options.quick,
+        "environment": measure.environment("cpu"),
+        "correctness": gate,
+        "targets": targets,
+        "layers": [train32, train16, decoding],
+        "saved_for_backward": saved,
+        "steps": [steps, pools],
+    }
+    return checks.finish(result, options.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

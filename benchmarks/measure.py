@@ -1,0 +1,150 @@
+"""Timing, memory and the description of the machine, shared by all benchmarks."""
+
+import json
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+_PACKAGES = ("torch", "triton", "transformers", "peft", "numpy")
+
+
+def interleaved_ms(
+    functions: dict[str, Callable[[], object]], device: str, *, repeats: int, warmup: int = 2
+) -> dict[str, dict[str, float]]:
+    """Quantiles 0.2, 0.5 and 0.8 of each function's time in milliseconds.
+
+    On the CPU the functions take turns, so that a disturbance meets all of them; on a GPU each is
+    timed by events with a cold L2 cache.
+    """
+    if device.startswith("cuda"):
+        return {name: _cuda_ms(function, repeats) for name, function in functions.items()}
+    for function in functions.values():
+        for _ in range(warmup):
+            function()
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: _quantiles(values) for name, values in times.items()}
+
+
+def _cuda_ms(function: Callable[[], object], repeats: int) -> dict[str, float]:
+    flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
+    for _ in range(3):
+        function()
+    values = []
+    for _ in range(repeats):
+        flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        values.append(start.elapsed_time(end))
+    return _quantiles(values)
+
+
+def _quantiles(values: list[float]) -> dict[str, float]:
+    cuts = statistics.quantiles(values, n=5, method="inclusive")
+    return {"p20": cuts[0], "median": statistics.median(values), "p80": cuts[3]}
+
+
+def peak_bytes(function: Callable[[], object], device: str) -> int:
+    """Memory that one call needs at its peak beyond what is held before it."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts afresh
+    before = _resident("VmRSS")
+    function()
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    match = re.search(rf"{field}:\s+(\d+) kB", status)
+    if match is None:
+        raise RuntimeError(f"/proc/self/status has no {field}")
+    return int(match.group(1)) * 1024
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What the numbers depend on: machine, versions, commit."""
+    description: dict[str, Any] = {
+        "machine": machine_name(device),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "commit": _git("rev-parse", "--short", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "cpu": _cpu_model(),
+    }
+    for package in _PACKAGES:
+        try:
+            description[package] = version(package)
+        except PackageNotFoundError:
+            description[package] = None
+    if device.startswith("cuda"):
+        properties = torch.cuda.get_device_properties(0)
+        description["gpu"] = properties.name
+        description["gpu_memory_bytes"] = properties.total_memory
+        description["multiprocessors"] = properties.multi_processor_count
+        description["cuda"] = torch.version.cuda
+        description["driver"] = _driver()
+    return description
+
+
+def machine_name(device: str) -> str:
+    """A folder name for the machine: the GPU, or the CPU and its cores."""
+    if device.startswith("cuda"):
+        name = torch.cuda.get_device_name(0)
+    else:
+        name = f"{_cpu_model()} {torch.get_num_threads()} cores"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def save(result: dict[str, Any], out: Path) -> Path:
+    """Writes `<out>/<machine>/<date>-<commit>.json`."""
+    about = result["environment"]
+    path = out / about["machine"] / f"{about['date']}-{about['commit']}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return path
+
+
+def _cpu_model() -> str:
+    match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    return match.group(1).strip() if match else platform.machine()
+
+
+def _git(*arguments: str) -> str:
+    try:
+        run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:
+        return "unknown"
+    return run.stdout.strip() if run.returncode == 0 else "unknown"
+
+
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return "unknown"

@@ -1,0 +1,172 @@
+"""One set-up for every way to compute a layer's mixture of adapters; `base` is the layer alone."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sapt_fast import dispatch
+from sapt_fast.pool import AdapterPool
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Sizes of one layer: x is [batch, tokens, width], the pool K adapters of one rank."""
+
+    batch: int
+    tokens: int
+    width: int
+    out: int
+    adapters: int
+    rank: int
+    dtype: torch.dtype
+    device: str = "cpu"
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"B{self.batch} T{self.tokens} d{self.width}->{self.out} "
+            f"K{self.adapters} r{self.rank} {dtype}"
+        )
+
+
+class Providers:
+    """All providers over the same numbers. The newest adapter, x and the mixture train.
+
+    Every provider is a function without arguments that returns y; `leaves` get the gradients.
+    """
+
+    def __init__(self, layer: Layer, *, training: bool, seed: int = 0) -> None:
+        self.layer = layer
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*size: int) -> Tensor:
+            values = torch.randn(*size, generator=generator) / math.sqrt(size[-1])
+            return values.to(device=layer.device, dtype=layer.dtype)
+
+        count, rank = layer.adapters, layer.rank
+        self.x = draw(layer.batch, layer.tokens, layer.width).mul_(math.sqrt(layer.width))
+        self.weight = draw(layer.out, layer.width)
+        self.lora_a = [draw(rank, layer.width) for _ in range(count)]
+        self.lora_b = [draw(rank, layer.out) for _ in range(count)]
+        scores = torch.randn(layer.batch, count, generator=generator)
+        self.mixture = scores.softmax(-1).to(layer.device)
+        self.scaling = 2.0
+        self.grad = draw(layer.batch, layer.tokens, layer.out)
+        self.leaves: list[Tensor] = []
+        if training:
+            self.leaves = [self.x, self.mixture, self.lora_a[-1], self.lora_b[-1]]
+            for leaf in self.leaves:
+                leaf.requires_grad_()
+        self.frozen_a, self.frozen_b = (
+            torch.cat(rows[:-1]) if count > 1 else rows[0][:0]
+            for rows in (self.lora_a, self.lora_b)
+        )
+        self._pool = self._make_pool()
+        self._peft = self._make_peft()
+        self._compiled: Callable[[], Tensor] | None = None
+
+    def forward(self) -> dict[str, Callable[[], Tensor]]:
+        """The providers by name; ours once per backend that runs here."""
+        functions: dict[str, Callable[[], Tensor]] = {
+            "base": lambda: F.linear(self.x, self.weight),
+            "stacked": self.stacked,
+            "stacked_compiled": self.stacked_compiled,
+            "peft": lambda: self._peft(self.x),
+            "released": self.released,
+        }
+        for backend in ("cpu", "triton", "cuda"):
+            device_type = torch.device(self.layer.device).type
+            interpreted = backend == "triton" and device_type == "cpu"
+            if not interpreted and dispatch.unavailable("mixed_lora", backend, device_type) is None:
+                functions[f"ours_{backend}"] = lambda backend=backend: self.ours(backend)
+        return functions
+
+    def step(self, forward: Callable[[], Tensor]) -> Callable[[], None]:
+        """Forward and backward of a provider, gradients dropped."""
+        leaves = [*self.leaves, *(p for m in (self._pool, self._peft) for p in m.parameters())]
+
+        def run() -> None:
+            forward().backward(self.grad)
+            for leaf in leaves:
+                leaf.grad = None
+
+        return run
+
+    def ours(self, backend: str) -> Tensor:
+        return self._pool(self.x, self.weight, None, self.mixture, backend=backend)
+
+    def stacked(self) -> Tensor:
+        """The strongest plain torch: one skinny GEMM each way over the concatenated adapters."""
+        a = torch.cat([self.frozen_a, self.lora_a[-1]])
+        b = torch.cat([self.frozen_b, self.lora_b[-1]])
+        weights = self.mixture.repeat_interleave(self.layer.rank, 1).mul(self.scaling)
+        h = F.linear(self.x, a) * weights.to(self.x.dtype)[:, None]
+        base = F.linear(self.x, self.weight)
+        rows = h.flatten(0, 1)
+        return torch.addmm(base.flatten(0, 1), rows, b).view_as(base)
+
+    def stacked_compiled(self) -> Tensor:
+        if self._compiled is None:
+            on_gpu = self.layer.device.startswith("cuda")
+            mode = "max-autotune-no-cudagraphs" if on_gpu else None
+            self._compiled = torch.compile(self.stacked, mode=mode)
+        return self._compiled()
+
+    def released(self) -> Tensor:
+        """The published loop: all outputs stored, earlier adapters without a graph."""
+        outputs = []
+        for k, (a, b) in enumerate(zip(self.lora_a, self.lora_b, strict=True)):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and k == self.layer.adapters - 1):
+                outputs.append((self.x @ a.t()) @ b * self.scaling)
+        stack = torch.stack(outputs, 1).flatten(2)  # [B, K, T * O]
+        weights = self.mixture.to(self.x.dtype)
+        delta = torch.matmul(stack.transpose(1, 2), weights.unsqueeze(2)).squeeze(2)
+        base = F.linear(self.x, self.weight)
+        return base + delta.view_as(base)
+
+    def _make_pool(self) -> AdapterPool:
+        layer = self.layer
+        pool = AdapterPool(
+            layer.width,
+            layer.out,
+            reserve=layer.adapters * layer.rank,
+            device=torch.device(layer.device),
+            dtype=layer.dtype,
+        )
+        for a, b in zip(self.lora_a, self.lora_b, strict=True):
+            pool.add(layer.rank, self.scaling)
+            with torch.no_grad():
+                pool.a.trainable.copy_(a)
+                pool.b.trainable.copy_(b)
+        pool.requires_grad_(False)
+        if self.leaves:
+            pool.a.trainable.requires_grad_()
+            pool.b.trainable.requires_grad_()
+        return pool
+
+    def _make_peft(self) -> nn.Module:
+        """PEFT's own layer with all adapters active (it has no weights per sample)."""
+        from peft import LoraConfig
+        from peft.tuners.lora import Linear
+
+        layer = self.layer
+        base = nn.Linear(layer.width, layer.out, bias=False, device="meta")
+        base.weight = nn.Parameter(self.weight, requires_grad=False)
+        names = [str(k) for k in range(layer.adapters)]
+        config = LoraConfig(r=layer.rank, lora_alpha=int(self.scaling * layer.rank))
+        module = Linear(base, names[0], config, r=layer.rank, lora_alpha=config.lora_alpha)
+        for name in names[1:]:
+            module.update_layer(name, layer.rank, config.lora_alpha, config=config)
+        module.set_adapter(names)
+        module.to(device=layer.device, dtype=layer.dtype).requires_grad_(False)
+        for name, a, b in zip(names, self.lora_a, self.lora_b, strict=True):
+            module.lora_A[name].weight.data.copy_(a)
+            module.lora_B[name].weight.data.copy_(b.t())
+        if self.leaves:
+            module.lora_A[names[-1]].weight.requires_grad_()
+            module.lora_B[names[-1]].weight.requires_grad_()
+        return module

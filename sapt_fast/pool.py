@@ -181,11 +181,13 @@ class AdapterPool(nn.Module):
             mixture: [S, K]; S divides the rows of x.
         """
         first, last = self.a.frozen.shape[0], len(self.a)
+        trains = last > first
         return mix(
             x, weight, bias, self.a.rows(), self.b.rows(), mixture,
             self._table(x.device, torch.promote_types(x.dtype, torch.float32)),
-            [self.a.trainable], [self.b.trainable],
-            [first, last] if last > first else [],
+            [self.a.trainable] if trains else [],
+            [self.b.trainable] if trains else [],
+            [first, last] if trains else [],
             grad_through_frozen,
             backend,
         )  # fmt: skip
@@ -193,7 +195,8 @@ class AdapterPool(nn.Module):
     def _table(self, device: torch.device, dtype: torch.dtype) -> RankTable:
         key = (device, dtype)
         if key not in self._tables:
-            self._tables[key] = rank_table(self.ranks, self.scaling, device, dtype)
+            with torch.inference_mode(False):
+                self._tables[key] = rank_table(self.ranks, self.scaling, device, dtype)
         return self._tables[key]
 
     def extra_repr(self) -> str:

@@ -98,9 +98,16 @@ def settings(**changed) -> sapt_fast.SaptConfig:
     return sapt_fast.SaptConfig(**{"r": RANK, "lora_alpha": 8, "temperature": 1.5, **changed})
 
 
-def patched(family: str, tasks: int = 3, seed: int = 0, **changed) -> PreTrainedModel:
-    """A patched `tiny` whose adapters all do something; `changed` are fields of the config."""
-    model = sapt_fast.patch(tiny(family, seed), settings(**changed))
+def patched(
+    family: str | PreTrainedModel, tasks: int = 3, seed: int = 0, **changed
+) -> PreTrainedModel:
+    """A patched `tiny` (or the given model) whose adapters all do something.
+
+    `changed` are fields of the config; the same seed gives the same router and adapters.
+    """
+    model = tiny(family, seed) if isinstance(family, str) else family
+    torch.manual_seed(seed)
+    sapt_fast.patch(model, settings(**changed))
     for k in range(tasks):
         model.sapt.add_task(f"task{k}")
     return fill(model)

@@ -1,0 +1,468 @@
+"""How the mixture weights are chosen, and that each layer sees those of its own forward."""
+
+import threading
+
+import pytest
+import torch
+from tiny_models import FAMILIES, WIDTH, fill, oracle, patched, tiny, token_ids
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from transformers.pytorch_utils import Conv1D
+
+from sapt_fast import layers, routing
+
+
+def decoder_inputs(model, ids) -> dict:
+    return {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+
+
+@torch.no_grad()
+def run(model, ids, **inputs):
+    return model(input_ids=ids, **decoder_inputs(model, ids), **inputs).logits
+
+
+def error(got, expected) -> float:
+    return ((got - expected).norm() / expected.norm().clamp(min=1e-6)).item()
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+# --- a forward ---
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forward_matches_the_merged_model_of_each_sample(family):
+    model, ids = patched(family), token_ids()
+    logits, weights = run(model, ids), model.sapt.attention
+    assert weights.shape == (3, 3)
+    assert not weights.requires_grad
+    assert torch.equal(weights, model.sapt.route(ids))
+    torch.testing.assert_close(weights.sum(-1), torch.ones(3))
+    merged = oracle(model, family)
+    for row in range(3):
+        expected = run(merged.merged(weights[row]), ids[row : row + 1])
+        torch.testing.assert_close(logits[row : row + 1], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("shape", ["[K]", "[B, K]", "[B, T, K]"])
+def test_fixed_weights_reach_the_layer(family, shape):
+    model, ids = patched(family), token_ids()
+    layer = model.get_submodule(model.sapt.report.patched[-1])
+    seen = {}
+    layer.register_forward_hook(lambda _, args, out: seen.update(x=args[0], y=out))
+    size = {"[K]": (3,), "[B, K]": (3, 3), "[B, T, K]": (3, 9, 3)}[shape]
+    weights = torch.rand(size, generator=torch.Generator().manual_seed(0))
+    with model.sapt.fixed(weights):
+        run(model, ids)
+    weight = layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
+    expected = nn.functional.linear(seen["x"], weight, layer.bias)
+    per_token = weights.expand(3, 9, 3) if len(size) != 2 else weights[:, None].expand(3, 9, 3)
+    for k in range(3):
+        a, b = layer.sapt_pool.adapter(k)
+        expected = expected + per_token[..., k, None] * 2.0 * (seen["x"] @ a.t() @ b)
+    torch.testing.assert_close(seen["y"], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_the_weights_are_computed_once(family, monkeypatch):
+    model, calls = patched(family), []
+    own = model.sapt.router.pool
+    monkeypatch.setattr(model.sapt.router, "pool", lambda *a: calls.append(1) or own(*a))
+    run(model, token_ids())
+    assert len(calls) == 1
+    model.generate(token_ids(), max_new_tokens=4, num_beams=2)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inputs_embeds_and_positional_arguments(family):
+    model, ids = patched(family), token_ids()
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    expected = run(model, ids, attention_mask=mask)
+    weights = model.sapt.attention
+    embeds = model.get_input_embeddings()(ids)
+    with torch.no_grad():
+        got = model(inputs_embeds=embeds, attention_mask=mask, **decoder_inputs(model, ids)).logits
+        torch.testing.assert_close(model.sapt.attention, weights)
+        if family != "gemma":  # which scales its embeddings after the look-up in some versions
+            assert error(got, expected) < 1e-4
+        model.sapt.routing.weights = None
+        if family == "gpt2":  # forward(input_ids, past_key_values, cache_position, attention_mask)
+            model(ids, attention_mask=mask)
+        else:
+            model(ids, mask, **decoder_inputs(model, ids))
+    assert torch.equal(model.sapt.attention, weights)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_the_model_inside_routes_when_called_on_its_own(family):
+    model, ids = patched(family), token_ids()
+    with torch.no_grad():
+        expected = model(ids, output_hidden_states=True).hidden_states[-1]
+        model(token_ids(seed=2))
+        got = model.base_model(ids).last_hidden_state
+    torch.testing.assert_close(got, expected)
+
+
+def test_a_failed_forward_leaves_nothing_behind():
+    model, ids = patched("llama"), token_ids()
+    with torch.no_grad():
+        expected = model.base_model(ids).last_hidden_state
+        with pytest.raises((IndexError, RuntimeError)):
+            model(torch.full_like(ids, 9999))
+        assert torch.equal(model.base_model(ids).last_hidden_state, expected)
+
+
+def test_parts_without_weights_raise():
+    model = patched("llama")
+    hidden = torch.randn(1, 4, WIDTH)
+    layer = model.get_submodule(model.sapt.report.patched[0])
+    with pytest.raises(RuntimeError, match="no mixture weights"):
+        layer(hidden)
+    with model.sapt.fixed([0.2, 0.3, 0.5]):
+        layer(hidden)
+
+
+# --- which tokens are pooled ---
+
+
+def test_causal_labels_take_no_part():
+    model, ids = patched("llama"), token_ids()
+    labels = ids.clone()
+    labels[:, :5] = -100
+    weights = model.sapt.route(ids[:, :5])
+    model(ids, labels=labels)
+    torch.testing.assert_close(model.sapt.attention, weights.detach())
+    torch.testing.assert_close(model.sapt.route(ids, labels=labels), weights)
+    changed = ids.clone()
+    changed[:, 5:] = token_ids(seed=2)[:, 5:]
+    model(changed, labels=torch.where(labels == -100, labels, changed))
+    assert torch.equal(model.sapt.attention, model.sapt.route(ids, labels=labels).detach())
+    changed[:, 0] = 4
+    model(changed, labels=labels)
+    assert (model.sapt.attention - weights).abs().min(1).values.max() > 1e-3
+
+
+def test_training_and_generating_choose_the_same_weights():
+    """Prompt and answer, padded left and right: the weights are those of the bare prompt."""
+    model, prompt = patched("llama"), token_ids(length=5)
+    model.generate(prompt, max_new_tokens=1)
+    weights = model.sapt.attention
+    pad, answer = torch.zeros(3, 2, dtype=torch.long), token_ids(length=3, seed=3)
+    ids, ones = torch.cat([pad, prompt, answer, pad], 1), torch.ones(3, 8, dtype=torch.long)
+    nothing = torch.full((3, 7), -100)
+    labels = torch.cat([nothing, answer, nothing[:, :2]], 1)
+    model(ids, attention_mask=torch.cat([pad, ones, pad], 1), labels=labels)
+    torch.testing.assert_close(model.sapt.attention, weights)
+
+
+def test_labels_everywhere_pool_the_whole_row():
+    model, ids = patched("llama"), token_ids()
+    labels = ids.clone()
+    labels[0, :4] = -100
+    weights = model.sapt.route(ids, labels=labels)
+    torch.testing.assert_close(weights[1:], model.sapt.route(ids)[1:])
+    torch.testing.assert_close(weights[:1], model.sapt.route(ids[:1, :4]))
+
+
+@pytest.mark.parametrize("family", ["t5", "bert"])
+def test_labels_of_other_models_do_not_matter(family):
+    model, ids = patched(family), token_ids()
+    labels = torch.full_like(ids, -100) if family == "t5" else torch.tensor([0, 1, 2])
+    if family == "t5":
+        labels[:, 0] = 5
+    model(input_ids=ids, labels=labels)
+    assert torch.equal(model.sapt.attention, model.sapt.route(ids))
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+@pytest.mark.parametrize("masked", [True, False])
+def test_mask_padding(family, masked):
+    model, ids = patched(family, mask_padding=masked), token_ids(length=6)
+    padded = torch.cat([ids, torch.zeros(3, 3, dtype=torch.long)], 1)
+    mask = (padded != 0).long()
+    run(model, padded, attention_mask=mask)
+    bare, whole = model.sapt.route(ids), model.sapt.route(padded)
+    torch.testing.assert_close(model.sapt.attention, (bare if masked else whole).detach())
+    assert (bare - whole).abs().max() > 1e-3
+
+
+def test_sparse_weights():
+    model = patched("llama", top_k=1)
+    weights = model.sapt.route(token_ids())
+    assert torch.equal(weights.amax(-1), torch.ones(3))
+    assert (weights == 0).sum() == 6
+
+
+# --- fixed ---
+
+
+def test_fixed_nests_and_survives_exceptions():
+    model, ids = patched("llama"), token_ids()
+    routed = run(model, ids)
+    outer, inner = torch.tensor([1.0, 0, 0]), torch.tensor([[0, 1.0, 0]])
+    with model.sapt.fixed(outer):
+        with model.sapt.fixed(inner):
+            run(model, ids)
+            assert torch.equal(model.sapt.attention, inner)
+            with pytest.raises((IndexError, RuntimeError)), model.sapt.fixed(outer):
+                model(torch.full_like(ids, 9999))
+        run(model, ids)
+        assert torch.equal(model.sapt.attention, outer[None])
+        model.base_model(ids)
+        assert torch.equal(model.sapt.attention, outer[None])
+        model.generate(ids, max_new_tokens=2, num_beams=2)
+        assert torch.equal(model.sapt.attention, outer[None])
+    assert torch.equal(run(model, ids), routed)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([0.5, float("nan"), 0.5], "finite"),
+        ([0.5, float("inf"), 0.5], "finite"),
+        ([1, 0, 0], "floats"),
+        ([0.5, 0.5], r"weights: got shape \(2,\), expected \[3\]"),
+        ([[[[0.2, 0.3, 0.5]]]], "got shape"),
+    ],
+    ids=["nan", "inf", "integers", "too_few", "four_dimensions"],
+)
+def test_bad_fixed_weights(weights, message):
+    model = patched("llama")
+    with pytest.raises(ValueError, match=message):
+        model.sapt.fixed(torch.tensor(weights))
+    assert model.sapt.routing.pinned is None
+
+
+def test_per_token_weights_for_another_length_raise():
+    model = patched("t5")
+    weights = torch.full((3, 9, 3), 1 / 3)
+    with model.sapt.fixed(weights), pytest.raises(RuntimeError, match="per-token weights"):
+        model(input_ids=token_ids(), decoder_input_ids=token_ids(length=4))
+
+
+# --- after a new task ---
+
+
+def test_weights_from_before_a_task_are_refused():
+    model, ids = patched("t5"), token_ids()
+    outputs, weights = model.get_encoder()(ids), torch.full((3,), 1 / 3)
+    causal = patched("llama")
+    cache = causal(ids, use_cache=True).past_key_values
+    for one in (model, causal):
+        one.sapt.add_task("new")
+        assert one.sapt.attention is None
+    with pytest.raises(RuntimeError, match="3 adapters, but this layer has 4"):
+        model(encoder_outputs=outputs, labels=ids)
+    with pytest.raises(RuntimeError, match="3 adapters, but this layer has 4"):
+        causal(ids[:, :1], past_key_values=cache)
+    with pytest.raises(ValueError, match=r"expected \[4\]"):
+        model.sapt.fixed(weights)
+    run(model, ids)
+    assert model.sapt.attention.shape == (3, 4)
+
+
+# --- two callers at once ---
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_threads_keep_their_own_weights(family):
+    """Both threads are held inside the forward, once each has routed."""
+    model, rounds = patched(family), 30
+    inputs = [[token_ids(seed=2 * i + t) for i in range(rounds)] for t in range(2)]
+    expected = [[run(model, ids) for ids in thread] for thread in inputs]
+    barrier, got, errors = threading.Barrier(2), [[], []], []
+
+    def meet(*_):
+        barrier.wait(30)
+
+    first = model.get_submodule(model.sapt.report.patched[0])
+    handle = first.register_forward_pre_hook(meet)
+
+    def work(t):
+        try:
+            got[t].extend(run(model, ids) for ids in inputs[t])
+        except Exception as error:
+            errors.append(error)
+            barrier.abort()
+
+    threads = [threading.Thread(target=work, args=(t,)) for t in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    handle.remove()
+    assert not errors
+    for t in range(2):
+        assert all(torch.equal(a, b) for a, b in zip(got[t], expected[t], strict=True))
+
+
+def test_threads_generate_with_their_own_weights():
+    model = patched("llama")
+    prompts = [token_ids(seed=s) for s in range(2)]
+    options = {"max_new_tokens": 6, "num_beams": 2, "use_cache": False}
+    expected = [model.generate(ids, **options) for ids in prompts]
+    barrier, got = threading.Barrier(2), {}
+
+    def work(t):
+        barrier.wait(30)
+        got[t] = [model.generate(prompts[t], **options) for _ in range(4)]
+
+    threads = [threading.Thread(target=work, args=(t,)) for t in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for t in range(2):
+        assert all(tokens.tolist() == expected[t].tolist() for tokens in got[t])
+
+
+def test_two_models_at_once():
+    """One model runs in the middle of the other's forward."""
+    model, other = patched("llama"), patched("llama", seed=1)
+    ids, others = token_ids(), token_ids(seed=2)
+    expected, expected_other = run(model, ids), run(other, others)
+    got = []
+    layer = model.get_submodule(model.sapt.report.patched[1])
+    layer.register_forward_pre_hook(lambda *_: got.append(run(other, others)))
+    assert torch.equal(run(model, ids), expected)
+    assert torch.equal(got[0], expected_other)
+
+
+# --- gradient checkpointing ---
+
+
+def two_forwards(model):
+    """Gradients of two batches' losses, one backward."""
+    model.train()
+    model.zero_grad()
+    loss = torch.zeros(())
+    for seed in (1, 2):
+        ids = token_ids(seed=seed)
+        loss = loss + model(input_ids=ids, labels=ids, use_cache=False).loss
+    with model.sapt.fixed(torch.eye(3)):  # a backward has nothing to do with what is pinned
+        loss.backward()
+    return gradients(model)
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non_reentrant"])
+@pytest.mark.parametrize("before", [True, False], ids=["before_patch", "after_patch"])
+def test_checkpointing_gives_the_same_gradients(family, reentrant, before):
+    expected = two_forwards(patched(family))
+    options = {"use_reentrant": reentrant}
+    model = tiny(family)
+    if before:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    model = patched(model)
+    if not before:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    assert model.is_gradient_checkpointing
+    got = two_forwards(model)
+    assert got.keys() == expected.keys()
+    for name, grad in got.items():
+        assert error(grad, expected[name]) < 1e-4, name
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_without_handing_the_weights_over_is_noticed(reentrant, monkeypatch):
+    monkeypatch.setattr(routing._Checkpoint, "__call__", lambda s, *a, **k: s.function(*a, **k))
+    expected = two_forwards(patched("llama"))
+    model = patched("llama")
+    model.gradient_checkpointing_enable(
+        gradient_checkpointing_kwargs={"use_reentrant": reentrant}
+    )
+    model.enable_input_require_grads()
+    got = two_forwards(model)
+    name = "model.layers.1.self_attn.v_proj.sapt_pool.b.trainable"
+    assert error(got[name], expected[name]) > 0.05
+
+
+# --- compile, autocast, dropout ---
+
+
+class Loss(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        return self.model(input_ids=ids, labels=ids, use_cache=False).loss
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_compiled_in_one_frame_with_new_weights_each_call(family):
+    model = patched(family)
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    eager, compiled = Loss(model), torch.compile(Loss(model), fullgraph=True, backend=counter)
+    seen = []
+    for seed in (1, 2, 3):
+        results = []
+        for call in (compiled, eager):
+            model.zero_grad()
+            loss = call(token_ids(seed=seed))
+            loss.backward()
+            results.append((loss.detach(), gradients(model), model.sapt.attention))
+        (loss, grads, weights), (expected_loss, expected, expected_weights) = results
+        torch.testing.assert_close(loss, expected_loss)
+        torch.testing.assert_close(weights, expected_weights)
+        assert grads.keys() == expected.keys()
+        for name, grad in grads.items():
+            assert error(grad, expected[name]) < 1e-4, name
+        seen.append(weights)
+    assert counter.frame_count == 1
+    assert (seen[0] - seen[1]).abs().max() > 1e-2
+
+
+def test_compiled_model_with_cache_and_pinned_weights():
+    model, ids = patched("llama"), token_ids()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        for seed in (1, 2):
+            with model.sapt.fixed(torch.rand(3, 3, generator=torch.Generator().manual_seed(seed))):
+                torch.testing.assert_close(compiled(ids).logits, model(ids).logits)
+        out, expected = compiled(ids, use_cache=True), model(ids, use_cache=True)
+        compiled(token_ids(seed=4))
+        model(token_ids(seed=4))
+        torch.testing.assert_close(
+            compiled(ids[:, :1], past_key_values=out.past_key_values).logits,
+            model(ids[:, :1], past_key_values=expected.past_key_values).logits,
+        )
+
+
+@pytest.mark.parametrize("family", ["t5", "llama", "gpt2"])
+def test_autocast(family):
+    model, ids = fill(patched(family), deviation=0.1), token_ids()
+    model.train()
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model(input_ids=ids, labels=ids).loss
+    mixed.backward()
+    torch.testing.assert_close(mixed, loss, atol=0.05, rtol=0.05)
+    for name, grad in gradients(model).items():
+        assert grad.dtype == torch.float32
+        assert error(grad, expected[name]) < 0.3, name
+
+
+def test_dropout_is_on_the_adapters_input_alone(monkeypatch):
+    model, ids = patched("llama", lora_dropout=0.9), token_ids()
+    plain = run(model, ids)
+    model.train()
+    assert (run(model, ids) - plain).abs().max() > 1e-3
+    for pool in model.sapt.pools.values():
+        pool.b.rows().zero_()
+    torch.testing.assert_close(run(model, ids), run(tiny("llama"), ids))
+    seen = []
+    monkeypatch.setattr(layers.F, "dropout", lambda x, p: seen.append(p) or x)
+    again = patched("llama", lora_dropout=0.9).train()
+    torch.testing.assert_close(run(again, ids), plain, atol=1e-6, rtol=1e-5)
+    assert seen == [0.9] * 4

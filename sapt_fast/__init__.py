@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "SaptConfig": "sapt_fast.methods.sapt",
     "SaptTrainer": "sapt_fast.continual.trainer",
-    "load_official": "sapt_fast.checkpoint",
+    "load_official": "sapt_fast.official",
     "load_pretrained": "sapt_fast.checkpoint",
     "patch": "sapt_fast.patching",
     "unpatch": "sapt_fast.patching",
@@ -15,9 +15,10 @@ _EXPORTS = {
 __all__ = ["__version__", *_EXPORTS]
 
 if TYPE_CHECKING:
-    from sapt_fast.checkpoint import load_official, load_pretrained
+    from sapt_fast.checkpoint import load_pretrained
     from sapt_fast.continual.trainer import SaptTrainer
     from sapt_fast.methods.sapt import SaptConfig
+    from sapt_fast.official import load_official
     from sapt_fast.patching import patch, unpatch
 
 

@@ -1,0 +1,95 @@
+"""Which base model a checkpoint belongs to: its kind, its layers and some of its weights."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["describe_base", "require_base", "require_model_type"]
+
+_SAMPLES = 64
+
+
+def describe_base(model: Any, layers: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+    """What tells this base model from others, ready for JSON.
+
+    Args:
+        layers: (in_features, out_features) of each layer that has adapters, by its path.
+    """
+    return {
+        "class": type(model).__name__,
+        "name_or_path": model.name_or_path,
+        "model_type": model.config.model_type,
+        "layers": {path: list(features) for path, features in layers.items()},
+        "weights": _samples(model, list(layers)),
+    }
+
+
+def require_model_type(model: Any, saved: Any, source: Path) -> None:
+    """Raises ValueError unless the model is of the saved type."""
+    try:
+        model_type = saved["model_type"]
+    except (KeyError, TypeError) as error:
+        raise _incomplete(source, error) from error
+    if model_type != model.config.model_type:
+        raise _mismatch(model, saved, source, f"its model type is {model.config.model_type}")
+
+
+def require_base(
+    model: Any, layers: Mapping[str, tuple[int, int]], saved: Any, source: Path
+) -> None:
+    """Raises ValueError unless `saved` describes this model, up to the rounding of another dtype.
+
+    Args:
+        layers: as in `describe_base`.
+        saved: what `describe_base` returned for the model that was saved.
+        source: the file it stands in, for messages.
+    """
+    try:
+        saved_layers = {path: tuple(features) for path, features in saved["layers"].items()}
+        weights = {
+            name: (list(weight["shape"]), torch.tensor(weight["values"], dtype=torch.float64))
+            for name, weight in saved["weights"].items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise _incomplete(source, error) from error
+    for path in sorted({**layers, **saved_layers}):
+        here, there = layers.get(path), saved_layers.get(path)
+        if here != there:
+            reason = f"(in, out) features of layer {path} are {here} here and {there} there"
+            raise _mismatch(model, saved, source, reason)
+    for name, sample in _samples(model, list(layers)).items():
+        shape, values = weights.get(name, (None, torch.empty(0)))
+        found = torch.tensor(sample["values"], dtype=torch.float64)
+        if shape != sample["shape"] or values.shape != found.shape:
+            reason = f"{name} has shape {sample['shape']} here and {shape} there"
+            raise _mismatch(model, saved, source, reason)
+        if not torch.allclose(found, values, rtol=2**-7, atol=1e-6, equal_nan=True):
+            reason = f"{name} has the same shape but other values"
+            raise _mismatch(model, saved, source, reason)
+
+
+def _samples(model: Any, paths: list[str]) -> dict[str, dict[str, Any]]:
+    """Some values of the input embedding and of the first and last layer."""
+    weights = {"input embedding": model.get_input_embeddings().weight}
+    weights |= {path: model.get_submodule(path).weight for path in (paths[0], paths[-1])}
+    samples = {}
+    for name, weight in weights.items():
+        flat = weight.detach().reshape(-1)
+        index = [i * (flat.numel() - 1) // (_SAMPLES - 1) for i in range(_SAMPLES)]
+        values = flat[torch.tensor(index, device=flat.device)].double().tolist()
+        samples[name] = {"shape": list(weight.shape), "values": values}
+    return samples
+
+
+def _mismatch(model: Any, saved: Any, source: Path, reason: str) -> ValueError:
+    stated = f"{saved.get('class')} {saved.get('name_or_path')!r}"
+    return ValueError(
+        f"model: this {type(model).__name__} is another base model than the {stated} that "
+        f"{source.parent} was saved with: {reason}"
+    )
+
+
+def _incomplete(source: Path, error: Exception) -> ValueError:
+    return ValueError(f"{source}: base_model is incomplete ({error!r})")

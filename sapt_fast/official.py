@@ -1,0 +1,314 @@
+"""Checkpoints of the released SAPT (github.com/circle-hit/SAPT), read without running pickles.
+
+The release writes, after each task, a folder `<output>/<i>-<task>/saved_weights` with five files:
+trans_input.pt (the query projection), lora_weights_A.pt and lora_weights_B.pt (the task's own
+LoRA, and those before it as previous_lora_weights), prompts_keys_till_now.pt and
+attention_weights.pkl. It counts from the newest task; everything here is turned into learning
+order.
+"""
+
+import os
+import pickle
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sapt_fast.checkpoint import StoredTasks, install
+from sapt_fast.handle import Adapter, SaptHandle
+from sapt_fast.methods.sapt import SaptConfig
+from sapt_fast.patching import require_pretrained
+
+_FILES = ("trans_input", "lora_weights_A", "lora_weights_B", "prompts_keys_till_now")
+_ATTENTION_FILE = "attention_weights.pkl"
+_PROJECTION = {
+    "0.weight": "down.weight",
+    "1.weight": "up.weight",
+    "3.weight": "norm.weight",
+    "3.bias": "norm.bias",
+}
+_ENTRY = re.compile(
+    r"(?P<parent>.+)\.(lora|previous_lora_weights)_(?P<letter>[a-z]+)"
+    r"(\.(?P<previous>\d+))?\.lora_(?P<side>[AB])"
+)
+
+
+@dataclass
+class _Released:
+    """One saved_weights folder, newest task first.
+
+    Attributes:
+        adapters: by (path of the attention, projection letter), one (A [r, I], B [O, r]) per task.
+        projection: under our router's names. keys: [K, D]. attention: [K].
+    """
+
+    folder: Path
+    adapters: dict[tuple[str, str], list[tuple[Tensor, Tensor]]]
+    projection: dict[str, Tensor]
+    keys: Tensor
+    attention: Tensor
+
+
+def load_official(
+    model: PreTrainedModel,
+    directories: Sequence[str | os.PathLike[str]],
+    config: SaptConfig | None = None,
+) -> PreTrainedModel:
+    """Puts the tasks of a released SAPT run into the base model that it was trained on.
+
+    All numbers are the last folder's. The earlier ones give the tasks' names (the parent folder's,
+    without its leading number) and attention targets, and must agree with it. Nothing in the files
+    is executed. Everything is read and checked before the model changes.
+
+    Args:
+        model: T5 or LLaMA; not patched, or patched and still without tasks.
+        directories: each task's saved_weights folder, in learning order.
+        config: None for the model's own if it is patched, else the released preset with the rank
+            and the projection's width from the files.
+
+    Returns:
+        model, patched; `model.sapt.targets` holds each task's attention.
+
+    Raises:
+        TypeError: model is not a PreTrainedModel, or directories is one path.
+        FileNotFoundError: a folder or file is missing.
+        ValueError: a file is damaged or holds more than tensors, or the files do not fit each
+            other, the config or the model.
+
+    Example:
+        >>> sapt_fast.load_official(model, [  # doctest: +SKIP
+        ...     "out/1-task1572_samsum_summary/saved_weights",
+        ...     "out/2-task363_sst2_polarity_classification/saved_weights"])
+    """
+    require_pretrained(model)
+    if isinstance(directories, (str, os.PathLike)):
+        raise TypeError(f"directories: got {directories!r}, expected a list with a folder per task")
+    folders = [Path(directory) for directory in directories]
+    if not folders:
+        raise ValueError("directories: got none, expected a saved_weights folder per task")
+    names = [_task_name(folder) for folder in folders]
+    if len(set(names)) < len(names):
+        raise ValueError(f"directories: the folders name a task twice: {names}")
+    released = [_read(folder, index + 1) for index, folder in enumerate(folders)]
+    last = released[-1]
+    for earlier in released[:-1]:
+        _require_tail(last, earlier)
+
+    rank = next(iter(last.adapters.values()))[0][0].shape[0]
+    if config is None:
+        config = _default_config(model, rank, last.projection["down.weight"].shape[0])
+    if config.r != rank:
+        raise ValueError(f"config: r is {config.r}, but the adapters in {last.folder} have {rank}")
+    layers = {part: _layer_path(model, *part) for part in last.adapters}
+    count = len(folders)
+    adapters: list[dict[str, Adapter]] = [{} for _ in folders]
+    for part, newest_first in last.adapters.items():
+        for age, (a, b) in enumerate(newest_first):
+            scaling = config.lora_alpha / a.shape[0]
+            adapters[count - 1 - age][layers[part]] = (a, b.t(), scaling)
+    targets = {
+        name: checkpoint.attention.flip(0) for name, checkpoint in zip(names, released, strict=True)
+    }
+    stored = StoredTasks(
+        str(last.folder), config, names, adapters, last.keys.flip(0), last.projection, targets
+    )
+    return install(model, stored)
+
+
+def _task_name(folder: Path) -> str:
+    path = folder.resolve()
+    name = path.parent.name if path.name == "saved_weights" else path.name
+    return re.sub(r"^\d+-(?=.)", "", name)
+
+
+def _default_config(model: PreTrainedModel, rank: int, hidden: int) -> SaptConfig:
+    handle = getattr(model, "sapt", None)
+    if isinstance(handle, SaptHandle):
+        return handle.config
+    kind = model.config.model_type
+    if kind not in ("t5", "llama"):
+        raise ValueError(
+            f"config: got None, but there are no released settings for model type {kind!r}; pass a "
+            "SaptConfig"
+        )
+    presets = [SaptConfig.official(kind, name) for name in ("superni", "long_sequence")]
+    preset = next((preset for preset in presets if preset.r == rank), presets[0])
+    return replace(preset, r=rank, query_hidden_dim=hidden)
+
+
+def _layer_path(model: PreTrainedModel, parent: str, letter: str) -> str:
+    paths = [f"{parent}.{letter}", f"{parent}.{letter}_proj"]
+    for path in paths:
+        try:
+            model.get_submodule(path)
+        except AttributeError:
+            continue
+        return path
+    raise ValueError(f"model: {type(model).__name__} has no layer {paths[0]} or {paths[1]}")
+
+
+def _require_tail(last: _Released, earlier: _Released) -> None:
+    """The older part of the last checkpoint is the earlier one."""
+    newer = len(last.keys) - len(earlier.keys)
+    same = last.adapters.keys() == earlier.adapters.keys()
+    same = same and torch.equal(last.keys[newer:], earlier.keys)
+    for part, adapters in earlier.adapters.items():
+        pairs = zip(last.adapters[part][newer:], adapters, strict=True) if same else ()
+        same = same and all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in pairs)
+    if not same:
+        raise ValueError(
+            f"directories: {last.folder} does not continue {earlier.folder}: its previous adapters "
+            "or keys are others. Are these folders of one run, in learning order?"
+        )
+
+
+# --- one folder ---
+
+
+def _read(folder: Path, count: int) -> _Released:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"directories: {folder} is no folder")
+    projection, a, b, keys = (_torch_load(folder / f"{name}.pt") for name in _FILES)
+    keys_path = folder / "prompts_keys_till_now.pt"
+    if not isinstance(keys, Tensor) or keys.dim() != 2 or len(keys) != count:
+        raise ValueError(f"{keys_path}: got {_kind(keys)}, expected keys [{count}, D]")
+    return _Released(
+        folder,
+        _adapters(folder, a, b, count),
+        _projection(folder / "trans_input.pt", projection),
+        keys.detach(),
+        _attention(folder / _ATTENTION_FILE, count),
+    )
+
+
+def _torch_load(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged archive makes the reader raise
+        raise ValueError(f"{path}: damaged, or holds more than tensors ({error})") from error
+
+
+def _projection(path: Path, entries: Any) -> dict[str, Tensor]:
+    tensors = _tensors(path, entries)
+    if set(tensors) != set(_PROJECTION):
+        raise ValueError(f"{path}: got {sorted(tensors)}, expected {sorted(_PROJECTION)}")
+    return {ours: tensors[name] for name, ours in _PROJECTION.items()}
+
+
+def _adapters(
+    folder: Path, entries_a: Any, entries_b: Any, count: int
+) -> dict[tuple[str, str], list[tuple[Tensor, Tensor]]]:
+    found: dict[tuple[str, str], dict[tuple[int, str], Tensor]] = {}
+    for side, entries in (("A", entries_a), ("B", entries_b)):
+        path = folder / f"lora_weights_{side}.pt"
+        for name, tensor in _tensors(path, entries).items():
+            match = _ENTRY.fullmatch(name)
+            if match is None or match["side"] != side or tensor.dim() != 2:
+                raise ValueError(f"{path}: {name} ({_kind(tensor)}) is no LoRA entry of SAPT's")
+            age = 0 if match["previous"] is None else int(match["previous"]) + 1
+            found.setdefault((match["parent"], match["letter"]), {})[age, side] = tensor
+    wanted = {(age, side) for age in range(count) for side in "AB"}
+    for (parent, letter), tensors in found.items():
+        if set(tensors) != wanted:
+            raise ValueError(
+                f"{folder}: {parent}, projection {letter}, has {len(tensors)} LoRA entries, "
+                f"expected A and B of {count} tasks"
+            )
+    if not found:
+        raise ValueError(f"{folder}: no LoRA entries")
+    return {
+        part: [(tensors[age, "A"], tensors[age, "B"]) for age in range(count)]
+        for part, tensors in found.items()
+    }
+
+
+def _tensors(path: Path, entries: Any) -> dict[str, Tensor]:
+    if not isinstance(entries, dict) or any(not isinstance(t, Tensor) for t in entries.values()):
+        raise ValueError(f"{path}: got {_kind(entries)}, expected named tensors")
+    return {name: tensor.detach() for name, tensor in entries.items()}
+
+
+def _kind(value: Any) -> str:
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+# --- attention_weights.pkl ---
+
+
+class _PickledType:
+    """Stands for numpy.dtype: remembers its name and byte order."""
+
+    def __init__(self, name: str, *flags: object) -> None:
+        self.name, self.order = name, "="
+
+    def __setstate__(self, state: tuple) -> None:
+        self.order = state[1]
+
+
+class _PickledArray:
+    """Stands for numpy.ndarray: remembers shape, type and bytes."""
+
+    def __init__(self, *arguments: object) -> None:
+        self.state: tuple = ()
+
+    def __setstate__(self, state: tuple) -> None:
+        self.state = state
+
+    def floats(self) -> np.ndarray:
+        _, shape, kind, _, data = self.state
+        if kind.name not in ("f2", "f4", "f8") or kind.order not in ("<", ">", "="):
+            raise ValueError(f"numbers of type {kind.name!r}, expected floats")
+        return np.frombuffer(data, np.dtype(kind.order + kind.name)).reshape(shape)
+
+
+def _reconstruct(*arguments: object) -> _PickledArray:
+    """Stands for the function that makes an array whose state follows."""
+    return _PickledArray()
+
+
+def _frombuffer(data: bytes, kind: _PickledType, shape: tuple, order: str) -> _PickledArray:
+    """Stands for the function that makes an array of a buffer (pickle protocol 5)."""
+    array = _PickledArray()
+    array.state = (1, shape, kind, order == "F", data)
+    return array
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Reads one pickled numpy array of floats. Of all names that a pickle may call, only those of
+    numpy's array format are known, and they stand for the classes above: no foreign code, numpy's
+    own included, ever sees the file's content."""
+
+    names: ClassVar[dict[tuple[str, str], Callable[..., object]]] = {
+        ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+        ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+        ("numpy.core.numeric", "_frombuffer"): _frombuffer,
+        ("numpy._core.numeric", "_frombuffer"): _frombuffer,
+        ("numpy", "ndarray"): _PickledArray,
+        ("numpy", "dtype"): _PickledType,
+    }
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        if (module_name, global_name) not in self.names:
+            raise pickle.UnpicklingError(f"refuses {module_name}.{global_name}")
+        return self.names[module_name, global_name]
+
+
+def _attention(path: Path, count: int) -> Tensor:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    with open(path, "rb") as file:
+        try:
+            array = _ArrayUnpickler(file).load().floats()
+        except Exception as error:  # a damaged or hostile pickle can make the reader raise anything
+            raise ValueError(f"{path}: no pickled numpy array of floats ({error})") from error
+    if array.size != count or not np.isfinite(array).all():
+        raise ValueError(f"{path}: got {array.tolist()}, expected {count} finite weights")
+    return torch.from_numpy(array.reshape(-1).astype(np.float32))

@@ -10,7 +10,7 @@ and the gradient of the weights is `sum over rows and ranks of (dy B^T) * (x A^T
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -231,7 +231,9 @@ def _checked(
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name}: got device {tensor.device}, expected {x.device} (that of x)")
     for name, tensor in named.items():
-        allowed = (x.dtype, torch.float32) if name.startswith("lora") else (x.dtype,)
+        allowed: tuple[torch.dtype, ...] = (x.dtype,)
+        if name.startswith("lora"):
+            allowed = (x.dtype, torch.float32)
         if torch.is_autocast_enabled(x.device.type):
             allowed = _FLOATS
         if tensor is not None and tensor.dtype not in allowed:
@@ -443,9 +445,10 @@ def _backward_op(
 
 @_forward_op.register_fake
 def _forward_fake(
-    x, weight, bias, lora_a, lora_b, train_a, train_b, mixture, row_adapter, row_scale,
-    train_rows, grad_through_frozen, backend,
-):  # fmt: skip
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor,
+    *others: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    backend = others[-1]
     kernel = dispatch.kernels(_OP, dispatch.resolve(_OP, x.device, backend))
     h = kernel.empty_h(x, lora_a.shape[0])
     return x.new_empty(x.shape[0], lora_b.shape[1]), h
@@ -453,9 +456,10 @@ def _forward_fake(
 
 @_backward_op.register_fake
 def _backward_fake(
-    dy, x, weight, lora_a, lora_b, mixture, row_adapter, row_scale, h,
-    train_rows, needs_x, needs_mixture, grad_through_frozen, backend,
-):  # fmt: skip
+    dy: Tensor, x: Tensor, weight: Tensor | None, lora_a: Tensor, lora_b: Tensor, mixture: Tensor,
+    row_adapter: Tensor, row_scale: Tensor, h: Tensor | None, train_rows: list[int],
+    needs_x: bool, needs_mixture: bool, *others: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     rows = sum(train_rows[1::2]) - sum(train_rows[::2])
     return (
         x.new_empty(x.shape) if needs_x else x.new_empty(0),
@@ -470,7 +474,7 @@ def empty_h(x: Tensor, total_rank: int) -> Tensor:
     return x.new_empty(x.shape[0], total_rank)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     (x, weight, bias, lora_a, lora_b, train_a, train_b, mixture, row_adapter, row_scale,
      train_rows, grad_through_frozen, backend) = inputs  # fmt: skip
     ctx.set_materialize_grads(False)
@@ -478,36 +482,36 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.train_sizes = [t.shape[0] for t in (train_a or train_b)]
     ctx.needs_a = [t.requires_grad for t in train_a]
     ctx.needs_b = [t.requires_grad for t in train_b]
+    ctx.needs_x, ctx.needs_mixture = x.requires_grad, mixture.requires_grad
     ctx.needs_weight = weight is not None and weight.requires_grad
     ctx.needs_bias = bias is not None and bias.requires_grad
     ctx.train_rows, ctx.grad_through_frozen, ctx.backend = train_rows, grad_through_frozen, backend
-    needs_h = mixture.requires_grad or bool(train_rows)
+    needs_h = ctx.needs_mixture or bool(train_rows)
     ctx.save_for_backward(
         x, weight, lora_a, lora_b, mixture, row_adapter, row_scale, output[1] if needs_h else None
     )
 
 
-def _backward(ctx, dy, _):
+def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Any, ...]:
     # An empty list of ints counts as a list of tensors, whose gradient is a list.
-    no_rows = None if ctx.train_rows else []
+    no_rows: list[None] | None = None if ctx.train_rows else []
     if dy is None:
         empty = [None] * len(ctx.needs_a), [None] * len(ctx.needs_b)
         return (*(None,) * 5, *empty, None, None, None, no_rows, None, None)
     x, weight, lora_a, lora_b, mixture, row_adapter, row_scale, h = ctx.saved_tensors
     dx, d_mixture, d_a, d_b = _backward_op(
         dy, x, weight, lora_a, lora_b, mixture, row_adapter, row_scale, h,
-        ctx.train_rows, x.requires_grad, mixture.requires_grad, ctx.grad_through_frozen,
-        ctx.backend,
+        ctx.train_rows, ctx.needs_x, ctx.needs_mixture, ctx.grad_through_frozen, ctx.backend,
     )  # fmt: skip
     return (
-        dx if x.requires_grad else None,
+        dx if ctx.needs_x else None,
         dy.t() @ x if ctx.needs_weight else None,
         dy.sum(0) if ctx.needs_bias else None,
         None,
         None,
         _split(d_a, ctx.train_sizes, ctx.needs_a),
         _split(d_b, ctx.train_sizes, ctx.needs_b),
-        d_mixture if mixture.requires_grad else None,
+        d_mixture if ctx.needs_mixture else None,
         None,
         None,
         no_rows,

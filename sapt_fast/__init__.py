@@ -12,7 +12,15 @@ _EXPORTS = {
     "patch": "sapt_fast.patching",
     "unpatch": "sapt_fast.patching",
 }
-__all__ = ["__version__", *_EXPORTS]
+__all__ = [
+    "SaptConfig",
+    "SaptTrainer",
+    "__version__",
+    "load_official",
+    "load_pretrained",
+    "patch",
+    "unpatch",
+]
 
 if TYPE_CHECKING:
     from sapt_fast.checkpoint import load_pretrained

@@ -6,6 +6,8 @@ import pytest
 import torch
 from tiny_models import oracle, patched, tiny, token_ids
 from torch import Tensor
+from torch._dynamo.utils import counters
+from transformers import CompileConfig
 from transformers.modeling_outputs import BaseModelOutput
 
 from sapt_fast import layers
@@ -24,13 +26,13 @@ class Setting:
         self.family = family
         self.model = patched(family)
         self.oracle = oracle(self.model, family)
-        self.is_t5 = family.startswith("t5")
+        self.encodes = self.model.config.is_encoder_decoder
         ids = token_ids()
         lengths = (9, 6, 7)
         self.prompts = [row[:length] for row, length in zip(ids, lengths, strict=True)]
         self.ids, self.mask = torch.zeros_like(ids), torch.zeros_like(ids)
         for row, prompt in enumerate(self.prompts):
-            where = slice(None, len(prompt)) if self.is_t5 else slice(-len(prompt), None)
+            where = slice(None, len(prompt)) if self.encodes else slice(-len(prompt), None)
             self.ids[row, where], self.mask[row, where] = prompt, 1
         with torch.no_grad():
             self.weights = torch.cat([self.model.sapt.route(p[None]) for p in self.prompts])
@@ -43,13 +45,13 @@ class Setting:
         tokens = merged.generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW, **options
         )
-        return tokens if self.is_t5 else tokens[:, prompt.shape[1] :]
+        return tokens if self.encodes else tokens[:, prompt.shape[1] :]
 
     def generated(self, rows: int, **options) -> Tensor:
         """[rows, returned, length]"""
         inputs = {"input_ids": self.ids[:rows], "attention_mask": self.mask[:rows], **options}
         tokens = self.model.generate(**inputs, max_new_tokens=NEW)
-        tokens = tokens if self.is_t5 else tokens[:, self.ids.shape[1] :]
+        tokens = tokens if self.encodes else tokens[:, self.ids.shape[1] :]
         return tokens.view(rows, -1, tokens.shape[1])
 
     def check(self, rows: int = 3, **options) -> None:
@@ -93,7 +95,7 @@ def test_matches_the_merged_model_of_each_sample(setting, mode):
     setting.check(**MODES[mode])
 
 
-@on("t5_narrow", "qwen2", "mistral", "gemma", "gpt2")
+@on("t5_narrow", "bart", "qwen2", "mistral", "gemma", "gpt2")
 @pytest.mark.parametrize("mode", ["greedy", "beams"])
 def test_other_families(setting, mode):
     setting.check(**MODES[mode])
@@ -126,6 +128,21 @@ def test_chunked_prefill(setting, mode):
 
 
 @on("t5", "llama")
+def test_compiled_static_cache(setting):
+    """generate() compiles the decoding step; a second prompt runs in the same graph."""
+    config = CompileConfig(backend="eager", fullgraph=True, mode=None)
+    config._compile_all_devices = True  # not on accelerators alone
+    counters["stats"].clear()
+    graphs = []
+    for ids in (setting.ids, token_ids(seed=4)):
+        options = {"input_ids": ids, "attention_mask": None, **GREEDY}
+        got = setting.generated(3, **options, cache_implementation="static", compile_config=config)
+        assert got.tolist() == setting.generated(3, **options).tolist()
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[1] == graphs[0] > 0
+
+
+@on("t5", "llama")
 @pytest.mark.parametrize("options", [{}, {"num_return_sequences": 2}], ids=["one", "two_returned"])
 def test_sampling_draws_from_the_merged_model(setting, options):
     torch.manual_seed(5)
@@ -139,7 +156,7 @@ def test_sampling_draws_from_the_merged_model(setting, options):
         merged = setting.oracle.merged(setting.weights[i // copies])
         prompt = setting.prompts[i // copies]
         with torch.no_grad():
-            if setting.is_t5:
+            if setting.encodes:
                 expected = merged(prompt[None], decoder_input_ids=tokens[None, :steps]).logits[0]
             else:
                 whole = torch.cat([prompt, tokens[setting.ids.shape[1] :]])

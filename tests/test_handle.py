@@ -119,7 +119,7 @@ def test_standardized_queries_do_not_share_the_common_part():
     pooled = model.sapt.router.pool(model.get_input_embeddings(), ids, None, None)
     assert pooled.shape == (64, WIDTH)
     assert pooled.mean(0).abs().max() < 1.0
-    assert (pooled.std(0) - 1).abs().max() < 0.5
+    assert 0.2 < pooled.std(0).min() <= pooled.std(0).max() < 2
     assert {"sapt.router.query_mean", "sapt.router.query_std"} <= set(model.state_dict())
 
 

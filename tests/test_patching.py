@@ -28,6 +28,7 @@ def run(model, ids=None):
 DEFAULT_LAYERS = {
     "t5": 12,  # 2 encoder, 2 decoder and 2 cross attentions, q and v of each
     "t5_narrow": 12,
+    "bart": 12,
     "llama": 4,
     "qwen2": 4,
     "mistral": 4,

@@ -208,9 +208,10 @@ def test_an_optimizer_of_the_task_before_cannot_touch_its_rows(stale):
     model = patched("llama", tasks=1)
     optimizer = torch.optim.AdamW(model.sapt.trainable_parameters(), lr=0.1, weight_decay=0.5)
     step(model, optimizer)
-    held = [p for group in optimizer.param_groups for p in group["params"]]
+    held, growing = optimizer.param_groups[0]["params"], list(model.sapt._growing())
     before = adapters(model, 1)
     model.sapt.add_task("next")
+    assert all(p.grad is None for p in growing)
     if stale:
         for parameter in held:
             parameter.grad = torch.ones_like(parameter)

@@ -4,7 +4,8 @@ import threading
 
 import pytest
 import torch
-from tiny_models import FAMILIES, WIDTH, fill, oracle, patched, tiny, token_ids
+import transformers
+from tiny_models import FAMILIES, WIDTH, Oracle, fill, oracle, patched, tiny, token_ids
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers.pytorch_utils import Conv1D
@@ -66,6 +67,29 @@ def test_fixed_weights_reach_the_layer(family, shape):
     torch.testing.assert_close(seen["y"], expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "kind",
+    ["T5EncoderModel", "T5Model", "T5ForSequenceClassification", "LlamaModel",
+     "LlamaForSequenceClassification", "BertModel"],
+)  # fmt: skip
+def test_models_with_other_heads(kind):
+    def build():
+        torch.manual_seed(0)
+        config = tiny({"T": "t5", "L": "llama", "B": "bert"}[kind[0]]).config
+        return getattr(transformers, kind)(config).eval()
+
+    ids = token_ids()
+    ids[:, -1] = 1  # sequence classification reads T5's end token
+    model = patched(build())
+    inputs = {"input_ids": ids, **({"decoder_input_ids": ids} if kind == "T5Model" else {})}
+    with torch.no_grad():
+        got, merged = model(**inputs)[0], Oracle(model, build())
+        for row, weights in enumerate(model.sapt.attention):
+            own = {name: value[row : row + 1] for name, value in inputs.items()}
+            expected = merged.merged(weights)(**own)[0]
+            assert error(got[row : row + 1], expected) < 1e-4
+
+
 @pytest.mark.parametrize("family", ["t5", "llama"])
 def test_the_weights_are_computed_once(family, monkeypatch):
     model, calls = patched(family), []
@@ -112,6 +136,7 @@ def test_a_failed_forward_leaves_nothing_behind():
     model, ids = patched("llama"), token_ids()
     with torch.no_grad():
         expected = model.base_model(ids).last_hidden_state
+        model(token_ids(seed=2))
         with pytest.raises((IndexError, RuntimeError)):
             model(torch.full_like(ids, 9999))
         assert torch.equal(model.base_model(ids).last_hidden_state, expected)

@@ -48,6 +48,26 @@ FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
     "t5_narrow": partial(
         _build, "T5", "ForConditionalGeneration", {**_T5, "num_heads": 5, "d_kv": 4}
     ),
+    "bart": partial(
+        _build,
+        "Bart",
+        "ForConditionalGeneration",
+        {
+            "vocab_size": VOCABULARY,
+            "d_model": WIDTH,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 48,
+            "decoder_ffn_dim": 48,
+            "max_position_embeddings": 64,
+            "dropout": 0.0,
+            "decoder_start_token_id": 1,
+            "forced_eos_token_id": None,
+            **_IDS,
+        },
+    ),
     **{
         name: partial(_build, prefix, "ForCausalLM", {**_CAUSAL, "head_dim": 8})
         for name, prefix in _LLAMA_LIKE.items()

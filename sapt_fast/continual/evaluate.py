@@ -1,0 +1,87 @@
+"""Answers of a patched model to a task's rows, their score, and the attention the rows get."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sapt_fast.continual.collate import pad_rows, prompt_ids
+from sapt_fast.continual.data import Example
+from sapt_fast.continual.metrics import BENCHMARK_METRICS, Metric, score_predictions
+from sapt_fast.continual.settings import ContinualSettings
+
+__all__ = ["answers", "mean_attention", "metric_of", "score"]
+
+
+def score(
+    model: Any, tokenizer: Any, rows: Sequence[Example], benchmark: str, settings: ContinualSettings
+) -> float:
+    """Score of the model's greedy answers to `rows`, in percent."""
+    predictions = answers(model, tokenizer, rows, settings)
+    return score_predictions(
+        predictions, [row.outputs for row in rows], metric_of(benchmark, settings)
+    )
+
+
+def metric_of(benchmark: str, settings: ContinualSettings) -> Metric:
+    """The metric asked for, else the benchmark's own, else exact match."""
+    chosen = settings.metric or BENCHMARK_METRICS.get(benchmark, "exact_match")
+    return "rouge_l" if chosen == "rouge_l" else "exact_match"
+
+
+@torch.no_grad()
+def answers(
+    model: Any, tokenizer: Any, rows: Sequence[Example], settings: ContinualSettings
+) -> list[str]:
+    """Greedy answers, in the order of `rows`; the model is left in evaluation mode."""
+    model.eval()
+    causal = not model.config.is_encoder_decoder
+    texts: list[str] = []
+    for ids, mask in _batches(model, tokenizer, rows, settings, "answering"):
+        generated = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=settings.max_target_length,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        new = generated[:, ids.shape[1] :] if causal else generated
+        texts += tokenizer.batch_decode(new, skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+@torch.no_grad()
+def mean_attention(
+    model: Any, tokenizer: Any, rows: Sequence[Example], settings: ContinualSettings
+) -> Tensor:
+    """Mean over `rows` of the router's weights, [K] float32 on the CPU, learning order."""
+    model.eval()
+    total = torch.zeros(len(model.sapt.tasks), dtype=torch.float64)
+    for ids, mask in _batches(model, tokenizer, rows, settings, "routing"):
+        total += model.sapt.route(ids, mask).double().sum(0).cpu()
+    return (total / len(rows)).float()
+
+
+def _batches(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Example],
+    settings: ContinualSettings,
+    what: str,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    causal = not model.config.is_encoder_decoder
+    prompts = [row.prompt for row in rows]
+    encoded = prompt_ids(tokenizer, prompts, settings.max_source_length, causal)
+    device, size = model.get_input_embeddings().weight.device, settings.eval_batch_size
+    starts = range(0, len(encoded), size)
+    for start in tqdm(
+        starts, desc=f"{what} {rows[0].task}", leave=False, disable=not settings.progress
+    ):
+        ids, mask = pad_rows(encoded[start : start + size], tokenizer.pad_token_id, left=causal)
+        yield ids.to(device), mask.to(device)

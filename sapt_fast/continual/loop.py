@@ -1,0 +1,453 @@
+"""The continual run: learn the tasks one after the other, score all that were seen, resume."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PrinterCallback, Seq2SeqTrainingArguments, TrainerState, set_seed
+
+from sapt_fast import __version__
+from sapt_fast.checkpoint import load_pretrained
+from sapt_fast.continual.collate import Collator, encode_rows, prompt_ids
+from sapt_fast.continual.data import Example, TaskData, read_split
+from sapt_fast.continual.evaluate import mean_attention, metric_of, score
+from sapt_fast.continual.metrics import ContinualMetrics, continual_metrics
+from sapt_fast.continual.report import write_json, write_report
+from sapt_fast.continual.settings import ContinualSettings
+from sapt_fast.continual.state import TRAINER_STATE, RunFolder, last_checkpoint, read_json
+from sapt_fast.continual.strategies import STRATEGIES, Learned
+from sapt_fast.continual.trainer import SaptTrainer
+from sapt_fast.handle import SaptHandle
+from sapt_fast.patching import patch, unpatch
+
+__all__ = ["Results", "evaluate_run", "run_alone", "run_continual"]
+
+logger = logging.getLogger(__name__)
+
+ALONE_NAME = "alone.json"
+_SPLITS = ("train", "dev", "test")
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a run came to.
+
+    Attributes:
+        tasks: T names in learning order.
+        scores: [T, T] in percent, row i after learning task i; nan above the diagonal.
+        alone: [T] scores of the tasks learned alone, None where they were not given.
+        metrics: AP, F.Ra, FWT, BWT.
+        training_attention: [T, T], row i: mean weights of task i's dev inputs when it was
+            learned, nan for later adapters; None unless there is one adapter per task.
+        testing_attention: [T, T], mean weights of each task's test inputs after the last task.
+        seconds: of training and evaluation, one for each task.
+        folder: where the run is.
+    """
+
+    tasks: tuple[str, ...]
+    scores: NDArray[np.float64]
+    alone: tuple[float, ...] | None
+    metrics: ContinualMetrics
+    training_attention: NDArray[np.float64] | None
+    testing_attention: NDArray[np.float64] | None
+    seconds: tuple[float, ...]
+    folder: Path
+
+
+def run_continual(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[TaskData],
+    output_dir: str | PathLike[str],
+    settings: ContinualSettings | None = None,
+    *,
+    resume: bool = True,
+    alone: Mapping[str, float] | None = None,
+    source: Mapping[str, Any] | None = None,
+) -> Results:
+    """Learns the tasks in order and reports how much of each is left.
+
+    Killed at any point and called again with the same arguments, it goes on where it was and
+    comes to the same weights.
+
+    Args:
+        model: a transformers model with a language-modelling head, not patched. It is patched and
+            stays so, with the last task's adapters.
+        tokenizer: its tokenizer; needs a pad token.
+        tasks: in learning order.
+        output_dir: gets run.json, state.json, a checkpoint after each task (`load_pretrained`
+            reads them), results.json, results.md and, with one adapter per task, attention.png.
+        settings: None for `ContinualSettings()`.
+        resume: whether to go on with a run that is in `output_dir`.
+        alone: each task's score when learned alone (`run_alone`), for FWT.
+        source: JSON-ready note of where model and tasks come from, kept in run.json.
+
+    Raises:
+        TypeError: `model` is no transformers model.
+        ValueError: no tasks, an empty split, a name twice, a patched model, a tokenizer without
+            pad token, or `output_dir` holds a run with other settings.
+        FileExistsError: `output_dir` holds other files, or a run and `resume` is False.
+    """
+    settings = settings or ContinualSettings()
+    if STRATEGIES[settings.strategy].alone:
+        raise ValueError(f"strategy: {settings.strategy!r} has no sequence, use run_alone")
+    run = _Run(model, tokenizer, tasks, settings)
+    run.open(Path(output_dir), source, resume)
+    missing = [] if alone is None else sorted(set(run.names) - set(alone))
+    if missing:
+        raise ValueError(f"alone: got no score for {', '.join(missing)}")
+    run.learn_all()
+    return run.report(alone)
+
+
+def run_alone(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[TaskData],
+    output_dir: str | PathLike[str],
+    settings: ContinualSettings | None = None,
+    *,
+    resume: bool = True,
+    source: Mapping[str, Any] | None = None,
+) -> dict[str, float]:
+    """Score of each task when it is the only one, the reference of forward transfer.
+
+    Arguments, resuming and errors are those of `run_continual`; the strategy is "single". Writes
+    alone.json and leaves the model unpatched.
+    """
+    settings = replace(settings or ContinualSettings(), strategy="single")
+    run = _Run(model, tokenizer, tasks, settings)
+    run.open(Path(output_dir), source, resume)
+    run.learn_all()
+    run.reset()
+    scores = {name: row[0] for name, row in zip(run.names, run.folder.scores, strict=True)}
+    write_json(run.folder.path / ALONE_NAME, scores)
+    return scores
+
+
+def evaluate_run(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[TaskData],
+    output_dir: str | PathLike[str],
+    settings: ContinualSettings,
+) -> Results:
+    """The results of a finished run again, from its checkpoints alone.
+
+    Arguments and errors are those of `run_continual`; nothing is written.
+
+    Raises:
+        FileNotFoundError: a checkpoint is missing.
+    """
+    run = _Run(model, tokenizer, tasks, settings)
+    run.folder = RunFolder(Path(output_dir), run.names)
+    attention: list[list[float]] = []
+    for index in range(len(run.tasks)):
+        run.restore(index + 1)
+        run.folder.scores.append(run.score_seen(index))
+        target = model.sapt.targets.get(run.names[index])
+        attention.append([] if target is None else target.tolist())
+    run.folder.attention = attention
+    results = read_json(run.folder.path / "results.json")
+    return run.results(results.get("alone"))
+
+
+class _Run:
+    """One run: `learn_all` brings it from where its folder is to the end."""
+
+    folder: RunFolder
+
+    def __init__(
+        self, model: Any, tokenizer: Any, tasks: Sequence[TaskData], settings: ContinualSettings
+    ) -> None:
+        if isinstance(getattr(model, "sapt", None), SaptHandle):
+            raise ValueError("model: got a patched model; pass it unpatched (sapt_fast.unpatch)")
+        if getattr(tokenizer, "pad_token_id", None) is None:
+            raise ValueError("tokenizer: has no pad token; set tokenizer.pad_token")
+        _check_tasks(tasks)
+        self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        self.tasks = tuple(tasks)
+        self.names = tuple(task.name for task in tasks)
+        self.strategy = STRATEGIES[settings.strategy]()
+        self.causal = not model.config.is_encoder_decoder
+        self.device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model.to(self.device)
+        # How many tasks the model holds; None before it is patched.
+        self._holds: int | None = None
+
+    def open(self, path: Path, source: Mapping[str, Any] | None, resume: bool) -> None:
+        description = {
+            "settings": self.settings.to_dict(),
+            "tasks": {
+                task.name: {
+                    "position": position,
+                    "benchmark": task.benchmark,
+                    **{split: len(getattr(task, split)) for split in _SPLITS},
+                    "content": _digest(task),
+                }
+                for position, task in enumerate(self.tasks)
+            },
+            "model": {
+                "class": type(self.model).__name__,
+                "parameters": sum(p.numel() for p in self.model.parameters()),
+                "dtype": str(self.model.dtype),
+            },
+            "version": __version__,
+            "source": dict(source or {}),
+        }
+        self.folder = RunFolder.open(path, self.names, description, resume=resume)
+
+    # --- the steps of a run ---
+
+    def learn_all(self) -> None:
+        for index in range(len(self.folder.scores), len(self.tasks)):
+            logger.info("task %d of %d: %s", index + 1, len(self.tasks), self.names[index])
+            start = time.perf_counter()
+            if not self.folder.has_checkpoint(index):
+                self.learn(index)
+            self.restore(index + 1)
+            target = self.model.sapt.targets.get(self.names[index])
+            scores = self.score_seen(index)
+            self.folder.scores.append(scores)
+            self.folder.attention.append([] if target is None else target.tolist())
+            self.folder.seconds.append(time.perf_counter() - start)
+            self.folder.write()
+        shutil.rmtree(self.folder.path / "training", ignore_errors=True)
+
+    def learn(self, index: int) -> None:
+        """Trains on a task, from the model after the one before, and saves what it came to."""
+        task, seed = self.tasks[index], 1000 * self.settings.seed + index
+        self.restore(0 if self.strategy.alone else index)
+        sapt = self.model.sapt
+        set_seed(seed)
+        inputs = self._inputs(task.train)
+        self.strategy.begin_task(self.model, task.name, inputs, self.tokenizer.pad_token_id)
+        self._holds = None
+        self._train(index, seed)
+        if sapt.tasks[-1] == task.name:
+            rows = task.dev
+            target = mean_attention(self.model, self.tokenizer, rows, self.settings)
+            sapt.targets[task.name] = target
+        sapt.save_pretrained(self.folder.checkpoint(index))
+        self._holds = index + 1
+        shutil.rmtree(self.folder.training(index), ignore_errors=True)
+
+    def restore(self, count: int) -> None:
+        """Makes the model what it was after `count` tasks."""
+        if self._holds == count:
+            return
+        self.reset()
+        if count:
+            load_pretrained(self.model, self.folder.checkpoint(count - 1))
+        else:
+            set_seed(self.settings.seed)
+            patch(self.model, self.settings.sapt)
+        self._holds = count
+
+    def reset(self) -> None:
+        """Takes the adapters off."""
+        if isinstance(getattr(self.model, "sapt", None), SaptHandle):
+            unpatch(self.model)
+        self._holds = None
+
+    def score_seen(self, index: int) -> list[float]:
+        """Scores of the tasks up to `index`; of that one only where tasks are learned alone."""
+        seen = [self.tasks[index]] if self.strategy.alone else self.tasks[: index + 1]
+        return [
+            score(self.model, self.tokenizer, task.test, task.benchmark, self.settings)
+            for task in seen
+        ]
+
+    # --- training ---
+
+    def _train(self, index: int, seed: int) -> None:
+        task, settings, folder = self.tasks[index], self.settings, self.folder.training(index)
+        learned = self._learned(index)
+        cache = self.model.config.use_cache
+        trainer = SaptTrainer(
+            self.model,
+            self._arguments(folder, seed),
+            train_dataset=self._encoded(task.train),
+            eval_dataset=self._encoded(task.dev),
+            data_collator=Collator(self.tokenizer.pad_token_id, self.causal),
+            replay=self.strategy.replay(self.model, learned) if learned else (),
+            replay_batch_size=settings.replay_batch_size,
+            pad_token_id=self.tokenizer.pad_token_id,
+            key_learning_rate=settings.key_learning_rate,
+            query_learning_rate=settings.query_learning_rate,
+            kl_per_micro_batch=settings.kl_per_micro_batch,
+        )
+        trainer.remove_callback(PrinterCallback)
+        if settings.gradient_checkpointing:
+            _recompute_activations(self.model, True)
+        checkpoint = last_checkpoint(folder)
+        if checkpoint is None or not _finished(trainer, checkpoint):
+            trainer.train(None if checkpoint is None else str(checkpoint))
+        if settings.gradient_checkpointing:
+            _recompute_activations(self.model, False)
+        # The Trainer has turned the cache off and, for bf16, wrapped the model's forward.
+        self.model.config.use_cache = cache
+        trainer.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        trainer.accelerator.free_memory()
+
+    def _arguments(self, folder: Path, seed: int) -> Seq2SeqTrainingArguments:
+        settings = self.settings
+        save = settings.save_steps
+        return Seq2SeqTrainingArguments(
+            output_dir=str(folder),
+            per_device_train_batch_size=settings.batch_size,
+            per_device_eval_batch_size=settings.eval_batch_size,
+            gradient_accumulation_steps=settings.accumulation,
+            num_train_epochs=settings.epochs,
+            max_steps=settings.steps or -1,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type="constant",
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_grad_norm,
+            bf16=settings.bf16,
+            seed=seed,
+            data_seed=seed,
+            save_strategy="steps",
+            save_steps=save if save < 1 else int(save),
+            save_total_limit=1,
+            eval_strategy="steps" if settings.load_best else "no",
+            eval_steps=(save if save < 1 else int(save)) if settings.load_best else None,
+            load_best_model_at_end=settings.load_best,
+            metric_for_best_model="loss" if settings.load_best else None,
+            greater_is_better=False if settings.load_best else None,
+            prediction_loss_only=True,
+            logging_steps=0.1,
+            report_to=[],
+            disable_tqdm=not settings.progress,
+            use_cpu=self.device == "cpu",
+            dataloader_pin_memory=self.device != "cpu",
+            remove_unused_columns=False,
+        )
+
+    def _encoded(self, rows: Sequence[Example]) -> list[dict[str, list[int]]]:
+        return encode_rows(
+            self.tokenizer,
+            rows,
+            max_source_length=self.settings.max_source_length,
+            max_target_length=self.settings.max_target_length,
+            causal=self.causal,
+        )
+
+    def _inputs(self, rows: Sequence[Example]) -> list[list[int]]:
+        prompts = [row.prompt for row in rows]
+        return prompt_ids(self.tokenizer, prompts, self.settings.max_source_length, self.causal)
+
+    def _learned(self, index: int) -> list[Learned]:
+        """The tasks before `index` with the inputs that are replayed for them."""
+        source = self.settings.replay
+        if source == "none" or not self.strategy.replays:
+            return []
+        return [
+            Learned(task.name, self._inputs(self._replayed(task))) for task in self.tasks[:index]
+        ]
+
+    def _replayed(self, task: TaskData) -> Sequence[Example]:
+        if self.settings.replay != "real":
+            return read_split(self.settings.replay, task.benchmark, task.name)
+        count = max(1, int(self.settings.replay_share * len(task.train)))
+        draw = random.Random(f"{self.settings.seed}/{task.name}/replay")
+        return [task.train[i] for i in sorted(draw.sample(range(len(task.train)), count))]
+
+    # --- what it came to ---
+
+    def results(self, alone: Sequence[float] | None) -> Results:
+        count, folder = len(self.tasks), self.folder
+        scores = np.full((count, count), np.nan)
+        for index, row in enumerate(folder.scores):
+            scores[index, : len(row)] = row
+        training = testing = None
+        if all(folder.attention):
+            training, testing = np.full((count, count), np.nan), np.zeros((count, count))
+            self.restore(count)
+            for index, task in enumerate(self.tasks):
+                training[index, : index + 1] = folder.attention[index]
+                testing[index] = mean_attention(
+                    self.model, self.tokenizer, task.test, self.settings
+                ).numpy()
+        return Results(
+            tasks=self.names,
+            scores=scores,
+            alone=None if alone is None else tuple(alone),
+            metrics=continual_metrics(scores, alone),
+            training_attention=training,
+            testing_attention=testing,
+            seconds=tuple(folder.seconds),
+            folder=folder.path,
+        )
+
+    def report(self, alone: Mapping[str, float] | None) -> Results:
+        self.restore(len(self.tasks))
+        results = self.results(None if alone is None else [alone[name] for name in self.names])
+        write_report(
+            self.folder.path,
+            self.names,
+            results.scores,
+            results.alone,
+            training_attention=results.training_attention,
+            testing_attention=results.testing_attention,
+            title=f"{self.settings.strategy} on {len(self.tasks)} tasks",
+            extra={
+                "strategy": self.settings.strategy,
+                "metric": sorted({metric_of(t.benchmark, self.settings) for t in self.tasks}),
+                "seconds": results.seconds,
+            },
+        )
+        return results
+
+
+def _check_tasks(tasks: Sequence[TaskData]) -> None:
+    if not tasks:
+        raise ValueError("tasks: got none, expected at least one")
+    names = [task.name for task in tasks]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"tasks: named more than once: {', '.join(twice)}")
+    for task in tasks:
+        for split in _SPLITS:
+            if not getattr(task, split):
+                raise ValueError(f"tasks: {task.name!r} has no {split} rows, expected at least one")
+
+
+def _digest(task: TaskData) -> str:
+    rows = [
+        (row.prompt, row.output, *row.outputs) for split in _SPLITS for row in getattr(task, split)
+    ]
+    return sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+
+def _recompute_activations(model: Any, enable: bool) -> None:
+    # transformers 5.23 renamed gradient to activation checkpointing.
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if enable:
+        getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(model, f"{name}_checkpointing_disable")()
+        model.disable_input_require_grads()
+
+
+def _finished(trainer: SaptTrainer, checkpoint: Path) -> bool:
+    """Loads the outcome of a training that had come to its end; False if it had not."""
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
+    if state.global_step < state.max_steps:
+        return False
+    best = state.best_model_checkpoint
+    trainer._load_from_checkpoint(best if best and Path(best).is_dir() else str(checkpoint))
+    return True

@@ -1,0 +1,180 @@
+"""What a continual run is asked to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from sapt_fast.methods.sapt import SaptConfig
+
+__all__ = ["ContinualSettings", "differences"]
+
+_METRICS = (None, "rouge_l", "exact_match")
+# These change where and how a run computes, not what it comes to.
+_FREE = ("device", "eval_batch_size", "progress")
+
+
+@dataclass
+class ContinualSettings:
+    """Settings of `run_continual`, the same for every task of a run."""
+
+    strategy: str = field(
+        default="sapt",
+        metadata={"help": "How tasks share adapters: 'sapt', 'seqlora' or 'single'."},
+    )
+    sapt: SaptConfig = field(
+        default_factory=SaptConfig, metadata={"help": "Adapters and router of the model."}
+    )
+    learning_rate: float = field(default=3e-4, metadata={"help": "Learning rate, constant."})
+    key_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the key; none for learning_rate."}
+    )
+    query_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of the query projection; none for learning_rate."},
+    )
+    epochs: float = field(default=10.0, metadata={"help": "Passes over each task's rows."})
+    steps: int | None = field(
+        default=None, metadata={"help": "Optimizer steps for each task, in place of epochs."}
+    )
+    batch_size: int = field(default=8, metadata={"help": "Rows of a micro-batch."})
+    accumulation: int = field(
+        default=4, metadata={"help": "Micro-batches whose gradients make one optimizer step."}
+    )
+    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay."})
+    max_grad_norm: float = field(
+        default=1.0, metadata={"help": "Clip gradients to this norm; 0 for no clipping."}
+    )
+    max_source_length: int = field(default=512, metadata={"help": "Tokens of a prompt."})
+    max_target_length: int = field(default=50, metadata={"help": "Tokens of an answer."})
+    replay: str = field(
+        default="real",
+        metadata={
+            "help": "Inputs for the reflection loss: 'real' (a share of the training inputs), "
+            "'none', or a folder of pseudo-samples in the CL_Benchmark layout."
+        },
+    )
+    replay_share: float = field(
+        default=0.02, metadata={"help": "Share of a task's inputs kept for replay; at least one."}
+    )
+    replay_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Replayed rows of each task per micro-batch; none for batch_size."},
+    )
+    kl_per_micro_batch: bool = field(
+        default=False,
+        metadata={"help": "Add the whole reflection loss in every micro-batch, as released."},
+    )
+    metric: str | None = field(
+        default=None,
+        metadata={"help": "'rouge_l' or 'exact_match'; none for the benchmark's own."},
+    )
+    eval_batch_size: int = field(default=16, metadata={"help": "Rows of a batch in evaluation."})
+    save_steps: float = field(
+        default=0.1,
+        metadata={
+            "help": "Steps between checkpoints within a task; below 1, a share of its steps."
+        },
+    )
+    load_best: bool = field(
+        default=False,
+        metadata={"help": "Keep the checkpoint with the least loss on dev, not the last one."},
+    )
+    bf16: bool = field(default=False, metadata={"help": "Train under bfloat16 autocast."})
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Recompute activations in the backward pass."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of everything that is drawn."})
+    device: str | None = field(
+        default=None, metadata={"help": "'cpu' or 'cuda'; none for a GPU where there is one."}
+    )
+    progress: bool = field(default=True, metadata={"help": "Show progress bars."})
+
+    def __post_init__(self) -> None:
+        from sapt_fast.continual.strategies import STRATEGIES
+
+        if self.strategy not in STRATEGIES:
+            raise ValueError(
+                f"strategy: got {self.strategy!r}, expected one of {', '.join(STRATEGIES)}"
+            )
+        if self.metric not in _METRICS:
+            raise ValueError(f"metric: got {self.metric!r}, expected one of {_METRICS}")
+        if self.device not in (None, "cpu", "cuda"):
+            raise ValueError(f"device: got {self.device!r}, expected 'cpu', 'cuda' or None")
+        for name in ("batch_size", "accumulation", "eval_batch_size", "max_source_length",
+                     "max_target_length", "steps", "replay_batch_size"):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: got {value}, expected at least 1")
+        for name in ("learning_rate", "epochs", "save_steps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected a positive number")
+        if not 0 < self.replay_share <= 1:
+            raise ValueError(f"replay_share: got {self.replay_share}, expected a share in (0, 1]")
+
+    @classmethod
+    def official(cls, model: str, benchmark: str) -> ContinualSettings:
+        """The released hyperparameters, quirks included.
+
+        The LLaMA runs used four GPUs with two rows each; here that is one micro-batch of eight.
+
+        Args:
+            model: "t5" or "llama".
+            benchmark: "superni" or "long_sequence".
+
+        Raises:
+            ValueError: there is no such preset.
+        """
+        config = SaptConfig.official(model, benchmark)
+        epochs = {
+            ("t5", "superni"): 100,
+            ("t5", "long_sequence"): 10,
+            ("llama", "superni"): 50,
+            ("llama", "long_sequence"): 20,
+        }[model, benchmark]
+        long_t5 = (model, benchmark) == ("t5", "long_sequence")
+        return cls(
+            sapt=config,
+            learning_rate=3e-4 if model == "t5" else 5e-5,
+            epochs=epochs,
+            batch_size=16 if long_t5 else 8,
+            accumulation=2 if long_t5 else 4,
+            max_source_length=512 if model == "t5" else 1024,
+            kl_per_micro_batch=True,
+            save_steps=5 / epochs,
+            load_best=True,
+            bf16=True,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict; `from_dict` gives the settings back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ContinualSettings:
+        """Raises ValueError on an unknown field."""
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(f"ContinualSettings: got unknown fields {unknown}")
+        return cls(**{**values, "sapt": SaptConfig.from_dict(values["sapt"])})
+
+
+def differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """What differs between two JSON-ready descriptions of a run, one line for each entry."""
+    before, now = _flat(stored), _flat(asked)
+    return [
+        f"{name}: {before.get(name, 'absent')!r} there, {now.get(name, 'absent')!r} now"
+        for name in {**before, **now}
+        if before.get(name, ...) != now.get(name, ...) and name.split(".")[-1] not in _FREE
+    ]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

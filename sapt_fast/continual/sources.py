@@ -1,0 +1,134 @@
+"""Where the model and the tasks of a run come from; what run.json notes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+
+from sapt_fast.continual.data import Example, TaskData, list_tasks, read_task
+from sapt_fast.continual.orders import resolve_order
+
+__all__ = ["DEMO", "Source", "demo_tasks"]
+
+DEMO = "demo"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model and a sequence of tasks, as the command line names them."""
+
+    model: str = field(metadata={"help": f"Folder or name of a transformers model, or '{DEMO}'."})
+    benchmark: str = field(
+        metadata={"help": f"'SuperNI', 'Long_Sequence', or '{DEMO}' for the generated tasks."}
+    )
+    data: str | None = field(default=None, metadata={"help": "Folder that holds the benchmark."})
+    tasks: str | None = field(
+        default=None, metadata={"help": "A published order, or task names separated by commas."}
+    )
+    dev: str = field(
+        default="from_train",
+        metadata={"help": "'from_train', or 'released' for dev.json (the test rows, as released)."},
+    )
+    max_train: int | None = field(default=None, metadata={"help": "Training rows kept of a task."})
+    max_eval: int | None = field(
+        default=None, metadata={"help": "Dev rows and test rows kept of a task."}
+    )
+    dtype: str = field(default="float32", metadata={"help": f"One of {', '.join(_DTYPES)}."})
+    seed: int = field(
+        default=0, metadata={"help": "Draws the dev rows and the rows that are kept."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"dtype: got {self.dtype!r}, expected one of {', '.join(_DTYPES)}")
+        if self.benchmark != DEMO and self.data is None:
+            raise ValueError(f"data: benchmark {self.benchmark!r} needs the folder that holds it")
+
+    def load_model(self) -> tuple[Any, Any]:
+        """Model and tokenizer.
+
+        Raises:
+            ValueError: the tokenizer has neither a pad nor an end token, or the folder holds a
+                model of a kind that cannot generate.
+            OSError: there is no such model.
+        """
+        if self.model == DEMO:
+            from sapt_fast.demo.backbone import load_backbone
+            from sapt_fast.demo.tasks import CharTokenizer
+
+            return load_backbone(_DTYPES[self.dtype]), CharTokenizer()
+        from transformers import (
+            AutoConfig,
+            AutoModelForCausalLM,
+            AutoModelForSeq2SeqLM,
+            AutoTokenizer,
+        )
+
+        config = AutoConfig.from_pretrained(self.model)
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model = kind.from_pretrained(self.model, dtype=_DTYPES[self.dtype])
+        tokenizer = AutoTokenizer.from_pretrained(self.model)
+        if tokenizer.pad_token_id is None:
+            if tokenizer.eos_token_id is None:
+                raise ValueError(
+                    f"model: the tokenizer of {self.model} has no pad and no end token"
+                )
+            tokenizer.pad_token = tokenizer.eos_token
+        return model, tokenizer
+
+    def load_tasks(self) -> list[TaskData]:
+        """The tasks in learning order.
+
+        Raises:
+            FileNotFoundError, ValueError: as `continual.data.read_task`.
+        """
+        if self.benchmark == DEMO:
+            tasks = demo_tasks(self.seed)
+            names = [task.name for task in tasks]
+            chosen = names if self.tasks is None else resolve_order(self.tasks)
+            unknown = sorted(set(chosen) - set(names))
+            if unknown:
+                raise ValueError(f"tasks: the demo has no {unknown}, it has {', '.join(names)}")
+            return [tasks[names.index(name)] for name in chosen]
+        root = Path(str(self.data))
+        wanted: Sequence[str] = (
+            list_tasks(root, self.benchmark) if self.tasks is None else resolve_order(self.tasks)
+        )
+        dev = cast('Literal["from_train", "released"]', self.dev)
+        return [
+            read_task(
+                root, self.benchmark, name,
+                dev=dev, max_train=self.max_train, max_eval=self.max_eval, seed=self.seed,
+            )
+            for name in wanted
+        ]  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict, which `Source(**...)` takes; folders made absolute."""
+        values = asdict(self)
+        for name in ("model", "data"):
+            if values[name] is not None and Path(values[name]).is_dir():
+                values[name] = str(Path(values[name]).resolve())
+        return values
+
+
+def demo_tasks(seed: int = 0) -> list[TaskData]:
+    """The six generated tasks of `sapt_fast.demo` in the loop's form, scored by exact match."""
+    from sapt_fast.demo.tasks import make_demo_tasks
+
+    made = []
+    for task in make_demo_tasks(seed):
+        splits = {
+            split: tuple(
+                Example(task.name, row.source, row.source, row.target, (row.target,))
+                for row in getattr(task, split)
+            )
+            for split in ("train", "dev", "test")
+        }
+        made.append(TaskData(task.name, DEMO, task.instruction, labels=None, **splits))
+    return made

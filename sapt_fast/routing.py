@@ -8,7 +8,7 @@ Every thread has its own, so concurrent callers never see each other's.
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -216,8 +216,9 @@ class Routing:
             return generate(inputs, *args, **kwargs)
         mask = kwargs.get("attention_mask")
         if mask is None and ids is not None:
-            config = kwargs.get("generation_config") or self.model.generation_config
-            mask = _padding_mask(ids, config)
+            config = kwargs.get("generation_config", next(iter(args), None))
+            own = vars(self.model.generation_config)
+            mask = _padding_mask(ids, [kwargs, vars(config) if config else {}, own])
         with torch.no_grad():
             weights = self.route(input_ids=ids, inputs_embeds=embeds, attention_mask=mask)
         with self.pin(weights):
@@ -268,9 +269,12 @@ class _Checkpoint:
         return self.function(run, self.routing.weights, *args, **kwargs)
 
 
-def _padding_mask(input_ids: Tensor, generation_config: Any) -> Tensor | None:
-    """The mask that `generate` infers when it is given none."""
-    pad, eos = generation_config.pad_token_id, generation_config.eos_token_id
+def _padding_mask(input_ids: Tensor, settings: Sequence[Mapping[str, Any]]) -> Tensor | None:
+    """The mask that `generate` infers when it is given none, from the first settings that say."""
+    pad, eos = (
+        next((s[name] for s in settings if s.get(name) is not None), None)
+        for name in ("pad_token_id", "eos_token_id")
+    )
     stops = eos if isinstance(eos, list) else [eos]
     if pad is None or pad in stops or not (input_ids == pad).any():
         return None

@@ -7,7 +7,7 @@ import torch
 from tiny_models import oracle, patched, tiny, token_ids
 from torch import Tensor
 from torch._dynamo.utils import counters
-from transformers import CompileConfig
+from transformers import CompileConfig, GenerationConfig
 from transformers.modeling_outputs import BaseModelOutput
 
 from sapt_fast import layers
@@ -222,6 +222,21 @@ def test_padding_mask_is_inferred_as_generate_does(setting):
 
 
 @on("llama")
+def test_no_padding_mask_where_the_pad_token_ends_the_text(setting):
+    """Padded with the end token, generate() takes padding for text, and so does the router."""
+    model, ids = setting.model, setting.ids
+    whole, masked = model.sapt.route(ids), setting.weights
+    assert (whole - masked)[1:].abs().min(1).values.max() > 1e-3
+    for options in ({"eos_token_id": 0}, {"generation_config": GenerationConfig(eos_token_id=0)}):
+        model.generate(ids, max_new_tokens=1, **options)
+        torch.testing.assert_close(model.sapt.attention, whole.detach())
+    model.generate(ids, GenerationConfig(eos_token_id=[0, 5]), max_new_tokens=1)
+    torch.testing.assert_close(model.sapt.attention, whole.detach())
+    model.generate(ids, GenerationConfig(eos_token_id=5), max_new_tokens=1)
+    torch.testing.assert_close(model.sapt.attention, masked)
+
+
+@on("llama")
 def test_inputs_embeds(setting):
     embeds = setting.model.get_input_embeddings()(setting.ids)
     tokens = setting.model.generate(
@@ -300,7 +315,7 @@ def test_data_parallel_raises(setting):
 )
 def test_continuous_batching_raises(setting, method):
     with pytest.raises(RuntimeError, match="continuous batching"):
-        getattr(setting.model, method)([[3, 4]])
+        getattr(setting.model, method)()
 
 
 @on("t5")

@@ -72,23 +72,24 @@ def _gemm_kernel(
     tile_m, tile_n = _tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Rows and columns past the end wrap to 0, so the loops mask nothing but their reduction.
+    # Rows past the end wrap to 0, which spares a mask. Columns must not: b and q may be contiguous
+    # along them, and a wrapped index is no longer known to be.
     safe_rows = tl.where(rows < M, rows, 0).to(tl.int64)
-    safe_cols = tl.where(cols < N, cols, 0)
+    in_cols = (cols < N)[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
     if a_ptr is not None:
         tl.assume(K > 0)
         offs_k = tl.arange(0, BLOCK_K)
         a_ptrs = a_ptr + safe_rows[:, None] * stride_am + offs_k[None, :]
-        b_ptrs = b_ptr + safe_cols.to(tl.int64)[None, :] * stride_bn + offs_k[:, None] * stride_bk
+        b_ptrs = b_ptr + cols.to(tl.int64)[None, :] * stride_bn + offs_k[:, None] * stride_bk
         for k in range(0, K, BLOCK_K):
             if EVEN_K:
                 a = tl.load(a_ptrs)
-                b = tl.load(b_ptrs)
+                b = tl.load(b_ptrs, mask=in_cols, other=0.0)
             else:
                 a = tl.load(a_ptrs, mask=offs_k[None, :] < K - k, other=0.0)
-                b = tl.load(b_ptrs, mask=offs_k[:, None] < K - k, other=0.0)
+                b = tl.load(b_ptrs, mask=(offs_k[:, None] < K - k) & in_cols, other=0.0)
             acc = tl.dot(a.to(COMPUTE), b.to(COMPUTE), acc, input_precision="ieee")
             a_ptrs += BLOCK_K
             b_ptrs += BLOCK_K * stride_bk
@@ -98,18 +99,20 @@ def _gemm_kernel(
         tl.assume(hi > lo)
         offs_r = tl.arange(0, BLOCK_R)
         p_ptrs = p_ptr + safe_rows[:, None] * stride_pm + (lo + offs_r)[None, :]
-        q_ptrs = q_ptr + (lo + offs_r).to(tl.int64)[:, None] * stride_qr + safe_cols[None, :]
+        q_ptrs = q_ptr + (lo + offs_r).to(tl.int64)[:, None] * stride_qr + cols[None, :]
         for r in range(lo, hi, BLOCK_R):
             p = tl.load(p_ptrs, mask=offs_r[None, :] < hi - r, other=0.0)
-            q = tl.load(q_ptrs, mask=offs_r[:, None] < min(hi, R) - r, other=0.0)
+            in_rank = offs_r[:, None] < min(hi, R) - r
+            q = tl.load(q_ptrs, mask=in_rank & in_cols, other=0.0)
             acc = tl.dot(p.to(COMPUTE), q.to(COMPUTE), acc, input_precision="ieee")
             p_ptrs += BLOCK_R
             q_ptrs += BLOCK_R * stride_qr
 
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + safe_cols).to(tl.float32)[None, :]
+        bias = tl.load(bias_ptr + cols, mask=cols < N, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
     y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :]
-    mask = (rows < M)[:, None] & (cols < N)[None, :]
+    mask = (rows < M)[:, None] & in_cols
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -182,13 +185,17 @@ def _tma_config(traits: DeviceTraits, M: int, N: int) -> TileConfig:
     return TileConfig(128, 128, 64, num_warps=8, num_stages=4)
 
 
-def _pointer_config(traits: DeviceTraits, itemsize: int, M: int, N: int) -> TileConfig:
+def _pointer_config(
+    traits: DeviceTraits, itemsize: int, M: int, N: int, aligned: bool
+) -> TileConfig:
     if traits.capability == 0:
         return TileConfig(16, 32, 32, num_warps=4, num_stages=1)
     if itemsize == 4:
-        return TileConfig(64, 64, 32, num_warps=4, num_stages=3)
+        return TileConfig(64, 64, 32, num_warps=4, num_stages=2)
+    if not aligned:
+        return TileConfig(64, 64, 32, num_warps=4, num_stages=2)
     if M <= 64:
-        return TileConfig(64, 32, 128, num_warps=4, num_stages=4)
+        return TileConfig(64, 32, 128, num_warps=8, num_stages=4)
     if cdiv(M, 128) * cdiv(N, 128) >= traits.num_sms // 2 and traits.capability < 120:
         return TileConfig(128, 128, 64, num_warps=8, num_stages=3)
     return TileConfig(64, 64, 64, num_warps=4, num_stages=4)
@@ -196,11 +203,12 @@ def _pointer_config(traits: DeviceTraits, itemsize: int, M: int, N: int) -> Tile
 
 def _rank_block(columns: int, itemsize: int, factor_itemsize: int) -> int:
     """Reduction step of the rank loop: no longer than needed, shorter for wider factors."""
-    longest = 64 if itemsize == factor_itemsize == 2 else 32
+    longest = 16 if itemsize == 4 else 64 // (factor_itemsize // itemsize)
     return max(16, min(longest, triton.next_power_of_2(columns)))
 
 
-def _fits_tma(matrix: Tensor | None) -> bool:
+def _is_aligned(matrix: Tensor | None) -> bool:
+    """Every row starts at a multiple of 16 bytes, as descriptors and vector loads want it."""
     if matrix is None:
         return True
     row_bytes = max(matrix.stride()) * matrix.element_size()
@@ -238,9 +246,9 @@ def two_source_gemm(
     )
     meta = {"BLOCK_R": block_r, "GROUP_M": _GROUP_M, "COMPUTE": common.compute_dtype(y.dtype)}
 
-    use_tma = traits.has_tma and itemsize == 2 and M > 64
+    aligned = all(_is_aligned(t) for t in (a, b, p, q, y))
     with torch.cuda.device_of(y):
-        if use_tma and all(_fits_tma(t) for t in (a, b, p, q, y)):
+        if traits.has_tma and aligned and itemsize == 2 and M > 64:
             tile = _tma_config(traits, M, N)
             b_is_nk = b is not None and b.stride(0) == 1
             operands = [None, None, None, None]
@@ -268,7 +276,7 @@ def two_source_gemm(
                 B_IS_NK=b_is_nk,
             )
             return y
-        tile = _pointer_config(traits, itemsize, M, N)
+        tile = _pointer_config(traits, itemsize, M, N, aligned)
         _gemm_kernel[(cdiv(M, tile.m) * cdiv(N, tile.n),)](
             a,
             b,

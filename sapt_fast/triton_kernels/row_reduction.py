@@ -51,14 +51,14 @@ def _mixture_grad_kernel(
         start += tl.sum((adapters < k).to(tl.int32), axis=0)
         stop += tl.sum((adapters <= k).to(tl.int32), axis=0)
 
-    safe_samples = tl.where(samples < S, samples, 0).to(tl.int64)
+    safe_samples = tl.where(samples < S, samples, 0)
     first_tile = safe_samples * T // tile_rows
     last_tile = ((safe_samples + 1) * T - 1) // tile_rows
     acc = tl.zeros((BLOCK_S, BLOCK_T), tl.float32)
     for t in range(0, (T + tile_rows - 2) // tile_rows + 1, BLOCK_T):
         tiles = first_tile[:, None] + (t + tl.arange(0, BLOCK_T))[None, :]
         segment = safe_samples[:, None] - tiles * tile_rows // T
-        row_ptrs = partial_ptr + (tiles * segments + segment) * stride_pm
+        row_ptrs = partial_ptr + (tiles * segments + segment).to(tl.int64) * stride_pm
         in_sample = tiles <= last_tile[:, None]
         for r in range(start, stop, BLOCK_R):
             ranks = r + tl.arange(0, BLOCK_R)

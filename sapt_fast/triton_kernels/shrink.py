@@ -86,13 +86,13 @@ def _sum_parts(
     """Sum of the partial products that `_split_kernel` left, in their order."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     part_ptrs = parts_ptr + offsets
-    for _ in range(parts):
+    for _ in tl.range(parts, loop_unroll_factor=4):
         acc += tl.load(part_ptrs, mask=mask, other=0.0)
         part_ptrs += part_size
     return acc
 
 
-@triton.jit(do_not_specialize=["M", "R", "k_per_part", "rank_lo", "rank_hi"])
+@triton.jit(do_not_specialize=["M", "R", "steps", "rank_lo", "rank_hi"])
 def _split_kernel(
     x_ptr,
     a_ptr,
@@ -100,7 +100,7 @@ def _split_kernel(
     M,
     D,
     R,
-    k_per_part,
+    steps,
     rank_lo,
     rank_hi,
     stride_xm,
@@ -118,8 +118,8 @@ def _split_kernel(
     rows = tl.program_id(0) // tiles_r * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks = lo + tl.program_id(0) % tiles_r * BLOCK_N + tl.arange(0, BLOCK_N)
     part = tl.program_id(1)
-    k_start = part * k_per_part
-    k_stop = min(k_start + k_per_part, D)
+    k_start = part * steps * BLOCK_K
+    k_stop = min(k_start + steps * BLOCK_K, D)
     acc = _product(
         x_ptr, a_ptr, rows, ranks, M, R, k_start, k_stop, stride_xm, stride_ar,
         BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, COMPUTE,
@@ -282,73 +282,86 @@ def _shrink_bwd_kernel(
 
 
 def _shrink_config(
-    traits: DeviceTraits, itemsize: int, M: int, columns: int, gathers: bool
+    traits: DeviceTraits, itemsize: int, M: int, columns: int, gathers: bool, backward: bool
 ) -> TileConfig:
     if traits.capability == 0:
         return TileConfig(16, 16 if columns <= 16 else 32, 32, num_warps=4, num_stages=1)
     block_n = max(16, min(64, triton.next_power_of_2(columns)))
     if itemsize == 4:
         return TileConfig(64, block_n, 32, num_warps=4, num_stages=3)
-    if gathers or cdiv(M, 128) < traits.num_sms or traits.capability >= 120:
-        return TileConfig(64, block_n, 64, num_warps=4, num_stages=4)
-    if columns <= 64:
-        return TileConfig(128, block_n, 64, num_warps=8, num_stages=4)
-    return TileConfig(128, 128, 64, num_warps=8, num_stages=3)
+    if not gathers and traits.capability < 120:
+        # The larger the tile, the less traffic; but each multiprocessor should get one. The
+        # backward holds g and h at once, which leaves no registers for 128 columns.
+        wide = traits.capability == 90 and not backward and columns > 64
+        if wide and _fills(traits, cdiv(M, 128) * cdiv(columns, 128)):
+            return TileConfig(128, 128, 64, num_warps=8, num_stages=3)
+        if _fills(traits, cdiv(M, 128) * cdiv(columns, block_n)):
+            return TileConfig(128, block_n, 64, num_warps=8, num_stages=4)
+    return TileConfig(64, block_n, 64, num_warps=4, num_stages=4)
+
+
+def _fills(traits: DeviceTraits, tiles: int) -> bool:
+    return 10 * tiles >= 9 * traits.num_sms
 
 
 def _segments(block_m: int, S: int, T: int) -> int:
     """Samples that a tile of rows meets at most, rounded up to 1, 2 or 4; 0 for more."""
     if S == 1 or T % block_m == 0:
         return 1
-    most = block_m // T if block_m % T == 0 else (block_m + T - 2) // T + 1
+    most = min(S, block_m // T if block_m % T == 0 else (block_m + T - 2) // T + 1)
     return 0 if most > _MAX_SEGMENTS else triton.next_power_of_2(most)
 
 
-def _plan(
-    traits: DeviceTraits, itemsize: int, M: int, columns: int, S: int
-) -> tuple[TileConfig, int]:
-    """Tile and number of segments; 0 segments gather the weights."""
-    tile = _shrink_config(traits, itemsize, M, columns, gathers=False)
-    segments = _segments(tile.m, S, M // S)
-    if segments == 0:
-        tile = _shrink_config(traits, itemsize, M, columns, gathers=True)
-        segments = _segments(tile.m, S, M // S)
-    return tile, segments
+class _Plan(NamedTuple):
+    """How a shrink is cut into programs."""
+
+    tile: TileConfig
+    tiles_m: int
+    tiles: int
+    segments: int  # 0 gathers the weights
+    parts: Tensor | None  # partial products over parts of the reduction, if it was split
+    num_parts: int
 
 
-def _split_reduction(
-    x: Tensor, factor: Tensor, window: tuple[int, int], columns: int, tile: TileConfig, tiles: int
-) -> tuple[Tensor | None, int]:
-    """Partial products over parts of the reduction when there are few tiles, else None.
-
-    A part is at least eight steps long, else the second pass costs more than it saves.
-    """
-    M, reduction = x.shape
-    num_sms = common.device_traits(x.device).num_sms
-    parts = min(num_sms // tiles, cdiv(reduction, tile.k) // 8)
-    if parts < 2:
-        return None, 0
-    k_per_part = round_up(cdiv(reduction, parts), tile.k)
-    parts = cdiv(reduction, k_per_part)
-    buffer = x.new_empty((parts, M, columns), dtype=torch.float32)
-    _split_kernel[(tiles, parts)](
-        x,
-        factor,
-        buffer,
-        M,
-        reduction,
-        factor.shape[0],
-        k_per_part,
-        window[0] // RANK_ALIGN,
-        window[1] // RANK_ALIGN,
-        x.stride(0),
-        factor.stride(0),
-        columns,
-        **tile.launch_options(),
-        EVEN_K=reduction % tile.k == 0,
-        COMPUTE=common.compute_dtype(x.dtype),
-    )
-    return buffer, parts
+def _prepare(
+    x: Tensor, factor: Tensor, columns: int, window: tuple[int, int], S: int, backward: bool
+) -> _Plan:
+    """Choose the tile; with few tiles, split the reduction and compute its parts (>= 4 steps)."""
+    M, D = x.shape
+    T, width = M // S, window[1] - window[0]
+    traits = common.device_traits(x.device)
+    tile = _shrink_config(traits, x.element_size(), M, width, gathers=False, backward=backward)
+    if _segments(tile.m, S, T) == 0:
+        tile = _shrink_config(traits, x.element_size(), M, width, gathers=True, backward=backward)
+    tiles_r = cdiv(width, tile.n)
+    steps = cdiv(D, tile.k)
+    num_parts = min(traits.num_sms // (cdiv(M, tile.m) * tiles_r), steps // 4)
+    parts = None
+    if num_parts > 1:
+        steps_per_part = cdiv(steps, num_parts)
+        num_parts = cdiv(steps, steps_per_part)
+        parts = x.new_empty((num_parts, M, columns), dtype=torch.float32)
+        _split_kernel[(cdiv(M, tile.m) * tiles_r, num_parts)](
+            x,
+            factor,
+            parts,
+            M,
+            D,
+            factor.shape[0],
+            steps_per_part,
+            window[0] // RANK_ALIGN,
+            window[1] // RANK_ALIGN,
+            x.stride(0),
+            factor.stride(0),
+            columns,
+            **tile.launch_options(),
+            EVEN_K=D % tile.k == 0,
+            COMPUTE=common.compute_dtype(x.dtype),
+        )
+        # What remains has no matrix product: short tiles give it more programs.
+        tile = tile._replace(m=16, num_warps=2)
+    tiles_m = cdiv(M, tile.m)
+    return _Plan(tile, tiles_m, tiles_m * tiles_r, _segments(tile.m, S, T), parts, num_parts)
 
 
 def shrink_fwd(x: Tensor, lora_a: Tensor, mixing: Mixing, h: Tensor) -> Tensor:
@@ -366,17 +379,14 @@ def shrink_fwd(x: Tensor, lora_a: Tensor, mixing: Mixing, h: Tensor) -> Tensor:
     M, D = x.shape
     R, columns = lora_a.shape[0], h.shape[1]
     S, K = mixing.mixture.shape
-    traits = common.device_traits(x.device)
-    tile, segments = _plan(traits, x.element_size(), M, columns, S)
     hw = x.new_empty((M, columns))
-    tiles = cdiv(M, tile.m) * cdiv(columns, tile.n)
     with torch.cuda.device_of(x):
-        buffer, parts = _split_reduction(x, lora_a, (0, columns), columns, tile, tiles)
-        _shrink_fwd_kernel[(tiles,)](
+        plan = _prepare(x, lora_a, columns, (0, columns), S, backward=False)
+        _shrink_fwd_kernel[(plan.tiles,)](
             x,
             lora_a,
-            buffer,
-            parts,
+            plan.parts,
+            plan.num_parts,
             *mixing,
             h,
             hw,
@@ -390,9 +400,9 @@ def shrink_fwd(x: Tensor, lora_a: Tensor, mixing: Mixing, h: Tensor) -> Tensor:
             x.stride(0),
             lora_a.stride(0),
             columns,
-            **tile.launch_options(),
-            EVEN_K=D % tile.k == 0,
-            SEGMENTS=segments,
+            **plan.tile.launch_options(),
+            EVEN_K=D % plan.tile.k == 0,
+            SEGMENTS=plan.segments,
             COMPUTE=common.compute_dtype(x.dtype),
         )
     return hw
@@ -432,27 +442,23 @@ def shrink_bwd(
     R = lora_b.shape[0]
     S, K = mixing.mixture.shape
     columns = round_up(R, RANK_ALIGN)
-    traits = common.device_traits(dy.device)
-    tile, segments = _plan(traits, dy.element_size(), M, window[1] - window[0], S)
-    tiles_m = cdiv(M, tile.m)
-    tiles = tiles_m * cdiv(window[1] - window[0], tile.n)
 
     gw = None if gate is None else dy.new_empty((M, columns))
     hw = None if train_window is None else dy.new_empty((M, columns))
     partial = d_mixture = None
-    if needs_mixture:
-        partial_rows = tiles_m * segments if segments else M
-        partial = dy.new_empty((partial_rows, columns), dtype=torch.float32)
     if not (needs_mixture or train_window):
         h = None
     train_lo, train_hi = train_window or (0, 0)
     with torch.cuda.device_of(dy):
-        buffer, parts = _split_reduction(dy, lora_b, window, columns, tile, tiles)
-        _shrink_bwd_kernel[(tiles,)](
+        plan = _prepare(dy, lora_b, columns, window, S, backward=True)
+        if needs_mixture:
+            partial_rows = plan.tiles_m * plan.segments if plan.segments else M
+            partial = dy.new_empty((partial_rows, columns), dtype=torch.float32)
+        _shrink_bwd_kernel[(plan.tiles,)](
             dy,
             lora_b,
-            buffer,
-            parts,
+            plan.parts,
+            plan.num_parts,
             *mixing,
             gate,
             h,
@@ -474,14 +480,14 @@ def shrink_bwd(
             lora_b.stride(0),
             0 if h is None else h.stride(0),
             columns,
-            **tile.launch_options(),
-            EVEN_K=D % tile.k == 0,
-            SEGMENTS=segments,
+            **plan.tile.launch_options(),
+            EVEN_K=D % plan.tile.k == 0,
+            SEGMENTS=plan.segments,
             COMPUTE=common.compute_dtype(dy.dtype),
         )
         if partial is not None:
-            tile_rows = tile.m if segments else 1
-            d_mixture = mixture_grad(partial, mixing, M, tile_rows, max(segments, 1))
+            tile_rows = plan.tile.m if plan.segments else 1
+            d_mixture = mixture_grad(partial, mixing, M, tile_rows, max(plan.segments, 1))
     return ShrinkGrads(gw, hw, d_mixture)
 
 

@@ -295,12 +295,12 @@ def test_descriptors_and_pointers_agree(monkeypatch: pytest.MonkeyPatch) -> None
     case = Case(samples=2, rows=45, i=48, o=64)
     inputs = _inputs(case, torch.float16)
     used = []
-    fits = gemm._fits_tma
-    monkeypatch.setattr(gemm, "_fits_tma", lambda t: used.append(fits(t)) or fits(t))
+    fits = gemm._is_aligned
+    monkeypatch.setattr(gemm, "_is_aligned", lambda t: used.append(fits(t)) or fits(t))
     by_descriptor = _actual(case, inputs)
     assert used
     assert all(used)
-    monkeypatch.setattr(gemm, "_fits_tma", lambda t: False)
+    monkeypatch.setattr(gemm, "_is_aligned", lambda t: False)
     for name, a, b in zip(("y", "dx"), by_descriptor, _actual(case, inputs), strict=False):
         assert a is not None
         assert b is not None

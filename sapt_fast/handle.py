@@ -208,7 +208,8 @@ class SaptHandle(nn.Module):
         mask = attention_mask if self.config.mask_padding else None
         if mask is not None and mask.dim() != 2:
             mask = None
-        if labels is not None and self._model.can_generate():
+        causal = self._model.can_generate() and not self._model.config.is_encoder_decoder
+        if labels is not None and causal:
             prompt = (labels == -100).to(torch.int64)
             # A row without a prompt (plain language modelling) is pooled whole.
             prompt = torch.where(prompt.any(1, keepdim=True), prompt, torch.ones_like(prompt))

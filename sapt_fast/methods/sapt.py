@@ -227,13 +227,20 @@ class SaptRouter(nn.Module):
         return sparsify(mixture, top_k=self.config.top_k, threshold=self.config.threshold)
 
     @torch.no_grad()
-    def standardize(self, embedding: nn.Module, vocabulary: int, *, length: int = 64) -> None:
-        """Sets the statistics of `standardize_query` from pooled random token sequences."""
+    def standardize(self, embedding: nn.Module, vocabulary: int) -> None:
+        """Sets the statistics of `standardize_query` from pooled random token sequences.
+
+        Their lengths run from 4 to 256, since a maximum grows with the length it is taken over.
+        """
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(vocabulary, (256, length), generator=generator)
+        count, longest = 256, 256
+        ids = torch.randint(vocabulary, (count, longest), generator=generator)
+        lengths = 2 ** (2 + 6 * torch.rand(count, 1, generator=generator))
+        mask = (torch.arange(longest) < lengths).long()
+        device = self.query_mean.device
         self.query_mean.zero_()
         self.query_std.fill_(1)
-        pooled = self.pool(embedding, ids.to(self.query_mean.device), None, None)
+        pooled = self.pool(embedding, ids.to(device), None, mask.to(device))
         self.query_mean.copy_(pooled.mean(0))
         self.query_std.copy_(pooled.std(0).clamp(min=1e-6))
 

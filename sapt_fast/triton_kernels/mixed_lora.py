@@ -17,13 +17,13 @@ from sapt_fast.triton_kernels.row_reduction import Mixing, factor_grad
 from sapt_fast.triton_kernels.shrink import shrink_bwd, shrink_fwd
 
 
-def empty_h(x: Tensor, total_rank: int, h_dtype: torch.dtype | None = None) -> Tensor:
+def empty_h(x: Tensor, total_rank: int) -> Tensor:
     """Return an uninitialised h of shape `[M, R]` with the strides `mixed_lora_fwd` gives it.
 
     Rows are padded to a multiple of 16 elements, so that their loads and stores are aligned.
     """
     columns = round_up(total_rank, RANK_ALIGN)
-    buffer = x.new_empty((x.shape[0], columns), dtype=h_dtype or torch.float32)
+    buffer = x.new_empty((x.shape[0], columns), dtype=torch.float32)
     return buffer[:, :total_rank]
 
 
@@ -36,7 +36,6 @@ def mixed_lora_fwd(
     mixture: Tensor,
     row_adapter: Tensor,
     row_scale: Tensor,
-    h_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Linear layer plus the mixture of all adapters.
 
@@ -50,11 +49,10 @@ def mixed_lora_fwd(
         mixture: Of shape `[S, K]`, float32; S divides M, sample s owns rows s * M/S and on.
         row_adapter: Of shape `[R]`, int32: the adapter of each rank row, ascending.
         row_scale: Of shape `[R]`, float32: the scaling of that adapter.
-        h_dtype: Of the returned h; float32 by default.
 
     Returns:
         y of shape `[M, O]`, contiguous, in x's dtype, and h = x @ lora_a.T of shape `[M, R]`,
-        unweighted, a view of rows padded to a multiple of 16.
+        float32, unweighted, a view of rows padded to a multiple of 16.
 
     Raises:
         TypeError: x is not float32, float16 or bfloat16.
@@ -62,7 +60,7 @@ def mixed_lora_fwd(
     """
     M, R = x.shape[0], lora_a.shape[0]
     y = x.new_empty((M, lora_b.shape[1]))
-    h = empty_h(x, R, h_dtype)
+    h = empty_h(x, R)
     if y.numel() == 0:
         return y, h
     x = with_unit_column_stride(x)

@@ -232,12 +232,12 @@ def test_empty_batch() -> None:
         assert torch.equal(grad, torch.zeros(shape, device=DEVICE))
 
 
-def test_h_may_be_kept_in_the_dtype_of_x_or_without_padding() -> None:
+def test_h_may_come_back_without_padding() -> None:
     case = Case()
     inputs = _inputs(case, torch.float16)
     pool = [inputs[n] for n in ("lora_a", "lora_b", "mixture", "row_adapter", "row_scale")]
     fixed = inputs["train_rows"], True, True, True
-    y, h = mixed_lora_fwd(inputs["x"], inputs["weight"], None, *pool)
+    _, h = mixed_lora_fwd(inputs["x"], inputs["weight"], None, *pool)
     want = mixed_lora_bwd(inputs["dy"], inputs["x"], inputs["weight"], *pool, h, *fixed)
     tight = h.clone(memory_format=torch.contiguous_format)
     got = mixed_lora_bwd(inputs["dy"], inputs["x"], inputs["weight"], *pool, tight, *fixed)
@@ -245,10 +245,6 @@ def test_h_may_be_kept_in_the_dtype_of_x_or_without_padding() -> None:
         assert a is not None
         assert b is not None
         assert torch.equal(a, b)
-    half_y, half = mixed_lora_fwd(inputs["x"], inputs["weight"], None, *pool, h_dtype=torch.float16)
-    assert half.dtype == torch.float16
-    assert torch.equal(half, h.to(torch.float16))
-    assert torch.equal(half_y, y)
 
 
 def test_h_is_laid_out_as_announced() -> None:

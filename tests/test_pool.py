@@ -1,5 +1,6 @@
 """The pool: tasks are added without moving what is there, and only the newest one trains."""
 
+import copy
 import time
 import weakref
 
@@ -112,6 +113,14 @@ def test_one_parameter_moved_by_hand_is_put_back():
         made.trainable.zero_()
         made.frozen.fill_(2.0)
     assert made.rows().tolist() == [[2.0] * 4] * 2 + [[0.0] * 4] * 3
+
+
+def test_a_copy_is_in_one_piece_at_once():
+    made = stack()
+    other = copy.deepcopy(made)
+    assert other._memory.data_ptr() == other.frozen.data_ptr() != made.frozen.data_ptr()
+    assert other.trainable.data_ptr() == other._memory[2:].data_ptr()
+    assert torch.equal(other._memory[:5], made.rows())
 
 
 @pytest.mark.parametrize("assign", [False, True])

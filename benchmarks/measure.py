@@ -16,6 +16,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+_TURN_MS = 2.0
 _PACKAGES = ("torch", "triton", "transformers", "peft", "numpy")
 
 
@@ -24,21 +25,29 @@ def interleaved_ms(
 ) -> dict[str, dict[str, float]]:
     """Quantiles 0.2, 0.5 and 0.8 of each function's time in milliseconds.
 
-    On the CPU the functions take turns, so that a disturbance meets all of them; on a GPU each is
-    timed by events with a cold L2 cache.
+    On the CPU the functions take turns, so that a disturbance meets all of them; a turn is one
+    call, or as many as fill two milliseconds. On a GPU each is timed by events with a cold L2
+    cache.
     """
     if device.startswith("cuda"):
         return {name: _cuda_ms(function, repeats) for name, function in functions.items()}
-    for function in functions.values():
+    calls = {}
+    for name, function in functions.items():
         for _ in range(warmup):
-            function()
+            once = _turn_ms(function, 1)
+        calls[name] = max(1, round(_TURN_MS / once))
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            times[name].append((time.perf_counter() - start) * 1e3)
+            times[name].append(_turn_ms(function, calls[name]))
     return {name: _quantiles(values) for name, values in times.items()}
+
+
+def _turn_ms(function: Callable[[], object], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    return (time.perf_counter() - start) * 1e3 / calls
 
 
 def _cuda_ms(function: Callable[[], object], repeats: int) -> dict[str, float]:

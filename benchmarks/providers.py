@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from released import released_mixture
 from torch import Tensor, nn
 
 from sapt_fast import dispatch
@@ -66,7 +67,10 @@ class Providers:
             for rows in (self.lora_a, self.lora_b)
         )
         self._pool = self._make_pool()
-        self._peft = self._make_peft()
+        self._peft = self._make_peft(layer.dtype)
+        # PEFT keeps adapters in float32 unless told otherwise.
+        halves = layer.dtype in (torch.bfloat16, torch.float16)
+        self._peft_default = self._make_peft(torch.float32) if halves else self._peft
         self._compiled: Callable[[], Tensor] | None = None
 
     def forward(self) -> dict[str, Callable[[], Tensor]]:
@@ -76,6 +80,7 @@ class Providers:
             "stacked": self.stacked,
             "stacked_compiled": self.stacked_compiled,
             "peft": lambda: self._peft(self.x),
+            "peft_default": lambda: self._peft_default(self.x),
             "released": self.released,
         }
         for backend in ("cpu", "triton", "cuda"):
@@ -87,7 +92,7 @@ class Providers:
 
     def step(self, forward: Callable[[], Tensor]) -> Callable[[], None]:
         """Forward and backward of a provider, gradients dropped."""
-        leaves = [*self.leaves, *(p for m in (self._pool, self._peft) for p in m.parameters())]
+        leaves = [*self.leaves, *(p for m in self._modules() for p in m.parameters())]
 
         def run() -> None:
             forward().backward(self.grad)
@@ -95,6 +100,9 @@ class Providers:
                 leaf.grad = None
 
         return run
+
+    def _modules(self) -> tuple[nn.Module, ...]:
+        return self._pool, self._peft, self._peft_default
 
     def ours(self, backend: str) -> Tensor:
         return self._pool(self.x, self.weight, None, self.mixture, backend=backend)
@@ -117,16 +125,10 @@ class Providers:
         return self._compiled()
 
     def released(self) -> Tensor:
-        """The published loop: all outputs stored, earlier adapters without a graph."""
-        outputs = []
-        for k, (a, b) in enumerate(zip(self.lora_a, self.lora_b, strict=True)):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and k == self.layer.adapters - 1):
-                outputs.append((self.x @ a.t()) @ b * self.scaling)
-        stack = torch.stack(outputs, 1).flatten(2)  # [B, K, T * O]
-        weights = self.mixture.to(self.x.dtype)
-        delta = torch.matmul(stack.transpose(1, 2), weights.unsqueeze(2)).squeeze(2)
-        base = F.linear(self.x, self.weight)
-        return base + delta.view_as(base)
+        """The published loop over adapters."""
+        adapters = list(zip(self.lora_a, self.lora_b, strict=True))
+        delta = released_mixture(self.x, adapters[:-1], adapters[-1], self.mixture, self.scaling)
+        return F.linear(self.x, self.weight) + delta
 
     def _make_pool(self) -> AdapterPool:
         layer = self.layer
@@ -148,7 +150,7 @@ class Providers:
             pool.b.trainable.requires_grad_()
         return pool
 
-    def _make_peft(self) -> nn.Module:
+    def _make_peft(self, dtype: torch.dtype) -> nn.Module:
         """PEFT's own layer with all adapters active (it has no weights per sample)."""
         from peft import LoraConfig
         from peft.tuners.lora import Linear
@@ -162,7 +164,9 @@ class Providers:
         for name in names[1:]:
             module.update_layer(name, layer.rank, config.lora_alpha, config=config)
         module.set_adapter(names)
-        module.to(device=layer.device, dtype=layer.dtype).requires_grad_(False)
+        for adapters in (module.lora_A, module.lora_B):
+            adapters.to(device=layer.device, dtype=dtype)
+        module.requires_grad_(False)
         for name, a, b in zip(names, self.lora_a, self.lora_b, strict=True):
             module.lora_A[name].weight.data.copy_(a)
             module.lora_B[name].weight.data.copy_(b.t())

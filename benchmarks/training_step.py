@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from measure import peak_bytes
+from released import released_mixture
 from torch import Tensor
 from transformers import (
     LlamaConfig,
@@ -122,15 +123,10 @@ class ReleasedLoop:
         self, x: Tensor, weight: Tensor, bias: Tensor | None, mixture: Tensor, **_: Any
     ) -> Tensor:
         pool, last = self.pool, len(self.pool) - 1
-        outputs = []
-        for k in range(last):
-            a, b = pool.adapter(k)
-            with torch.no_grad():
-                outputs.append((x @ a.t()) @ b * pool.scaling[k])
-        outputs.append((x @ pool.a.trainable.t()) @ pool.b.trainable * pool.scaling[last])
-        stack = torch.stack(outputs, 1).flatten(2).transpose(1, 2)
-        base = F.linear(x, weight, bias)
-        return base + torch.matmul(stack, mixture.to(x.dtype).unsqueeze(2)).view_as(base)
+        earlier = [pool.adapter(k) for k in range(last)]
+        newest = pool.a.trainable, pool.b.trainable
+        delta = released_mixture(x, earlier, newest, mixture, pool.scaling[last])
+        return F.linear(x, weight, bias) + delta
 
 
 def _inputs(step: Step) -> dict[str, Tensor]:

@@ -33,6 +33,7 @@ class RowStack(nn.Module):
         self._memory = torch.empty(max(reserve, 1), width, device=device, dtype=dtype)
         self.frozen = nn.Parameter(self._memory[:0], requires_grad=False)
         self.trainable = nn.Parameter(self._memory[:0], requires_grad=False)
+        self._note_rows()
 
     def __len__(self) -> int:
         return self.frozen.shape[0] + self.trainable.shape[0]
@@ -54,13 +55,17 @@ class RowStack(nn.Module):
         self.trainable.data = self.trainable.data.clone()
         self.frozen.data = self._memory[:start]
         self.trainable = nn.Parameter(fresh)
+        self._note_rows()
         return self.trainable
 
     def rows(self) -> Tensor:
         """All rows, [R, width], without gradient; shares memory with the two parameters."""
+        # Every layer comes through here in every forward: two comparisons, no module attributes.
         if not torch.compiler.is_compiling():
-            self._realign()
-        return self._memory[: len(self)]
+            parts = self._parameters
+            if (parts["frozen"].data_ptr(), parts["trainable"].data_ptr()) != self._addresses:
+                self._realign()
+        return self._rows
 
     # A compiled forward does not look where the parameters are, so whatever moves them realigns.
 
@@ -87,6 +92,10 @@ class RowStack(nn.Module):
                 self._move(self._memory.shape[0])
                 return
 
+    def _note_rows(self) -> None:
+        self._rows = self._memory[: len(self)]
+        self._addresses = self.frozen.data_ptr(), self.trainable.data_ptr()
+
     @torch.inference_mode(False)
     def _move(self, capacity: int) -> None:
         size, first = len(self), self.frozen.shape[0]
@@ -97,6 +106,7 @@ class RowStack(nn.Module):
         self._memory = memory
         self.frozen.data = memory[:first]
         self.trainable.data = memory[first:size]
+        self._note_rows()
 
     def extra_repr(self) -> str:
         frozen, trainable = self.frozen.shape[0], self.trainable.shape[0]
@@ -133,9 +143,7 @@ class AdapterPool(nn.Module):
     def __len__(self) -> int:
         return len(self.ranks)
 
-    def add(
-        self, rank: int, scaling: float, weights: tuple[Tensor, Tensor] | None = None
-    ) -> None:
+    def add(self, rank: int, scaling: float, weights: tuple[Tensor, Tensor] | None = None) -> None:
         """Adds a trainable adapter and freezes the others.
 
         Args:

@@ -216,9 +216,10 @@ def test_a_cache_of_another_model_is_refused(setting):
 
 @on("llama")
 def test_padding_mask_is_inferred_as_generate_does(setting):
-    assert setting.generated(3, **BEAMS).tolist() == setting.generated(
-        3, **BEAMS, attention_mask=None
-    ).tolist()
+    assert (
+        setting.generated(3, **BEAMS).tolist()
+        == setting.generated(3, **BEAMS, attention_mask=None).tolist()
+    )
 
 
 @on("llama")

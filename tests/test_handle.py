@@ -104,9 +104,7 @@ def test_init_key_is_the_mean_query():
     model.sapt.init_key(ids[:1])
     scores = model.sapt.route(ids[:1]).log()
     query = now[2].clone()
-    torch.testing.assert_close(
-        scores[0, 2] - scores[0, 0], (query @ query - query @ keys[0]) / 1.5
-    )
+    torch.testing.assert_close(scores[0, 2] - scores[0, 0], (query @ query - query @ keys[0]) / 1.5)
 
 
 def test_standardized_queries_do_not_share_the_common_part():

@@ -282,9 +282,10 @@ def test_two_hundred_tasks():
         model.sapt.add_task(f"task{k}")
     assert time.perf_counter() - started < 20
     assert len(list(model.parameters())) == parameters
-    assert sum(p.numel() for p in model.sapt.trainable_parameters() if p.dim() == 2) == sum(
-        2 * (WIDTH + out) for out in (32, 16) for _ in range(2)
-    ) + WIDTH + 2 * 100 * WIDTH
+    assert (
+        sum(p.numel() for p in model.sapt.trainable_parameters() if p.dim() == 2)
+        == sum(2 * (WIDTH + out) for out in (32, 16) for _ in range(2)) + WIDTH + 2 * 100 * WIDTH
+    )
     fill(model, deviation=0.05)
     layer = model.get_submodule(model.sapt.report.patched[0])
     seen = {}

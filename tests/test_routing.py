@@ -398,9 +398,7 @@ def test_checkpointing_without_handing_the_weights_over_is_noticed(reentrant, mo
     monkeypatch.setattr(routing._Checkpoint, "__call__", lambda s, *a, **k: s.function(*a, **k))
     expected = two_forwards(patched("llama"))
     model = patched("llama")
-    model.gradient_checkpointing_enable(
-        gradient_checkpointing_kwargs={"use_reentrant": reentrant}
-    )
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     model.enable_input_require_grads()
     got = two_forwards(model)
     name = "model.layers.1.self_attn.v_proj.sapt_pool.b.trainable"

@@ -3,7 +3,11 @@
 from dataclasses import replace
 
 from tiny_models import tiny
-from transformers import PreTrainedModel
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from sapt_fast import SaptConfig
 from sapt_fast.continual.data import TaskData
@@ -42,3 +46,17 @@ def make_settings(**options) -> ContinualSettings:
         "progress": False,
     }
     return ContinualSettings(**{**defaults, **options})
+
+
+def save_byte_model(folder) -> None:
+    """A tiny T5 with a tokenizer that has one token per byte, as `from_pretrained` reads them."""
+    symbols = sorted(ByteLevel.alphabet())
+    special = ["<pad>", "</s>", "<unk>"]
+    vocabulary = {token: index for index, token in enumerate([*special, *symbols])}
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    names = dict(zip(("pad_token", "eos_token", "unk_token"), special, strict=True))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    tiny("t5", vocab_size=len(vocabulary), num_layers=1).save_pretrained(folder)

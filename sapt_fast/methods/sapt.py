@@ -72,9 +72,7 @@ class SaptConfig:
         metadata={"help": "Weight of -log(weight of the task's own adapter), added in training."},
     )
     kl_ratio: float = field(default=0.5, metadata={"help": "Weight of the reflection loss."})
-    mask_padding: bool = field(
-        default=True, metadata={"help": "Leave padding out of the pooling."}
-    )
+    mask_padding: bool = field(default=True, metadata={"help": "Leave padding out of the pooling."})
     grad_through_frozen: bool = field(
         default=True,
         metadata={"help": "Let inputs receive gradient through earlier tasks' adapters."},

@@ -316,7 +316,8 @@ def _table(
 def _cached_table(
     layout: tuple[int, ...], scaling: float, device: torch.device, dtype: torch.dtype
 ) -> RankTable:
-    return rank_table(layout, [scaling] * len(layout), device, dtype)
+    with torch.inference_mode(False):  # the table outlives the call that first needed it
+        return rank_table(layout, [scaling] * len(layout), device, dtype)
 
 
 # --- reference ---------------------------------------------------------------------------------

@@ -393,6 +393,13 @@ def test_bad_input_names_the_argument(name):
         mixed_lora_linear(*inputs.values(), **{"ranks": 4, **options})
 
 
+def test_training_after_the_first_call_ran_in_inference_mode(backend):
+    inputs = _inputs((2, 5, 16), 8, (4, 7), torch.float32)  # ranks no other test has
+    with torch.inference_mode():
+        mixed_lora_linear(*_leaves(inputs, backend).values(), ranks=(4, 7), backend=backend)
+    _run(inputs, ranks=(4, 7), backend=backend)
+
+
 def test_a_named_backend_that_cannot_run_raises():
     inputs = _inputs((2, 5, 16), 8, (4, 4), torch.float32)
     with pytest.raises(dispatch.BackendError, match="cuda"):

@@ -83,7 +83,9 @@ def layer_times(
     steps = {n: providers.step(f) if training else f for n, f in functions.items()}
     with torch.set_grad_enabled(training):
         times = measure.interleaved_ms(steps, layer.device, repeats=repeats)
-        peaks = {name: measure.peak_bytes(run, layer.device) for name, run in steps.items()}
+        # A process's own high-water mark says nothing once other providers ran in it.
+        on_gpu = layer.device.startswith("cuda")
+        peaks = {n: measure.peak_bytes(run, layer.device) for n, run in steps.items() if on_gpu}
     pass_name = "forward+backward" if training else "forward"
     return {"layer": str(layer), "pass": pass_name, "ms": times, "peak_bytes": peaks}
 

@@ -26,7 +26,7 @@ from sapt_fast.continual.data import Example, TaskData, read_split
 from sapt_fast.continual.evaluate import mean_attention, metric_of, score
 from sapt_fast.continual.metrics import ContinualMetrics, continual_metrics
 from sapt_fast.continual.report import write_json, write_report
-from sapt_fast.continual.settings import ContinualSettings
+from sapt_fast.continual.settings import ContinualSettings, differences
 from sapt_fast.continual.state import TRAINER_STATE, RunFolder, last_checkpoint, read_json
 from sapt_fast.continual.strategies import STRATEGIES, Learned
 from sapt_fast.continual.trainer import SaptTrainer
@@ -65,6 +65,16 @@ class Results:
     testing_attention: NDArray[np.float64] | None
     seconds: tuple[float, ...]
     folder: Path
+
+    def deviation(self, stored: Mapping[str, Any]) -> float:
+        """Largest difference to the scores and metrics of a results.json."""
+        scores = np.array(stored["scores"], dtype=np.float64)
+        gaps = [np.nanmax(np.abs(self.scores - scores))]
+        for name, value in self.metrics.as_dict().items():
+            before = stored["metrics"][name]
+            if before is not None and not np.isnan(value):
+                gaps.append(abs(value - before))
+        return float(max(gaps))
 
 
 def run_continual(
@@ -151,9 +161,15 @@ def evaluate_run(
 
     Raises:
         FileNotFoundError: a checkpoint is missing.
+        ValueError: also where `model` or `tasks` are not those of the run.
     """
     run = _Run(model, tokenizer, tasks, settings)
     run.folder = RunFolder(Path(output_dir), run.names)
+    stored, ours = read_json(run.folder.path / "run.json"), run.description()
+    for part in ("tasks", "model"):
+        found = differences(stored[part], ours[part])
+        if found:
+            raise ValueError(f"{part}: not those of the run in {output_dir}: " + "; ".join(found))
     attention: list[list[float]] = []
     for index in range(len(run.tasks)):
         run.restore(index + 1)
@@ -189,7 +205,12 @@ class _Run:
         self._holds: int | None = None
 
     def open(self, path: Path, source: Mapping[str, Any] | None, resume: bool) -> None:
-        description = {
+        description = {**self.description(), "source": dict(source or {})}
+        self.folder = RunFolder.open(path, self.names, description, resume=resume)
+
+    def description(self) -> dict[str, Any]:
+        """What the run is asked to do, JSON-ready."""
+        return {
             "settings": self.settings.to_dict(),
             "tasks": {
                 task.name: {
@@ -206,9 +227,7 @@ class _Run:
                 "dtype": str(self.model.dtype),
             },
             "version": __version__,
-            "source": dict(source or {}),
         }
-        self.folder = RunFolder.open(path, self.names, description, resume=resume)
 
     # --- the steps of a run ---
 
@@ -301,7 +320,6 @@ class _Run:
         # The Trainer has turned the cache off and, for bf16, wrapped the model's forward.
         self.model.config.use_cache = cache
         trainer.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        trainer.accelerator.free_memory()
 
     def _arguments(self, folder: Path, seed: int) -> Seq2SeqTrainingArguments:
         settings = self.settings

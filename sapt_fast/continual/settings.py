@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from sapt_fast.methods.sapt import SaptConfig
 
-__all__ = ["ContinualSettings", "differences"]
+__all__ = ["PRESETS", "ContinualSettings", "differences"]
+
+PRESETS = {
+    f"{model}-{benchmark}": (model, benchmark)
+    for model in ("t5", "llama")
+    for benchmark in ("superni", "long_sequence")
+}
 
 _METRICS = (None, "rouge_l", "exact_match")
 # These change where and how a run computes, not what it comes to.
@@ -146,6 +152,38 @@ class ContinualSettings:
             load_best=True,
             bf16=True,
         )
+
+    @classmethod
+    def of(cls, preset: str | None = None, **values: Any) -> ContinualSettings:
+        """Settings by name, those of the adapters and the router among them.
+
+        Args:
+            preset: where to start: None for the defaults, or a name in `PRESETS`.
+            **values: fields of ContinualSettings or SaptConfig; None leaves one as it is.
+
+        Raises:
+            ValueError: an unknown preset or field, or a value that does not fit.
+
+        Example:
+            >>> ContinualSettings.of("t5-superni", r=8, steps=100).sapt.r
+            8
+        """
+        if preset is not None and preset not in PRESETS:
+            raise ValueError(f"preset: got {preset!r}, expected one of {', '.join(PRESETS)}")
+        base = cls() if preset is None else cls.official(*PRESETS[preset])
+        given = {name: value for name, value in values.items() if value is not None}
+        unknown = sorted(set(given) - set(cls.names()))
+        if unknown:
+            raise ValueError(f"ContinualSettings: got unknown fields {unknown}")
+        router = {f.name for f in fields(SaptConfig)}
+        config = replace(base.sapt, **{n: v for n, v in given.items() if n in router})
+        return replace(base, sapt=config, **{n: v for n, v in given.items() if n not in router})
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """What `of` takes."""
+        own = [f.name for f in fields(cls) if f.name != "sapt"]
+        return own + [f.name for f in fields(SaptConfig)]
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict; `from_dict` gives the settings back."""

@@ -12,7 +12,7 @@ import torch
 from sapt_fast.continual.data import Example, TaskData, list_tasks, read_task
 from sapt_fast.continual.orders import resolve_order
 
-__all__ = ["DEMO", "Source", "demo_tasks"]
+__all__ = ["DEMO", "Source", "demo_tasks", "torch_dtype"]
 
 DEMO = "demo"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -44,8 +44,7 @@ class Source:
     )
 
     def __post_init__(self) -> None:
-        if self.dtype not in _DTYPES:
-            raise ValueError(f"dtype: got {self.dtype!r}, expected one of {', '.join(_DTYPES)}")
+        torch_dtype(self.dtype)
         if self.benchmark != DEMO and self.data is None:
             raise ValueError(f"data: benchmark {self.benchmark!r} needs the folder that holds it")
 
@@ -61,7 +60,7 @@ class Source:
             from sapt_fast.demo.backbone import load_backbone
             from sapt_fast.demo.tasks import CharTokenizer
 
-            return load_backbone(_DTYPES[self.dtype]), CharTokenizer()
+            return load_backbone(torch_dtype(self.dtype)), CharTokenizer()
         from transformers import (
             AutoConfig,
             AutoModelForCausalLM,
@@ -71,7 +70,7 @@ class Source:
 
         config = AutoConfig.from_pretrained(self.model)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model = kind.from_pretrained(self.model, dtype=_DTYPES[self.dtype])
+        model = kind.from_pretrained(self.model, dtype=torch_dtype(self.dtype))
         tokenizer = AutoTokenizer.from_pretrained(self.model)
         if tokenizer.pad_token_id is None:
             if tokenizer.eos_token_id is None:
@@ -115,6 +114,17 @@ class Source:
             if values[name] is not None and Path(values[name]).is_dir():
                 values[name] = str(Path(values[name]).resolve())
         return values
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of that name.
+
+    Raises:
+        ValueError: none of "float32", "bfloat16", "float16".
+    """
+    if name not in _DTYPES:
+        raise ValueError(f"dtype: got {name!r}, expected one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
 
 
 def demo_tasks(seed: int = 0) -> list[TaskData]:

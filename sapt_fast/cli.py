@@ -1,0 +1,293 @@
+"""The command `sapt-fast`. Commands only read options; what they do is elsewhere."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="sapt-fast",
+    help="Continual learning with shared-attention adapters (SAPT), fast.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_ADAPTERS, _TRAINING, _REPLAY, _DATA, _MACHINE = (
+    "Adapters and router", "Training", "Replay", "Data", "Machine",
+)  # fmt: skip
+
+
+def _option(help: str, *names: str, panel: str | None = None) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=False)
+
+
+@app.command()
+def train(
+    model: Annotated[str, _option("Folder or name of a transformers model, or 'demo'.")],
+    output: Annotated[Path, _option("Folder of the run; a run that is there goes on.")],
+    benchmark: Annotated[
+        str, _option("'superni', 'long_sequence', or 'demo' for generated tasks.", panel=_DATA)
+    ] = "superni",
+    data: Annotated[
+        Path | None, _option("Folder that holds SuperNI/ or Long_Sequence/.", panel=_DATA)
+    ] = None,
+    order: Annotated[
+        str | None,
+        _option("A published order: superni-1 and -2, long_sequence-3 and -4.", panel=_DATA),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        _option("Task names separated by commas, in place of an order.", panel=_DATA),
+    ] = None,
+    dev: Annotated[
+        str | None,
+        _option("'from_train' splits dev rows off (default); 'released': dev.json.", panel=_DATA),
+    ] = None,
+    max_train: Annotated[int | None, _option("Training rows kept of a task.", panel=_DATA)] = None,
+    max_eval: Annotated[int | None, _option("Dev and test rows kept of it.", panel=_DATA)] = None,
+    strategy: Annotated[
+        str | None,
+        _option("'sapt' (default), 'seqlora', or 'single': each task alone.", panel=_TRAINING),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        _option(
+            "Released settings to start from: t5-superni, t5-long_sequence, llama-superni, "
+            "llama-long_sequence. They train under bfloat16 and take dev rows as released.",
+            panel=_TRAINING,
+        ),
+    ] = None,
+    fwt: Annotated[
+        bool, _option("Learn every task alone first, for forward transfer.", panel=_TRAINING)
+    ] = False,
+    alone: Annotated[
+        Path | None, _option("alone.json of an earlier run, for the same.", panel=_TRAINING)
+    ] = None,
+    learning_rate: Annotated[
+        float | None, _option("Learning rate (3e-4).", "--learning-rate", "--lr", panel=_TRAINING)
+    ] = None,
+    key_learning_rate: Annotated[
+        float | None, _option("Of the key (learning rate).", panel=_TRAINING)
+    ] = None,
+    query_learning_rate: Annotated[
+        float | None, _option("Of the query projection (learning rate).", panel=_TRAINING)
+    ] = None,
+    epochs: Annotated[float | None, _option("Passes over a task (10).", panel=_TRAINING)] = None,
+    steps: Annotated[
+        int | None, _option("Steps for each task, in place of epochs.", panel=_TRAINING)
+    ] = None,
+    batch_size: Annotated[
+        int | None, _option("Rows of a micro-batch (8).", panel=_TRAINING)
+    ] = None,
+    accumulation: Annotated[
+        int | None, _option("Micro-batches of a step (4).", panel=_TRAINING)
+    ] = None,
+    weight_decay: Annotated[float | None, _option("Weight decay (0).", panel=_TRAINING)] = None,
+    max_grad_norm: Annotated[
+        float | None, _option("Gradient clipping (1), 0 for none.", panel=_TRAINING)
+    ] = None,
+    max_source_length: Annotated[
+        int | None, _option("Tokens of a prompt (512).", panel=_TRAINING)
+    ] = None,
+    max_target_length: Annotated[
+        int | None, _option("Tokens of an answer (50).", panel=_TRAINING)
+    ] = None,
+    save_steps: Annotated[
+        float | None,
+        _option("Steps between checkpoints; below 1, a share of them (0.1).", panel=_TRAINING),
+    ] = None,
+    load_best: Annotated[
+        bool | None, _option("Keep the checkpoint with the least dev loss.", panel=_TRAINING)
+    ] = None,
+    metric: Annotated[
+        str | None, _option("'rouge_l' or 'exact_match' (the benchmark's).", panel=_TRAINING)
+    ] = None,
+    eval_batch_size: Annotated[
+        int | None, _option("Rows of a batch in evaluation (16).", panel=_TRAINING)
+    ] = None,
+    seed: Annotated[int, _option("Seed of everything that is drawn (0).", panel=_TRAINING)] = 0,
+    r: Annotated[int | None, _option("Rank of an adapter (8).", "--r", panel=_ADAPTERS)] = None,
+    lora_alpha: Annotated[
+        float | None,
+        _option("Scaling is alpha / r (32).", "--alpha", panel=_ADAPTERS),
+    ] = None,
+    lora_dropout: Annotated[
+        float | None, _option("Dropout before the adapters (0).", "--dropout", panel=_ADAPTERS)
+    ] = None,
+    target_modules: Annotated[
+        str | None,
+        _option("Layers to adapt, separated by commas (query and value).", panel=_ADAPTERS),
+    ] = None,
+    pooling: Annotated[
+        str | None, _option("'mean' (default) or 'max' of the embeddings.", panel=_ADAPTERS)
+    ] = None,
+    standardize_query: Annotated[
+        bool | None, _option("Standardise the pooled embedding.", panel=_ADAPTERS)
+    ] = None,
+    temperature: Annotated[
+        float | None, _option("Divisor of the scores (sqrt of the width).", panel=_ADAPTERS)
+    ] = None,
+    key_init: Annotated[
+        str | None, _option("'uniform' (default) or 'mean_query'.", panel=_ADAPTERS)
+    ] = None,
+    own_key_loss: Annotated[
+        float | None, _option("Weight of the own-key loss (0).", panel=_ADAPTERS)
+    ] = None,
+    kl_ratio: Annotated[
+        float | None, _option("Weight of the reflection loss (0.5).", panel=_REPLAY)
+    ] = None,
+    replay: Annotated[
+        str | None,
+        _option("'real' (default), 'none', or a folder of pseudo-samples.", panel=_REPLAY),
+    ] = None,
+    replay_share: Annotated[
+        float | None, _option("Share of the inputs kept, at least one (0.02).", panel=_REPLAY)
+    ] = None,
+    replay_batch_size: Annotated[
+        int | None, _option("Replayed rows of each task (batch size).", panel=_REPLAY)
+    ] = None,
+    resume: Annotated[
+        bool, _option("Go on with the run in --output (default).", panel=_MACHINE)
+    ] = True,
+    device: Annotated[
+        str | None, _option("'cpu' or 'cuda' (a GPU where there is one).", panel=_MACHINE)
+    ] = None,
+    dtype: Annotated[str, _option("Type of the weights (float32).", panel=_MACHINE)] = "float32",
+    bf16: Annotated[bool | None, _option("Train under bfloat16 autocast.", panel=_MACHINE)] = None,
+    gradient_checkpointing: Annotated[
+        bool | None, _option("Recompute activations in the backward pass.", panel=_MACHINE)
+    ] = None,
+    progress: Annotated[bool, _option("Progress bars (shown).", panel=_MACHINE)] = True,
+) -> None:
+    """Learn a sequence of tasks; writes checkpoints, metrics, a table and a heat map.
+
+    Killed at any point and started again with the same options, it goes on where it was.
+    """
+    from sapt_fast.continual import runs
+    from sapt_fast.continual.report import results_table
+    from sapt_fast.continual.settings import ContinualSettings
+    from sapt_fast.continual.sources import Source
+
+    options = dict(locals())
+    if order is not None and tasks is not None:
+        raise ValueError("order: give --order or --tasks, not both")
+    source = Source(
+        model=model,
+        benchmark=benchmark,
+        data=None if data is None else str(data),
+        tasks=order if tasks is None else tasks,
+        dev=dev or ("from_train" if preset is None else "released"),
+        max_train=max_train,
+        max_eval=max_eval,
+        dtype=dtype,
+        seed=seed,
+    )
+    if target_modules is not None:
+        options["target_modules"] = target_modules.split(",")
+    settings = ContinualSettings.of(
+        preset, **{name: options[name] for name in ContinualSettings.names() if name in options}
+    )
+    if settings.strategy == "single":
+        scores = runs.train_alone(source, settings, output, resume=resume)
+        for name, value in scores.items():
+            typer.echo(f"{name}: {value:.2f}")
+    else:
+        results = runs.train(source, settings, output, resume=resume, alone=alone or fwt)
+        _show(results_table(results.tasks, results.scores, results.alone))
+    typer.echo(f"written to {output}")
+
+
+@app.command(name="eval")
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    model: Annotated[str | None, _option("The base model, if it has moved.")] = None,
+    data: Annotated[str | None, _option("The benchmarks' folder, if it has moved.")] = None,
+    device: Annotated[str | None, _option("'cpu' or 'cuda', in place of the run's.")] = None,
+    eval_batch_size: Annotated[int | None, _option("Rows of a batch.")] = None,
+    progress: Annotated[bool, _option("Progress bars (shown).")] = True,
+) -> None:
+    """Compute the metrics of a run again from its checkpoints."""
+    from sapt_fast.continual import runs
+    from sapt_fast.continual.report import results_table
+
+    results, stored = runs.evaluate(
+        run,
+        model=model,
+        data=data,
+        device=device,
+        eval_batch_size=eval_batch_size,
+        progress=progress,
+    )
+    _show(results_table(results.tasks, results.scores, results.alone))
+    typer.echo(f"largest deviation from results.json: {results.deviation(stored):.3g}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, _option("Folder for the runs (sapt_demo).")] = Path("sapt_demo"),
+    seed: Annotated[int, _option("Seed of rows, weights and order (0).")] = 0,
+    progress: Annotated[bool, _option("Progress bars of each training (hidden).")] = False,
+) -> None:
+    """Learn six generated tasks with SAPT and with one shared LoRA; about a minute on a CPU."""
+    from sapt_fast.demo.run import demo_tables, run_demo
+
+    results = run_demo(output, seed=seed, progress=progress)
+    for table in demo_tables(results):
+        _show(table)
+    typer.echo(f"attention heat map: {output / 'sapt' / 'attention.png'}")
+
+
+@app.command()
+def bench(
+    batch: Annotated[int, typer.Option(help="Samples.")] = 8,
+    tokens: Annotated[int, typer.Option(help="Tokens of a sample.")] = 128,
+    inputs: Annotated[int, typer.Option(help="Input width of the layer.")] = 1024,
+    outputs: Annotated[int, typer.Option(help="Output width of the layer.")] = 1024,
+    tasks: Annotated[int, typer.Option(help="Adapters.")] = 15,
+    rank: Annotated[int, typer.Option(help="Rank of each.")] = 4,
+    device: Annotated[str, typer.Option(help="'cpu' or 'cuda'.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16' or 'float16'.")] = "float32",
+    seconds: Annotated[float, typer.Option(help="Time for each measurement.")] = 0.5,
+) -> None:
+    """Time one mixed layer in every backend against the layer without adapters."""
+    from sapt_fast.benchmark import LayerSize, bench_table, time_layer
+    from sapt_fast.continual.sources import torch_dtype
+
+    size = LayerSize(batch, tokens, inputs, outputs, tasks, rank)
+    for backward, title in ((False, "forward"), (True, "forward and backward")):
+        times = time_layer(
+            size, device=device, dtype=torch_dtype(dtype), backward=backward, seconds=seconds
+        )
+        _show(bench_table(size, times, f"{title}, {dtype} on {device}"))
+
+
+@app.command()
+def doctor() -> None:
+    """Show what this machine has and which backend each op will use, and why."""
+    from sapt_fast.doctor import backend_table, environment_table
+
+    _show(environment_table())
+    _show(backend_table())
+
+
+def _show(table: Any) -> None:
+    from rich.console import Console
+
+    Console().print(table)
+
+
+def main() -> None:
+    """Entry point: errors a user can mend are told in one line."""
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    try:
+        app()
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -29,6 +29,7 @@ _FOLDERS = {
 _TABLE: dict[str, tuple[str, ...]] = {
     "mixed_lora": ("triton", "cpu", "reference"),
     "router": ("reference",),
+    "mix_prompts": ("triton", "reference"),
 }
 
 

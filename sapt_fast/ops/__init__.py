@@ -1,10 +1,13 @@
 """What is computed: every op with its contract, plain-torch reference and autograd formula."""
 
+from sapt_fast.ops.mix_prompts import mix_prompts, mix_prompts_with_tokens
 from sapt_fast.ops.mixed_lora import mixed_lora, mixed_lora_linear
 from sapt_fast.ops.router import QueryProjection, pool_tokens, reflection_loss, route
 
 __all__ = [
     "QueryProjection",
+    "mix_prompts",
+    "mix_prompts_with_tokens",
     "mixed_lora",
     "mixed_lora_linear",
     "pool_tokens",

@@ -175,6 +175,12 @@ def mixture_grad(partial: Tensor, mixing: Mixing, M: int, tile_rows: int, segmen
     return d_mixture
 
 
+def sum_parts(parts: Tensor, out: Tensor) -> None:
+    """Fill `out` with the sum of `parts` [n, *out.shape], float32, over n; both contiguous."""
+    size = out.numel()
+    _sum_parts_kernel[(cdiv(size, 1024),)](parts, out, parts.shape[0], size, BLOCK=1024)
+
+
 def _factor_config(traits: DeviceTraits, itemsize: int, ranks: int) -> TileConfig:
     """Features, ranks and rows of a step."""
     if traits.capability == 0:
@@ -230,6 +236,5 @@ def factor_grad(p: Tensor, x: Tensor, rows: list[tuple[int, int]], dtype: torch.
                 COMPUTE=common.compute_dtype(x.dtype),
             )
             if parts > 1:
-                size = target.numel()
-                _sum_parts_kernel[(cdiv(size, 1024),)](sums, target, parts, size, BLOCK=1024)
+                sum_parts(sums, target)
     return out

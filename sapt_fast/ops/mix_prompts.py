@@ -1,0 +1,238 @@
+"""Soft prompts mixed per sample and written in front of the input embeddings.
+
+    y[b] = [ sum_k mixture[b, k] prompts[k] ; embeds[b] ]
+
+(SAPT, ACL 2024, with prompts in place of adapters.) The backward reads only the first P rows of
+each sample's gradient; what belongs to the embeddings is handed on as a view.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sapt_fast import dispatch
+
+_OP = "mix_prompts"
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def mix_prompts(
+    prompts: Tensor, mixture: Tensor, embeds: Tensor, *, backend: str | None = None
+) -> Tensor:
+    """Each sample's mixture of prompts, followed by its embeddings; differentiable in all three.
+
+    Args:
+        prompts: [K, P, D] in embeds' dtype or float32.
+        mixture: [B, K], one weight per sample and prompt, any floating-point dtype.
+        embeds: [B, T, D]; float32, float16 or bfloat16 (float64 in the reference).
+        backend: "reference" or "triton"; None lets dispatch choose (float64: the reference).
+
+    Returns:
+        [B, P + T, D], contiguous, in embeds' dtype. The mixture is summed in float32 (float64 for
+        float64 embeddings).
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or device does not fit.
+        dispatch.BackendError: the named backend cannot run here.
+
+    Example:
+        >>> import torch
+        >>> from sapt_fast.ops import mix_prompts
+        >>> prompts, mixture = torch.randn(3, 10, 8), torch.softmax(torch.randn(2, 3), -1)
+        >>> mix_prompts(prompts, mixture, torch.randn(2, 5, 8)).shape
+        torch.Size([2, 15, 8])
+    """
+    if embeds.dim() != 3:
+        raise ValueError(f"embeds: got shape {tuple(embeds.shape)}, expected [B, T, D]")
+    return _checked(prompts, mixture, "embeds", embeds, None, backend)
+
+
+def mix_prompts_with_tokens(
+    prompts: Tensor,
+    mixture: Tensor,
+    input_ids: Tensor,
+    table: Tensor,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """`mix_prompts(prompts, mixture, table[input_ids])`, the rows gathered in the same pass.
+
+    Args:
+        prompts, mixture, backend: as in `mix_prompts`, table in the place of embeds.
+        input_ids: [B, T] int64 or int32, each in [0, V). The Triton kernel gives NaN for others.
+        table: [V, D], the embedding matrix; differentiable, with a dense gradient.
+
+    Returns:
+        [B, P + T, D], contiguous, in table's dtype.
+
+    Raises:
+        ValueError, TypeError, dispatch.BackendError: as in `mix_prompts`.
+    """
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids: got shape {tuple(input_ids.shape)}, expected [B, T]")
+    if input_ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"input_ids: got dtype {input_ids.dtype}, expected int32 or int64")
+    if table.dim() != 2:
+        raise ValueError(f"table: got shape {tuple(table.shape)}, expected [V, D]")
+    return _checked(prompts, mixture, "table", table, input_ids, backend)
+
+
+def _checked(
+    prompts: Tensor,
+    mixture: Tensor,
+    source_name: str,
+    source: Tensor,
+    input_ids: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    batch = (source if input_ids is None else input_ids).shape[0]
+    width = source.shape[-1]
+    if source.dtype not in _FLOATS:
+        raise TypeError(f"{source_name}: got dtype {source.dtype}, expected one of {_FLOATS}")
+    if prompts.dim() != 3 or prompts.shape[2] != width:
+        raise ValueError(f"prompts: got shape {tuple(prompts.shape)}, expected [K, P, {width}]")
+    if prompts.dtype not in (source.dtype, torch.float32):
+        allowed = " or ".join(str(d) for d in dict.fromkeys((source.dtype, torch.float32)))
+        raise TypeError(f"prompts: got dtype {prompts.dtype}, expected {allowed}")
+    if tuple(mixture.shape) != (batch, prompts.shape[0]):
+        raise ValueError(
+            f"mixture: got shape {tuple(mixture.shape)}, expected [{batch}, {prompts.shape[0]}]"
+        )
+    if not mixture.is_floating_point():
+        raise TypeError(f"mixture: got dtype {mixture.dtype}, expected a floating-point dtype")
+    named = {"prompts": prompts, "mixture": mixture, "input_ids": input_ids}
+    for name, tensor in named.items():
+        if tensor is not None and tensor.device != source.device:
+            raise ValueError(
+                f"{name}: got device {tensor.device}, expected {source.device}"
+                f" (that of {source_name})"
+            )
+    if source.dtype == torch.float64:
+        if backend not in (None, "reference"):
+            raise TypeError(f"{source_name}: got dtype torch.float64, which backend '{backend}'"
+                            " does not have; expected float32, float16 or bfloat16")  # fmt: skip
+        backend = "reference"
+    mixture = mixture.to(torch.promote_types(source.dtype, torch.float32))
+    return _forward_op(prompts, mixture, source, input_ids, backend or "")
+
+
+# --- reference ---------------------------------------------------------------------------------
+
+
+def mix_prompts_fwd(
+    prompts: Tensor, mixture: Tensor, source: Tensor, input_ids: Tensor | None
+) -> Tensor:
+    """The specification of the forward: [B, P + T, D] in source's dtype, newly allocated.
+
+    Args:
+        prompts: [K, P, D] in source's dtype or float32.
+        mixture: [B, K] float32 (float64 for a float64 source), the dtype that sums are taken in.
+        source: the embeddings [B, T, D], or with `input_ids` the table [V, D] of their rows.
+        input_ids: [B, T] int32 or int64, or None.
+    """
+    with torch.autocast(source.device.type, enabled=False):
+        mixed = mixture @ prompts.to(mixture.dtype).flatten(1)
+    embeds = source if input_ids is None else torch.nn.functional.embedding(input_ids, source)
+    mixed = mixed.view(mixture.shape[0], *prompts.shape[1:]).to(source.dtype)
+    return torch.cat([mixed, embeds], 1)
+
+
+def mix_prompts_bwd(
+    dy: Tensor, prompts: Tensor, mixture: Tensor, needs_prompts: bool, needs_mixture: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The specification of the backward: `(d_prompts, d_mixture)`, None where not asked for.
+
+    Args:
+        dy: [B, P + T, D], any strides; only its first P rows are read.
+        prompts, mixture: as in the forward; the results have their dtypes.
+    """
+    d_mixed = dy[:, : prompts.shape[1]].flatten(1).to(mixture.dtype)
+    d_prompts = d_mixture = None
+    with torch.autocast(dy.device.type, enabled=False):
+        if needs_prompts:
+            d_prompts = (mixture.t() @ d_mixed).view(prompts.shape).to(prompts.dtype)
+        if needs_mixture:
+            d_mixture = d_mixed @ prompts.to(mixture.dtype).flatten(1).t()
+    return d_prompts, d_mixture
+
+
+# --- registered ops ----------------------------------------------------------------------------
+
+
+@torch.library.custom_op("sapt_fast::mix_prompts_fwd", mutates_args=())
+def _forward_op(
+    prompts: Tensor, mixture: Tensor, source: Tensor, input_ids: Tensor | None, backend: str
+) -> Tensor:
+    kernel = dispatch.kernels(_OP, dispatch.resolve(_OP, source.device, backend))
+    return kernel.mix_prompts_fwd(prompts, mixture, source, input_ids)
+
+
+@torch.library.custom_op("sapt_fast::mix_prompts_bwd", mutates_args=())
+def _backward_op(
+    dy: Tensor,
+    prompts: Tensor,
+    mixture: Tensor,
+    needs_prompts: bool,
+    needs_mixture: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """`mix_prompts_bwd` of the backend, with empty tensors in place of None."""
+    kernel = dispatch.kernels(_OP, dispatch.resolve(_OP, dy.device, backend))
+    grads = kernel.mix_prompts_bwd(dy, prompts, mixture, needs_prompts, needs_mixture)
+    d_prompts, d_mixture = (dy.new_empty(0) if grad is None else grad for grad in grads)
+    return d_prompts, d_mixture
+
+
+@_forward_op.register_fake
+def _forward_fake(
+    prompts: Tensor, mixture: Tensor, source: Tensor, input_ids: Tensor | None, backend: str
+) -> Tensor:
+    batch, tokens = (source if input_ids is None else input_ids).shape[:2]
+    return source.new_empty(batch, prompts.shape[1] + tokens, source.shape[-1])
+
+
+@_backward_op.register_fake
+def _backward_fake(
+    dy: Tensor, prompts: Tensor, mixture: Tensor, needs_prompts: bool, needs_mixture: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return (
+        prompts.new_empty(prompts.shape) if needs_prompts else dy.new_empty(0),
+        mixture.new_empty(mixture.shape) if needs_mixture else dy.new_empty(0),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    prompts, mixture, source, input_ids, backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.needs = prompts.requires_grad, mixture.requires_grad
+    ctx.needs_source = source.requires_grad
+    ctx.table_rows, ctx.backend = source.shape[0], backend
+    needs_ids = ctx.needs_source and input_ids is not None
+    ctx.save_for_backward(prompts, mixture, input_ids if needs_ids else None)
+
+
+def _backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 5
+    prompts, mixture, input_ids = ctx.saved_tensors
+    d_prompts = d_mixture = d_source = None
+    if any(ctx.needs):
+        d_prompts, d_mixture = _backward_op(dy, prompts, mixture, *ctx.needs, ctx.backend)
+    if ctx.needs_source:
+        d_source = dy[:, prompts.shape[1] :]
+        if input_ids is not None:
+            d_source = torch.ops.aten.embedding_dense_backward(
+                d_source, input_ids, ctx.table_rows, -1, False
+            )
+    return (
+        d_prompts if ctx.needs[0] else None,
+        d_mixture if ctx.needs[1] else None,
+        d_source,
+        None,
+        None,
+    )
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)

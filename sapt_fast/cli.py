@@ -282,6 +282,7 @@ def _show(table: Any) -> None:
 def main() -> None:
     """Entry point: errors a user can mend are told in one line."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    logging.getLogger("sapt_fast.continual").setLevel(logging.INFO)
     try:
         app()
     except (ValueError, TypeError, OSError, ImportError) as error:

@@ -137,7 +137,7 @@ def test_real_tasks_killed_resumed_and_evaluated(tmp_path: Path) -> None:
             "--lr", "1e-3", "--replay-share", "0.2", "--device", "cpu", "--no-progress",
         ]  # fmt: skip
 
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     process = subprocess.Popen(
         [sys.executable, "-m", "sapt_fast.cli", *arguments("killed")],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import random
 import shutil
 import time
@@ -110,6 +111,7 @@ def run_continual(
         ValueError: no tasks, an empty split, a name twice, a patched model, a tokenizer without
             pad token, or `output_dir` holds a run with other settings.
         FileExistsError: `output_dir` holds other files, or a run and `resume` is False.
+        RuntimeError: started in several processes.
     """
     settings = settings or ContinualSettings()
     if STRATEGIES[settings.strategy].alone:
@@ -193,6 +195,10 @@ class _Run:
             raise ValueError("model: got a patched model; pass it unpatched (sapt_fast.unpatch)")
         if getattr(tokenizer, "pad_token_id", None) is None:
             raise ValueError("tokenizer: has no pad token; set tokenizer.pad_token")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise RuntimeError(
+                "a continual run is one process; for several, write a script with SaptTrainer"
+            )
         _check_tasks(tasks)
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.tasks = tuple(tasks)
@@ -233,7 +239,10 @@ class _Run:
 
     def learn_all(self) -> None:
         for index in range(len(self.folder.scores), len(self.tasks)):
-            logger.info("task %d of %d: %s", index + 1, len(self.tasks), self.names[index])
+            logger.info(
+                "%s, task %d of %d: %s",
+                self.settings.strategy, index + 1, len(self.tasks), self.names[index],
+            )  # fmt: skip
             start = time.perf_counter()
             if not self.folder.has_checkpoint(index):
                 self.learn(index)
@@ -244,6 +253,7 @@ class _Run:
             self.folder.attention.append([] if target is None else target.tolist())
             self.folder.seconds.append(time.perf_counter() - start)
             self.folder.write()
+            logger.info("scores: %s", "  ".join(f"{value:.1f}" for value in scores))
         shutil.rmtree(self.folder.path / "training", ignore_errors=True)
 
     def learn(self, index: int) -> None:
@@ -310,21 +320,23 @@ class _Run:
             kl_per_micro_batch=settings.kl_per_micro_batch,
         )
         trainer.remove_callback(PrinterCallback)
-        if settings.gradient_checkpointing:
-            _recompute_activations(self.model, True)
         checkpoint = last_checkpoint(folder)
-        if checkpoint is None or not _finished(trainer, checkpoint):
-            trainer.train(None if checkpoint is None else str(checkpoint))
-        if settings.gradient_checkpointing:
-            _recompute_activations(self.model, False)
-        # The Trainer has turned the cache off and, for bf16, wrapped the model's forward.
-        self.model.config.use_cache = cache
-        trainer.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        try:
+            if settings.gradient_checkpointing:
+                _recompute_activations(self.model, True)
+            if checkpoint is None or not _finished(trainer, checkpoint):
+                trainer.train(None if checkpoint is None else str(checkpoint))
+        finally:
+            if settings.gradient_checkpointing:
+                _recompute_activations(self.model, False)
+            # The Trainer has turned the cache off and, for bf16, wrapped the model's forward.
+            self.model.config.use_cache = cache
+            trainer.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
 
     def _arguments(self, folder: Path, seed: int) -> Seq2SeqTrainingArguments:
         settings = self.settings
         save = settings.save_steps
-        return Seq2SeqTrainingArguments(
+        arguments = Seq2SeqTrainingArguments(
             output_dir=str(folder),
             per_device_train_batch_size=settings.batch_size,
             per_device_eval_batch_size=settings.eval_batch_size,
@@ -354,6 +366,9 @@ class _Run:
             dataloader_pin_memory=self.device != "cpu",
             remove_unused_columns=False,
         )
+        # One GPU: on several the Trainer would take DataParallel, which cannot route.
+        arguments._n_gpu = min(arguments.n_gpu, 1)
+        return arguments
 
     def _encoded(self, rows: Sequence[Example]) -> list[dict[str, list[int]]]:
         return encode_rows(

@@ -57,8 +57,10 @@ class RunFolder:
         folder = cls(path, tasks)
         run_file = path / "run.json"
         if not run_file.exists():
-            others = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
-            if set(others) - {"alone"}:
+            # Tasks learned alone may be there already, and hidden leftovers of a kill.
+            names = [p.name for p in path.iterdir()] if path.is_dir() else []
+            others = sorted(name for name in names if name != "alone" and name[0] != ".")
+            if others:
                 raise FileExistsError(
                     f"output_dir: {path} has no run.json but holds {', '.join(others[:5])}; "
                     "choose an empty folder"

@@ -124,7 +124,8 @@ class SaptTrainer(Seq2SeqTrainer):
             _RowStream(len(entry.inputs), f"{self.args.seed}/{entry.task}") for entry in replay
         ]
         self._micro_batch = (-1, 0)
-        self._kl_since_log: list[Tensor] = []
+        # The KL of each micro-batch and its share of a step.
+        self._kl_since_log: list[tuple[Tensor, float]] = []
 
     # --- the loss ---
 
@@ -144,7 +145,7 @@ class SaptTrainer(Seq2SeqTrainer):
             steps = self.current_gradient_accumulation_steps if normalized else 1
             loss = loss + self._own_key_loss() / steps
             kl = self._reflection_loss()
-            self._kl_since_log.append(kl.detach() / self.current_gradient_accumulation_steps)
+            self._kl_since_log.append((kl.detach(), 1 / self.current_gradient_accumulation_steps))
             scale = 1 if self.kl_per_micro_batch else steps
             loss = loss + self.sapt.config.kl_ratio * kl / scale
         return (loss, outputs) if return_outputs else loss
@@ -238,9 +239,9 @@ class SaptTrainer(Seq2SeqTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds `kl`, the mean over the steps since the last log of the unweighted KL."""
         if "loss" in logs and self.replay and self._kl_since_log:
-            kl = torch.stack(self._kl_since_log).sum()
-            steps = len(self._kl_since_log) / self.args.gradient_accumulation_steps
-            logs["kl"] = self.accelerator.gather(kl).mean().item() / steps
+            steps = sum(share for _, share in self._kl_since_log)
+            kl = torch.stack([value * share for value, share in self._kl_since_log]).sum() / steps
+            logs["kl"] = self.accelerator.gather(kl).mean().item()
             self._kl_since_log.clear()
         super().log(logs, start_time)
 

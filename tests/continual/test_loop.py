@@ -220,6 +220,23 @@ def test_bad_tasks_are_named(tmp_path: Path) -> None:
         run_continual(model, tokenizer, tasks, tmp_path, make_settings(), alone={"last_first": 1.0})
 
 
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="a continual run is one process"):
+        run_continual(make_model("t5"), CharTokenizer(), make_tasks(1), tmp_path, make_settings())
+
+
+def test_evaluating_other_tasks_or_models_is_refused(tmp_path: Path) -> None:
+    tasks, tokenizer = make_tasks(1, train=4, held_out=1), CharTokenizer()
+    options = make_settings(steps=1)
+    run_continual(make_model("t5"), tokenizer, tasks, tmp_path, options)
+    other = [replace(tasks[0], test=tasks[0].dev)]
+    with pytest.raises(ValueError, match=r"tasks: not those of the run.*last_first\.content"):
+        evaluate_run(make_model("t5"), tokenizer, other, tmp_path, options)
+    with pytest.raises(ValueError, match=r"model: not those of the run.*T5For.*LlamaFor"):
+        evaluate_run(make_model("llama"), tokenizer, tasks, tmp_path, options)
+
+
 def test_a_run_of_other_settings_is_named(tmp_path: Path) -> None:
     tasks, tokenizer = make_tasks(1, train=4, held_out=1), CharTokenizer()
 
@@ -239,6 +256,7 @@ def test_a_run_of_other_settings_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="holds a run"):
         run(resume=False)
     (tmp_path / "run.json").unlink()
+    (tmp_path / ".run.json.0a1b2c.tmp").write_text("")
     with pytest.raises(FileExistsError, match=r"no run\.json but holds attention\.png"):
         run()
 

@@ -155,7 +155,7 @@ def test_released_scale_adds_the_whole_kl_in_each_micro_batch(tmp_path: Path) ->
         trainer.current_gradient_accumulation_steps = 4
         model.train()
         losses[released] = trainer.compute_loss(model, batch, num_items_in_batch=tokens)
-        kl = trainer._kl_since_log[0] * 4
+        kl = trainer._kl_since_log[0][0]
     difference = losses[True] - losses[False]
     torch.testing.assert_close(difference, 0.5 * kl * 3 / 4, rtol=1e-4, atol=1e-6)
 
@@ -249,6 +249,27 @@ def test_resuming_a_checkpoint_continues_bit_for_bit(kind: str, tmp_path: Path) 
     assert {n: p.data_ptr() for n, p in again.named_parameters()} == addresses
     for name, value in model.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_save_model_writes_what_load_pretrained_reads(tmp_path: Path) -> None:
+    model = patched("t5")
+    trainer_of(model, "t5", tmp_path, replay=replays()).save_model(str(tmp_path / "saved"))
+    loaded = sapt_fast.load_pretrained(make_model("t5"), tmp_path / "saved")
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+
+
+def test_best_checkpoint_is_loaded_in_place(tmp_path: Path) -> None:
+    model = patched("t5")
+    options = {
+        "max_steps": 4, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps",
+        "eval_steps": 1, "load_best_model_at_end": True, "metric_for_best_model": "loss",
+        "greater_is_better": False, "learning_rate": 1.0,
+    }  # fmt: skip
+    trainer = trainer_of(model, "t5", tmp_path, replay=replays(), options=options)
+    trainer.train()
+    losses = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-6)
 
 
 def test_bad_input_is_named(tmp_path: Path) -> None:

@@ -28,6 +28,8 @@ _FOLDERS = {
 # Backends of each op, the preferred one first.
 _TABLE: dict[str, tuple[str, ...]] = {
     "mixed_lora": ("triton", "cpu", "reference"),
+    "nearest_key": ("triton", "reference"),
+    "topk_keys": ("triton", "reference"),
     "router": ("reference",),
     "mix_prompts": ("triton", "reference"),
 }
@@ -42,8 +44,10 @@ def ops() -> tuple[str, ...]:
     return tuple(_TABLE)
 
 
-def unavailable(op: str, backend: str, device_type: str) -> str | None:
-    """Why `backend` cannot run `op` on tensors of `device_type`, or None when it can."""
+def unavailable(
+    op: str, backend: str, device_type: str, dtype: torch.dtype | None = None
+) -> str | None:
+    """Why `backend` cannot run `op` on tensors of that device and dtype, or None when it can."""
     if backend not in _TABLE[op]:
         return f"op '{op}' has no {backend} kernel (it has: {', '.join(_TABLE[op])})"
     if backend == "cpu":
@@ -53,6 +57,8 @@ def unavailable(op: str, backend: str, device_type: str) -> str | None:
             "sapt_fast._C", "reinstall with SAPT_FAST_BUILD=cpu to see the error"
         )
     if backend == "triton":
+        if dtype == torch.float64:
+            return "float64 runs in the reference and on the CPU only"
         missing = _import_failure("triton", "pip install 'sapt_fast[gpu]'")
         if missing or device_type == "cuda":
             return missing
@@ -62,17 +68,24 @@ def unavailable(op: str, backend: str, device_type: str) -> str | None:
 
 
 @torch.compiler.assume_constant_result
-def resolve(op: str, device: torch.device, backend: str | None = None) -> str:
-    """The backend that runs `op` on `device`.
+def resolve(
+    op: str,
+    device: torch.device,
+    backend: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> str:
+    """The backend that runs `op` on tensors of `device` and `dtype`.
 
     `backend`, or else the environment variable SAPT_FAST_BACKEND, names one that must work;
-    with neither, the first that is available is taken. Each choice is logged once.
+    with neither, the first that is available is taken. The variable says nothing about ops that
+    have no kernel of that backend. Each choice is logged once.
 
     Raises:
         ValueError: the name is unknown.
         BackendError: the named backend cannot run this op on this device.
     """
-    return _resolve(op, device.type, backend or os.environ.get(ENV_VARIABLE) or None)
+    requested = backend or _from_environment(op)
+    return _resolve(op, device.type, requested, dtype)
 
 
 @torch.compiler.assume_constant_result
@@ -86,21 +99,26 @@ def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 
+def _from_environment(op: str) -> str | None:
+    named = os.environ.get(ENV_VARIABLE) or None
+    return named if named in _TABLE[op] or named not in BACKENDS else None
+
+
 @cache
-def _resolve(op: str, device_type: str, requested: str | None) -> str:
+def _resolve(op: str, device_type: str, requested: str | None, dtype: torch.dtype | None) -> str:
     if requested is not None:
         if requested not in BACKENDS:
             raise ValueError(
                 f"backend (or {ENV_VARIABLE}): got {requested!r}, expected one of {BACKENDS}"
             )
-        reason = unavailable(op, requested, device_type)
+        reason = unavailable(op, requested, device_type, dtype)
         if reason is not None:
             raise BackendError(f"backend '{requested}' cannot run op '{op}': {reason}")
         chosen = requested
     else:
         interpreted = device_type != "cuda" and triton_interpreted()
         candidates = [b for b in _TABLE[op] if not (b == "triton" and interpreted)]
-        chosen = next(b for b in candidates if unavailable(op, b, device_type) is None)
+        chosen = next(b for b in candidates if unavailable(op, b, device_type, dtype) is None)
     logger.info("op %s on %s: backend %s", op, device_type, chosen)
     return chosen
 

@@ -38,7 +38,7 @@ def demo_settings(
     """
     return ContinualSettings(
         strategy=strategy,
-        sapt=SaptConfig(r=8, lora_alpha=16, pooling="max", kl_ratio=0.5),
+        sapt=SaptConfig(r=8, lora_alpha=16, key_init="mean_query", kl_ratio=0.5),
         learning_rate=3e-3,
         key_learning_rate=1e-2,
         query_learning_rate=1e-3,

@@ -8,42 +8,24 @@ rank. Everything the mixture adds lives in rank space, [M, R]: no adapter's outp
 and the gradient of the weights is `sum over rows and ranks of (dy B^T) * (x A^T)`.
 """
 
-from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sapt_fast import dispatch
+from sapt_fast.ops.rank_table import (
+    RankTable,
+    cached_table,
+    rank_layout,
+    rank_table,
+    trained_rows,
+)
 
 _OP = "mixed_lora"
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-
-class RankTable(NamedTuple):
-    """What each of the R rank rows of a stacked pool belongs to.
-
-    Attributes:
-        row_adapter: [R] int32, the adapter of the row.
-        row_scale: [R] float32 (float64 in float64 models), that adapter's scaling.
-    """
-
-    row_adapter: Tensor
-    row_scale: Tensor
-
-
-def rank_table(
-    ranks: Sequence[int],
-    scaling: Sequence[float] | Tensor,
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-) -> RankTable:
-    """The table of a pool whose adapter k has `ranks[k]` rows and scaling `scaling[k]`."""
-    owners = [k for k, rank in enumerate(ranks) for _ in range(rank)]
-    adapter = torch.tensor(owners, dtype=torch.int32, device=device)
-    scale = torch.as_tensor(scaling, dtype=dtype, device=device)
-    return RankTable(adapter, scale.index_select(0, adapter))
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def mixed_lora_linear(
@@ -93,6 +75,7 @@ def mixed_lora_linear(
         >>> mixed_lora_linear(x, weight, None, lora_a, lora_b, mixture, ranks=4).shape
         torch.Size([2, 5, 6])
     """
+    _check_x(x)
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected [O, {x.shape[-1]}]")
     if lora_b.dim() != 2 or lora_b.shape[1] != weight.shape[0]:
@@ -172,34 +155,62 @@ def mix(
         train_a, train_b: the rows that train, as tensors that share lora_a's and lora_b's memory.
         train_rows: [start, stop] of each of them in the stack, flattened.
     """
-    dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = _compute_dtype(x)
+    if dtype != x.dtype:
         x = x.to(dtype)
         weight = None if weight is None else weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+    if lora_a.dtype not in (dtype, torch.float32):
+        lora_a, lora_b = lora_a.to(dtype), lora_b.to(dtype)
+    accumulate = torch.promote_types(dtype, torch.float32)
     if mixture.dtype != accumulate:
         mixture = mixture.to(accumulate)
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if table.row_scale.dtype != accumulate:
+        table = RankTable(table.row_adapter, table.row_scale.to(accumulate))
+    rows = x if x.dim() == 2 else x.flatten(0, -2)
     if _eager_inference(x):
-        kernel = dispatch.kernels(_OP, dispatch.resolve(_OP, x.device, backend))
-        y, _ = kernel.mixed_lora_fwd(rows, weight, bias, lora_a, lora_b, mixture, *table)
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
-    y, _ = _forward_op(
-        rows, weight, bias, lora_a, lora_b, train_a, train_b, mixture, *table,
-        train_rows, grad_through_frozen, backend or "",
-    )  # fmt: skip
+        y, _ = _kernel("mixed_lora_fwd", backend, rows)(
+            rows, weight, bias, lora_a, lora_b, mixture, *table
+        )
+    else:
+        y, _ = _forward_op(
+            rows, weight, bias, lora_a, lora_b, train_a, train_b, mixture, *table,
+            train_rows, grad_through_frozen, backend or "",
+        )  # fmt: skip
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of the products: x's, or autocast's, which leaves float64 alone."""
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def _kernel(name: str, backend: str | None, x: Tensor) -> Callable[..., Any]:
+    """A kernel of the backend that dispatch chooses; autocast does not reach into it."""
+    chosen = dispatch.resolve(_OP, x.device, backend, x.dtype)
+    function = getattr(dispatch.kernels(_OP, chosen), name)
+    if not torch.is_autocast_enabled(x.device.type):
+        return function
+
+    def without_autocast(*arguments: Any) -> Any:
+        with torch.autocast(x.device.type, enabled=False):
+            return function(*arguments)
+
+    return without_autocast
 
 
 def _eager_inference(x: Tensor) -> bool:
     """Whether to call the kernel past torch's dispatcher, which costs more than a small op."""
-    return (
-        not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and type(x) in (Tensor, torch.nn.Parameter)
-    )
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and type(x) in _PLAIN
+
+
+def _check_x(x: Tensor) -> None:
+    if x.dim() not in (2, 3):
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, T, I] or [M, I]")
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"x: got dtype {x.dtype}, expected one of {_FLOATS}")
 
 
 def _checked(
@@ -215,10 +226,7 @@ def _checked(
     trainable: Sequence[int] | None,
     backend: str | None,
 ) -> Tensor:
-    if x.dim() not in (2, 3):
-        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, T, I] or [M, I]")
-    if x.dtype not in _FLOATS:
-        raise TypeError(f"x: got dtype {x.dtype}, expected one of {_FLOATS}")
+    _check_x(x)
     if lora_a.dim() != 2 or lora_a.shape[1] != x.shape[-1]:
         raise ValueError(f"lora_a: got shape {tuple(lora_a.shape)}, expected [R, {x.shape[-1]}]")
     if lora_b.dim() != 2 or lora_b.shape[0] != lora_a.shape[0]:
@@ -234,7 +242,7 @@ def _checked(
         allowed: tuple[torch.dtype, ...] = (x.dtype,)
         if name.startswith("lora"):
             allowed = (x.dtype, torch.float32)
-        if torch.is_autocast_enabled(x.device.type):
+        if _compute_dtype(x) != x.dtype:
             allowed = _FLOATS
         if tensor is not None and tensor.dtype not in allowed:
             raise TypeError(
@@ -248,76 +256,40 @@ def _checked(
     if tuple(mixture.shape[:-1]) not in (per_sample, per_token) or mixture.dim() == 0:
         expected = " or ".join(str([*lead, "K"]) for lead in dict.fromkeys((per_sample, per_token)))
         raise ValueError(f"mixture: got shape {tuple(mixture.shape)}, expected {expected}")
+    if mixture.shape[-1] == 0:
+        raise ValueError(
+            f"mixture: got shape {tuple(mixture.shape)}, expected at least one adapter"
+        )
     if not mixture.is_floating_point():
         raise TypeError(f"mixture: got dtype {mixture.dtype}, expected a floating-point dtype")
     count = mixture.shape[-1]
-    layout = _rank_layout(ranks, count, lora_a.shape[0])
+    layout = rank_layout(ranks, count, lora_a.shape[0])
     trains = lora_a.requires_grad or lora_b.requires_grad
-    if isinstance(scaling, Tensor) and tuple(scaling.shape) not in ((), (count,)):
-        raise ValueError(
-            f"scaling: got shape {tuple(scaling.shape)}, expected a number or [{count}]"
-        )
-    train_rows = _train_rows(layout, trainable)
+    shape = tuple(scaling.shape) if isinstance(scaling, Tensor) else ()
+    if shape not in ((), (count,)) or not isinstance(scaling, (int, float, Tensor)):
+        raise ValueError(f"scaling: got {scaling!r}, expected a number or a tensor [{count}]")
+    train_rows = trained_rows(layout, trainable)
     if grad_through_frozen and not trains:
         train_rows = []
     spans = list(zip(train_rows[::2], train_rows[1::2], strict=True))
     return mix(
         x, weight, bias, lora_a.detach(), lora_b.detach(),
         mixture.reshape(-1, count),
-        _table(layout, scaling, x.device, torch.promote_types(x.dtype, torch.float32)),
+        _table(layout, scaling, x),
         [lora_a[i:j] for i, j in spans] if lora_a.requires_grad else [],
         [lora_b[i:j] for i, j in spans] if lora_b.requires_grad else [],
         train_rows, grad_through_frozen, backend,
     )  # fmt: skip
 
 
-def _rank_layout(ranks: int | Sequence[int], count: int, total: int) -> tuple[int, ...]:
-    layout = (ranks,) * count if isinstance(ranks, int) else tuple(int(r) for r in ranks)
-    if len(layout) != count:
-        raise ValueError(f"ranks: got {len(layout)} ranks, expected {count} (the K of mixture)")
-    if any(r < 0 for r in layout) or sum(layout) != total:
-        raise ValueError(
-            f"ranks: got {ranks} for {count} adapters, expected ranks >= 0 with sum {total}"
-            " (the rows of lora_a)"
-        )
-    return layout
-
-
-def _train_rows(layout: tuple[int, ...], trainable: Sequence[int] | None) -> list[int]:
-    """Row ranges [start, stop, start, stop, ...] of the adapters that train, neighbours merged."""
-    count = len(layout)
-    chosen = range(count) if trainable is None else sorted(set(trainable))
-    if chosen and (chosen[0] < 0 or chosen[-1] >= count):
-        raise ValueError(f"trainable: got {list(chosen)}, expected indices in [0, {count})")
-    starts = [sum(layout[:k]) for k in range(count)]
-    rows: list[int] = []
-    for k in chosen:
-        if layout[k] == 0:
-            continue
-        if rows and rows[-1] == starts[k]:
-            rows[-1] += layout[k]
-        else:
-            rows += [starts[k], starts[k] + layout[k]]
-    return rows
-
-
-def _table(
-    layout: tuple[int, ...], scaling: float | Tensor, device: torch.device, dtype: torch.dtype
-) -> RankTable:
+def _table(layout: tuple[int, ...], scaling: float | Tensor, x: Tensor) -> RankTable:
+    dtype = torch.promote_types(_compute_dtype(x), torch.float32)
     if isinstance(scaling, Tensor):
-        values = scaling.detach().to(device=device, dtype=dtype).expand(len(layout))
-        return rank_table(layout, values, device, dtype)
-    if torch.compiler.is_compiling():
-        return rank_table(layout, [scaling] * len(layout), device, dtype)
-    return _cached_table(layout, float(scaling), device, dtype)
-
-
-@lru_cache(maxsize=64)
-def _cached_table(
-    layout: tuple[int, ...], scaling: float, device: torch.device, dtype: torch.dtype
-) -> RankTable:
-    with torch.inference_mode(False):  # the table outlives the call that first needed it
-        return rank_table(layout, [scaling] * len(layout), device, dtype)
+        values = scaling.detach().to(device=x.device, dtype=dtype).expand(len(layout))
+        return rank_table(layout, values, x.device, dtype)
+    if torch.compiler.is_compiling() or type(x) not in _PLAIN:  # a fake table must not be kept
+        return rank_table(layout, [scaling] * len(layout), x.device, dtype)
+    return cached_table(layout, float(scaling), x.device, dtype)
 
 
 # --- reference ---------------------------------------------------------------------------------
@@ -363,7 +335,7 @@ def mixed_lora_bwd(
     if needs_mixture:
         product = g.to(mixture.dtype) * h.to(mixture.dtype) * row_scale
         samples = mixture.shape[0]
-        per_sample = product.view(samples, -1, product.shape[1]).sum(1) if samples else product
+        per_sample = _by_sample(product, samples).sum(1) if samples else product
         d_mixture = torch.zeros_like(mixture).index_add_(1, row_adapter.long(), per_sample)
     gw = _weighted(g, mixture, row_adapter, row_scale)
     rows = _selected(train_rows, x.device)
@@ -384,7 +356,11 @@ def _weighted(h: Tensor, mixture: Tensor, row_adapter: Tensor, row_scale: Tensor
     if samples == 0:
         return h
     w = mixture.index_select(1, row_adapter) * row_scale
-    return (h.view(samples, -1, h.shape[1]) * w.unsqueeze(1)).to(h.dtype).view_as(h)
+    return (_by_sample(h, samples) * w.unsqueeze(1)).to(h.dtype).view_as(h)
+
+
+def _by_sample(rows: Tensor, samples: int) -> Tensor:
+    return rows.view(samples, rows.shape[0] // samples, rows.shape[1])
 
 
 def _selected(train_rows: list[int], device: torch.device) -> Tensor:
@@ -413,8 +389,9 @@ def _forward_op(
     grad_through_frozen: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    kernel = dispatch.kernels(_OP, dispatch.resolve(_OP, x.device, backend))
-    return kernel.mixed_lora_fwd(x, weight, bias, lora_a, lora_b, mixture, row_adapter, row_scale)
+    return _kernel("mixed_lora_fwd", backend, x)(
+        x, weight, bias, lora_a, lora_b, mixture, row_adapter, row_scale
+    )
 
 
 @torch.library.custom_op("sapt_fast::mixed_lora_bwd", mutates_args=())
@@ -435,8 +412,7 @@ def _backward_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`mixed_lora_bwd` of the backend, with empty tensors in place of None."""
-    kernel = dispatch.kernels(_OP, dispatch.resolve(_OP, x.device, backend))
-    grads = kernel.mixed_lora_bwd(
+    grads = _kernel("mixed_lora_bwd", backend, x)(
         dy, x, weight, lora_a, lora_b, mixture, row_adapter, row_scale, h,
         train_rows, needs_x, needs_mixture, grad_through_frozen,
     )  # fmt: skip
@@ -449,9 +425,7 @@ def _forward_fake(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor,
     *others: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    backend = others[-1]
-    kernel = dispatch.kernels(_OP, dispatch.resolve(_OP, x.device, backend))
-    h = kernel.empty_h(x, lora_a.shape[0])
+    h = _kernel("empty_h", others[-1], x)(x, lora_a.shape[0])
     return x.new_empty(x.shape[0], lora_b.shape[1]), h
 
 
@@ -488,9 +462,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.needs_bias = bias is not None and bias.requires_grad
     ctx.train_rows, ctx.grad_through_frozen, ctx.backend = train_rows, grad_through_frozen, backend
     needs_h = ctx.needs_mixture or bool(train_rows)
+    # The last two share lora_a's and lora_b's memory; saved, they tell if it was changed since.
     ctx.save_for_backward(
-        x, weight, lora_a, lora_b, mixture, row_adapter, row_scale, output[1] if needs_h else None
-    )
+        x, weight, lora_a, lora_b, mixture, row_adapter, row_scale,
+        output[1] if needs_h else None, *train_a, *train_b,
+    )  # fmt: skip
 
 
 def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Any, ...]:
@@ -499,14 +475,14 @@ def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Any, ...]:
     if dy is None:
         empty = [None] * len(ctx.needs_a), [None] * len(ctx.needs_b)
         return (*(None,) * 5, *empty, None, None, None, no_rows, None, None)
-    x, weight, lora_a, lora_b, mixture, row_adapter, row_scale, h = ctx.saved_tensors
+    x, weight, lora_a, lora_b, mixture, row_adapter, row_scale, h = ctx.saved_tensors[:8]
     dx, d_mixture, d_a, d_b = _backward_op(
         dy, x, weight, lora_a, lora_b, mixture, row_adapter, row_scale, h,
         ctx.train_rows, ctx.needs_x, ctx.needs_mixture, ctx.grad_through_frozen, ctx.backend,
     )  # fmt: skip
     return (
         dx if ctx.needs_x else None,
-        dy.t() @ x if ctx.needs_weight else None,
+        _weight_grad(dy, x) if ctx.needs_weight else None,
         dy.sum(0) if ctx.needs_bias else None,
         None,
         None,
@@ -519,6 +495,11 @@ def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Any, ...]:
         None,
         None,
     )
+
+
+def _weight_grad(dy: Tensor, x: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return dy.t() @ x
 
 
 def _split(grad: Tensor, sizes: list[int], needed: list[bool]) -> list[Tensor | None]:

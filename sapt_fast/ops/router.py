@@ -6,7 +6,7 @@ earlier tasks' inputs where they were.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,24 +44,34 @@ def pool_tokens(
     """Pools the embeddings of token ids over the sequence; B x T x D is never stored.
 
     Args:
-        input_ids: [B, T] int64 or int32.
+        input_ids: [B, T] int64 or int32, each in [0, V). The Triton kernel gives NaN for others.
         table: [V, D], the embedding matrix; differentiable.
         mask: [B, T], zero where a token takes no part; None lets all of them. A row without any
             token gives zeros.
         pooling: "max" or "mean".
-        backend: as in `dispatch.resolve`.
+        backend: "reference" or "triton"; None lets dispatch choose (float64: the reference).
 
     Returns:
         [B, D] in table's dtype.
 
     Raises:
-        ValueError: a shape or `pooling` does not fit.
+        ValueError, TypeError: a shape, dtype, device or `pooling` does not fit.
+        dispatch.BackendError: the named backend cannot run here.
     """
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids: got shape {tuple(input_ids.shape)}, expected [B, T]")
+    if input_ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"input_ids: got dtype {input_ids.dtype}, expected int32 or int64")
+    if table.dim() != 2:
+        raise ValueError(f"table: got shape {tuple(table.shape)}, expected [V, D]")
     _check_pooling(pooling, mask, input_ids.shape)
-    kernel = dispatch.kernels(_OP, dispatch.resolve(_OP, table.device, backend))
-    return kernel.pool_tokens_fwd(input_ids, table, mask, pooling)
+    _check_devices(table, input_ids=input_ids, mask=mask)
+    chosen = _backend("table", table, backend)
+    if chosen == "reference":
+        return pool_tokens_fwd(input_ids, table, mask, pooling)
+    trains = table.requires_grad and torch.is_grad_enabled()
+    keep_winner = trains and pooling == "max"
+    return _pool_op(input_ids, table, mask, pooling, keep_winner, chosen)[0]
 
 
 def pool_embeds(embeds: Tensor, *, mask: Tensor | None = None, pooling: str = "max") -> Tensor:
@@ -73,7 +83,8 @@ def pool_embeds(embeds: Tensor, *, mask: Tensor | None = None, pooling: str = "m
         return embeds.amax(1) if pooling == "max" else embeds.mean(1)
     keep = (mask != 0).unsqueeze(-1)
     if pooling == "mean":
-        return (embeds * keep).sum(1) / keep.sum(1).clamp(min=1).to(embeds.dtype)
+        total = (embeds * keep).sum(1, dtype=torch.promote_types(embeds.dtype, torch.float32))
+        return (total / keep.sum(1).clamp(min=1)).to(embeds.dtype)
     pooled = embeds.masked_fill(~keep, float("-inf")).amax(1)
     return torch.where(keep.any(1), pooled, 0.0)
 
@@ -102,14 +113,16 @@ def route(
         top_k: keep the k largest weights of each sample, scaled to sum to 1.
         threshold: weights below it become exactly zero and the rest sum to 1; the largest weight
             of a sample always stays.
-        backend: as in `dispatch.resolve`.
+        backend: "reference" or "triton"; None lets dispatch choose (float64: the reference).
 
     Returns:
         weights [B, K] in float32 (float64 for float64 inputs), rows sum to 1. Computed in that
         dtype throughout.
 
     Raises:
-        ValueError: a shape, `pooling`, `temperature`, `top_k` or `threshold` does not fit.
+        ValueError: a shape, device, `pooling`, `temperature`, `top_k` or `threshold` does not fit.
+        TypeError: float64 inputs and a named backend that does not have it.
+        dispatch.BackendError: the named backend cannot run here.
     """
     scores = route_scores(
         embeds,
@@ -141,7 +154,8 @@ def route_scores(
     pooled = embeds if embeds.dim() == 2 else pool_embeds(embeds, mask=mask, pooling=pooling)
     divisor = math.sqrt(keys.shape[1]) if temperature is None else temperature
     kernel = dispatch.kernels(_OP, dispatch.resolve(_OP, pooled.device, backend))
-    return kernel.route_scores_fwd(pooled, keys, projection, divisor)
+    with torch.autocast(pooled.device.type, enabled=False):
+        return kernel.route_scores_fwd(pooled, keys, projection, divisor)
 
 
 def query(pooled: Tensor, projection: QueryProjection | None) -> Tensor:
@@ -183,8 +197,11 @@ def reflection_loss(scores: Tensor, target: Tensor) -> Tensor:
         target: [K'] or [B, K'] with K' <= K, the earlier weights in learning order; newer adapters
             count as zeros, which pushes weight off them.
 
+    Returns:
+        A scalar in float32 (float64 for float64 scores).
+
     Raises:
-        ValueError: the shapes do not fit, or target holds negative or non-finite values.
+        ValueError: the shapes do not fit.
     """
     batch, count = scores.shape
     shape = tuple(target.shape)
@@ -192,8 +209,10 @@ def reflection_loss(scores: Tensor, target: Tensor) -> Tensor:
         raise ValueError(
             f"target: got shape {shape}, expected [K'] or [{batch}, K'], K' <= {count}"
         )
-    target = F.pad(target.to(scores), (0, count - shape[-1])).expand(batch, count)
-    return F.kl_div(F.log_softmax(scores, -1), target, reduction="batchmean")
+    with torch.autocast(scores.device.type, enabled=False):
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        target = F.pad(target.to(scores), (0, count - shape[-1])).expand(batch, count)
+        return F.kl_div(F.log_softmax(scores, -1), target, reduction="batchmean")
 
 
 # --- reference ---------------------------------------------------------------------------------

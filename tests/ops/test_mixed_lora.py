@@ -365,6 +365,83 @@ def test_autocast_computes_in_its_dtype(backend):
     assert all(grads[k].dtype == torch.float32 for k in grads)
 
 
+def test_backward_under_autocast_of_a_forward_outside_it(backend):
+    inputs = _inputs((3, 40, 32), 24, (4, 4), torch.float32)
+    expected = _run(inputs, ranks=4, backend=backend)[1]
+    leaves = _leaves(inputs, backend)
+    y = mixed_lora_linear(*leaves.values(), ranks=4, backend=backend)
+    with torch.autocast(_device(backend), torch.bfloat16):
+        y.backward(_incoming(y))
+    for name, leaf in leaves.items():
+        assert torch.equal(leaf.grad.cpu(), expected[name]), name
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_autocast_leaves_float64_alone(backend):
+    inputs = _inputs((2, 5, 16), 8, (4, 4), torch.float64)
+    expected = _run(inputs, ranks=4, backend=backend)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = _run(inputs, ranks=4, backend=backend)[0]
+    assert y.dtype == torch.float64
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("tokens", [5, 100])
+def test_a_bfloat16_layer_under_float16_autocast(tokens):
+    inputs = _inputs((2, tokens, 16), 8, (4, 4), torch.bfloat16)
+    for backend in ("reference", "cpu"):
+        with torch.autocast("cpu", torch.float16):
+            y, grads = _run(inputs, ranks=4, backend=backend)
+        assert y.dtype == torch.float16
+        assert all(grads[k].dtype == inputs[k].dtype for k in grads)
+
+
+def test_adapters_changed_between_forward_and_backward_raise(backend):
+    leaves = _leaves(_inputs((2, 5, 16), 8, (4, 4), torch.float32), backend)
+    y = mixed_lora_linear(*leaves.values(), ranks=4, backend=backend)
+    with torch.no_grad():
+        leaves["lora_a"].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_a_fake_run_leaves_nothing_behind(backend):
+    inputs = _inputs((2, 5, 16), 8, (3, 9), torch.float32)  # ranks no other test has
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = [mode.from_tensor(t) for t in _leaves(inputs, backend).values()]
+        mixed_lora_linear(*fake, ranks=(3, 9), backend=backend)
+    y, _ = _run(inputs, ranks=(3, 9), backend=backend)
+    assert type(y) is torch.Tensor
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_adapters_of_rank_zero_only(backend):
+    inputs = _inputs((2, 5, 16), 8, (0, 0), torch.float32)
+    y, grads = _run(inputs, ranks=0, backend=backend)
+    expected = torch.nn.functional.linear(inputs["x"], inputs["weight"], inputs["bias"])
+    torch.testing.assert_close(y, expected)
+    assert not grads["mixture"].any()
+
+
+def test_the_environment_names_a_backend_for_ops_that_have_it(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setenv(dispatch.ENV_VARIABLE, "cpu")
+    assert dispatch.resolve("mixed_lora", cpu) == "cpu"
+    assert dispatch.resolve("router", cpu) == "reference"
+    with pytest.raises(dispatch.BackendError):
+        dispatch.resolve("router", cpu, "cpu")
+    monkeypatch.setenv(dispatch.ENV_VARIABLE, "rocket")
+    with pytest.raises(ValueError, match="rocket"):
+        dispatch.resolve("router", cpu)
+
+
+def test_float64_has_no_triton_kernel():
+    chosen = dispatch.resolve("mixed_lora", torch.device("cuda"), dtype=torch.float64)
+    assert chosen == "reference"
+    with pytest.raises(dispatch.BackendError, match="float64"):
+        dispatch.resolve("mixed_lora", torch.device("cuda"), "triton", torch.float64)
+
+
 BAD = {
     "x": ({"x": torch.zeros(2, 2, 2, 16)}, {}, ValueError, "x: got shape"),
     "x dtype": ({"x": torch.zeros(2, 5, 16, dtype=torch.int64)}, {}, TypeError, "x: got dtype"),
@@ -380,7 +457,12 @@ BAD = {
     "rank sum": ({}, {"ranks": (4, 5)}, ValueError, r"ranks: .*sum 8"),
     "rank count": ({}, {"ranks": (4, 2, 2)}, ValueError, r"ranks: got 3 ranks, expected 2"),
     "trainable": ({}, {"trainable": [2]}, ValueError, "trainable: got"),
-    "scaling": ({}, {"scaling": torch.ones(3)}, ValueError, "scaling: got shape"),
+    "scaling": ({}, {"scaling": torch.ones(3)}, ValueError, "scaling: got tensor"),
+    "scaling list": ({}, {"scaling": [1.0, 2.0]}, ValueError, "scaling: got"),
+    "no adapter": ({"mixture": torch.ones(2, 0)}, {"ranks": 4}, ValueError, "mixture: got shape"),
+    "ranks of floats": ({}, {"ranks": (4.0, 4.0)}, TypeError, "ranks: got"),
+    "a mask for indices": ({}, {"trainable": [False, True]}, TypeError, "trainable: got"),
+    "a scalar x": ({"x": torch.tensor(1.0)}, {}, ValueError, "x: got shape"),
     "backend": ({}, {"backend": "rocket"}, ValueError, "rocket"),
 }
 

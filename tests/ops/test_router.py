@@ -109,6 +109,24 @@ def test_half_precision_inputs_are_routed_in_float32():
     torch.testing.assert_close(weights.double(), exact, rtol=1e-5, atol=1e-6)
 
 
+def test_autocast_does_not_reach_the_router():
+    embeds, keys = torch.randn(4, 6, 64), torch.randn(3, 64)
+    p = _projection(64, dtype=torch.float32)
+    expected = route(embeds, keys, p, temperature=1.0)
+    target = torch.softmax(torch.randn(4, 3), -1)
+    loss = reflection_loss(route_scores(embeds, keys, p), target)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(route(embeds, keys, p, temperature=1.0), expected)
+        assert torch.equal(reflection_loss(route_scores(embeds, keys, p), target), loss)
+    assert reflection_loss(target.log().bfloat16(), target).dtype == torch.float32
+
+
+def test_a_masked_mean_does_not_overflow_in_float16():
+    embeds = torch.full((1, 4096, 2), 20.0, dtype=torch.float16)
+    pooled = pool_embeds(embeds, mask=torch.ones(1, 4096), pooling="mean")
+    torch.testing.assert_close(pooled, torch.full((1, 2), 20.0, dtype=torch.float16))
+
+
 def test_gradcheck_through_everything():
     embeds = torch.randn(2, 4, 12).double().requires_grad_()
     keys = torch.randn(3, 12).double().requires_grad_()

@@ -24,13 +24,14 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # its default changes with Triton 3.10
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -38,15 +39,35 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sapt_fast.triton_kernels import common
 from sapt_fast.triton_kernels.mixed_lora import mixed_lora_bwd, mixed_lora_fwd
+from sapt_fast.triton_kernels.nearest_key import nearest_key_fwd
+from sapt_fast.triton_kernels.topk_keys import topk_keys_fwd
 
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
 NUM_SMS = {80: 108, 90: 132, 100: 148}
 MATRIX_UNIT = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 
+class NewTensor(Protocol):
+    """Allocates an input of a case, of the case's dtype unless another is named."""
+
+    def __call__(self, *shape: int, dtype: torch.dtype = ...) -> Tensor: ...
+
+
+class LaunchCase(Protocol):
+    """Calls that launch kernels."""
+
+    name: str
+    dtype: torch.dtype
+    quick: bool
+    aligned: bool  # sizes are multiples of 16
+
+    def launch(self, tensor: NewTensor) -> None:
+        """Make the calls, with inputs from `tensor`."""
+
+
 @dataclass(frozen=True)
 class Case:
-    """Sizes and options of one forward and backward."""
+    """Sizes and options of one forward and backward of `mixed_lora`."""
 
     name: str
     samples: int
@@ -61,8 +82,52 @@ class Case:
     quick: bool = False
     aligned: bool = True
 
+    def launch(self, tensor: NewTensor) -> None:
+        """Forward, and the backward in both gradient modes and for the factors alone."""
+        m, r, k = self.samples * self.rows, sum(self.ranks), len(self.ranks)
+        lora_dtype = self.lora_dtype or self.dtype
+        x, dy = tensor(m, self.i), tensor(m, self.o)
+        weight = None if self.weight == "none" else tensor(self.o, self.i)
+        if self.weight == "transposed":
+            weight = tensor(self.i, self.o).t()
+        bias = tensor(self.o) if self.bias else None
+        pool = (
+            tensor(r, self.i, dtype=lora_dtype),
+            tensor(r, self.o, dtype=lora_dtype),
+            tensor(self.samples, k, dtype=torch.float32),
+            tensor(r, dtype=torch.int32),
+            tensor(r, dtype=torch.float32),
+        )
+        _, h = mixed_lora_fwd(x, weight, bias, *pool)
+        newest = [r - self.ranks[-1], r]
+        for through_frozen in (True, False):
+            mixed_lora_bwd(dy, x, weight, *pool, h, newest, True, True, through_frozen)
+        mixed_lora_bwd(dy, x, weight, *pool, h, newest, False, False, False)
 
-CASES = (
+
+@dataclass(frozen=True)
+class SearchCase:
+    """Sizes of one search for the nearest key and for the k best keys."""
+
+    name: str
+    m: int
+    n: int
+    d: int
+    k: int
+    metrics: tuple[str, ...] = ("dot",)
+    dtype: torch.dtype = torch.bfloat16
+    quick: bool = False
+    aligned: bool = True
+
+    def launch(self, tensor: NewTensor) -> None:
+        """Both searches."""
+        query, keys = tensor(self.m, self.d), tensor(self.n, self.d)
+        nearest_key_fwd(query, keys, tensor(self.n, dtype=torch.float32))
+        for metric in self.metrics:
+            topk_keys_fwd(query, keys, self.k, metric)
+
+
+CASES: tuple[LaunchCase, ...] = (
     Case("d1024", 16, 512, 1024, 1024, (4,) * 15, quick=True),
     Case("d4096", 8, 1024, 4096, 4096, (16,) * 15, quick=True),
     Case("short rows", 64, 48, 1024, 1024, (4,) * 15),
@@ -86,6 +151,15 @@ CASES = (
     Case("float16", 16, 512, 1024, 1024, (4,) * 15, dtype=torch.float16),
     Case("float32", 16, 512, 1024, 1024, (4,) * 15, dtype=torch.float32),
     Case("odd width", 4, 50, 100, 100, (4,) * 3, aligned=False),
+    SearchCase("keys, M 16", 16, 1_000_000, 512, 32, ("dot", "cosine", "l2"), quick=True),
+    SearchCase("keys, M 64", 64, 1_000_000, 512, 32, ("dot", "cosine", "l2"), quick=True),
+    SearchCase("keys, k 8", 64, 1_000_000, 512, 8),
+    SearchCase("keys, k 128", 64, 1_000_000, 512, 128),
+    SearchCase("keys, k 128, M 16", 16, 1_000_000, 512, 128),
+    SearchCase("keys, k 200", 64, 1_000_000, 512, 200),
+    SearchCase("keys, float16", 64, 1_000_000, 512, 32, dtype=torch.float16),
+    SearchCase("keys, float32", 64, 1_000_000, 512, 32, ("dot", "l2"), torch.float32),
+    SearchCase("keys, odd width", 64, 1_000_000, 100, 32, aligned=False),
 )
 
 
@@ -93,7 +167,7 @@ CASES = (
 class Job:
     """One kernel as Triton would compile it for one launch."""
 
-    case: Case
+    case: LaunchCase
     capability: int
     kernel: Any
     signature: dict[str, str]
@@ -102,7 +176,7 @@ class Job:
     options: dict[str, int]
 
 
-def record(case: Case, capability: int, jobs: dict[tuple[str, ...], Job]) -> None:
+def record(case: LaunchCase, capability: int, jobs: dict[tuple[str, ...], Job]) -> None:
     """Run a case on tensors without memory and add what it would compile to `jobs`."""
 
     def on_compile(*, key: str, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
@@ -114,7 +188,7 @@ def record(case: Case, capability: int, jobs: dict[tuple[str, ...], Job]) -> Non
         jobs.setdefault((str(capability), fn.name, key), job)
         return True  # handled: Triton neither compiles nor launches
 
-    def tensor(*shape: int, dtype: torch.dtype = case.dtype) -> torch.Tensor:
+    def tensor(*shape: int, dtype: torch.dtype = case.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     target = GPUTarget("cuda", capability, 32)
@@ -129,25 +203,7 @@ def record(case: Case, capability: int, jobs: dict[tuple[str, ...], Job]) -> Non
     triton.knobs.runtime.jit_cache_hook = on_compile
     common.device_traits, original = (lambda device: traits), common.device_traits
     try:
-        m, r, k = case.samples * case.rows, sum(case.ranks), len(case.ranks)
-        lora_dtype = case.lora_dtype or case.dtype
-        x, dy = tensor(m, case.i), tensor(m, case.o)
-        weight = None if case.weight == "none" else tensor(case.o, case.i)
-        if case.weight == "transposed":
-            weight = tensor(case.i, case.o).t()
-        bias = tensor(case.o) if case.bias else None
-        pool = (
-            tensor(r, case.i, dtype=lora_dtype),
-            tensor(r, case.o, dtype=lora_dtype),
-            tensor(case.samples, k, dtype=torch.float32),
-            tensor(r, dtype=torch.int32),
-            tensor(r, dtype=torch.float32),
-        )
-        _, h = mixed_lora_fwd(x, weight, bias, *pool)
-        newest = [r - case.ranks[-1], r]
-        for through_frozen in (True, False):
-            mixed_lora_bwd(dy, x, weight, *pool, h, newest, True, True, through_frozen)
-        mixed_lora_bwd(dy, x, weight, *pool, h, newest, False, False, False)
+        case.launch(tensor)
     finally:
         common.device_traits = original
         triton.knobs.runtime.jit_cache_hook = None
@@ -211,7 +267,7 @@ def _number(pattern: str, text: str) -> int:
 
 def _tile(job: Job) -> str:
     by_name = {job.kernel.arg_names[path[0]]: value for path, value in job.constexprs.items()}
-    sides = [by_name.get(f"BLOCK_{side}") for side in "MNKRST"]
+    sides = [by_name.get(f"BLOCK_{side}") for side in "MNKRST"] + [by_name.get("KEPT")]
     tile = "x".join(str(side) for side in sides if side is not None)
     segments = by_name.get("SEGMENTS")
     return tile if segments is None else f"{tile} seg{segments}"

@@ -32,28 +32,39 @@ def arguments(description: str | None) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def correctness(layers: Iterable[Layer]) -> dict[str, dict[str, Any]]:
-    """Per backend of ours: errors of y and of every gradient against float64, and the verdict."""
+def correctness(
+    trained: Iterable[Layer], decoded: Iterable[Layer] = ()
+) -> dict[str, dict[str, Any]]:
+    """Per backend of ours the errors against float64 and the verdict.
+
+    Args:
+        trained: checked in y and in every gradient.
+        decoded: checked in y without a graph, which may run other kernels.
+    """
     report: dict[str, dict[str, Any]] = {}
-    for layer in layers:
-        ours = Providers(layer, training=True)
-        exact = _values(Providers(replace(layer, dtype=torch.float64), training=True), "stacked")
-        plain = _values(ours, "stacked")
-        for name in ours.forward():
-            if not name.startswith("ours_"):
-                continue
+    for training, layer in [*((True, row) for row in trained), *((False, row) for row in decoded)]:
+        exact = _values(replace(layer, dtype=torch.float64), "stacked", training)
+        plain = _values(layer, "stacked", training)
+        names = Providers(layer, training=training).forward()
+        for name in (n for n in names if n.startswith("ours_")):
             row = report.setdefault(name, {"ok": True, "cases": []})
-            values = _values(Providers(layer, training=True), name)
+            values = _values(layer, name, training)
             errors = {k: _error(values[k], exact[k]) for k in exact}
             floor = FLOOR[layer.dtype]
             ok = all(errors[k] <= max(2 * _error(plain[k], exact[k]), floor) for k in exact)
-            row["cases"].append({"layer": str(layer), "ok": ok, "errors": errors})
+            case = "forward+backward" if training else "forward"
+            row["cases"].append({"layer": str(layer), "pass": case, "ok": ok, "errors": errors})
             row["ok"] = row["ok"] and ok
     return report
 
 
-def _values(providers: Providers, name: str) -> dict[str, torch.Tensor]:
-    y = providers.forward()[name]() if name != "stacked" else providers.stacked()
+def _values(layer: Layer, name: str, training: bool) -> dict[str, torch.Tensor]:
+    providers = Providers(layer, training=training)
+    function = providers.stacked if name == "stacked" else providers.forward()[name]
+    with torch.set_grad_enabled(training):
+        y = function()
+    if not training:
+        return {"y": y}
     y.backward(providers.grad)
     pool = providers._pool
     a, b = (

@@ -25,9 +25,16 @@ def main() -> int:
             STEP, width=64, hidden=128, layers=1, heads=2, vocabulary=500, source=16, target=8
         )
         repeats = 3
-    small = replace(layer, batch=3, tokens=33, width=96, out=80)
+    odd = replace(layer, batch=3, tokens=33, width=96, out=80)
+    halves = (torch.bfloat16, torch.float16)
     gate = checks.correctness(
-        replace(small, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        [
+            layer,
+            replace(layer, dtype=torch.bfloat16),
+            odd,
+            *(replace(odd, dtype=d) for d in halves),
+        ],
+        [decode, *(replace(decode, batch=3, dtype=d) for d in halves)],
     )
     train32 = checks.layer_times(layer, gate, repeats=repeats, training=True)
     train16 = checks.layer_times(

@@ -49,10 +49,14 @@ def main() -> int:
             for s in steps
         ]
         repeats = 5
+    odd = (SMALL, replace(SMALL, batch=4, tokens=160, width=256, out=384))
+    dtypes = (torch.float32, BF16, torch.float16)
     gate = checks.correctness(
-        replace(layer, dtype=dtype, device=DEVICE)
-        for layer in (SMALL, replace(SMALL, batch=4, tokens=160, width=256, out=384))
-        for dtype in (torch.float32, BF16, torch.float16)
+        [
+            *(replace(layer, dtype=dtype, device=DEVICE) for layer in odd for dtype in dtypes),
+            *(replace(layer, device=DEVICE) for layer in training),
+        ],
+        [replace(layer, device=DEVICE) for layer in (*training, *decode)],
     )
     layers, targets = [], []
     for layer in training:

@@ -12,6 +12,7 @@ every generated token is equal.
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -190,7 +191,8 @@ def _train(
 
 
 def _attention_error(recording: Recording, task: int, attention: Tensor) -> float:
-    return (attention.flip(-1) - recording.task(task, "eval.attention")).abs().max().item()
+    difference = attention.flip(-1) - recording.task(task, "eval.attention")
+    return _finite(difference.abs().max().item())
 
 
 def _relative(ours: list[Any], recorded: list[Any]) -> float:
@@ -198,7 +200,12 @@ def _relative(ours: list[Any], recorded: list[Any]) -> float:
     b = torch.tensor(recorded, dtype=torch.float64)
     if a.shape != b.shape:
         raise ValueError(f"history: got shape {tuple(b.shape)}, expected {tuple(a.shape)}")
-    return ((a - b).abs() / b.abs().clamp(min=1e-12)).max().item() if a.numel() else 0.0
+    return _finite(((a - b).abs() / b.abs().clamp(min=1e-12)).max().item()) if a.numel() else 0.0
+
+
+def _finite(deviation: float) -> float:
+    """Infinity for NaN, which would pass unseen through a maximum."""
+    return deviation if math.isfinite(deviation) else math.inf
 
 
 def main() -> int:

@@ -66,6 +66,7 @@ class Providers:
             torch.cat(rows[:-1]) if count > 1 else rows[0][:0]
             for rows in (self.lora_a, self.lora_b)
         )
+        self.all_a, self.all_b = (torch.cat(r).detach() for r in (self.lora_a, self.lora_b))
         self._pool = self._make_pool()
         self._peft = self._make_peft(layer.dtype)
         # PEFT keeps adapters in float32 unless told otherwise.
@@ -109,8 +110,10 @@ class Providers:
 
     def stacked(self) -> Tensor:
         """The strongest plain torch: one skinny GEMM each way over the concatenated adapters."""
-        a = torch.cat([self.frozen_a, self.lora_a[-1]])
-        b = torch.cat([self.frozen_b, self.lora_b[-1]])
+        a, b = self.all_a, self.all_b
+        if self.leaves:  # the newest adapter trains
+            a = torch.cat([self.frozen_a, self.lora_a[-1]])
+            b = torch.cat([self.frozen_b, self.lora_b[-1]])
         weights = self.mixture.repeat_interleave(self.layer.rank, 1).mul(self.scaling)
         h = F.linear(self.x, a) * weights.to(self.x.dtype)[:, None]
         base = F.linear(self.x, self.weight)

@@ -87,9 +87,8 @@ def provider(name: str, step: Step) -> Callable[[], None]:
         from peft import LoraConfig, get_peft_model
 
         targets = ["q", "v"] if step.kind == "t5" else ["q_proj", "v_proj"]
-        model = get_peft_model(
-            model, LoraConfig(r=step.rank, lora_alpha=32, target_modules=targets)
-        )
+        config = LoraConfig(r=step.rank, lora_alpha=32, target_modules=targets)
+        model = get_peft_model(model, config, autocast_adapter_dtype=False)
     else:
         config = sapt_fast.SaptConfig(
             r=step.rank, reserve_tasks=step.adapters, grad_through_frozen=name == "ours"
@@ -117,15 +116,15 @@ class ReleasedLoop:
     """The published aggregation in place of a pool's forward: one adapter after the other."""
 
     def __init__(self, pool: AdapterPool) -> None:
-        self.pool = pool
+        last = len(pool) - 1
+        self.earlier = [pool.adapter(k) for k in range(last)]
+        self.newest = pool.a.trainable, pool.b.trainable
+        self.scaling = pool.scaling[last]
 
     def __call__(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, mixture: Tensor, **_: Any
     ) -> Tensor:
-        pool, last = self.pool, len(self.pool) - 1
-        earlier = [pool.adapter(k) for k in range(last)]
-        newest = pool.a.trainable, pool.b.trainable
-        delta = released_mixture(x, earlier, newest, mixture, pool.scaling[last])
+        delta = released_mixture(x, self.earlier, self.newest, mixture, self.scaling)
         return F.linear(x, weight, bias) + delta
 
 

@@ -167,3 +167,8 @@ def test_continual_run_equals_the_release(kind, monkeypatch, capsys):
     assert parity.main() == 0
     result = json.loads(capsys.readouterr().out)
     assert result["generated_mismatches"] == 0
+
+
+def test_a_nan_is_no_agreement():
+    assert parity._relative([float("nan")], [1.0]) == float("inf")
+    assert parity._relative([1.0], [2.0]) == 0.5

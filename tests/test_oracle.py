@@ -127,8 +127,8 @@ def test_every_gradient_equals_the_release(recorded, backend, monkeypatch):
     resolve = dispatch.resolve
     chosen = []
 
-    def pick(op, device, requested=None):
-        chosen.append(resolve(op, device, backend if op == "mixed_lora" else requested))
+    def pick(op, device, requested=None, dtype=None):
+        chosen.append(resolve(op, device, backend if op == "mixed_lora" else requested, dtype))
         return chosen[-1]
 
     monkeypatch.setattr(dispatch, "resolve", pick)

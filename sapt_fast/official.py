@@ -82,9 +82,9 @@ def load_official(
             other, the config or the model.
 
     Example:
-        >>> sapt_fast.load_official(model, [  # doctest: +SKIP
-        ...     "out/1-task1572_samsum_summary/saved_weights",
-        ...     "out/2-task363_sst2_polarity_classification/saved_weights"])
+        sapt_fast.load_official(model, [
+            "out/1-task1572_samsum_summary/saved_weights",
+            "out/2-task363_sst2_polarity_classification/saved_weights"])
     """
     require_pretrained(model)
     if isinstance(directories, (str, os.PathLike)):

@@ -74,10 +74,10 @@ class SaptTrainer(Seq2SeqTrainer):
             target that does not fit.
 
     Example:
-        >>> trainer = SaptTrainer(  # doctest: +SKIP
-        ...     model, args, train_dataset=rows, data_collator=collator,
-        ...     replay=[Replay("first task", first_inputs, model.sapt.targets["first task"])],
-        ... )
+        trainer = SaptTrainer(
+            model, args, train_dataset=rows, data_collator=collator,
+            replay=[Replay("first task", first_inputs, model.sapt.targets["first task"])],
+        )
     """
 
     model: Any

@@ -30,7 +30,7 @@ _TABLE: dict[str, tuple[str, ...]] = {
     "mixed_lora": ("triton", "cpu", "reference"),
     "nearest_key": ("triton", "reference"),
     "topk_keys": ("triton", "reference"),
-    "router": ("reference",),
+    "router": ("triton", "reference"),
     "mix_prompts": ("triton", "reference"),
 }
 

@@ -34,7 +34,7 @@ def mix_prompts(
 
     Raises:
         ValueError, TypeError: a shape, dtype or device does not fit.
-        dispatch.BackendError: the named backend cannot run here.
+        dispatch.BackendError: the named backend cannot run here, or not in float64.
 
     Example:
         >>> import torch
@@ -108,11 +108,6 @@ def _checked(
                 f"{name}: got device {tensor.device}, expected {source.device}"
                 f" (that of {source_name})"
             )
-    if source.dtype == torch.float64:
-        if backend not in (None, "reference"):
-            raise TypeError(f"{source_name}: got dtype torch.float64, which backend '{backend}'"
-                            " does not have; expected float32, float16 or bfloat16")  # fmt: skip
-        backend = "reference"
     mixture = mixture.to(torch.promote_types(source.dtype, torch.float32))
     return _forward_op(prompts, mixture, source, input_ids, backend or "")
 
@@ -164,7 +159,7 @@ def mix_prompts_bwd(
 def _forward_op(
     prompts: Tensor, mixture: Tensor, source: Tensor, input_ids: Tensor | None, backend: str
 ) -> Tensor:
-    kernel = dispatch.kernels(_OP, dispatch.resolve(_OP, source.device, backend))
+    kernel = dispatch.kernels(_OP, dispatch.resolve(_OP, source.device, backend, source.dtype))
     return kernel.mix_prompts_fwd(prompts, mixture, source, input_ids)
 
 
@@ -178,7 +173,7 @@ def _backward_op(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """`mix_prompts_bwd` of the backend, with empty tensors in place of None."""
-    kernel = dispatch.kernels(_OP, dispatch.resolve(_OP, dy.device, backend))
+    kernel = dispatch.kernels(_OP, dispatch.resolve(_OP, dy.device, backend, dy.dtype))
     grads = kernel.mix_prompts_bwd(dy, prompts, mixture, needs_prompts, needs_mixture)
     d_prompts, d_mixture = (dy.new_empty(0) if grad is None else grad for grad in grads)
     return d_prompts, d_mixture

@@ -56,7 +56,7 @@ def pool_tokens(
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or `pooling` does not fit.
-        dispatch.BackendError: the named backend cannot run here.
+        dispatch.BackendError: the named backend cannot run here, or not in float64.
     """
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids: got shape {tuple(input_ids.shape)}, expected [B, T]")
@@ -66,7 +66,7 @@ def pool_tokens(
         raise ValueError(f"table: got shape {tuple(table.shape)}, expected [V, D]")
     _check_pooling(pooling, mask, input_ids.shape)
     _check_devices(table, input_ids=input_ids, mask=mask)
-    chosen = _backend("table", table, backend)
+    chosen = dispatch.resolve(_OP, table.device, backend, table.dtype)
     if chosen == "reference":
         return pool_tokens_fwd(input_ids, table, mask, pooling)
     trains = table.requires_grad and torch.is_grad_enabled()
@@ -121,8 +121,7 @@ def route(
 
     Raises:
         ValueError: a shape, device, `pooling`, `temperature`, `top_k` or `threshold` does not fit.
-        TypeError: float64 inputs and a named backend that does not have it.
-        dispatch.BackendError: the named backend cannot run here.
+        dispatch.BackendError: the named backend cannot run here, or not in float64.
     """
     scores = route_scores(
         embeds,
@@ -151,11 +150,16 @@ def route_scores(
         raise ValueError(f"keys: got shape {tuple(keys.shape)}, expected [K, {embeds.shape[-1]}]")
     if temperature is not None and not temperature > 0:
         raise ValueError(f"temperature: got {temperature}, expected a positive number or None")
+    parts = _projection_parts(projection, keys.shape[1])
+    _check_devices(embeds, keys=keys, mask=mask, **parts)
     pooled = embeds if embeds.dim() == 2 else pool_embeds(embeds, mask=mask, pooling=pooling)
-    divisor = math.sqrt(keys.shape[1]) if temperature is None else temperature
-    kernel = dispatch.kernels(_OP, dispatch.resolve(_OP, pooled.device, backend))
-    with torch.autocast(pooled.device.type, enabled=False):
-        return kernel.route_scores_fwd(pooled, keys, projection, divisor)
+    divisor = math.sqrt(keys.shape[1]) if temperature is None else float(temperature)
+    chosen = dispatch.resolve(_OP, pooled.device, backend, pooled.dtype)
+    if chosen == "reference":
+        with torch.autocast(pooled.device.type, enabled=False):
+            return route_scores_fwd(pooled, keys, projection, divisor)
+    weights, eps = ((None,) * 4, 0.0) if projection is None else (projection[:4], projection.eps)
+    return _scores_op(pooled, keys, *weights, eps, divisor, chosen)
 
 
 def query(pooled: Tensor, projection: QueryProjection | None) -> Tensor:
@@ -242,8 +246,203 @@ def route_scores_fwd(
     return F.linear(q, keys.to(q.dtype)) / divisor
 
 
+def route_scores_bwd(
+    d_scores: Tensor,
+    pooled: Tensor,
+    keys: Tensor,
+    projection: QueryProjection | None,
+    divisor: float,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of `route_scores_fwd`, for the backends that autograd cannot see into.
+
+    The query is computed again, so that nothing is kept for the backward but the inputs. It all
+    is of size B x D and smaller, next to which a kernel of its own would gain a few launches per
+    step and nothing else: every backend uses this.
+
+    Args:
+        d_scores: [B, K]. The other arguments as in the forward.
+        needs: which gradients are wanted, of pooled, keys and the projection's four tensors.
+
+    Returns:
+        The gradients in that order and in the dtypes of their tensors, None where not wanted.
+    """
+    wide = torch.promote_types(pooled.dtype, torch.float32)
+    grads: list[Tensor | None] = [None] * 6
+    with torch.autocast(pooled.device.type, enabled=False):
+        scaled, e = d_scores.to(wide) / divisor, pooled.to(wide)
+        d_query = scaled @ keys.to(wide)
+        if projection is None:
+            grads[:2] = d_query, scaled.t() @ e
+        else:
+            down, up, norm_weight, norm_bias = (t.to(wide) for t in projection[:4])
+            hidden = e @ down.t()
+            z = hidden @ up.t()
+            gate = torch.sigmoid(z)
+            active = z * gate
+            centred = active - active.mean(-1, keepdim=True)
+            rstd = (centred.square().mean(-1, keepdim=True) + projection.eps).rsqrt()
+            normed = centred * rstd
+            d_normed = d_query * norm_weight
+            shift = d_normed.mean(-1, keepdim=True)
+            slope = (d_normed * normed).mean(-1, keepdim=True)
+            d_z = (d_normed - shift - normed * slope) * rstd * gate * (1 + z * (1 - gate))
+            d_hidden = d_z @ up
+            grads = [
+                d_hidden @ down,
+                scaled.t() @ (normed * norm_weight + norm_bias),
+                d_hidden.t() @ e,
+                d_z.t() @ hidden,
+                (d_query * normed).sum(0),
+                d_query.sum(0),
+            ]
+    tensors = (pooled, keys, *(projection or (None,) * 4)[:4])
+    return tuple(
+        grad.to(tensor.dtype) if wanted and grad is not None and tensor is not None else None
+        for grad, tensor, wanted in zip(grads, tensors, needs, strict=True)
+    )
+
+
 def _check_pooling(pooling: str, mask: Tensor | None, shape: torch.Size) -> None:
     if pooling not in POOLINGS:
         raise ValueError(f"pooling: got {pooling!r}, expected one of {POOLINGS}")
     if mask is not None and mask.shape != shape:
         raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected {tuple(shape)}")
+
+
+def _projection_parts(projection: QueryProjection | None, width: int) -> dict[str, Tensor]:
+    """The projection's tensors under the names that messages give them; checks their shapes."""
+    if projection is None:
+        return {}
+    hidden = projection.down.shape[0]
+    expected = ((hidden, width), (width, hidden), (width,), (width,))
+    parts = {f"projection.{n}": t for n, t in zip(projection._fields, projection[:4], strict=False)}
+    for (name, tensor), shape in zip(parts.items(), expected, strict=True):
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {shape}")
+    return parts
+
+
+def _check_devices(reference: Tensor, **named: Tensor | None) -> None:
+    for name, tensor in named.items():
+        if tensor is not None and tensor.device != reference.device:
+            raise ValueError(f"{name}: got device {tensor.device}, expected {reference.device}")
+
+
+# --- registered ops ----------------------------------------------------------------------------
+# The reference is plain torch, which autograd and compilers see into; these are for the others.
+
+
+@torch.library.custom_op("sapt_fast::pool_tokens_fwd", mutates_args=())
+def _pool_op(
+    input_ids: Tensor,
+    table: Tensor,
+    mask: Tensor | None,
+    pooling: str,
+    keep_winner: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """`pool_tokens_fwd` of the backend, with an empty tensor for no winner."""
+    kernel = dispatch.kernels(_OP, backend)
+    pooled, winner = kernel.pool_tokens_fwd(input_ids, table, mask, pooling, keep_winner)
+    return pooled, table.new_empty(0, dtype=torch.int32) if winner is None else winner
+
+
+@torch.library.custom_op("sapt_fast::pool_tokens_bwd", mutates_args=())
+def _pool_backward_op(
+    dy: Tensor,
+    input_ids: Tensor,
+    mask: Tensor | None,
+    winner: Tensor | None,
+    vocabulary: int,
+    pooling: str,
+    backend: str,
+) -> Tensor:
+    kernel = dispatch.kernels(_OP, backend)
+    return kernel.pool_tokens_bwd(dy, input_ids, mask, winner, vocabulary, pooling)
+
+
+@torch.library.custom_op("sapt_fast::route_scores_fwd", mutates_args=())
+def _scores_op(
+    pooled: Tensor,
+    keys: Tensor,
+    down: Tensor | None,
+    up: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    divisor: float,
+    backend: str,
+) -> Tensor:
+    projection = _projection(down, up, norm_weight, norm_bias, eps)
+    return dispatch.kernels(_OP, backend).route_scores_fwd(pooled, keys, projection, divisor)
+
+
+@_pool_op.register_fake
+def _pool_fake(
+    input_ids: Tensor, table: Tensor, mask: Tensor | None, pooling: str, keep_winner: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    shape = (input_ids.shape[0], table.shape[1])
+    winner = table.new_empty(shape if keep_winner else 0, dtype=torch.int32)
+    return table.new_empty(shape), winner
+
+
+@_pool_backward_op.register_fake
+def _pool_backward_fake(
+    dy: Tensor, input_ids: Tensor, mask: Tensor | None, winner: Tensor | None, vocabulary: int,
+    pooling: str, backend: str,
+) -> Tensor:  # fmt: skip
+    return dy.new_empty(vocabulary, dy.shape[1])
+
+
+@_scores_op.register_fake
+def _scores_fake(pooled: Tensor, keys: Tensor, *others: Any) -> Tensor:
+    return pooled.new_empty(pooled.shape[0], keys.shape[0], dtype=torch.float32)
+
+
+def _projection(
+    down: Tensor | None,
+    up: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+) -> QueryProjection | None:
+    if down is None or up is None or norm_weight is None or norm_bias is None:
+        return None
+    return QueryProjection(down, up, norm_weight, norm_bias, eps)
+
+
+def _pool_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    input_ids, table, mask, ctx.pooling, keep_winner, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.vocabulary = table.shape[0]
+    ctx.save_for_backward(input_ids, mask, output[1] if keep_winner else None)
+
+
+def _pool_backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 6
+    d_table = _pool_backward_op(dy, *ctx.saved_tensors, ctx.vocabulary, ctx.pooling, ctx.backend)
+    return None, d_table, None, None, None, None
+
+
+def _scores_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.eps, ctx.divisor, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.needs = tuple(t is not None and t.requires_grad for t in tensors)
+    ctx.save_for_backward(*tensors)
+
+
+def _scores_backward(ctx: Any, d_scores: Tensor | None) -> tuple[Tensor | None, ...]:
+    if d_scores is None:
+        return (None,) * 9
+    pooled, keys, down, up, norm_weight, norm_bias = ctx.saved_tensors
+    projection = _projection(down, up, norm_weight, norm_bias, ctx.eps)
+    grads = route_scores_bwd(d_scores, pooled, keys, projection, ctx.divisor, ctx.needs)
+    return *grads, None, None, None
+
+
+_pool_op.register_autograd(_pool_backward, setup_context=_pool_setup)
+_scores_op.register_autograd(_scores_backward, setup_context=_scores_setup)

@@ -302,5 +302,5 @@ def test_bad_tokens_name_the_argument():
 @pytest.mark.parametrize("backend", ["cpu", "cuda", "triton"])
 def test_a_named_backend_that_cannot_run_raises(backend):
     dtype = torch.float64 if backend == "triton" else torch.float32
-    with pytest.raises((dispatch.BackendError, TypeError), match=backend):
+    with pytest.raises(dispatch.BackendError, match=backend):
         mix_prompts(*_inputs((2, 3, 4, 5, 8), dtype).values(), backend=backend)

@@ -1,0 +1,392 @@
+"""Every backend of the router against float64: pooling, scores, their gradients, registration."""
+
+import importlib
+import math
+
+import pytest
+import torch
+
+from sapt_fast import dispatch
+from sapt_fast.ops import QueryProjection, pool_tokens, route
+from sapt_fast.ops.router import route_scores
+
+op = importlib.import_module("sapt_fast.ops.router")
+
+BACKENDS = ["reference", "triton"]
+GPU = "cuda" if torch.cuda.is_available() else "cpu"  # Triton interprets on the CPU
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+VOCABULARY = 9
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    reason = dispatch.unavailable("router", request.param, _device(request.param))
+    assert reason is None, reason
+    return request.param
+
+
+def _device(backend):
+    return GPU if backend == "triton" else "cpu"
+
+
+def _name(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def _tokens(shape, width, dtype=torch.float32, masked=True):
+    """(ids, table, mask); the first row of the mask is all zero."""
+    mask = (torch.rand(shape) > 0.4).long() if masked else None
+    if mask is not None and shape[0]:
+        mask[0] = 0
+    return torch.randint(0, VOCABULARY, shape), torch.randn(VOCABULARY, width).to(dtype), mask
+
+
+def _pooled(ids, table, mask, pooling, dy=None):
+    """Pooled embeddings and the table's gradient in float64, by the formula."""
+    table = table.double().requires_grad_()
+    embeds = table[ids]
+    keep = torch.ones(ids.shape, dtype=torch.bool) if mask is None else mask != 0
+    if pooling == "mean":
+        pooled = (embeds * keep[..., None]).sum(1) / keep.sum(1, keepdim=True).clamp(min=1)
+    else:
+        first = embeds.masked_fill(~keep[..., None], -math.inf).argmax(1, keepdim=True)
+        pooled = torch.where(keep.any(1, keepdim=True), embeds.gather(1, first)[:, 0], 0.0)
+    if dy is not None:
+        pooled.backward(dy.double())
+    return pooled.detach(), table.grad
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=_name)
+@pytest.mark.parametrize("pooling", ["max", "mean"])
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize(
+    ("shape", "width"), [((1, 1), 1), ((3, 7), 12), ((2, 37), 33)], ids=["one", "short", "split"]
+)
+def test_pooling_and_its_gradient(backend, shape, width, masked, pooling, dtype):
+    ids, table, mask = _tokens(shape, width, dtype, masked)
+    dy = torch.randn(shape[0], width).to(dtype)
+    exact, exact_grad = _pooled(ids, table, mask, pooling, dy)
+    device = _device(backend)
+    leaf = table.to(device, copy=True).requires_grad_()
+    mask = None if mask is None else mask.to(device)
+    pooled = pool_tokens(ids.to(device), leaf, mask=mask, pooling=pooling, backend=backend)
+    pooled.backward(dy.to(device))
+    tolerance = 0 if pooling == "max" else TOLERANCE[dtype]
+    assert pooled.dtype == leaf.grad.dtype == dtype
+    torch.testing.assert_close(pooled.double().cpu(), exact, rtol=tolerance, atol=tolerance)
+    tolerance = TOLERANCE[dtype] * 4  # the reference sums in the table's dtype
+    torch.testing.assert_close(leaf.grad.double().cpu(), exact_grad, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("pooling", ["max", "mean"])
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int32, torch.float32, torch.bfloat16])
+def test_ids_and_masks_of_any_dtype_and_layout(backend, mask_dtype, pooling):
+    ids, table, mask = _tokens((3, 11), 12)
+    exact, exact_grad = _pooled(ids, table, mask, pooling, torch.ones(3, 12))
+    device = _device(backend)
+    ids = ids.to(device, torch.int32).t().contiguous().t()
+    mask = mask.to(device, mask_dtype).t().contiguous().t()
+    leaf = table.to(device).t().contiguous().t().requires_grad_()
+    pooled = pool_tokens(ids, leaf, mask=mask, pooling=pooling, backend=backend)
+    pooled.sum().backward()  # an expanded gradient
+    torch.testing.assert_close(pooled.double().cpu(), exact, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(leaf.grad.double().cpu(), exact_grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("pooling", ["max", "mean"])
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0)])
+def test_nothing_to_pool_gives_zeros(backend, shape, pooling):
+    ids, table, mask = (t.to(_device(backend)) for t in _tokens(shape, 12))
+    table.requires_grad_()
+    for given in (None, mask):
+        pooled = pool_tokens(ids, table, mask=given, pooling=pooling, backend=backend)
+        assert torch.equal(pooled, torch.zeros_like(pooled))
+        assert pooled.shape == (shape[0], 12)
+    if pooled.requires_grad:
+        pooled.sum().backward()
+        assert not table.grad.any()
+
+
+def test_samples_that_share_a_winner_add_their_gradients(backend):
+    table = torch.zeros(VOCABULARY, 20)
+    table[3] = 1
+    table = table.to(_device(backend)).requires_grad_()
+    ids = torch.tensor([[1, 3, 3], [3, 2, 1], [0, 0, 3], [4, 4, 4]] * 5, device=table.device)
+    dy = torch.randn(20, 20).to(table.device)
+    pool_tokens(ids, table, backend=backend).backward(dy)
+    expected = torch.zeros(VOCABULARY, 20)
+    shares = [b for b in range(20) if b % 4 != 3]
+    expected[3], expected[4] = dy[shares].sum(0).cpu(), dy[3::4].sum(0).cpu()
+    torch.testing.assert_close(table.grad.cpu(), expected)
+
+
+@pytest.mark.parametrize("pooling", ["max", "mean"])
+def test_the_triton_kernel_gives_nan_for_unknown_ids_and_nan_embeddings(pooling):
+    table = torch.randn(VOCABULARY, 12)
+    table[7] = float("nan")
+    ids = torch.randint(0, 7, (4, 40))
+    ids[1, 30], ids[2, 1], ids[3, 35] = VOCABULARY, -1, 7
+    mask = torch.ones(4, 40)
+    arguments = {"mask": mask.to(GPU), "pooling": pooling, "backend": "triton"}
+    pooled = pool_tokens(ids.to(GPU), table.to(GPU), **arguments)
+    assert pooled.isnan().all(-1).tolist() == [False, True, True, True]
+    arguments["mask"][ids.to(GPU) >= 7] = 0
+    arguments["mask"][ids.to(GPU) < 0] = 0
+    assert not pool_tokens(ids.to(GPU), table.to(GPU), **arguments).isnan().any()
+
+
+def test_the_winner_is_kept_only_for_a_table_that_trains(backend):
+    saved = []
+    ids, table, _ = (t.to(_device(backend)) for t in _tokens((2, 5), 12))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        pool_tokens(ids, table, backend=backend)
+    assert not saved
+
+
+# --- scores ------------------------------------------------------------------------------------
+
+# name: (B, D, H, K); H None is no projection
+SCORES = {
+    "odd": (3, 33, 5, 7),
+    "one_of_everything": (1, 1, 1, 1),
+    "keys_and_bottleneck_beyond_a_tile": (2, 40, 19, 13),
+    "no_projection": (2, 33, None, 5),
+}
+
+
+def _route_inputs(case, dtype=torch.float32):
+    batch, width, hidden, count = SCORES[case]
+    inputs = {"pooled": torch.randn(batch, width), "keys": torch.randn(count, width)}
+    if hidden is not None:
+        inputs["down"] = torch.randn(hidden, width) / width**0.5
+        inputs["up"] = torch.randn(width, hidden)
+        inputs["norm_weight"], inputs["norm_bias"] = torch.rand(width) + 0.5, torch.randn(width)
+    return {n: t.to(dtype) for n, t in inputs.items()}
+
+
+def _scores(inputs, **options):
+    pooled, keys, *weights = inputs.values()
+    projection = QueryProjection(*weights) if weights else None
+    return route_scores(pooled, keys, projection, **options)
+
+
+def _leaves(inputs, device, dtype=None):
+    return {n: t.to(device, dtype, copy=True).requires_grad_() for n, t in inputs.items()}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=_name)
+@pytest.mark.parametrize("case", SCORES)
+@pytest.mark.parametrize("temperature", [None, 2.5])
+def test_scores_and_every_gradient(backend, case, dtype, temperature):
+    inputs = _route_inputs(case, dtype)
+    exact = _leaves(inputs, "cpu", torch.float64)
+    expected = _scores(exact, temperature=temperature)
+    d_scores = torch.randn(expected.shape)
+    expected.backward(d_scores.double())
+    leaves = _leaves(inputs, _device(backend))
+    scores = _scores(leaves, temperature=temperature, backend=backend)
+    scores.backward(d_scores.to(scores.device))
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores.double().cpu(), expected, rtol=1e-5, atol=1e-5)
+    for name, leaf in leaves.items():
+        assert leaf.grad.dtype == dtype
+        scale = exact[name].grad.abs().max().item()
+        tolerance = max(TOLERANCE[dtype], 1e-5) * max(scale, 1.0)
+        torch.testing.assert_close(
+            leaf.grad.double().cpu(), exact[name].grad, rtol=0, atol=tolerance
+        )
+
+
+@pytest.mark.parametrize("case", ["odd", "no_projection"])
+def test_the_written_out_gradient_is_that_of_autograd(case):
+    leaves = _leaves(_route_inputs(case), "cpu", torch.float64)
+    pooled, keys, *weights = leaves.values()
+    projection = QueryProjection(*weights) if weights else None
+    scores = op.route_scores_fwd(pooled, keys, projection, 1.7)
+    d_scores = torch.randn_like(scores)
+    scores.backward(d_scores)
+    needs = tuple(i != 1 and i < len(leaves) for i in range(6))
+    values = (t.detach() for t in (pooled, keys))
+    grads = op.route_scores_bwd(d_scores, *values, projection, 1.7, needs)
+    assert grads[1] is None
+    assert all(grad is None for grad in grads[len(leaves) :])
+    for grad, leaf, wanted in zip(grads, leaves.values(), needs, strict=False):
+        if wanted:
+            torch.testing.assert_close(grad, leaf.grad)
+
+
+def test_mixed_dtypes_and_non_contiguous_inputs(backend):
+    inputs = _route_inputs("odd")
+    inputs["keys"] = inputs["keys"].bfloat16()
+    expected = _scores({n: t.double() for n, t in inputs.items()})
+    strided = {}
+    for name, tensor in inputs.items():
+        wide = torch.empty(*tensor.shape, 2, dtype=tensor.dtype)
+        wide[..., 0] = tensor
+        strided[name] = wide.to(_device(backend))[..., 0]
+    scores = _scores(strided, backend=backend)
+    torch.testing.assert_close(scores.double().cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["odd", "no_projection"])
+def test_an_empty_batch_has_no_scores(backend, case):
+    leaves = _leaves(_route_inputs(case), _device(backend))
+    leaves["pooled"] = leaves["pooled"].detach()[:0].requires_grad_()
+    scores = _scores(leaves, backend=backend)
+    assert scores.shape == (0, leaves["keys"].shape[0])
+    scores.sum().backward()
+    assert all(not t.grad.any() for t in leaves.values())
+
+
+def test_routing_end_to_end(backend):
+    inputs = _route_inputs("odd")
+    pooled, keys, *weights = inputs.values()
+    expected = route(
+        pooled.double(), keys.double(), QueryProjection(*(t.double() for t in weights))
+    )
+    device = _device(backend)
+    projection = QueryProjection(*(t.to(device) for t in weights))
+    embeds = torch.stack([pooled, pooled - 1], 1).to(device)
+    options = {"backend": backend, "top_k": 3}
+    mixture = route(embeds, keys.to(device), projection, **options).cpu()
+    kept = expected.topk(3).indices
+    torch.testing.assert_close(
+        mixture.double().gather(1, kept),
+        expected.gather(1, kept) / expected.gather(1, kept).sum(-1, keepdim=True),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+# --- as registered ops -------------------------------------------------------------------------
+
+
+def test_unwritten_memory_never_shows_and_bits_repeat(monkeypatch):
+    def poisoned(make):
+        def allocate(*args, **kwargs):
+            t = make(*args, **kwargs)
+            return t.fill_(float("nan") if t.is_floating_point() else -7)
+
+        return allocate
+
+    ids, table, mask = (t.to(GPU) for t in _tokens((3, 21), 33))
+    inputs = _route_inputs("keys_and_bottleneck_beyond_a_tile")
+
+    def results():
+        out = []
+        for pooling in ("max", "mean"):
+            leaf = table.clone().requires_grad_()
+            pooled = pool_tokens(ids, leaf, mask=mask, pooling=pooling, backend="triton")
+            pooled.square().sum().backward()
+            out += [pooled.detach(), leaf.grad]
+        leaves = _leaves(inputs, GPU)
+        scores = _scores(leaves, backend="triton")
+        scores.square().sum().backward()
+        return [*out, scores.detach(), *(t.grad for t in leaves.values())]
+
+    expected = results()
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+    assert all(torch.equal(a, b) for a, b in zip(results(), expected, strict=True))
+
+
+@pytest.mark.parametrize("pooling", ["max", "mean"])
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+def test_opcheck_pooling(masked, pooling):
+    ids, table, mask = (None if t is None else t.to(GPU) for t in _tokens((2, 5), 8, masked=masked))
+    table.requires_grad_()
+    arguments = (ids, table, mask, pooling, pooling == "max", "triton")
+    _, winner = op._pool_op(*arguments)
+    torch.library.opcheck(op._pool_op, arguments)
+    dy = torch.randn(2, 8, device=ids.device)
+    torch.library.opcheck(
+        op._pool_backward_op, (dy, ids, mask, winner, VOCABULARY, pooling, "triton")
+    )
+
+
+@pytest.mark.parametrize("case", ["odd", "no_projection"])
+def test_opcheck_scores(case):
+    tensors = list(_leaves(_route_inputs(case), GPU).values())
+    tensors += [None] * (6 - len(tensors))
+    torch.library.opcheck(op._scores_op, (*tensors, 1e-5, 3.0, "triton"))
+
+
+@pytest.mark.parametrize("pooling", ["max", "mean"])
+def test_fullgraph_compile_forward_and_backward(backend, pooling):
+    def weights(table, keys, down, up, norm_weight, norm_bias, ids, mask):
+        pooled = pool_tokens(ids, table, mask=mask, pooling=pooling, backend=backend)
+        projection = QueryProjection(down, up, norm_weight, norm_bias)
+        return route(pooled, keys, projection, backend=backend)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(weights, fullgraph=True, backend="aot_eager")
+    for batch in (2, 3):
+        ids, table, mask = (t.to(_device(backend)) for t in _tokens((batch, 6), 33))
+        inputs = {**_route_inputs("odd"), "pooled": table}
+        pair = [_leaves(inputs, _device(backend)) for _ in range(2)]
+        for function, leaves in zip((weights, compiled), pair, strict=True):
+            function(*leaves.values(), ids, mask).square().sum().backward()
+        for name in inputs:
+            torch.testing.assert_close(pair[0][name].grad, pair[1][name].grad)
+
+
+def test_autocast_leaves_the_kernels_in_float32():
+    inputs = _route_inputs("odd")
+    leaves, exact = _leaves(inputs, GPU), _leaves(inputs, "cpu", torch.float64)
+    with torch.autocast(GPU, torch.bfloat16):
+        scores = _scores(leaves, backend="triton")
+        scores.sum().backward()
+    expected = _scores(exact)
+    expected.sum().backward()
+    torch.testing.assert_close(scores.double().cpu(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        leaves["up"].grad.double().cpu(), exact["up"].grad, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_the_automatic_choice_on_a_cpu_is_the_reference():
+    assert dispatch.resolve("router", torch.device("cpu")) == "reference"
+    ids, table, mask = _tokens((3, 7), 12)
+    direct = op.pool_tokens_fwd(ids, table, mask, "max")
+    assert torch.equal(pool_tokens(ids, table, mask=mask), direct)
+
+
+def test_bad_input_names_the_argument():
+    ids, table, mask = _tokens((2, 5), 8)
+    inputs = _route_inputs("odd")
+    cases = [
+        (TypeError, "input_ids: got dtype", lambda: pool_tokens(ids.float(), table)),
+        (ValueError, r"table: .*expected \[V, D\]", lambda: pool_tokens(ids, table[0])),
+        (ValueError, "mask: got device", lambda: pool_tokens(ids, table, mask=mask.to("meta"))),
+        (
+            ValueError,
+            r"projection.up: .*expected \(33, 5\)",
+            lambda: _scores({**inputs, "up": inputs["up"].t().contiguous()}),
+        ),
+        (
+            ValueError,
+            "projection.down: got device",
+            lambda: _scores({**inputs, "down": inputs["down"].to("meta")}),
+        ),
+        (
+            dispatch.BackendError,
+            "float64",
+            lambda: pool_tokens(ids, table.double(), backend="triton"),
+        ),
+        (
+            dispatch.BackendError,
+            "float64",
+            lambda: _scores({n: t.double() for n, t in inputs.items()}, backend="triton"),
+        ),
+        (dispatch.BackendError, "cuda", lambda: pool_tokens(ids, table, backend="cuda")),
+        (ValueError, "rocket", lambda: _scores(inputs, backend="rocket")),
+    ]
+    for error, message, call in cases:
+        with pytest.raises(error, match=message):
+            call()

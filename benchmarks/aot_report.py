@@ -37,9 +37,12 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from sapt_fast.ops.router import QueryProjection
 from sapt_fast.triton_kernels import common
+from sapt_fast.triton_kernels.mix_prompts import mix_prompts_bwd, mix_prompts_fwd
 from sapt_fast.triton_kernels.mixed_lora import mixed_lora_bwd, mixed_lora_fwd
 from sapt_fast.triton_kernels.nearest_key import nearest_key_fwd
+from sapt_fast.triton_kernels.router import pool_tokens_bwd, pool_tokens_fwd, route_scores_fwd
 from sapt_fast.triton_kernels.topk_keys import topk_keys_fwd
 
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
@@ -127,6 +130,65 @@ class SearchCase:
             topk_keys_fwd(query, keys, self.k, metric)
 
 
+@dataclass(frozen=True)
+class PromptCase:
+    """Sizes of one mixture of prompts, in front of embeddings and of tokens."""
+
+    name: str
+    batch: int
+    tokens: int
+    d: int
+    count: int
+    length: int
+    dtype: torch.dtype = torch.bfloat16
+    prompt_dtype: torch.dtype | None = None
+    quick: bool = False
+    aligned: bool = True
+
+    def launch(self, tensor: NewTensor) -> None:
+        """Both forwards and the backward."""
+        prompt_dtype = self.prompt_dtype or self.dtype
+        prompts = tensor(self.count, self.length, self.d, dtype=prompt_dtype)
+        mixture = tensor(self.batch, self.count, dtype=torch.float32)
+        embeds = tensor(self.batch, self.tokens, self.d)
+        ids = tensor(self.batch, self.tokens, dtype=torch.int64)
+        y = mix_prompts_fwd(prompts, mixture, embeds, None)
+        mix_prompts_fwd(prompts, mixture, tensor(32128, self.d), ids)
+        mix_prompts_bwd(y, prompts, mixture, True, True)
+
+
+@dataclass(frozen=True)
+class RouterCase:
+    """Sizes of one routed batch, from token ids to scores."""
+
+    name: str
+    batch: int
+    tokens: int
+    d: int
+    hidden: int
+    count: int
+    dtype: torch.dtype = torch.bfloat16
+    quick: bool = False
+    aligned: bool = True
+
+    def launch(self, tensor: NewTensor) -> None:
+        """Both poolings with and without a mask, their backward, and the scores."""
+        ids, mask = (tensor(self.batch, self.tokens, dtype=torch.int64) for _ in range(2))
+        table, d = tensor(32128, self.d), self.d
+        for given in (None, mask):
+            for pooling in ("max", "mean"):
+                pool_tokens_fwd(ids, table, given, pooling)
+            pooled, winner = pool_tokens_fwd(ids, table, given, "max", keep_winner=True)
+        for pooling in ("max", "mean"):
+            pool_tokens_bwd(pooled, ids, mask, winner, 32128, pooling)
+        projection = QueryProjection(
+            tensor(self.hidden, d), tensor(d, self.hidden), tensor(d), tensor(d)
+        )
+        keys = tensor(self.count, d)
+        for query in (projection, None):
+            route_scores_fwd(pooled, keys, query, 32.0)
+
+
 CASES: tuple[LaunchCase, ...] = (
     Case("d1024", 16, 512, 1024, 1024, (4,) * 15, quick=True),
     Case("d4096", 8, 1024, 4096, 4096, (16,) * 15, quick=True),
@@ -154,12 +216,25 @@ CASES: tuple[LaunchCase, ...] = (
     SearchCase("keys, M 16", 16, 1_000_000, 512, 32, ("dot", "cosine", "l2"), quick=True),
     SearchCase("keys, M 64", 64, 1_000_000, 512, 32, ("dot", "cosine", "l2"), quick=True),
     SearchCase("keys, k 8", 64, 1_000_000, 512, 8),
-    SearchCase("keys, k 128", 64, 1_000_000, 512, 128),
-    SearchCase("keys, k 128, M 16", 16, 1_000_000, 512, 128),
-    SearchCase("keys, k 200", 64, 1_000_000, 512, 200),
+    SearchCase("keys, k 8, M 16", 16, 1_000_000, 512, 8),
+    SearchCase("keys, k 200", 64, 1_000_000, 512, 200, ("dot", "l2")),
     SearchCase("keys, float16", 64, 1_000_000, 512, 32, dtype=torch.float16),
-    SearchCase("keys, float32", 64, 1_000_000, 512, 32, ("dot", "l2"), torch.float32),
-    SearchCase("keys, odd width", 64, 1_000_000, 100, 32, aligned=False),
+    SearchCase("keys, float32", 64, 1_000_000, 512, 64, ("dot", "l2"), torch.float32),
+    SearchCase("keys, odd width", 64, 1_000_000, 100, 64, ("l2",), aligned=False),
+    PromptCase("prompts", 8, 512, 1024, 15, 10, quick=True),
+    PromptCase("prompts, one sample", 1, 64, 4096, 15, 10),
+    PromptCase("prompts, many samples", 512, 64, 1024, 15, 10),
+    PromptCase("prompts, float32 pool", 8, 512, 1024, 15, 10, prompt_dtype=torch.float32),
+    PromptCase("prompts, float16", 8, 512, 1024, 15, 10, dtype=torch.float16),
+    PromptCase("prompts, float32", 8, 512, 1024, 15, 10, dtype=torch.float32),
+    PromptCase("prompts, odd width", 8, 50, 100, 3, 7, aligned=False),
+    RouterCase("router", 8, 512, 1024, 100, 15, quick=True),
+    RouterCase("router, d4096", 8, 1024, 4096, 100, 15),
+    RouterCase("router, short", 64, 16, 1024, 100, 15),
+    RouterCase("router, wide bottleneck", 8, 512, 1024, 1024, 1000),
+    RouterCase("router, float16", 8, 512, 1024, 100, 15, dtype=torch.float16),
+    RouterCase("router, float32", 8, 512, 1024, 100, 15, dtype=torch.float32),
+    RouterCase("router, odd width", 3, 50, 100, 7, 5, aligned=False),
 )
 
 

@@ -31,6 +31,7 @@ _TABLE: dict[str, tuple[str, ...]] = {
     "nearest_key": ("triton", "reference"),
     "topk_keys": ("triton", "reference"),
     "router": ("triton", "reference"),
+    "mix_experts": ("triton", "reference"),
     "mix_prompts": ("triton", "reference"),
 }
 

@@ -1,0 +1,174 @@
+"""Triton backend of op `nearest_key`: see `ops.nearest_key` for what is computed.
+
+Each program streams its share of the keys past a tile of queries and keeps, for every place of the
+tile, the best score and its index; a second launch takes the best of the shares. Keys are compared
+by `2 q k - |k|^2` in float32, so keys whose distances differ by less than its rounding may change
+places; the distance returned is then summed anew from the differences.
+"""
+# ruff: noqa: N803 - kernel arguments keep the letters of the formulas
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sapt_fast.triton_kernels import common
+from sapt_fast.triton_kernels.common import TileConfig, with_unit_column_stride
+from sapt_fast.triton_kernels.key_tiles import EMPTY, pack, search_plan, tile_scores, unpack
+
+
+@triton.jit(do_not_specialize=["M", "N", "keys_per_split"])
+def _nearest_stream_kernel(
+    query_ptr,
+    keys_ptr,
+    best_ptr,
+    M,
+    N,
+    D,
+    keys_per_split,
+    stride_qm,
+    stride_kn,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """best[s, m]: the packed best key of query m in the share s = program axis 1 of the keys."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    split = tl.program_id(1)
+    start = split * keys_per_split
+    # Not start + keys_per_split, which may pass 2^31.
+    stop = start + min(keys_per_split, N - start)
+    best = tl.full((BLOCK_N, BLOCK_M), float("-inf"), tl.float32)
+    at = tl.full((BLOCK_N, BLOCK_M), -1, tl.int32)
+    for tile in range(0, tl.cdiv(stop - start, BLOCK_N)):
+        key_ids = start + tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        scores = tile_scores(
+            query_ptr, keys_ptr, None, rows, key_ids, M, stop, D, stride_qm, stride_kn,
+            BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, 2, COMPUTE,
+        )  # fmt: skip
+        better = (scores > best) & (key_ids < stop)[:, None]
+        best = tl.where(better, scores, best)
+        at = tl.where(better, key_ids[:, None], at)
+    packed = tl.max(tl.where(at < 0, EMPTY, pack(best, at)), axis=0)
+    tl.store(best_ptr + split.to(tl.int64) * M + rows, packed, mask=rows < M)
+
+
+@triton.jit(do_not_specialize=["M", "splits"])
+def _nearest_merge_kernel(
+    query_ptr,
+    keys_ptr,
+    radius_ptr,
+    best_ptr,
+    index_ptr,
+    distance_ptr,
+    nearest_ptr,
+    M,
+    D,
+    splits,
+    stride_qm,
+    stride_kn,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One query: the best of the shares, its distance, and whether that is within its radius."""
+    m = tl.program_id(0).to(tl.int64)
+    offs_s, offs_d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_K)
+    best = tl.full((BLOCK_S,), EMPTY, tl.int64)
+    for s in range(0, splits, BLOCK_S):
+        share = (s + offs_s).to(tl.int64)
+        best = tl.maximum(best, tl.load(best_ptr + share * M + m, mask=share < splits, other=EMPTY))
+    winner = tl.max(best, axis=0)
+    found = winner != EMPTY
+    _, at = unpack(winner)
+    at = tl.where(found, at, 0)
+    acc = tl.zeros((BLOCK_K,), tl.float32)
+    for d in range(0, D, BLOCK_K):
+        mask = offs_d < D - d
+        q = tl.load(query_ptr + m * stride_qm + d + offs_d, mask=mask, other=0.0).to(tl.float32)
+        k = tl.load(keys_ptr + at * stride_kn + d + offs_d, mask=mask, other=0.0).to(tl.float32)
+        acc += (q - k) * (q - k)
+    distance = tl.where(found, tl.sqrt(tl.sum(acc, axis=0)), float("inf"))
+    accepted = found & (distance <= tl.load(radius_ptr + at))
+    tl.store(index_ptr + m, tl.where(accepted, at, -1))
+    tl.store(distance_ptr + m, distance)
+    tl.store(nearest_ptr + m, tl.where(found, at, -1))
+
+
+def _tile(query: Tensor) -> TileConfig:
+    """Queries, keys and step over the key width."""
+    if common.device_traits(query.device).capability == 0:
+        return TileConfig(2, 16, 16, num_warps=4, num_stages=1)
+    if query.element_size() == 4 or query.shape[1] % 16:
+        return TileConfig(16, 64, 32, num_warps=8, num_stages=3)
+    if query.shape[0] <= 16:
+        return TileConfig(16, 128, 64, num_warps=8, num_stages=4)
+    return TileConfig(64, 128, 64, num_warps=8, num_stages=4)
+
+
+def nearest_key_fwd(query: Tensor, keys: Tensor, radius: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Nearest key of every query.
+
+    Args:
+        query: Of shape `[M, D]`, float32, float16 or bfloat16, any strides.
+        keys: Of shape `[N, D]`, query's dtype, N < 2^31 - 1; copied unless its columns are
+            adjacent in memory.
+        radius: Of shape `[N]`, float32.
+
+    Returns:
+        distance `[M]` float32 to the nearest key, infinite if there is none; index `[M]` int64, -1
+        where that key is farther than its radius; nearest `[M]` int64, accepted or not, -1 if
+        there is none.
+
+    Raises:
+        TypeError: query is not float32, float16 or bfloat16.
+        ValueError: too many keys, or no CUDA device (unless the interpreter runs).
+    """
+    M, D = query.shape
+    compute = common.compute_dtype(query.dtype)
+    index = query.new_empty((M,), dtype=torch.int64)
+    distance = query.new_empty((M,), dtype=torch.float32)
+    nearest = query.new_empty((M,), dtype=torch.int64)
+    if M == 0 or keys.shape[0] == 0:
+        return distance.fill_(float("inf")), index.fill_(-1), nearest.fill_(-1)
+    query, keys, radius = (
+        with_unit_column_stride(query), with_unit_column_stride(keys), radius.contiguous()
+    )  # fmt: skip
+    plan = search_plan(query, keys, _tile(query))
+    best = query.new_empty((plan.splits, M), dtype=torch.int64)
+    with torch.cuda.device_of(query):
+        _nearest_stream_kernel[(plan.tiles_m, plan.splits)](
+            query,
+            keys,
+            best,
+            M,
+            keys.shape[0],
+            D,
+            plan.keys_per_split,
+            query.stride(0),
+            keys.stride(0),
+            **plan.tile.launch_options(),
+            EVEN_K=D % plan.tile.k == 0,
+            COMPUTE=compute,
+        )
+        _nearest_merge_kernel[(M,)](
+            query,
+            keys,
+            radius,
+            best,
+            index,
+            distance,
+            nearest,
+            M,
+            D,
+            plan.splits,
+            query.stride(0),
+            keys.stride(0),
+            BLOCK_S=128,
+            BLOCK_K=512,
+        )
+    return distance, index, nearest

@@ -1,0 +1,227 @@
+"""Every backend of `nearest_key` against all distances in float64."""
+
+import importlib
+
+import pytest
+import torch
+
+from sapt_fast import dispatch
+from sapt_fast.ops import nearest_key
+
+op = importlib.import_module("sapt_fast.ops.nearest_key")
+
+BACKENDS = ["reference", "triton"]
+GPU = "cuda" if torch.cuda.is_available() else "cpu"  # Triton interprets on the CPU
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+ROUNDING = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+# name: (M, N, D)
+CASES = {
+    "odd": (3, 50, 19),
+    "one_of_everything": (1, 1, 1),
+    "keys_in_parts": (5, 300, 8),
+    "wide": (2, 5, 600),
+}
+
+
+def _inputs(case, dtype=torch.float32, seed=0):
+    m, n, d = CASES[case]
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(m, d, generator=generator, dtype=torch.float64).to(dtype)
+    keys = torch.randn(n, d, generator=generator, dtype=torch.float64).to(dtype)
+    radius = 2 * d**0.5 * torch.rand(n, generator=generator)
+    return query, keys, radius
+
+
+def _device(backend):
+    return GPU if backend == "triton" else "cpu"
+
+
+def _search(inputs, backend):
+    index, distance = nearest_key(*(t.to(_device(backend)) for t in inputs), backend=backend)
+    return index.cpu(), distance.cpu()
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    reason = dispatch.unavailable("nearest_key", request.param, _device(request.param))
+    assert reason is None, reason
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("case", CASES)
+def test_index_and_distance(backend, case, dtype):
+    query, keys, radius = _inputs(case, dtype)
+    every = (query.double().unsqueeze(1) - keys.double()).norm(dim=-1)
+    least, at = every.min(1)
+    index, distance = _search((query, keys, radius), backend)
+    assert (index.dtype, distance.dtype) == (torch.int64, torch.float32)
+    torch.testing.assert_close(distance.double(), least, rtol=1e-6, atol=1e-6)
+    assert torch.equal(index, torch.where(least <= radius[at], at, -1))
+
+
+def test_both_outcomes_occur():
+    index, _ = _search(_inputs("keys_in_parts"), "reference")
+    assert (index >= 0).any()
+    assert (index < 0).any()
+
+
+def test_only_the_nearest_key_is_asked(backend):
+    keys, radius = torch.tensor([[0.0], [10.0]]), torch.tensor([1.0, 100.0])
+    index, distance = _search((torch.tensor([[2.0], [-1.0], [1.5]]), keys, radius), backend)
+    assert index.tolist() == [-1, 0, -1]
+    assert distance.tolist() == [2.0, 1.0, 1.5]
+
+
+def test_a_key_far_from_the_origin_is_found_at_distance_zero(backend):
+    keys = 1000 + torch.arange(12.0).view(4, 3)
+    index, distance = _search((keys[[2, 0]].clone(), keys, torch.zeros(4)), backend)
+    assert index.tolist() == [2, 0]
+    assert distance.tolist() == [0.0, 0.0]
+
+
+def test_ties_go_to_the_lower_index(backend):
+    keys = torch.ones(300, 2)
+    keys[[7, 90, 299]] = 0
+    index, _ = _search((torch.zeros(1, 2), keys, torch.ones(300)), backend)
+    assert index.tolist() == [7]
+
+
+def test_nan_and_infinity_are_never_nearest(backend):
+    nan, inf = float("nan"), float("inf")
+    keys = torch.tensor([[nan, 0.0], [inf, 0.0], [3.0, 4.0]])
+    query = torch.tensor([[0.0, 0.0], [nan, 0.0]])
+    index, distance = _search((query, keys, torch.full((3,), 9.0)), backend)
+    assert index.tolist() == [2, -1]
+    assert distance.tolist() == [5.0, inf]
+
+
+def test_nan_and_negative_radii_accept_nothing(backend):
+    keys = torch.tensor([[0.0], [5.0]])
+    radius = torch.tensor([float("nan"), -1.0])
+    index, distance = _search((keys.clone(), keys, radius), backend)
+    assert index.tolist() == [-1, -1]
+    assert distance.tolist() == [0.0, 0.0]
+
+
+def test_no_keys_and_no_queries(backend):
+    index, distance = _search((torch.zeros(2, 4), torch.zeros(0, 4), torch.zeros(0)), backend)
+    assert index.tolist() == [-1, -1]
+    assert distance.tolist() == [float("inf")] * 2
+    index, distance = _search((torch.zeros(0, 4), torch.zeros(3, 4), torch.zeros(3)), backend)
+    assert index.shape == distance.shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_gradient_of_the_distance(backend, dtype):
+    query, keys, radius = _inputs("odd", dtype)
+    leaves = [t.to(_device(backend), copy=True).requires_grad_() for t in (query, keys)]
+    index, distance = nearest_key(*leaves, radius.to(_device(backend)), backend=backend)
+    assert not index.requires_grad
+    incoming = torch.tensor([0.5, -1.0, 2.0])
+    distance.backward(incoming.to(distance))
+    exact = [t.double().requires_grad_() for t in (query, keys)]
+    (exact[0].unsqueeze(1) - exact[1]).norm(dim=-1).amin(1).backward(incoming.double())
+    for got, want in zip(leaves, exact, strict=True):
+        assert got.grad.dtype == dtype
+        torch.testing.assert_close(got.grad.cpu().double(), want.grad, rtol=0, atol=ROUNDING[dtype])
+
+
+def test_no_gradient_at_distance_zero_or_without_keys(backend):
+    for count in (0, 3):
+        keys = torch.zeros(count, 4, device=_device(backend)).requires_grad_()
+        query = torch.zeros(2, 4, device=_device(backend)).requires_grad_()
+        radius = torch.ones(count, device=_device(backend))
+        nearest_key(query, keys, radius, backend=backend)[1].sum().backward()
+        assert not query.grad.any()
+        assert not keys.grad.any()
+
+
+def test_non_contiguous_inputs(backend):
+    query, keys, radius = _inputs("odd")
+    expected = _search((query, keys, radius), backend)
+    wide = torch.full((50, 40), float("nan"))
+    wide[:, :19] = keys
+    inputs = query.t().contiguous().t(), wide[:, :19], radius.repeat_interleave(2)[::2]
+    got = _search(inputs, backend)
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+def test_unwritten_memory_never_shows(backend, monkeypatch):
+    inputs = _inputs("keys_in_parts")
+    expected = _search(inputs, backend)
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(*args, **kwargs):
+        t = new_empty(*args, **kwargs)
+        return t.fill_(float("nan") if t.is_floating_point() else 2**62)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    got = _search(inputs, backend)
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+def test_chunks_change_nothing(monkeypatch):
+    inputs = _inputs("odd")
+    expected = _search(inputs, "reference")
+    monkeypatch.setattr(op, "ROW_CHUNK", 2)
+    monkeypatch.setattr(op, "KEY_CHUNK", 7)
+    got = _search(inputs, "reference")
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+def test_gradcheck():
+    query, keys, radius = _inputs("odd", torch.float64)
+    leaves = query.requires_grad_(), keys.requires_grad_()
+    torch.autograd.gradcheck(lambda q, k: nearest_key(q, k, radius, backend="reference")[1], leaves)
+
+
+def test_opcheck(backend):
+    query, keys, radius = (t.to(_device(backend)) for t in _inputs("odd"))
+    leaves = query.requires_grad_(), keys.requires_grad_()
+    torch.library.opcheck(op._forward_op, (*leaves, radius, backend))
+
+
+def test_fullgraph_compile_forward_and_backward(backend):
+    def look_up(query, keys, radius):
+        return nearest_key(query, keys, radius, backend=backend)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(look_up, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (look_up, compiled):
+        query, keys, radius = (t.to(_device(backend)) for t in _inputs("odd"))
+        leaves = query.requires_grad_(), keys.requires_grad_()
+        index, distance = function(*leaves, radius)
+        distance.square().sum().backward()
+        results.append([index, distance.detach(), *(leaf.grad for leaf in leaves)])
+    for eager, graph in zip(*results, strict=True):
+        torch.testing.assert_close(eager, graph)
+
+
+def test_without_gradients_the_same(backend):
+    inputs = _inputs("odd")
+    expected = _search(inputs, backend)
+    with torch.no_grad():
+        got = _search(inputs, backend)
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+BAD = {
+    "query": ({"query": torch.zeros(4)}, ValueError, r"query: got shape \(4,\)"),
+    "keys": ({"keys": torch.zeros(5, 3)}, ValueError, r"keys: .*expected \[N, 4\]"),
+    "keys dtype": ({"keys": torch.zeros(5, 4).half()}, TypeError, "keys: got dtype"),
+    "radius": ({"radius": torch.zeros(4)}, ValueError, r"radius: .*expected \[5\]"),
+    "radius dtype": ({"radius": torch.zeros(5).long()}, TypeError, "radius: got dtype"),
+    "radius device": ({"radius": torch.zeros(5, device="meta")}, ValueError, "radius: got device"),
+    "backend": ({"backend": "rocket"}, ValueError, "rocket"),
+    "no such kernel": ({"backend": "cpu"}, dispatch.BackendError, "no cpu kernel"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_names_the_argument(name):
+    changes, error, message = BAD[name]
+    inputs = {"query": torch.zeros(2, 4), "keys": torch.zeros(5, 4), "radius": torch.zeros(5)}
+    with pytest.raises(error, match=message):
+        nearest_key(**{**inputs, **changes})

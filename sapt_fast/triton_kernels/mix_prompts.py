@@ -52,7 +52,7 @@ def _mix_prompts_kernel(
     if tile < prompt_tiles:
         rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         mask = (rows < P)[:, None] & in_cols
-        offsets = rows[:, None] * D + cols[None, :]
+        offsets = rows.to(tl.int64)[:, None] * D + cols[None, :]
         prompt_ptrs = prompts_ptr + offsets
         mixture_ptr += b * K
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -114,7 +114,7 @@ def _prompt_grad_kernel(
 
 
 @triton.jit(do_not_specialize=["B", "K", "columns_per_part"])
-def _mixture_grad_kernel(
+def _prompt_mixture_grad_kernel(
     dy_ptr,
     prompts_ptr,
     out_ptr,
@@ -171,7 +171,9 @@ def mix_prompts_fwd(
     if source.stride(-1) != 1:
         source = source.contiguous()
     block_n = min(64 if traits.capability == 0 else 1024, triton.next_power_of_2(D))
-    block_m = 4 if traits.capability == 0 else min(64, 4096 // block_n)
+    # Rows that no vector load can be aligned to cost a register per element.
+    elements = 2048 if D % 16 == 0 else 1024
+    block_m = 4 if traits.capability == 0 else min(64, elements // block_n)
     prompt_tiles = cdiv(P, block_m)
     tiles = prompt_tiles + cdiv(T, block_m)
     with torch.cuda.device_of(source):
@@ -269,7 +271,7 @@ def _fill_mixture_grad(d_mixed: Tensor, prompts: Tensor, d_mixture: Tensor) -> N
     columns_per_part = round_up(cdiv(N, parts), block_n)
     parts = cdiv(N, columns_per_part)
     sums = d_mixture if parts == 1 else d_mixed.new_empty((parts, B, K), dtype=torch.float32)
-    _mixture_grad_kernel[(tiles, parts)](
+    _prompt_mixture_grad_kernel[(tiles, parts)](
         d_mixed,
         prompts,
         sums,

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sapt_fast.triton_kernels import common
-from sapt_fast.triton_kernels.common import cdiv, round_up
+from sapt_fast.triton_kernels.common import DeviceTraits, cdiv, round_up
 
 _NO_TOKEN = tl.constexpr(2147483647)
 
@@ -250,7 +250,7 @@ def pool_tokens_fwd(
     if table.stride(1) != 1:
         table = table.contiguous()
     mean = pooling == "mean"
-    block_t, block_d = _block(traits.capability == 0, D)
+    block_t, block_d = _block(traits, D, table.element_size())
     columns = cdiv(D, block_d)
     # Four programs per multiprocessor, each at least two steps long.
     splits = min(cdiv(4 * traits.num_sms, B * columns), cdiv(T, 2 * block_t))
@@ -326,7 +326,9 @@ def pool_tokens_bwd(
     if B == 0 or T == 0 or d_table.numel() == 0:
         return d_table
     dy = dy.contiguous()
-    block_b, block_d = _block(traits.capability == 0, min(D, 128))
+    block_b, block_d = (16 if D % 16 == 0 else 8), 128
+    if traits.capability == 0:
+        block_b, block_d = 4, 16
     columns = cdiv(D, block_d)
     with torch.cuda.device_of(dy):
         if pooling == "max":
@@ -337,7 +339,7 @@ def pool_tokens_bwd(
                 B,
                 vocabulary,
                 D,
-                BLOCK_B=min(block_b, 16),
+                BLOCK_B=block_b,
                 BLOCK_D=block_d,
                 num_warps=4,
             )
@@ -358,19 +360,20 @@ def pool_tokens_bwd(
             T,
             vocabulary,
             D,
-            BLOCK_T=min(block_b, 16),
+            BLOCK_T=block_b,
             BLOCK_D=block_d,
             num_warps=4,
         )
     return d_table
 
 
-def _block(interpreted: bool, columns: int) -> tuple[int, int]:
-    """Rows and columns of a tile: 4096 elements where the table is that wide."""
-    if interpreted:
+def _block(traits: DeviceTraits, columns: int, itemsize: int) -> tuple[int, int]:
+    """Rows and columns of a tile: 8 KB of the table, less where loads are not vectors."""
+    if traits.capability == 0:
         return 4, 16
-    block_d = min(512, triton.next_power_of_2(columns))
-    return min(64, 4096 // block_d), block_d
+    block_d = min(1024 // itemsize, triton.next_power_of_2(columns))
+    elements = 8192 // itemsize if columns % 16 == 0 else 2048
+    return min(64, elements // block_d), block_d
 
 
 def _bytes(mask: Tensor | None) -> Tensor | None:

@@ -149,7 +149,12 @@ def route_scores_fwd(
         H, eps = projection.down.shape[0], projection.eps
         hidden = scores.new_empty((B, H))
         query = scores.new_empty((B, D))
-    block = 16 if interpreted else 128
+    # As much in flight as the registers hold: fewer elements if they are wide or load singly.
+    itemsize = max(t.element_size() for t in (keys, *weights) if t is not None)
+    block_m, block_d = (128, 512) if itemsize == 2 and D % 16 == 0 else (64, 128)
+    block_n, block_k = 128, 16
+    if interpreted:
+        block_m, block_n, block_k, block_d = 16, 16, 4, 32
     with torch.cuda.device_of(pooled):
         _scores_kernel[(B,)](
             pooled.contiguous(),
@@ -163,11 +168,11 @@ def route_scores_fwd(
             K,
             eps,
             divisor,
-            BLOCK_M=block,
-            BLOCK_N=block,
-            BLOCK_H=min(block, triton.next_power_of_2(H)),
-            BLOCK_K=4 if interpreted else 16,
-            BLOCK_D=32 if interpreted else min(512, triton.next_power_of_2(D)),
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            BLOCK_H=min(block_n, triton.next_power_of_2(H)),
+            BLOCK_K=block_k,
+            BLOCK_D=min(block_d, triton.next_power_of_2(D)),
             num_warps=16,
         )
     return scores

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._guards import detect_fake_mode
 
 from sapt_fast.ops.mixed_lora import RankTable, mix, rank_table
 
@@ -16,6 +17,11 @@ class RowStack(nn.Module):
     newest one. Both are views of one buffer with room to spare, so the whole stack is a single
     contiguous matrix for the kernels and a new task only writes its own rows. Beyond the reserved
     room the buffer doubles.
+
+    Parameters that something moved (`.to()`, `p.data = ...`) are put back side by side where they
+    are next looked at outside a compiled graph. Tensors that stand in for them for a while
+    (`torch.func.functional_call`, FSDP) are left alone and read through a copy; a compiled graph
+    does not see them.
 
     Args:
         width: columns of a row.
@@ -38,12 +44,21 @@ class RowStack(nn.Module):
     def __len__(self) -> int:
         return self.frozen.shape[0] + self.trainable.shape[0]
 
+    @torch.no_grad()
     def append(self, rows: int, fill: Callable[[Tensor], object]) -> nn.Parameter:
         """Freezes what is there and adds `rows` trainable rows, written by `fill` in place.
 
         The parameter that trained before leaves the module with a copy of its rows and without a
         gradient, so an optimizer that still holds it cannot reach the frozen ones.
+
+        Raises:
+            RuntimeError: other tensors stand in for the parameters.
         """
+        if not self._has_own_parts():
+            raise RuntimeError(
+                "the pool's parameters were replaced by other tensors (functional_call, FSDP or an "
+                "assignment): add tasks while they are in place"
+            )
         self._realign()
         start = len(self)
         if start + rows > self._memory.shape[0]:
@@ -60,23 +75,33 @@ class RowStack(nn.Module):
 
     def rows(self) -> Tensor:
         """All rows, [R, width], without gradient; shares memory with the two parameters."""
-        # Every layer comes through here in every forward: two comparisons, no module attributes.
+        # Every layer comes through here in every forward: four comparisons, no module attributes.
         if not torch.compiler.is_compiling():
-            parts = self._parameters
-            if (parts["frozen"].data_ptr(), parts["trainable"].data_ptr()) != self._addresses:
+            if not self._has_own_parts():
+                return torch.cat([self.frozen.detach(), self.trainable.detach()])
+            frozen, trainable = self._own
+            if (frozen.data_ptr(), trainable.data_ptr()) != self._addresses:
                 self._realign()
         return self._rows
+
+    def _has_own_parts(self) -> bool:
+        parts, own = self._parameters, self._own
+        return parts["frozen"] is own[0] and parts["trainable"] is own[1]
 
     # A compiled forward does not look where the parameters are, so whatever moves them realigns.
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RowStack":
+        own = self._has_own_parts()
         super()._apply(fn, recurse)
-        self._realign()
+        if own:
+            self._realign()
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        own = self._has_own_parts()
         super()._load_from_state_dict(*args, **kwargs)
-        self._realign()
+        if own:
+            self._realign()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -91,8 +116,10 @@ class RowStack(nn.Module):
             if moved or part.dtype != self._memory.dtype or part.device != self._memory.device:
                 self._move(self._memory.shape[0])
                 return
+        self._note_rows()
 
     def _note_rows(self) -> None:
+        self._own = self.frozen, self.trainable
         self._rows = self._memory[: len(self)]
         self._addresses = self.frozen.data_ptr(), self.trainable.data_ptr()
 
@@ -119,8 +146,11 @@ class AdapterPool(nn.Module):
     Attributes:
         a: the stack of A, [R, in_features]. b: of B, [R, out_features] (B as rows of rank).
         ranks: rank of each adapter, in learning order; 0 where a task leaves this layer alone.
-        scaling: alpha / r of each adapter.
+        scaling: alpha / r of each adapter. Both grow by `add` alone.
     """
+
+    ranks: tuple[int, ...]
+    scaling: tuple[float, ...]
 
     def __init__(
         self,
@@ -136,8 +166,7 @@ class AdapterPool(nn.Module):
         dtype = dtype or torch.get_default_dtype()
         self.a = RowStack(in_features, reserve, device=device, dtype=dtype)
         self.b = RowStack(out_features, reserve, device=device, dtype=dtype)
-        self.ranks: list[int] = []
-        self.scaling: list[float] = []
+        self.ranks, self.scaling = (), ()
         self._tables: dict[tuple[torch.device, torch.dtype], RankTable] = {}
 
     def __len__(self) -> int:
@@ -150,6 +179,9 @@ class AdapterPool(nn.Module):
             rank: r; 0 for none in this layer. scaling: alpha / r.
             weights: A [r, in_features] and B [r, out_features] to copy; None for an adapter that
                 changes nothing yet (A Kaiming-uniform, B zero).
+
+        Raises:
+            ValueError: a shape does not fit; nothing has changed.
         """
         if weights is None:
             self.a.append(
@@ -157,13 +189,23 @@ class AdapterPool(nn.Module):
             )
             self.b.append(rank, nn.init.zeros_)
         else:
+            self.require_fits(rank, weights)
             self.a.append(rank, lambda rows: rows.copy_(weights[0]))
             self.b.append(rank, lambda rows: rows.copy_(weights[1]))
-        self.ranks.append(rank)
-        self.scaling.append(float(scaling))
+        self.ranks += (rank,)
+        self.scaling += (float(scaling),)
         self._tables.clear()
         rows = self.a.trainable
         self._table(rows.device, torch.promote_types(rows.dtype, torch.float32))
+
+    def require_fits(self, rank: int, weights: tuple[Tensor, Tensor]) -> None:
+        """Raises ValueError unless weights are A [rank, in_features] and B [rank, out_features]."""
+        for name, given, stack in zip("AB", weights, (self.a, self.b), strict=True):
+            if tuple(given.shape) != (rank, stack.width):
+                raise ValueError(
+                    f"weights: got {name} of shape {tuple(given.shape)}, expected "
+                    f"[{rank}, {stack.width}]"
+                )
 
     def adapter(self, index: int) -> tuple[Tensor, Tensor]:
         """(A [r, in_features], B [r, out_features]) of one adapter, views of the pool."""
@@ -188,24 +230,30 @@ class AdapterPool(nn.Module):
             weight, bias: of the layer; weight None for the mixture alone.
             mixture: [S, K]; S divides the rows of x.
         """
+        a, b = self.a.trainable, self.b.trainable
         first, last = self.a.frozen.shape[0], len(self.a)
-        trains = last > first
+        trains = a.requires_grad or b.requires_grad
+        # Rows not listed get no gradient and, without grad_through_frozen, pass none on to x.
+        listed = last > first and (trains or not grad_through_frozen)
         return mix(
             x, weight, bias, self.a.rows(), self.b.rows(), mixture,
             self._table(x.device, torch.promote_types(x.dtype, torch.float32)),
-            [self.a.trainable] if trains else [],
-            [self.b.trainable] if trains else [],
-            [first, last] if trains else [],
+            [a] if listed and a.requires_grad else [],
+            [b] if listed and b.requires_grad else [],
+            [first, last] if listed else [],
             grad_through_frozen,
             backend,
         )  # fmt: skip
 
     def _table(self, device: torch.device, dtype: torch.dtype) -> RankTable:
-        key = (device, dtype)
-        if key not in self._tables:
+        table = self._tables.get((device, dtype))
+        if table is None:
             with torch.inference_mode(False):
-                self._tables[key] = rank_table(self.ranks, self.scaling, device, dtype)
-        return self._tables[key]
+                table = rank_table(self.ranks, self.scaling, device, dtype)
+            # What is made while a graph is traced means nothing outside of it.
+            if not torch.compiler.is_compiling() and detect_fake_mode() is None:
+                self._tables[device, dtype] = table
+        return table
 
     def extra_repr(self) -> str:
         return f"ranks={self.ranks}"

@@ -1,6 +1,7 @@
 """The pool: tasks are added without moving what is there, and only the newest one trains."""
 
 import copy
+import io
 import time
 import weakref
 
@@ -8,8 +9,10 @@ import pytest
 import torch
 from tiny_models import RANK, WIDTH, fill, patched, settings, tiny, token_ids
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import sapt_fast
+from sapt_fast.ops.mixed_lora import mix
 from sapt_fast.pool import AdapterPool, RowStack
 
 IN, OUT = 6, 5
@@ -140,6 +143,48 @@ def test_state_dict_of_other_ranks_is_refused():
         stack().load_state_dict(stack(rows=(2, 2)).state_dict())
 
 
+def test_a_loaded_stack_knows_where_its_rows_are(monkeypatch):
+    file = io.BytesIO()
+    torch.save(stack(), file)
+    file.seek(0)
+    made = torch.load(file, weights_only=False)
+    monkeypatch.setattr(RowStack, "_realign", lambda self: pytest.fail("looks again each time"))
+    assert made.rows().shape == (5, 4)
+
+
+def test_tensors_that_stand_in_are_read_and_left_alone():
+    made, x = pool((2, 3)), torch.randn(3, 4, IN, dtype=torch.float64)
+    mixture = torch.rand(3, 2, dtype=torch.float64)
+    own = {name: p.detach().clone() for name, p in made.named_parameters()}
+    given = {name: torch.randn_like(p, requires_grad=True) for name, p in own.items()}
+    addresses = {name: p.data_ptr() for name, p in given.items()}
+
+    def call(parameters):
+        return torch.func.functional_call(made, parameters, (x, None, None, mixture))
+
+    got = call(given)
+    assert {name: p.data_ptr() for name, p in given.items()} == addresses
+    a = torch.cat([given["a.frozen"], given["a.trainable"]])
+    b = torch.cat([given["b.frozen"], given["b.trainable"]])
+    weights = mixture.repeat_interleave(torch.tensor([2, 3]), 1)[:, None] * 2.0
+    expected = (x @ a.t() * weights) @ b
+    torch.testing.assert_close(got, expected)
+    wanted = torch.autograd.grad(expected.square().sum(), given["b.trainable"])
+    torch.testing.assert_close(
+        torch.autograd.grad(got.square().sum(), given["b.trainable"]), wanted
+    )
+    assert all(torch.equal(p, own[name]) for name, p in made.named_parameters())
+    assert made.a.rows().data_ptr() == made.a.frozen.data_ptr()
+
+
+def test_nothing_is_added_while_other_tensors_stand_in():
+    made = stack()
+    made._parameters["trainable"] = torch.zeros(3, 4)
+    with pytest.raises(RuntimeError, match="replaced by other tensors"):
+        made.append(1, torch.zero_)
+    assert len(made) == 5
+
+
 # --- the mixture ---
 
 
@@ -192,7 +237,67 @@ def test_given_weights_are_copied():
     got = made.adapter(1)
     assert torch.equal(got[0], a.float())
     assert torch.equal(got[1], b.float())
-    assert made.scaling == [2.0, 0.5]
+    assert made.scaling == (2.0, 0.5)
+
+
+def test_given_weights_that_require_grad_leave_no_graph():
+    made = pool((2,), dtype=torch.float32)
+    made.add(3, 0.5, (nn.Parameter(torch.randn(3, IN)), nn.Parameter(torch.randn(3, OUT))))
+    assert not made.a.rows().requires_grad
+    assert made.a.trainable.is_leaf
+    made.add(2, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        ((4, IN), (1, OUT), rf"weights: got B of shape \(1, {OUT}\), expected \[4, {OUT}\]"),
+        ((4, IN), (4, 1), "weights: got B"),
+        ((IN,), (4, OUT), "weights: got A"),
+        ((3, IN), (4, OUT), "weights: got A"),
+    ],
+)
+def test_weights_of_another_shape_change_nothing(a, b, message):
+    made = pool((2,))
+    with pytest.raises(ValueError, match=message):
+        made.add(4, 1.0, (torch.randn(a), torch.randn(b)))
+    assert (len(made), len(made.a), len(made.b)) == (1, 2, 2)
+
+
+def test_ranks_and_scaling_change_by_adding_alone():
+    made = pool()
+    with pytest.raises(TypeError):
+        made.scaling[0] = 5.0
+    with pytest.raises(TypeError):
+        made.ranks[0] = 5
+
+
+@pytest.mark.parametrize("through", [True, False])
+def test_factors_that_do_not_train_cost_no_gradient(through, monkeypatch):
+    x, weight, bias, mixture = inputs(2)
+    x.requires_grad_()
+    made = pool()
+    expected = torch.autograd.grad(
+        made(x, weight, bias, mixture, grad_through_frozen=through).sum(), x
+    )
+    made.requires_grad_(False)
+    seen = []
+    monkeypatch.setattr(sapt_fast.pool, "mix", lambda *args: seen.append(args) or mix(*args))
+    got = torch.autograd.grad(made(x, weight, bias, mixture, grad_through_frozen=through).sum(), x)
+    torch.testing.assert_close(got, expected)
+    train_a, train_b, train_rows = seen[0][7:10]
+    assert train_a == train_b == []
+    assert train_rows == ([] if through else [2, 5])
+
+
+def test_tables_made_while_tracing_are_not_kept():
+    made = pool(dtype=torch.float32)
+    made._tables.clear()
+    x, weight, bias, mixture = inputs(2, torch.float32)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        made(*(mode.from_tensor(t) for t in (x, weight, bias, mixture)))
+    expected = loop(made, x, weight, bias, mixture)
+    torch.testing.assert_close(made(x, weight, bias, mixture), expected)
 
 
 # --- tasks of a model under an optimizer ---

@@ -98,13 +98,12 @@ def snapshot(model):
     ("change", "config", "strict", "message"),
     [
         (None, settings(target_modules=["nothing"]), False, r"(?s)target_modules: .*q_proj"),
-        (None, settings(target_modules=[]), False, "target_modules"),
         (None, settings(target_modules="("), False, r"target_modules: .* no regular expression"),
         ("foreign", settings(), True, r"(?s)strict.*Foreign"),
         ("unknown type", settings(), False, "target_modules: no default for model type 'mystery'"),
         ("hooked", settings(), False, "accelerate has hooked model.layers.0.self_attn.q_proj"),
     ],
-    ids=["no_match", "empty", "bad_regex", "strict", "unknown_type", "accelerate"],
+    ids=["no_match", "bad_regex", "strict", "unknown_type", "accelerate"],
 )
 def test_refusals_change_nothing(change, config, strict, message):
     model = tiny("llama")

@@ -4,7 +4,8 @@ Zhao et al., "SAPT: A Shared Attention Framework for Parameter-Efficient Continu
 Large Language Models", ACL 2024.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -20,6 +21,47 @@ from sapt_fast.ops.router import (
     sparsify,
 )
 from sapt_fast.pool import RowStack
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _names(value: Any) -> bool:
+    names = [value] if isinstance(value, str) else value
+    listed = isinstance(names, (list, tuple)) and len(names) > 0
+    return value is None or (listed and all(isinstance(name, str) and name for name in names))
+
+
+_INITS, _KEY_INITS = ("linear", "normal"), ("uniform", "mean_query")
+_FLAG = (lambda v: isinstance(v, bool), "True or False")
+_COUNT = (_count, "an integer, at least 1")
+_WEIGHT = (lambda v: _number(v) and v >= 0, "a number, at least 0")
+# What each field may be, and the words for it.
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "r": _COUNT,
+    "lora_alpha": (lambda v: _number(v) and v > 0, "a positive number"),
+    "lora_dropout": (lambda v: _number(v) and 0 <= v < 1, "[0, 1)"),
+    "target_modules": (_names, "names, one regular expression, or None"),
+    "adapter": (lambda v: v == "lora", "'lora'"),
+    "query_hidden_dim": _COUNT,
+    "query_init": (lambda v: v in _INITS, f"one of {_INITS}"),
+    "temperature": (lambda v: v is None or (_number(v) and v > 0), "a positive number or None"),
+    "pooling": (lambda v: v in POOLINGS, f"one of {POOLINGS}"),
+    "standardize_query": _FLAG,
+    "key_init": (lambda v: v in _KEY_INITS, f"one of {_KEY_INITS}"),
+    "own_key_loss": _WEIGHT,
+    "kl_ratio": _WEIGHT,
+    "mask_padding": _FLAG,
+    "grad_through_frozen": _FLAG,
+    "top_k": (lambda v: v is None or _count(v), "an integer, at least 1, or None"),
+    "threshold": (lambda v: v is None or (_number(v) and 0 <= v <= 1), "[0, 1] or None"),
+    "reserve_tasks": _COUNT,
+}
 
 
 @dataclass
@@ -86,19 +128,12 @@ class SaptConfig:
     )
 
     def __post_init__(self) -> None:
-        _require(self.adapter == "lora", "adapter", self.adapter, "'lora'")
-        _require(self.r >= 1, "r", self.r, "at least 1")
-        _require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "[0, 1)")
-        _require(self.pooling in POOLINGS, "pooling", self.pooling, f"one of {POOLINGS}")
-        hidden = self.query_hidden_dim
-        _require(hidden >= 1, "query_hidden_dim", hidden, "at least 1")
-        inits = ("linear", "normal")
-        _require(self.query_init in inits, "query_init", self.query_init, f"one of {inits}")
-        inits = ("uniform", "mean_query")
-        _require(self.key_init in inits, "key_init", self.key_init, f"one of {inits}")
-        positive = self.temperature is None or self.temperature > 0
-        _require(positive, "temperature", self.temperature, "a positive number or None")
-        _require(self.reserve_tasks >= 1, "reserve_tasks", self.reserve_tasks, "at least 1")
+        """Raises ValueError for a value out of range; names become a list, as JSON has them."""
+        for name, (fits, expected) in _FIELDS.items():
+            value = getattr(self, name)
+            _require(fits(value), name, value, expected)
+        if self.target_modules is not None and not isinstance(self.target_modules, str):
+            self.target_modules = list(self.target_modules)
 
     @classmethod
     def official(cls, model: str, benchmark: str) -> "SaptConfig":
@@ -183,7 +218,14 @@ class SaptRouter(nn.Module):
             self.register_buffer("query_std", torch.ones(width, **place))
 
     def add_key(self, key: Tensor | None = None) -> None:
-        """A new trainable key, `key` [D] or uniform in (-1, 1); earlier keys freeze."""
+        """A new trainable key, `key` [D] or uniform in (-1, 1); earlier keys freeze.
+
+        Raises:
+            ValueError: key has another shape; nothing has changed.
+        """
+        width = self.keys.width
+        if key is not None and tuple(key.shape) != (width,):
+            raise ValueError(f"key: got shape {tuple(key.shape)}, expected [{width}]")
         self.keys.append(1, lambda rows: rows.uniform_(-1, 1) if key is None else rows.copy_(key))
 
     def pool(
@@ -210,8 +252,9 @@ class SaptRouter(nn.Module):
     def scores(self, pooled: Tensor) -> Tensor:
         """Attention scores [B, K] of pooled embeddings; the projection and the newest key train."""
         frozen, newest = self.keys.frozen, self.keys.trainable
-        keys = torch.cat([frozen, newest]) if frozen.shape[0] else newest
-        return route_scores(pooled, keys, self.projection, temperature=self.config.temperature)
+        with torch.autocast(pooled.device.type, enabled=False):  # its cat refuses mixed halves
+            keys = torch.cat([frozen, newest]) if frozen.shape[0] else newest
+            return route_scores(pooled, keys, self.projection, temperature=self.config.temperature)
 
     @property
     def projection(self) -> QueryProjection:

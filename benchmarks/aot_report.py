@@ -37,8 +37,10 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from sapt_fast.ops.mix_experts import pair_groups
 from sapt_fast.ops.router import QueryProjection
 from sapt_fast.triton_kernels import common
+from sapt_fast.triton_kernels.mix_experts import mix_experts_bwd, mix_experts_fwd
 from sapt_fast.triton_kernels.mix_prompts import mix_prompts_bwd, mix_prompts_fwd
 from sapt_fast.triton_kernels.mixed_lora import mixed_lora_bwd, mixed_lora_fwd
 from sapt_fast.triton_kernels.nearest_key import nearest_key_fwd
@@ -128,6 +130,32 @@ class SearchCase:
         nearest_key_fwd(query, keys, tensor(self.n, dtype=torch.float32))
         for metric in self.metrics:
             topk_keys_fwd(query, keys, self.k, metric)
+
+
+@dataclass(frozen=True)
+class ExpertsCase:
+    """Sizes of one sparse mixture of experts."""
+
+    name: str
+    m: int
+    d: int
+    rank: int
+    k: int
+    experts: int = 100_000
+    dtype: torch.dtype = torch.bfloat16
+    bank_dtype: torch.dtype | None = None
+    quick: bool = False
+    aligned: bool = True
+
+    def launch(self, tensor: NewTensor) -> None:
+        """Forward and backward to everything."""
+        x, bank_dtype = tensor(self.m, self.d), self.bank_dtype or self.dtype
+        bank = tensor(self.experts, self.rank, self.d, dtype=bank_dtype)
+        index = tensor(self.m, self.k, dtype=torch.int64)
+        weights = tensor(self.m, self.k, dtype=torch.float32)
+        y, h = mix_experts_fwd(x, bank, bank, index, weights, 2.0)
+        groups = pair_groups(index, self.experts, False)
+        mix_experts_bwd(y, x, bank, bank, index, weights, h, 2.0, groups, True, True)
 
 
 @dataclass(frozen=True)
@@ -221,6 +249,14 @@ CASES: tuple[LaunchCase, ...] = (
     SearchCase("keys, float16", 64, 1_000_000, 512, 32, dtype=torch.float16),
     SearchCase("keys, float32", 64, 1_000_000, 512, 64, ("dot", "l2"), torch.float32),
     SearchCase("keys, odd width", 64, 1_000_000, 100, 64, ("l2",), aligned=False),
+    ExpertsCase("experts", 512, 1024, 4, 32, quick=True),
+    ExpertsCase("experts, rank 1", 512, 1024, 1, 32),
+    ExpertsCase("experts, rank 32", 64, 4096, 32, 8),
+    ExpertsCase("experts, rank 100", 64, 4096, 100, 8),
+    ExpertsCase("experts, float32 bank", 512, 1024, 8, 32, bank_dtype=torch.float32),
+    ExpertsCase("experts, float16", 512, 1024, 8, 32, dtype=torch.float16),
+    ExpertsCase("experts, float32", 512, 1024, 8, 32, dtype=torch.float32),
+    ExpertsCase("experts, odd width", 30, 100, 3, 5, aligned=False),
     PromptCase("prompts", 8, 512, 1024, 15, 10, quick=True),
     PromptCase("prompts, one sample", 1, 64, 4096, 15, 10),
     PromptCase("prompts, many samples", 512, 64, 1024, 15, 10),

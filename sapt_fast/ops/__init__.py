@@ -1,5 +1,6 @@
 """What is computed: every op with its contract, plain-torch reference and autograd formula."""
 
+from sapt_fast.ops.mix_experts import mix_experts
 from sapt_fast.ops.mix_prompts import mix_prompts, mix_prompts_with_tokens
 from sapt_fast.ops.mixed_lora import mixed_lora, mixed_lora_linear
 from sapt_fast.ops.nearest_key import nearest_key
@@ -8,6 +9,7 @@ from sapt_fast.ops.topk_keys import topk_keys
 
 __all__ = [
     "QueryProjection",
+    "mix_experts",
     "mix_prompts",
     "mix_prompts_with_tokens",
     "mixed_lora",

@@ -1,0 +1,361 @@
+"""A few LoRA experts per row, out of a bank of many (mixture of memory experts).
+
+    delta[m] = scaling sum_j weights[m, j] (x[m] A_n^T) B_n,    n = index[m, j]
+
+Only the chosen experts are read. The gradient of a bank can be sparse: its values then cost as
+much memory as the experts that the batch chose, whatever the size of the bank.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sapt_fast import dispatch
+
+_OP = "mix_experts"
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# Elements of gathered experts that the reference holds at a time.
+_GATHER_CHUNK = 1 << 22
+
+
+class PairGroups(NamedTuple):
+    """The pairs (row, choice) sorted by expert, and where the gradient of each expert goes.
+
+    Attributes:
+        order: [P] int64, positions m * k + j in the flattened index, grouped by expert.
+        target: [P] int64, ascending: the row of the gradient that the pair adds to; negative for
+            pairs without an expert.
+        rows: number of rows of the gradient.
+        ids: [rows] int64, the expert of each row, ascending; None for the whole bank.
+    """
+
+    order: Tensor
+    target: Tensor
+    rows: int
+    ids: Tensor | None
+
+
+def mix_experts(
+    x: Tensor,
+    bank_a: Tensor,
+    bank_b: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    *,
+    scaling: float = 1.0,
+    sparse_grad: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """The weighted sum of the chosen experts' outputs; differentiable in every float input.
+
+    Args:
+        x: [M, I]; float32, float16 or bfloat16 (float64 with the reference).
+        bank_a: [N, r, I] in x's dtype or float32.
+        bank_b: [N, r, O] in bank_a's dtype.
+        index: [M, k] int64, the experts of each row (as `topk_keys` returns them); -1 for none
+            (as `nearest_key` returns it). May name an expert twice. Values are checked on the CPU
+            only: elsewhere that would wait for the device, and the kernels skip those out of
+            range.
+        weights: [M, k], any floating-point dtype.
+        scaling: alpha / r, for all experts.
+        sparse_grad: gradients of the banks as `torch.sparse_coo` tensors over the chosen experts,
+            each once and in ascending order, for torch.optim.SparseAdam; this waits for the
+            device and is refused under torch.compile. Otherwise dense.
+        backend: as in `dispatch.resolve`.
+
+    Returns:
+        delta, [M, O], contiguous, in x's dtype.
+
+    Raises:
+        ValueError, TypeError: a shape, index, dtype or device does not fit.
+        dispatch.BackendError: the named backend cannot run here.
+
+    Example:
+        >>> import torch
+        >>> from sapt_fast.ops import mix_experts
+        >>> x, index = torch.randn(2, 8), torch.tensor([[0, 4], [2, -1]])
+        >>> bank_a, bank_b = torch.randn(5, 3, 8), torch.randn(5, 3, 6)
+        >>> mix_experts(x, bank_a, bank_b, index, torch.rand(2, 2)).shape
+        torch.Size([2, 6])
+    """
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    _check(x, bank_a, bank_b, index, weights)
+    compiling = torch.compiler.is_compiling()
+    if not compiling and index.device.type == "cpu" and index.numel():
+        least, most = (int(v) for v in index.aminmax())
+        if least < -1 or most >= bank_a.shape[0]:
+            raise ValueError(
+                f"index: got values from {least} to {most}, expected -1 to {bank_a.shape[0] - 1}"
+            )
+    weights = weights.to(torch.promote_types(x.dtype, torch.float32))
+    if torch.is_grad_enabled() or compiling:
+        if sparse_grad and compiling:
+            raise ValueError("sparse_grad: got True under torch.compile, expected False")
+        delta, _ = _forward_op(
+            x, bank_a, bank_b, index, weights, float(scaling), sparse_grad, backend or ""
+        )
+        return delta
+    kernel = dispatch.kernels(_OP, dispatch.resolve(_OP, x.device, backend, x.dtype))
+    delta, _ = kernel.mix_experts_fwd(x, bank_a, bank_b, index, weights, float(scaling))
+    return delta
+
+
+def _check(x: Tensor, bank_a: Tensor, bank_b: Tensor, index: Tensor, weights: Tensor) -> None:
+    if x.dim() != 2:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [M, I]")
+    if bank_a.dim() != 3 or bank_a.shape[2] != x.shape[1]:
+        raise ValueError(f"bank_a: got shape {tuple(bank_a.shape)}, expected [N, r, {x.shape[1]}]")
+    if bank_b.dim() != 3 or bank_b.shape[:2] != bank_a.shape[:2]:
+        n, r = bank_a.shape[:2]
+        raise ValueError(f"bank_b: got shape {tuple(bank_b.shape)}, expected [{n}, {r}, O]")
+    if index.dim() != 2 or index.shape[0] != x.shape[0]:
+        raise ValueError(f"index: got shape {tuple(index.shape)}, expected [{x.shape[0]}, k]")
+    if weights.shape != index.shape:
+        raise ValueError(
+            f"weights: got shape {tuple(weights.shape)}, expected {tuple(index.shape)}"
+            " (that of index)"
+        )
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"x: got dtype {x.dtype}, expected one of {_FLOATS}")
+    if bank_a.dtype not in (x.dtype, torch.float32):
+        raise TypeError(
+            f"bank_a: got dtype {bank_a.dtype}, expected {x.dtype} (that of x) or torch.float32"
+        )
+    if bank_b.dtype != bank_a.dtype:
+        raise TypeError(
+            f"bank_b: got dtype {bank_b.dtype}, expected {bank_a.dtype} (that of bank_a)"
+        )
+    if index.dtype != torch.int64:
+        raise TypeError(f"index: got dtype {index.dtype}, expected torch.int64")
+    if not weights.is_floating_point():
+        raise TypeError(f"weights: got dtype {weights.dtype}, expected a floating-point dtype")
+    named = {"bank_a": bank_a, "bank_b": bank_b, "index": index, "weights": weights}
+    for name, tensor in named.items():
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: got device {tensor.device}, expected {x.device} (that of x)")
+
+
+# --- reference ---------------------------------------------------------------------------------
+
+
+def mix_experts_fwd(
+    x: Tensor, bank_a: Tensor, bank_b: Tensor, index: Tensor, weights: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """The specification of the forward: `(delta [M, O], h [M, k, r] = x A^T)`.
+
+    weights and h are float32, float64 for float64 inputs; h is 0 where there is no expert.
+    """
+    delta = x.new_zeros(x.shape[0], bank_b.shape[2])
+    h = weights.new_zeros(*index.shape, bank_a.shape[1])
+    chosen = _weights_of_chosen(index, weights, scaling)
+    for rows in _row_chunks(index, bank_a, bank_b):
+        h[rows] = _einsum("mi,mkri->mkr", x[rows].to(h), _gather(bank_a, index[rows], h))
+        h[rows].masked_fill_((index[rows] < 0).unsqueeze(-1), 0.0)
+        hw = h[rows] * chosen[rows].unsqueeze(-1)
+        delta[rows] = _einsum("mkr,mkro->mo", hw, _gather(bank_b, index[rows], h)).to(x)
+    return delta, h
+
+
+def mix_experts_bwd(
+    dy: Tensor,
+    x: Tensor,
+    bank_a: Tensor,
+    bank_b: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    h: Tensor,
+    scaling: float,
+    groups: PairGroups | None,
+    needs_x: bool,
+    needs_weights: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The specification of the backward: `(dx, d_weights, d_a, d_b)`, None where not asked for.
+
+    d_a [rows, r, I] and d_b [rows, r, O] are asked for by `groups`. Sums run in a fixed order.
+    """
+    chosen = _weights_of_chosen(index, weights, scaling)
+    g = torch.zeros_like(h)
+    dx = x.new_zeros(x.shape) if needs_x else None
+    for rows in _row_chunks(index, bank_a, bank_b):
+        g[rows] = _einsum("mo,mkro->mkr", dy[rows].to(h), _gather(bank_b, index[rows], h))
+        if dx is not None:
+            gw = g[rows] * chosen[rows].unsqueeze(-1)
+            dx[rows] = _einsum("mkr,mkri->mi", gw, _gather(bank_a, index[rows], h)).to(x)
+    d_weights = (g * h).sum(-1) * scaling if needs_weights else None
+    if groups is None:
+        return dx, d_weights, None, None
+    chosen = chosen.unsqueeze(-1)
+    d_a = _bank_grad((g * chosen).flatten(0, 1), x, groups, index.shape[1]).to(bank_a.dtype)
+    d_b = _bank_grad((h * chosen).flatten(0, 1), dy, groups, index.shape[1]).to(bank_b.dtype)
+    return dx, d_weights, d_a, d_b
+
+
+def pair_groups(index: Tensor, experts: int, compact: bool) -> PairGroups:
+    """Sort the pairs of `index` [M, k] by expert; the gradient has a row for each of the bank's
+    experts, or, if `compact`, for each expert that was chosen (which waits for the device)."""
+    ids, order = index.flatten().sort(stable=True)
+    if not compact:
+        return PairGroups(order, ids, experts, None)
+    inside = (ids >= 0) & (ids < experts)
+    unique, target = torch.unique_consecutive(ids[inside], return_inverse=True)
+    return PairGroups(order[inside], target, unique.shape[0], unique)
+
+
+def _bank_grad(coefficients: Tensor, rows: Tensor, groups: PairGroups, k: int) -> Tensor:
+    """out[target] = sum over its pairs p of coefficients[p] [r] (x) rows[p // k] [D]."""
+    r, width = coefficients.shape[1], rows.shape[1]
+    out = coefficients.new_zeros(groups.rows, r, width)
+    step = max(1, _GATHER_CHUNK // max(1, r * width))
+    for start in range(0, len(groups.order) if groups.rows else 0, step):
+        pairs, target = groups.order[start : start + step], groups.target[start : start + step]
+        share = coefficients[pairs].masked_fill((target < 0).unsqueeze(1), 0.0)
+        product = share.unsqueeze(2) * rows[pairs // k].to(share).unsqueeze(1)
+        # index_put sorts the indices on a GPU: the same sum every time, unlike index_add.
+        out.index_put_((target.clamp(min=0),), product, accumulate=True)
+    return out
+
+
+def _weights_of_chosen(index: Tensor, weights: Tensor, scaling: float) -> Tensor:
+    return torch.where(index >= 0, weights * scaling, 0.0)
+
+
+def _einsum(equation: str, a: Tensor, b: Tensor) -> Tensor:
+    with torch.autocast(a.device.type, enabled=False):
+        return torch.einsum(equation, a, b)
+
+
+def _gather(bank: Tensor, index: Tensor, like: Tensor) -> Tensor:
+    return bank[index.clamp(min=0)].to(like)
+
+
+def _row_chunks(index: Tensor, bank_a: Tensor, bank_b: Tensor) -> list[slice]:
+    """Chunks of rows; none where no row has anything to gather."""
+    per_row = index.shape[1] * bank_a.shape[1] * max(bank_a.shape[2], bank_b.shape[2])
+    if bank_a.shape[0] == 0 or per_row == 0:
+        return []
+    step = max(1, _GATHER_CHUNK // per_row)
+    return [slice(row, row + step) for row in range(0, index.shape[0], step)]
+
+
+# --- registered ops ----------------------------------------------------------------------------
+
+
+@torch.library.custom_op("sapt_fast::mix_experts_fwd", mutates_args=())
+def _forward_op(
+    x: Tensor,
+    bank_a: Tensor,
+    bank_b: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    scaling: float,
+    sparse_grad: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    kernel = dispatch.kernels(_OP, dispatch.resolve(_OP, x.device, backend, x.dtype))
+    return kernel.mix_experts_fwd(x, bank_a, bank_b, index, weights, scaling)
+
+
+@torch.library.custom_op("sapt_fast::mix_experts_bwd", mutates_args=())
+def _backward_op(
+    dy: Tensor,
+    x: Tensor,
+    bank_a: Tensor,
+    bank_b: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    h: Tensor,
+    scaling: float,
+    needs: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Dense gradients of x, weights and (together) the banks, empty where `needs` says no."""
+    kernel = dispatch.kernels(_OP, dispatch.resolve(_OP, x.device, backend, x.dtype))
+    groups = pair_groups(index, bank_a.shape[0], False) if needs[2] else None
+    grads = kernel.mix_experts_bwd(
+        dy, x, bank_a, bank_b, index, weights, h, scaling, groups, needs[0], needs[1]
+    )
+    dx, d_weights, d_a, d_b = (x.new_empty(0) if grad is None else grad for grad in grads)
+    return dx, d_weights, d_a, d_b
+
+
+@_forward_op.register_fake
+def _forward_fake(
+    x: Tensor, bank_a: Tensor, bank_b: Tensor, index: Tensor, weights: Tensor, *_: Any
+) -> tuple[Tensor, Tensor]:
+    h = weights.new_empty(index.shape[0], index.shape[1], bank_a.shape[1])
+    return x.new_empty(x.shape[0], bank_b.shape[2]), h
+
+
+@_backward_op.register_fake
+def _backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    bank_a: Tensor,
+    bank_b: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    h: Tensor,
+    scaling: float,
+    needs: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape if needs[0] else 0),
+        weights.new_empty(weights.shape) if needs[1] else x.new_empty(0),
+        bank_a.new_empty(bank_a.shape) if needs[2] else x.new_empty(0),
+        bank_b.new_empty(bank_b.shape) if needs[2] else x.new_empty(0),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, bank_a, bank_b, index, weights, ctx.scaling, ctx.sparse_grad, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, bank_a, bank_b, index, weights, output[1])
+
+
+def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Any, ...]:
+    if dy is None:
+        return (None,) * 8
+    needs_x, needs_a, needs_b, _, needs_weights = ctx.needs_input_grad[:5]
+    tensors = ctx.saved_tensors
+    if ctx.sparse_grad and (needs_a or needs_b):
+        dx, d_weights, d_a, d_b = _sparse_backward(ctx, dy, needs_x, needs_weights)
+    else:
+        needs = [needs_x, needs_weights, needs_a or needs_b]
+        dx, d_weights, d_a, d_b = _backward_op(dy, *tensors, ctx.scaling, needs, ctx.backend)
+    return (
+        dx if needs_x else None,
+        d_a if needs_a else None,
+        d_b if needs_b else None,
+        None,
+        d_weights if needs_weights else None,
+        None,
+        None,
+        None,
+    )
+
+
+def _sparse_backward(
+    ctx: Any, dy: Tensor, needs_x: bool, needs_weights: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+    """The backward with gradients of the banks over the chosen experts only."""
+    x, bank_a, bank_b, index, weights, h = ctx.saved_tensors
+    kernel = dispatch.kernels(_OP, dispatch.resolve(_OP, x.device, ctx.backend, x.dtype))
+    groups = pair_groups(index, bank_a.shape[0], True)
+    dx, d_weights, d_a, d_b = kernel.mix_experts_bwd(
+        dy, x, bank_a, bank_b, index, weights, h, ctx.scaling, groups, needs_x, needs_weights
+    )
+    return dx, d_weights, _sparse(groups, d_a, bank_a), _sparse(groups, d_b, bank_b)
+
+
+def _sparse(groups: PairGroups, values: Tensor, bank: Tensor) -> Tensor:
+    assert groups.ids is not None
+    return torch.sparse_coo_tensor(
+        groups.ids.unsqueeze(0), values, bank.shape, check_invariants=False, is_coalesced=True
+    )
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)

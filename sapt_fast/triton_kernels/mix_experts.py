@@ -1,0 +1,335 @@
+"""Triton backend of op `mix_experts`: see `ops.mix_experts` for what is computed.
+
+Forward, two launches: one program per pair (row, choice) for h = x A^T, then one per row and tile
+of columns for the sum over its choices. The backward runs the same two on dy with the banks
+exchanged, and then one program per expert and tile of columns sums the gradient of a bank over the
+pairs of that expert, which lie next to each other after sorting. No atomics: every sum has a fixed
+order. Experts are read where they lie; a crowded one is read once per row that chose it.
+"""
+# ruff: noqa: N803 - kernel arguments keep the letters of the formulas
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sapt_fast.triton_kernels import common
+from sapt_fast.triton_kernels.common import cdiv, with_unit_column_stride
+
+if TYPE_CHECKING:
+    from sapt_fast.ops.mix_experts import PairGroups
+
+_BLOCK_RANK = 16
+
+
+@triton.jit(do_not_specialize=["k", "N", "R"])
+def _into_ranks_kernel(
+    x_ptr,
+    bank_ptr,
+    index_ptr,
+    h_ptr,
+    k,
+    N,
+    R,
+    D,
+    stride_xm,
+    stride_bn,
+    stride_br,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """h[pair, ranks of the tile] = x[row] bank[index[pair], ranks]^T; 0 without an expert."""
+    pair = tl.program_id(0).to(tl.int64)
+    ranks = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs = tl.arange(0, BLOCK_K)
+    expert = tl.load(index_ptr + pair)
+    acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    if (expert >= 0) & (expert < N):
+        x_ptrs = x_ptr + pair // k * stride_xm + offs
+        a_ptrs = bank_ptr + expert * stride_bn + ranks.to(tl.int64)[:, None] * stride_br
+        for d in range(0, D, BLOCK_K):
+            inside = offs < D - d
+            x = tl.load(x_ptrs + d, mask=inside, other=0.0).to(tl.float32)
+            mask = (ranks < R)[:, None] & inside[None, :]
+            a = tl.load(a_ptrs + (d + offs)[None, :], mask=mask, other=0.0).to(tl.float32)
+            acc += a * x[None, :]
+    tl.store(h_ptr + pair * R + ranks, tl.sum(acc, axis=1), mask=ranks < R)
+
+
+@triton.jit(do_not_specialize=["k", "N", "R", "scaling"])
+def _out_of_ranks_kernel(
+    h_ptr,
+    weights_ptr,
+    bank_ptr,
+    index_ptr,
+    out_ptr,
+    k,
+    N,
+    R,
+    D,
+    scaling,
+    stride_bn,
+    stride_br,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """out[row, columns] = sum over j and ranks of scaling weights[row, j] h[row, j] bank[n_j]."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+    for j in range(k):
+        pair = row * k + j
+        expert = tl.load(index_ptr + pair)
+        weight = tl.load(weights_ptr + pair) * scaling
+        # Nothing is read for a pair without an expert: its ranks are all masked.
+        last = tl.where((expert >= 0) & (expert < N), R, 0)
+        for r in range(0, R, BLOCK_R):
+            ranks = r + tl.arange(0, BLOCK_R)
+            h = tl.load(h_ptr + pair * R + ranks, mask=ranks < last, other=0.0)
+            b = tl.load(
+                bank_ptr
+                + expert * stride_bn
+                + ranks.to(tl.int64)[:, None] * stride_br
+                + columns[None, :],
+                mask=(ranks < last)[:, None] & (columns < D)[None, :],
+                other=0.0,
+            )
+            acc += (h * weight)[:, None] * b.to(tl.float32)
+    out = tl.sum(acc, axis=0).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * D + columns, out, mask=columns < D)
+
+
+@triton.jit(do_not_specialize=["k", "rows", "R", "scaling"])
+def _bank_grad_kernel(
+    h_ptr,
+    weights_ptr,
+    x_ptr,
+    order_ptr,
+    target_ptr,
+    stop_ptr,
+    out_ptr,
+    k,
+    rows,
+    R,
+    D,
+    scaling,
+    stride_xm,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """out[target, ranks, columns] = sum over the pairs of a target of scaling weights h (x) x[row].
+
+    Program p of axis 0 belongs to the p-th sorted pair and works if that is the first of its
+    target; axis 1 counts tiles of columns, axis 2 tiles of ranks. The tile is [columns, ranks].
+    """
+    first = tl.program_id(0)
+    target = tl.load(target_ptr + first)
+    before = tl.load(target_ptr + first - 1, mask=first > 0, other=-1)
+    if (target > before) & (target >= 0) & (target < rows):
+        stop = tl.load(stop_ptr + first).to(tl.int32)
+        tl.assume(stop > first)
+        columns = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+        ranks = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
+        offs = tl.arange(0, BLOCK_K)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for p in range(first, stop, BLOCK_K):
+            inside = offs < stop - p
+            pairs = tl.load(order_ptr + p + offs, mask=inside, other=0)
+            weights = tl.load(weights_ptr + pairs, mask=inside, other=0.0) * scaling
+            h_mask = inside[:, None] & (ranks < R)[None, :]
+            h = tl.load(h_ptr + pairs[:, None] * R + ranks[None, :], mask=h_mask, other=0.0)
+            x_ptrs = x_ptr + (pairs // k)[:, None] * stride_xm + columns[None, :]
+            x = tl.load(x_ptrs, mask=inside[:, None] & (columns < D)[None, :], other=0.0)
+            hw = h * weights[:, None]
+            acc = tl.dot(x.to(COMPUTE).T, hw.to(COMPUTE), acc, input_precision="ieee")
+        out_rows = (target * R + ranks) * D
+        mask = (columns < D)[:, None] & (ranks < R)[None, :]
+        out_ptrs = out_ptr + out_rows[None, :] + columns[:, None]
+        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def mix_experts_fwd(
+    x: Tensor, bank_a: Tensor, bank_b: Tensor, index: Tensor, weights: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum of the chosen experts' outputs.
+
+    Args:
+        x: Of shape `[M, I]`, float32, float16 or bfloat16, any strides.
+        bank_a: Of shape `[N, r, I]`, in x's dtype or float32; copied unless its columns are
+            adjacent in memory.
+        bank_b: Of shape `[N, r, O]`, likewise.
+        index: Of shape `[M, k]`, int64; values outside [0, N) mean no expert.
+        weights: Of shape `[M, k]`, float32.
+        scaling: Of all experts.
+
+    Returns:
+        delta of shape `[M, O]`, contiguous, in x's dtype, and h = x A^T of shape `[M, k, r]`,
+        float32, 0 where there is no expert.
+
+    Raises:
+        TypeError: x is not float32, float16 or bfloat16.
+        ValueError: the tensors are not on a CUDA device (unless the interpreter runs).
+    """
+    common.compute_dtype(x.dtype)
+    common.device_traits(x.device)
+    bank_a, bank_b = _with_unit_stride(bank_a), _with_unit_stride(bank_b)
+    index, weights = index.contiguous(), weights.contiguous()
+    h = _into_ranks(with_unit_column_stride(x), bank_a, index)
+    return _out_of_ranks(h, bank_b, index, weights, scaling, x.dtype), h
+
+
+def mix_experts_bwd(
+    dy: Tensor,
+    x: Tensor,
+    bank_a: Tensor,
+    bank_b: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    h: Tensor,
+    scaling: float,
+    groups: PairGroups | None,
+    needs_x: bool,
+    needs_weights: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `mix_experts_fwd`; deterministic.
+
+    Args:
+        dy: Of shape `[M, O]`, any strides, also expanded.
+        x, bank_a, bank_b, index, weights, scaling: As in the forward.
+        h: The h that the forward returned.
+        groups: The pairs sorted by expert, if the banks' gradients are wanted.
+        needs_x: Whether dx is wanted.
+        needs_weights: Whether d_weights is wanted.
+
+    Returns:
+        dx `[M, I]`, d_weights `[M, k]` float32, d_a `[rows, r, I]` and d_b `[rows, r, O]` in the
+        banks' dtype, rows those of `groups`. None for what is not wanted.
+
+    Raises:
+        TypeError, ValueError: As in the forward.
+    """
+    bank_a, bank_b = _with_unit_stride(bank_a), _with_unit_stride(bank_b)
+    dy, x = with_unit_column_stride(dy), with_unit_column_stride(x)
+    index, weights = index.contiguous(), weights.contiguous()
+    g = _into_ranks(dy, bank_b, index)
+    dx = d_weights = d_a = d_b = None
+    if needs_x:
+        dx = _out_of_ranks(g, bank_a, index, weights, scaling, x.dtype)
+    if needs_weights:
+        d_weights = (g * h).sum(-1) * scaling
+    if groups is not None:
+        stop = torch.searchsorted(groups.target, groups.target, right=True)
+        d_a = _bank_grad(g, weights, x, groups, stop, scaling, bank_a.dtype)
+        d_b = _bank_grad(h, weights, dy, groups, stop, scaling, bank_b.dtype)
+    return dx, d_weights, d_a, d_b
+
+
+def _into_ranks(x: Tensor, bank: Tensor, index: Tensor) -> Tensor:
+    """h [M, k, r]: every row times its experts' factors [r, D]."""
+    (M, k), (N, R, D) = index.shape, bank.shape
+    h = x.new_empty((M, k, R), dtype=torch.float32)
+    if h.numel() == 0:
+        return h
+    block_r = min(_BLOCK_RANK, triton.next_power_of_2(R))
+    with torch.cuda.device_of(x):
+        _into_ranks_kernel[(M * k, cdiv(R, block_r))](
+            x,
+            bank,
+            index,
+            h,
+            k,
+            N,
+            R,
+            D,
+            x.stride(0),
+            bank.stride(0),
+            bank.stride(1),
+            BLOCK_R=block_r,
+            BLOCK_K=min(512, max(16, triton.next_power_of_2(D))),
+            num_warps=4,
+        )
+    return h
+
+
+def _out_of_ranks(
+    h: Tensor, bank: Tensor, index: Tensor, weights: Tensor, scaling: float, dtype: torch.dtype
+) -> Tensor:
+    """[M, D]: the weighted sum of the experts' factors [r, D], with coefficients h [M, k, r]."""
+    (M, k), (N, R, D) = index.shape, bank.shape
+    out = h.new_empty((M, D), dtype=dtype)
+    if out.numel() == 0:
+        return out
+    block_r = min(_BLOCK_RANK, triton.next_power_of_2(max(R, 1)))
+    block_n = min(256, max(16, triton.next_power_of_2(D)))
+    with torch.cuda.device_of(h):
+        _out_of_ranks_kernel[(M, cdiv(D, block_n))](
+            h,
+            weights,
+            bank,
+            index,
+            out,
+            k,
+            N,
+            R,
+            D,
+            scaling,
+            bank.stride(0),
+            bank.stride(1),
+            BLOCK_R=block_r,
+            BLOCK_N=block_n,
+            num_warps=4,
+        )
+    return out
+
+
+def _bank_grad(
+    h: Tensor,
+    weights: Tensor,
+    x: Tensor,
+    groups: PairGroups,
+    stop: Tensor,
+    scaling: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """[rows, r, D]: for each target the sum over its pairs of weighted h [r] (x) x [D]."""
+    (_, k, R), D, P = h.shape, x.shape[1], groups.order.shape[0]
+    out = x.new_zeros((groups.rows, R, D), dtype=dtype)
+    if out.numel() == 0 or P == 0:
+        return out
+    interpreted = common.device_traits(x.device).capability == 0
+    block_d = 32 if interpreted else 128
+    block_r = 16 if interpreted else max(16, min(64, triton.next_power_of_2(R)))
+    with torch.cuda.device_of(x):
+        _bank_grad_kernel[(P, cdiv(D, block_d), cdiv(R, block_r))](
+            h,
+            weights,
+            x,
+            groups.order,
+            groups.target,
+            stop,
+            out,
+            k,
+            groups.rows,
+            R,
+            D,
+            scaling,
+            x.stride(0),
+            BLOCK_M=block_d,
+            BLOCK_N=block_r,
+            BLOCK_K=16 if x.element_size() == 4 or interpreted else 32,
+            COMPUTE=common.compute_dtype(x.dtype),
+            num_warps=4,
+            num_stages=3,
+        )
+    return out
+
+
+def _with_unit_stride(bank: Tensor) -> Tensor:
+    return bank if bank.stride(2) == 1 else bank.contiguous()

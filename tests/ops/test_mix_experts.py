@@ -1,0 +1,383 @@
+"""Every backend of `mix_experts` against a float64 loop over the pairs: forward, all gradients."""
+
+import importlib
+
+import pytest
+import torch
+
+from sapt_fast import dispatch
+from sapt_fast.ops import mix_experts, nearest_key, topk_keys
+
+op = importlib.import_module("sapt_fast.ops.mix_experts")
+
+BACKENDS = ["reference", "triton"]
+GPU = "cuda" if torch.cuda.is_available() else "cpu"  # Triton interprets on the CPU
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# Error relative to the root mean square; the interpreter truncates where bfloat16 is stored.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+FLOATS = ("x", "bank_a", "bank_b", "weights")
+# name: (M, N, r, I, O, k)
+CASES = {
+    "odd": (5, 7, 3, 19, 21, 3),
+    "one_of_everything": (1, 1, 1, 1, 1, 1),
+    "one_row_of_many_experts": (1, 50, 4, 16, 8, 9),
+    "ranks_beyond_a_tile": (3, 4, 21, 16, 24, 2),
+    "crowded": (20, 2, 4, 16, 40, 1),
+}
+
+
+def _device(backend):
+    return GPU if backend == "triton" else "cpu"
+
+
+def _inputs(case, dtype=torch.float32, bank_dtype=None, seed=0):
+    m, n, r, i, o, k = CASES[case]
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*size, of=dtype):
+        return torch.randn(*size, generator=generator, dtype=torch.float64).to(of)
+
+    return {
+        "x": draw(m, i),
+        "bank_a": draw(n, r, i, of=bank_dtype or dtype),
+        "bank_b": draw(n, r, o, of=bank_dtype or dtype),
+        "index": torch.randint(-1 if n > 1 else 0, n, (m, k), generator=generator),
+        "weights": draw(m, k, of=torch.promote_types(dtype, torch.float32)),
+    }
+
+
+def _leaves(inputs, backend):
+    moved = {n: t.detach().to(_device(backend), copy=True) for n, t in inputs.items()}
+    return {n: t.requires_grad_(t.is_floating_point()) for n, t in moved.items()}
+
+
+def _incoming(y):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
+
+
+def _run(inputs, backend, **options):
+    """(output, gradients by name) on the CPU."""
+    leaves = _leaves(inputs, backend)
+    y = mix_experts(*leaves.values(), backend=backend, **options)
+    y.backward(_incoming(y))
+    return y.detach().cpu(), {name: leaves[name].grad.cpu() for name in FLOATS}
+
+
+def _loop(inputs, scaling):
+    """The formula pair by pair in float64."""
+    leaves = {n: t.double() if n != "index" else t for n, t in inputs.items()}
+    leaves = _leaves(leaves, "reference")
+    x, bank_a, bank_b, index, weights = leaves.values()
+    rows = []
+    for m in range(len(x)):
+        row = x.new_zeros(bank_b.shape[2])
+        for j, n in enumerate(index[m].tolist()):
+            if n >= 0:
+                row = row + scaling * weights[m, j] * ((x[m] @ bank_a[n].t()) @ bank_b[n])
+        rows.append(row)
+    y = torch.stack(rows)
+    y.backward(_incoming(y))
+    return y.detach(), {name: leaves[name].grad for name in FLOATS}
+
+
+def _error(got, want):
+    got, want = got.double(), want.double()
+    return ((got - want).norm() / want.norm().clamp(min=1e-30)).item()
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    reason = dispatch.unavailable("mix_experts", request.param, _device(request.param))
+    assert reason is None, reason
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("case", CASES)
+def test_forward_and_every_gradient(backend, case, dtype):
+    inputs = _inputs(case, dtype)
+    exact, exact_grads = _loop(inputs, 0.5)
+    y, grads = _run(inputs, backend, scaling=0.5)
+    assert y.dtype == dtype
+    assert y.is_contiguous()
+    assert _error(y, exact) <= TOLERANCE[dtype]
+    for name in FLOATS:
+        assert grads[name].dtype == inputs[name].dtype
+        assert _error(grads[name], exact_grads[name]) <= TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_sparse_gradients_hold_the_chosen_experts_only(backend, dtype):
+    inputs = _inputs("one_row_of_many_experts", dtype)
+    _, dense = _run(inputs, backend)
+    _, sparse = _run(inputs, backend, sparse_grad=True)
+    chosen = inputs["index"].unique()
+    for name in ("bank_a", "bank_b"):
+        assert sparse[name].layout == torch.sparse_coo
+        assert torch.equal(sparse[name]._indices()[0], chosen[chosen >= 0])  # unique, ascending
+        assert torch.equal(sparse[name].to_dense(), dense[name])
+    for name in ("x", "weights"):
+        assert torch.equal(sparse[name], dense[name])
+
+
+def test_a_step_of_sparse_adam_is_one_of_adam_for_the_chosen(backend):
+    inputs = _inputs("odd")
+    stepped = []
+    for optimizer, sparse in ((torch.optim.SparseAdam, True), (torch.optim.Adam, False)):
+        leaves = _leaves(inputs, backend)
+        banks = [leaves["bank_a"], leaves["bank_b"]]
+        mix_experts(*leaves.values(), sparse_grad=sparse, backend=backend).sum().backward()
+        optimizer(banks, lr=0.1).step()
+        stepped.append([bank.detach() for bank in banks])
+    for by_sparse, by_dense in zip(*stepped, strict=True):
+        torch.testing.assert_close(by_sparse, by_dense)
+
+
+def test_sparse_gradients_when_no_expert_is_chosen(backend):
+    inputs = {**_inputs("odd"), "index": torch.full((5, 3), -1)}
+    y, grads = _run(inputs, backend, sparse_grad=True)
+    assert not y.any()
+    assert not grads["x"].any()
+    assert grads["bank_a"]._values().shape == (0, 3, 19)
+
+
+def test_an_expert_chosen_twice_counts_twice(backend):
+    inputs = _inputs("odd")
+    inputs["index"] = torch.zeros(5, 3, dtype=torch.int64)
+    exact, exact_grads = _loop(inputs, 1.0)
+    y, grads = _run(inputs, backend)
+    assert _error(y, exact) <= 1e-6
+    assert all(_error(grads[name], exact_grads[name]) <= 2e-6 for name in FLOATS)
+
+
+@pytest.mark.parametrize("wanted", FLOATS)
+def test_when_only_one_input_wants_a_gradient(backend, wanted):
+    inputs = _inputs("odd")
+    _, expected = _run(inputs, backend)
+    leaves = {n: t.to(_device(backend), copy=True) for n, t in inputs.items()}
+    leaves[wanted].requires_grad_()
+    y = mix_experts(*leaves.values(), backend=backend)
+    y.backward(_incoming(y))
+    assert torch.equal(leaves[wanted].grad.cpu(), expected[wanted])
+
+
+def test_float32_banks_on_bfloat16_rows(backend):
+    inputs = _inputs("odd", torch.bfloat16, torch.float32)
+    exact, exact_grads = _loop(inputs, 1.0)
+    y, grads = _run(inputs, backend)
+    assert y.dtype == torch.bfloat16
+    assert grads["bank_a"].dtype == torch.float32
+    assert _error(y, exact) <= 1e-2
+    assert all(_error(grads[name], exact_grads[name]) <= 1e-2 for name in FLOATS)
+
+
+def test_weights_may_be_of_the_rows_dtype(backend):
+    inputs = _inputs("odd", torch.float16)
+    inputs["weights"] = inputs["weights"].half()
+    y, grads = _run(inputs, backend)
+    assert _error(y, _loop(inputs, 1.0)[0]) <= 2e-3
+    assert grads["weights"].dtype == torch.float16
+
+
+def _strided(t):
+    wide = t.new_full((*t.shape, 2), -1 if t.dtype == torch.int64 else float("nan"))
+    wide[..., 0] = t
+    return wide[..., 0]
+
+
+def test_non_contiguous_inputs_and_gradient(backend):
+    inputs = _inputs("odd")
+    exact, exact_grads = _loop(inputs, 1.0)
+    leaves = {n: _strided(t.to(_device(backend))).detach() for n, t in inputs.items()}
+    for name in FLOATS:
+        leaves[name].requires_grad_()
+    y = mix_experts(*leaves.values(), backend=backend)
+    y.backward(_strided(_incoming(y)))
+    assert _error(y.detach().cpu(), exact) <= 1e-6
+    assert all(_error(leaves[name].grad.cpu(), exact_grads[name]) <= 2e-6 for name in FLOATS)
+    permuted = {**_leaves(inputs, backend)}
+    permuted["bank_a"] = permuted["bank_a"].detach().permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    assert _error(mix_experts(*permuted.values(), backend=backend).detach().cpu(), exact) <= 1e-6
+
+
+def test_expanded_gradient_and_inputs_are_left_alone(backend):
+    leaves = _leaves(_inputs("odd"), backend)
+    before = {n: t.detach().clone() for n, t in leaves.items()}
+    mix_experts(*leaves.values(), backend=backend).sum().backward()
+    assert all(torch.equal(leaves[n], before[n]) for n in leaves)
+
+
+@pytest.mark.parametrize("empty", ["rows", "choices", "ranks", "experts"])
+def test_empty(backend, empty):
+    inputs = _inputs("odd")
+    if empty == "rows":
+        inputs |= {n: inputs[n][:0] for n in ("x", "index", "weights")}
+    elif empty == "choices":
+        inputs |= {n: inputs[n][:, :0] for n in ("index", "weights")}
+    elif empty == "ranks":
+        inputs |= {n: inputs[n][:, :0] for n in ("bank_a", "bank_b")}
+    else:
+        inputs |= {n: inputs[n][:0] for n in ("bank_a", "bank_b")}
+        inputs["index"] = torch.full_like(inputs["index"], -1)
+    y, grads = _run(inputs, backend)
+    assert y.shape == (len(inputs["x"]), 21)
+    assert not y.any()
+    assert all(torch.equal(grads[n], torch.zeros_like(inputs[n])) for n in FLOATS)
+
+
+def test_unwritten_memory_never_shows(backend, monkeypatch):
+    inputs = _inputs("odd")
+    expected = _run(inputs, backend)
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch.Tensor, "new_empty"),
+    ):
+        allocate = getattr(owner, name)
+
+        def poisoned(*args, allocate=allocate, **kwargs):
+            t = allocate(*args, **kwargs)
+            return t.fill_(float("nan")) if t.is_floating_point() else t
+
+        monkeypatch.setattr(owner, name, poisoned)
+    y, grads = _run(inputs, backend)
+    assert torch.equal(y, expected[0])
+    assert all(torch.equal(grads[n], expected[1][n]) for n in FLOATS)
+
+
+def test_the_same_bits_every_time(backend):
+    first, second = (_run(_inputs("crowded"), backend) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert all(torch.equal(first[1][n], second[1][n]) for n in FLOATS)
+
+
+def test_chunks_change_nothing(monkeypatch):
+    inputs = _inputs("odd")
+    expected = _run(inputs, "reference")
+    monkeypatch.setattr(op, "_GATHER_CHUNK", 400)
+    y, grads = _run(inputs, "reference")
+    assert _error(y, expected[0]) <= 1e-6
+    assert all(_error(grads[n], expected[1][n]) <= 1e-6 for n in FLOATS)
+
+
+def test_the_reference_gathers_no_more_than_a_chunk(monkeypatch):
+    inputs, sizes = _inputs("odd"), []
+    gather = op._gather
+    monkeypatch.setattr(op, "_GATHER_CHUNK", 400)
+    monkeypatch.setattr(op, "_gather", lambda *a: sizes.append(gather(*a).numel()) or gather(*a))
+    _run(inputs, "reference")
+    assert max(sizes) <= 400
+
+
+def test_takes_what_the_searches_return(backend):
+    inputs = _inputs("odd")
+    keys = torch.randn(7, 19, generator=torch.Generator().manual_seed(2))
+    scores, index = topk_keys(inputs["x"], keys, 3, backend="reference")
+    inputs |= {"index": index, "weights": scores.softmax(-1)}
+    assert _error(_run(inputs, backend)[0], _loop(inputs, 1.0)[0]) <= 1e-6
+    index, _ = nearest_key(inputs["x"], keys, torch.full((7,), 5.0), backend="reference")
+    inputs |= {"index": index.unsqueeze(1), "weights": torch.ones(5, 1)}
+    assert {True, False} == set((index < 0).tolist())
+    assert _error(_run(inputs, backend)[0], _loop(inputs, 1.0)[0]) <= 1e-6
+
+
+def test_gradcheck():
+    inputs = _inputs("odd", torch.float64)
+    index = inputs.pop("index")
+    leaves = [t.requires_grad_() for t in inputs.values()]
+
+    def layer(x, bank_a, bank_b, weights):
+        return mix_experts(x, bank_a, bank_b, index, weights, scaling=0.5, backend="reference")
+
+    torch.autograd.gradcheck(layer, leaves)
+
+
+def test_opcheck(backend):
+    leaves = list(_leaves(_inputs("odd"), backend).values())
+    torch.library.opcheck(op._forward_op, (*leaves, 0.5, False, backend))
+    leaves = [t.detach() for t in leaves]
+    y, h = op._forward_op(*leaves, 0.5, False, backend)
+    for needs in ([True, True, True], [False, True, False]):
+        arguments = (torch.ones_like(y), *leaves, h, 0.5, needs, backend)
+        torch.library.opcheck(op._backward_op, arguments)
+
+
+def test_fullgraph_compile_forward_and_backward(backend):
+    def layer(x, bank_a, bank_b, index, weights):
+        return mix_experts(x, bank_a, bank_b, index, weights, backend=backend).relu()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for case in ("odd", "ranks_beyond_a_tile"):
+        pair = [_leaves(_inputs(case), backend) for _ in range(2)]
+        for function, leaves in zip((layer, compiled), pair, strict=True):
+            function(*leaves.values()).square().sum().backward()
+        for name in FLOATS:
+            torch.testing.assert_close(pair[0][name].grad, pair[1][name].grad)
+
+
+def test_sparse_gradients_are_refused_under_compile():
+    def layer(x, bank_a, bank_b, index, weights):
+        return mix_experts(x, bank_a, bank_b, index, weights, sparse_grad=True)
+
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="sparse_grad"):
+        torch.compile(layer, fullgraph=True, backend="aot_eager")(*_inputs("odd").values())
+
+
+def test_without_gradients_the_same(backend):
+    inputs = _inputs("odd")
+    with torch.no_grad():
+        y = mix_experts(*_leaves(inputs, backend).values(), backend=backend)
+    assert torch.equal(y.cpu(), _run(inputs, backend)[0])
+
+
+def test_autocast_computes_in_its_dtype(backend):
+    inputs = _inputs("odd")
+    with torch.autocast(_device(backend), torch.bfloat16):
+        y, grads = _run(inputs, backend)
+    assert y.dtype == torch.bfloat16
+    assert _error(y, _loop(inputs, 1.0)[0]) <= 2e-2
+    assert all(grads[name].dtype == torch.float32 for name in FLOATS)
+
+
+def test_values_out_of_range_touch_nothing_in_the_kernels():
+    inputs = _inputs("odd")
+    kernels = importlib.import_module("sapt_fast.triton_kernels.mix_experts")
+    results = []
+    for none in (-1, 7, -9, 2**40):
+        inputs["index"] = torch.tensor([[3, none, 0]] * 5)
+        t = [v.to(_device("triton")) for v in inputs.values()]
+        y, h = kernels.mix_experts_fwd(*t, 1.0)
+        groups = op.pair_groups(t[3], 7, False)
+        grads = kernels.mix_experts_bwd(y, *t, h, 1.0, groups, True, True)
+        results.append([y, h, *grads])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+BAD = {
+    "x": ({"x": torch.zeros(5)}, ValueError, r"x: got shape \(5,\)"),
+    "x dtype": ({"x": torch.zeros(5, 19).long()}, TypeError, "x: got dtype"),
+    "bank_a": ({"bank_a": torch.zeros(7, 3, 18)}, ValueError, r"bank_a: .*\[N, r, 19\]"),
+    "bank_b": ({"bank_b": torch.zeros(7, 4, 21)}, ValueError, r"bank_b: .*\[7, 3, O\]"),
+    "bank_a dtype": ({"bank_a": torch.zeros(7, 3, 19).half()}, TypeError, "bank_a: got dtype"),
+    "bank_b dtype": ({"bank_b": torch.zeros(7, 3, 21).half()}, TypeError, "bank_b: got dtype"),
+    "index": ({"index": torch.zeros(4, 3).long()}, ValueError, r"index: .*\[5, k\]"),
+    "index dtype": ({"index": torch.zeros(5, 3).int()}, TypeError, "index: got dtype"),
+    "too high": ({"index": torch.full((5, 3), 7)}, ValueError, "index: got values from 7 to 7"),
+    "too low": ({"index": torch.full((5, 3), -2)}, ValueError, "index: got values from -2"),
+    "weights": ({"weights": torch.zeros(5, 2)}, ValueError, "weights: got shape"),
+    "weights dtype": ({"weights": torch.zeros(5, 3).long()}, TypeError, "weights: got dtype"),
+    "device": ({"weights": torch.zeros(5, 3, device="meta")}, ValueError, "weights: got device"),
+    "backend": ({"backend": "rocket"}, ValueError, "rocket"),
+    "no such kernel": ({"backend": "cpu"}, dispatch.BackendError, "no cpu kernel"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_names_the_argument(name):
+    changes, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        mix_experts(**{**_inputs("odd"), **changes})

@@ -191,6 +191,20 @@ def test_unwritten_memory_never_shows_and_bits_repeat(backend, monkeypatch):
     assert all(torch.equal(grads[n], expected[1][n]) for n in grads)
 
 
+@pytest.mark.parametrize("width", [64, 50], ids=["aligned", "unaligned"])
+def test_the_tiles_of_a_large_gpu(monkeypatch, width):
+    """Interpreted kernels have small tiles of their own; here they run those of an H200."""
+    common = pytest.importorskip("sapt_fast.triton_kernels.common")
+    traits = common.DeviceTraits(capability=90, num_sms=132)
+    monkeypatch.setattr(common, "device_traits", lambda device: traits)
+    inputs = _inputs((17, 18, 11, 35, width))
+    exact, exact_grads = _exact(inputs)
+    y, grads = _run(_leaves(inputs, "triton"), lambda *t: mix_prompts(*t, backend="triton"))
+    _assert_close(y, exact, torch.float32, "y")
+    for name, grad in grads.items():
+        _assert_close(grad, exact_grads[name], torch.float32, name)
+
+
 def test_float32_prompts_before_bfloat16_embeddings(backend):
     inputs = _inputs((2, 3, 4, 5, 16), torch.bfloat16)
     inputs["prompts"] = inputs["prompts"].float()

@@ -296,6 +296,29 @@ def test_unwritten_memory_never_shows_and_bits_repeat(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(results(), expected, strict=True))
 
 
+@pytest.mark.parametrize("width", [64, 50], ids=["aligned", "unaligned"])
+def test_the_tiles_of_a_large_gpu(monkeypatch, width):
+    """Interpreted kernels have small tiles of their own; here they run those of an H200."""
+    common = pytest.importorskip("sapt_fast.triton_kernels.common")
+    traits = common.DeviceTraits(capability=90, num_sms=132)
+    monkeypatch.setattr(common, "device_traits", lambda device: traits)
+    ids, table, mask = _tokens((2, 150), width)
+    for pooling in ("max", "mean"):
+        dy = torch.randn(2, width)
+        exact, exact_grad = _pooled(ids, table, mask, pooling, dy)
+        leaf = table.to(GPU, copy=True).requires_grad_()
+        arguments = {"mask": mask.to(GPU), "pooling": pooling, "backend": "triton"}
+        pooled = pool_tokens(ids.to(GPU), leaf, **arguments)
+        pooled.backward(dy.to(GPU))
+        torch.testing.assert_close(pooled.double().cpu(), exact, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(leaf.grad.double().cpu(), exact_grad, rtol=1e-6, atol=1e-6)
+    monkeypatch.setitem(SCORES, "large", (2, width, 20, 18))
+    inputs = _route_inputs("large")
+    expected = _scores({n: t.double() for n, t in inputs.items()})
+    scores = _scores({n: t.to(GPU) for n, t in inputs.items()}, backend="triton")
+    torch.testing.assert_close(scores.double().cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("pooling", ["max", "mean"])
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 def test_opcheck_pooling(masked, pooling):

@@ -15,6 +15,11 @@ __all__ = ["atomic_write_bytes", "atomic_write_text", "replace_directory", "whol
 logger = logging.getLogger(__name__)
 
 
+def is_folder_name(name: str) -> bool:
+    """Whether `name` can be a folder beside others: not empty, no path, not `.` or `..`."""
+    return bool(name) and os.path.basename(name) == name and name not in (".", "..")
+
+
 def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
     """Write `data` to `path` so that a reader sees the old file or the new one, never a part.
 

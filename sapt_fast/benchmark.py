@@ -51,6 +51,8 @@ def time_layer(
     Returns:
         By name: "base linear" (the layer without adapters), then the backends.
     """
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: got {device!r}, but torch sees no GPU; use 'cpu'")
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:

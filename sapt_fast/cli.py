@@ -186,7 +186,7 @@ def train(
         seed=seed,
     )
     if target_modules is not None:
-        options["target_modules"] = target_modules.split(",")
+        options["target_modules"] = [name.strip() for name in target_modules.split(",")]
     settings = ContinualSettings.of(
         preset, **{name: options[name] for name in ContinualSettings.names() if name in options}
     )

@@ -83,19 +83,15 @@ def _target_ids(
 
 @dataclass(frozen=True)
 class Collator:
-    """Rows of `encode_rows` to a padded batch; decoder-only models are padded on the left.
+    """Rows of `encode_rows` to a batch padded on the right, where padding moves no position.
 
     Attributes:
         pad_token_id: pads `input_ids`; labels are padded with -100.
-        causal: whether the model is decoder-only.
     """
 
     pad_token_id: int
-    causal: bool
 
     def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
-        ids, mask = pad_rows(
-            [row["input_ids"] for row in rows], self.pad_token_id, left=self.causal
-        )
-        labels, _ = pad_rows([row["labels"] for row in rows], LABEL_PADDING, left=self.causal)
+        ids, mask = pad_rows([row["input_ids"] for row in rows], self.pad_token_id)
+        labels, _ = pad_rows([row["labels"] for row in rows], LABEL_PADDING)
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}

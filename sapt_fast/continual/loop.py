@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import random
 import shutil
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from transformers import PrinterCallback, Seq2SeqTrainingArguments, TrainerState, set_seed
 
 from sapt_fast import __version__
+from sapt_fast._files import is_folder_name
 from sapt_fast.checkpoint import load_pretrained
 from sapt_fast.continual.collate import Collator, encode_rows, prompt_ids
 from sapt_fast.continual.data import Example, TaskData, read_split
@@ -117,10 +119,9 @@ def run_continual(
     if STRATEGIES[settings.strategy].alone:
         raise ValueError(f"strategy: {settings.strategy!r} has no sequence, use run_alone")
     run = _Run(model, tokenizer, tasks, settings)
+    if alone is not None:
+        _check_alone(alone, run.names)
     run.open(Path(output_dir), source, resume)
-    missing = [] if alone is None else sorted(set(run.names) - set(alone))
-    if missing:
-        raise ValueError(f"alone: got no score for {', '.join(missing)}")
     run.learn_all()
     return run.report(alone)
 
@@ -205,7 +206,10 @@ class _Run:
         self.names = tuple(task.name for task in tasks)
         self.strategy = STRATEGIES[settings.strategy]()
         self.causal = not model.config.is_encoder_decoder
+        self._check_replay()
         self.device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device: got 'cuda', but torch sees no GPU; use 'cpu'")
         model.to(self.device)
         # How many tasks the model holds; None before it is patched.
         self._holds: int | None = None
@@ -311,7 +315,7 @@ class _Run:
             self._arguments(folder, seed),
             train_dataset=self._encoded(task.train),
             eval_dataset=self._encoded(task.dev),
-            data_collator=Collator(self.tokenizer.pad_token_id, self.causal),
+            data_collator=Collator(self.tokenizer.pad_token_id),
             replay=self.strategy.replay(self.model, learned) if learned else (),
             replay_batch_size=settings.replay_batch_size,
             pad_token_id=self.tokenizer.pad_token_id,
@@ -392,6 +396,19 @@ class _Run:
             Learned(task.name, self._inputs(self._replayed(task))) for task in self.tasks[:index]
         ]
 
+    def _check_replay(self) -> None:
+        """Reads every file of pseudo-samples now, not when a task that needs it has trained."""
+        if self.settings.replay in ("none", "real") or not self.strategy.replays:
+            return
+        for task in self.tasks[:-1]:
+            try:
+                self._replayed(task)
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"replay: got {self.settings.replay!r}, expected 'real', 'none' or a folder of "
+                    f"pseudo-samples; {error}"
+                ) from error
+
     def _replayed(self, task: TaskData) -> Sequence[Example]:
         if self.settings.replay != "real":
             return read_split(self.settings.replay, task.benchmark, task.name)
@@ -454,9 +471,20 @@ def _check_tasks(tasks: Sequence[TaskData]) -> None:
     if twice:
         raise ValueError(f"tasks: named more than once: {', '.join(twice)}")
     for task in tasks:
+        if not is_folder_name(task.name):
+            raise ValueError(f"tasks: got the name {task.name!r}, expected one fit for a folder")
         for split in _SPLITS:
             if not getattr(task, split):
                 raise ValueError(f"tasks: {task.name!r} has no {split} rows, expected at least one")
+
+
+def _check_alone(alone: Mapping[str, float], names: Sequence[str]) -> None:
+    missing = sorted(set(names) - set(alone))
+    if missing:
+        raise ValueError(f"alone: got no score for {', '.join(missing)}")
+    for name in names:
+        if not isinstance(alone[name], (int, float)) or not math.isfinite(alone[name]):
+            raise ValueError(f"alone: got {alone[name]!r} for {name}, expected a score in percent")
 
 
 def _digest(task: TaskData) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -18,7 +19,12 @@ PRESETS = {
 
 _METRICS = (None, "rouge_l", "exact_match")
 # These change where and how a run computes, not what it comes to.
-_FREE = ("device", "eval_batch_size", "progress")
+_FREE = ("device", "progress")
+_POSITIVE = ("learning_rate", "key_learning_rate", "query_learning_rate", "epochs", "save_steps")
+_COUNTS = (
+    "batch_size", "accumulation", "eval_batch_size", "max_source_length", "max_target_length",
+    "steps", "replay_batch_size",
+)  # fmt: skip
 
 
 @dataclass
@@ -108,14 +114,19 @@ class ContinualSettings:
             raise ValueError(f"metric: got {self.metric!r}, expected one of {_METRICS}")
         if self.device not in (None, "cpu", "cuda"):
             raise ValueError(f"device: got {self.device!r}, expected 'cpu', 'cuda' or None")
-        for name in ("batch_size", "accumulation", "eval_batch_size", "max_source_length",
-                     "max_target_length", "steps", "replay_batch_size"):  # fmt: skip
+        for name in _COUNTS:
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: got {value}, expected at least 1")
-        for name in ("learning_rate", "epochs", "save_steps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected a positive number")
+            if value is not None and not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"{name}: got {value}, expected a whole number of at least 1")
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}: got {value}, expected a positive number")
+        for name in ("weight_decay", "max_grad_norm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 0")
+        if not self.replay:
+            raise ValueError("replay: got '', expected 'real', 'none' or a folder")
         if not 0 < self.replay_share <= 1:
             raise ValueError(f"replay_share: got {self.replay_share}, expected a share in (0, 1]")
 

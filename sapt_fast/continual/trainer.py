@@ -144,10 +144,12 @@ class SaptTrainer(Seq2SeqTrainer):
             normalized = num_items_in_batch is not None
             steps = self.current_gradient_accumulation_steps if normalized else 1
             loss = loss + self._own_key_loss() / steps
-            kl = self._reflection_loss()
-            self._kl_since_log.append((kl.detach(), 1 / self.current_gradient_accumulation_steps))
-            scale = 1 if self.kl_per_micro_batch else steps
-            loss = loss + self.sapt.config.kl_ratio * kl / scale
+            if self.replay:
+                kl = self._reflection_loss()
+                share = 1 / self.current_gradient_accumulation_steps
+                self._kl_since_log.append((kl.detach(), share))
+                scale = 1 if self.kl_per_micro_batch else steps
+                loss = loss + self.sapt.config.kl_ratio * kl / scale
         return (loss, outputs) if return_outputs else loss
 
     def _forward(self, model: nn.Module, inputs: dict[str, Any]) -> Any:

@@ -132,6 +132,11 @@ class SaptConfig:
         for name, (fits, expected) in _FIELDS.items():
             value = getattr(self, name)
             _require(fits(value), name, value, expected)
+        sparse = self.top_k is not None or self.threshold is not None
+        _require(
+            not (self.own_key_loss and sparse), "own_key_loss", self.own_key_loss,
+            "0 with top_k or threshold, which may drop the own adapter and its gradient",
+        )  # fmt: skip
         if self.target_modules is not None and not isinstance(self.target_modules, str):
             self.target_modules = list(self.target_modules)
 

@@ -246,7 +246,9 @@ def test_a_run_of_other_settings_is_named(tmp_path: Path) -> None:
         run_continual(model, tokenizer, given, tmp_path, make_settings(**options), resume=resume)
 
     run()
-    run(progress=True, eval_batch_size=3)
+    run(progress=True)
+    with pytest.raises(ValueError, match="eval_batch_size: 16 there, 3 now"):
+        run(eval_batch_size=3)  # the padding of a batch may be pooled
     with pytest.raises(ValueError, match=r"settings\.learning_rate: 0\.01 there, 0\.5 now"):
         run(learning_rate=0.5)
     with pytest.raises(ValueError, match=r"settings\.sapt\.kl_ratio: 0\.5 there, 0\.7 now"):
@@ -264,11 +266,38 @@ def test_a_run_of_other_settings_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [("strategy", "magic"), ("batch_size", 0), ("replay_share", 0.0), ("learning_rate", -1.0),
-     ("metric", "bleu"), ("device", "tpu"), ("steps", 0)],
+     ("metric", "bleu"), ("device", "tpu"), ("steps", 0), ("batch_size", 2.5), ("replay", ""),
+     ("key_learning_rate", -1.0), ("weight_decay", -1.0), ("learning_rate", float("inf"))],
 )  # fmt: skip
 def test_bad_settings_are_named(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{name}: got {value!r}"):
         ContinualSettings(**{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "alone", "message"),
+    [
+        ({"replay": "reall"}, None, "replay: got 'reall'"),
+        ({}, {"last_first": 1.0, "reverse_drop_first": None}, "alone: got None"),
+        ({}, {"last_first": 1.0}, "alone: got no score for reverse_drop_first"),
+    ],
+)
+def test_what_does_not_fit_is_told_before_anything_is_written(
+    tmp_path: Path, options: dict[str, Any], alone: Any, message: str
+) -> None:
+    tasks, settings = make_tasks(2, train=4, held_out=1), make_settings(steps=1, **options)
+    with pytest.raises(ValueError, match=message):
+        run_continual(
+            make_model("t5"), CharTokenizer(), tasks, tmp_path / "run", settings, alone=alone
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_task_name_is_a_folder_name(tmp_path: Path) -> None:
+    tasks = [replace(task, name=name) for task, name in zip(make_tasks(2), "a/", strict=True)]
+    with pytest.raises(ValueError, match="got the name '/'"):
+        run_continual(make_model("t5"), CharTokenizer(), tasks, tmp_path / "run", make_settings())
+    assert not (tmp_path / "run").exists()
 
 
 def test_official_settings_and_their_dict() -> None:

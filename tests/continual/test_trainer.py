@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 import torch.nn.functional as F
 from tiny_tasks import make_model
@@ -82,7 +83,7 @@ def trainer_of(
         arguments(folder, **(options or {})),
         train_dataset=rows(kind, data),
         eval_dataset=rows(kind, 4, seed=9),
-        data_collator=Collator(0, kind == "llama"),
+        data_collator=Collator(0),
         replay=replay,
         **kwargs,
     )
@@ -123,7 +124,7 @@ def test_loss_is_the_sum_of_its_parts(kind: str, tmp_path: Path) -> None:
     replay = replays(count=4)
     trainer = trainer_of(model, kind, tmp_path, replay=replay)
     trainer.current_gradient_accumulation_steps = 1
-    batch = Collator(0, kind == "llama")(rows(kind, 8))
+    batch = Collator(0)(rows(kind, 8))
     model.eval()
     expected = model(**batch).loss.double()
     weights = model.sapt.routing.weights
@@ -147,7 +148,7 @@ def test_loss_is_the_sum_of_its_parts(kind: str, tmp_path: Path) -> None:
 
 def test_released_scale_adds_the_whole_kl_in_each_micro_batch(tmp_path: Path) -> None:
     model = patched("t5")
-    batch = Collator(0, False)(rows("t5", 2))
+    batch = Collator(0)(rows("t5", 2))
     tokens = (batch["labels"] != -100).sum()
     losses = {}
     for released in (False, True):
@@ -290,3 +291,15 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     model.sapt.add_task("third")
     with pytest.raises(ValueError, match=r"is of tasks \['task0', 'task1'\]"):
         trainer_of(model, "t5", tmp_path)._load_from_checkpoint(str(tmp_path))
+
+
+def test_a_row_costs_the_same_beside_a_longer_one() -> None:
+    """Learned absolute positions must not move with the padding of the batch."""
+    model = sapt_fast.patch(tiny_models.tiny("gpt2"), SaptConfig(r=2))
+    model.sapt.add_task("a")
+    short, long = ([{"input_ids": [5] * n, "labels": [-100] * 2 + [5] * (n - 2)}] for n in (4, 9))
+    logits = []
+    for batch in (Collator(0)(short), Collator(0)(short + long)):
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        logits.append(model(input_ids=ids, attention_mask=mask, labels=batch["labels"]).logits[0])
+    torch.testing.assert_close(logits[1][:4], logits[0])

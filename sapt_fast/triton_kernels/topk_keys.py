@@ -82,7 +82,9 @@ def _topk_stream_kernel(
         if bound_ptr is not None:
             bound = tl.load(bound_ptr + tl.where(rows < M, rows, 0))
             pairs = tl.where(pairs < bound[:, None], pairs, EMPTY)
-        better = tl.max(tl.max((pairs > worst[:, None]).to(tl.int32), axis=1), axis=0)
+        # Flat: Triton 3.6 fails on a reduction by rows and then by columns on sm_100.
+        above = tl.reshape((pairs > worst[:, None]).to(tl.int32), (BLOCK_M * BLOCK_N,))
+        better = tl.max(above, axis=0)
         if better > 0:
             kept = _best_of_both(kept, tl.topk(pairs, KEPT), KEPT, BLOCK_M)
             worst = tl.min(kept, axis=1)
@@ -130,8 +132,8 @@ def _tile(query: Tensor, kept: int) -> TileConfig:
     if query.element_size() == 4 or query.shape[1] % 16:
         return TileConfig(16, 64, 32, num_warps=8, num_stages=3)
     if query.shape[0] <= 16 or kept > 32:
-        return TileConfig(16, 64, 64, num_warps=4, num_stages=4)
-    return TileConfig(32, 128, 64, num_warps=8, num_stages=4)
+        return TileConfig(16, 64, 64, num_warps=8, num_stages=4)
+    return TileConfig(32, 64, 64, num_warps=8, num_stages=4)
 
 
 def topk_keys_fwd(query: Tensor, keys: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:

@@ -131,9 +131,9 @@ def _tile(query: Tensor, kept: int) -> TileConfig:
         return TileConfig(2, max(16, kept), 16, num_warps=4, num_stages=1)
     if query.element_size() == 4 or query.shape[1] % 16:
         return TileConfig(16, 64, 32, num_warps=8, num_stages=3)
-    if query.shape[0] <= 16 or kept > 32:
-        return TileConfig(16, 64, 64, num_warps=8, num_stages=4)
-    return TileConfig(32, 64, 64, num_warps=8, num_stages=4)
+    if query.shape[0] > 16 and kept == 32:  # with other sizes, 32 queries spill
+        return TileConfig(32, 64, 64, num_warps=8, num_stages=4)
+    return TileConfig(16, 64, 64, num_warps=8, num_stages=4)
 
 
 def topk_keys_fwd(query: Tensor, keys: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:

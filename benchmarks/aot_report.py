@@ -243,8 +243,6 @@ CASES: tuple[LaunchCase, ...] = (
     Case("odd width", 4, 50, 100, 100, (4,) * 3, aligned=False),
     SearchCase("keys, M 16", 16, 1_000_000, 512, 32, ("dot", "cosine", "l2"), quick=True),
     SearchCase("keys, M 64", 64, 1_000_000, 512, 32, ("dot", "cosine", "l2"), quick=True),
-    SearchCase("keys, k 8", 64, 1_000_000, 512, 8),
-    SearchCase("keys, k 8, M 16", 16, 1_000_000, 512, 8),
     SearchCase("keys, k 200", 64, 1_000_000, 512, 200, ("dot", "l2")),
     SearchCase("keys, float16", 64, 1_000_000, 512, 32, dtype=torch.float16),
     SearchCase("keys, float32", 64, 1_000_000, 512, 64, ("dot", "l2"), torch.float32),

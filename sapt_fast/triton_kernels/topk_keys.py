@@ -27,9 +27,10 @@ from sapt_fast.triton_kernels.key_tiles import (
     unpack,
 )
 
-# Pairs kept per query and pass; more than the largest take several passes over the keys.
-_KEPT = (8, 32, 64)
-# Pairs that a merging program sorts at a time; the interpreter sorts slowly.
+# Pairs kept per query and pass; more than the largest take several passes over the keys. The
+# interpreter sorts slowly, so it sorts less at a time.
+_KEPT = (8, 32, 64) if common.INTERPRETED else (32, 64)
+# Pairs that a merging program sorts at a time.
 _MERGED_PAIRS = 16 if common.INTERPRETED else 512
 
 
@@ -131,8 +132,7 @@ def _tile(query: Tensor, kept: int) -> TileConfig:
         return TileConfig(2, max(16, kept), 16, num_warps=4, num_stages=1)
     if query.element_size() == 4 or query.shape[1] % 16:
         return TileConfig(16, 64, 32, num_warps=8, num_stages=3)
-    if query.shape[0] > 16 and kept == 32:  # with other sizes, 32 queries spill
-        return TileConfig(32, 64, 64, num_warps=8, num_stages=4)
+    # More queries, or 8 kept pairs, spill on some target of some Triton version.
     return TileConfig(16, 64, 64, num_warps=8, num_stages=4)
 
 

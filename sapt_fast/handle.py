@@ -3,11 +3,13 @@
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from sapt_fast._files import is_folder_name
+from sapt_fast.layers import MIXED
 from sapt_fast.methods.sapt import SaptConfig, SaptRouter
 from sapt_fast.ops.router import query, reflection_loss
 from sapt_fast.routing import Routing
@@ -69,8 +71,8 @@ class SaptHandle(nn.Module):
                 parameter groups, with fresh state.
 
         Raises:
-            ValueError: name is empty, taken, or no folder name; or the optimizer holds none of the
-                parameters to follow.
+            ValueError: name is empty, taken, or no folder name; the optimizer holds none of the
+                parameters to follow; or a layer is no longer ours. Nothing has changed then.
         """
         self._require_new(name)
         before = list(self._growing())
@@ -91,22 +93,64 @@ class SaptHandle(nn.Module):
             adapters: by the path of each patched layer, A [r, in_features], B [r, out_features]
                 and the scaling; copied, ranks may differ.
             key: [D].
+
+        Raises:
+            ValueError: as `add_task`; adapters lacks a layer, names another, or holds a matrix of
+                another shape; or key has another shape. Nothing has changed then.
         """
         self._require_new(name)
-        for path, pool in self.pools.items():
+        pools = self.pools
+        if adapters.keys() != pools.keys():
+            missing, others = pools.keys() - adapters.keys(), adapters.keys() - pools.keys()
+            raise ValueError(
+                f"adapters: got none for {sorted(missing)} and some for {sorted(others)}, expected "
+                "those of the patched layers"
+            )
+        for path, pool in pools.items():
+            a, b, _ = adapters[path]
+            try:
+                pool.require_fits(a.shape[0], (a, b))
+            except ValueError as error:
+                raise ValueError(f"adapters: {path}: {error}") from None
+        self.router.add_key(key)
+        for path, pool in pools.items():
             a, b, scaling = adapters[path]
             pool.add(a.shape[0], scaling, (a, b))
-        self.router.add_key(key)
         self._task_added(name)
 
     @property
+    def layers(self) -> dict[str, nn.Module]:
+        """Every patched layer, by its path in the model.
+
+        Raises:
+            ValueError: another library has put something else in a layer's place.
+        """
+        layers = {}
+        for path in self.report.patched:
+            try:
+                layers[path] = self._model.get_submodule(path)
+            except AttributeError:
+                raise ValueError(f"{path}: the model has no such layer any more") from None
+            kind = type(layers[path])
+            if kind not in MIXED.values():
+                raise ValueError(
+                    f"{path}: got {kind.__module__}.{kind.__name__}, expected the layer that patch "
+                    "put there; undo what another library did to the model since (for PEFT, "
+                    "peft_model.unload())"
+                )
+        return layers
+
+    @property
     def pools(self) -> dict[str, "AdapterPool"]:
-        """The adapter pool of every patched layer, by its path in the model."""
-        return {name: self._model.get_submodule(name).sapt_pool for name in self.report.patched}
+        """The adapter pool of every patched layer, by its path in the model; raises as `layers`."""
+        return {path: cast(Any, layer).sapt_pool for path, layer in self.layers.items()}
 
     @property
     def attention(self) -> Tensor | None:
-        """Weights [B, K] of this thread's last forward, detached; None before the first."""
+        """Weights [B, K] of this thread's last forward, detached; None before the first.
+
+        In generation with beams or several returned sequences B counts these.
+        """
         weights = self.routing.weights
         return None if weights is None else weights.detach()
 
@@ -122,7 +166,8 @@ class SaptHandle(nn.Module):
 
         Args:
             input_ids: [B, T]; or inputs_embeds [B, T, D].
-            attention_mask: [B, T], 1 where there is a token (used when config.mask_padding).
+            attention_mask: [B, T], 1 where there is a token; any other shape raises ValueError
+                (used, and looked at, when config.mask_padding).
             labels: [B, T] of a decoder-only model: only tokens whose label is -100 are pooled.
 
         Raises:
@@ -155,14 +200,16 @@ class SaptHandle(nn.Module):
         """A context in which these weights stand in for the router's, in this thread.
 
         Args:
-            weights: [K] for every input, [B, K] per sample or [B, T, K] per token.
+            weights: [K] or [1, K] for every input, [B, K] per sample or [B, T, K] per token. A
+                forward whose batch is another than B raises RuntimeError.
 
         Raises:
             ValueError: the shape does not fit, or weights are not finite.
         """
         weights = torch.as_tensor(weights)
         count = len(self.tasks)
-        if weights.dim() not in (1, 2, 3) or weights.shape[-1] != count:
+        empty = 0 in weights.shape[:-1]
+        if weights.dim() not in (1, 2, 3) or weights.shape[-1] != count or empty:
             raise ValueError(
                 f"weights: got shape {tuple(weights.shape)}, expected [{count}], [B, {count}] or "
                 f"[B, T, {count}]"
@@ -206,8 +253,12 @@ class SaptHandle(nn.Module):
         labels: Tensor | None,
     ) -> Tensor:
         mask = attention_mask if self.config.mask_padding else None
-        if mask is not None and mask.dim() != 2:
-            mask = None
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+            got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(
+                f"attention_mask: got {got}, expected [B, T], from which the router learns what is "
+                "padding; or run inside model.sapt.fixed(model.sapt.route(input_ids, padding_mask))"
+            )
         causal = self._model.can_generate() and not self._model.config.is_encoder_decoder
         if labels is not None and causal:
             prompt = (labels == -100).to(torch.int64)
@@ -222,8 +273,7 @@ class SaptHandle(nn.Module):
             raise RuntimeError("there is no task yet: call model.sapt.add_task(name) first")
 
     def _require_new(self, name: str) -> None:
-        folder = bool(name) and os.path.basename(name) == name and name not in (".", "..")
-        if not folder or name in self.tasks or name in _RESERVED_NAMES:
+        if not is_folder_name(name) or name in self.tasks or name in _RESERVED_NAMES:
             raise ValueError(
                 f"name: got {name!r}, expected a new name without path separators "
                 f"(there are {self.tasks})"

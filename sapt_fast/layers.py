@@ -27,10 +27,10 @@ class _Mixed:
     training: bool
 
     def _mixed(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        pool, weights = self.sapt_pool, self.sapt_routing.weights
+        pool = self.sapt_pool
         if not len(pool):
             return F.linear(x, weight, bias)
-        mixture = _checked_mixture(weights, x, len(pool))
+        mixture = _checked_mixture(self.sapt_routing.running, x, len(pool), type(self).__name__)
         through = self.sapt_grad_through_frozen
         if self.training and self.sapt_dropout:
             dropped = F.dropout(x, self.sapt_dropout)
@@ -56,11 +56,13 @@ class MixedConv1D(_Mixed, Conv1D):
 MIXED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: MixedLinear, Conv1D: MixedConv1D}
 
 
-def _checked_mixture(weights: Tensor | None, x: Tensor, count: int) -> Tensor:
+def _checked_mixture(weights: Tensor | None, x: Tensor, count: int, kind: str) -> Tensor:
+    """The weights as [S, count], where S divides the rows of x."""
     if weights is None:
         raise RuntimeError(
-            "no mixture weights: call the patched model itself, or run its parts inside "
-            "model.sapt.fixed(weights)"
+            f"no mixture weights for {kind}: call the patched model itself, or run its parts "
+            "inside model.sapt.fixed(weights); to recompute activations, use the model's own "
+            "gradient_checkpointing_enable()"
         )
     if weights.shape[-1] != count:
         raise RuntimeError(
@@ -69,15 +71,19 @@ def _checked_mixture(weights: Tensor | None, x: Tensor, count: int) -> Tensor:
         )
     if weights.device != x.device:
         weights = weights.to(x.device)
-    # A group of consecutive rows (beams, tokens) shares its sample's weights.
-    if weights.dim() == 3 and x.shape[:2] != weights.shape[:2]:
+    if weights.dim() == 2 and weights.shape[0] == 1:
+        return weights
+    samples = weights.shape[:-1]
+    if x.dim() > 2:
+        fits = x.shape[: len(samples)] == samples
+    else:  # samples' tokens one after the other
+        rows, given = x.shape[:-1].numel(), samples.numel()
+        fits = rows == given or (weights.dim() == 2 and given > 0 and rows % given == 0)
+    if not fits:
         raise RuntimeError(
-            f"per-token weights of shape {tuple(weights.shape)} for an input of shape "
-            f"{tuple(x.shape)}"
-        )
-    if weights.dim() == 2 and x.shape[0] % weights.shape[0]:
-        raise RuntimeError(
-            f"mixture weights for {weights.shape[0]} samples, but the layer's input has "
-            f"{x.shape[0]} rows, which is no multiple"
+            f"{kind}: got an input of shape {tuple(x.shape)} for mixture weights of shape "
+            f"{tuple(weights.shape)}, expected {[*samples, '...']}. A layer whose first dimension "
+            "is not the batch can only mix one weight per adapter for all samples: leave it out of "
+            "target_modules, or use model.sapt.fixed(weights [K])"
         )
     return weights.reshape(-1, count)

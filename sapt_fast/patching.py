@@ -17,6 +17,9 @@ from sapt_fast.routing import Routing
 
 logger = logging.getLogger(__name__)
 
+# Where all layers are such, unlike Longformer's some, whose first real batch raises.
+_SEQUENCE_FIRST = ("fsmt", "xlnet")
+
 
 @dataclass
 class PatchReport:
@@ -25,14 +28,17 @@ class PatchReport:
     Attributes:
         patched: paths of the layers that mix adapters now.
         skipped: path of each layer that matched but was left alone, and why.
+        unmatched: names in `target_modules` that no module of the model has.
     """
 
     patched: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    unmatched: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [f"{len(self.patched)} layers patched, {len(self.skipped)} skipped"]
-        return "\n".join(lines + [f"  skipped {name}: {why}" for name, why in self.skipped.items()])
+        lines += [f"  skipped {name}: {why}" for name, why in self.skipped.items()]
+        return "\n".join(lines + [f"  {name!r} matches nothing" for name in self.unmatched])
 
 
 def patch(
@@ -47,15 +53,16 @@ def patch(
     Args:
         model: a PreTrainedModel. Patching it again with an equal config (or none) changes nothing.
         config: None for `SaptConfig()`.
-        strict: raise if any layer that matches `target_modules` cannot be patched.
+        strict: raise if any layer that matches `target_modules` cannot be patched, or a name in
+            it matches nothing.
 
     Returns:
         model.
 
     Raises:
         TypeError: model is not a PreTrainedModel.
-        ValueError: nothing matches, the model is patched with another config, or accelerate has
-            already hooked it; and, with `strict`, a matching layer cannot be patched.
+        ValueError: nothing matches, the model is patched with another config, its layers do not
+            see the batch first, or accelerate has already hooked it; and what `strict` adds.
 
     Example:
         >>> import sapt_fast, transformers
@@ -77,8 +84,8 @@ def patch(
         return model
     config = config or SaptConfig()
     report = find_layers(model, config)
-    if strict and report.skipped:
-        raise ValueError(f"strict: some layers cannot be patched. {report}")
+    if strict and (report.skipped or report.unmatched):
+        raise ValueError(f"strict: not everything can be patched. {report}")
     if not report.patched:
         raise ValueError(
             f"target_modules: {_targets(model, config)!r} leaves no layer to patch in "
@@ -87,12 +94,16 @@ def patch(
     frozen = [name for name, p in model.named_parameters() if p.requires_grad]
     handle = SaptHandle(model, config, report)
     for name in report.patched:
-        _swap(model.get_submodule(name), handle.routing, config)
+        layer: Any = model.get_submodule(name)
+        _swap(layer, handle.routing, config)
+        handle.routing.pools.append(layer.sapt_pool)
     for _, parameter in model.named_parameters():
         parameter.requires_grad_(False)
     handle.unfrozen_before = frozen
     model.sapt = handle
     handle.routing.install()
+    if report.unmatched:
+        logger.warning("target_modules: nothing in the model is named %s", report.unmatched)
     logger.info("%s: %s", type(model).__name__, str(report).splitlines()[0])
     return model
 
@@ -101,16 +112,18 @@ def unpatch(model: PreTrainedModel) -> PreTrainedModel:
     """Undoes `patch`: classes, methods, hooks and requires_grad are as before; adapters are gone.
 
     Raises:
-        ValueError: the model is not patched, or accelerate has hooked it since.
+        ValueError: the model is not patched, or accelerate has hooked it since, or another library
+            has replaced patched layers. Nothing has changed then.
     """
     handle = getattr(model, "sapt", None)
     if not isinstance(handle, SaptHandle):
         raise ValueError("model: not patched by sapt_fast.patch")
     _refuse_hooked(model)
+    layers = handle.layers
     handle.routing.remove()
     del model.sapt
-    for name in handle.report.patched:
-        _restore(model.get_submodule(name))
+    for layer in layers.values():
+        _restore(layer)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in handle.unfrozen_before)
     return model
@@ -144,6 +157,12 @@ def layer_features(module: Any) -> tuple[int, int]:
 def find_layers(model: PreTrainedModel, config: SaptConfig) -> PatchReport:
     """What `patch` would patch and skip; changes nothing. Raises as `patch` does."""
     _refuse_hooked(model)
+    kind = model.config.model_type
+    if kind in _SEQUENCE_FIRST:
+        raise ValueError(
+            f"model: the layers of {kind!r} models see tokens first and samples second, so a batch "
+            "as long as its texts would mix the wrong ones; expected another model type"
+        )
     report, targets = PatchReport(), _targets(model, config)
     for name, module in model.named_modules():
         if not _matches(name, targets):
@@ -153,6 +172,9 @@ def find_layers(model: PreTrainedModel, config: SaptConfig) -> PatchReport:
             report.patched.append(name)
         else:
             report.skipped[name] = reason
+    if not isinstance(targets, str):
+        found = [*report.patched, *report.skipped]
+        report.unmatched = [t for t in targets if not any(_matches(name, [t]) for name in found)]
     return report
 
 

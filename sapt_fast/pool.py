@@ -207,6 +207,11 @@ class AdapterPool(nn.Module):
                     f"[{rank}, {stack.width}]"
                 )
 
+    def realign(self) -> None:
+        """Puts rows back in place whose parameters were moved, for layers that are compiled."""
+        self.a.rows()
+        self.b.rows()
+
     def adapter(self, index: int) -> tuple[Tensor, Tensor]:
         """(A [r, in_features], B [r, out_features]) of one adapter, views of the pool."""
         start = sum(self.ranks[:index])

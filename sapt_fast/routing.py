@@ -3,24 +3,73 @@
 The weights are computed once, above the layers, and read by each of them. They travel through
 generation inside the encoder's output (encoder-decoder models) or pinned for the whole call
 (decoder-only models), and through gradient checkpointing as an input of the checkpointed function.
-Every thread has its own, so concurrent callers never see each other's.
+Every thread has its own, so concurrent callers never see each other's. A layer that is reached in
+another way (a part of the model called on its own, activation checkpointing that transformers does
+not know of) finds none and raises.
+
+A decoder-only model keeps the weights of a text's first forward in its cache, `routing_weights`
+[B, K], and uses them for as long as the cache is used, by hand or in another `generate`. Whoever
+moves a cache's rows to other samples (`reorder_cache`, `batch_select_indices`) must move these
+alike; beams need not, they stay within their sample.
 """
 
 import inspect
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+if TYPE_CHECKING:
+    from sapt_fast.pool import AdapterPool
+
+_BATCH_FIRST = (
+    "input_ids",
+    "inputs_embeds",
+    "decoder_input_ids",
+    "decoder_inputs_embeds",
+    "labels",
+)
 _CONTINUOUS_BATCHING = (
     "generate_batch",
     "init_continuous_batching",
     "continuous_batching_context_manager",
 )
+
+
+class _Forward:
+    """A forward in progress.
+
+    Args:
+        module: whose call it is; None for the recomputation of a checkpoint.
+        outer: the forward that it is part of.
+        frame: what runs it, to tell a forward that was interrupted; None if it cannot be.
+
+    Attributes:
+        weights: what its layers mix by: [B, K], [B, T, K], or [1, K] for all samples alike.
+        per_row: the same with a row for each of the B samples.
+    """
+
+    def __init__(
+        self, module: nn.Module | None, outer: "_Forward | None", frame: FrameType | None
+    ) -> None:
+        self.module = module
+        self.outer = outer
+        self.frame = frame
+        self.weights: Tensor | None = None
+        self.per_row: Tensor | None = None
+
+    def interrupted(self) -> bool:
+        """Whether it ended without a word, as KeyboardInterrupt ends it: its frame is gone."""
+        frame = None if self.frame is None else sys._getframe()
+        while frame is not None and frame is not self.frame:
+            frame = frame.f_back
+        return frame is not self.frame
 
 
 class Routing:
@@ -31,6 +80,10 @@ class Routing:
         route: computes weights [B, K] from keyword arguments input_ids, inputs_embeds,
             attention_mask and labels.
         active: whether there is anything to mix; if not, nothing is routed.
+
+    Attributes:
+        pools: of the layers; a forward that is not compiled itself makes sure that their rows are
+            in place for layers that are.
     """
 
     def __init__(
@@ -39,14 +92,15 @@ class Routing:
         self.model = model
         self.route = route
         self.active = active
-        self._thread = threading.local()
+        self.pools: list[AdapterPool] = []
+        self._thread = _thread_state()
         self._hooks: list[Any] = []
         self._replaced: dict[str, Any] = {}
         self._argument_names: dict[type[nn.Module], tuple[str, ...]] = {}
 
     @property
     def weights(self) -> Tensor | None:
-        """[B, K] (or [B, T, K]) of the forward that runs, or ran last, in this thread."""
+        """[B, K] (or [B, T, K]) of the forward that ran last in this thread."""
         return getattr(self._thread, "weights", None)
 
     @weights.setter
@@ -54,21 +108,45 @@ class Routing:
         self._thread.weights = value
 
     @property
+    def running(self) -> Tensor | None:
+        """What a layer mixes by: the weights of the forward that it runs in, else the pinned."""
+        forward = self._forward
+        return self.pinned if forward is None else forward.weights
+
+    @property
     def pinned(self) -> Tensor | None:
         """Weights that stand in for the router's until released, in this thread."""
         return getattr(self._thread, "pinned", None)
 
+    @property
+    def _forward(self) -> _Forward | None:
+        """The innermost forward of this thread, maybe one that was interrupted."""
+        return getattr(self._thread, "forward", None)
+
+    @_forward.setter
+    def _forward(self, value: _Forward | None) -> None:
+        self._thread.forward = value
+
     @contextmanager
     def pin(self, weights: Tensor) -> Iterator[None]:
         """Uses `weights` in every forward of this thread while the context lasts."""
-        before = self.pinned
-        self._thread.pinned = self.weights = weights
+        self._current()
+        before, self._thread.pinned = self.pinned, weights
         try:
             yield
         finally:
             self._thread.pinned = before
-            if before is not None:
-                self.weights = before
+
+    @contextmanager
+    def resume(self, weights: Tensor | None) -> Iterator[None]:
+        """Lets layers run outside of their forward, with the weights that it had."""
+        before = self._forward
+        forward = self._forward = _Forward(None, before, None)
+        forward.weights = weights
+        try:
+            yield
+        finally:
+            self._forward = before
 
     def install(self) -> None:
         """Adds the hooks; `remove` takes them away again."""
@@ -78,7 +156,9 @@ class Routing:
             self._hook(root, self._enter_model, self._leave_model)
         if self._is_encoder_decoder:
             self._hook(model.get_encoder(), self._enter_encoder, self._leave_encoder)
-        elif hasattr(model, "generate"):
+            decoder = model.get_decoder()
+            self._hooks.append(decoder.register_forward_pre_hook(self._enter_decoder))
+        if hasattr(model, "generate"):
             self._replace("generate", self._generate)
         for name in _CONTINUOUS_BATCHING:
             if hasattr(model, name):
@@ -134,42 +214,85 @@ class Routing:
                 "torch.nn.DataParallel shares one set of weights between its replicas: use "
                 "DistributedDataParallel, or launch with torchrun or accelerate"
             )
-        if module is self.model:
-            self._thread.inside = True
-        elif getattr(self._thread, "inside", False):
+        forward = self._current()
+        inside = forward is not None and forward.module is not module
+        if inside and module is not self.model:
             return  # the model with its head has routed
+        forward = self._begin(module)
         inputs = self._named(module, args, kwargs)
         cache, encoder_outputs = inputs.get("past_key_values"), inputs.get("encoder_outputs")
-        if self.pinned is not None:
-            self.weights = self.pinned
-        elif self._is_encoder_decoder:
+        weights = self.pinned
+        if weights is None and self._is_encoder_decoder:
             if encoder_outputs is not None:
-                self.weights = self._from_encoder_outputs(encoder_outputs)
-        elif cache is not None and int(cache.get_seq_length()):
-            self.weights = self._from_cache(cache)
-        else:
-            self.weights = self._from_inputs(inputs)
+                weights = self._from_encoder_outputs(encoder_outputs)
+        elif weights is None and _is_filled(cache):
+            weights = self._from_cache(cache)
+        elif weights is None:
+            weights = self._from_inputs(inputs)
+        self._set(forward, weights, inputs)
 
     def _leave_model(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
     ) -> None:
-        if module is self.model:
-            self._thread.inside = False
+        forward = self._forward
         cache = self._named(module, args, kwargs).get("past_key_values")
         cache = getattr(output, "past_key_values", None) if cache is None else cache
-        if cache is not None and not self._is_encoder_decoder:
-            cache.routing_weights = self.weights
+        if cache is not None and forward is not None and not self._is_encoder_decoder:
+            cache.routing_weights = forward.per_row
+        self._end(module)
 
     def _enter_encoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        pinned = self.pinned
+        forward = self._current()
+        if forward is None or forward.module is module:
+            forward = self._begin(module)
         inputs = self._named(module, args, kwargs)
-        self.weights = self._from_inputs(inputs) if pinned is None else pinned
+        pinned = self.pinned
+        self._set(forward, self._from_inputs(inputs) if pinned is None else pinned, inputs)
 
     def _leave_encoder(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
     ) -> None:
-        if self.weights is not None and hasattr(output, "keys"):
-            output["routing_weights"] = self.weights
+        forward = self._forward
+        if forward is not None and forward.per_row is not None and hasattr(output, "keys"):
+            output["routing_weights"] = forward.per_row
+        self._end(module)
+
+    def _enter_decoder(self, module: nn.Module, args: tuple) -> None:
+        self._current()
+
+    def _current(self) -> _Forward | None:
+        """The forward that runs in this thread; forgets those that were interrupted."""
+        forward = self._forward
+        if not torch.compiler.is_compiling():
+            while forward is not None and forward.interrupted():
+                forward = forward.outer
+            self._forward = forward
+        return forward
+
+    def _begin(self, module: nn.Module) -> _Forward:
+        """A new forward, that of the module whose hook calls this."""
+        frame = None
+        if not torch.compiler.is_compiling():
+            frame = sys._getframe(2)  # it calls the hook and then the module's forward
+            for pool in self.pools:
+                pool.realign()
+        forward = self._forward = _Forward(module, self._forward, frame)
+        return forward
+
+    def _set(self, forward: _Forward, weights: Tensor | None, inputs: dict[str, Any]) -> None:
+        rows = next((inputs[n].shape[0] for n in _BATCH_FIRST if inputs.get(n) is not None), None)
+        generating = getattr(self._thread, "generating", False)
+        forward.weights = forward.per_row = weights
+        if weights is not None and rows is not None:
+            forward.per_row = _for_rows(weights, rows, generating)
+            if weights.dim() == 3 or weights.shape[0] > 1:
+                forward.weights = forward.per_row
+
+    def _end(self, module: nn.Module) -> None:
+        forward = self._forward
+        if forward is not None and forward.module is module:
+            self.weights = forward.per_row
+            self._forward = forward.outer
 
     def _named(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         if not args:
@@ -211,18 +334,36 @@ class Routing:
 
     def _generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         generate = self._own("generate")
+        before = getattr(self._thread, "generating", False)
+        self._thread.generating = True
+        try:
+            weights = self._of_prompt(inputs, args, kwargs)
+            if weights is None:
+                return generate(inputs, *args, **kwargs)
+            with self.pin(weights):
+                return generate(inputs, *args, **kwargs)
+        finally:
+            self._thread.generating = before
+
+    def _of_prompt(
+        self, inputs: Tensor | None, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Tensor | None:
+        """The weights for a whole call of `generate`; None where its forwards choose theirs."""
         ids, embeds = kwargs.get("input_ids", inputs), kwargs.get("inputs_embeds")
-        if self.pinned is not None or not self.active() or (ids is None and embeds is None):
-            return generate(inputs, *args, **kwargs)
+        cache = kwargs.get("past_key_values")
+        if self._is_encoder_decoder or self.pinned is not None or not self.active():
+            return None
+        if _is_filled(cache):
+            return self._from_cache(cache)
+        if ids is None and embeds is None:
+            return None
         mask = kwargs.get("attention_mask")
         if mask is None and ids is not None:
             config = kwargs.get("generation_config", next(iter(args), None))
             own = vars(self.model.generation_config)
             mask = _padding_mask(ids, [kwargs, vars(config) if config else {}, own])
         with torch.no_grad():
-            weights = self.route(input_ids=ids, inputs_embeds=embeds, attention_mask=mask)
-        with self.pin(weights):
-            return generate(inputs, *args, **kwargs)
+            return self.route(input_ids=ids, inputs_embeds=embeds, attention_mask=mask)
 
     def _refuse_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
         raise RuntimeError(
@@ -245,7 +386,7 @@ class Routing:
         return {k: v for k, v in self.__dict__.items() if k != "_thread"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _thread=threading.local())
+        self.__dict__.update(state, _thread=_thread_state())
 
 
 class _Checkpoint:
@@ -260,13 +401,37 @@ class _Checkpoint:
             return self.function(layer, *args, **kwargs)
 
         def run(weights: Tensor | None, *inner: Any) -> Any:
-            before, self.routing.weights = self.routing.weights, weights
-            try:
+            with self.routing.resume(weights):
                 return layer(*inner)
-            finally:
-                self.routing.weights = before
 
-        return self.function(run, self.routing.weights, *args, **kwargs)
+        return self.function(run, self.routing.running, *args, **kwargs)
+
+
+def _thread_state() -> threading.local:
+    state = threading.local()
+    # Present from the start: a compiled forward is compiled again where one appears.
+    state.forward = state.pinned = None
+    state.generating = False
+    return state
+
+
+def _is_filled(cache: Any) -> bool:
+    return cache is not None and int(cache.get_seq_length()) > 0
+
+
+def _for_rows(weights: Tensor, rows: int, generating: bool) -> Tensor:
+    """The weights of each of the input's rows; `generate` repeats samples, one after the other."""
+    samples = weights.shape[0]
+    if samples == rows:
+        return weights
+    if samples == 1:
+        return weights.expand(rows, *weights.shape[1:])
+    if not generating or rows % samples:
+        raise RuntimeError(
+            f"mixture weights for {samples} samples, but the model's input has {rows} rows: give "
+            "one row per sample, or a single one for all"
+        )
+    return weights.repeat_interleave(rows // samples, 0)
 
 
 def _padding_mask(input_ids: Tensor, settings: Sequence[Mapping[str, Any]]) -> Tensor | None:

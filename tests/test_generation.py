@@ -7,10 +7,10 @@ import torch
 from tiny_models import oracle, patched, tiny, token_ids
 from torch import Tensor
 from torch._dynamo.utils import counters
-from transformers import CompileConfig, GenerationConfig
+from transformers import CompileConfig, DynamicCache, GenerationConfig
 from transformers.modeling_outputs import BaseModelOutput
 
-from sapt_fast import layers
+from sapt_fast import routing
 from sapt_fast.routing import Routing
 
 NEW = 8
@@ -207,6 +207,27 @@ def test_decoding_by_hand_keeps_each_caches_weights(setting, chunks):
 
 
 @on("llama")
+def test_a_second_turn_goes_on_with_the_weights_of_the_first(setting):
+    """What the cache holds of the first turn was computed with them."""
+    model, cache = setting.model, DynamicCache(config=setting.model.config)
+    first = model.generate(setting.ids[:1], max_new_tokens=3, past_key_values=cache, **GREEDY)
+    weights = model.sapt.route(setting.ids[:1])
+    whole = torch.cat([first, token_ids(batch=1, length=4, seed=8)], 1)
+    assert (model.sapt.route(whole) - weights).abs().max() > 1e-3
+    got = model.generate(whole, max_new_tokens=NEW, past_key_values=cache, **GREEDY)
+    merged = setting.oracle.merged(weights[0])
+    assert got.tolist() == merged.generate(whole, max_new_tokens=NEW, **GREEDY).tolist()
+
+
+@on("llama")
+def test_a_cache_of_another_batch_is_refused(setting):
+    cache = setting.model(setting.ids[:2], use_cache=True).past_key_values
+    cache.batch_repeat_interleave(2)
+    with pytest.raises(RuntimeError, match="for 2 samples, but the model's input has 4 rows"):
+        setting.model(token_ids(batch=4, length=1), past_key_values=cache)
+
+
+@on("llama")
 def test_a_cache_of_another_model_is_refused(setting):
     ids = token_ids()
     cache = tiny("llama")(ids, use_cache=True).past_key_values
@@ -278,7 +299,7 @@ def _repeated(weights: Tensor, rows: int) -> Tensor:
 @on("llama", "gpt2")
 @pytest.mark.parametrize("mode", ["beams", "several_returned", "no_cache_beams"])
 def test_wrong_order_of_beams_is_noticed(setting, mode, monkeypatch):
-    monkeypatch.setattr(layers, "_checked_mixture", lambda w, x, count: _repeated(w, x.shape[0]))
+    monkeypatch.setattr(routing, "_for_rows", lambda w, rows, _: _repeated(w, rows))
     with pytest.raises(AssertionError, match="row"):
         setting.check(**MODES[mode])
     setting.check(**GREEDY)  # one row per sample: the same either way

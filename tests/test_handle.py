@@ -29,6 +29,45 @@ def test_route_follows_the_definition():
     torch.testing.assert_close(model.sapt.route(ids), torch.softmax(scores, -1))
 
 
+@pytest.mark.parametrize("kind", ["missing", "unknown", "a", "b", "key"])
+def test_what_does_not_fit_is_restored_nowhere(kind):
+    model = patched("llama", tasks=1)
+    pools = model.sapt.pools
+    adapters = {
+        p: (torch.randn(2, i.a.width), torch.randn(2, i.b.width), 1.0) for p, i in pools.items()
+    }
+    key, last = torch.randn(WIDTH), list(pools)[-1]
+    a, b, scaling = adapters[last]
+    if kind == "missing":
+        del adapters[last]
+    elif kind == "unknown":
+        adapters["elsewhere"] = adapters[last]
+    elif kind == "key":
+        key = key[:1]
+    else:
+        adapters[last] = (a[:, :1], b, scaling) if kind == "a" else (a, b[:1], scaling)
+    with pytest.raises(ValueError, match="key: got" if kind == "key" else "adapters: "):
+        model.sapt.restore_task("new", adapters, key)
+    assert model.sapt.tasks == ["task0"]
+    assert {len(pool) for pool in pools.values()} == {1}
+    assert len(model.sapt.router.keys) == 1
+
+
+def test_a_mask_that_tells_no_padding_is_refused():
+    model, ids = patched("llama"), token_ids()
+    square = torch.ones(3, 1, 9, 9, dtype=torch.bool).tril()
+    for mask in (square, {"full_attention": square}):
+        with pytest.raises(ValueError, match=r"attention_mask: got .* expected \[B, T\]"):
+            model.sapt.route(ids, mask)
+    with pytest.raises(ValueError, match="attention_mask"):
+        model(ids, attention_mask=square)
+    with model.sapt.fixed(model.sapt.route(ids).detach()):
+        model(ids, attention_mask=square)
+    model = patched("llama", mask_padding=False)
+    model(ids, attention_mask=square)
+    assert torch.equal(model.sapt.attention, model.sapt.route(ids))
+
+
 def test_route_needs_inputs():
     with pytest.raises(ValueError, match="input_ids: got None"):
         patched("llama").sapt.route()

@@ -9,7 +9,7 @@ import torch
 import transformers
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from peft import LoraConfig, get_peft_model
-from tiny_models import FAMILIES, fill, patched, settings, tiny, token_ids
+from tiny_models import FAMILIES, checkpointed, fill, patched, settings, tiny, token_ids
 from torch import nn
 
 import sapt_fast
@@ -78,6 +78,32 @@ def test_report_says_what_was_skipped_and_why():
     assert "replaced by another library" in second[1]
     assert "2 layers patched, 2 skipped" in str(report)
     assert "model.layers.1.self_attn.v_proj" in str(report)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_names_that_match_nothing(strict, caplog):
+    model = tiny("llama")
+    before, config = snapshot(model), settings(target_modules=["q_proj", "vv", "self_attn"])
+    if strict:
+        with pytest.raises(ValueError, match=r"(?s)strict.*'vv' matches nothing"):
+            sapt_fast.patch(model, config, strict=True)
+        assert snapshot(model) == before
+        return
+    sapt_fast.patch(model, config)
+    assert model.sapt.report.unmatched == ["vv"]
+    assert "'vv' matches nothing" in str(model.sapt.report)
+    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
+        "target_modules: nothing in the model is named ['vv']"
+    ]
+
+
+@pytest.mark.parametrize("kind", ["XLNet", "FSMT"])
+def test_models_that_see_tokens_before_samples_are_refused(kind):
+    config = getattr(transformers, f"{kind}Config")()
+    with torch.device("meta"):
+        model = getattr(transformers, f"{kind}Model")(config)
+    with pytest.raises(ValueError, match=r"model: the layers of .* tokens first"):
+        sapt_fast.patch(model, settings(target_modules=["layer_1", "q_proj"]))
 
 
 def snapshot(model):
@@ -214,12 +240,12 @@ def test_unpatch_restores_exactly(family):
 def test_unpatch_restores_gradient_checkpointing(enabled):
     model = tiny("t5")
     if enabled == "before":
-        model.gradient_checkpointing_enable()
+        checkpointed(model)
         model.disable_input_require_grads()
     functions = [m._gradient_checkpointing_func for m in model.modules() if hasattr(m, FUNCTION)]
     sapt_fast.patch(model, settings())
     if enabled == "after":
-        model.gradient_checkpointing_enable()
+        checkpointed(model)
     sapt_fast.unpatch(model)
     now = [m._gradient_checkpointing_func for m in model.modules() if hasattr(m, FUNCTION)]
     assert not any("sapt_fast" in type(function).__module__ for function in now)
@@ -237,6 +263,33 @@ def test_unpatch_keeps_an_instances_own_generate():
     assert model.generate(token_ids()) == "own"
     sapt_fast.unpatch(model)
     assert model.generate is own
+
+
+def test_layers_that_another_library_wrapped():
+    """PEFT puts its own in their place: nothing of the model changes until they are back."""
+    model = patched("t5")
+    expected = run(model)
+    other = get_peft_model(model, LoraConfig(r=2, target_modules=["q", "v"]))
+    before = snapshot(model)
+    for call in (
+        lambda: model.sapt.add_task("next"),
+        lambda: model.sapt.pools,
+        lambda: sapt_fast.unpatch(model),
+    ):
+        with pytest.raises(ValueError, match=r"SelfAttention\.q: got peft\..*\.Linear, expected"):
+            call()
+    assert snapshot(model) == before
+    other.unload()
+    model.sapt.add_task("next")
+    sapt_fast.unpatch(model)
+    assert not torch.equal(run(model), expected)
+
+
+def test_layers_that_are_gone():
+    model = patched("llama")
+    del model.model.layers[1]
+    with pytest.raises(ValueError, match=r"layers\.1.*no such layer"):
+        sapt_fast.unpatch(model)
 
 
 # --- accelerate ---
@@ -312,7 +365,7 @@ def test_a_copy_stands_alone(family, make):
     assert torch.equal(run(other), run(tiny(family)))
     if other.can_generate():
         other.generate(token_ids(), max_new_tokens=2)
-    other.gradient_checkpointing_enable()
+    checkpointed(other)
     assert torch.equal(run(model), expected)
 
 

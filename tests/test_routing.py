@@ -5,9 +5,20 @@ import threading
 import pytest
 import torch
 import transformers
-from tiny_models import FAMILIES, WIDTH, Oracle, fill, oracle, patched, tiny, token_ids
+from tiny_models import (
+    FAMILIES,
+    WIDTH,
+    Oracle,
+    checkpointed,
+    fill,
+    oracle,
+    patched,
+    tiny,
+    token_ids,
+)
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from sapt_fast import layers, routing
@@ -142,6 +153,64 @@ def test_a_failed_forward_leaves_nothing_behind():
         assert torch.equal(model.base_model(ids).last_hidden_state, expected)
 
 
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_an_interrupted_forward_leaves_nothing_behind(family):
+    model, ids = patched(family), token_ids()
+    kwargs = decoder_inputs(model, ids)
+    with torch.no_grad():
+        part = model.get_decoder() if family == "t5" else model.model.layers[0].self_attn.q_proj
+        expected = model.base_model(ids, **kwargs)[0]
+        layer = model.get_submodule(model.sapt.report.patched[-1])
+        handle = layer.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(token_ids(seed=2), **kwargs)
+        handle.remove()
+        if family == "t5":
+            with pytest.raises(RuntimeError, match="no mixture weights"):
+                part(input_ids=ids, encoder_hidden_states=torch.randn(3, 9, WIDTH))
+        else:
+            with model.sapt.fixed([0.2, 0.3, 0.5]):
+                assert torch.equal(model.sapt.routing.running, torch.tensor([[0.2, 0.3, 0.5]]))
+        assert torch.equal(model.base_model(ids, **kwargs)[0], expected)
+
+
+def test_a_forward_in_a_forward():
+    """A hook runs the same model on other inputs; the outer one goes on with its own weights."""
+    model, ids, other = patched("llama"), token_ids(), token_ids(batch=2, seed=2)
+    expected, inner = run(model, ids), run(model, other)
+    got, layer = [], model.get_submodule(model.sapt.report.patched[1])
+
+    def again(*_):
+        if not got:
+            got.append(None)
+            got.append(run(model, other))
+
+    layer.register_forward_pre_hook(again)
+    assert torch.equal(run(model, ids), expected)
+    assert torch.equal(got[1], inner)
+    assert torch.equal(model.sapt.attention, model.sapt.route(ids))
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_parts_do_not_take_the_last_forwards_weights(family):
+    model, ids = patched(family), token_ids()
+    run(model, ids)
+    assert model.sapt.attention.shape == (3, 3)
+    hidden = torch.randn(3, 9, WIDTH)
+    layer = model.get_submodule(model.sapt.report.patched[0])
+    with pytest.raises(RuntimeError, match="no mixture weights for MixedLinear"):
+        layer(hidden)
+    if family == "t5":
+        with pytest.raises(RuntimeError, match="no mixture weights"):
+            model.decoder(input_ids=ids, encoder_hidden_states=hidden)
+        with model.sapt.fixed(torch.eye(3)):
+            model.decoder(input_ids=ids, encoder_hidden_states=hidden)
+
+
 def test_parts_without_weights_raise():
     model = patched("llama")
     hidden = torch.randn(1, 4, WIDTH)
@@ -233,15 +302,16 @@ def test_fixed_nests_and_survives_exceptions():
     with model.sapt.fixed(outer):
         with model.sapt.fixed(inner):
             run(model, ids)
-            assert torch.equal(model.sapt.attention, inner)
+            assert torch.equal(model.sapt.attention, inner.expand(3, 3))
             with pytest.raises((IndexError, RuntimeError)), model.sapt.fixed(outer):
                 model(torch.full_like(ids, 9999))
-        run(model, ids)
-        assert torch.equal(model.sapt.attention, outer[None])
-        model.base_model(ids)
-        assert torch.equal(model.sapt.attention, outer[None])
-        model.generate(ids, max_new_tokens=2, num_beams=2)
-        assert torch.equal(model.sapt.attention, outer[None])
+        for call, rows in (
+            (lambda: run(model, ids), 3),
+            (lambda: model.base_model(ids), 3),
+            (lambda: model.generate(ids, max_new_tokens=2, num_beams=2), 6),
+        ):
+            call()
+            assert torch.equal(model.sapt.attention, outer.expand(rows, 3))
     assert torch.equal(run(model, ids), routed)
 
 
@@ -253,21 +323,101 @@ def test_fixed_nests_and_survives_exceptions():
         ([1, 0, 0], "floats"),
         ([0.5, 0.5], r"weights: got shape \(2,\), expected \[3\]"),
         ([[[[0.2, 0.3, 0.5]]]], "got shape"),
+        (torch.zeros(0, 3), r"got shape \(0, 3\)"),
+        (torch.zeros(2, 0, 3), "got shape"),
     ],
-    ids=["nan", "inf", "integers", "too_few", "four_dimensions"],
+    ids=["nan", "inf", "integers", "too_few", "four_dimensions", "no_sample", "no_token"],
 )
 def test_bad_fixed_weights(weights, message):
     model = patched("llama")
     with pytest.raises(ValueError, match=message):
-        model.sapt.fixed(torch.tensor(weights))
+        model.sapt.fixed(torch.as_tensor(weights))
     assert model.sapt.routing.pinned is None
 
 
 def test_per_token_weights_for_another_length_raise():
     model = patched("t5")
     weights = torch.full((3, 9, 3), 1 / 3)
-    with model.sapt.fixed(weights), pytest.raises(RuntimeError, match="per-token weights"):
+    message = r"MixedLinear: got an input of shape \(3, 4, 32\).*expected \[3, 9"
+    with model.sapt.fixed(weights), pytest.raises(RuntimeError, match=message):
         model(input_ids=token_ids(), decoder_input_ids=token_ids(length=4))
+
+
+# --- which rows are which samples ---
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fixed_weights_of_another_batch_raise(family):
+    model = patched(family)
+    with (
+        model.sapt.fixed(torch.eye(3)[:2]),
+        pytest.raises(RuntimeError, match="for 2 samples, but the model's input has 4 rows"),
+    ):
+        run(model, token_ids(batch=4))
+
+
+@pytest.mark.parametrize(
+    ("shape", "fits"),
+    [
+        ((2, 5, WIDTH), True),
+        ((2, 3, 4, WIDTH), True),
+        ((10, WIDTH), True),  # flattened
+        ((2, WIDTH), True),
+        ((4, 5, WIDTH), False),
+        ((5, 2, WIDTH), False),
+        ((8, 2, WIDTH), False),  # tokens first
+        ((1, 5, WIDTH), False),  # shared by the samples
+        ((5, WIDTH), False),
+    ],
+    ids=str,
+)
+def test_the_first_dimension_is_the_batch(shape, fits):
+    model, x = patched("llama"), torch.randn(shape)
+    layer = model.get_submodule(model.sapt.report.patched[0])
+    with model.sapt.fixed(torch.eye(3)[:2]):
+        if not fits:
+            with pytest.raises(
+                RuntimeError, match=rf"MixedLinear: got .*{WIDTH}.* of shape \(2, 3\)"
+            ):
+                layer(x)
+        else:
+            both, rows = layer(x), x.shape[0] // 2
+    if fits:
+        for k in range(2):
+            with model.sapt.fixed(torch.eye(3)[k]):
+                one = layer(x[k * rows : (k + 1) * rows])
+            torch.testing.assert_close(both[k * rows : (k + 1) * rows], one)
+    with model.sapt.fixed([0.2, 0.3, 0.5]):
+        layer(x)  # the same for all samples: any shape will do
+
+
+def longformer():
+    config = transformers.LongformerConfig(
+        vocab_size=97, hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, attention_window=4, max_position_embeddings=64, pad_token_id=0,
+    )  # fmt: skip
+    return transformers.LongformerModel(config).eval(), ["query", "value"]
+
+
+def deberta():
+    config = transformers.DebertaV2Config(
+        vocab_size=97, hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, relative_attention=True, pos_att_type=["p2c", "c2p"],
+        share_att_key=True, position_biased_input=False, max_position_embeddings=32,
+    )  # fmt: skip
+    return transformers.DebertaV2Model(config).eval(), ["query_proj", "value_proj"]
+
+
+@pytest.mark.parametrize("build", [longformer, deberta])
+def test_layers_without_the_batch_first_raise(build):
+    model, targets = build()
+    model = patched(model, target_modules=targets)
+    ids = token_ids(batch=2, length=8)
+    with pytest.raises(RuntimeError, match="first dimension is not the batch"):
+        model(ids)
+    model(ids[:1])
+    with model.sapt.fixed([0.2, 0.3, 0.5]):
+        model(ids)
 
 
 # --- after a new task ---
@@ -382,15 +532,24 @@ def test_checkpointing_gives_the_same_gradients(family, reentrant, before):
     options = {"use_reentrant": reentrant}
     model = tiny(family)
     if before:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        checkpointed(model, options)
     model = patched(model)
     if not before:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    assert model.is_gradient_checkpointing
+        checkpointed(model, options)
     got = two_forwards(model)
     assert got.keys() == expected.keys()
     for name, grad in got.items():
         assert error(grad, expected[name]) < 1e-4, name
+
+
+def test_recomputation_that_nobody_hands_weights_to_raises():
+    model, ids = patched("llama"), token_ids()
+    layer = model.model.layers[0]
+    own = layer.forward
+    layer.forward = lambda *args, **kwargs: checkpoint(own, *args, use_reentrant=False, **kwargs)
+    loss = model(ids, labels=ids, use_cache=False).loss
+    with pytest.raises(RuntimeError, match="no mixture weights"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -398,7 +557,7 @@ def test_checkpointing_without_handing_the_weights_over_is_noticed(reentrant, mo
     monkeypatch.setattr(routing._Checkpoint, "__call__", lambda s, *a, **k: s.function(*a, **k))
     expected = two_forwards(patched("llama"))
     model = patched("llama")
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    checkpointed(model, {"use_reentrant": reentrant})
     model.enable_input_require_grads()
     got = two_forwards(model)
     name = "model.layers.1.self_attn.v_proj.sapt_pool.b.trainable"
@@ -457,6 +616,25 @@ def test_compiled_model_with_cache_and_pinned_weights():
             compiled(ids[:, :1], past_key_values=out.past_key_values).logits,
             model(ids[:, :1], past_key_values=expected.past_key_values).logits,
         )
+
+
+@pytest.mark.parametrize("moved", ["frozen", "trainable"])
+def test_compiled_layers_follow_parameters_that_were_moved(moved):
+    """As vector_to_parameters and some averages of weights do: p.data = ..."""
+    model, ids = patched("llama"), token_ids()
+    torch._dynamo.reset()
+    run(model, ids)
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
+    before = run(model, ids)
+    for pool in model.sapt.pools.values():
+        part = getattr(pool.b, moved)
+        part.data = part.data * 3
+    got = run(model, ids)
+    for layer in model.model.layers:
+        layer._compiled_call_impl = None
+    torch.testing.assert_close(got, run(model, ids))
+    assert error(got, before) > 1e-2
 
 
 @pytest.mark.parametrize("family", ["t5", "llama", "gpt2"])

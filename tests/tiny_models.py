@@ -144,6 +144,15 @@ def fill(model: PreTrainedModel, seed: int = 7, deviation: float = 0.4) -> PreTr
     return model
 
 
+def checkpointed(model: PreTrainedModel, options: dict | None = None) -> PreTrainedModel:
+    """Turns activation checkpointing on, by the name that this transformers has for it."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    return model
+
+
 def token_ids(batch: int = 3, length: int = 9, seed: int = 11) -> Tensor:
     """[batch, length] ids without pad or end tokens."""
     generator = torch.Generator().manual_seed(seed)

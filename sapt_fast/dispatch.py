@@ -102,7 +102,8 @@ def triton_interpreted() -> bool:
 
 def _from_environment(op: str) -> str | None:
     named = os.environ.get(ENV_VARIABLE) or None
-    return named if named in _TABLE[op] or named not in BACKENDS else None
+    elsewhere = named not in _TABLE[op] and any(named in row for row in _TABLE.values())
+    return None if elsewhere else named
 
 
 @cache

@@ -100,7 +100,7 @@ def test_errors_are_one_line(
         ((*real, "--strategy", "magic"), "strategy: got 'magic'"),
         ((*real, "--tasks", "task363_sst2"), "no task 'task363_sst2'"),
         ((*real, "--tasks", f"{TASKS[0]},{TASKS[0]}"), "names a task more than once"),
-        ((*real, "--r", "0"), "r: got 0, expected at least 1"),
+        ((*real, "--r", "0"), "r: got 0, expected an integer, at least 1"),
         ((*real, "--dtype", "int8"), "dtype: got 'int8'"),
         ((*train, "--benchmark", "demo", "--tasks", "x"), "the demo has no ['x']"),
         (("eval", str(tmp_path)), "holds no finished run"),

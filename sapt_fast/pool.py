@@ -18,10 +18,11 @@ class RowStack(nn.Module):
     contiguous matrix for the kernels and a new task only writes its own rows. Beyond the reserved
     room the buffer doubles.
 
-    Parameters that something moved (`.to()`, `p.data = ...`) are put back side by side where they
-    are next looked at outside a compiled graph. Tensors that stand in for them for a while
-    (`torch.func.functional_call`, FSDP) are left alone and read through a copy; a compiled graph
-    does not see them.
+    Parameters that `.to()` or a load moved are put back side by side at once; those that
+    `p.data = ...` moved, when a forward next starts or reads them outside of a compiled graph. Tensors
+    that stand in for a while (`torch.func.functional_call`, FSDP) are left alone and read through a
+    copy. A model compiled as a whole notices neither: after `p.data = ...` call `realign` of its
+    pools, or write the values in place with `p.copy_`.
 
     Args:
         width: columns of a row.

@@ -176,10 +176,10 @@ class TestExport:
         weights = torch.tensor([0.2, -0.5, 1.1])
         model.sapt.export_adapter(weights, tmp_path / "mix")
         static = PeftModel.from_pretrained(tiny(family), tmp_path / "mix")
-        # In float64, where the order of the sums does not show.
+        # In float64, but T5 keeps its norms and softmax in float32.
         with model.double().sapt.fixed(weights.double()):
             expected = logits(model)
-        torch.testing.assert_close(logits(static.double()), expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(logits(static.double()), expected, rtol=1e-5, atol=1e-4)
 
     def test_replaces_its_own_and_nothing_else(self, saved, tmp_path):
         model, folder = saved

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import random
 import re
 import statistics
 import subprocess
@@ -37,9 +38,11 @@ def interleaved_ms(
             once = _turn_ms(function, 1)
         calls[name] = max(1, round(_TURN_MS / once))
     times: dict[str, list[float]] = {name: [] for name in functions}
+    order, shuffle = list(functions), random.Random(0).shuffle
     for _ in range(repeats):
-        for name, function in functions.items():
-            times[name].append(_turn_ms(function, calls[name]))
+        shuffle(order)  # none always follows the one that leaves the memory in disorder
+        for name in order:
+            times[name].append(_turn_ms(functions[name], calls[name]))
     return {name: _quantiles(values) for name, values in times.items()}
 
 

@@ -19,10 +19,10 @@ class RowStack(nn.Module):
     room the buffer doubles.
 
     Parameters that `.to()` or a load moved are put back side by side at once; those that
-    `p.data = ...` moved, when a forward next starts or reads them outside of a compiled graph. Tensors
-    that stand in for a while (`torch.func.functional_call`, FSDP) are left alone and read through a
-    copy. A model compiled as a whole notices neither: after `p.data = ...` call `realign` of its
-    pools, or write the values in place with `p.copy_`.
+    `p.data = ...` moved, when a forward next starts or reads them outside of a compiled graph.
+    Tensors that stand in for a while (`torch.func.functional_call`, FSDP) are left alone and read
+    through a copy. A model compiled as a whole notices neither: after `p.data = ...` call `realign`
+    of its pools, or write the values in place with `p.copy_`.
 
     Args:
         width: columns of a row.

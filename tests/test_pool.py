@@ -290,6 +290,17 @@ def test_factors_that_do_not_train_cost_no_gradient(through, monkeypatch):
     assert train_rows == ([] if through else [2, 5])
 
 
+def test_realign_brings_moved_rows_to_a_compiled_forward():
+    made = pool()
+    given = inputs(2)
+    compiled = torch.compile(lambda: made(*given), backend="eager", fullgraph=True)
+    before = compiled()
+    made.b.trainable.data = made.b.trainable.data * 3
+    made.realign()
+    assert not torch.equal(compiled(), before)
+    torch.testing.assert_close(compiled(), loop(made, *given))
+
+
 def test_tables_made_while_tracing_are_not_kept():
     made = pool(dtype=torch.float32)
     made._tables.clear()

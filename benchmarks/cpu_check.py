@@ -17,7 +17,7 @@ STEP = Step("t5", 512, 2048, 6, 8, 32128, batch=8, source=256, target=50, adapte
 
 def main() -> int:
     options = checks.arguments(__doc__)
-    layer, decode, step, repeats = LAYER, DECODE, STEP, 25
+    layer, decode, step, repeats = LAYER, DECODE, STEP, 12
     if options.quick:
         layer = replace(LAYER, batch=2, tokens=32, width=128, out=128)
         decode = replace(DECODE, width=128, out=128)

@@ -57,7 +57,7 @@ def draw(result: dict[str, Any], folder: Path) -> list[Path]:
         base = row["ms"]["base"]["median"]
         _bars(axis, {name: t["median"] / base for name, t in row["ms"].items()})
         axis.set_title(row["layer"], fontsize=9)
-        axis.set_xlabel("forward + backward, times the base layer alone")
+        axis.set_xlabel("time / base layer, forward + backward")
     speed = folder / "cpu_layer.png"
     figure.savefig(speed, dpi=150)
 
@@ -69,7 +69,7 @@ def draw(result: dict[str, Any], folder: Path) -> list[Path]:
     peaks = {name: peak / step["peak_bytes"][one] for name, peak in step["peak_bytes"].items()}
     for axis, values, what in ((left, times, "time"), (right, peaks, "peak memory")):
         _bars(axis, values)
-        axis.set_xlabel(f"training step: {what}, times PEFT with one LoRA")
+        axis.set_xlabel(f"{what} / PEFT with one LoRA")
     figure.suptitle(step["what"]["ours"]["step"], fontsize=9)
     memory = folder / "cpu_step.png"
     figure.savefig(memory, dpi=150)

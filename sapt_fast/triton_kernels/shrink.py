@@ -4,12 +4,17 @@ The epilogues apply the mixture weights while the product is still in registers.
 constant over the T = M // S rows of a sample, so a tile that meets few samples reads one weight
 row per sample ("segment"); a tile that meets many gathers one weight per element. D is the
 reduced dimension, I in the forward and O in the backward.
+
+The forward serves a group of projections of one x with one launch: a row of programs per row tile
+of x, one program per tile of rank columns of any member. What belongs to the member (its factor,
+its h) is chosen before the loop, which therefore stays pipelined.
 """
 # ruff: noqa: N803 - kernel arguments keep the letters of the formulas
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,6 +28,35 @@ from sapt_fast.triton_kernels.gemm import RANK_ALIGN
 from sapt_fast.triton_kernels.row_reduction import Mixing, mixture_grad
 
 _MAX_SEGMENTS = 4
+
+MAX_GROUP = 8
+"""Projections that one launch of the forward serves at most."""
+
+
+@triton.jit
+def _member_tile(tile, ranks, lo, BLOCK_N: tl.constexpr, MEMBERS: tl.constexpr):
+    """Member, its total rank, its first column among all members' and the tile within it.
+
+    Columns of a member start at `lo` and are padded to a multiple of 16.
+    """
+    member, begin, column, first, first_column, R = 0, 0, 0, 0, 0, ranks[0]
+    for i in tl.static_range(1, MEMBERS):
+        width = tl.cdiv(ranks[i - 1], 16) * 16 - lo
+        begin += tl.cdiv(width, BLOCK_N)
+        column += width
+        if tile >= begin:
+            member, first, first_column, R = i, begin, column, ranks[i]
+    return member, R, first_column, tile - first
+
+
+@triton.jit
+def _pointer_of(member, pointers, MEMBERS: tl.constexpr):
+    """pointers[member]: tuples take no index that is known at run time only."""
+    pointer = pointers[0]
+    for i in tl.static_range(1, MEMBERS):
+        if member == i:
+            pointer = pointers[i]
+    return pointer
 
 
 @triton.jit
@@ -92,20 +126,33 @@ def _sum_parts(
     return acc
 
 
-@triton.jit(do_not_specialize=["M", "R", "steps", "rank_lo", "rank_hi"])
+_RANKS = [f"rank_{i}" for i in range(MAX_GROUP)]
+"""Names of the members' total ranks: scalars, since the elements of a tuple are specialised, and
+a pool that grows must not recompile."""
+
+
+@triton.jit(do_not_specialize=["M", "steps", "tiles_r", "rank_lo", *_RANKS])
 def _split_kernel(
     x_ptr,
-    a_ptr,
+    a_ptrs,
     parts_ptr,
     M,
     D,
-    R,
     steps,
+    tiles_r,
     rank_lo,
-    rank_hi,
+    rank_0,
+    rank_1,
+    rank_2,
+    rank_3,
+    rank_4,
+    rank_5,
+    rank_6,
+    rank_7,
     stride_xm,
     stride_ar,
     stride_pm,
+    MEMBERS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -113,10 +160,14 @@ def _split_kernel(
     COMPUTE: tl.constexpr,
 ):
     """Part s = program axis 1 of x a^T into parts[s, M, stride_pm]: more programs for few tiles."""
-    lo, hi = rank_lo * 16, rank_hi * 16
-    tiles_r = tl.cdiv(hi - lo, BLOCK_N)
+    ranks_of = (rank_0, rank_1, rank_2, rank_3, rank_4, rank_5, rank_6, rank_7)
+    lo = rank_lo * 16
+    member, R, column, tile_r = _member_tile(
+        tl.program_id(0) % tiles_r, ranks_of, lo, BLOCK_N, MEMBERS
+    )
+    a_ptr = _pointer_of(member, a_ptrs, MEMBERS)
     rows = tl.program_id(0) // tiles_r * BLOCK_M + tl.arange(0, BLOCK_M)
-    ranks = lo + tl.program_id(0) % tiles_r * BLOCK_N + tl.arange(0, BLOCK_N)
+    ranks = lo + tile_r * BLOCK_N + tl.arange(0, BLOCK_N)
     part = tl.program_id(1)
     k_start = part * steps * BLOCK_K
     k_stop = min(k_start + steps * BLOCK_K, D)
@@ -124,32 +175,40 @@ def _split_kernel(
         x_ptr, a_ptr, rows, ranks, M, R, k_start, k_stop, stride_xm, stride_ar,
         BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, COMPUTE,
     )  # fmt: skip
-    mask = (rows < M)[:, None] & (ranks < hi)[None, :]
-    offsets = (part.to(tl.int64) * M + rows[:, None]) * stride_pm + ranks[None, :]
+    mask = (rows < M)[:, None] & (ranks < tl.cdiv(R, 16) * 16)[None, :]
+    offsets = (part.to(tl.int64) * M + rows[:, None]) * stride_pm + (column + ranks)[None, :]
     tl.store(parts_ptr + offsets, acc, mask=mask)
 
 
-@triton.jit(do_not_specialize=["parts", "M", "R", "S", "T", "K", "rank_hi"])
+@triton.jit(do_not_specialize=["parts", "M", "S", "T", "K", "tiles_r", *_RANKS])
 def _shrink_fwd_kernel(
     x_ptr,
-    a_ptr,
+    a_ptrs,
     parts_ptr,
     parts,
     mixture_ptr,
-    row_adapter_ptr,
-    row_scale_ptr,
-    h_ptr,
+    row_adapter_ptrs,
+    row_scale_ptrs,
+    h_ptrs,
     hw_ptr,
     M,
     D,
-    R,
     S,
     T,
     K,
-    rank_hi,
+    tiles_r,
+    rank_0,
+    rank_1,
+    rank_2,
+    rank_3,
+    rank_4,
+    rank_5,
+    rank_6,
+    rank_7,
     stride_xm,
     stride_ar,
-    stride_hm,
+    stride_hwm,
+    MEMBERS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -157,31 +216,40 @@ def _shrink_fwd_kernel(
     SEGMENTS: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """One tile of h = x a^T and hw = h * w, both [M, stride_hm] with zeros in the padding."""
-    hi = rank_hi * 16
-    tiles_r = tl.cdiv(hi, BLOCK_N)
+    """One tile of one member's h = x a^T and hw = h * w, with zeros in the padding of its ranks.
+
+    h is [M, Rp] for each member; hw is [M, stride_hwm] with the members side by side.
+    """
+    ranks_of = (rank_0, rank_1, rank_2, rank_3, rank_4, rank_5, rank_6, rank_7)
+    member, R, column, tile_r = _member_tile(
+        tl.program_id(0) % tiles_r, ranks_of, 0, BLOCK_N, MEMBERS
+    )
+    hi = tl.cdiv(R, 16) * 16
     first_row = tl.program_id(0) // tiles_r * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
-    ranks = tl.program_id(0) % tiles_r * BLOCK_N + tl.arange(0, BLOCK_N)
+    ranks = tile_r * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (rows < M)[:, None] & (ranks < hi)[None, :]
-    offsets = rows.to(tl.int64)[:, None] * stride_hm + ranks[None, :]
+    hw_offsets = rows.to(tl.int64)[:, None] * stride_hwm + (column + ranks)[None, :]
     if parts_ptr is None:
+        a_ptr = _pointer_of(member, a_ptrs, MEMBERS)
         h = _product(
             x_ptr, a_ptr, rows, ranks, M, R, 0, D, stride_xm, stride_ar,
             BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, COMPUTE,
         )  # fmt: skip
     else:
-        part_size = M.to(tl.int64) * stride_hm
-        h = _sum_parts(parts_ptr, parts, offsets, part_size, mask, BLOCK_M, BLOCK_N)
+        part_size = M.to(tl.int64) * stride_hwm
+        h = _sum_parts(parts_ptr, parts, hw_offsets, part_size, mask, BLOCK_M, BLOCK_N)
 
     safe_ranks = tl.where(ranks < R, ranks, 0)
-    adapters = tl.load(row_adapter_ptr + safe_ranks)
-    scales = tl.load(row_scale_ptr + safe_ranks)
+    adapters = tl.load(_pointer_of(member, row_adapter_ptrs, MEMBERS) + safe_ranks)
+    scales = tl.load(_pointer_of(member, row_scale_ptrs, MEMBERS) + safe_ranks)
     h = tl.where((ranks < R)[None, :], h, 0.0)
-    tl.store(h_ptr + offsets, h.to(h_ptr.dtype.element_ty), mask=mask)
+    h_ptr = _pointer_of(member, h_ptrs, MEMBERS)
+    h_offsets = rows.to(tl.int64)[:, None] * hi + ranks[None, :]
+    tl.store(h_ptr + h_offsets, h.to(h_ptr.dtype.element_ty), mask=mask)
     samples = tl.where(rows < M, rows, 0) // T
     hw = _weighted(h, mixture_ptr, adapters, scales, samples, first_row // T, S, K, SEGMENTS)
-    tl.store(hw_ptr + offsets, hw.to(hw_ptr.dtype.element_ty), mask=mask)
+    tl.store(hw_ptr + hw_offsets, hw.to(hw_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(
@@ -282,8 +350,15 @@ def _shrink_bwd_kernel(
 
 
 def _shrink_config(
-    traits: DeviceTraits, itemsize: int, M: int, columns: int, gathers: bool, backward: bool
+    traits: DeviceTraits,
+    itemsize: int,
+    M: int,
+    widths: Sequence[int],
+    gathers: bool,
+    backward: bool,
 ) -> TileConfig:
+    """The tile for members of so many columns each."""
+    columns = max(widths)
     if traits.capability == 0:
         return TileConfig(16, 16 if columns <= 16 else 32, 32, num_warps=4, num_stages=1)
     block_n = max(16, min(64, triton.next_power_of_2(columns)))
@@ -293,9 +368,9 @@ def _shrink_config(
         # The larger the tile, the less traffic; but each multiprocessor should get one. The
         # backward holds g and h at once, which leaves no registers for 128 columns.
         wide = traits.capability == 90 and not backward and columns > 64
-        if wide and _fills(traits, cdiv(M, 128) * cdiv(columns, 128)):
+        if wide and _fills(traits, cdiv(M, 128) * _tiles(widths, 128)):
             return TileConfig(128, 128, 64, num_warps=8, num_stages=3)
-        if _fills(traits, cdiv(M, 128) * cdiv(columns, block_n)):
+        if _fills(traits, cdiv(M, 128) * _tiles(widths, block_n)):
             return TileConfig(128, block_n, 64, num_warps=8, num_stages=4)
     return TileConfig(64, block_n, 64, num_warps=4, num_stages=4)
 
@@ -317,23 +392,32 @@ class _Plan(NamedTuple):
 
     tile: TileConfig
     tiles_m: int
-    tiles: int
+    tiles_r: int  # of all members
     segments: int  # 0 gathers the weights
     parts: Tensor | None  # partial products over parts of the reduction, if it was split
     num_parts: int
 
 
 def _prepare(
-    x: Tensor, factor: Tensor, columns: int, window: tuple[int, int], S: int, backward: bool
+    x: Tensor, factors: Sequence[Tensor], window: tuple[int, int] | None, S: int, backward: bool
 ) -> _Plan:
-    """Choose the tile; with few tiles, split the reduction and compute its parts (>= 4 steps)."""
+    """Choose the tile; with few tiles, split the reduction and compute its parts (>= 4 steps).
+
+    `window` restricts the columns of a single factor.
+    """
     M, D = x.shape
-    T, width = M // S, window[1] - window[0]
+    T = M // S
+    ranks = [factor.shape[0] for factor in factors]
+    columns = sum(round_up(rank, RANK_ALIGN) for rank in ranks)
+    first = 0
+    if window is not None:
+        first, ranks = window[0], [min(window[1], ranks[0])]
+    widths = [round_up(rank, RANK_ALIGN) - first for rank in ranks]
     traits = common.device_traits(x.device)
-    tile = _shrink_config(traits, x.element_size(), M, width, gathers=False, backward=backward)
+    tile = _shrink_config(traits, x.element_size(), M, widths, gathers=False, backward=backward)
     if _segments(tile.m, S, T) == 0:
-        tile = _shrink_config(traits, x.element_size(), M, width, gathers=True, backward=backward)
-    tiles_r = cdiv(width, tile.n)
+        tile = _shrink_config(traits, x.element_size(), M, widths, gathers=True, backward=backward)
+    tiles_r = _tiles(widths, tile.n)
     steps = cdiv(D, tile.k)
     num_parts = min(traits.num_sms // (cdiv(M, tile.m) * tiles_r), steps // 4)
     parts = None
@@ -343,69 +427,103 @@ def _prepare(
         parts = x.new_empty((num_parts, M, columns), dtype=torch.float32)
         _split_kernel[(cdiv(M, tile.m) * tiles_r, num_parts)](
             x,
-            factor,
+            tuple(factors),
             parts,
             M,
             D,
-            factor.shape[0],
             steps_per_part,
-            window[0] // RANK_ALIGN,
-            window[1] // RANK_ALIGN,
+            tiles_r,
+            first // RANK_ALIGN,
+            *_filled(ranks),
             x.stride(0),
-            factor.stride(0),
+            factors[0].stride(0),
             columns,
+            MEMBERS=len(factors),
             **tile.launch_options(),
             EVEN_K=D % tile.k == 0,
             COMPUTE=common.compute_dtype(x.dtype),
         )
         # What remains has no matrix product: short tiles give it more programs.
         tile = tile._replace(m=16, num_warps=2)
-    tiles_m = cdiv(M, tile.m)
-    return _Plan(tile, tiles_m, tiles_m * tiles_r, _segments(tile.m, S, T), parts, num_parts)
+    return _Plan(tile, cdiv(M, tile.m), tiles_r, _segments(tile.m, S, T), parts, num_parts)
 
 
-def shrink_fwd(x: Tensor, lora_a: Tensor, mixing: Mixing, h: Tensor) -> Tensor:
-    """Fill `h` with x @ lora_a.T and return it times the mixture weights.
+def _tiles(widths: Sequence[int], block_n: int) -> int:
+    return sum(cdiv(width, block_n) for width in widths)
+
+
+def _filled(ranks: Sequence[int]) -> list[int]:
+    return [*ranks, *[0] * (MAX_GROUP - len(ranks))]
+
+
+def shrink_fwd(
+    x: Tensor, factors: Sequence[Tensor], mixings: Sequence[Mixing], hs: Sequence[Tensor]
+) -> list[Tensor]:
+    """Fill each member's h with x @ lora_a.T and return it times the mixture weights.
+
+    One launch serves up to `MAX_GROUP` members (two if few rows make it split the reduction).
 
     Args:
         x: Of shape `[M, I]`, M > 0, unit column stride.
-        lora_a: Of shape `[R, I]`, R > 0, unit column stride, in x's dtype or float32.
-        mixing: The weights of the rows' samples.
-        h: Of shape `[M, Rp]`, contiguous, Rp the multiple of 16 from R on.
+        factors: Each member's lora_a, of shape `[R, I]`, R > 0, unit column stride, in x's dtype
+            or float32.
+        mixings: Each member's weights of the rows' samples, of one mixture.
+        hs: Each member's h, of shape `[M, Rp]`, float32, contiguous, Rp the multiple of 16 from R
+            on.
 
     Returns:
-        hw of shape `[M, Rp]` in x's dtype, zero in the columns from R on.
+        For each member hw of shape `[M, Rp]` in x's dtype, rows aligned to 16 elements, zero in
+        the columns from R on; views of one tensor if one launch made them.
     """
+    dtypes = {factor.dtype for factor in factors}
+    if len(factors) > MAX_GROUP or len(dtypes) > 1:
+        found: dict[int, Tensor] = {}
+        for dtype in dtypes:
+            of_dtype = [i for i, factor in enumerate(factors) if factor.dtype == dtype]
+            for start in range(0, len(of_dtype), MAX_GROUP):
+                members = of_dtype[start : start + MAX_GROUP]
+                hws = shrink_fwd(
+                    x, [factors[i] for i in members], [mixings[i] for i in members],
+                    [hs[i] for i in members],
+                )  # fmt: skip
+                found |= dict(zip(members, hws, strict=True))
+        return [found[i] for i in range(len(factors))]
+
+    if len({factor.stride(0) for factor in factors}) > 1:
+        factors = [factor.contiguous() for factor in factors]
     M, D = x.shape
-    R, columns = lora_a.shape[0], h.shape[1]
-    S, K = mixing.mixture.shape
-    hw = x.new_empty((M, columns))
+    S, K = mixings[0].mixture.shape
+    widths = [h.shape[1] for h in hs]
+    hw = x.new_empty((M, sum(widths)))
     with torch.cuda.device_of(x):
-        plan = _prepare(x, lora_a, columns, (0, columns), S, backward=False)
-        _shrink_fwd_kernel[(plan.tiles,)](
+        plan = _prepare(x, factors, None, S, backward=False)
+        _shrink_fwd_kernel[(plan.tiles_m * plan.tiles_r,)](
             x,
-            lora_a,
+            tuple(factors),
             plan.parts,
             plan.num_parts,
-            *mixing,
-            h,
+            mixings[0].mixture,
+            tuple(mixing.row_adapter for mixing in mixings),
+            tuple(mixing.row_scale for mixing in mixings),
+            tuple(hs),
             hw,
             M,
             D,
-            R,
             S,
             M // S,
             K,
-            columns // RANK_ALIGN,
+            plan.tiles_r,
+            *_filled([factor.shape[0] for factor in factors]),
             x.stride(0),
-            lora_a.stride(0),
-            columns,
+            factors[0].stride(0),
+            hw.stride(0),
+            MEMBERS=len(factors),
             **plan.tile.launch_options(),
             EVEN_K=D % plan.tile.k == 0,
             SEGMENTS=plan.segments,
             COMPUTE=common.compute_dtype(x.dtype),
         )
-    return hw
+    return list(hw.split(widths, dim=1))
 
 
 class ShrinkGrads(NamedTuple):
@@ -450,11 +568,11 @@ def shrink_bwd(
         h = None
     train_lo, train_hi = train_window or (0, 0)
     with torch.cuda.device_of(dy):
-        plan = _prepare(dy, lora_b, columns, window, S, backward=True)
+        plan = _prepare(dy, [lora_b], window, S, backward=True)
         if needs_mixture:
             partial_rows = plan.tiles_m * plan.segments if plan.segments else M
             partial = dy.new_empty((partial_rows, columns), dtype=torch.float32)
-        _shrink_bwd_kernel[(plan.tiles,)](
+        _shrink_bwd_kernel[(plan.tiles_m * plan.tiles_r,)](
             dy,
             lora_b,
             plan.parts,

@@ -38,6 +38,7 @@ from triton.compiler import ASTSource
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sapt_fast.ops.mix_experts import pair_groups
+from sapt_fast.ops.projection import Projection
 from sapt_fast.ops.router import QueryProjection
 from sapt_fast.triton_kernels import common
 from sapt_fast.triton_kernels.mix_experts import mix_experts_bwd, mix_experts_fwd
@@ -96,18 +97,21 @@ class Case:
         if self.weight == "transposed":
             weight = tensor(self.i, self.o).t()
         bias = tensor(self.o) if self.bias else None
-        pool = (
+        mixture = tensor(self.samples, k, dtype=torch.float32)
+        projection = Projection(
+            weight,
+            bias,
             tensor(r, self.i, dtype=lora_dtype),
             tensor(r, self.o, dtype=lora_dtype),
-            tensor(self.samples, k, dtype=torch.float32),
             tensor(r, dtype=torch.int32),
             tensor(r, dtype=torch.float32),
         )
-        _, h = mixed_lora_fwd(x, weight, bias, *pool)
+        [(_, h)] = mixed_lora_fwd(x, mixture, [projection])
         newest = [r - self.ranks[-1], r]
+        given = [dy], x, mixture, [projection], [h], [newest]
         for through_frozen in (True, False):
-            mixed_lora_bwd(dy, x, weight, *pool, h, newest, True, True, through_frozen)
-        mixed_lora_bwd(dy, x, weight, *pool, h, newest, False, False, False)
+            mixed_lora_bwd(*given, True, True, through_frozen)
+        mixed_lora_bwd(*given, False, False, False)
 
 
 @dataclass(frozen=True)

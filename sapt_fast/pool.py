@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
 from sapt_fast.ops.mixed_lora import RankTable, mix, rank_table
+from sapt_fast.ops.projection import PooledProjection, Projection
 
 
 class RowStack(nn.Module):
@@ -236,20 +237,25 @@ class AdapterPool(nn.Module):
             weight, bias: of the layer; weight None for the mixture alone.
             mixture: [S, K]; S divides the rows of x.
         """
+        given = self.projection(x, weight, bias, grad_through_frozen)
+        return mix(x, mixture, [given], grad_through_frozen, backend)[0]
+
+    def projection(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, grad_through_frozen: bool
+    ) -> PooledProjection:
+        """This pool with its layer's weight and bias, as `ops.mixed_lora.mix` takes them."""
         a, b = self.a.trainable, self.b.trainable
         first, last = self.a.frozen.shape[0], len(self.a)
         trains = a.requires_grad or b.requires_grad
         # Rows not listed get no gradient and, without grad_through_frozen, pass none on to x.
         listed = last > first and (trains or not grad_through_frozen)
-        return mix(
-            x, weight, bias, self.a.rows(), self.b.rows(), mixture,
-            self._table(x.device, torch.promote_types(x.dtype, torch.float32)),
-            [a] if listed and a.requires_grad else [],
-            [b] if listed and b.requires_grad else [],
+        table = self._table(x.device, torch.promote_types(x.dtype, torch.float32))
+        return PooledProjection(
+            Projection(weight, bias, self.a.rows(), self.b.rows(), *table),
+            [a] if listed else [],
+            [b] if listed else [],
             [first, last] if listed else [],
-            grad_through_frozen,
-            backend,
-        )  # fmt: skip
+        )
 
     def _table(self, device: torch.device, dtype: torch.dtype) -> RankTable:
         table = self._tables.get((device, dtype))

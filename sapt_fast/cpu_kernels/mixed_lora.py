@@ -4,6 +4,7 @@ The contract of both functions is that of the reference in ``sapt_fast.ops.mixed
 (decoding) runs as one call, the base product included.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sapt_fast import _C  # torch comes first: both must use the OpenMP runtime that torch brings
+from sapt_fast.ops.projection import Projection
 
 _CODES = {
     torch.float32: _C.FLOAT32,
@@ -29,26 +31,22 @@ _ONEDNN_WORK = 1 << 26
 
 
 def mixed_lora_fwd(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    mixture: Tensor,
-    row_adapter: Tensor,
-    row_scale: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """``x W^T + bias`` plus the mixture.
+    x: Tensor, mixture: Tensor, projections: Sequence[Projection]
+) -> list[tuple[Tensor, Tensor]]:
+    """``x W^T + bias`` plus the mixture, of each projection.
 
     Returns:
-        y [M, O] in x's dtype and h = x A^T, [M, R], in x's dtype.
+        (y [M, O] in x's dtype, h = x A^T, [M, R], in x's dtype) of each projection.
     """
-    x = x.contiguous()
-    table = _table(mixture, row_adapter, row_scale)
-    if x.shape[0] <= _DECODE_ROWS[x.dtype]:
-        return _decode(x, weight, bias, lora_a, lora_b, table)
+    x, mixture = x.contiguous(), mixture.contiguous()
+    decodes = x.shape[0] <= _DECODE_ROWS[x.dtype]
+    return [(_decode if decodes else _forward)(x, mixture, given) for given in projections]
+
+
+def _forward(x: Tensor, mixture: Tensor, projection: Projection) -> tuple[Tensor, Tensor]:
+    weight, bias, lora_a, lora_b, row_adapter, row_scale = projection
     h = _multiply_nt(x, lora_a.to(x.dtype))
-    hw = _weighted(h, table)
+    hw = _weighted(h, _table(mixture, row_adapter, row_scale))
     return _two_products(x, _transposed(weight), bias, hw, lora_b.to(x.dtype)), h
 
 
@@ -58,49 +56,50 @@ def empty_h(x: Tensor, total_rank: int) -> Tensor:
 
 
 def mixed_lora_bwd(
-    dy: Tensor,
+    dys: Sequence[Tensor],
     x: Tensor,
-    weight: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
     mixture: Tensor,
-    row_adapter: Tensor,
-    row_scale: Tensor,
-    h: Tensor | None,
-    train_rows: list[int],
+    projections: Sequence[Projection],
+    hs: Sequence[Tensor | None],
+    train_rows: Sequence[list[int]],
     needs_x: bool,
     needs_mixture: bool,
     grad_through_frozen: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
     """Gradients of `mixed_lora_fwd`.
 
     Returns:
-        dx [M, I], d_mixture [S, K], d_a [Rt, I], d_b [Rt, O]; None for what was not asked for.
+        dx [M, I] and d_mixture [S, K], summed over the projections, and (d_a [Rt, I],
+        d_b [Rt, O]) of each; None for what was not asked for.
     """
-    x, dy = x.contiguous(), dy.contiguous()
-    table = _table(mixture, row_adapter, row_scale)
-    g = _multiply_nt(dy, lora_b.to(x.dtype))
-    if h is None:  # nothing but x wants a gradient
-        h = g
-    d_mixture, packed_g, packed_h = _weighted_backward(
-        g, h.contiguous(), table, train_rows, needs_mixture
-    )
-    dx = d_a = d_b = None
-    if needs_x and grad_through_frozen:
-        dx = _two_products(dy, weight, None, g, lora_a.to(x.dtype))
-    elif needs_x:
-        dx = _through_trained(dy, weight, packed_g, lora_a, train_rows)
-    if train_rows:
-        d_a = _multiply_tn(packed_g, x).to(lora_a.dtype)
-        d_b = _multiply_tn(packed_h, dy).to(lora_b.dtype)
-    if d_mixture is not None:
-        d_mixture = d_mixture.to(mixture.dtype)
-    return dx, d_mixture, d_a, d_b
+    x, mixture = x.contiguous(), mixture.contiguous()
+    dx = d_mixture = None
+    factors: list[tuple[Tensor | None, Tensor | None]] = []
+    for dy, projection, h, spans in zip(dys, projections, hs, train_rows, strict=True):
+        weight, _, lora_a, lora_b, row_adapter, row_scale = projection
+        dy = dy.contiguous()
+        g = _multiply_nt(dy, lora_b.to(x.dtype))
+        if h is None:  # nothing but x wants a gradient
+            h = g
+        table = _table(mixture, row_adapter, row_scale)
+        own, packed_g, packed_h = _weighted_backward(g, h.contiguous(), table, spans, needs_mixture)
+        if own is not None:
+            d_mixture = own if d_mixture is None else d_mixture.add_(own)
+        if needs_x and grad_through_frozen:
+            dx = _two_products(dy, weight, None, g, lora_a.to(x.dtype), dx)
+        elif needs_x:
+            dx = _through_trained(dy, weight, packed_g, lora_a, spans, dx)
+        d_a = d_b = None
+        if spans:
+            d_a = _multiply_tn(packed_g, x).to(lora_a.dtype)
+            d_b = _multiply_tn(packed_h, dy).to(lora_b.dtype)
+        factors.append((d_a, d_b))
+    return dx, d_mixture, factors
 
 
 def _table(mixture: Tensor, row_adapter: Tensor, row_scale: Tensor) -> _Table:
     """The three tensors that give every rank its weight, as ``_C`` reads them."""
-    return mixture.contiguous(), row_adapter.contiguous(), row_scale.contiguous()
+    return mixture, row_adapter.contiguous(), row_scale.contiguous()
 
 
 def _addresses(table: _Table) -> tuple[int, int, int]:
@@ -144,14 +143,9 @@ def _weighted_backward(
     return d_mixture, packed_g, packed_h
 
 
-def _decode(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    table: _Table,
-) -> tuple[Tensor, Tensor]:
+def _decode(x: Tensor, mixture: Tensor, projection: Projection) -> tuple[Tensor, Tensor]:
+    weight, bias, lora_a, lora_b, row_adapter, row_scale = projection
+    table = _table(mixture, row_adapter, row_scale)
     rows, inputs = x.shape
     ranks, outputs = lora_b.shape
     if x.dtype == torch.float64:
@@ -214,14 +208,25 @@ def _multiply_tn(packed: Tensor, x: Tensor) -> Tensor:
 
 
 def _two_products(
-    x: Tensor, matrix: Tensor | None, bias: Tensor | None, ranks: Tensor, rows: Tensor
+    x: Tensor,
+    matrix: Tensor | None,
+    bias: Tensor | None,
+    ranks: Tensor,
+    rows: Tensor,
+    onto: Tensor | None = None,
 ) -> Tensor:
-    """x [M, I] . matrix [I, O] + bias + ranks [M, R] . rows [R, O]; or the last alone."""
-    if matrix is None:
-        return torch.mm(ranks, rows)
+    """x [M, I] . matrix [I, O] + bias + ranks [M, R] . rows [R, O], or the last alone.
+
+    Args:
+        onto: [M, O] to add to, in place.
+    """
     # In place onto the large product: a product of its own would cost the page faults of a new
     # [M, O] tensor, which on CPUs is more than reading y once more.
-    if _uses_onednn(x, matrix.shape[1]):
+    if matrix is None:
+        return torch.mm(ranks, rows) if onto is None else onto.addmm_(ranks, rows)
+    if onto is not None:
+        y = onto.addmm_(x, matrix)
+    elif _uses_onednn(x, matrix.shape[1]):
         y = _ONEDNN(x, matrix.t(), bias, "none", [], "")
     elif bias is None:
         y = torch.mm(x, matrix)
@@ -235,13 +240,18 @@ def _transposed(weight: Tensor | None) -> Tensor | None:
 
 
 def _through_trained(
-    dy: Tensor, weight: Tensor | None, packed_g: Tensor, lora_a: Tensor, train_rows: list[int]
+    dy: Tensor,
+    weight: Tensor | None,
+    packed_g: Tensor,
+    lora_a: Tensor,
+    train_rows: list[int],
+    onto: Tensor | None,
 ) -> Tensor:
     """The gradient of x where only the trained adapters pass it on; no row of lora_a is moved."""
     spans = list(zip(train_rows[::2], train_rows[1::2], strict=True))
     parts = packed_g.split([stop - start for start, stop in spans], dim=1) if spans else (packed_g,)
     rows = [lora_a[start:stop].to(dy.dtype) for start, stop in spans] or [lora_a[:0].to(dy.dtype)]
-    dx = _two_products(dy, weight, None, parts[0], rows[0])
+    dx = _two_products(dy, weight, None, parts[0], rows[0], onto)
     for part, row in zip(parts[1:], rows[1:], strict=True):
         dx.addmm_(part, row)
     return dx

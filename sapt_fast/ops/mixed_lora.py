@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sapt_fast import dispatch
+from sapt_fast.ops.projection import PooledProjection, Projection
 from sapt_fast.ops.rank_table import (
     RankTable,
     cached_table,
@@ -132,52 +133,84 @@ def mixed_lora(
 
 def mix(
     x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
     mixture: Tensor,
-    table: RankTable,
-    train_a: list[Tensor],
-    train_b: list[Tensor],
-    train_rows: list[int],
+    projections: Sequence[PooledProjection],
     grad_through_frozen: bool = True,
     backend: str | None = None,
-) -> Tensor:
-    """The op on a pool that is already laid out; arguments are trusted (used by `pool`).
+) -> list[Tensor]:
+    """The op on pools that are already laid out; arguments are trusted (used by `pool`).
 
     Args:
-        x: [..., I]; its rows are grouped by sample.
-        lora_a, lora_b: the stacked values; gradients do not flow to them but to `train_a`,
-            `train_b`.
-        mixture: [S, K]; S divides the number of rows of x.
-        table: of the same K adapters and R rows.
-        train_a, train_b: the rows that train, as tensors that share lora_a's and lora_b's memory.
-        train_rows: [start, stop] of each of them in the stack, flattened.
+        x: [..., I], the input of all projections; its rows are grouped by sample.
+        projections: all of them have a weight or none has; likewise for the bias.
+        mixture: [S, K]; S divides the number of rows of x. Every pool has K adapters.
+
+    Returns:
+        y [..., O] of each projection.
     """
     dtype = _compute_dtype(x)
     if dtype != x.dtype:
         x = x.to(dtype)
-        weight = None if weight is None else weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    if lora_a.dtype not in (dtype, torch.float32):
-        lora_a, lora_b = lora_a.to(dtype), lora_b.to(dtype)
     accumulate = torch.promote_types(dtype, torch.float32)
     if mixture.dtype != accumulate:
         mixture = mixture.to(accumulate)
-    if table.row_scale.dtype != accumulate:
-        table = RankTable(table.row_adapter, table.row_scale.to(accumulate))
     rows = x if x.dim() == 2 else x.flatten(0, -2)
+    computed = [_in_dtype(given.projection, dtype, accumulate) for given in projections]
     if _eager_inference(x):
-        y, _ = _kernel("mixed_lora_fwd", backend, rows)(
-            rows, weight, bias, lora_a, lora_b, mixture, *table
-        )
+        ys = [y for y, _ in _kernel("mixed_lora_fwd", backend, rows)(rows, mixture, computed)]
     else:
-        y, _ = _forward_op(
-            rows, weight, bias, lora_a, lora_b, train_a, train_b, mixture, *table,
-            train_rows, grad_through_frozen, backend or "",
-        )  # fmt: skip
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+        ys = _forward_op(
+            rows,
+            mixture,
+            *_flattened(computed),
+            [t for given in projections for t in given.train_a],
+            [t for given in projections for t in given.train_b],
+            [v for i, given in enumerate(projections) for v in _triples(i, given.train_rows)],
+            grad_through_frozen,
+            backend or "",
+        )[: len(projections)]
+    return ys if x.dim() == 2 else [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
+
+
+def _in_dtype(given: Projection, dtype: torch.dtype, accumulate: torch.dtype) -> Projection:
+    weight, bias, lora_a, lora_b, row_adapter, row_scale = given
+    if weight is not None and weight.dtype != dtype:
+        weight = weight.to(dtype)
+    if bias is not None and bias.dtype != dtype:
+        bias = bias.to(dtype)
+    if lora_a.dtype not in (dtype, torch.float32):
+        lora_a, lora_b = lora_a.to(dtype), lora_b.to(dtype)
+    if row_scale.dtype != accumulate:
+        row_scale = row_scale.to(accumulate)
+    return Projection(weight, bias, lora_a, lora_b, row_adapter, row_scale)
+
+
+def _flattened(projections: Sequence[Projection]) -> list[list[Any]]:
+    """How the registered ops take projections: a list of each field, empty where it is None."""
+    fields = zip(*projections, strict=True)
+    return [[t for t in field if t is not None] for field in fields]
+
+
+def _projections(count: int, *fields: Sequence[Tensor]) -> list[Projection]:
+    """The inverse of `_flattened`."""
+    filled: list[Sequence[Any]] = [field or [None] * count for field in fields]
+    return [Projection(*values) for values in zip(*filled, strict=True)]
+
+
+def _triples(index: int, train_rows: list[int]) -> list[int]:
+    """[index, start, stop] of each range, flattened: how the registered ops take them."""
+    spans = zip(train_rows[::2], train_rows[1::2], strict=True)
+    return [value for start, stop in spans for value in (index, start, stop)]
+
+
+def _rows_of(index: int, triples: Sequence[int]) -> list[int]:
+    """The ranges [start, stop, ...] of one projection."""
+    return [
+        value
+        for owner, *span in zip(triples[::3], triples[1::3], triples[2::3], strict=True)
+        for value in span
+        if owner == index
+    ]
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -272,14 +305,16 @@ def _checked(
     if grad_through_frozen and not trains:
         train_rows = []
     spans = list(zip(train_rows[::2], train_rows[1::2], strict=True))
-    return mix(
-        x, weight, bias, lora_a.detach(), lora_b.detach(),
-        mixture.reshape(-1, count),
-        _table(layout, scaling, x),
-        [lora_a[i:j] for i, j in spans] if lora_a.requires_grad else [],
-        [lora_b[i:j] for i, j in spans] if lora_b.requires_grad else [],
-        train_rows, grad_through_frozen, backend,
-    )  # fmt: skip
+    projection = Projection(
+        weight, bias, lora_a.detach(), lora_b.detach(), *_table(layout, scaling, x)
+    )
+    pooled = PooledProjection(
+        projection,
+        [lora_a[i:j] for i, j in spans],
+        [lora_b[i:j] for i, j in spans],
+        train_rows,
+    )
+    return mix(x, mixture.reshape(-1, count), [pooled], grad_through_frozen, backend)[0]
 
 
 def _table(layout: tuple[int, ...], scaling: float | Tensor, x: Tensor) -> RankTable:
@@ -296,58 +331,66 @@ def _table(layout: tuple[int, ...], scaling: float | Tensor, x: Tensor) -> RankT
 
 
 def mixed_lora_fwd(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    mixture: Tensor,
-    row_adapter: Tensor,
-    row_scale: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The specification of the forward: `(y [M, O], h [M, R] = x A^T)`."""
-    h = x @ lora_a.to(x.dtype).t()
-    y = _weighted(h, mixture, row_adapter, row_scale) @ lora_b.to(x.dtype)
-    if weight is not None:
-        y = torch.addmm(y, x, weight.t())
-    return (y if bias is None else y + bias), h
+    x: Tensor, mixture: Tensor, projections: Sequence[Projection]
+) -> list[tuple[Tensor, Tensor]]:
+    """The specification of the forward: `(y [M, O], h [M, R] = x A^T)` of each projection."""
+    results = []
+    for weight, bias, lora_a, lora_b, row_adapter, row_scale in projections:
+        h = x @ lora_a.to(x.dtype).t()
+        y = _weighted(h, mixture, row_adapter, row_scale) @ lora_b.to(x.dtype)
+        if weight is not None:
+            y = torch.addmm(y, x, weight.t())
+        results.append((y if bias is None else y + bias, h))
+    return results
 
 
 def mixed_lora_bwd(
-    dy: Tensor,
+    dys: Sequence[Tensor],
     x: Tensor,
-    weight: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
     mixture: Tensor,
-    row_adapter: Tensor,
-    row_scale: Tensor,
-    h: Tensor,
-    train_rows: list[int],
+    projections: Sequence[Projection],
+    hs: Sequence[Tensor | None],
+    train_rows: Sequence[list[int]],
     needs_x: bool,
     needs_mixture: bool,
     grad_through_frozen: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The specification of the backward: `(dx, d_mixture, d_a, d_b)`, None where not asked for."""
-    lora_a_x, lora_b_x = lora_a.to(x.dtype), lora_b.to(x.dtype)
-    g = dy @ lora_b_x.t()
-    dx = d_mixture = d_a = d_b = None
-    if needs_mixture:
-        product = g.to(mixture.dtype) * h.to(mixture.dtype) * row_scale
-        samples = mixture.shape[0]
-        per_sample = _by_sample(product, samples).sum(1) if samples else product
-        d_mixture = torch.zeros_like(mixture).index_add_(1, row_adapter.long(), per_sample)
-    gw = _weighted(g, mixture, row_adapter, row_scale)
-    rows = _selected(train_rows, x.device)
-    if train_rows:
-        hw = _weighted(h[:, rows], mixture, row_adapter[rows], row_scale[rows])
-        d_a = (gw[:, rows].t() @ x).to(lora_a.dtype)
-        d_b = (hw.t() @ dy).to(lora_b.dtype)
-    if needs_x:
-        dx = gw @ lora_a_x if grad_through_frozen else gw[:, rows] @ lora_a_x[rows]
-        if weight is not None:
-            dx = torch.addmm(dx, dy, weight)
-    return dx, d_mixture, d_a, d_b
+) -> tuple[Tensor | None, Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
+    """The specification of the backward; None where nothing was asked for.
+
+    Args:
+        dys: [M, O] of each projection, never written to.
+        hs: of the forward; None where neither the mixture nor a row of the projection trains.
+        train_rows: ascending disjoint ranges [start, stop, start, stop, ...] of each projection.
+
+    Returns:
+        dx [M, I] and d_mixture [S, K], summed over the projections, and (d_a [Rt, I],
+        d_b [Rt, O]) of each, rows in the order of its ranges.
+    """
+    dx = x.new_zeros(x.shape) if needs_x else None
+    d_mixture = torch.zeros_like(mixture) if needs_mixture else None
+    factors: list[tuple[Tensor | None, Tensor | None]] = []
+    for dy, projection, h, spans in zip(dys, projections, hs, train_rows, strict=True):
+        weight, _, lora_a, lora_b, row_adapter, row_scale = projection
+        lora_a_x, lora_b_x = lora_a.to(x.dtype), lora_b.to(x.dtype)
+        g = dy @ lora_b_x.t()
+        if d_mixture is not None and h is not None:
+            product = g.to(mixture.dtype) * h.to(mixture.dtype) * row_scale
+            samples = mixture.shape[0]
+            per_sample = _by_sample(product, samples).sum(1) if samples else product
+            d_mixture.index_add_(1, row_adapter.long(), per_sample)
+        gw = _weighted(g, mixture, row_adapter, row_scale)
+        rows = _selected(spans, x.device)
+        d_a = d_b = None
+        if spans and h is not None:
+            hw = _weighted(h[:, rows], mixture, row_adapter[rows], row_scale[rows])
+            d_a = (gw[:, rows].t() @ x).to(lora_a.dtype)
+            d_b = (hw.t() @ dy).to(lora_b.dtype)
+        factors.append((d_a, d_b))
+        if dx is not None:
+            dx += gw @ lora_a_x if grad_through_frozen else gw[:, rows] @ lora_a_x[rows]
+            if weight is not None:
+                dx = torch.addmm(dx, dy, weight)
+    return dx, d_mixture, factors
 
 
 def _weighted(h: Tensor, mixture: Tensor, row_adapter: Tensor, row_scale: Tensor) -> Tensor:
@@ -376,71 +419,98 @@ def _selected(train_rows: list[int], device: torch.device) -> Tensor:
 @torch.library.custom_op("sapt_fast::mixed_lora_fwd", mutates_args=())
 def _forward_op(
     x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    train_a: list[Tensor],
-    train_b: list[Tensor],
     mixture: Tensor,
-    row_adapter: Tensor,
-    row_scale: Tensor,
-    train_rows: list[int],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    row_adapter: Sequence[Tensor],
+    row_scale: Sequence[Tensor],
+    train_a: Sequence[Tensor],
+    train_b: Sequence[Tensor],
+    train_rows: Sequence[int],
     grad_through_frozen: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    return _kernel("mixed_lora_fwd", backend, x)(
-        x, weight, bias, lora_a, lora_b, mixture, row_adapter, row_scale
-    )
+) -> list[Tensor]:
+    """y of each projection, then h of each; `train_rows` are triples, see `_triples`."""
+    projections = _projections(len(lora_a), weights, biases, lora_a, lora_b, row_adapter, row_scale)
+    results = _kernel("mixed_lora_fwd", backend, x)(x, mixture, projections)
+    return [y for y, _ in results] + [h for _, h in results]
 
 
 @torch.library.custom_op("sapt_fast::mixed_lora_bwd", mutates_args=())
 def _backward_op(
-    dy: Tensor,
+    dys: Sequence[Tensor],
     x: Tensor,
-    weight: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
     mixture: Tensor,
-    row_adapter: Tensor,
-    row_scale: Tensor,
-    h: Tensor | None,
-    train_rows: list[int],
+    weights: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    row_adapter: Sequence[Tensor],
+    row_scale: Sequence[Tensor],
+    hs: Sequence[Tensor | None],
+    train_rows: Sequence[int],
     needs_x: bool,
     needs_mixture: bool,
     grad_through_frozen: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
     """`mixed_lora_bwd` of the backend, with empty tensors in place of None."""
-    grads = _kernel("mixed_lora_bwd", backend, x)(
-        dy, x, weight, lora_a, lora_b, mixture, row_adapter, row_scale, h,
-        train_rows, needs_x, needs_mixture, grad_through_frozen,
+    projections = _projections(len(dys), weights, (), lora_a, lora_b, row_adapter, row_scale)
+    dx, d_mixture, factors = _kernel("mixed_lora_bwd", backend, x)(
+        dys, x, mixture, projections, hs, [_rows_of(i, train_rows) for i in range(len(dys))],
+        needs_x, needs_mixture, grad_through_frozen,
     )  # fmt: skip
-    dx, d_mixture, d_a, d_b = (x.new_empty(0) if grad is None else grad for grad in grads)
-    return dx, d_mixture, d_a, d_b
+    nothing = x.new_empty
+    return (
+        nothing(0) if dx is None else dx,
+        nothing(0) if d_mixture is None else d_mixture,
+        [nothing(0) if d_a is None else d_a for d_a, _ in factors],
+        [nothing(0) if d_b is None else d_b for _, d_b in factors],
+    )
 
 
 @_forward_op.register_fake
 def _forward_fake(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor,
+    x: Tensor,
+    mixture: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
     *others: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    h = _kernel("empty_h", others[-1], x)(x, lora_a.shape[0])
-    return x.new_empty(x.shape[0], lora_b.shape[1]), h
+) -> list[Tensor]:
+    empty_h = _kernel("empty_h", others[-1], x)
+    ys = [x.new_empty(x.shape[0], b.shape[1]) for b in lora_b]
+    return ys + [empty_h(x, a.shape[0]) for a in lora_a]
 
 
 @_backward_op.register_fake
 def _backward_fake(
-    dy: Tensor, x: Tensor, weight: Tensor | None, lora_a: Tensor, lora_b: Tensor, mixture: Tensor,
-    row_adapter: Tensor, row_scale: Tensor, h: Tensor | None, train_rows: list[int],
-    needs_x: bool, needs_mixture: bool, *others: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    rows = sum(train_rows[1::2]) - sum(train_rows[::2])
+    dys: Sequence[Tensor],
+    x: Tensor,
+    mixture: Tensor,
+    weights: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    row_adapter: Sequence[Tensor],
+    row_scale: Sequence[Tensor],
+    hs: Sequence[Tensor | None],
+    train_rows: Sequence[int],
+    needs_x: bool,
+    needs_mixture: bool,
+    *others: Any,
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    def trained(stack: Tensor, index: int) -> Tensor:
+        spans = _rows_of(index, train_rows)
+        rows = sum(spans[1::2]) - sum(spans[::2])
+        return stack.new_empty(rows, stack.shape[1]) if rows else x.new_empty(0)
+
     return (
         x.new_empty(x.shape) if needs_x else x.new_empty(0),
         mixture.new_empty(mixture.shape) if needs_mixture else x.new_empty(0),
-        lora_a.new_empty(rows, lora_a.shape[1]) if rows else x.new_empty(0),
-        lora_b.new_empty(rows, lora_b.shape[1]) if rows else x.new_empty(0),
+        [trained(a, i) for i, a in enumerate(lora_a)],
+        [trained(b, i) for i, b in enumerate(lora_b)],
     )
 
 
@@ -449,52 +519,69 @@ def empty_h(x: Tensor, total_rank: int) -> Tensor:
     return x.new_empty(x.shape[0], total_rank)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    (x, weight, bias, lora_a, lora_b, train_a, train_b, mixture, row_adapter, row_scale,
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    (x, mixture, weights, biases, lora_a, lora_b, row_adapter, row_scale, train_a, train_b,
      train_rows, grad_through_frozen, backend) = inputs  # fmt: skip
+    ctx.count = count = len(lora_a)
+    ctx.weights = len(weights)
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
-    ctx.train_sizes = [t.shape[0] for t in (train_a or train_b)]
+    ctx.mark_non_differentiable(*output[count:])
     ctx.needs_a = [t.requires_grad for t in train_a]
     ctx.needs_b = [t.requires_grad for t in train_b]
     ctx.needs_x, ctx.needs_mixture = x.requires_grad, mixture.requires_grad
-    ctx.needs_weight = weight is not None and weight.requires_grad
-    ctx.needs_bias = bias is not None and bias.requires_grad
+    ctx.needs_weight = [w.requires_grad for w in weights]
+    ctx.needs_bias = [b.requires_grad for b in biases]
     ctx.train_rows, ctx.grad_through_frozen, ctx.backend = train_rows, grad_through_frozen, backend
-    needs_h = ctx.needs_mixture or bool(train_rows)
+    hs = [
+        h if ctx.needs_mixture or i in train_rows[::3] else None
+        for i, h in enumerate(output[count:])
+    ]
     # The last two share lora_a's and lora_b's memory; saved, they tell if it was changed since.
     ctx.save_for_backward(
-        x, weight, lora_a, lora_b, mixture, row_adapter, row_scale,
-        output[1] if needs_h else None, *train_a, *train_b,
-    )  # fmt: skip
+        x, mixture, *weights, *lora_a, *lora_b, *row_adapter, *row_scale, *hs, *train_a, *train_b
+    )
 
 
-def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Any, ...]:
-    # An empty list of ints counts as a list of tensors, whose gradient is a list.
-    no_rows: list[None] | None = None if ctx.train_rows else []
-    if dy is None:
-        empty = [None] * len(ctx.needs_a), [None] * len(ctx.needs_b)
-        return (*(None,) * 5, *empty, None, None, None, no_rows, None, None)
-    x, weight, lora_a, lora_b, mixture, row_adapter, row_scale, h = ctx.saved_tensors[:8]
-    dx, d_mixture, d_a, d_b = _backward_op(
-        dy, x, weight, lora_a, lora_b, mixture, row_adapter, row_scale, h,
-        ctx.train_rows, ctx.needs_x, ctx.needs_mixture, ctx.grad_through_frozen, ctx.backend,
-    )  # fmt: skip
+def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    # Projections that the loss does not depend on have no dy and take no part.
+    dys = {i: dy for i, dy in enumerate(grads[: ctx.count]) if dy is not None}
+    x, mixture, *saved = ctx.saved_tensors
+    weights = saved[: ctx.weights]
+    fields = [weights, *_chunks(saved[ctx.weights :], ctx.count)[:5]]
+    dx = d_mixture = None
+    d_a: dict[int, Tensor] = {}
+    d_b: dict[int, Tensor] = {}
+    if dys:
+        rows = [v for at, i in enumerate(dys) for v in _triples(at, _rows_of(i, ctx.train_rows))]
+        dx, d_mixture, *factors = _backward_op(
+            list(dys.values()), x, mixture, *([f[i] for i in dys] if f else [] for f in fields),
+            rows, ctx.needs_x, ctx.needs_mixture, ctx.grad_through_frozen, ctx.backend,
+        )  # fmt: skip
+        d_a, d_b = (dict(zip(dys, grad, strict=True)) for grad in factors)
+    nothing = [None] * ctx.count
     return (
         dx if ctx.needs_x else None,
-        _weight_grad(dy, x) if ctx.needs_weight else None,
-        dy.sum(0) if ctx.needs_bias else None,
-        None,
-        None,
-        _split(d_a, ctx.train_sizes, ctx.needs_a),
-        _split(d_b, ctx.train_sizes, ctx.needs_b),
         d_mixture if ctx.needs_mixture else None,
-        None,
-        None,
-        no_rows,
+        [
+            _weight_grad(dys[i], x) if needed and i in dys else None
+            for i, needed in enumerate(ctx.needs_weight)
+        ],
+        [dys[i].sum(0) if needed and i in dys else None for i, needed in enumerate(ctx.needs_bias)],
+        nothing,
+        nothing,
+        nothing,
+        nothing,
+        _by_range(d_a, ctx.train_rows, ctx.needs_a),
+        _by_range(d_b, ctx.train_rows, ctx.needs_b),
+        # An empty list of ints counts as a list of tensors, whose gradient is a list.
+        None if ctx.train_rows else [],
         None,
         None,
     )
+
+
+def _chunks(values: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    return [values[i : i + size] for i in range(0, len(values), size)]
 
 
 def _weight_grad(dy: Tensor, x: Tensor) -> Tensor:
@@ -502,11 +589,18 @@ def _weight_grad(dy: Tensor, x: Tensor) -> Tensor:
         return dy.t() @ x
 
 
-def _split(grad: Tensor, sizes: list[int], needed: list[bool]) -> list[Tensor | None]:
-    if not any(needed):
-        return [None] * len(needed)
-    parts = grad.split(sizes)
-    return [part if need else None for part, need in zip(parts, needed, strict=True)]
+def _by_range(
+    grads: dict[int, Tensor], train_rows: Sequence[int], needed: list[bool]
+) -> list[Tensor | None]:
+    """The gradient of each range of rows, which is an input of its own."""
+    parts: list[Tensor | None] = []
+    done: dict[int, int] = {}
+    triples = _chunks(train_rows, 3)
+    for (owner, start, stop), need in zip(triples, needed, strict=True):
+        first = done.get(owner, 0)
+        done[owner] = last = first + stop - start
+        parts.append(grads[owner][first:last] if need and owner in grads else None)
+    return parts
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)

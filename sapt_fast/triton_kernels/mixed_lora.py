@@ -8,9 +8,12 @@ trainable rows only.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from sapt_fast.ops.projection import Projection
 from sapt_fast.triton_kernels.common import round_up, with_unit_column_stride
 from sapt_fast.triton_kernels.gemm import RANK_ALIGN, two_source_gemm
 from sapt_fast.triton_kernels.row_reduction import Mixing, factor_grad
@@ -28,36 +31,29 @@ def empty_h(x: Tensor, total_rank: int) -> Tensor:
 
 
 def mixed_lora_fwd(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    mixture: Tensor,
-    row_adapter: Tensor,
-    row_scale: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Linear layer plus the mixture of all adapters.
+    x: Tensor, mixture: Tensor, projections: Sequence[Projection]
+) -> list[tuple[Tensor, Tensor]]:
+    """Linear layers with one input, each with the mixture of all adapters of its pool.
 
     Args:
         x: Of shape `[M, I]`, float32, float16 or bfloat16, any strides.
-        weight: Of shape `[O, I]` in x's dtype, any strides; a transposed view is read in place.
-            None for the mixture alone.
-        bias: Of shape `[O]` in x's dtype, or None.
-        lora_a: Of shape `[R, I]`, in x's dtype or float32.
-        lora_b: Of shape `[R, O]`, in x's dtype or float32.
         mixture: Of shape `[S, K]`, float32; S divides M, sample s owns rows s * M/S and on.
-        row_adapter: Of shape `[R]`, int32: the adapter of each rank row, ascending.
-        row_scale: Of shape `[R]`, float32: the scaling of that adapter.
+        projections: Weights in x's dtype with any strides (a transposed view is read in place)
+            or None for the mixture alone; factors in x's dtype or float32.
 
     Returns:
-        y of shape `[M, O]`, contiguous, in x's dtype, and h = x @ lora_a.T of shape `[M, R]`,
-        float32, unweighted, a view of rows padded to a multiple of 16.
+        Of each projection y of shape `[M, O]`, contiguous, in x's dtype, and h = x @ lora_a.T of
+        shape `[M, R]`, float32, unweighted, a view of rows padded to a multiple of 16.
 
     Raises:
         TypeError: x is not float32, float16 or bfloat16.
         ValueError: the tensors are not on a CUDA device (unless the interpreter runs).
     """
+    return [_forward(x, mixture, projection) for projection in projections]
+
+
+def _forward(x: Tensor, mixture: Tensor, projection: Projection) -> tuple[Tensor, Tensor]:
+    weight, bias, lora_a, lora_b, row_adapter, row_scale = projection
     M, R = x.shape[0], lora_a.shape[0]
     y = x.new_empty((M, lora_b.shape[1]))
     h = empty_h(x, R)
@@ -69,7 +65,7 @@ def mixed_lora_fwd(
     if R > 0:
         padded_h = h.as_strided((M, h.stride(0)), h.stride())
         mixing = Mixing(mixture.contiguous(), row_adapter, row_scale)
-        hw = shrink_fwd(x, with_unit_column_stride(lora_a), mixing, padded_h)
+        (hw,) = shrink_fwd(x, [with_unit_column_stride(lora_a)], [mixing], [padded_h])
     window = (0, round_up(R, RANK_ALIGN))
     two_source_gemm(
         None if weight_t is None else x,
@@ -84,39 +80,62 @@ def mixed_lora_fwd(
 
 
 def mixed_lora_bwd(
-    dy: Tensor,
+    dys: Sequence[Tensor],
     x: Tensor,
-    weight: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
     mixture: Tensor,
-    row_adapter: Tensor,
-    row_scale: Tensor,
-    h: Tensor | None,
-    train_rows: list[int],
+    projections: Sequence[Projection],
+    hs: Sequence[Tensor | None],
+    train_rows: Sequence[list[int]],
     needs_x: bool,
     needs_mixture: bool,
     grad_through_frozen: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
     """Gradients of `mixed_lora_fwd`; deterministic.
 
     Args:
-        dy: Of shape `[M, O]`, any strides, also expanded; never written to.
-        x, weight, lora_a, lora_b, mixture, row_adapter, row_scale: As in the forward.
-        h: The h that the forward returned; may be None without `needs_mixture` and `train_rows`.
+        dys: Of each projection, of shape `[M, O]`, any strides, also expanded; never written to.
+        x, mixture, projections: As in the forward.
+        hs: The h that the forward returned; may be None without `needs_mixture` and `train_rows`.
         train_rows: Ascending disjoint ranges [start, stop, start, stop, ...] of rank rows.
         needs_x: Whether dx is wanted.
         needs_mixture: Whether d_mixture is wanted.
         grad_through_frozen: False leaves the rank rows outside `train_rows` out of dx.
 
     Returns:
-        dx of shape `[M, I]`, d_mixture `[S, K]` in mixture's dtype, d_a `[Rt, I]` and d_b
-        `[Rt, O]` in the factors' dtype, rows in the order of `train_rows`. None for what is not
-        wanted, and for d_a and d_b without `train_rows`.
+        dx of shape `[M, I]` and d_mixture `[S, K]` in mixture's dtype, summed over the
+        projections, and of each d_a `[Rt, I]` and d_b `[Rt, O]` in the factors' dtype, rows in
+        the order of its ranges. None for what is not wanted, and for d_a and d_b without
+        `train_rows`.
 
     Raises:
         TypeError, ValueError: As in the forward.
     """
+    dx = d_mixture = None
+    factors = []
+    for dy, projection, h, spans in zip(dys, projections, hs, train_rows, strict=True):
+        own_dx, own_mixture, d_a, d_b = _backward(
+            dy, x, mixture, projection, h, spans, needs_x, needs_mixture, grad_through_frozen
+        )
+        if own_dx is not None:
+            dx = own_dx if dx is None else dx.add_(own_dx)
+        if own_mixture is not None:
+            d_mixture = own_mixture if d_mixture is None else d_mixture.add_(own_mixture)
+        factors.append((d_a, d_b))
+    return dx, d_mixture, factors
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    mixture: Tensor,
+    projection: Projection,
+    h: Tensor | None,
+    train_rows: list[int],
+    needs_x: bool,
+    needs_mixture: bool,
+    grad_through_frozen: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    weight, _, lora_a, lora_b, row_adapter, row_scale = projection
     M, R = x.shape[0], lora_a.shape[0]
     ranges = [r for r in zip(train_rows[::2], train_rows[1::2], strict=True) if r[0] < r[1]]
     if M == 0 or R == 0:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 _C = pytest.importorskip("sapt_fast._C", reason="built without native kernels")
 from sapt_fast.cpu_kernels import mixed_lora as kernel  # noqa: E402
+from sapt_fast.ops.projection import Projection  # noqa: E402
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 TOLERANCE = {
@@ -30,6 +31,25 @@ class Case(NamedTuple):
     mixture: Tensor
     row_adapter: Tensor
     row_scale: Tensor
+
+    @property
+    def projection(self) -> Projection:
+        return Projection(
+            self.weight, self.bias, self.lora_a, self.lora_b, self.row_adapter, self.row_scale
+        )
+
+
+def forward(case: Case) -> tuple[Tensor, Tensor]:
+    [result] = kernel.mixed_lora_fwd(case.x, case.mixture, [case.projection])
+    return result
+
+
+def backward(case: Case, dy: Tensor, h: Tensor, train_rows: list[int], *modes: bool):
+    """dx, d_mixture, d_a, d_b; the modes are needs_x, needs_mixture, grad_through_frozen."""
+    dx, d_mixture, [factors] = kernel.mixed_lora_bwd(
+        [dy], case.x, case.mixture, [case.projection], [h], [train_rows], *modes
+    )
+    return dx, d_mixture, *factors
 
 
 def make_case(
@@ -123,7 +143,7 @@ def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 
 
 def check(case: Case, train_rows: list[int], through_frozen: bool = True, dy: Tensor | None = None):
-    y, h = kernel.mixed_lora_fwd(*case)
+    y, h = forward(case)
     want_y, want_h = expected_forward(case)
     dtype = case.x.dtype
     assert y.dtype == h.dtype == dtype
@@ -133,8 +153,7 @@ def check(case: Case, train_rows: list[int], through_frozen: bool = True, dy: Te
         generator = torch.Generator().manual_seed(1)
         dy = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(dtype)
     before = dy.clone()
-    arguments = (dy, case.x, case.weight, *case[3:], h, train_rows)
-    got = kernel.mixed_lora_bwd(*arguments, True, True, through_frozen)
+    got = backward(case, dy, h, train_rows, True, True, through_frozen)
     assert torch.equal(dy, before), "the incoming gradient was overwritten"
     want = expected_backward(case, dy, train_rows, through_frozen)
     assert got[1] is not None
@@ -223,12 +242,11 @@ class TestShapes:
 
     def test_no_rows(self):
         case = make_case(samples=0)._replace(mixture=torch.zeros(2, 3))
-        y, h = kernel.mixed_lora_fwd(*case)
+        y, h = forward(case)
         assert y.shape == (0, 53)
         assert h.shape == (0, 12)
         dy = torch.zeros(0, 53)
-        args = (dy, case.x, case.weight, *case[3:], h, [0, 4])
-        dx, d_mixture, d_a, d_b = kernel.mixed_lora_bwd(*args, True, True, True)
+        dx, d_mixture, d_a, d_b = backward(case, dy, h, [0, 4], True, True, True)
         assert dx.shape == (0, 37)
         for gradient, shape in ((d_mixture, (2, 3)), (d_a, (4, 37)), (d_b, (4, 53))):
             assert torch.equal(gradient, torch.zeros(shape))
@@ -254,9 +272,8 @@ def test_trained_rows(dtype, train_rows, through_frozen):
 @pytest.mark.parametrize("through_frozen", [True, False])
 def test_only_what_is_needed(through_frozen):
     case = make_case()
-    _, h = kernel.mixed_lora_fwd(*case)
-    args = (torch.ones(15, 53), case.x, case.weight, *case[3:], h)
-    got = kernel.mixed_lora_bwd(*args, [], False, False, through_frozen)
+    _, h = forward(case)
+    got = backward(case, torch.ones(15, 53), h, [], False, False, through_frozen)
     assert got == (None, None, None, None)
 
 
@@ -281,14 +298,13 @@ def test_sizes_that_use_onednn(weight, monkeypatch):
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_mixture_gradient_does_not_depend_on_threads(threads):
     case = make_case(2, 1000, 8, 8)
-    _, h = kernel.mixed_lora_fwd(*case)
-    args = (case.x.clone(), case.x, case.weight[:8], case.lora_a, case.lora_b[:, :8].contiguous())
+    _, h = forward(case)
     before = torch.get_num_threads()
     results = []
     try:
         for count in (1, threads):
             torch.set_num_threads(count)
-            results.append(kernel.mixed_lora_bwd(*args, *case[5:], h, [], False, True, True)[1])
+            results.append(backward(case, case.x.clone(), h, [], False, True, True)[1])
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*results)

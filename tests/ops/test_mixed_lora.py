@@ -309,9 +309,15 @@ def _op_arguments(backend, dtype=torch.float32):
 def test_opcheck_forward(backend, trained):
     x, weight, bias, a, b, mixture, table = _op_arguments(backend)
     rows = slice(*trained)
-    train = [a[rows].detach().requires_grad_()], [b[rows].detach().requires_grad_()]
+    second = [t.detach().clone() for t in (a, b)]
+    train_a, train_b = (
+        [t[rows].detach().requires_grad_() for t in pair]
+        for pair in ((a, second[0]), (b, second[1]))
+    )
     arguments = (
-        x, weight, bias, a.detach(), b.detach(), *train, mixture, *table, trained, True, backend,
+        x, mixture, [weight, weight], [bias, bias],
+        [a.detach(), second[0]], [b.detach(), second[1]],
+        *([t, t] for t in table), train_a, train_b, [0, *trained, 1, *trained], True, backend,
     )  # fmt: skip
     torch.library.opcheck(op._forward_op, arguments)
 
@@ -321,10 +327,13 @@ def test_opcheck_backward(backend, through):
     x, weight, bias, a, b, mixture, table = (
         t.detach() if isinstance(t, torch.Tensor) else t for t in _op_arguments(backend)
     )
-    _, h = op._forward_op(x, weight, bias, a, b, [], [], mixture, *table, [2, 5], through, backend)
-    dy = torch.randn(6, 8, device=x.device)
+    stacks = [a, a * 2], [b, b * 2], *([t, t] for t in table)
+    _, _, *hs = op._forward_op(
+        x, mixture, [weight, weight], [bias, bias], *stacks, [], [], [0, 2, 5], through, backend
+    )
+    dys = [torch.randn(6, 8, device=x.device) for _ in hs]
     arguments = (
-        dy, x, weight, a, b, mixture, *table, h, [2, 5], True, True, through, backend,
+        dys, x, mixture, [weight, weight], *stacks, hs, [0, 2, 5], True, True, through, backend,
     )  # fmt: skip
     torch.library.opcheck(op._backward_op, arguments)
 

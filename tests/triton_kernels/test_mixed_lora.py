@@ -11,6 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from sapt_fast.ops.projection import Projection
 from sapt_fast.triton_kernels import common, gemm, shrink
 from sapt_fast.triton_kernels.mixed_lora import empty_h, mixed_lora_bwd, mixed_lora_fwd
 
@@ -174,16 +175,28 @@ def _expected(case: Case, t: dict[str, Any], dtype: torch.dtype) -> list[Tensor 
     ]
 
 
+def _projection(t: dict[str, Any]) -> Projection:
+    return Projection(*(t[name] for name in Projection._fields))
+
+
+def _forward(t: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    [result] = mixed_lora_fwd(t["x"], t["mixture"], [_projection(t)])
+    return result
+
+
+def _backward(t: dict[str, Any], h: Tensor, *modes: bool) -> list[Tensor | None]:
+    """dx, d_mixture, d_a, d_b; the modes are needs_x, needs_mixture, grad_through_frozen."""
+    dx, d_mixture, [factors] = mixed_lora_bwd(
+        [t["dy"]], t["x"], t["mixture"], [_projection(t)], [h], [t["train_rows"]], *modes
+    )
+    return [dx, d_mixture, *factors]
+
+
 def _actual(case: Case, t: dict[str, Any]) -> list[Tensor | None]:
-    pool = [t[n] for n in ("lora_a", "lora_b", "mixture", "row_adapter", "row_scale")]
-    y, h = mixed_lora_fwd(t["x"], t["weight"], t["bias"], *pool)
+    y, h = _forward(t)
     assert h.shape == (t["x"].shape[0], sum(case.ranks))
     assert h.dtype == torch.float32
-    grads = mixed_lora_bwd(
-        t["dy"], t["x"], t["weight"], *pool, h,
-        t["train_rows"], case.needs_x, case.needs_mixture, case.through_frozen,
-    )  # fmt: skip
-    return [y, *grads]
+    return [y, *_backward(t, h, case.needs_x, case.needs_mixture, case.through_frozen)]
 
 
 def _result_dtype(name: str, inputs: dict[str, Any]) -> torch.dtype:
@@ -235,12 +248,10 @@ def test_empty_batch() -> None:
 def test_h_may_come_back_without_padding() -> None:
     case = Case()
     inputs = _inputs(case, torch.float16)
-    pool = [inputs[n] for n in ("lora_a", "lora_b", "mixture", "row_adapter", "row_scale")]
-    fixed = inputs["train_rows"], True, True, True
-    _, h = mixed_lora_fwd(inputs["x"], inputs["weight"], None, *pool)
-    want = mixed_lora_bwd(inputs["dy"], inputs["x"], inputs["weight"], *pool, h, *fixed)
+    _, h = _forward(inputs)
+    want = _backward(inputs, h, True, True, True)
     tight = h.clone(memory_format=torch.contiguous_format)
-    got = mixed_lora_bwd(inputs["dy"], inputs["x"], inputs["weight"], *pool, tight, *fixed)
+    got = _backward(inputs, tight, True, True, True)
     for a, b in zip(got, want, strict=True):
         assert a is not None
         assert b is not None
@@ -249,8 +260,7 @@ def test_h_may_come_back_without_padding() -> None:
 
 def test_h_is_laid_out_as_announced() -> None:
     inputs = _inputs(Case(), torch.float32)
-    pool = [inputs[n] for n in ("lora_a", "lora_b", "mixture", "row_adapter", "row_scale")]
-    _, h = mixed_lora_fwd(inputs["x"], inputs["weight"], None, *pool)
+    _, h = _forward(inputs)
     announced = empty_h(inputs["x"], h.shape[1])
     assert (h.shape, h.stride(), h.dtype) == (announced.shape, announced.stride(), announced.dtype)
     assert h.stride(0) % 16 == 0
@@ -267,9 +277,8 @@ def test_two_runs_agree_bit_for_bit() -> None:
 
 def test_double_precision_is_refused() -> None:
     inputs = _inputs(Case(), torch.float64)
-    pool = [inputs[n] for n in ("lora_a", "lora_b", "mixture", "row_adapter", "row_scale")]
     with pytest.raises(TypeError, match="float64"):
-        mixed_lora_fwd(inputs["x"], inputs["weight"], inputs["bias"], *pool)
+        _forward(inputs)
 
 
 @pytest.mark.parametrize("block_m", [16, 64])

@@ -1,0 +1,39 @@
+"""One of the linear layers that op `mixed_lora` computes from the same input."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Projection(NamedTuple):
+    """What a kernel needs of one projection; x is [M, I], R its total rank.
+
+    Attributes:
+        weight: [O, I] in x's dtype, any strides; None for the mixture alone.
+        bias: [O] in x's dtype, or None.
+        lora_a: [R, I], in x's dtype or float32. lora_b: [R, O], likewise.
+        row_adapter: [R] int32, ascending: the adapter of each rank row.
+        row_scale: [R] in the mixture's dtype: the scaling of that adapter.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    lora_a: Tensor
+    lora_b: Tensor
+    row_adapter: Tensor
+    row_scale: Tensor
+
+
+class PooledProjection(NamedTuple):
+    """A projection and which of its rank rows train.
+
+    Attributes:
+        train_a, train_b: the rows that train, as tensors that share lora_a's and lora_b's memory;
+            those of them that require it get a gradient. The stacks themselves get none.
+        train_rows: [start, stop] of each of them in the stack, flattened, ascending.
+    """
+
+    projection: Projection
+    train_a: list[Tensor]
+    train_b: list[Tensor]
+    train_rows: list[int]

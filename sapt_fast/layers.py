@@ -2,13 +2,20 @@
 
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from sapt_fast.ops.mixed_lora import mix
+
 if TYPE_CHECKING:
     from sapt_fast.pool import AdapterPool
     from sapt_fast.routing import Routing
+
+
+# Of each group: its input, that tensor's version, and the outputs not yet asked for.
+Waiting = dict["InputGroup", tuple[Tensor, int | None, dict["MixedLinear", Tensor]]]
 
 
 class _Mixed:
@@ -40,10 +47,85 @@ class _Mixed:
 
 
 class MixedLinear(_Mixed, nn.Linear):
-    """`nn.Linear` plus the mixture of its pool."""
+    """`nn.Linear` plus the mixture of its pool.
+
+    Attributes:
+        sapt_group: the layers that are given the same input, one after the other; or None.
+    """
+
+    sapt_group: "InputGroup | None" = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._mixed(x, self.weight, self.bias)
+        y = None if self.sapt_group is None else self.sapt_group.output(self, x)
+        return self._mixed(x, self.weight, self.bias) if y is None else y
+
+
+class InputGroup:
+    """Layers with one input (queries, keys and values), computed when the first is called.
+
+    The others' results wait in the running forward until they are called with that same tensor.
+
+    Args:
+        layers: in the order in which the model calls them.
+    """
+
+    def __init__(self, layers: list[MixedLinear]) -> None:
+        self.layers = layers
+
+    def output(self, layer: MixedLinear, x: Tensor) -> Tensor | None:
+        """The layer's output; None if it must be computed on its own."""
+        waiting = layer.sapt_routing.waiting
+        if waiting is None:
+            return None
+        if layer is not self.layers[0]:
+            return self._take(layer, x, waiting)
+        waiting.pop(self, None)
+        if not self._can_share(x):
+            return None
+        mixture = _checked_mixture(
+            layer.sapt_routing.running, x, len(layer.sapt_pool), type(layer).__name__
+        )
+        through = layer.sapt_grad_through_frozen
+        pooled = [m.sapt_pool.projection(x, m.weight, m.bias, through) for m in self.layers]
+        first, *others = mix(x, mixture, pooled, through)
+        waiting[self] = x, _version(x), dict(zip(self.layers[1:], others, strict=True))
+        return first
+
+    def _take(self, layer: MixedLinear, x: Tensor, waiting: "Waiting") -> Tensor | None:
+        if self not in waiting:
+            return None
+        source, version, outputs = waiting[self]
+        if source is not x or version != _version(x) or layer not in outputs:
+            return None
+        y = outputs.pop(layer)
+        if not outputs:
+            del waiting[self]
+        return y
+
+    def _can_share(self, x: Tensor) -> bool:
+        """Whether calling one layer is as good as calling all of them in turn."""
+        layers = self.layers
+        biases = {layer.bias is None for layer in layers}
+        return len(biases) == 1 and all(
+            len(layer.sapt_pool)
+            and not (layer.training and layer.sapt_dropout)
+            and "forward" not in vars(layer)
+            and not layer._forward_pre_hooks
+            and _is_whole(layer, x)
+            for layer in layers
+        )
+
+
+def _version(x: Tensor) -> int | None:
+    """How often x was written to; None where torch does not count."""
+    return None if torch.compiler.is_compiling() or x.is_inference() else x._version
+
+
+def _is_whole(layer: MixedLinear, x: Tensor) -> bool:
+    """Whether the weights are here; sharding and offloading bring them when a layer is called."""
+    own = [p for p in layer._parameters.values() if p is not None]
+    whole = all(type(p) is nn.Parameter and p.device == x.device for p in own)
+    return whole and layer.weight.shape == (layer.out_features, layer.in_features)
 
 
 class MixedConv1D(_Mixed, Conv1D):

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sapt_fast.handle import SaptHandle
-from sapt_fast.layers import MIXED
+from sapt_fast.layers import MIXED, InputGroup, MixedLinear
 from sapt_fast.methods.sapt import SaptConfig
 from sapt_fast.pool import AdapterPool
 from sapt_fast.routing import Routing
@@ -19,6 +19,21 @@ logger = logging.getLogger(__name__)
 
 # Where all layers are such, unlike Longformer's some, whose first real batch raises.
 _SEQUENCE_FIRST = ("fsmt", "xlnet")
+
+# Layers of one parent that are called one after the other on one input, in models whose attention
+# and feed-forward layers are known to do so.
+_ONE_INPUT = (
+    ("q", "k", "v"),
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("wi_0", "wi_1"),
+    ("gate_proj", "up_proj"),
+)
+_ONE_INPUT_MODELS = (
+    *("bart", "bert", "gemma", "gemma2", "llama", "mbart", "mistral"),
+    *("mt5", "qwen2", "qwen3", "roberta", "t5", "umt5"),
+)
+_CROSS_ATTENTION = ("EncDecAttention", "encoder_attn", "crossattention")
 
 
 @dataclass
@@ -97,6 +112,7 @@ def patch(
         layer: Any = model.get_submodule(name)
         _swap(layer, handle.routing, config)
         handle.routing.pools.append(layer.sapt_pool)
+    _group_by_input(model, report.patched)
     for _, parameter in model.named_parameters():
         parameter.requires_grad_(False)
     handle.unfrozen_before = frozen
@@ -235,9 +251,28 @@ def _swap(module: Any, routing: Routing, config: SaptConfig) -> None:
     module.__class__ = MIXED[type(module)]
 
 
+def _group_by_input(model: PreTrainedModel, patched: Iterable[str]) -> None:
+    """Lets layers with one input be computed together."""
+    if model.config.model_type not in _ONE_INPUT_MODELS:
+        return
+    layers = set(patched)
+    for parent in dict.fromkeys(name.rpartition(".")[0] for name in layers):
+        crosses = not set(parent.split(".")).isdisjoint(_CROSS_ATTENTION)
+        for names in _ONE_INPUT:
+            alike = names[1:] if crosses and len(names) == 3 else names  # queries see the decoder
+            paths = [f"{parent}.{name}" for name in alike]
+            members = [model.get_submodule(path) for path in paths if path in layers]
+            linear = [member for member in members if isinstance(member, MixedLinear)]
+            if len(linear) > 1:
+                group = InputGroup(linear)
+                for layer in linear:
+                    layer.sapt_group = group
+
+
 def _restore(module: Any) -> None:
     if not _has_own_forward(module):
         vars(module).pop("forward", None)
     module.__class__ = next(base for base, mixed in MIXED.items() if type(module) is mixed)
     for name in ("sapt_pool", "sapt_routing", "sapt_dropout", "sapt_grad_through_frozen"):
         delattr(module, name)
+    vars(module).pop("sapt_group", None)

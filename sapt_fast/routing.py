@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
+    from sapt_fast.layers import Waiting
     from sapt_fast.pool import AdapterPool
 
 _BATCH_FIRST = (
@@ -53,6 +54,7 @@ class _Forward:
     Attributes:
         weights: what its layers mix by: [B, K], [B, T, K], or [1, K] for all samples alike.
         per_row: the same with a row for each of the B samples.
+        waiting: outputs of layers that were computed with another one of the same input.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class _Forward:
         self.frame = frame
         self.weights: Tensor | None = None
         self.per_row: Tensor | None = None
+        self.waiting: Waiting = {}
 
     def interrupted(self) -> bool:
         """Whether it ended without a word, as KeyboardInterrupt ends it: its frame is gone."""
@@ -112,6 +115,12 @@ class Routing:
         """What a layer mixes by: the weights of the forward that it runs in, else the pinned."""
         forward = self._forward
         return self.pinned if forward is None else forward.weights
+
+    @property
+    def waiting(self) -> "Waiting | None":
+        """Where layers of the running forward leave results for each other."""
+        forward = self._forward
+        return None if forward is None else forward.waiting
 
     @property
     def pinned(self) -> Tensor | None:

@@ -20,16 +20,40 @@ _TRITON_DTYPE = {
 }
 
 
+# Dense FLOPs of a multiprocessor in one clock: 16-bit on the matrix unit with float32 sums, and
+# float32. Of a capability that is not listed, those of the highest below it.
+_FLOPS_PER_CLOCK = {
+    0: (512, 128),
+    80: (2048, 128),
+    86: (512, 256),
+    90: (4096, 256),
+    100: (8192, 256),
+    120: (512, 256),
+}
+
+
 class DeviceTraits(NamedTuple):
-    """What a tile configuration depends on."""
+    """What a tile configuration and a choice of route depend on.
+
+    Clock and bandwidth are the greatest that the driver tells; their defaults are an H200's.
+    """
 
     capability: int  # 80, 90, 100, ...; 0 is the interpreter
     num_sms: int
+    name: str = ""
+    clock: float = 1.98e9  # Hz
+    bandwidth: float = 4.9e12  # bytes per second
 
     @property
     def has_tma(self) -> bool:
         """Tensor descriptors are worth using: Hopper, Blackwell, and the interpreter."""
         return self.capability in (0, 90, 100, 103)
+
+    def flops(self, itemsize: int) -> float:
+        """FLOPs per second of products of elements of 2 or 4 bytes, at the clock."""
+        known = max(capability for capability in _FLOPS_PER_CLOCK if capability <= self.capability)
+        half, single = _FLOPS_PER_CLOCK[known]
+        return (half if itemsize == 2 else single) * self.num_sms * self.clock
 
 
 class TileConfig(NamedTuple):
@@ -64,7 +88,15 @@ def device_traits(device: torch.device) -> DeviceTraits:
     if device.type != "cuda":
         raise ValueError(f"Triton kernels need CUDA tensors, got device {str(device)!r}")
     properties = torch.cuda.get_device_properties(device)
-    return DeviceTraits(properties.major * 10 + properties.minor, properties.multi_processor_count)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    told = triton.runtime.driver.active.utils.get_device_properties(index)
+    traits = DeviceTraits(
+        properties.major * 10 + properties.minor, properties.multi_processor_count, properties.name
+    )
+    # kHz, and bits at two transfers a clock; a driver may tell 0.
+    clock = told.get("sm_clock_rate", 0) * 1e3
+    bandwidth = told.get("mem_clock_rate", 0) * 1e3 * told.get("mem_bus_width", 0) / 8 * 2
+    return traits._replace(clock=clock or traits.clock, bandwidth=bandwidth or traits.bandwidth)
 
 
 def compute_dtype(dtype: torch.dtype) -> tl.dtype:

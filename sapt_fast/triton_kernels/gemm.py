@@ -1,4 +1,4 @@
-"""GEMM whose reduction runs over two sources: y = a @ b + p @ q + bias.
+"""GEMM whose reduction runs over two sources: y = [y +] a @ b + p @ q + bias.
 
 The rank term `p @ q` of a low-rank update is accumulated in the registers that already hold the
 base product, so the update costs neither a second pass over y nor a concatenated copy of the
@@ -62,9 +62,10 @@ def _gemm_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """One tile of y[M, N] = a[M, K] b[K, N] + p[M, lo:hi] q[lo:hi, N] + bias, by pointers.
+    """One tile of y[M, N] = [y +] a[M, K] b[K, N] + p[M, lo:hi] q[lo:hi, N] + bias, by pointers.
 
     Absent sources are None. `rank_lo` and `rank_hi` count groups of 16 rank columns; p is zero
     in the columns that pad R.
@@ -76,7 +77,13 @@ def _gemm_kernel(
     # along them, and a wrapped index is no longer known to be.
     safe_rows = tl.where(rows < M, rows, 0).to(tl.int64)
     in_cols = (cols < N)[None, :]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :]
+    mask = (rows < M)[:, None] & in_cols
+    # What y holds comes in first: behind the loops it would need registers beside the sum.
+    if ACCUMULATE:
+        acc = tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
     if a_ptr is not None:
         tl.assume(K > 0)
@@ -111,8 +118,6 @@ def _gemm_kernel(
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + cols, mask=cols < N, other=0.0)
         acc += bias.to(tl.float32)[None, :]
-    y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :]
-    mask = (rows < M)[:, None] & in_cols
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -135,6 +140,7 @@ def _gemm_tma_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
     B_IS_NK: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
     """`_gemm_kernel` by tensor descriptors; each program walks over the tiles of y.
@@ -152,7 +158,10 @@ def _gemm_tma_kernel(
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         tile_m, tile_n = _tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         row, col = tile_m * BLOCK_M, tile_n * BLOCK_N
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if ACCUMULATE:
+            acc = y_desc.load([row, col]).to(tl.float32)
+        else:
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if a_desc is not None:
             for k in range(0, K, BLOCK_K):
                 a = a_desc.load([row, k])
@@ -186,12 +195,12 @@ def _tma_config(traits: DeviceTraits, M: int, N: int) -> TileConfig:
 
 
 def _pointer_config(
-    traits: DeviceTraits, itemsize: int, M: int, N: int, aligned: bool
+    traits: DeviceTraits, itemsize: int, M: int, N: int, aligned: bool, accumulate: bool
 ) -> TileConfig:
     if traits.capability == 0:
         return TileConfig(16, 32, 32, num_warps=4, num_stages=1)
-    if itemsize == 4:
-        return TileConfig(64, 64, 32, num_warps=4, num_stages=2)
+    if itemsize == 4:  # with 4 warps the addresses of what is added to would spill
+        return TileConfig(64, 64, 32, num_warps=8 if accumulate else 4, num_stages=2)
     if not aligned:
         return TileConfig(64, 64, 32, num_warps=4, num_stages=2)
     if M <= 64:
@@ -223,6 +232,8 @@ def two_source_gemm(
     bias: Tensor | None,
     rank_window: tuple[int, int],
     y: Tensor,
+    *,
+    accumulate: bool = False,
 ) -> Tensor:
     """Write a @ b + p[:, lo:hi] @ q[lo:hi] + bias into `y` and return it.
 
@@ -235,6 +246,7 @@ def two_source_gemm(
         bias: Of shape `[N]`, or None.
         rank_window: The columns lo:hi of p that take part, both multiples of 16.
         y: Of shape `[M, N]`, contiguous, not empty.
+        accumulate: Add to what `y` holds.
     """
     M, N = y.shape
     K = 0 if a is None else a.shape[1]
@@ -244,7 +256,12 @@ def two_source_gemm(
     block_r = _rank_block(
         rank_window[1] - rank_window[0], itemsize, itemsize if q is None else q.element_size()
     )
-    meta = {"BLOCK_R": block_r, "GROUP_M": _GROUP_M, "COMPUTE": common.compute_dtype(y.dtype)}
+    meta = {
+        "BLOCK_R": block_r,
+        "GROUP_M": _GROUP_M,
+        "ACCUMULATE": accumulate,
+        "COMPUTE": common.compute_dtype(y.dtype),
+    }
 
     aligned = all(_is_aligned(t) for t in (a, b, p, q, y))
     with torch.cuda.device_of(y):
@@ -276,7 +293,7 @@ def two_source_gemm(
                 B_IS_NK=b_is_nk,
             )
             return y
-        tile = _pointer_config(traits, itemsize, M, N, aligned)
+        tile = _pointer_config(traits, itemsize, M, N, aligned, accumulate)
         _gemm_kernel[(cdiv(M, tile.m) * cdiv(N, tile.n),)](
             a,
             b,
@@ -300,3 +317,29 @@ def two_source_gemm(
             EVEN_K=K % tile.k == 0,
         )
     return y
+
+
+@torch.no_grad()
+def expand_first_gemm(
+    a: Tensor,
+    b: Tensor,
+    p: Tensor | None,
+    q: Tensor | None,
+    bias: Tensor | None,
+    rank_window: tuple[int, int],
+    y: Tensor,
+    *,
+    accumulate: bool = False,
+) -> Tensor:
+    """`two_source_gemm` in two steps: the rank term into `y`, then cuBLAS adds a @ b onto it.
+
+    The product reads `y` while it computes; expanding after it would read and write `y` in the
+    open. Arguments as of `two_source_gemm`, except that `a` and `b` are given, and no bias is with
+    `accumulate`.
+    """
+    if p is not None:
+        two_source_gemm(None, None, p, q, bias, rank_window, y, accumulate=accumulate)
+        return y.addmm_(a, b)
+    if accumulate:
+        return y.addmm_(a, b)
+    return torch.mm(a, b, out=y) if bias is None else torch.addmm(bias, a, b, out=y)

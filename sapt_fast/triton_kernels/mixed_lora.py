@@ -1,9 +1,10 @@
 """Triton backend of op `mixed_lora`: see `ops.mixed_lora` for what is computed.
 
-Forward, two launches: `shrink_fwd` reads x once for h = x A^T and h * w, then one GEMM reduces
-over [x | h * w] against [W | B]. Backward: `shrink_bwd` reads dy once for everything in rank
-space, dx is one GEMM over [dy | g * w] against [W ; A], and the factors' gradients touch the
-trainable rows only.
+Forward: one launch of `shrink_fwd` reads x once for h = x A^T and h * w of all projections, then
+one GEMM for each reduces over [x | h * w] against [W | B]. Backward: `shrink_bwd` reads dy once
+for everything in rank space, dx is one GEMM over [dy | g * w] against [W ; A], to which each
+further projection adds in place, and the factors' gradients touch the trainable rows only. The
+GEMMs take the route that `routes` chooses: one kernel, or the rank term first and cuBLAS onto it.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor
 
 from sapt_fast.ops.projection import Projection
+from sapt_fast.triton_kernels import common, routes
 from sapt_fast.triton_kernels.common import round_up, with_unit_column_stride
-from sapt_fast.triton_kernels.gemm import RANK_ALIGN, two_source_gemm
+from sapt_fast.triton_kernels.gemm import RANK_ALIGN, expand_first_gemm, two_source_gemm
 from sapt_fast.triton_kernels.row_reduction import Mixing, factor_grad
-from sapt_fast.triton_kernels.shrink import shrink_bwd, shrink_fwd
+from sapt_fast.triton_kernels.shrink import Gate, shrink_bwd, shrink_fwd
 
 
 def empty_h(x: Tensor, total_rank: int) -> Tensor:
@@ -49,34 +51,36 @@ def mixed_lora_fwd(
         TypeError: x is not float32, float16 or bfloat16.
         ValueError: the tensors are not on a CUDA device (unless the interpreter runs).
     """
-    return [_forward(x, mixture, projection) for projection in projections]
-
-
-def _forward(x: Tensor, mixture: Tensor, projection: Projection) -> tuple[Tensor, Tensor]:
-    weight, bias, lora_a, lora_b, row_adapter, row_scale = projection
-    M, R = x.shape[0], lora_a.shape[0]
-    y = x.new_empty((M, lora_b.shape[1]))
-    h = empty_h(x, R)
-    if y.numel() == 0:
-        return y, h
-    x = with_unit_column_stride(x)
-    weight_t = None if weight is None else _with_a_unit_stride(weight).t()
-    hw = None
-    if R > 0:
-        padded_h = h.as_strided((M, h.stride(0)), h.stride())
-        mixing = Mixing(mixture.contiguous(), row_adapter, row_scale)
-        (hw,) = shrink_fwd(x, [with_unit_column_stride(lora_a)], [mixing], [padded_h])
-    window = (0, round_up(R, RANK_ALIGN))
-    two_source_gemm(
-        None if weight_t is None else x,
-        weight_t,
-        hw,
-        None if hw is None else with_unit_column_stride(lora_b),
-        None if bias is None else bias.contiguous(),
-        window,
-        y,
-    )
-    return y, h
+    ys = [x.new_empty((x.shape[0], p.lora_b.shape[1])) for p in projections]
+    hs = [empty_h(x, p.lora_a.shape[0]) for p in projections]
+    if x.shape[0] == 0:
+        return list(zip(ys, hs, strict=True))
+    x, mixture = with_unit_column_stride(x), mixture.contiguous()
+    ranked = [i for i, p in enumerate(projections) if p.lora_a.shape[0] > 0]
+    hws: dict[int, Tensor] = {}
+    if ranked:
+        made = shrink_fwd(
+            x,
+            [with_unit_column_stride(projections[i].lora_a) for i in ranked],
+            [_mixing(mixture, projections[i]) for i in ranked],
+            [hs[i].as_strided((x.shape[0], hs[i].stride(0)), hs[i].stride()) for i in ranked],
+        )
+        hws = dict(zip(ranked, made, strict=True))
+    for i, (projection, y) in enumerate(zip(projections, ys, strict=True)):
+        weight, bias = projection.weight, projection.bias
+        written = _product(
+            "forward",
+            x,
+            None if weight is None else _with_a_unit_stride(weight).t(),
+            hws.get(i),
+            projection.lora_b,
+            None if bias is None else bias.contiguous(),
+            (0, round_up(projection.lora_a.shape[0], RANK_ALIGN)),
+            y,
+        )
+        if not written:
+            y.copy_(y.new_zeros(()) if bias is None else bias)
+    return list(zip(ys, hs, strict=True))
 
 
 def mixed_lora_bwd(
@@ -110,110 +114,118 @@ def mixed_lora_bwd(
     Raises:
         TypeError, ValueError: As in the forward.
     """
-    dx = d_mixture = None
-    factors = []
+    dx = x.new_empty(x.shape) if needs_x else None
+    d_mixture = mixture.new_empty(mixture.shape) if needs_mixture else None
+    x, mixture = with_unit_column_stride(x), mixture.contiguous()
+    x_written = mixture_written = False
+    factors: list[tuple[Tensor | None, Tensor | None]] = []
     for dy, projection, h, spans in zip(dys, projections, hs, train_rows, strict=True):
-        own_dx, own_mixture, d_a, d_b = _backward(
-            dy, x, mixture, projection, h, spans, needs_x, needs_mixture, grad_through_frozen
-        )
-        if own_dx is not None:
-            dx = own_dx if dx is None else dx.add_(own_dx)
-        if own_mixture is not None:
-            d_mixture = own_mixture if d_mixture is None else d_mixture.add_(own_mixture)
-        factors.append((d_a, d_b))
+        dy = with_unit_column_stride(dy)
+        lora_a, R = projection.lora_a, projection.lora_a.shape[0]
+        trained = _merged(spans)
+        trainable = _window(trained) if trained else None
+        through = trainable  # rank columns that reach x
+        if grad_through_frozen:
+            through = (0, round_up(R, RANK_ALIGN)) if R > 0 else None
+        gw_window = through if needs_x else trainable
+        gw = hw = None
+        if x.shape[0] > 0 and R > 0 and (needs_mixture or gw_window):
+            cut = needs_x and not grad_through_frozen
+            gw, hw = shrink_bwd(
+                dy,
+                with_unit_column_stride(projection.lora_b),
+                _mixing(mixture, projection),
+                _gate(projection.row_scale, trained if cut else [(0, R)]),
+                h,
+                gw_window,
+                trainable,
+                d_mixture,
+                mixture_written,
+            )
+            mixture_written = needs_mixture
+        factors.append(_factor_grads(gw, hw, x, dy, projection, trained))
+        if dx is not None:
+            weight = projection.weight
+            x_written |= _product(
+                "backward",
+                dy,
+                None if weight is None else _with_a_unit_stride(weight),
+                gw if through else None,
+                lora_a,
+                None,
+                through or (0, 0),
+                dx,
+                accumulate=x_written,
+            )
+    if dx is not None and not x_written:
+        dx.zero_()
+    if d_mixture is not None and not mixture_written:
+        d_mixture.zero_()
     return dx, d_mixture, factors
 
 
-def _backward(
-    dy: Tensor,
-    x: Tensor,
-    mixture: Tensor,
-    projection: Projection,
-    h: Tensor | None,
-    train_rows: list[int],
-    needs_x: bool,
-    needs_mixture: bool,
-    grad_through_frozen: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    weight, _, lora_a, lora_b, row_adapter, row_scale = projection
-    M, R = x.shape[0], lora_a.shape[0]
-    ranges = [r for r in zip(train_rows[::2], train_rows[1::2], strict=True) if r[0] < r[1]]
-    if M == 0 or R == 0:
-        return _bwd_without_rank(
-            dy, x, weight, lora_a, lora_b, mixture, ranges, needs_x, needs_mixture
-        )
-    dy, x = with_unit_column_stride(dy), with_unit_column_stride(x)
-    lora_a, lora_b = with_unit_column_stride(lora_a), with_unit_column_stride(lora_b)
-    mixing = Mixing(mixture.contiguous(), row_adapter, row_scale)
-
-    everything = (0, round_up(R, RANK_ALIGN))
-    trainable = _window(ranges) if ranges else None
-    through = everything if grad_through_frozen else trainable  # rank columns that reach x
-    columns = everything if needs_mixture or (needs_x and grad_through_frozen) else trainable
-    gate = None
-    if needs_x and not grad_through_frozen and ranges:
-        gate = _only_rows(row_scale, ranges)
-    elif ranges or (needs_x and through is not None):
-        gate = row_scale
-    gw = hw = d_mixture = d_a = d_b = dx = None
-    if columns is not None:
-        gw, hw, d_mixture = shrink_bwd(
-            dy, lora_b, mixing, gate, h, columns, trainable, needs_mixture
-        )
-    if gw is not None and hw is not None:
-        d_a = factor_grad(gw, x, ranges, lora_a.dtype)
-        d_b = factor_grad(hw, dy, ranges, lora_b.dtype)
-    if needs_x:
-        dx = _input_grad(dy, x, weight, gw, lora_a, through)
-    return dx, d_mixture, d_a, d_b
-
-
-def _input_grad(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
+def _factor_grads(
     gw: Tensor | None,
-    lora_a: Tensor,
-    window: tuple[int, int] | None,
-) -> Tensor:
-    """dy @ weight + gw[:, window] @ lora_a[window], either of them absent."""
-    if weight is None and window is None:
-        return torch.zeros_like(x, memory_format=torch.contiguous_format)
-    return two_source_gemm(
-        None if weight is None else dy,
-        None if weight is None else _with_a_unit_stride(weight),
-        gw if window else None,
-        lora_a if window else None,
-        None,
-        window or (0, 0),
-        x.new_empty(x.shape),
-    )
-
-
-def _bwd_without_rank(
-    dy: Tensor,
+    hw: Tensor | None,
     x: Tensor,
-    weight: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    mixture: Tensor,
-    ranges: list[tuple[int, int]],
-    needs_x: bool,
-    needs_mixture: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The backward of a batch without rows or a pool without ranks."""
-    dx = d_a = d_b = None
-    if needs_x:
-        empty = x.new_empty(x.shape)
-        dx = empty
-        if empty.numel():
-            dx = _input_grad(with_unit_column_stride(dy), x, weight, None, lora_a, None)
-    d_mixture = torch.zeros_like(mixture) if needs_mixture else None
-    if ranges:
-        trained = sum(stop - start for start, stop in ranges)
-        d_a = lora_a.new_zeros((trained, lora_a.shape[1]))
-        d_b = lora_b.new_zeros((trained, lora_b.shape[1]))
-    return dx, d_mixture, d_a, d_b
+    dy: Tensor,
+    projection: Projection,
+    trained: list[tuple[int, int]],
+) -> tuple[Tensor | None, Tensor | None]:
+    """d_a and d_b, stacked over the trained rows; zero for a batch without rows (no gw, hw)."""
+    if not trained:
+        return None, None
+    lora_a, lora_b = projection.lora_a, projection.lora_b
+    if gw is None or hw is None:
+        rows = sum(stop - start for start, stop in trained)
+        return lora_a.new_zeros((rows, x.shape[1])), lora_b.new_zeros((rows, dy.shape[1]))
+    return factor_grad(gw, x, trained, lora_a.dtype), factor_grad(hw, dy, trained, lora_b.dtype)
+
+
+def _product(
+    direction: routes.Direction,
+    a: Tensor,
+    b: Tensor | None,
+    p: Tensor | None,
+    q: Tensor,
+    bias: Tensor | None,
+    window: tuple[int, int],
+    y: Tensor,
+    accumulate: bool = False,
+) -> bool:
+    """Write `y`, or add to it, as `two_source_gemm` does, by the route that is faster.
+
+    Returns:
+        False where there is nothing to sum; then y is zero, or, with `accumulate`, as it was.
+    """
+    if y.numel() == 0:
+        return False
+    q = with_unit_column_stride(q)
+    if b is None or a.shape[1] == 0:
+        if p is None:
+            return False
+        two_source_gemm(None, None, p, q, bias, window, y, accumulate=accumulate)
+        return True
+    route = routes.EXPAND_FIRST
+    if p is not None:
+        traits = common.device_traits(y.device)
+        route = routes.choose(
+            traits, direction, a.shape[1], y.shape[1], window[1] - window[0], y.shape[0], y.dtype
+        )
+    gemm = two_source_gemm if route == routes.FUSED else expand_first_gemm
+    gemm(a, b, p, None if p is None else q, bias, window, y, accumulate=accumulate)
+    return True
+
+
+def _merged(spans: list[int]) -> list[tuple[int, int]]:
+    """The ranges [start, stop, start, stop, ...] without empty ones; neighbours become one."""
+    ranges: list[tuple[int, int]] = []
+    for start, stop in zip(spans[::2], spans[1::2], strict=True):
+        if ranges and ranges[-1][1] == start:
+            ranges[-1] = ranges[-1][0], stop
+        elif start < stop:
+            ranges.append((start, stop))
+    return ranges
 
 
 def _window(ranges: list[tuple[int, int]]) -> tuple[int, int]:
@@ -221,12 +233,21 @@ def _window(ranges: list[tuple[int, int]]) -> tuple[int, int]:
     return ranges[0][0] // RANK_ALIGN * RANK_ALIGN, round_up(ranges[-1][1], RANK_ALIGN)
 
 
-def _only_rows(row_scale: Tensor, ranges: list[tuple[int, int]]) -> Tensor:
-    """row_scale in the ranges, 0 elsewhere: the window of the ranges covers other rows too."""
-    gate = torch.zeros_like(row_scale)
-    for start, stop in ranges:
-        gate[start:stop] = row_scale[start:stop]
-    return gate
+def _gate(row_scale: Tensor, passing: list[tuple[int, int]]) -> Gate:
+    """Scale of the rows in the ranges, none for others: a window covers more rows than they."""
+    if not passing:
+        return Gate(row_scale, 0, 0)
+    start, stop = passing[0][0], passing[-1][1]
+    if len(passing) == 1:
+        return Gate(row_scale, start, stop)
+    scale = torch.zeros_like(row_scale)
+    for first, last in passing:
+        scale[first:last] = row_scale[first:last]
+    return Gate(scale, start, stop)
+
+
+def _mixing(mixture: Tensor, projection: Projection) -> Mixing:
+    return Mixing(mixture, projection.row_adapter, projection.row_scale)
 
 
 def _with_a_unit_stride(weight: Tensor) -> Tensor:

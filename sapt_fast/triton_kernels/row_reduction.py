@@ -35,8 +35,11 @@ def _mixture_grad_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
 ):
-    """d_mixture[s, k] = sum of partial over the tiles that meet sample s and the ranks of k.
+    """d_mixture[s, k] = [d_mixture[s, k] +] the sum of partial over tiles and ranks.
+
+    The tiles are those that meet sample s, the ranks those of adapter k.
 
     Tile t covers rows t * tile_rows and on; its segment i, row t * segments + i of partial,
     belongs to sample t * tile_rows // T + i. The order of the sum is fixed.
@@ -66,7 +69,10 @@ def _mixture_grad_kernel(
             values = tl.load(row_ptrs[:, :, None] + ranks[None, None, :], mask=mask, other=0.0)
             acc += tl.sum(values, axis=2)
     d_mixture_ptrs = d_mixture_ptr + samples.to(tl.int64) * K + k
-    tl.store(d_mixture_ptrs, tl.sum(acc, axis=1), mask=samples < S)
+    total = tl.sum(acc, axis=1)
+    if ACCUMULATE:
+        total += tl.load(d_mixture_ptrs, mask=samples < S, other=0.0)
+    tl.store(d_mixture_ptrs, total, mask=samples < S)
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_part", "first_group", "start", "stop"])
@@ -140,8 +146,16 @@ class Mixing(NamedTuple):
     row_scale: Tensor  # [R] float32
 
 
-def mixture_grad(partial: Tensor, mixing: Mixing, M: int, tile_rows: int, segments: int) -> Tensor:
-    """Return the gradient `[S, K]` of the mixture from the partial sums of `shrink_bwd`.
+def mixture_grad(
+    partial: Tensor,
+    mixing: Mixing,
+    M: int,
+    tile_rows: int,
+    segments: int,
+    d_mixture: Tensor,
+    accumulate: bool,
+) -> None:
+    """Write or add the gradient of the mixture, from the partial sums of `shrink_bwd`.
 
     Args:
         partial: Of shape `[tiles * segments, Rp]`, float32: per tile and segment, the sum over
@@ -150,10 +164,11 @@ def mixture_grad(partial: Tensor, mixing: Mixing, M: int, tile_rows: int, segmen
         M: Number of rows, S divides it.
         tile_rows: Rows of a tile; 1 when `partial` holds one line per row.
         segments: Lines of a tile, one per sample that it meets.
+        d_mixture: Of shape `[S, K]`, float32, contiguous.
+        accumulate: Add to what `d_mixture` holds.
     """
     S, K = mixing.mixture.shape
     T = M // S
-    d_mixture = torch.empty_like(mixing.mixture)
     tiles_per_sample = (T + tile_rows - 2) // tile_rows + 1
     block_t = 1 if tiles_per_sample <= 2 else 8 if tiles_per_sample <= 8 else 64
     block_s = 64 // block_t
@@ -171,8 +186,8 @@ def mixture_grad(partial: Tensor, mixing: Mixing, M: int, tile_rows: int, segmen
         BLOCK_S=block_s,
         BLOCK_T=block_t,
         BLOCK_R=16,
+        ACCUMULATE=accumulate,
     )
-    return d_mixture
 
 
 def sum_parts(parts: Tensor, out: Tensor) -> None:

@@ -254,7 +254,8 @@ def _shrink_fwd_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        "parts", "M", "R", "S", "T", "K", "rank_lo", "rank_hi", "train_lo", "train_hi",
+        "parts", "M", "R", "S", "T", "K", "rank_lo", "rank_hi", "gw_lo", "gw_hi", "train_lo",
+        "train_hi", "gate_start", "gate_stop",
     ]
 )  # fmt: skip
 def _shrink_bwd_kernel(
@@ -278,8 +279,12 @@ def _shrink_bwd_kernel(
     K,
     rank_lo,
     rank_hi,
+    gw_lo,
+    gw_hi,
     train_lo,
     train_hi,
+    gate_start,
+    gate_stop,
     h_columns,
     stride_dym,
     stride_br,
@@ -294,9 +299,9 @@ def _shrink_bwd_kernel(
 ):
     """One tile of g = dy b^T in the columns lo:hi, never stored itself. Outputs, None if unwanted:
 
-    gw = g * w, w taken with the scale `gate` of each rank; hw = h * w in the columns of the
-    trainable rows; partial sums of scale * g * h over the rows of each segment, or (SEGMENTS = 0)
-    that product for each row.
+    gw = g * w in its own columns, w taken with the scale `gate` of each rank; hw = h * w in the
+    columns of the trainable rows; partial sums of scale * g * h over the rows of each segment, or
+    (SEGMENTS = 0) that product for each row.
     """
     lo, hi = rank_lo * 16, rank_hi * 16
     tiles_r = tl.cdiv(hi - lo, BLOCK_N)
@@ -324,8 +329,10 @@ def _shrink_bwd_kernel(
     # gw goes out before h comes in: both in registers at once would spill.
     if gw_ptr is not None:
         gates = tl.load(gate_ptr + safe_ranks)
+        gates = tl.where((ranks >= gate_start) & (ranks < gate_stop), gates, 0.0)
         gw = _weighted(g, mixture_ptr, adapters, gates, samples, first, S, K, SEGMENTS)
-        tl.store(gw_ptr + offsets, gw.to(gw_ptr.dtype.element_ty), mask=mask)
+        in_gw = (ranks >= gw_lo * 16) & (ranks < gw_hi * 16)
+        tl.store(gw_ptr + offsets, gw.to(gw_ptr.dtype.element_ty), mask=in_rows & in_gw[None, :])
     if h_ptr is not None:
         scales = tl.load(row_scale_ptr + safe_ranks)
         h_ptrs = h_ptr + rows.to(tl.int64)[:, None] * stride_hm + ranks[None, :]
@@ -526,50 +533,64 @@ def shrink_fwd(
     return list(hw.split(widths, dim=1))
 
 
+class Gate(NamedTuple):
+    """The rank rows through which gradients reach the input."""
+
+    scale: Tensor  # [R] float32: row_scale, or 0 for a row within start:stop to leave out
+    start: int
+    stop: int
+
+
 class ShrinkGrads(NamedTuple):
     """What the backward needs in rank space; None where it was not asked for."""
 
-    gw: Tensor | None  # [M, Rp] in dy's dtype, written in the columns of the window
+    gw: Tensor | None  # [M, Rp] in dy's dtype, written in the columns of its window
     hw: Tensor | None  # [M, Rp] in dy's dtype, written in the columns of the trainable rows
-    d_mixture: Tensor | None  # [S, K] float32
 
 
 def shrink_bwd(
     dy: Tensor,
     lora_b: Tensor,
     mixing: Mixing,
-    gate: Tensor | None,
+    gate: Gate,
     h: Tensor | None,
-    window: tuple[int, int],
+    gw_window: tuple[int, int] | None,
     train_window: tuple[int, int] | None,
-    needs_mixture: bool,
+    d_mixture: Tensor | None,
+    accumulate: bool,
 ) -> ShrinkGrads:
-    """Return the weighted g = dy @ lora_b.T, the weighted h and the gradient of the mixture.
+    """Return the weighted g = dy @ lora_b.T and the weighted h; fill or add to `d_mixture`.
+
+    Windows are ranges of columns, multiples of 16. All columns of g are computed for
+    `d_mixture`, otherwise those of `gw_window`.
 
     Args:
         dy: Of shape `[M, O]`, M > 0, unit column stride.
         lora_b: Of shape `[R, O]`, R > 0, unit column stride, in dy's dtype or float32.
         mixing: The weights of the rows' samples.
-        gate: Of shape `[R]`: row_scale, or 0 for rows to leave out of gw. None for no gw.
-        h: Of shape `[M, R]`, unit column stride; needed for `train_window` and the mixture.
-        window: Columns of g to compute, multiples of 16.
-        train_window: Columns in which hw is wanted, multiples of 16, or None.
-        needs_mixture: Whether d_mixture is wanted; then `window` is all columns.
+        gate: Which rows take part in gw; the others are zero.
+        h: Of shape `[M, R]`, unit column stride; needed for `train_window` and `d_mixture`.
+        gw_window: Columns in which gw is wanted, or None.
+        train_window: Columns in which hw is wanted, within `gw_window`, or None.
+        d_mixture: Of shape `[S, K]`, float32, contiguous, or None where it is not wanted.
+        accumulate: Add to what `d_mixture` holds.
     """
     M, D = dy.shape
     R = lora_b.shape[0]
     S, K = mixing.mixture.shape
     columns = round_up(R, RANK_ALIGN)
 
-    gw = None if gate is None else dy.new_empty((M, columns))
+    gw = None if gw_window is None else dy.new_empty((M, columns))
     hw = None if train_window is None else dy.new_empty((M, columns))
-    partial = d_mixture = None
-    if not (needs_mixture or train_window):
-        h = None
+    partial = None
+    gw_lo, gw_hi = gw_window or (0, 0)
     train_lo, train_hi = train_window or (0, 0)
+    window = (gw_lo, gw_hi) if d_mixture is None else (0, columns)
+    if d_mixture is None and train_window is None:
+        h = None
     with torch.cuda.device_of(dy):
         plan = _prepare(dy, [lora_b], window, S, backward=True)
-        if needs_mixture:
+        if d_mixture is not None:
             partial_rows = plan.tiles_m * plan.segments if plan.segments else M
             partial = dy.new_empty((partial_rows, columns), dtype=torch.float32)
         _shrink_bwd_kernel[(plan.tiles_m * plan.tiles_r,)](
@@ -578,7 +599,7 @@ def shrink_bwd(
             plan.parts,
             plan.num_parts,
             *mixing,
-            gate,
+            gate.scale,
             h,
             gw,
             hw,
@@ -591,8 +612,12 @@ def shrink_bwd(
             K,
             window[0] // RANK_ALIGN,
             window[1] // RANK_ALIGN,
+            gw_lo // RANK_ALIGN,
+            gw_hi // RANK_ALIGN,
             train_lo // RANK_ALIGN,
             train_hi // RANK_ALIGN,
+            gate.start,
+            gate.stop,
             0 if h is None else _readable_columns(h, columns),
             dy.stride(0),
             lora_b.stride(0),
@@ -603,10 +628,11 @@ def shrink_bwd(
             SEGMENTS=plan.segments,
             COMPUTE=common.compute_dtype(dy.dtype),
         )
-        if partial is not None:
+        if partial is not None and d_mixture is not None:
             tile_rows = plan.tile.m if plan.segments else 1
-            d_mixture = mixture_grad(partial, mixing, M, tile_rows, max(plan.segments, 1))
-    return ShrinkGrads(gw, hw, d_mixture)
+            segments = max(plan.segments, 1)
+            mixture_grad(partial, mixing, M, tile_rows, segments, d_mixture, accumulate)
+    return ShrinkGrads(gw, hw)
 
 
 def _readable_columns(h: Tensor, columns: int) -> int:

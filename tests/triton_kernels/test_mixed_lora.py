@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from sapt_fast.ops.projection import Projection
-from sapt_fast.triton_kernels import common, gemm, shrink
+from sapt_fast.triton_kernels import common, gemm, routes, shrink
 from sapt_fast.triton_kernels.mixed_lora import empty_h, mixed_lora_bwd, mixed_lora_fwd
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -107,8 +107,8 @@ def _view(t: Tensor, how: str) -> Tensor:
     return t[:1, :1].expand_as(t) if how == "expanded" else t
 
 
-def _inputs(case: Case, dtype: torch.dtype) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(0)
+def _inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0, of: torch.dtype = dtype) -> Tensor:
         return (torch.randn(shape, generator=generator) * scale).to(of).to(DEVICE)
@@ -155,7 +155,8 @@ def _expected(case: Case, t: dict[str, Any], dtype: torch.dtype) -> list[Tensor 
             y = y + w[:, k, None] * scale * ((source @ a[rows].t()) @ b[rows])
     if t["bias"] is not None:
         y = y + t["bias"].to(dtype)
-    dx = d_mixture = d_a = d_b = None
+    dx, d_mixture = torch.zeros_like(x), torch.zeros_like(mixture)
+    d_a = d_b = None
     if y.requires_grad:
         inputs = [x, mixture, a, b]
         grads = torch.autograd.grad(y, inputs, t["dy"].to(dtype), allow_unused=True)
@@ -209,9 +210,24 @@ def _error(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30))
 
 
+BY_BOTH_ROUTES = {"mixed-ranks", "one-row", "descriptors", "views", "last-trains-cut"}
+
+
+@pytest.fixture
+def route(request: pytest.FixtureRequest) -> Any:
+    with routes.forced(request.param):
+        yield request.param
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).split(".")[-1])
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_forward_and_gradients(case: Case, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("case", "route"),
+    [(case, routes.FUSED) for case in CASES]
+    + [(case, routes.EXPAND_FIRST) for case in CASES if case.name in BY_BOTH_ROUTES],
+    ids=lambda value: value.name if isinstance(value, Case) else value,
+    indirect=["route"],
+)
+def test_forward_and_gradients(case: Case, dtype: torch.dtype, route: str) -> None:
     inputs = _inputs(case, dtype)
     before = {k: v.clone() for k, v in inputs.items() if isinstance(v, Tensor)}
     exact = _expected(case, inputs, torch.float64)
@@ -221,15 +237,160 @@ def test_forward_and_gradients(case: Case, dtype: torch.dtype) -> None:
         assert torch.equal(inputs[name], value), f"{name} was written to"
     names = ["y", "dx", "d_mixture", "d_a", "d_b"]
     for name, got, want, torch_made in zip(names, outputs, exact, plain, strict=True):
-        assert (got is None) == (want is None), name
-        if got is None or want is None or torch_made is None:
-            continue
-        assert got.shape == want.shape
-        assert got.is_contiguous()
-        assert got.dtype == _result_dtype(name, inputs)
-        # The interpreter truncates where bfloat16 is stored; a GPU and torch round.
-        factor = 3 if common.INTERPRETED and dtype == torch.bfloat16 else 2
-        assert _error(got, want) <= factor * _error(torch_made, want) + 1e-6, name
+        _check(name, got, want, torch_made, _result_dtype(name, inputs))
+
+
+def _check(
+    name: str,
+    got: Tensor | None,
+    want: Tensor | None,
+    torch_made: Tensor | None,
+    of: torch.dtype,
+    stores: int = 1,
+) -> None:
+    """Compare with float64 by the error that torch makes in the dtype of the inputs.
+
+    `stores` counts how often a value is stored while it is summed.
+    """
+    assert (got is None) == (want is None), name
+    if got is None or want is None or torch_made is None:
+        return
+    assert got.shape == want.shape, name
+    assert got.is_contiguous(), name
+    assert got.dtype == of, name
+    # The interpreter truncates where bfloat16 is stored; a GPU and torch round.
+    truncates = common.INTERPRETED and torch_made.dtype == torch.bfloat16
+    factor = 3 * stores**0.5 if truncates else 2
+    assert _error(got, want) <= factor * _error(torch_made, want) + 1e-6, name
+
+
+WIDE = Case(samples=2, rows=45, i=48, o=64, ranks=(20, 4, 13), trainable=(1, 2))
+CUT = Case(ranks=(20, 30, 4), through_frozen=False)
+
+GROUPS = {
+    "two": [Case(), Case(o=40, bias=False)],
+    "five-of-unequal-ranks": [
+        Case(),
+        Case(ranks=(33, 2, 5), o=40, trainable=(0, 2)),
+        Case(ranks=(0, 0, 0), trainable=(), bias=False),
+        Case(ranks=(1, 0, 0), trainable=(0,), weight="transposed"),
+        Case(ranks=(16, 16, 16), trainable=(0, 1, 2), weight="strided", dy="sliced"),
+    ],
+    "nine": [replace(Case(), ranks=(n, 2, n)) for n in range(9)],
+    "descriptors": [WIDE, replace(WIDE, ranks=(4, 4, 4), o=32), replace(WIDE, bias=False)],
+    "split-reduction": [
+        Case(samples=2, rows=5, i=288, ranks=(3, 2), trainable=(1,)),
+        Case(samples=2, rows=5, i=288, ranks=(20, 2), trainable=(0,)),
+    ],
+    "per-token": [
+        Case(samples=23, rows=1, ranks=(4, 4, 9)),
+        Case(samples=23, rows=1, ranks=(4, 40, 9)),
+    ],
+    "factors-of-two-dtypes": [Case(), Case(lora_dtype=torch.float32), Case(o=8)],
+    "no-weight-first": [Case(weight="none", bias=False), Case()],
+    "no-weight-last": [Case(), Case(weight="none", bias=False)],
+    "nothing-but-one": [
+        Case(weight="none", bias=False, ranks=(0, 0, 0), trainable=()),
+        Case(ranks=(0, 0, 0), trainable=()),
+    ],
+    "nothing-at-all": [Case(weight="none", bias=False, ranks=(0, 0, 0), trainable=())] * 2,
+    "cut": [CUT, replace(CUT, trainable=(0, 2)), replace(CUT, trainable=())],
+    "cut-without-mixture": [
+        replace(CUT, needs_mixture=False),
+        replace(CUT, needs_mixture=False, trainable=()),
+    ],
+    "mixture-only": [Case(trainable=(), needs_x=False), Case(trainable=(), needs_x=False, o=8)],
+    "strided-x": [Case(x="transposed"), Case(x="transposed", dy="expanded")],
+}
+
+
+def _group_inputs(cases: list[Case], dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Inputs of the members, with one x and one mixture."""
+    inputs = [_inputs(case, dtype, seed) for seed, case in enumerate(cases)]
+    for member in inputs:
+        member["x"], member["mixture"] = inputs[0]["x"], inputs[0]["mixture"]
+    return inputs
+
+
+def _group_expected(
+    cases: list[Case], inputs: list[dict[str, Any]], dtype: torch.dtype
+) -> list[Tensor | None]:
+    """y of each member, then dx and d_mixture summed, then d_a and d_b of each."""
+    made = [_expected(case, t, dtype) for case, t in zip(cases, inputs, strict=True)]
+    summed = [
+        None if all(grad is None for grad in grads) else sum(g for g in grads if g is not None)
+        for grads in ([m[1] for m in made], [m[2] for m in made])
+    ]
+    return [*(m[0] for m in made), *summed, *(grad for m in made for grad in m[3:])]
+
+
+def _group_actual(cases: list[Case], inputs: list[dict[str, Any]]) -> list[Tensor | None]:
+    projections = [_projection(t) for t in inputs]
+    outputs = mixed_lora_fwd(inputs[0]["x"], inputs[0]["mixture"], projections)
+    dx, d_mixture, factors = mixed_lora_bwd(
+        [t["dy"] for t in inputs],
+        inputs[0]["x"],
+        inputs[0]["mixture"],
+        projections,
+        [h for _, h in outputs],
+        [t["train_rows"] for t in inputs],
+        cases[0].needs_x,
+        cases[0].needs_mixture,
+        cases[0].through_frozen,
+    )
+    ys = [y for y, _ in outputs]
+    return [*ys, dx, d_mixture, *(grad for pair in factors for grad in pair)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).split(".")[-1])
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("route", routes.ROUTES, indirect=True)
+def test_groups_of_projections(group: str, dtype: torch.dtype, route: str) -> None:
+    cases = GROUPS[group]
+    inputs = _group_inputs(cases, dtype)
+    before = [{k: v.clone() for k, v in t.items() if isinstance(v, Tensor)} for t in inputs]
+    exact = _group_expected(cases, inputs, torch.float64)
+    plain = _group_expected(cases, inputs, dtype)
+    outputs = _group_actual(cases, inputs)
+    for values, t in zip(before, inputs, strict=True):
+        for name, value in values.items():
+            assert torch.equal(t[name], value), f"{name} was written to"
+    n = len(cases)
+    names = [f"y {i}" for i in range(n)] + ["dx", "d_mixture"]
+    names += [f"{name} {i}" for i in range(n) for name in ("d_a", "d_b")]
+    for name, got, want, torch_made in zip(names, outputs, exact, plain, strict=True):
+        kind, _, member = name.partition(" ")
+        of = _result_dtype(kind, inputs[int(member or 0)])
+        _check(name, got, want, torch_made, of, stores=n if kind == "dx" else 1)
+
+
+def test_a_group_is_one_shrink(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches: list[str] = []
+    for name in ("_shrink_fwd_kernel", "_split_kernel"):
+        kernel = getattr(shrink, name)
+
+        class Counted:
+            def __getitem__(self, grid: Any, kernel: Any = kernel, name: str = name) -> Any:
+                launches.append(name)
+                return kernel[grid]
+
+        monkeypatch.setattr(shrink, name, Counted())
+    for group, expected in (
+        ("five-of-unequal-ranks", ["_shrink_fwd_kernel"]),
+        ("split-reduction", ["_split_kernel", "_shrink_fwd_kernel"]),
+        ("nine", ["_shrink_fwd_kernel"] * 2),
+    ):
+        launches.clear()
+        inputs = _group_inputs(GROUPS[group], torch.float32)
+        mixed_lora_fwd(inputs[0]["x"], inputs[0]["mixture"], [_projection(t) for t in inputs])
+        assert launches == expected, group
+
+
+def test_members_do_not_share_memory() -> None:
+    inputs = _group_inputs(GROUPS["two"], torch.float32)
+    results = mixed_lora_fwd(inputs[0]["x"], inputs[0]["mixture"], [_projection(t) for t in inputs])
+    storages = {t.untyped_storage().data_ptr() for result in results for t in result}
+    assert len(storages) == 4
 
 
 def test_empty_batch() -> None:

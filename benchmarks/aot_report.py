@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sapt_fast.ops.mix_experts import pair_groups
 from sapt_fast.ops.projection import Projection
 from sapt_fast.ops.router import QueryProjection
-from sapt_fast.triton_kernels import common
+from sapt_fast.triton_kernels import common, routes
 from sapt_fast.triton_kernels.mix_experts import mix_experts_bwd, mix_experts_fwd
 from sapt_fast.triton_kernels.mix_prompts import mix_prompts_bwd, mix_prompts_fwd
 from sapt_fast.triton_kernels.mixed_lora import mixed_lora_bwd, mixed_lora_fwd
@@ -85,33 +85,39 @@ class Case:
     lora_dtype: torch.dtype | None = None
     weight: str = "plain"  # plain, transposed, none
     bias: bool = False
+    siblings: tuple[tuple[int, tuple[int, ...]], ...] = ()  # o and ranks of further projections
     quick: bool = False
     aligned: bool = True
 
     def launch(self, tensor: NewTensor) -> None:
-        """Forward, and the backward in both gradient modes and for the factors alone."""
-        m, r, k = self.samples * self.rows, sum(self.ranks), len(self.ranks)
-        lora_dtype = self.lora_dtype or self.dtype
-        x, dy = tensor(m, self.i), tensor(m, self.o)
-        weight = None if self.weight == "none" else tensor(self.o, self.i)
+        """By every route: forward, backward in both gradient modes and for the factors alone."""
+        m = self.samples * self.rows
+        x, mixture = tensor(m, self.i), tensor(self.samples, len(self.ranks), dtype=torch.float32)
+        members = ((self.o, self.ranks), *self.siblings)
+        projections = [self._projection(tensor, o, sum(ranks)) for o, ranks in members]
+        dys = [tensor(m, o) for o, _ in members]
+        newest = [[sum(ranks[:-1]), sum(ranks)] for _, ranks in members]
+        for route in routes.ROUTES:
+            with routes.forced(route):
+                hs = [h for _, h in mixed_lora_fwd(x, mixture, projections)]
+                given = dys, x, mixture, projections, hs, newest
+                for through_frozen in (True, False):
+                    mixed_lora_bwd(*given, True, True, through_frozen)
+                mixed_lora_bwd(*given, False, False, False)
+
+    def _projection(self, tensor: NewTensor, o: int, r: int) -> Projection:
+        weight = None if self.weight == "none" else tensor(o, self.i)
         if self.weight == "transposed":
-            weight = tensor(self.i, self.o).t()
-        bias = tensor(self.o) if self.bias else None
-        mixture = tensor(self.samples, k, dtype=torch.float32)
-        projection = Projection(
+            weight = tensor(self.i, o).t()
+        lora_dtype = self.lora_dtype or self.dtype
+        return Projection(
             weight,
-            bias,
+            tensor(o) if self.bias else None,
             tensor(r, self.i, dtype=lora_dtype),
-            tensor(r, self.o, dtype=lora_dtype),
+            tensor(r, o, dtype=lora_dtype),
             tensor(r, dtype=torch.int32),
             tensor(r, dtype=torch.float32),
         )
-        [(_, h)] = mixed_lora_fwd(x, mixture, [projection])
-        newest = [r - self.ranks[-1], r]
-        given = [dy], x, mixture, [projection], [h], [newest]
-        for through_frozen in (True, False):
-            mixed_lora_bwd(*given, True, True, through_frozen)
-        mixed_lora_bwd(*given, False, False, False)
 
 
 @dataclass(frozen=True)
@@ -221,6 +227,10 @@ class RouterCase:
             route_scores_fwd(pooled, keys, query, 32.0)
 
 
+FOUR_MORE = (
+    (1024, (4,) * 15), (1024, (8,) * 15), (11008, (1,) * 14 + (3,)), (11008, (16,) * 15),
+)  # fmt: skip
+
 CASES: tuple[LaunchCase, ...] = (
     Case("d1024", 16, 512, 1024, 1024, (4,) * 15, quick=True),
     Case("d4096", 8, 1024, 4096, 4096, (16,) * 15, quick=True),
@@ -245,12 +255,43 @@ CASES: tuple[LaunchCase, ...] = (
     Case("float16", 16, 512, 1024, 1024, (4,) * 15, dtype=torch.float16),
     Case("float32", 16, 512, 1024, 1024, (4,) * 15, dtype=torch.float32),
     Case("odd width", 4, 50, 100, 100, (4,) * 3, aligned=False),
+    Case("two", 16, 512, 1024, 1024, (4,) * 15, siblings=((1024, (4,) * 15),), quick=True),
+    Case("five", 8, 1024, 4096, 4096, (16,) * 15, siblings=FOUR_MORE, quick=True),
+    Case("five, decode", 4, 1, 4096, 4096, (16,) * 15, siblings=FOUR_MORE, quick=True),
+    Case("five, short rows", 64, 48, 1024, 1024, (4,) * 15, siblings=FOUR_MORE),
+    Case("five, per token", 8192, 1, 4096, 4096, (16,) * 15, siblings=FOUR_MORE),
+    Case("two, no weight", 16, 512, 1024, 1024, (4,) * 15, siblings=FOUR_MORE[:1], weight="none"),
+    Case(
+        "two, float32 factors",
+        16,
+        512,
+        1024,
+        1024,
+        (4,) * 15,
+        siblings=FOUR_MORE[:1],
+        lora_dtype=torch.float32,
+    ),
+    Case(
+        "two, float32",
+        16,
+        512,
+        1024,
+        1024,
+        (4,) * 15,
+        siblings=FOUR_MORE[:1],
+        dtype=torch.float32,
+    ),
+    Case("two, odd width", 4, 50, 100, 100, (4,) * 3, siblings=((52, (1,) * 3),), aligned=False),
     SearchCase("keys, M 16", 16, 1_000_000, 512, 32, ("dot", "cosine", "l2"), quick=True),
     SearchCase("keys, M 64", 64, 1_000_000, 512, 32, ("dot", "cosine", "l2"), quick=True),
     SearchCase("keys, k 200", 64, 1_000_000, 512, 200, ("dot", "l2")),
     SearchCase("keys, float16", 64, 1_000_000, 512, 32, dtype=torch.float16),
     SearchCase("keys, float32", 64, 1_000_000, 512, 64, ("dot", "l2"), torch.float32),
+    SearchCase(
+        "keys, float32, k 32", 64, 1_000_000, 512, 32, ("dot", "cosine", "l2"), torch.float32
+    ),
     SearchCase("keys, odd width", 64, 1_000_000, 100, 64, ("l2",), aligned=False),
+    SearchCase("keys, odd width, k 32", 64, 1_000_000, 100, 32, ("dot", "l2"), aligned=False),
     ExpertsCase("experts", 512, 1024, 4, 32, quick=True),
     ExpertsCase("experts, rank 1", 512, 1024, 1, 32),
     ExpertsCase("experts, rank 32", 64, 4096, 32, 8),
@@ -259,6 +300,13 @@ CASES: tuple[LaunchCase, ...] = (
     ExpertsCase("experts, float16", 512, 1024, 8, 32, dtype=torch.float16),
     ExpertsCase("experts, float32", 512, 1024, 8, 32, dtype=torch.float32),
     ExpertsCase("experts, odd width", 30, 100, 3, 5, aligned=False),
+    ExpertsCase("crowded experts", 8192, 1024, 16, 8, 1000, quick=True),
+    ExpertsCase("crowded experts, rank 4", 8192, 4096, 4, 8, 1000),
+    ExpertsCase("crowded experts, rank 64", 8192, 4096, 64, 2, 64),
+    ExpertsCase("crowded, float32 bank", 8192, 1024, 16, 8, 1000, bank_dtype=torch.float32),
+    ExpertsCase("crowded, float16", 8192, 1024, 16, 8, 1000, dtype=torch.float16),
+    ExpertsCase("crowded, float32", 8192, 1024, 16, 8, 1000, dtype=torch.float32),
+    ExpertsCase("crowded, odd width", 8192, 100, 5, 8, 1000, aligned=False),
     PromptCase("prompts", 8, 512, 1024, 15, 10, quick=True),
     PromptCase("prompts, one sample", 1, 64, 4096, 15, 10),
     PromptCase("prompts, many samples", 512, 64, 1024, 15, 10),

@@ -101,6 +101,40 @@ def layer_times(
     return {"layer": str(layer), "pass": pass_name, "ms": times, "peak_bytes": peaks}
 
 
+def paired_times(
+    layer: Layer, gate: dict[str, dict[str, Any]], *, repeats: int, training: bool
+) -> dict[str, Any]:
+    """Times of each rival and of ours beside it, every pair in a process of its own.
+
+    In one process for all of them, the state in which a rival leaves the heap decides what the
+    calls after it pay for their memory.
+    """
+    ours = "ours_cpu"
+    rivals = [name for name in Providers(layer, training=training).forward() if name != ours]
+    script = Path(__file__).with_name("layer_pair.py")
+    pairs = {}
+    for rival in rivals if gate[ours]["ok"] else []:
+        given = json.dumps({**asdict(layer), "dtype": str(layer.dtype).removeprefix("torch.")})
+        command = [sys.executable, str(script), rival, ours, given, str(repeats), str(training)]
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+        times = json.loads(run.stdout.splitlines()[-1])
+        pairs[rival] = {"rival": times[rival], "ours": times[ours]}
+    pass_name = "forward+backward" if training else "forward"
+    return {"layer": str(layer), "pass": pass_name, "pairs": pairs}
+
+
+def over(row: dict[str, Any], rival: str) -> float | None:
+    """The rival's median over ours beside it, None where they were not measured."""
+    pair = row["pairs"].get(rival)
+    return None if pair is None else pair["rival"]["median"] / pair["ours"]["median"]
+
+
+def under(row: dict[str, Any], rival: str) -> float | None:
+    """Our median over the rival's beside it."""
+    value = over(row, rival)
+    return None if value is None else 1 / value
+
+
 def saved_for_backward(layer: Layer) -> dict[str, int]:
     """Elements that our op keeps for the backward beyond its inputs, and M * R."""
     providers = Providers(layer, training=True)

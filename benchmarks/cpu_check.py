@@ -6,7 +6,7 @@ from dataclasses import replace
 import checks
 import measure
 import torch
-from checks import ratio, target
+from checks import over, ratio, target, under
 from providers import Layer
 from training_step import Step
 
@@ -36,11 +36,11 @@ def main() -> int:
         ],
         [decode, *(replace(decode, batch=3, dtype=d) for d in halves)],
     )
-    train32 = checks.layer_times(layer, gate, repeats=repeats, training=True)
-    train16 = checks.layer_times(
+    train32 = checks.paired_times(layer, gate, repeats=repeats, training=True)
+    train16 = checks.paired_times(
         replace(layer, dtype=torch.bfloat16), gate, repeats=repeats, training=True
     )
-    decoding = checks.layer_times(decode, gate, repeats=40 * repeats, training=False)
+    decoding = checks.paired_times(decode, gate, repeats=40 * repeats, training=False)
     steps = checks.step_times(
         {
             "ours": ("ours", step),
@@ -54,40 +54,36 @@ def main() -> int:
         repeats=max(3, repeats // 2),
     )
     saved = checks.saved_for_backward(layer)
-    a32, a16, d32, s32 = train32["ms"], train16["ms"], decoding["ms"], steps["ms"]
+    step_ms = steps["ms"]
     targets = [
-        target("layer forward+backward fp32: ours / base", ratio(a32, "ours_cpu", "base"), 1.08),
-        target(
-            "layer fp32: released / ours", ratio(a32, "released", "ours_cpu"), 3.8, at_least=True
-        ),
-        target(
-            "layer bf16: released / ours", ratio(a16, "released", "ours_cpu"), 12, at_least=True
-        ),
-        target("layer fp32: PEFT loop / ours", ratio(a32, "peft", "ours_cpu"), 2.6, at_least=True),
+        target("layer forward+backward fp32: ours / base", under(train32, "base"), 1.08),
+        target("layer fp32: released / ours", over(train32, "released"), 3.8, at_least=True),
+        target("layer bf16: released / ours", over(train16, "released"), 12, at_least=True),
+        target("layer fp32: PEFT loop / ours", over(train32, "peft"), 2.6, at_least=True),
         target(
             "layer bf16: PEFT loop (float32 adapters, its default) / ours",
-            ratio(a16, "peft_default", "ours_cpu"),
+            over(train16, "peft_default"),
             3,
             at_least=True,
         ),
         target(
             "layer bf16: PEFT loop (bf16 adapters) / ours",
-            ratio(a16, "peft", "ours_cpu"),
+            over(train16, "peft"),
             3,
             at_least=True,
         ),
-        target("layer fp32: ours / stacked torch", ratio(a32, "ours_cpu", "stacked"), 1.0),
-        target("layer bf16: ours / stacked torch", ratio(a16, "ours_cpu", "stacked"), 1.0),
+        target("layer fp32: ours / stacked torch", under(train32, "stacked"), 1.0),
+        target("layer bf16: ours / stacked torch", under(train16, "stacked"), 1.0),
         target("saved for backward / (M * R)", saved["elements"] / saved["rows_times_rank"], 1.001),
-        target("T5 step: ours / PEFT with one LoRA", ratio(s32, "ours", "peft_one_lora"), 1.05),
-        target("T5 step: released / ours", ratio(s32, "released", "ours"), 1.55, at_least=True),
+        target("T5 step: ours / PEFT with one LoRA", ratio(step_ms, "ours", "peft_one_lora"), 1.05),
+        target("T5 step: released / ours", ratio(step_ms, "released", "ours"), 1.55, at_least=True),
         target("T5 step: K 64 / K 2", ratio(pools["ms"], "K64", "K2"), 1.12),
         target(
             "T5 step peak memory: ours / PEFT with one LoRA",
             steps["peak_bytes"]["ours"] / steps["peak_bytes"]["peft_one_lora"],
             1.05,
         ),
-        target("decode one token: ours / base", ratio(d32, "ours_cpu", "base"), 1.5),
+        target("decode one token: ours / base", under(decoding, "base"), 1.5),
     ]
     result = {
         "kind": "cpu_check",

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from checks import over
 from measure import ROOT
 
 README = ROOT / "README.md"
@@ -47,17 +48,16 @@ def with_table(readme: str, path: Path) -> str:
 
 
 def draw(result: dict[str, Any], folder: Path) -> list[Path]:
-    """Bars of time and of peak memory, relative to the base layer and to PEFT with one LoRA."""
+    """Bars of time relative to ours and of peak memory relative to PEFT with one LoRA."""
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
     layers = [row for row in result["layers"] if row["pass"] == "forward+backward"]
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     for axis, row in zip(figure.subplots(1, len(layers)), layers, strict=True):
-        base = row["ms"]["base"]["median"]
-        _bars(axis, {name: t["median"] / base for name, t in row["ms"].items()})
+        _bars(axis, {"ours_cpu": 1.0, **{name: over(row, name) for name in row["pairs"]}})
         axis.set_title(row["layer"], fontsize=9)
-        axis.set_xlabel("time / base layer, forward + backward")
+        axis.set_xlabel("time / ours, forward + backward")
     speed = folder / "cpu_layer.png"
     figure.savefig(speed, dpi=150)
 

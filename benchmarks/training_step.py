@@ -99,8 +99,9 @@ def provider(name: str, step: Step) -> Callable[[], None]:
             for pool in model.sapt.pools.values():
                 torch.nn.init.normal_(pool.b.trainable, std=0.02)
         if name == "released":
-            for pool in model.sapt.pools.values():
-                pool.forward = ReleasedLoop(pool)
+            for layer in model.sapt.layers.values():
+                layer.sapt_group = None  # every layer on its own
+                layer.sapt_pool.forward = ReleasedLoop(layer.sapt_pool)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
     inputs = _inputs(step)
 

@@ -136,6 +136,20 @@ void decode(int dtype, int lora_dtype, Address y, Address h, Address x, Address 
     mixed_lora().decode(args, weights, threads);
 }
 
+void factor_grad(int dtype, int factor_dtype, Address out, Address g, Address x, std::int64_t rows,
+                 std::int64_t ranks, std::int64_t columns, int threads) {
+    const DType type = dtype_of(dtype);
+    const DType factor_type = dtype_of(factor_dtype);
+    require(factor_type == type || (factor_type == DType::float32 && type != DType::float64),
+            "factor_dtype: neither dtype nor float32");
+    require(rows >= 0 && columns >= 0, "rows, columns: negative");
+    require(ranks >= 0 && ranks <= kFewRanks, "ranks: more than FEW_RANKS");
+    if (ranks == 0 || columns == 0) return;
+    require(out && (rows == 0 || (g && x)), "out, g, x: null address");
+    const FactorGrad args = {at(out), at(g), at(x), rows, ranks, columns, type, factor_type};
+    mixed_lora().factor_grad(args, team(rows * ranks * columns, threads));
+}
+
 py::list cpu_capabilities() {
     py::list names;
     for (Capability capability : supported_capabilities()) names.append(name_of(capability));
@@ -184,6 +198,7 @@ PYBIND11_MODULE(_C, m) {
     m.attr("BFLOAT16") = static_cast<int>(DType::bfloat16);
     m.attr("FLOAT16") = static_cast<int>(DType::float16);
     m.attr("FLOAT64") = static_cast<int>(DType::float64);
+    m.attr("FEW_RANKS") = kFewRanks;
     m.def("cpu_capability", [] { return std::string(name_of(current_capability())); },
           "Instruction set in use: default, avx2 or avx512.");
     m.def("cpu_capabilities", &cpu_capabilities, "Those of this CPU, lowest first.");
@@ -204,4 +219,7 @@ PYBIND11_MODULE(_C, m) {
           arg("row_adapter"), arg("row_scale"), arg("rows"), arg("inputs"), arg("outputs"),
           arg("samples"), arg("adapters"), arg("ranks"), arg("accumulate"), arg("threads"),
           py::call_guard<py::gil_scoped_release>(), "The whole layer for a few rows, in one call.");
+    m.def("factor_grad", &factor_grad, arg("dtype"), arg("factor_dtype"), arg("out"), arg("g"),
+          arg("x"), arg("rows"), arg("ranks"), arg("columns"), arg("threads"),
+          py::call_guard<py::gil_scoped_release>(), "out = g^T x for a few ranks.");
 }

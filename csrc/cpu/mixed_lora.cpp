@@ -336,6 +336,89 @@ void decode(const Decode& args, const RankWeights& weights, int threads) {
     }
 }
 
+constexpr int64_t kGradColumns = 512;  // of a block, whose sums stay in the first cache
+constexpr int64_t kGradRows = 64;      // of a block, whose x stays in the second
+#if defined(__AVX512F__)
+constexpr int kOuterRows = 4;
+#else
+constexpr int kOuterRows = 2;  // more would not fit the registers
+#endif
+
+// sum [RANKS, kGradColumns] += g [ROWS, RANKS]^T x [ROWS, columns]
+template <int ROWS, int RANKS, class T>
+inline __attribute__((always_inline)) void add_outer(acc_t<T>* sum, const T* g, int64_t g_stride,
+                                                     const T* x, int64_t x_stride,
+                                                     int64_t columns) {
+    typedef acc_t<T> A;
+    vec_t<A> by[ROWS][RANKS];
+    for (int r = 0; r < ROWS; ++r) {
+        for (int j = 0; j < RANKS; ++j) by[r][j] = broadcast<A>(to_acc(g[r * g_stride + j]));
+    }
+    int64_t c = 0;
+    for (; c + kLanes<T> <= columns; c += kLanes<T>) {
+        vec_t<A> value[ROWS];
+        for (int r = 0; r < ROWS; ++r) value[r] = load(x + r * x_stride + c);
+        for (int j = 0; j < RANKS; ++j) {
+            vec_t<A> total = load(sum + j * kGradColumns + c);
+            for (int r = 0; r < ROWS; ++r) total += by[r][j] * value[r];
+            store(sum + j * kGradColumns + c, total);
+        }
+    }
+    for (; c < columns; ++c) {
+        for (int j = 0; j < RANKS; ++j) {
+            for (int r = 0; r < ROWS; ++r) {
+                sum[j * kGradColumns + c] += by[r][j][0] * to_acc(x[r * x_stride + c]);
+            }
+        }
+    }
+}
+
+template <int RANKS, class T>
+void add_outers(acc_t<T>* sum, const T* g, int64_t g_stride, const T* x, int64_t x_stride,
+                int64_t rows, int64_t columns) {
+    int64_t r = 0;
+    for (; r + kOuterRows <= rows; r += kOuterRows) {
+        add_outer<kOuterRows, RANKS>(sum, g + r * g_stride, g_stride, x + r * x_stride, x_stride,
+                                     columns);
+    }
+    for (; r < rows; ++r) {
+        add_outer<1, RANKS>(sum, g + r * g_stride, g_stride, x + r * x_stride, x_stride, columns);
+    }
+}
+
+template <class T, class L>
+void factor_grad(const FactorGrad& args, int threads) {
+    typedef acc_t<T> A;
+    // Each sum is made by one thread in the order of the rows: results repeat with any number.
+    const int64_t share = (args.columns + threads - 1) / threads;
+    const int64_t block = share >= kGradColumns ? kGradColumns : (share + 63) / 64 * 64;
+    const int64_t blocks = (args.columns + block - 1) / block;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t task = 0; task < blocks; ++task) {
+        const int64_t start = task * block;
+        const int64_t columns = smaller(block, args.columns - start);
+        A sum[kFewRanks * kGradColumns] = {};
+        for (int64_t row = 0; row < args.rows; row += kGradRows) {
+            const int64_t rows = smaller(kGradRows, args.rows - row);
+            const T* x = static_cast<const T*>(args.x) + row * args.columns + start;
+            const T* g = static_cast<const T*>(args.g) + row * args.ranks;
+            int64_t j = 0;
+            for (; j + 4 <= args.ranks; j += 4) {
+                add_outers<4>(sum + j * kGradColumns, g + j, args.ranks, x, args.columns, rows,
+                              columns);
+            }
+            for (; j < args.ranks; ++j) {
+                add_outers<1>(sum + j * kGradColumns, g + j, args.ranks, x, args.columns, rows,
+                              columns);
+            }
+        }
+        for (int64_t j = 0; j < args.ranks; ++j) {
+            L* out = static_cast<L*>(args.out) + j * args.columns + start;
+            for (int64_t c = 0; c < columns; ++c) out[c] = from_acc<L>(sum[j * kGradColumns + c]);
+        }
+    }
+}
+
 void weight_ranks_any(DType dtype, void* out, const void* h, const RankWeights& weights,
                       int threads) {
     switch (dtype) {
@@ -384,11 +467,27 @@ void decode_any(const Decode& args, const RankWeights& weights, int threads) {
     }
 }
 
+void factor_grad_any(const FactorGrad& args, int threads) {
+    const bool same = args.factor_dtype == args.dtype;
+    switch (args.dtype) {
+        case DType::float32:
+            return factor_grad<float, float>(args, threads);
+        case DType::bfloat16:
+            return same ? factor_grad<BFloat16, BFloat16>(args, threads)
+                        : factor_grad<BFloat16, float>(args, threads);
+        case DType::float16:
+            return same ? factor_grad<Float16, Float16>(args, threads)
+                        : factor_grad<Float16, float>(args, threads);
+        case DType::float64:
+            return factor_grad<double, double>(args, threads);
+    }
+}
+
 }  // namespace
 
 namespace SAPT_FAST_CAPABILITY {
 extern const MixedLoraKernels mixed_lora_kernels = {weight_ranks_any, weight_ranks_backward_any,
-                                                    decode_any};
+                                                    decode_any, factor_grad_any};
 }
 
 }  // namespace sapt_fast

@@ -47,6 +47,21 @@ struct Decode {
     DType lora_dtype;  // dtype or float32
 };
 
+// The gradient of the trained rows of one factor.
+struct FactorGrad {
+    void* out;          // [ranks, columns]
+    const void* g;      // [rows, ranks], weighted
+    const void* x;      // [rows, columns]
+    int64_t rows;
+    int64_t ranks;  // at most kFewRanks
+    int64_t columns;
+    DType dtype;         // of g and x
+    DType factor_dtype;  // of out: dtype or float32
+};
+
+// With more ranks than these a GEMM library is the better choice.
+constexpr int64_t kFewRanks = 16;
+
 struct MixedLoraKernels {
     // out = h * weights, both [rows, ranks]
     void (*weight_ranks)(DType dtype, void* out, const void* h, const RankWeights& weights,
@@ -55,6 +70,8 @@ struct MixedLoraKernels {
                                   const RankWeights& weights, int threads);
     // y (+)= x weight^T + bias + (weights * (x lora_a^T)) lora_b, one parallel region
     void (*decode)(const Decode& args, const RankWeights& weights, int threads);
+    // out = g^T x, in one pass over x
+    void (*factor_grad)(const FactorGrad& args, int threads);
 };
 
 // Rows whose contribution to d_mixture is summed in one go. Fixed, so that the result does not

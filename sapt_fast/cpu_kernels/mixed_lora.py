@@ -26,6 +26,8 @@ _Table = tuple[Tensor, Tensor, Tensor]
 _WHOLE_ROWS = {torch.float32: 8, torch.bfloat16: 1, torch.float16: 32, torch.float64: 8}
 # ... or, with more rows, all but the base product.
 _DECODE_ROWS = {torch.float32: 64, torch.bfloat16: 32, torch.float16: 32, torch.float64: 64}
+# Up to so many trained ranks their gradient is one pass of our own; with more it is a GEMM.
+_FACTOR_RANKS = {torch.float32: 16, torch.bfloat16: 8, torch.float16: 16, torch.float64: 0}
 # Multiplications below which a direct call of oneDNN, dear at a new shape, gains too little.
 _ONEDNN_WORK = 1 << 26
 
@@ -91,8 +93,8 @@ def mixed_lora_bwd(
             dx = _through_trained(dy, weight, packed_g, lora_a, spans, dx)
         d_a = d_b = None
         if spans:
-            d_a = _multiply_tn(packed_g, x).to(lora_a.dtype)
-            d_b = _multiply_tn(packed_h, dy).to(lora_b.dtype)
+            d_a = _factor_grad(packed_g, x, lora_a.dtype)
+            d_b = _factor_grad(packed_h, dy, lora_b.dtype)
         factors.append((d_a, d_b))
     return dx, d_mixture, factors
 
@@ -198,6 +200,19 @@ def _multiply_nt(x: Tensor, rows: Tensor) -> Tensor:
     if _uses_onednn(x, rows.shape[0]):
         return _ONEDNN(x, rows, None, "none", [], "")
     return torch.mm(x, rows.t())
+
+
+def _factor_grad(packed: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """packed [M, Rt]^T . x [M, I]"""
+    ranks, columns = packed.shape[1], x.shape[1]
+    if ranks > _FACTOR_RANKS[x.dtype]:
+        return _multiply_tn(packed, x).to(dtype)
+    out = x.new_empty(ranks, columns, dtype=dtype)
+    _C.factor_grad(
+        _CODES[x.dtype], _CODES[dtype], out.data_ptr(), packed.data_ptr(), x.data_ptr(),
+        x.shape[0], ranks, columns, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
 
 
 def _multiply_tn(packed: Tensor, x: Tensor) -> Tensor:

@@ -283,6 +283,20 @@ def test_many_ranks_and_long_samples():
     check(make_case(2, 300, 9, 11, (600, 3, 0, 101)), [598, 650])
 
 
+@pytest.mark.usefixtures("capability")
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("trained", [1, 7])
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_factor_gradients_over_several_blocks(dtype, trained, threads):
+    """More columns than a block and more rows, and an odd number of both."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check(make_case(3, 51, 1100, 523, (8,), dtype), [0, trained])
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("weight", ["plain", "transposed", "none"])
 def test_sizes_that_use_onednn(weight, monkeypatch):
     monkeypatch.setattr(kernel, "_ONEDNN_WORK", 1)

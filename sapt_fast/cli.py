@@ -240,8 +240,13 @@ def demo(
     typer.echo(f"attention heat map: {output / 'sapt' / 'attention.png'}")
 
 
-@app.command()
+bench_app = typer.Typer(invoke_without_command=True)
+app.add_typer(bench_app, name="bench")
+
+
+@bench_app.callback()
 def bench(
+    context: typer.Context,
     batch: Annotated[int, typer.Option(help="Samples.")] = 8,
     tokens: Annotated[int, typer.Option(help="Tokens of a sample.")] = 128,
     inputs: Annotated[int, typer.Option(help="Input width of the layer.")] = 1024,
@@ -253,6 +258,8 @@ def bench(
     seconds: Annotated[float, typer.Option(help="Time for each measurement.")] = 0.5,
 ) -> None:
     """Time one mixed layer in every backend against the layer without adapters."""
+    if context.invoked_subcommand is not None:
+        return
     from sapt_fast.benchmark import LayerSize, bench_table, time_layer
     from sapt_fast.continual.sources import torch_dtype
 
@@ -262,6 +269,35 @@ def bench(
             size, device=device, dtype=torch_dtype(dtype), backward=backward, seconds=seconds
         )
         _show(bench_table(size, times, f"{title}, {dtype} on {device}"))
+
+
+@bench_app.command()
+def tune(
+    widths: Annotated[
+        str, _option("d_in x d_out of the layers (square from 768 to 8192, and T5's, LLaMA's).")
+    ] = "768,1024,2048,4096,5120,8192,1024x4096,4096x1024,4096x11008,11008x4096",
+    ranks: Annotated[str, _option("Total ranks (16 to 1024).")] = "16,64,256,1024",
+    rows: Annotated[str, _option("Rows of a batch (16 to 32768).")] = "16,256,2048,8192,32768",
+    dtypes: Annotated[str, _option("bfloat16, float16, float32 (bfloat16).")] = "bfloat16",
+    output: Annotated[Path | None, _option("File to write, in place of the one read.")] = None,
+) -> None:
+    """Time the routes of a mixed layer on this GPU and record which to take.
+
+    Later runs find the table in the folder that SAPT_FAST_ROUTES names, by default
+    sapt_fast/routes in the user's cache folder (XDG_CACHE_HOME or ~/.cache), under the name of
+    the GPU. Without a table a cost model chooses.
+    """
+    from sapt_fast.route_tuning import parse_grid, record_routes, routes_table, this_gpu
+
+    grid = parse_grid(widths, ranks, rows, dtypes)
+    try:
+        gpu = this_gpu()
+    except ValueError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    path, measurements = record_routes(grid, gpu, output)
+    _show(routes_table(measurements))
+    typer.echo(f"written to {path}")
 
 
 @app.command()

@@ -195,12 +195,13 @@ def _tma_config(traits: DeviceTraits, M: int, N: int) -> TileConfig:
 
 
 def _pointer_config(
-    traits: DeviceTraits, itemsize: int, M: int, N: int, aligned: bool, accumulate: bool
+    traits: DeviceTraits, itemsize: int, M: int, N: int, aligned: bool, plain: bool
 ) -> TileConfig:
+    """The tile; `plain` is a sum that starts with a @ b at zero."""
     if traits.capability == 0:
         return TileConfig(16, 32, 32, num_warps=4, num_stages=1)
-    if itemsize == 4:  # with 4 warps the addresses of what is added to would spill
-        return TileConfig(64, 64, 32, num_warps=8 if accumulate else 4, num_stages=2)
+    if itemsize == 4:  # the wider tile spills where y's addresses are live in the loop
+        return TileConfig(64, 64 if plain else 32, 32, num_warps=4, num_stages=2)
     if not aligned:
         return TileConfig(64, 64, 32, num_warps=4, num_stages=2)
     if M <= 64:
@@ -293,7 +294,9 @@ def two_source_gemm(
                 B_IS_NK=b_is_nk,
             )
             return y
-        tile = _pointer_config(traits, itemsize, M, N, aligned, accumulate)
+        tile = _pointer_config(
+            traits, itemsize, M, N, aligned, plain=a is not None and not accumulate
+        )
         _gemm_kernel[(cdiv(M, tile.m) * cdiv(N, tile.n),)](
             a,
             b,

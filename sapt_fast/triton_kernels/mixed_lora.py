@@ -17,7 +17,7 @@ from torch import Tensor
 from sapt_fast.ops.projection import Projection
 from sapt_fast.triton_kernels import common, routes
 from sapt_fast.triton_kernels.common import round_up, with_unit_column_stride
-from sapt_fast.triton_kernels.gemm import RANK_ALIGN, expand_first_gemm, two_source_gemm
+from sapt_fast.triton_kernels.gemm import RANK_ALIGN, two_source_gemm
 from sapt_fast.triton_kernels.row_reduction import Mixing, factor_grad
 from sapt_fast.triton_kernels.shrink import Gate, shrink_bwd, shrink_fwd
 
@@ -212,8 +212,8 @@ def _product(
         route = routes.choose(
             traits, direction, a.shape[1], y.shape[1], window[1] - window[0], y.shape[0], y.dtype
         )
-    gemm = two_source_gemm if route == routes.FUSED else expand_first_gemm
-    gemm(a, b, p, None if p is None else q, bias, window, y, accumulate=accumulate)
+    q_or_none = None if p is None else q
+    routes.run(route, a, b, p, q_or_none, bias, window, y, accumulate=accumulate)
     return True
 
 

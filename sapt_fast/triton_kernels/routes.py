@@ -32,9 +32,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from sapt_fast._files import atomic_write_text
 from sapt_fast.triton_kernels.common import DeviceTraits
+from sapt_fast.triton_kernels.gemm import expand_first_gemm, two_source_gemm
 
 Direction = Literal["forward", "backward"]
 Route = Literal["fused", "expand_first"]
@@ -114,6 +116,23 @@ def _choose(traits: DeviceTraits, size: Size) -> Route:
     if measured is not None:
         return measured.fastest
     return min(ROUTES, key=lambda route: estimate(traits, size, route))
+
+
+def run(
+    route: Route,
+    a: Tensor,
+    b: Tensor,
+    p: Tensor | None,
+    q: Tensor | None,
+    bias: Tensor | None,
+    rank_window: tuple[int, int],
+    y: Tensor,
+    *,
+    accumulate: bool = False,
+) -> Tensor:
+    """Compute a product by a route; arguments as of `gemm.two_source_gemm`."""
+    gemm = two_source_gemm if route == FUSED else expand_first_gemm
+    return gemm(a, b, p, q, bias, rank_window, y, accumulate=accumulate)
 
 
 _forced: Route | None = None

@@ -451,7 +451,7 @@ def _prepare(
             COMPUTE=common.compute_dtype(x.dtype),
         )
         # What remains has no matrix product: short tiles give it more programs.
-        tile = tile._replace(m=16, num_warps=2)
+        tile = tile._replace(m=16, num_warps=4)
     return _Plan(tile, cdiv(M, tile.m), tiles_r, _segments(tile.m, S, T), parts, num_parts)
 
 

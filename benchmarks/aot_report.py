@@ -45,7 +45,12 @@ from sapt_fast.triton_kernels.mix_experts import mix_experts_bwd, mix_experts_fw
 from sapt_fast.triton_kernels.mix_prompts import mix_prompts_bwd, mix_prompts_fwd
 from sapt_fast.triton_kernels.mixed_lora import mixed_lora_bwd, mixed_lora_fwd
 from sapt_fast.triton_kernels.nearest_key import nearest_key_fwd
-from sapt_fast.triton_kernels.router import pool_tokens_bwd, pool_tokens_fwd, route_scores_fwd
+from sapt_fast.triton_kernels.router import (
+    pool_tokens_bwd,
+    pool_tokens_fwd,
+    route_fwd,
+    route_scores_fwd,
+)
 from sapt_fast.triton_kernels.topk_keys import topk_keys_fwd
 
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
@@ -197,7 +202,7 @@ class PromptCase:
 
 @dataclass(frozen=True)
 class RouterCase:
-    """Sizes of one routed batch, from token ids to scores."""
+    """Sizes of one routed batch, from token ids to weights."""
 
     name: str
     batch: int
@@ -210,7 +215,7 @@ class RouterCase:
     aligned: bool = True
 
     def launch(self, tensor: NewTensor) -> None:
-        """Both poolings with and without a mask, their backward, and the scores."""
+        """Both poolings with and without a mask, their backward, the scores and the weights."""
         ids, mask = (tensor(self.batch, self.tokens, dtype=torch.int64) for _ in range(2))
         table, d = tensor(32128, self.d), self.d
         for given in (None, mask):
@@ -225,6 +230,8 @@ class RouterCase:
         keys = tensor(self.count, d)
         for query in (projection, None):
             route_scores_fwd(pooled, keys, query, 32.0)
+            for top_k, threshold in ((None, None), (None, 0.1), (2, 0.1)):
+                route_fwd(pooled, keys, query, 32.0, top_k, threshold)
 
 
 FOUR_MORE = (
@@ -334,14 +341,15 @@ class Job:
     signature: dict[str, str]
     constexprs: dict[Any, Any]
     attrs: dict[Any, Any]
-    options: dict[str, int]
+    options: dict[str, int | None]
 
 
 def record(case: LaunchCase, capability: int, jobs: dict[tuple[str, ...], Job]) -> None:
     """Run a case on tensors without memory and add what it would compile to `jobs`."""
 
     def on_compile(*, key: str, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-        options = {"num_warps": compile["num_warps"], "num_stages": compile["num_stages"]}
+        chosen = json.loads(compile["specialization_data"])["options"]
+        options = {name: chosen[name] for name in ("num_warps", "num_stages", "maxnreg")}
         job = Job(
             case, capability, fn.jit_function,
             compile["signature"], compile["constants"], compile["configs"][0], options,

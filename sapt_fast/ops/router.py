@@ -15,6 +15,7 @@ from torch import Tensor
 from sapt_fast import dispatch
 
 _OP = "router"
+_FUSED_KEYS = 1024  # so many keys at most from embedding to weights in one launch
 POOLINGS = ("max", "mean")
 
 
@@ -110,7 +111,8 @@ def route(
         mask: [B, T], zero where a token takes no part in the pooling.
         pooling: "max" (the released SAPT) or "mean".
         temperature: the scores' divisor; None for sqrt(D).
-        top_k: keep the k largest weights of each sample, scaled to sum to 1.
+        top_k: keep the k largest weights of each sample, of equals those of the lower index,
+            scaled to sum to 1.
         threshold: weights below it become exactly zero and the rest sum to 1; the largest weight
             of a sample always stays.
         backend: "reference" or "triton"; None lets dispatch choose (float64: the reference).
@@ -123,16 +125,14 @@ def route(
         ValueError: a shape, device, `pooling`, `temperature`, `top_k` or `threshold` does not fit.
         dispatch.BackendError: the named backend cannot run here, or not in float64.
     """
-    scores = route_scores(
-        embeds,
-        keys,
-        projection,
-        mask=mask,
-        pooling=pooling,
-        temperature=temperature,
-        backend=backend,
+    _check_sparsity(top_k, threshold)
+    pooled, divisor, chosen = _prepare(
+        embeds, keys, projection, mask, pooling, temperature, backend
     )
-    return sparsify(torch.softmax(scores, -1), top_k=top_k, threshold=threshold)
+    if chosen == "reference" or keys.shape[0] > _FUSED_KEYS:
+        scores = _scores(pooled, keys, projection, divisor, chosen)
+        return sparsify(torch.softmax(scores, -1), top_k=top_k, threshold=threshold)
+    return _route_op(pooled, keys, *_flat(projection), divisor, top_k, threshold, chosen)
 
 
 def route_scores(
@@ -146,20 +146,10 @@ def route_scores(
     backend: str | None = None,
 ) -> Tensor:
     """The scores [B, K] whose softmax `route` returns; arguments and errors as there."""
-    if keys.dim() != 2 or keys.shape[1] != embeds.shape[-1]:
-        raise ValueError(f"keys: got shape {tuple(keys.shape)}, expected [K, {embeds.shape[-1]}]")
-    if temperature is not None and not temperature > 0:
-        raise ValueError(f"temperature: got {temperature}, expected a positive number or None")
-    parts = _projection_parts(projection, keys.shape[1])
-    _check_devices(embeds, keys=keys, mask=mask, **parts)
-    pooled = embeds if embeds.dim() == 2 else pool_embeds(embeds, mask=mask, pooling=pooling)
-    divisor = math.sqrt(keys.shape[1]) if temperature is None else float(temperature)
-    chosen = dispatch.resolve(_OP, pooled.device, backend, pooled.dtype)
-    if chosen == "reference":
-        with torch.autocast(pooled.device.type, enabled=False):
-            return route_scores_fwd(pooled, keys, projection, divisor)
-    weights, eps = ((None,) * 4, 0.0) if projection is None else (projection[:4], projection.eps)
-    return _scores_op(pooled, keys, *weights, eps, divisor, chosen)
+    pooled, divisor, chosen = _prepare(
+        embeds, keys, projection, mask, pooling, temperature, backend
+    )
+    return _scores(pooled, keys, projection, divisor, chosen)
 
 
 def query(pooled: Tensor, projection: QueryProjection | None) -> Tensor:
@@ -176,10 +166,7 @@ def sparsify(
     weights: Tensor, *, top_k: int | None = None, threshold: float | None = None
 ) -> Tensor:
     """Drops small weights [B, K] as `route` describes; the kept ones sum to 1 in every row."""
-    if top_k is not None and not top_k >= 1:
-        raise ValueError(f"top_k: got {top_k}, expected at least 1 or None")
-    if threshold is not None and not 0 <= threshold <= 1:
-        raise ValueError(f"threshold: got {threshold}, expected a number in [0, 1] or None")
+    _check_sparsity(top_k, threshold)
     count = weights.shape[-1]
     if (top_k is None or top_k >= count) and not threshold:
         return weights
@@ -187,7 +174,9 @@ def sparsify(
     if threshold:
         keep = weights >= weights.amax(-1, keepdim=True).clamp(max=threshold)
     if top_k is not None and top_k < count:
-        chosen = torch.zeros_like(keep).scatter_(-1, weights.topk(top_k, -1).indices, True)
+        # A stable sort, since topk promises no order among equals.
+        largest = weights.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
+        chosen = torch.zeros_like(keep).scatter_(-1, largest, True)
         keep = keep & chosen
     kept = weights * keep
     return kept / kept.sum(-1, keepdim=True)
@@ -246,6 +235,29 @@ def route_scores_fwd(
     return F.linear(q, keys.to(q.dtype)) / divisor
 
 
+def route_bwd(
+    d_weights: Tensor,
+    weights: Tensor,
+    pooled: Tensor,
+    keys: Tensor,
+    projection: QueryProjection | None,
+    divisor: float,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of `route`, for the backends that autograd cannot see into.
+
+    Whatever was dropped, the weights are the softmax over the kept scores, w_i = exp(s_i) / sum of
+    the kept exp(s_j), and 0 elsewhere; which are kept is locally constant. So w alone gives
+    d_scores_i = w_i (d_weights_i - sum_j w_j d_weights_j), and nothing else need be saved.
+
+    Args:
+        d_weights, weights: [B, K]; the rest and the result as in `route_scores_bwd`.
+    """
+    shared = (weights * d_weights).sum(-1, keepdim=True)
+    d_scores = weights * (d_weights - shared)
+    return route_scores_bwd(d_scores, pooled, keys, projection, divisor, needs)
+
+
 def route_scores_bwd(
     d_scores: Tensor,
     pooled: Tensor,
@@ -301,6 +313,43 @@ def route_scores_bwd(
         grad.to(tensor.dtype) if wanted and grad is not None and tensor is not None else None
         for grad, tensor, wanted in zip(grads, tensors, needs, strict=True)
     )
+
+
+def _prepare(
+    embeds: Tensor,
+    keys: Tensor,
+    projection: QueryProjection | None,
+    mask: Tensor | None,
+    pooling: str,
+    temperature: float | None,
+    backend: str | None,
+) -> tuple[Tensor, float, str]:
+    """The pooled embeddings, the scores' divisor and the backend, of checked arguments."""
+    if keys.dim() != 2 or keys.shape[1] != embeds.shape[-1]:
+        raise ValueError(f"keys: got shape {tuple(keys.shape)}, expected [K, {embeds.shape[-1]}]")
+    if temperature is not None and not temperature > 0:
+        raise ValueError(f"temperature: got {temperature}, expected a positive number or None")
+    parts = _projection_parts(projection, keys.shape[1])
+    _check_devices(embeds, keys=keys, mask=mask, **parts)
+    pooled = embeds if embeds.dim() == 2 else pool_embeds(embeds, mask=mask, pooling=pooling)
+    divisor = math.sqrt(keys.shape[1]) if temperature is None else float(temperature)
+    return pooled, divisor, dispatch.resolve(_OP, pooled.device, backend, pooled.dtype)
+
+
+def _scores(
+    pooled: Tensor, keys: Tensor, projection: QueryProjection | None, divisor: float, backend: str
+) -> Tensor:
+    if backend == "reference":
+        with torch.autocast(pooled.device.type, enabled=False):
+            return route_scores_fwd(pooled, keys, projection, divisor)
+    return _scores_op(pooled, keys, *_flat(projection), divisor, backend)
+
+
+def _check_sparsity(top_k: int | None, threshold: float | None) -> None:
+    if top_k is not None and not top_k >= 1:
+        raise ValueError(f"top_k: got {top_k}, expected at least 1 or None")
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise ValueError(f"threshold: got {threshold}, expected a number in [0, 1] or None")
 
 
 def _check_pooling(pooling: str, mask: Tensor | None, shape: torch.Size) -> None:
@@ -378,6 +427,25 @@ def _scores_op(
     return dispatch.kernels(_OP, backend).route_scores_fwd(pooled, keys, projection, divisor)
 
 
+@torch.library.custom_op("sapt_fast::route_fwd", mutates_args=())
+def _route_op(
+    pooled: Tensor,
+    keys: Tensor,
+    down: Tensor | None,
+    up: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    divisor: float,
+    top_k: int | None,
+    threshold: float | None,
+    backend: str,
+) -> Tensor:
+    projection = _projection(down, up, norm_weight, norm_bias, eps)
+    kernel = dispatch.kernels(_OP, backend)
+    return kernel.route_fwd(pooled, keys, projection, divisor, top_k, threshold)
+
+
 @_pool_op.register_fake
 def _pool_fake(
     input_ids: Tensor, table: Tensor, mask: Tensor | None, pooling: str, keep_winner: bool,
@@ -396,9 +464,15 @@ def _pool_backward_fake(
     return dy.new_empty(vocabulary, dy.shape[1])
 
 
+@_route_op.register_fake
 @_scores_op.register_fake
 def _scores_fake(pooled: Tensor, keys: Tensor, *others: Any) -> Tensor:
     return pooled.new_empty(pooled.shape[0], keys.shape[0], dtype=torch.float32)
+
+
+def _flat(projection: QueryProjection | None) -> tuple[Any, ...]:
+    """The projection as the registered ops take it; `_projection` gives it back."""
+    return (None,) * 4 + (0.0,) if projection is None else tuple(projection)
 
 
 def _projection(
@@ -429,7 +503,7 @@ def _pool_backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None,
 
 
 def _scores_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.eps, ctx.divisor, _ = inputs
+    tensors, ctx.eps, ctx.divisor = inputs[:6], inputs[6], inputs[7]
     ctx.set_materialize_grads(False)
     ctx.needs = tuple(t is not None and t.requires_grad for t in tensors)
     ctx.save_for_backward(*tensors)
@@ -438,11 +512,26 @@ def _scores_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _scores_backward(ctx: Any, d_scores: Tensor | None) -> tuple[Tensor | None, ...]:
     if d_scores is None:
         return (None,) * 9
-    pooled, keys, down, up, norm_weight, norm_bias = ctx.saved_tensors
-    projection = _projection(down, up, norm_weight, norm_bias, ctx.eps)
+    pooled, keys, *weights = ctx.saved_tensors
+    projection = _projection(*weights, ctx.eps)
     grads = route_scores_bwd(d_scores, pooled, keys, projection, ctx.divisor, ctx.needs)
     return *grads, None, None, None
 
 
+def _route_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _scores_setup(ctx, inputs, output)
+    ctx.save_for_backward(output, *inputs[:6])
+
+
+def _route_backward(ctx: Any, d_weights: Tensor | None) -> tuple[Tensor | None, ...]:
+    if d_weights is None:
+        return (None,) * 11
+    mixture, pooled, keys, *weights = ctx.saved_tensors
+    projection = _projection(*weights, ctx.eps)
+    grads = route_bwd(d_weights, mixture, pooled, keys, projection, ctx.divisor, ctx.needs)
+    return *grads, *(None,) * 5
+
+
 _pool_op.register_autograd(_pool_backward, setup_context=_pool_setup)
 _scores_op.register_autograd(_scores_backward, setup_context=_scores_setup)
+_route_op.register_autograd(_route_backward, setup_context=_route_setup)

@@ -1,14 +1,14 @@
 """Triton backend of op `router`: see `ops.router` for what is computed.
 
-Scores take one launch with one program per sample: its vectors stay in the caches while the
-program streams the projection and the keys, everything in float32.
+From the pooled embedding to the weights it is one launch with one program per sample: its vectors
+stay in the caches while the program streams the projection and the keys, everything in float32.
 """
 # ruff: noqa: N803 - kernel arguments keep the letters of the formulas
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -21,7 +21,7 @@ from sapt_fast.triton_kernels.pool_tokens import pool_tokens_bwd, pool_tokens_fw
 if TYPE_CHECKING:
     from sapt_fast.ops.router import QueryProjection
 
-__all__ = ["pool_tokens_bwd", "pool_tokens_fwd", "route_scores_fwd"]
+__all__ = ["pool_tokens_bwd", "pool_tokens_fwd", "route_fwd", "route_scores_fwd"]
 
 
 @triton.jit
@@ -47,8 +47,49 @@ def _products(
     return tl.sum(acc, axis=1)
 
 
-@triton.jit(do_not_specialize=["K"])
-def _scores_kernel(
+@triton.jit
+def _softmax_weights(
+    scores_ptr,
+    weights_ptr,
+    K,
+    top_k,
+    threshold,
+    KEYS: tl.constexpr,
+    SPARSE: tl.constexpr,
+    RANKED: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """weights[K] = the softmax of scores[K], K <= KEYS, small ones dropped as `ops.router` says.
+
+    A weight's rank, the number of larger ones and of equal ones before it, tells whether it is
+    among the top_k: K^2 comparisons in registers are fewer steps than a sort.
+    """
+    ks = tl.arange(0, KEYS)
+    in_keys = ks < K
+    scores = tl.load(scores_ptr + ks, mask=in_keys, other=float("-inf"))
+    weights = tl.exp(scores - tl.max(scores, axis=0))
+    weights = weights / tl.sum(weights, axis=0)
+    if SPARSE:
+        keep = weights >= tl.minimum(tl.max(weights, axis=0), threshold)
+        if RANKED:
+            tl.store(weights_ptr + ks, weights, mask=in_keys)
+            tl.debug_barrier()
+            rank = tl.zeros((KEYS,), tl.int32)
+            for k in range(0, K, BLOCK_K):
+                others = k + tl.arange(0, BLOCK_K)
+                other = tl.load(weights_ptr + others, mask=others < K, other=-1.0)[None, :]
+                own = weights[:, None]
+                ahead = (other > own) | ((other == own) & (others[None, :] < ks[:, None]))
+                rank += tl.sum(ahead.to(tl.int32), axis=1)
+            keep = keep & (rank < top_k)
+            tl.debug_barrier()
+        weights *= keep.to(tl.float32)
+        weights = weights / tl.sum(weights, axis=0)
+    tl.store(weights_ptr + ks, weights, mask=in_keys)
+
+
+@triton.jit(do_not_specialize=["K", "top_k"])
+def _route_kernel(
     pooled_ptr,
     down_ptr,
     up_ptr,
@@ -58,21 +99,27 @@ def _scores_kernel(
     hidden_ptr,
     query_ptr,
     scores_ptr,
+    weights_ptr,
     D,
     H,
     K,
     eps,
     divisor,
+    top_k,
+    threshold,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    KEYS: tl.constexpr,
+    SPARSE: tl.constexpr,
+    RANKED: tl.constexpr,
 ):
     """scores[b] = LayerNorm(SiLU(up down pooled[b])) keys^T / divisor; without down: no query.
 
-    hidden [B, H] and query [B, D] are float32 scratch of this program: what its threads write is
-    read by others of them, hence the barriers.
+    With weights_ptr also weights[b], from the scores. hidden [B, H] and query [B, D] are float32
+    scratch of this program: what its threads write is read by others of them, hence the barriers.
     """
     b = tl.program_id(0).to(tl.int64)
     pooled_ptr += b * D
@@ -116,6 +163,12 @@ def _scores_kernel(
         rows = k + tl.arange(0, BLOCK_K)
         scores = _products(keys_ptr, query_ptr, rows, K, D, BLOCK_K, BLOCK_D)
         tl.store(scores_ptr + b * K + rows, scores / divisor, mask=rows < K)
+    if weights_ptr is not None:
+        tl.debug_barrier()
+        _softmax_weights(
+            scores_ptr + b * K, weights_ptr + b * K, K, top_k, threshold,
+            KEYS, SPARSE, RANKED, BLOCK_K,
+        )  # fmt: skip
 
 
 def route_scores_fwd(
@@ -136,43 +189,95 @@ def route_scores_fwd(
     Raises:
         ValueError: the tensors are not on a CUDA device (unless the interpreter runs).
     """
+    scores = pooled.new_empty((pooled.shape[0], keys.shape[0]), dtype=torch.float32)
+    _launch(pooled, keys, projection, divisor, scores, None, None, None)
+    return scores
+
+
+def route_fwd(
+    pooled: Tensor,
+    keys: Tensor,
+    projection: QueryProjection | None,
+    divisor: float,
+    top_k: int | None,
+    threshold: float | None,
+) -> Tensor:
+    """Weights of every adapter for each pooled embedding, from its scores.
+
+    Args:
+        pooled, keys, projection, divisor: As in `route_scores_fwd`.
+        top_k: Weights that each sample keeps; None for all.
+        threshold: Weights below it are dropped, except the largest; None for 0.
+
+    Returns:
+        Of shape `[B, K]`, float32; rows sum to 1.
+
+    Raises:
+        ValueError: As in `route_scores_fwd`.
+    """
+    scores = pooled.new_empty((pooled.shape[0], keys.shape[0]), dtype=torch.float32)
+    weights = torch.empty_like(scores)
+    _launch(pooled, keys, projection, divisor, scores, weights, top_k, threshold)
+    return weights
+
+
+def _launch(
+    pooled: Tensor,
+    keys: Tensor,
+    projection: QueryProjection | None,
+    divisor: float,
+    scores: Tensor,
+    weights: Tensor | None,
+    top_k: int | None,
+    threshold: float | None,
+) -> None:
+    """Fill `scores` [B, K], and `weights` [B, K] unless it is None."""
     (B, D), K = pooled.shape, keys.shape[0]
-    scores = pooled.new_empty((B, K), dtype=torch.float32)
     interpreted = common.device_traits(pooled.device).capability == 0
     if scores.numel() == 0:
-        return scores
-    weights: list[Tensor | None] = [None] * 4
+        return
+    factors: list[Tensor | None] = [None] * 4
     hidden = query = None
     H, eps = 1, 0.0
     if projection is not None:
-        weights = [t.contiguous() for t in projection[:4]]
+        factors = [t.contiguous() for t in projection[:4]]
         H, eps = projection.down.shape[0], projection.eps
         hidden = scores.new_empty((B, H))
         query = scores.new_empty((B, D))
     # As much in flight as the registers hold: fewer elements if they are wide or load singly.
-    itemsize = max(t.element_size() for t in (keys, *weights) if t is not None)
+    itemsize = max(t.element_size() for t in (keys, *factors) if t is not None)
     block_m, block_d = (128, 512) if itemsize == 2 and D % 16 == 0 else (64, 128)
     block_n, block_k = 128, 16
     if interpreted:
         block_m, block_n, block_k, block_d = 16, 16, 4, 32
+    ranked = top_k is not None and top_k < K
+    # Two sizes only: a pool that grows should not recompile.
+    selection: dict[str, Any] = {
+        "KEYS": 1 if weights is None else 64 if K <= 64 else max(1024, triton.next_power_of_2(K)),
+        "SPARSE": ranked or bool(threshold),
+        "RANKED": ranked,
+    }
     with torch.cuda.device_of(pooled):
-        _scores_kernel[(B,)](
+        _route_kernel[(B,)](
             pooled.contiguous(),
-            *weights,
+            *factors,
             keys.contiguous(),
             hidden,
             query,
             scores,
+            weights,
             D,
             H,
             K,
             eps,
             divisor,
+            min(top_k or K, K),
+            threshold or 0.0,
             BLOCK_M=block_m,
             BLOCK_N=block_n,
             BLOCK_H=min(block_n, triton.next_power_of_2(H)),
             BLOCK_K=block_k,
             BLOCK_D=min(block_d, triton.next_power_of_2(D)),
             num_warps=16,
+            **selection,
         )
-    return scores

@@ -157,6 +157,24 @@ def test_top_k_and_threshold():
     torch.testing.assert_close(sparsify(weights, top_k=1, threshold=0.9).sum(-1), torch.ones(2))
 
 
+def test_of_equal_weights_those_of_the_lower_index_stay():
+    weights = torch.full((2, 40), 1 / 40)
+    kept = sparsify(weights, top_k=3)
+    assert kept.nonzero()[:, 1].tolist() == [0, 1, 2] * 2
+    weights = torch.tensor([[0.1, 0.3, 0.2, 0.2, 0.2]])
+    assert sparsify(weights, top_k=3).nonzero()[:, 1].tolist() == [1, 2, 3]
+
+
+def test_gradcheck_of_dropped_weights():
+    scores = torch.randn(4, 6).double().requires_grad_()
+    for options in ({"top_k": 2}, {"threshold": 0.15}, {"top_k": 3, "threshold": 0.2}):
+
+        def weights(scores, options=options):
+            return sparsify(torch.softmax(scores, -1), **options)
+
+        assert torch.autograd.gradcheck(weights, (scores,))
+
+
 def test_reflection_loss_pads_newer_tasks_with_zeros():
     scores = torch.randn(5, 4)
     target = torch.softmax(torch.randn(2), -1)

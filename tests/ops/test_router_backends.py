@@ -243,6 +243,163 @@ def test_an_empty_batch_has_no_scores(backend, case):
     assert all(not t.grad.any() for t in leaves.values())
 
 
+# --- weights -----------------------------------------------------------------------------------
+
+SELECTIONS = {
+    "all": {},
+    "top_1": {"top_k": 1},
+    "top_3": {"top_k": 3},
+    "more_than_there_are": {"top_k": 200},
+    "threshold": {"threshold": 0.1},
+    "threshold_0": {"threshold": 0.0},
+    "only_the_largest": {"threshold": 1.0},
+    "both": {"top_k": 3, "threshold": 0.05},
+}
+SCORES["one_key"] = (1, 33, 5, 1)
+SCORES["fifteen_keys"] = (2, 20, 5, 15)
+SCORES["keys_beyond_the_small_tile"] = (2, 9, 3, 70)
+
+
+def _weights(inputs, **options):
+    pooled, keys, *weights = inputs.values()
+    return route(pooled, keys, QueryProjection(*weights) if weights else None, **options)
+
+
+def _exact_weights(scores, top_k=None, threshold=None):
+    """Weights of float64 scores, one sample and adapter at a time; differentiable."""
+    rows = []
+    for row in torch.softmax(scores, -1):
+        order = sorted(range(len(row)), key=lambda k: (-row[k].item(), k))
+        keep = [k for k in order[:top_k] if row[k] >= (threshold or 0)] or order[:1]
+        mask = torch.zeros_like(row).index_fill(0, torch.tensor(keep), 1)
+        rows.append(row * mask / (row * mask).sum())
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize(
+    "case",
+    ["odd", "one_of_everything", "one_key", "fifteen_keys", "keys_beyond_the_small_tile",
+     "no_projection"],
+)  # fmt: skip
+def test_weights_and_every_gradient(backend, case, selection):
+    inputs, options = _route_inputs(case), SELECTIONS[selection]
+    exact = _leaves(inputs, "cpu", torch.float64)
+    expected = _exact_weights(_scores(exact), **options)
+    d_weights = torch.randn(expected.shape)
+    expected.backward(d_weights.double())
+    leaves = _leaves(inputs, _device(backend))
+    weights = _weights(leaves, backend=backend, **options)
+    weights.backward(d_weights.to(weights.device))
+    assert weights.dtype == torch.float32
+    assert torch.equal(weights.cpu() == 0, expected == 0)
+    torch.testing.assert_close(weights.double().cpu(), expected, rtol=1e-5, atol=1e-6)
+    for name, leaf in leaves.items():
+        scale = max(exact[name].grad.abs().max().item(), 1.0)
+        torch.testing.assert_close(
+            leaf.grad.double().cpu(), exact[name].grad, rtol=0, atol=2e-5 * scale
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=_name)
+def test_weights_of_half_precision_inputs(backend, dtype):
+    inputs = _route_inputs("fifteen_keys", dtype)
+    expected = _exact_weights(_scores({n: t.double() for n, t in inputs.items()}), top_k=4)
+    leaves = _leaves(inputs, _device(backend))
+    weights = _weights(leaves, backend=backend, top_k=4)
+    torch.testing.assert_close(weights.double().cpu(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 4, 15, 70])
+def test_of_equal_scores_those_of_the_lower_index_stay(backend, count):
+    device = _device(backend)
+    pooled, keys = torch.ones(2, 8, device=device), torch.ones(count, 8, device=device)
+    for top_k in (1, 3, count):
+        kept = min(top_k, count)
+        weights = route(pooled, keys, None, backend=backend, top_k=top_k)
+        expected = torch.tensor([1 / kept] * kept + [0.0] * (count - kept)).expand(2, -1)
+        torch.testing.assert_close(weights.cpu(), expected)
+
+
+def test_a_weight_equal_to_the_threshold_stays(backend):
+    device = _device(backend)
+    # Two equal scores and two that vanish: weights of exactly a half.
+    keys = torch.tensor([[40.0], [40.0], [-80.0], [-80.0]], device=device)
+    ones = torch.ones(1, 1, device=device)
+    at, above = (
+        route(ones, keys, None, backend=backend, threshold=threshold).cpu()
+        for threshold in (0.5, 0.51)
+    )
+    assert at.tolist() == above.tolist() == [[0.5, 0.5, 0.0, 0.0]]  # the largest always stay
+    keys = torch.tensor([[2.0], [2.0], [2.0], [3.0]], device=device)
+    low = torch.softmax(keys[:, 0], 0)[0].item()
+    kept = route(ones, keys, None, backend=backend, threshold=low * (1 - 1e-5)).cpu()
+    dropped = route(ones, keys, None, backend=backend, threshold=low * (1 + 1e-5)).cpu()
+    assert (kept > 0).all()
+    assert dropped.tolist() == [[0.0, 0.0, 0.0, 1.0]]
+
+
+def test_more_keys_than_one_launch_takes(backend, monkeypatch):
+    inputs = _route_inputs("fifteen_keys")
+    fused = _weights({n: t.to(_device(backend)) for n, t in inputs.items()}, backend=backend)
+    monkeypatch.setattr(op, "_FUSED_KEYS", 14)
+    leaves = _leaves(inputs, _device(backend))
+    exact = _leaves(inputs, "cpu", torch.float64)
+    _weights(leaves, backend=backend, top_k=3).square().sum().backward()
+    _exact_weights(_scores(exact), top_k=3).square().sum().backward()
+    torch.testing.assert_close(
+        leaves["keys"].grad.double().cpu(), exact["keys"].grad, rtol=1e-4, atol=1e-6
+    )
+    parted = _weights({n: t.to(_device(backend)) for n, t in inputs.items()}, backend=backend)
+    torch.testing.assert_close(parted, fused, rtol=1e-6, atol=1e-7)
+
+
+def test_weights_take_one_launch(monkeypatch):
+    kernels = importlib.import_module("sapt_fast.triton_kernels.router")
+    launches = []
+
+    class Counted:
+        def __getitem__(self, grid):
+            launches.append(grid)
+            return real[grid]
+
+    real = kernels._route_kernel
+    monkeypatch.setattr(kernels, "_route_kernel", Counted())
+    inputs = {n: t.to(GPU) for n, t in _route_inputs("odd").items()}
+
+    class NoArithmetic(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(function)
+            return function(*args, **(kwargs or {}))
+
+    called = []
+    with NoArithmetic():
+        _weights(inputs, backend="triton", top_k=2, threshold=0.1)
+    assert len(launches) == 1
+    # The op itself; inside it Triton's interpreter copies the arguments, a GPU would not.
+    assert {str(f).split(".")[0] for f in called} == {"sapt_fast"}
+
+
+@pytest.mark.parametrize("case", ["odd", "no_projection"])
+def test_an_empty_batch_has_no_weights(backend, case):
+    leaves = _leaves(_route_inputs(case), _device(backend))
+    leaves["pooled"] = leaves["pooled"].detach()[:0].requires_grad_()
+    weights = _weights(leaves, backend=backend, top_k=2, threshold=0.1)
+    assert weights.shape == (0, leaves["keys"].shape[0])
+    weights.sum().backward()
+    assert all(not t.grad.any() for t in leaves.values())
+
+
+def test_what_the_backward_keeps_of_the_routing_is_its_weights():
+    leaves = _leaves(_route_inputs("odd"), GPU)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        weights = _weights(leaves, backend="triton", top_k=2)
+    inputs = {t.data_ptr() for t in leaves.values()}
+    (kept,) = (t for t in saved if t.data_ptr() not in inputs)
+    assert torch.equal(kept, weights)
+
+
 def test_routing_end_to_end(backend):
     inputs = _route_inputs("odd")
     pooled, keys, *weights = inputs.values()
@@ -287,7 +444,13 @@ def test_unwritten_memory_never_shows_and_bits_repeat(monkeypatch):
         leaves = _leaves(inputs, GPU)
         scores = _scores(leaves, backend="triton")
         scores.square().sum().backward()
-        return [*out, scores.detach(), *(t.grad for t in leaves.values())]
+        out += [scores.detach(), *(t.grad for t in leaves.values())]
+        for options in ({}, {"top_k": 3}, {"threshold": 0.1}):
+            leaves = _leaves(inputs, GPU)
+            weights = _weights(leaves, backend="triton", **options)
+            weights.square().sum().backward()
+            out += [weights.detach(), *(t.grad for t in leaves.values())]
+        return out
 
     expected = results()
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
@@ -315,8 +478,11 @@ def test_the_tiles_of_a_large_gpu(monkeypatch, width):
     monkeypatch.setitem(SCORES, "large", (2, width, 20, 18))
     inputs = _route_inputs("large")
     expected = _scores({n: t.double() for n, t in inputs.items()})
-    scores = _scores({n: t.to(GPU) for n, t in inputs.items()}, backend="triton")
+    inputs = {n: t.to(GPU) for n, t in inputs.items()}
+    scores = _scores(inputs, backend="triton")
     torch.testing.assert_close(scores.double().cpu(), expected, rtol=1e-5, atol=1e-5)
+    weights = _weights(inputs, backend="triton", top_k=3, threshold=0.1).double().cpu()
+    torch.testing.assert_close(weights, _exact_weights(expected, 3, 0.1), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("pooling", ["max", "mean"])
@@ -338,6 +504,8 @@ def test_opcheck_scores(case):
     tensors = list(_leaves(_route_inputs(case), GPU).values())
     tensors += [None] * (6 - len(tensors))
     torch.library.opcheck(op._scores_op, (*tensors, 1e-5, 3.0, "triton"))
+    for top_k, threshold in ((None, None), (2, 0.1)):
+        torch.library.opcheck(op._route_op, (*tensors, 1e-5, 3.0, top_k, threshold, "triton"))
 
 
 @pytest.mark.parametrize("pooling", ["max", "mean"])
@@ -345,7 +513,7 @@ def test_fullgraph_compile_forward_and_backward(backend, pooling):
     def weights(table, keys, down, up, norm_weight, norm_bias, ids, mask):
         pooled = pool_tokens(ids, table, mask=mask, pooling=pooling, backend=backend)
         projection = QueryProjection(down, up, norm_weight, norm_bias)
-        return route(pooled, keys, projection, backend=backend)
+        return route(pooled, keys, projection, backend=backend, top_k=3, threshold=0.1)
 
     torch._dynamo.reset()
     compiled = torch.compile(weights, fullgraph=True, backend="aot_eager")

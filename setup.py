@@ -8,11 +8,13 @@
 - ``cpu``: C++ only; raises when it cannot be built.
 - ``cuda``: C++ and CUDA; raises when it cannot be built.
 
-``SAPT_FAST_CUDA_ARCHS`` lists the GPU architectures, for instance ``"80;90a;100+PTX"``.
+``SAPT_FAST_CUDA_ARCHS`` lists the GPU architectures, for instance ``"80;90a;100+PTX"``; ``all`` are
+those of the released wheels.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shlex
@@ -29,6 +31,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "none", "cpu", "cuda")
 DEFAULT_CUDA_ARCHS = "80;90a;100+PTX"
+RELEASED_CUDA_ARCHS = "80;86;89;90a;100;120+PTX"
 CXX_FLAGS = [
     *("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp"),
     *("-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Werror"),
@@ -59,7 +62,8 @@ def build_mode(value: str | None) -> str:
 def cuda_gencode(value: str | None) -> list[str]:
     """nvcc flags for an architecture list such as ``"80;90a;100+PTX"``."""
     flags: list[str] = []
-    for name in (value or DEFAULT_CUDA_ARCHS).replace(",", ";").split(";"):
+    names = RELEASED_CUDA_ARCHS if value == "all" else value or DEFAULT_CUDA_ARCHS
+    for name in names.replace(",", ";").split(";"):
         name = name.strip().removeprefix("sm_")
         arch = name.removesuffix("+PTX")
         if not arch.rstrip("af").isdigit():
@@ -111,6 +115,8 @@ class Plan:
                 self._compile([*common, *flags, define], source, f"cpu_{source.stem}_{capability}")
         linker = [*cxx, "-fopenmp"]
         if nvcc:
+            for source in sorted((ROOT / "csrc/cuda").glob("*.cpp")):
+                self._compile(common, source, f"cuda_{source.stem}")
             self._add_cuda_sources(nvcc, cxx[0])
             # nvcc knows where its libraries are. The static runtime lets the module import on a
             # machine with neither driver nor toolkit.
@@ -126,9 +132,11 @@ class Plan:
         names = " ".join(flag.split("code=")[1] for flag in gencode if "code=" in flag)
         command = [nvcc, "-ccbin", cxx, "-O3", "-std=c++17", f"-I{ROOT / 'csrc'}", *gencode]
         command += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror"]
-        command += ["-Werror", "all-warnings", f'-DSAPT_FAST_CUDA_ARCHS="{names}"']
+        command += ["-Werror", "all-warnings"]
+        report = [f'-DSAPT_FAST_CUDA_ARCHS="{names}"', f'-DSAPT_FAST_CUDA_SOURCES="{_digests()}"']
         for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
-            self._compile(command, source, f"cuda_{source.stem}")
+            defines = report if source.stem == "runtime" else []
+            self._compile([*command, *defines], source, f"cuda_{source.stem}")
 
     def run(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -158,6 +166,18 @@ class Plan:
         objects = " ".join(escaped(out) for _, _, out in self.compilations)
         lines += [f"build {escaped(self.target)}: link {objects}", f"  run = {text(self.link)}", ""]
         (self.folder / "build.ninja").write_text("\n".join(lines))
+
+
+def _digests() -> str:
+    """Each CUDA kernel file with a digest of what it is made of: ``"mixed_lora=0a1b2c..."``."""
+    folder = ROOT / "csrc/cuda"
+    shared = b"".join((folder / name).read_bytes() for name in ("launch.h", "vec.h"))
+    entries = []
+    for source in sorted(folder.glob("*.cu")):
+        if source.stem != "runtime":
+            own = source.read_bytes() + source.with_suffix(".h").read_bytes()
+            entries.append(f"{source.stem}={hashlib.sha256(own + shared).hexdigest()[:16]}")
+    return " ".join(entries)
 
 
 def _find_ninja() -> str | None:

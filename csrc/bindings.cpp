@@ -5,13 +5,14 @@
 
 #include <cstdint>
 #include <memory>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "arguments.h"
 #include "capability.h"
 #include "cpu/mixed_lora.h"
 #ifdef SAPT_FAST_WITH_CUDA
+#include "cuda/bindings.h"
 #include "cuda/runtime.h"
 #endif
 
@@ -19,22 +20,6 @@ namespace py = pybind11;
 
 namespace sapt_fast {
 namespace {
-
-using Address = std::uintptr_t;
-
-template <class T = void>
-T* at(Address address) {
-    return reinterpret_cast<T*>(address);
-}
-
-void require(bool holds, const char* what) {
-    if (!holds) throw std::invalid_argument(what);
-}
-
-DType dtype_of(int code) {
-    require(code >= 0 && code <= static_cast<int>(DType::float64), "dtype: not a known code");
-    return static_cast<DType>(code);
-}
 
 const MixedLoraKernels& mixed_lora() {
 #if defined(__x86_64__)
@@ -171,6 +156,12 @@ py::dict cuda_report() {
     }
     report["compiled"] = true;
     report["architectures"] = py::str(runtime.architectures).attr("split")();
+    py::dict sources;
+    for (py::handle entry : py::str(runtime.sources).attr("split")()) {
+        const py::tuple parts = entry.attr("partition")("=");
+        sources[parts[0]] = parts[2];
+    }
+    report["sources"] = sources;
     report["runtime_version"] = runtime.runtime_version;
     report["driver_version"] = runtime.driver_version;
     report["error"] = runtime.error;
@@ -178,6 +169,7 @@ py::dict cuda_report() {
 #else
     report["compiled"] = false;
     report["architectures"] = py::list();
+    report["sources"] = py::dict();
     report["runtime_version"] = 0;
     report["driver_version"] = 0;
     report["error"] = "built without CUDA";
@@ -222,4 +214,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("factor_grad", &factor_grad, arg("dtype"), arg("factor_dtype"), arg("out"), arg("g"),
           arg("x"), arg("rows"), arg("ranks"), arg("columns"), arg("threads"),
           py::call_guard<py::gil_scoped_release>(), "out = g^T x for a few ranks.");
+#ifdef SAPT_FAST_WITH_CUDA
+    bind_cuda(m);
+#endif
 }

@@ -101,6 +101,8 @@ def test_cuda_architectures(build):
     ]
     codes = [flag.split("=")[-1] for flag in build.cuda_gencode(None)[1::2]]
     assert codes == ["sm_80", "sm_90a", "sm_100", "compute_100"]
+    codes = [flag.split("=")[-1] for flag in build.cuda_gencode("all")[1::2]]
+    assert codes == ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120", "compute_120"]
     with pytest.raises(ValueError, match="SAPT_FAST_CUDA_ARCHS holds 'hopper'"):
         build.cuda_gencode("80;hopper")
 
@@ -142,8 +144,8 @@ class TestNativeModule:
     def test_cuda_report_without_driver(self, native):
         report = native.cuda_runtime()
         assert set(report) == {
-            *("compiled", "architectures", "runtime_version", "driver_version", "error"),
-            "devices",
+            *("compiled", "architectures", "sources", "runtime_version", "driver_version"),
+            *("error", "devices"),
         }
         assert bool(report["architectures"]) == report["compiled"]
         assert report["devices"] or report["error"]

@@ -4,9 +4,9 @@
 
 #include <stdint.h>
 
-namespace sapt_fast {
+#include "dtype.h"
 
-enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2, float64 = 3 };
+namespace sapt_fast {
 
 // The weight of rank j in row m: mixture[m / (rows / samples), row_adapter[j]] * row_scale[j].
 // mixture and row_scale are float, or double where the ranks are double.

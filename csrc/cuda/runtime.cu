@@ -5,7 +5,7 @@
 namespace sapt_fast {
 
 CudaRuntime cuda_runtime() {
-    CudaRuntime report{SAPT_FAST_CUDA_ARCHS, 0, 0, "", {}};
+    CudaRuntime report{SAPT_FAST_CUDA_ARCHS, SAPT_FAST_CUDA_SOURCES, 0, 0, "", {}};
     cudaRuntimeGetVersion(&report.runtime_version);
     cudaDriverGetVersion(&report.driver_version);
     int count = 0;

@@ -17,6 +17,7 @@ struct CudaDevice {
 
 struct CudaRuntime {
     std::string architectures;  // those compiled in, such as "sm_80 sm_90a compute_100"
+    std::string sources;        // digests of the kernels' sources, such as "mixed_lora=0a1b2c"
     int runtime_version;        // 13000 is 13.0
     int driver_version;         // 0 without a driver
     std::string error;          // why there are no devices; empty where there are

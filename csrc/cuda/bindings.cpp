@@ -1,0 +1,80 @@
+#include "cuda/bindings.h"
+
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <tuple>
+#include <vector>
+
+#include "arguments.h"
+#include "cuda/mixed_lora.h"
+
+namespace py = pybind11;
+
+namespace sapt_fast {
+namespace {
+
+// y, lora_a, lora_b, row_adapter, row_scale; ranks, outputs; whether to add to y
+using Projection = std::tuple<Address, Address, Address, Address, Address, std::int64_t,
+                              std::int64_t, bool>;
+
+void decode(int dtype, int lora_dtype, Address x, Address mixture,
+            const std::vector<Projection>& projections, Address workspace,
+            std::int64_t workspace_size, std::int64_t rows, std::int64_t inputs,
+            std::int64_t samples, std::int64_t adapters, Address stream) {
+    require(projections.size() <= kMaxProjections, "projections: more than MAX_PROJECTIONS");
+    require(rows >= 0 && inputs >= 0 && adapters > 0, "rows, inputs, adapters: negative or zero");
+    require(rows == 0 || (samples > 0 && rows % samples == 0), "samples: does not divide rows");
+    DecodeGroup group = {};
+    group.count = static_cast<int>(projections.size());
+    group.x = at(x);
+    group.mixture = at<const float>(mixture);
+    group.workspace = at<float>(workspace);
+    group.rows = rows;
+    group.samples = samples;
+    group.adapters = adapters;
+    group.inputs = inputs;
+    group.dtype = dtype_of(dtype);
+    group.lora_dtype = dtype_of(lora_dtype);
+    require(group.dtype != DType::float64, "dtype: float64 has no CUDA kernel");
+    require(group.lora_dtype == group.dtype || group.lora_dtype == DType::float32,
+            "lora_dtype: neither dtype nor float32");
+    if (rows == 0) return;
+    std::int64_t total_ranks = 0;
+    for (int p = 0; p < group.count; ++p) {
+        const auto& [y, a, b, row_adapter, row_scale, ranks, outputs, accumulate] = projections[p];
+        require(ranks >= 0 && outputs >= 0, "ranks, outputs: negative");
+        require(outputs == 0 || y, "y: null address");
+        require(ranks == 0 || inputs == 0 || (a && x), "lora_a, x: null address");
+        require(ranks == 0 || outputs == 0 || b, "lora_b: null address");
+        require(ranks == 0 || (mixture && row_adapter && row_scale), "mixture: null address");
+        group.projections[p] = {at(y),
+                                at(a),
+                                at(b),
+                                at<const std::int32_t>(row_adapter),
+                                at<const float>(row_scale),
+                                ranks,
+                                outputs,
+                                accumulate};
+        total_ranks += ranks;
+    }
+    const std::int64_t needed = mixed_lora_workspace(rows, inputs, total_ranks);
+    require(workspace_size >= needed && (needed == 0 || workspace), "workspace: too small");
+    mixed_lora_decode(group, at(stream));
+}
+
+}  // namespace
+
+void bind_cuda(py::module_& m) {
+    using py::arg;
+    m.attr("MAX_PROJECTIONS") = kMaxProjections;
+    m.def("cuda_mixed_lora_workspace", &mixed_lora_workspace, arg("rows"), arg("inputs"),
+          arg("total_ranks"), "Floats of scratch memory that cuda_mixed_lora_decode needs.");
+    m.def("cuda_mixed_lora_decode", &decode, arg("dtype"), arg("lora_dtype"), arg("x"),
+          arg("mixture"), arg("projections"), arg("workspace"), arg("workspace_size"), arg("rows"),
+          arg("inputs"), arg("samples"), arg("adapters"), arg("stream"),
+          py::call_guard<py::gil_scoped_release>(),
+          "The mixture of every projection of x, for a few rows, in two launches.");
+}
+
+}  // namespace sapt_fast

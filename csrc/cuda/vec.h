@@ -1,0 +1,127 @@
+// What the kernels share: eight neighbouring elements at a time, and sums over a warp.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <stdint.h>
+#include <string.h>
+
+namespace sapt_fast {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kVector = 8;  // elements a thread loads at a time
+
+__device__ inline float to_float(float value) { return value; }
+__device__ inline float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+__device__ inline float to_float(__half value) { return __half2float(value); }
+
+template <class T>
+__device__ inline T from_float(float value);
+template <>
+__device__ inline float from_float<float>(float value) {
+    return value;
+}
+template <>
+__device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float value) {
+    return __float2bfloat16_rn(value);
+}
+template <>
+__device__ inline __half from_float<__half>(float value) {
+    return __float2half_rn(value);
+}
+
+// kVector elements as they lie in memory: half the registers of their values in float.
+template <class T>
+struct Packed {
+    uint4 part[sizeof(T) * kVector / sizeof(uint4)];
+};
+
+template <class T>
+__device__ inline Packed<T> zeros() {
+    Packed<T> packed;
+    for (uint4& part : packed.part) part = make_uint4(0, 0, 0, 0);
+    return packed;
+}
+
+// The elements at `from`, zeros from `count` on. `aligned`: 16-byte loads are allowed.
+template <class T>
+__device__ inline Packed<T> load(const T* from, int64_t count, bool aligned) {
+    Packed<T> packed = zeros<T>();
+    if (aligned && count >= kVector) {
+        const uint4* parts = reinterpret_cast<const uint4*>(from);
+#pragma unroll
+        for (int i = 0; i < static_cast<int>(sizeof packed / sizeof(uint4)); ++i) {
+            packed.part[i] = __ldg(parts + i);
+        }
+        return packed;
+    }
+    T elements[kVector];
+    memcpy(elements, &packed, sizeof packed);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+        if (i < count) elements[i] = from[i];
+    }
+    memcpy(&packed, elements, sizeof packed);
+    return packed;
+}
+
+template <class T>
+__device__ inline void unpack(float (&values)[kVector], const Packed<T>& packed) {
+    T elements[kVector];
+    memcpy(elements, &packed, sizeof packed);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) values[i] = to_float(elements[i]);
+}
+
+// The sums over a warp of COUNT values per lane (a power of two up to 32), in a fixed order. Value
+// i is returned to the lanes from i * 32 / COUNT up to the next value's.
+template <int COUNT>
+__device__ inline float warp_sums(float (&values)[COUNT]) {
+    const int lane = threadIdx.x % kWarp;
+    int left = COUNT;
+#pragma unroll
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+        if (left == 1) {
+            values[0] += __shfl_xor_sync(kAllLanes, values[0], offset);
+            continue;
+        }
+        // Each of two lanes keeps one half of the values and gets its partner's share of it.
+        left /= 2;
+        const bool upper = lane & offset;
+#pragma unroll
+        for (int i = 0; i < COUNT / 2; ++i) {
+            if (i >= left) break;
+            const float kept = upper ? values[i + left] : values[i];
+            const float given = upper ? values[i] : values[i + left];
+            values[i] = kept + __shfl_xor_sync(kAllLanes, given, offset);
+        }
+    }
+    return values[0];
+}
+
+// The dynamic shared memory of the block.
+template <class Shared>
+__device__ inline Shared& shared_memory() {
+    extern __shared__ uint4 shared_bytes[];
+    return *reinterpret_cast<Shared*>(shared_bytes);
+}
+
+// Kernels of one op overlap on Hopper and newer: a kernel may start while the one before it in the
+// stream still runs. All of them wait here before they read what earlier kernels wrote, and only
+// then let the next one start. So a kernel that has started may read everything but the results of
+// the kernel right before it, for which it must have waited.
+__device__ inline void wait_for_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    cudaGridDependencySynchronize();
+#endif
+}
+
+__device__ inline void let_next_kernel_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+
+}  // namespace sapt_fast

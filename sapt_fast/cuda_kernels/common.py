@@ -1,0 +1,85 @@
+"""What every launcher of CUDA kernels asks of the compiled module and of torch."""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from typing import Any
+
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@cache
+def native() -> Any:
+    """The module ``sapt_fast._C``, built with CUDA.
+
+    Raises:
+        ImportError: there is no compiled module, or it was built without CUDA.
+    """
+    module = importlib.import_module("sapt_fast._C")
+    if not module.cuda_runtime()["compiled"]:
+        raise ImportError(
+            "sapt_fast._C was built without CUDA: reinstall with SAPT_FAST_BUILD=cuda,"
+            " which says what is missing"
+        )
+    return module
+
+
+def unavailable() -> str | None:
+    """Why no CUDA kernel of this build can run on this machine, or None."""
+    try:
+        runtime = native().cuda_runtime()
+    except ImportError as error:
+        return str(error)
+    if runtime["error"]:
+        return f"the CUDA runtime says: {runtime['error']}"
+    for device in runtime["devices"]:
+        major, minor = device["capability"]
+        if not _covers(runtime["architectures"], major, minor):
+            return (
+                f"sapt_fast._C holds {', '.join(runtime['architectures'])}, nothing for"
+                f" {device['name']} (sm_{major}{minor}): add {major}{minor} to"
+                " SAPT_FAST_CUDA_ARCHS and reinstall"
+            )
+    return None
+
+
+def _covers(architectures: list[str], major: int, minor: int) -> bool:
+    """Whether one of them runs on a device: binaries within their generation, PTX on later ones."""
+    for name in architectures:
+        kind, _, version = name.partition("_")
+        number = int(version.rstrip("af"))
+        exact = number == major * 10 + minor
+        if version.endswith("a"):
+            runs = exact
+        elif kind == "compute":
+            runs = number <= major * 10 + minor
+        else:
+            runs = number // 10 == major and number % 10 <= minor
+        if runs:
+            return True
+    return False
+
+
+def stream(device: torch.device) -> int:
+    """The handle of torch's current stream on a device.
+
+    Raises:
+        ValueError: it is no CUDA device.
+    """
+    if device.type != "cuda":
+        raise ValueError(f"CUDA kernels need CUDA tensors, got device {str(device)!r}")
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+def dtype_code(dtype: torch.dtype) -> int:
+    """How the compiled module names a dtype.
+
+    Raises:
+        TypeError: it has no kernels for it.
+    """
+    if dtype not in DTYPES:
+        raise TypeError(f"CUDA kernels take float32, float16 or bfloat16 tensors, got {dtype}")
+    return int(getattr(native(), str(dtype).removeprefix("torch.").upper()))

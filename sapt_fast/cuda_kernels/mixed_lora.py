@@ -1,0 +1,125 @@
+"""CUDA backend of op `mixed_lora`, for the few rows of a decoding step.
+
+torch computes the base products; then two launches add the mixtures of all projections: one
+reduces x to rank space, the other expands onto the outputs with the weights applied on load.
+Adapters without weight are not read. See csrc/cuda/mixed_lora.cu.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sapt_fast.cuda_kernels import common
+from sapt_fast.ops.projection import Projection
+
+
+def empty_h(x: Tensor, total_rank: int) -> Tensor:
+    """The h of `mixed_lora_fwd`: none is kept, `[M, 0]`."""
+    return x.new_empty(x.shape[0], 0)
+
+
+def mixed_lora_fwd(
+    x: Tensor, mixture: Tensor, projections: Sequence[Projection]
+) -> list[tuple[Tensor, Tensor]]:
+    """Linear layers with one input, each with the mixture of all adapters of its pool.
+
+    Args:
+        x: [M, I]; float32, float16 or bfloat16. Meant for M up to 64, right for any.
+        mixture: [S, K] float32; S divides M, sample s owns rows s * M/S and on. An adapter whose
+            weight is zero in all rows of a tile (of 1, 4 or 8 rows) is not read for it.
+        projections: weights in x's dtype or None; factors in x's dtype or float32.
+
+    Returns:
+        Of each projection y [M, O] in x's dtype and an empty h: h has holes where adapters have
+        no weight, so that the backward computes its own.
+
+    Raises:
+        TypeError: a dtype has no kernel.
+        ValueError: the tensors are not on a CUDA device.
+        RuntimeError: a launch failed.
+    """
+    x, mixture = x.contiguous(), mixture.contiguous()
+    ys = [_base(x, projection) for projection in projections]
+    by_dtype: dict[torch.dtype, list[int]] = {}
+    for i, projection in enumerate(projections):
+        # With neither ranks nor a base product y is zero, which takes a launch too.
+        if ys[i].numel() and (projection.lora_a.shape[0] or _has_no_base(projection)):
+            by_dtype.setdefault(projection.lora_a.dtype, []).append(i)
+    for members in by_dtype.values():
+        for first in range(0, len(members), common.native().MAX_PROJECTIONS):
+            chunk = members[first : first + common.native().MAX_PROJECTIONS]
+            _add_mixtures(x, mixture, [projections[i] for i in chunk], [ys[i] for i in chunk])
+    return [(y, empty_h(x, 0)) for y in ys]
+
+
+def mixed_lora_bwd(
+    dys: Sequence[Tensor],
+    x: Tensor,
+    mixture: Tensor,
+    projections: Sequence[Projection],
+    hs: Sequence[Tensor | None],
+    train_rows: Sequence[list[int]],
+    needs_x: bool,
+    needs_mixture: bool,
+    grad_through_frozen: bool,
+) -> tuple[Tensor | None, Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
+    """Gradients of `mixed_lora_fwd` by the Triton kernels, after h has been computed for them.
+
+    Raises:
+        ImportError: Triton is not installed.
+    """
+    from sapt_fast.triton_kernels import mixed_lora as triton_backend
+
+    if any(h is not None for h in hs):
+        ranks_alone = [
+            p._replace(weight=None, bias=None, lora_b=p.lora_b[:, :1]) for p in projections
+        ]
+        hs = [h for _, h in triton_backend.mixed_lora_fwd(x, mixture, ranks_alone)]
+    return triton_backend.mixed_lora_bwd(
+        dys, x, mixture, projections, hs, train_rows, needs_x, needs_mixture, grad_through_frozen
+    )
+
+
+def _has_no_base(projection: Projection) -> bool:
+    return projection.weight is None and projection.bias is None
+
+
+def _base(x: Tensor, projection: Projection) -> Tensor:
+    """What the mixture is added to; without a base product uninitialised."""
+    outputs = projection.lora_b.shape[1]
+    if projection.weight is not None:
+        return F.linear(x, projection.weight, projection.bias)
+    if projection.bias is not None:
+        return projection.bias.repeat(x.shape[0], 1)
+    return x.new_empty(x.shape[0], outputs)
+
+
+def _add_mixtures(
+    x: Tensor, mixture: Tensor, projections: Sequence[Projection], ys: Sequence[Tensor]
+) -> None:
+    native = common.native()
+    members, kept = [], []
+    for projection, y in zip(projections, ys, strict=True):
+        tensors = [t.contiguous() for t in projection[2:] if t is not None]
+        kept += tensors  # a copy must not be freed, and its memory taken again, before the launch
+        a, b, row_adapter, row_scale = (t.data_ptr() for t in tensors)
+        members.append(
+            (
+                *(y.data_ptr(), a, b, row_adapter, row_scale),
+                *(*projection.lora_b.shape, not _has_no_base(projection)),
+            )
+        )
+    (rows, inputs), (samples, adapters) = x.shape, mixture.shape
+    total = sum(projection.lora_a.shape[0] for projection in projections)
+    size = native.cuda_mixed_lora_workspace(rows, inputs, total)
+    workspace = x.new_empty(size, dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        native.cuda_mixed_lora_decode(
+            common.dtype_code(x.dtype), common.dtype_code(projections[0].lora_a.dtype),
+            x.data_ptr(), mixture.data_ptr(), members, workspace.data_ptr(), size,
+            rows, inputs, samples, adapters, common.stream(x.device),
+        )  # fmt: skip

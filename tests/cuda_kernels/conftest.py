@@ -1,0 +1,97 @@
+"""Builds the CUDA kernels for the emulator of this directory and puts them in the GPU's place."""
+
+import importlib.util
+import os
+import shlex
+import subprocess
+import sysconfig
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+EMULATION = Path(__file__).resolve().parent / "emulation"
+
+
+@pytest.fixture(scope="session")
+def emulated_module(tmp_path_factory) -> ModuleType:
+    """The CUDA bindings of ``sapt_fast._C`` and the unchanged kernels, compiled for the CPU."""
+    pybind11 = pytest.importorskip("pybind11")
+    folder = tmp_path_factory.mktemp("emulated_cuda")
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    flags = ["-O1", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE"]
+    # A fibre is left and entered again by longjmp, which compilers warn of; "#pragma unroll" is
+    # nvcc's.
+    flags += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-clobbered"]
+    flags += [f"-I{EMULATION}", f"-I{ROOT / 'csrc'}"]
+    for path in (sysconfig.get_path("include"), pybind11.get_include()):
+        flags += ["-isystem", path]
+    kernels = [path for path in sorted((ROOT / "csrc/cuda").glob("*.cu")) if path.stem != "runtime"]
+    sources = [*kernels, ROOT / "csrc/cuda/bindings.cpp", *sorted(EMULATION.glob("*.c*"))]
+    objects = [folder / f"{source.parent.name}_{source.stem}.o" for source in sources]
+
+    def compile_one(source: Path, target: Path) -> None:
+        _call([*compiler, *flags, "-x", "c++", "-c", str(source), "-o", str(target)])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_one, sources, objects))
+    library = folder / f"emulated_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    _call([*compiler, "-shared", "-o", str(library), *map(str, objects)])
+    spec = importlib.util.spec_from_file_location("emulated_cuda", library)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _call(command: list[str]) -> None:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}"
+
+
+class _Native:
+    """The emulated module as the launchers see it: kernels end before memory can be freed."""
+
+    def __init__(self, module: ModuleType):
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._module, name)
+        if not callable(value):
+            return value
+
+        def finished(*arguments: Any) -> Any:
+            result = value(*arguments)
+            self._module.synchronize()
+            return result
+
+        return finished
+
+
+@pytest.fixture
+def cuda(emulated_module, monkeypatch) -> Callable[[str], ModuleType]:
+    """Loads a module of ``sapt_fast.cuda_kernels`` that launches on the emulator."""
+
+    def load(op: str) -> ModuleType:
+        from sapt_fast.cuda_kernels import common
+
+        module = importlib.import_module(f"sapt_fast.cuda_kernels.{op}")
+        monkeypatch.setattr(common, "native", lambda: _Native(emulated_module))
+        monkeypatch.setattr(common, "stream", lambda device: 0)
+        return module
+
+    return load
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch fills what it allocates with NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

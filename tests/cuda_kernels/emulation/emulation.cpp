@@ -1,0 +1,282 @@
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cuda_runtime.h"
+#include "emulation.h"
+
+namespace sapt_fast {
+// What extern __shared__ names in the kernels.
+uint4 shared_bytes[emulation::kMaxSharedBytes / sizeof(uint4)];
+}  // namespace sapt_fast
+
+namespace emulation {
+namespace {
+
+constexpr size_t kStackBytes = 64 << 10;
+constexpr int kWarp = 32;
+constexpr unsigned char kPoison = 0xff;  // a NaN as a float, -1 as an int
+
+enum class State { ready, at_block_barrier, at_warp_operation, done };
+
+struct Fiber {
+    uint3 index;
+    State state;
+    bool started;
+    ucontext_t context;
+    jmp_buf resume;
+    uint64_t sent;
+    uint64_t received[kWarp];
+};
+
+struct Block {
+    const Launch* launch;
+    uint3 index;
+    std::vector<Fiber> fibers;
+    Fiber* running;
+    bool waited;  // some thread has waited for the previous kernel
+    jmp_buf scheduler;
+};
+
+Block* current = nullptr;
+std::unique_ptr<Launch> pending;
+uint64_t order_seed = 0;
+uint64_t generator = 0;
+std::string error;
+std::vector<std::unique_ptr<char[]>> free_stacks;
+
+uint64_t random_below(uint64_t count) {
+    generator ^= generator << 13;
+    generator ^= generator >> 7;
+    generator ^= generator << 17;
+    return generator % count;
+}
+
+char* shared_begin() { return reinterpret_cast<char*>(sapt_fast::shared_bytes); }
+
+void fail(const std::string& what) {
+    if (error.empty()) error = what;
+    if (current != nullptr && current->running != nullptr) _longjmp(current->scheduler, 1);
+}
+
+// Fibres begin here; the switches after that need no system call.
+void fiber_main() {
+    Fiber* self = current->running;
+    current->launch->kernel();
+    self->state = State::done;
+    _longjmp(current->scheduler, 1);
+}
+
+void give_way(State state) {
+    Fiber* self = current->running;
+    self->state = state;
+    if (_setjmp(self->resume) == 0) _longjmp(current->scheduler, 1);
+}
+
+void set_indices() {
+    threadIdx = current->running->index;
+    blockIdx = current->index;
+    blockDim = current->launch->block;
+    gridDim = current->launch->grid;
+}
+
+void resume(Block& block, Fiber& fiber) {
+    block.running = &fiber;
+    set_indices();
+    if (_setjmp(block.scheduler) == 0) {
+        if (fiber.started) _longjmp(fiber.resume, 1);
+        fiber.started = true;
+        setcontext(&fiber.context);
+    }
+    block.running = nullptr;
+}
+
+// Frees the warps whose lanes have all arrived, or else the whole block.
+bool release(Block& block) {
+    bool released = false;
+    bool all_at_barrier = true;
+    const size_t count = block.fibers.size();
+    for (size_t first = 0; first < count; first += kWarp) {
+        const size_t last = std::min(first + kWarp, count);
+        bool all = true;
+        for (size_t i = first; i < last; ++i) {
+            const State state = block.fibers[i].state;
+            all = all && state == State::at_warp_operation;
+            all_at_barrier =
+                all_at_barrier && (state == State::at_block_barrier || state == State::done);
+        }
+        if (!all) continue;
+        released = true;
+        for (size_t i = first; i < last; ++i) {
+            for (size_t lane = first; lane < last; ++lane) {
+                block.fibers[i].received[lane - first] = block.fibers[lane].sent;
+            }
+            block.fibers[i].state = State::ready;
+        }
+    }
+    if (released || !all_at_barrier) return released;
+    for (Fiber& fiber : block.fibers) {
+        if (fiber.state == State::at_block_barrier) {
+            fiber.state = State::ready;
+            released = true;
+        }
+    }
+    return released;
+}
+
+void run_block(const Launch& launch, uint3 index) {
+    const size_t threads = launch.block.x;
+    Block block = {};
+    block.launch = &launch;
+    block.index = index;
+    block.fibers.resize(threads);
+    std::vector<std::unique_ptr<char[]>> stacks;
+    for (size_t i = 0; i < threads; ++i) {
+        if (free_stacks.empty()) free_stacks.emplace_back(new char[kStackBytes]);
+        stacks.push_back(std::move(free_stacks.back()));
+        free_stacks.pop_back();
+        Fiber& fiber = block.fibers[i];
+        fiber.index = {static_cast<unsigned>(i), 0, 0};
+        fiber.state = State::ready;
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = stacks[i].get();
+        fiber.context.uc_stack.ss_size = kStackBytes;
+        makecontext(&fiber.context, fiber_main, 0);
+    }
+    memset(shared_begin(), kPoison, kMaxSharedBytes);
+    Block* outer = current;
+    current = &block;
+    std::vector<Fiber*> ready;
+    while (error.empty()) {
+        ready.clear();
+        bool done = true;
+        for (Fiber& fiber : block.fibers) {
+            if (fiber.state == State::ready) ready.push_back(&fiber);
+            done = done && fiber.state == State::done;
+        }
+        if (done) break;
+        if (ready.empty()) {
+            if (!release(block)) fail("threads wait at different barriers, or some have left");
+            continue;
+        }
+        if (order_seed) {
+            for (size_t i = ready.size(); i > 1; --i) {
+                std::swap(ready[i - 1], ready[random_below(i)]);
+            }
+        }
+        for (Fiber* fiber : ready) {
+            if (error.empty()) resume(block, *fiber);
+        }
+    }
+    current = outer;
+    for (size_t i = launch.shared_bytes; i < kMaxSharedBytes && error.empty(); ++i) {
+        if (static_cast<unsigned char>(shared_begin()[i]) != kPoison) {
+            fail("a write beyond the " + std::to_string(launch.shared_bytes) +
+                 " bytes of shared memory");
+        }
+    }
+    for (auto& stack : stacks) free_stacks.push_back(std::move(stack));
+}
+
+void run_all(const Launch& launch) {
+    const dim3& grid = launch.grid;
+    std::vector<uint3> blocks;
+    for (unsigned z = 0; z < grid.z; ++z) {
+        for (unsigned y = 0; y < grid.y; ++y) {
+            for (unsigned x = 0; x < grid.x; ++x) blocks.push_back({x, y, z});
+        }
+    }
+    for (size_t i = blocks.size(); order_seed && i > 1; --i) {
+        std::swap(blocks[i - 1], blocks[random_below(i)]);
+    }
+    for (const uint3& block : blocks) {
+        if (error.empty()) run_block(launch, block);
+    }
+}
+
+void run_pending() {
+    if (!pending) return;
+    const std::unique_ptr<Launch> launch = std::move(pending);
+    if (current == nullptr) return run_all(*launch);
+    // In the middle of the next kernel's block, whose shared memory must stay as it is.
+    std::vector<char> saved(shared_begin(), shared_begin() + kMaxSharedBytes);
+    run_all(*launch);
+    std::copy(saved.begin(), saved.end(), shared_begin());
+}
+
+}  // namespace
+
+const char* last_error() { return error.c_str(); }
+
+cudaError_t submit(Launch launch) {
+    error.clear();
+    const dim3& grid = launch.grid;
+    if (launch.block.x == 0 || launch.block.x > 1024 || launch.block.x % kWarp != 0 ||
+        launch.block.y != 1 || launch.block.z != 1) {
+        fail("a block of " + std::to_string(launch.block.x) + " threads");
+    } else if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) {
+        fail("a grid that is empty or too large");
+    } else if (launch.shared_bytes > kMaxSharedBytes) {
+        fail(std::to_string(launch.shared_bytes) + " bytes of shared memory");
+    } else {
+        auto next = std::make_unique<Launch>(std::move(launch));
+        // With a pending kernel, either this one starts before the pending one has begun, or the
+        // pending one ends now and the following launch may start before this one has begun.
+        const bool starts_early = pending && (order_seed == 0 || random_below(2));
+        if (!next->overlaps || !starts_early) run_pending();
+        if (next->overlaps && !starts_early) {
+            pending = std::move(next);
+        } else if (error.empty()) {
+            run_all(*next);
+            if (error.empty() && pending) fail("no thread has waited for the previous kernel");
+        }
+    }
+    return error.empty() ? cudaSuccess : cudaErrorUnknown;
+}
+
+void synchronize() {
+    error.clear();
+    run_pending();
+    if (!error.empty()) throw std::runtime_error(error);
+}
+
+void set_order(uint64_t seed) {
+    order_seed = seed;
+    generator = seed * 0x9e3779b97f4a7c15u;
+}
+
+void block_barrier() { give_way(State::at_block_barrier); }
+
+void wait_for_previous() {
+    current->waited = true;
+    if (current->launch->overlaps) run_pending();
+    if (!error.empty()) fail(error);
+    set_indices();
+}
+
+void let_next_start() {
+    if (!current->waited) fail("the next kernel is let go before this one has waited");
+}
+
+uint64_t exchange(uint64_t bits, int from) {
+    Fiber* self = current->running;
+    self->sent = bits;
+    give_way(State::at_warp_operation);
+    return self->received[from];
+}
+
+unsigned ballot(bool value) {
+    Fiber* self = current->running;
+    exchange(value, 0);
+    unsigned mask = 0;
+    for (int lane = 0; lane < kWarp; ++lane) {
+        mask |= static_cast<unsigned>(self->received[lane]) << lane;
+    }
+    return mask;
+}
+
+}  // namespace emulation

@@ -1,0 +1,14 @@
+// What the tests ask of the emulator; the kernels' side of it is in cuda_runtime.h.
+#pragma once
+
+#include <stdint.h>
+
+namespace emulation {
+
+// The order in which blocks, threads and overlapping kernels run; 0 is ascending.
+void set_order(uint64_t seed);
+
+// Runs what is pending. Throws std::runtime_error for a kernel that broke the rules.
+void synchronize();
+
+}  // namespace emulation

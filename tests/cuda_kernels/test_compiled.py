@@ -1,0 +1,66 @@
+"""The kernels as nvcc compiles them, and the compiled module on a machine without a GPU."""
+
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+KERNELS = sorted(p for p in (ROOT / "csrc/cuda").glob("*.cu") if p.stem != "runtime")
+TARGETS = "80;90a;100"
+
+
+@pytest.fixture(scope="module")
+def build():
+    """setup.py as a module."""
+    spec = importlib.util.spec_from_file_location("sapt_fast_setup", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda path: path.stem)
+def test_no_spills(build, kernel, tmp_path):
+    nvcc = build.find_nvcc()
+    if nvcc is None:
+        pytest.skip("nvcc was not found")
+    command = [nvcc, "-O3", "-std=c++17", f"-I{ROOT / 'csrc'}", *build.cuda_gencode(TARGETS)]
+    command += ["--threads", "0", "-Xptxas", "-v", "-c", str(kernel), "-o", str(tmp_path / "o.o")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    log = done.stdout + done.stderr
+    for target in TARGETS.split(";"):
+        assert f"for 'sm_{target}'" in log
+    compiled = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", log)
+    functions = re.findall(r"Function properties for (\S+)", log)
+    assert len(compiled) == len(functions) > 0
+    bad = {
+        name: sizes for name, sizes in zip(functions, compiled, strict=True) if any(map(int, sizes))
+    }
+    assert not bad
+
+
+def test_a_launch_without_a_device():
+    """An error that says what is wrong; the process goes on."""
+    native = pytest.importorskip("sapt_fast._C", reason="built without native kernels")
+    report = native.cuda_runtime()
+    if not report["compiled"]:
+        pytest.skip("built without CUDA")
+    if not report["error"]:
+        pytest.skip("there is a device")
+    projection = (16, 16, 16, 16, 16, 1, 1, True)
+    arguments = (0, 0, 16, 16, [projection], 16, 9, 1, 1, 1, 1, 0)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=re.escape(report["error"])):
+            native.cuda_mixed_lora_decode(*arguments)
+
+
+def test_sources_of_the_build(build):
+    """A changed kernel has another digest, so that an old run on a GPU does not count for it."""
+    digests = dict(entry.split("=") for entry in build._digests().split())
+    assert list(digests) == [path.stem for path in KERNELS]
+    assert all(re.fullmatch(r"[0-9a-f]{16}", digest) for digest in digests.values())

@@ -27,3 +27,33 @@ def test_kernels_compile_soundly() -> None:
         check=False,
     )
     assert report.returncode == 0, report.stdout[-6000:] + report.stderr[-2000:]
+
+
+GROWING_POOL = """
+import aot_report
+jobs, counts = {}, []
+for adapters in (13, 14, 15, 16):  # 52 to 64 ranks, and 13 to 16
+    case = aot_report.Case(
+        "grows", 16, 512, 1024, 1024, (4,) * adapters, siblings=((512, (1,) * adapters),)
+    )
+    aot_report.record(case, 90, jobs)
+    counts.append(len(jobs))
+print(*counts)
+"""
+
+
+def test_a_growing_pool_compiles_nothing_new() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
+    report = subprocess.run(
+        [sys.executable, "-c", GROWING_POOL],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=600,
+        check=False,
+    )
+    assert report.returncode == 0, report.stderr[-2000:]
+    first, *others = report.stdout.split()
+    assert int(first) > 5
+    assert others == [first] * 3

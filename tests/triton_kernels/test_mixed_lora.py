@@ -11,6 +11,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from kernel_work import counted_work
+
 from sapt_fast.ops.projection import Projection
 from sapt_fast.triton_kernels import common, gemm, routes, shrink
 from sapt_fast.triton_kernels.mixed_lora import empty_h, mixed_lora_bwd, mixed_lora_fwd
@@ -471,3 +473,37 @@ def test_descriptors_and_pointers_agree(monkeypatch: pytest.MonkeyPatch) -> None
         assert a is not None
         assert b is not None
         assert _error(a, b) < 1e-3, name
+
+
+@pytest.mark.skipif(not common.INTERPRETED, reason="the interpreter counts")
+@pytest.mark.parametrize("route", routes.ROUTES, indirect=True)
+@pytest.mark.parametrize("needs_mixture", [True, False])
+def test_gradients_cut_at_frozen_adapters_cost_less(needs_mixture: bool, route: str) -> None:
+    case = Case(samples=2, rows=32, i=64, o=64, ranks=(32, 32, 16))
+    inputs = _group_inputs([case, case], torch.float16)
+    projections = [_projection(t) for t in inputs]
+    outputs = mixed_lora_fwd(inputs[0]["x"], inputs[0]["mixture"], projections)
+    spent = []
+    for through_frozen in (True, False):
+        with counted_work() as work:
+            mixed_lora_bwd(
+                [t["dy"] for t in inputs],
+                inputs[0]["x"],
+                inputs[0]["mixture"],
+                projections,
+                [h for _, h in outputs],
+                [t["train_rows"] for t in inputs],
+                True,
+                needs_mixture,
+                through_frozen,
+            )
+        spent.append(work)
+    whole, cut = spent
+    m, frozen, members = 64, 64, 2
+    # g * w is not stored for the frozen columns, and neither they nor their rows of A reach dx;
+    # without the mixture they are not computed either.
+    columns = members * m * frozen
+    assert whole.stored - cut.stored == columns * 2
+    assert whole.loaded - cut.loaded >= columns * 2 + members * frozen * case.i * 2
+    dx, g = 2 * columns * case.i, 2 * columns * case.o
+    assert whole.flops - cut.flops >= dx + (0 if needs_mixture else g)

@@ -406,11 +406,17 @@ class _Plan(NamedTuple):
 
 
 def _prepare(
-    x: Tensor, factors: Sequence[Tensor], window: tuple[int, int] | None, S: int, backward: bool
+    x: Tensor,
+    factors: Sequence[Tensor],
+    stride_ar: int,
+    window: tuple[int, int] | None,
+    S: int,
+    backward: bool,
 ) -> _Plan:
     """Choose the tile; with few tiles, split the reduction and compute its parts (>= 4 steps).
 
-    `window` restricts the columns of a single factor.
+    Rows of all factors are `stride_ar` elements apart. `window` restricts the columns of a single
+    factor.
     """
     M, D = x.shape
     T = M // S
@@ -443,7 +449,7 @@ def _prepare(
             first // RANK_ALIGN,
             *_filled(ranks),
             x.stride(0),
-            factors[0].stride(0),
+            stride_ar,
             columns,
             MEMBERS=len(factors),
             **tile.launch_options(),
@@ -482,7 +488,7 @@ def shrink_fwd(
         For each member hw of shape `[M, Rp]` in x's dtype, rows aligned to 16 elements, zero in
         the columns from R on; views of one tensor if one launch made them.
     """
-    dtypes = {factor.dtype for factor in factors}
+    dtypes = dict.fromkeys(factor.dtype for factor in factors)
     if len(factors) > MAX_GROUP or len(dtypes) > 1:
         found: dict[int, Tensor] = {}
         for dtype in dtypes:
@@ -496,14 +502,16 @@ def shrink_fwd(
                 found |= dict(zip(members, hws, strict=True))
         return [found[i] for i in range(len(factors))]
 
-    if len({factor.stride(0) for factor in factors}) > 1:
-        factors = [factor.contiguous() for factor in factors]
     M, D = x.shape
+    row_strides = {factor.stride(0) for factor in factors if factor.shape[0] > 1} or {D}
+    if len(row_strides) > 1:
+        factors, row_strides = [factor.contiguous() for factor in factors], {D}
+    (stride_ar,) = row_strides
     S, K = mixings[0].mixture.shape
     widths = [h.shape[1] for h in hs]
     hw = x.new_empty((M, sum(widths)))
     with torch.cuda.device_of(x):
-        plan = _prepare(x, factors, None, S, backward=False)
+        plan = _prepare(x, factors, stride_ar, None, S, backward=False)
         _shrink_fwd_kernel[(plan.tiles_m * plan.tiles_r,)](
             x,
             tuple(factors),
@@ -522,7 +530,7 @@ def shrink_fwd(
             plan.tiles_r,
             *_filled([factor.shape[0] for factor in factors]),
             x.stride(0),
-            factors[0].stride(0),
+            stride_ar,
             hw.stride(0),
             MEMBERS=len(factors),
             **plan.tile.launch_options(),
@@ -589,7 +597,7 @@ def shrink_bwd(
     if d_mixture is None and train_window is None:
         h = None
     with torch.cuda.device_of(dy):
-        plan = _prepare(dy, [lora_b], window, S, backward=True)
+        plan = _prepare(dy, [lora_b], lora_b.stride(0), window, S, backward=True)
         if d_mixture is not None:
             partial_rows = plan.tiles_m * plan.segments if plan.segments else M
             partial = dy.new_empty((partial_rows, columns), dtype=torch.float32)

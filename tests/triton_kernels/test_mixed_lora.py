@@ -388,6 +388,23 @@ def test_a_group_is_one_shrink(monkeypatch: pytest.MonkeyPatch) -> None:
         assert launches == expected, group
 
 
+@pytest.mark.parametrize("i", [40, 288])  # in one go and in parts
+def test_factors_of_a_group_may_have_any_row_strides(i: int) -> None:
+    cases = [
+        Case(rows=4, i=i, ranks=(1, 0, 0), trainable=()),
+        Case(rows=4, i=i),
+        Case(rows=4, i=i),
+    ]
+    inputs = _group_inputs(cases, torch.float32)
+    want = _group_actual(cases, inputs)
+    inputs[0]["lora_a"] = inputs[0]["lora_a"].as_strided((1, i), (3, 1))
+    inputs[2]["lora_a"] = _view(inputs[2]["lora_a"], "sliced")
+    for got, same in zip(_group_actual(cases, inputs), want, strict=True):
+        assert (got is None) == (same is None)
+        if got is not None and same is not None:
+            assert torch.equal(got, same)
+
+
 def test_members_do_not_share_memory() -> None:
     inputs = _group_inputs(GROUPS["two"], torch.float32)
     results = mixed_lora_fwd(inputs[0]["x"], inputs[0]["mixture"], [_projection(t) for t in inputs])

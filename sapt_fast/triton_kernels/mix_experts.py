@@ -4,7 +4,8 @@ Forward, two launches: one program per pair (row, choice) for h = x A^T, then on
 of columns for the sum over its choices. The backward runs the same two on dy with the banks
 exchanged, and then one program per expert and tile of columns sums the gradient of a bank over the
 pairs of that expert, which lie next to each other after sorting. No atomics: every sum has a fixed
-order. Experts are read where they lie; a crowded one is read once per row that chose it.
+order. Experts are read where they lie, once per pair; where many pairs share an expert, both
+products run on sorted pairs instead (`grouped_experts`).
 """
 # ruff: noqa: N803 - kernel arguments keep the letters of the formulas
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -20,6 +21,11 @@ from torch import Tensor
 
 from sapt_fast.triton_kernels import common
 from sapt_fast.triton_kernels.common import cdiv, with_unit_column_stride
+from sapt_fast.triton_kernels.grouped_experts import (
+    grouped_into_ranks,
+    grouped_out_of_ranks,
+    grouping_pays,
+)
 
 if TYPE_CHECKING:
     from sapt_fast.ops.mix_experts import PairGroups
@@ -111,6 +117,7 @@ def _bank_grad_kernel(
     x_ptr,
     order_ptr,
     target_ptr,
+    start_ptr,
     stop_ptr,
     out_ptr,
     k,
@@ -126,20 +133,19 @@ def _bank_grad_kernel(
 ):
     """out[target, ranks, columns] = sum over the pairs of a target of scaling weights h (x) x[row].
 
-    Program p of axis 0 belongs to the p-th sorted pair and works if that is the first of its
-    target; axis 1 counts tiles of columns, axis 2 tiles of ranks. The tile is [columns, ranks].
+    Program p of axis 0 sums the sorted pairs from start[p] to stop[p], which may be none, into
+    target[p]; axis 1 counts tiles of columns, axis 2 tiles of ranks. The tile is [columns, ranks].
     """
-    first = tl.program_id(0)
-    target = tl.load(target_ptr + first)
-    before = tl.load(target_ptr + first - 1, mask=first > 0, other=-1)
-    if (target > before) & (target >= 0) & (target < rows):
-        stop = tl.load(stop_ptr + first).to(tl.int32)
-        tl.assume(stop > first)
+    start = tl.load(start_ptr + tl.program_id(0)).to(tl.int32)
+    stop = tl.load(stop_ptr + tl.program_id(0)).to(tl.int32)
+    target = tl.load(target_ptr + tl.program_id(0))
+    if (stop > start) & (target >= 0) & (target < rows):
+        tl.assume(stop > start)
         columns = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
         ranks = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
         offs = tl.arange(0, BLOCK_K)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for p in range(first, stop, BLOCK_K):
+        for p in range(start, stop, BLOCK_K):
             inside = offs < stop - p
             pairs = tl.load(order_ptr + p + offs, mask=inside, other=0)
             weights = tl.load(weights_ptr + pairs, mask=inside, other=0.0) * scaling
@@ -181,8 +187,9 @@ def mix_experts_fwd(
     common.device_traits(x.device)
     bank_a, bank_b = _with_unit_stride(bank_a), _with_unit_stride(bank_b)
     index, weights = index.contiguous(), weights.contiguous()
-    h = _into_ranks(with_unit_column_stride(x), bank_a, index)
-    return _out_of_ranks(h, bank_b, index, weights, scaling, x.dtype), h
+    order = _order_if_crowded(index, bank_a, bank_b, None)
+    h = _into_ranks(with_unit_column_stride(x), bank_a, index, order)
+    return _out_of_ranks(h, bank_b, index, weights, order, scaling, x.dtype), h
 
 
 def mix_experts_bwd(
@@ -218,22 +225,56 @@ def mix_experts_bwd(
     bank_a, bank_b = _with_unit_stride(bank_a), _with_unit_stride(bank_b)
     dy, x = with_unit_column_stride(dy), with_unit_column_stride(x)
     index, weights = index.contiguous(), weights.contiguous()
-    g = _into_ranks(dy, bank_b, index)
+    order = _order_if_crowded(index, bank_a, bank_b, groups)
+    g = _into_ranks(dy, bank_b, index, order)
     dx = d_weights = d_a = d_b = None
     if needs_x:
-        dx = _out_of_ranks(g, bank_a, index, weights, scaling, x.dtype)
+        dx = _out_of_ranks(g, bank_a, index, weights, order, scaling, x.dtype)
     if needs_weights:
         d_weights = (g * h).sum(-1) * scaling
     if groups is not None:
-        stop = torch.searchsorted(groups.target, groups.target, right=True)
-        d_a = _bank_grad(g, weights, x, groups, stop, scaling, bank_a.dtype)
-        d_b = _bank_grad(h, weights, dy, groups, stop, scaling, bank_b.dtype)
+        segments = _segments(groups)
+        d_a = _bank_grad(g, weights, x, groups, segments, scaling, bank_a.dtype)
+        d_b = _bank_grad(h, weights, dy, groups, segments, scaling, bank_b.dtype)
     return dx, d_weights, d_a, d_b
 
 
-def _into_ranks(x: Tensor, bank: Tensor, index: Tensor) -> Tensor:
-    """h [M, k, r]: every row times its experts' factors [r, D]."""
+def _order_if_crowded(
+    index: Tensor, bank_a: Tensor, bank_b: Tensor, groups: PairGroups | None
+) -> Tensor | None:
+    """The positions of the flattened index sorted by expert, None where the experts are gathered
+    pair by pair."""
+    experts, rank, inputs = bank_a.shape
+    width = inputs + bank_b.shape[2]
+    empty = 0 in (index.numel(), bank_a.numel(), bank_b.numel())
+    if empty or not grouping_pays(index.numel(), experts, rank, width, bank_a.element_size()):
+        return None
+    # Groups without the experts alone that were chosen leave out the pairs without an expert.
+    if groups is not None and groups.ids is None:
+        return groups.order
+    return index.flatten().sort(stable=True).indices
+
+
+def _segments(groups: PairGroups) -> tuple[Tensor, Tensor, Tensor]:
+    """(target, start, stop): of each program its target and the sorted pairs that it sums.
+
+    One program per target, or one per pair where these are fewer; then the first of a target
+    works and the others have nothing to do.
+    """
+    pairs = groups.target
+    one_per_pair = pairs.shape[0] < groups.rows
+    target = pairs if one_per_pair else torch.arange(groups.rows, device=pairs.device)
+    start, stop = (torch.searchsorted(pairs, target, right=right) for right in (False, True))
+    if one_per_pair:
+        stop = torch.where(start == torch.arange(len(pairs), device=pairs.device), stop, start)
+    return target, start, stop
+
+
+def _into_ranks(x: Tensor, bank: Tensor, index: Tensor, order: Tensor | None) -> Tensor:
+    """h [M, k, r]: every row times its experts' factors [r, D]; by groups if `order` is given."""
     (M, k), (N, R, D) = index.shape, bank.shape
+    if order is not None:
+        return grouped_into_ranks(x, bank, index, order)
     h = x.new_empty((M, k, R), dtype=torch.float32)
     if h.numel() == 0:
         return h
@@ -259,10 +300,18 @@ def _into_ranks(x: Tensor, bank: Tensor, index: Tensor) -> Tensor:
 
 
 def _out_of_ranks(
-    h: Tensor, bank: Tensor, index: Tensor, weights: Tensor, scaling: float, dtype: torch.dtype
+    h: Tensor,
+    bank: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    order: Tensor | None,
+    scaling: float,
+    dtype: torch.dtype,
 ) -> Tensor:
     """[M, D]: the weighted sum of the experts' factors [r, D], with coefficients h [M, k, r]."""
     (M, k), (N, R, D) = index.shape, bank.shape
+    if order is not None:
+        return grouped_out_of_ranks(h, bank, index, weights, order, scaling, dtype)
     out = h.new_empty((M, D), dtype=dtype)
     if out.numel() == 0:
         return out
@@ -294,26 +343,25 @@ def _bank_grad(
     weights: Tensor,
     x: Tensor,
     groups: PairGroups,
-    stop: Tensor,
+    segments: tuple[Tensor, Tensor, Tensor],
     scaling: float,
     dtype: torch.dtype,
 ) -> Tensor:
     """[rows, r, D]: for each target the sum over its pairs of weighted h [r] (x) x [D]."""
-    (_, k, R), D, P = h.shape, x.shape[1], groups.order.shape[0]
+    (_, k, R), D, programs = h.shape, x.shape[1], segments[0].shape[0]
     out = x.new_zeros((groups.rows, R, D), dtype=dtype)
-    if out.numel() == 0 or P == 0:
+    if out.numel() == 0 or groups.order.numel() == 0:
         return out
     interpreted = common.device_traits(x.device).capability == 0
     block_d = 32 if interpreted else 128
     block_r = 16 if interpreted else max(16, min(64, triton.next_power_of_2(R)))
     with torch.cuda.device_of(x):
-        _bank_grad_kernel[(P, cdiv(D, block_d), cdiv(R, block_r))](
+        _bank_grad_kernel[(programs, cdiv(D, block_d), cdiv(R, block_r))](
             h,
             weights,
             x,
             groups.order,
-            groups.target,
-            stop,
+            *segments,
             out,
             k,
             groups.rows,

@@ -131,9 +131,17 @@ def _tile(query: Tensor, kept: int) -> TileConfig:
     if common.device_traits(query.device).capability == 0:
         return TileConfig(2, max(16, kept), 16, num_warps=4, num_stages=1)
     if query.element_size() == 4 or query.shape[1] % 16:
-        return TileConfig(16, 64, 32, num_warps=8, num_stages=3)
+        return TileConfig(16, 64, 16, num_warps=8, num_stages=3)
     # More queries, or 8 kept pairs, spill on some target of some Triton version.
     return TileConfig(16, 64, 64, num_warps=8, num_stages=4)
+
+
+def _register_limit(query: Tensor, kept: int) -> int | None:
+    """More registers per thread where ptxas would stop at 128, for a second program per
+    multiprocessor, and spill a few bytes."""
+    capability = common.device_traits(query.device).capability
+    unaligned = query.element_size() == 4 or query.shape[1] % 16
+    return 224 if unaligned or (capability == 80 and kept > 32) else None
 
 
 def topk_keys_fwd(query: Tensor, keys: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
@@ -184,6 +192,7 @@ def topk_keys_fwd(query: Tensor, keys: Tensor, k: int, metric: str) -> tuple[Ten
                 EVEN_K=D % plan.tile.k == 0,
                 METRIC=METRICS[metric],
                 COMPUTE=compute,
+                maxnreg=_register_limit(query, kept),
             )
             _topk_merge_kernel[(M,)](
                 pairs,

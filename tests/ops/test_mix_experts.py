@@ -9,8 +9,11 @@ from sapt_fast import dispatch
 from sapt_fast.ops import mix_experts, nearest_key, topk_keys
 
 op = importlib.import_module("sapt_fast.ops.mix_experts")
+kernels = importlib.import_module("sapt_fast.triton_kernels.mix_experts")
+grouped_experts = importlib.import_module("sapt_fast.triton_kernels.grouped_experts")
 
-BACKENDS = ["reference", "triton"]
+# The reference, and Triton's two ways: pair by pair, and sorted by expert.
+WAYS = ["reference", "triton", "grouped"]
 GPU = "cuda" if torch.cuda.is_available() else "cpu"  # Triton interprets on the CPU
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Error relative to the root mean square; the interpreter truncates where bfloat16 is stored.
@@ -23,6 +26,9 @@ CASES = {
     "one_row_of_many_experts": (1, 50, 4, 16, 8, 9),
     "ranks_beyond_a_tile": (3, 4, 21, 16, 24, 2),
     "crowded": (20, 2, 4, 16, 40, 1),
+    "one_expert": (21, 1, 5, 16, 8, 2),
+    "every_expert": (6, 5, 4, 16, 24, 5),
+    "several_tiles": (50, 3, 17, 40, 70, 3),
 }
 
 
@@ -86,11 +92,13 @@ def _error(got, want):
     return ((got - want).norm() / want.norm().clamp(min=1e-30)).item()
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    reason = dispatch.unavailable("mix_experts", request.param, _device(request.param))
+@pytest.fixture(params=WAYS)
+def backend(request, monkeypatch):
+    name = "reference" if request.param == "reference" else "triton"
+    reason = dispatch.unavailable("mix_experts", name, _device(name))
     assert reason is None, reason
-    return request.param
+    monkeypatch.setattr(kernels, "grouping_pays", lambda *_: request.param == "grouped")
+    return name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -342,9 +350,10 @@ def test_autocast_computes_in_its_dtype(backend):
     assert all(grads[name].dtype == torch.float32 for name in FLOATS)
 
 
-def test_values_out_of_range_touch_nothing_in_the_kernels():
+@pytest.mark.parametrize("grouped", [False, True], ids=["gathered", "grouped"])
+def test_values_out_of_range_touch_nothing_in_the_kernels(grouped, monkeypatch):
+    monkeypatch.setattr(kernels, "grouping_pays", lambda *_: grouped)
     inputs = _inputs("odd")
-    kernels = importlib.import_module("sapt_fast.triton_kernels.mix_experts")
     results = []
     for none in (-1, 7, -9, 2**40):
         inputs["index"] = torch.tensor([[3, none, 0]] * 5)
@@ -355,6 +364,55 @@ def test_values_out_of_range_touch_nothing_in_the_kernels():
         results.append([y, h, *grads])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_a_bad_expert_spoils_only_the_rows_that_chose_it(backend):
+    inputs = _inputs("several_tiles")
+    clean, _ = _run(inputs, backend)
+    inputs["bank_a"][1, 2, 3], inputs["bank_b"][1, 4, 5] = float("inf"), float("nan")
+    spoiled = (inputs["index"] == 1).any(1)
+    y, grads = _run(inputs, backend)
+    assert spoiled.any()
+    assert torch.equal(y[~spoiled], clean[~spoiled])
+    assert y[spoiled].isnan().any(1).all()
+    assert grads["x"][~spoiled].isfinite().all()
+
+
+def test_products_of_pairs_a_few_columns_at_a_time(monkeypatch):
+    inputs = _inputs("several_tiles")
+    monkeypatch.setattr(kernels, "grouping_pays", lambda *_: True)
+    expected = _run(inputs, "triton")
+    held = []
+    allocate = torch.Tensor.new_empty
+
+    def noting(like, *size, **options):
+        held.append(allocate(like, *size, **options))
+        return held[-1]
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", noting)
+    monkeypatch.setattr(grouped_experts, "_PRODUCT_BYTES", 1)
+    y, grads = _run(inputs, "triton")
+    pairs = inputs["index"].numel()
+    widths = {t.shape[1] for t in held if t.dim() == 2 and len(t) == pairs}
+    assert widths == {32}
+    assert torch.equal(y, expected[0])
+    assert all(torch.equal(grads[n], expected[1][n]) for n in FLOATS)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "experts", "rank", "width", "pays"),
+    [
+        (8192, 8192 // 3, 64, 2048, False),  # scattered
+        (8192, 8192 // 17, 4, 2048, True),  # crowded
+        (8192, 8192 // 17, 3, 2048, False),  # too thin for the matrix unit
+        (512, 8, 64, 2048, False),  # too few to sort
+        (8192, 1024, 4, 2048, True),  # between: 8 bytes a column of a pair against 1 + 4
+        (8192, 1024, 4, 32, False),  # between: the sort costs more
+    ],
+)
+def test_the_way_is_chosen_by_pairs_per_expert_and_bytes(pairs, experts, rank, width, pays):
+    assert grouped_experts.grouping_pays(pairs, experts, rank, width, 2) is pays
 
 
 BAD = {

@@ -512,8 +512,8 @@ def _scores_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _scores_backward(ctx: Any, d_scores: Tensor | None) -> tuple[Tensor | None, ...]:
     if d_scores is None:
         return (None,) * 9
-    pooled, keys, *weights = ctx.saved_tensors
-    projection = _projection(*weights, ctx.eps)
+    pooled, keys, down, up, norm_weight, norm_bias = ctx.saved_tensors
+    projection = _projection(down, up, norm_weight, norm_bias, ctx.eps)
     grads = route_scores_bwd(d_scores, pooled, keys, projection, ctx.divisor, ctx.needs)
     return *grads, None, None, None
 
@@ -526,9 +526,9 @@ def _route_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _route_backward(ctx: Any, d_weights: Tensor | None) -> tuple[Tensor | None, ...]:
     if d_weights is None:
         return (None,) * 11
-    mixture, pooled, keys, *weights = ctx.saved_tensors
-    projection = _projection(*weights, ctx.eps)
-    grads = route_bwd(d_weights, mixture, pooled, keys, projection, ctx.divisor, ctx.needs)
+    weights, pooled, keys, down, up, norm_weight, norm_bias = ctx.saved_tensors
+    projection = _projection(down, up, norm_weight, norm_bias, ctx.eps)
+    grads = route_bwd(d_weights, weights, pooled, keys, projection, ctx.divisor, ctx.needs)
     return *grads, *(None,) * 5
 
 

@@ -72,8 +72,8 @@ def test_every_route_is_timed_forward_and_backward(
     assert [(m.size.d_in, m.size.d_out) for m in measurements[:2]] == [(48, 32), (32, 48)]
     assert [tuple(m.seconds) for m in measurements] == [routes.ROUTES] * 4
     assert len(clock.calls) == 4 * len(routes.ROUTES)
-    assert [y.shape for y in clock.calls[:4]] == [(70, 32)] * 2 + [(70, 48)] * 2
-    # The clock calls the first of two the faster, and so does the table that is read now.
+    assert [y.shape for y in clock.calls[:6]] == [(70, 32)] * 3 + [(70, 48)] * 3
+    # The clock calls the first route the fastest, and so does the table that is read now.
     traits = common.DeviceTraits(90, 132, "NVIDIA H200")
     assert routes.recorded("NVIDIA H200") == tuple(measurements)
     assert routes.choose(traits, "forward", 48, 32, 20, 70, torch.float16) == routes.FUSED
@@ -83,6 +83,17 @@ def test_every_route_is_timed_forward_and_backward(
     assert "32 x 48" in shown.get()
     assert "fused 1" in shown.get()
     routes.forget()
+
+
+@interpreted
+def test_a_gpu_without_descriptors_has_no_route_for_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    size = routes.Size("forward", 40, 24, 7, 9, "float16")
+    gpu = Gpu(torch.device("cpu"), "", Clock())
+    assert tuple(time_routes(size, gpu)) == routes.ROUTES
+    monkeypatch.setattr(common.DeviceTraits, "has_tma", False)
+    assert tuple(time_routes(size, gpu)) == (routes.FUSED, routes.EXPAND_FIRST)
 
 
 @interpreted

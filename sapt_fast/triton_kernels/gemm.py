@@ -235,6 +235,7 @@ def two_source_gemm(
     y: Tensor,
     *,
     accumulate: bool = False,
+    descriptors: bool = True,
 ) -> Tensor:
     """Write a @ b + p[:, lo:hi] @ q[lo:hi] + bias into `y` and return it.
 
@@ -248,6 +249,7 @@ def two_source_gemm(
         rank_window: The columns lo:hi of p that take part, both multiples of 16.
         y: Of shape `[M, N]`, contiguous, not empty.
         accumulate: Add to what `y` holds.
+        descriptors: Read and write by tensor descriptors where the device and the operands allow.
     """
     M, N = y.shape
     K = 0 if a is None else a.shape[1]
@@ -266,7 +268,7 @@ def two_source_gemm(
 
     aligned = all(_is_aligned(t) for t in (a, b, p, q, y))
     with torch.cuda.device_of(y):
-        if traits.has_tma and aligned and itemsize == 2 and M > 64:
+        if descriptors and traits.has_tma and aligned and itemsize == 2 and M > 64:
             tile = _tma_config(traits, M, N)
             b_is_nk = b is not None and b.stride(0) == 1
             operands = [None, None, None, None]

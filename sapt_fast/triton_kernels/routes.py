@@ -1,9 +1,11 @@
 """How the products of `mixed_lora` are computed: y = a @ b + p @ q, rank term p @ q included.
 
-Two routes give the same result:
+These routes give the same result:
 
 - `FUSED`: one kernel of ours reduces over both sources (`gemm.two_source_gemm`). It spends no
   traffic on the rank term, but its base product is not cuBLAS's.
+- `FUSED_POINTERS`: the same without tensor descriptors, on a GPU that has them. Only a measurement
+  chooses it.
 - `EXPAND_FIRST`: our kernel writes p @ q, and cuBLAS adds a @ b onto it
   (`gemm.expand_first_gemm`). It writes y once more; that it reads it once more hides inside a
   product that is bound by arithmetic.
@@ -39,11 +41,12 @@ from sapt_fast.triton_kernels.common import DeviceTraits
 from sapt_fast.triton_kernels.gemm import expand_first_gemm, two_source_gemm
 
 Direction = Literal["forward", "backward"]
-Route = Literal["fused", "expand_first"]
+Route = Literal["fused", "fused_pointers", "expand_first"]
 
 FUSED: Route = "fused"
+FUSED_POINTERS: Route = "fused_pointers"
 EXPAND_FIRST: Route = "expand_first"
-ROUTES: tuple[Route, ...] = (FUSED, EXPAND_FIRST)
+ROUTES: tuple[Route, ...] = (FUSED, FUSED_POINTERS, EXPAND_FIRST)
 
 ENV_VARIABLE = "SAPT_FAST_ROUTES"
 
@@ -79,7 +82,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Median seconds of each route for one size."""
+    """Median seconds of the routes that were timed for one size."""
 
     size: Size
     seconds: dict[str, float]
@@ -87,7 +90,7 @@ class Measurement:
     @property
     def fastest(self) -> Route:
         """The route that took least; of equals the first in `ROUTES`."""
-        return min(ROUTES, key=lambda route: self.seconds[route])
+        return min((r for r in ROUTES if r in self.seconds), key=lambda r: self.seconds[r])
 
 
 def choose(
@@ -115,7 +118,8 @@ def _choose(traits: DeviceTraits, size: Size) -> Route:
     measured = nearest(recorded(traits.name), size)
     if measured is not None:
         return measured.fastest
-    return min(ROUTES, key=lambda route: estimate(traits, size, route))
+    fused = estimate_fused(traits, size)
+    return FUSED if fused <= estimate_expand_first(traits, size) else EXPAND_FIRST
 
 
 def run(
@@ -131,8 +135,10 @@ def run(
     accumulate: bool = False,
 ) -> Tensor:
     """Compute a product by a route; arguments as of `gemm.two_source_gemm`."""
-    gemm = two_source_gemm if route == FUSED else expand_first_gemm
-    return gemm(a, b, p, q, bias, rank_window, y, accumulate=accumulate)
+    operands = a, b, p, q, bias, rank_window, y
+    if route == EXPAND_FIRST:
+        return expand_first_gemm(*operands, accumulate=accumulate)
+    return two_source_gemm(*operands, accumulate=accumulate, descriptors=route == FUSED)
 
 
 _forced: Route | None = None
@@ -149,8 +155,8 @@ def forced(route: Route) -> Iterator[None]:
         _forced = before
 
 
-def estimate(traits: DeviceTraits, size: Size, route: Route) -> float:
-    """Seconds that a route should take on a device: its FLOPs or its bytes, whichever take longer.
+def estimate_fused(traits: DeviceTraits, size: Size) -> float:
+    """Seconds of `FUSED`: its FLOPs or its bytes, whichever take longer.
 
     With F = 2 rows d_out the FLOPs of one step of a reduction, s bytes an element, A and B the
     rates of arithmetic and memory that cuBLAS and a copy reach, and e A the rate of our kernel:
@@ -163,21 +169,33 @@ def estimate(traits: DeviceTraits, size: Size, route: Route) -> float:
     Large products being bound by arithmetic, fused pays while 1 - e stays below about
     (s A / 2 B - rank) / d_in: for small widths and small ranks.
     """
-    itemsize = _DTYPES[size.dtype].itemsize
-    arithmetic = traits.flops(itemsize) * _ARITHMETIC_SHARE
-    bandwidth = traits.bandwidth * _BANDWIDTH_SHARE
-    ours = arithmetic * _FUSED_SHARE[itemsize]
-    y = size.rows * size.d_out
-    base = (size.rows + size.d_out) * size.d_in
-    factors = (size.rows + size.d_out) * size.rank
+    base, factors, y = _elements(size)
+    ours = _FUSED_SHARE[_itemsize(size)]
+    return _seconds(traits, size, size.d_in + size.rank, ours, base + factors + y)
 
-    def seconds(depth: int, rate: float, elements: int) -> float:
-        return max(2 * y * depth / rate, itemsize * elements / bandwidth)
 
-    if route == FUSED:
-        return seconds(size.d_in + size.rank, ours, base + factors + y)
-    expand = seconds(size.rank, ours, factors + y)
-    return _LAUNCH_SECONDS + expand + seconds(size.d_in, arithmetic, base + 2 * y)
+def estimate_expand_first(traits: DeviceTraits, size: Size) -> float:
+    """Seconds of `EXPAND_FIRST`; the formula is with `estimate_fused`."""
+    base, factors, y = _elements(size)
+    expand = _seconds(traits, size, size.rank, _FUSED_SHARE[_itemsize(size)], factors + y)
+    return _LAUNCH_SECONDS + expand + _seconds(traits, size, size.d_in, 1.0, base + 2 * y)
+
+
+def _elements(size: Size) -> tuple[int, int, int]:
+    """Elements of the base product's operands, of the rank term's, and of y."""
+    sides = size.rows + size.d_out
+    return sides * size.d_in, sides * size.rank, size.rows * size.d_out
+
+
+def _itemsize(size: Size) -> int:
+    return _DTYPES[size.dtype].itemsize
+
+
+def _seconds(traits: DeviceTraits, size: Size, depth: int, share: float, elements: int) -> float:
+    itemsize = _itemsize(size)
+    rate = traits.flops(itemsize) * _ARITHMETIC_SHARE * share
+    moved = itemsize * elements / (traits.bandwidth * _BANDWIDTH_SHARE)
+    return max(2 * size.rows * size.d_out * depth / rate, moved)
 
 
 # --- recorded tables -----------------------------------------------------------------------------
@@ -293,7 +311,8 @@ def _measurement(row: Any) -> Measurement:
         if type(row[name]) is not int or row[name] < 1:
             raise ValueError(f"{name}: got {row[name]!r}, expected an integer, at least 1")
     seconds = row["seconds"]
-    if not isinstance(seconds, dict) or not set(ROUTES) <= set(seconds):
+    needed = {FUSED, EXPAND_FIRST}
+    if not isinstance(seconds, dict) or not needed <= set(seconds) <= set(ROUTES):
         raise ValueError(f"seconds: got {seconds!r}, expected those of {', '.join(ROUTES)}")
     for value in seconds.values():
         if type(value) not in (int, float) or not 0 < value < math.inf:

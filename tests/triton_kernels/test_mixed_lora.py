@@ -346,7 +346,7 @@ def _group_actual(cases: list[Case], inputs: list[dict[str, Any]]) -> list[Tenso
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).split(".")[-1])
 @pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.parametrize("route", routes.ROUTES, indirect=True)
+@pytest.mark.parametrize("route", [routes.FUSED, routes.EXPAND_FIRST], indirect=True)
 def test_groups_of_projections(group: str, dtype: torch.dtype, route: str) -> None:
     cases = GROUPS[group]
     inputs = _group_inputs(cases, dtype)
@@ -477,23 +477,25 @@ def test_segments_cover_every_tile(rows: int, block_m: int) -> None:
 
 
 def test_descriptors_and_pointers_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(samples=2, rows=45, i=48, o=64)
-    inputs = _inputs(case, torch.float16)
     used = []
-    fits = gemm._is_aligned
-    monkeypatch.setattr(gemm, "_is_aligned", lambda t: used.append(fits(t)) or fits(t))
-    by_descriptor = _actual(case, inputs)
-    assert used
-    assert all(used)
-    monkeypatch.setattr(gemm, "_is_aligned", lambda t: False)
-    for name, a, b in zip(("y", "dx"), by_descriptor, _actual(case, inputs), strict=False):
+    describe = gemm._descriptor
+    monkeypatch.setattr(gemm, "_descriptor", lambda *a: used.append(a) or describe(*a))
+    cases = [WIDE, WIDE]  # dx is added to
+    inputs = _group_inputs(cases, torch.float16)
+    results = []
+    for route, expected in ((routes.FUSED, True), (routes.FUSED_POINTERS, False)):
+        used.clear()
+        with routes.forced(route):
+            results.append(_group_actual(cases, inputs))
+        assert bool(used) == expected
+    for name, a, b in zip(("y 0", "y 1", "dx"), *results, strict=False):
         assert a is not None
         assert b is not None
         assert _error(a, b) < 1e-3, name
 
 
 @pytest.mark.skipif(not common.INTERPRETED, reason="the interpreter counts")
-@pytest.mark.parametrize("route", routes.ROUTES, indirect=True)
+@pytest.mark.parametrize("route", [routes.FUSED, routes.EXPAND_FIRST], indirect=True)
 @pytest.mark.parametrize("needs_mixture", [True, False])
 def test_gradients_cut_at_frozen_adapters_cost_less(needs_mixture: bool, route: str) -> None:
     case = Case(samples=2, rows=32, i=64, o=64, ranks=(32, 32, 16))

@@ -78,13 +78,13 @@ def test_estimate_follows_its_formula() -> None:
     size = Size("forward", d_in, d_out, rank, rows, "bfloat16")
     flops = 2 * rows * d_out
     fused = flops * (d_in + rank) / (0.95 * arithmetic)
-    assert routes.estimate(traits, size, FUSED) == pytest.approx(fused)
+    assert routes.estimate_fused(traits, size) == pytest.approx(fused)
     expand = max(
         flops * rank / (0.95 * arithmetic),
         2 * (rows * rank + rank * d_out + rows * d_out) / bandwidth,
     )
     want = 2e-6 + expand + flops * d_in / arithmetic
-    assert routes.estimate(traits, size, EXPAND_FIRST) == pytest.approx(want)
+    assert routes.estimate_expand_first(traits, size) == pytest.approx(want)
 
 
 def test_table_overrules_the_model(folder: Path) -> None:
@@ -96,6 +96,15 @@ def test_table_overrules_the_model(folder: Path) -> None:
     assert choose(H200, 1024, 60, direction="backward") == FUSED
     assert choose(H200, 1024, 60, dtype=torch.float16) == FUSED
     assert choose(H200._replace(name="NVIDIA H100"), 1024, 60) == FUSED
+
+
+def test_pointers_are_taken_only_where_they_were_measured(folder: Path) -> None:
+    by_pointers = measured(2e-5, 3e-5)
+    by_pointers.seconds[routes.FUSED_POINTERS] = 1e-5
+    record(folder, by_pointers, measured(1e-5, 2e-5, rows=64))
+    assert choose(H200, 1024, 64) == routes.FUSED_POINTERS
+    assert choose(H200, 1024, 64, rows=64) == FUSED
+    assert choose(H200, 4096, 64) in (FUSED, EXPAND_FIRST)
 
 
 def test_growing_ranks_follow_the_nearest_measurement(folder: Path) -> None:
@@ -142,7 +151,7 @@ def test_user_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert routes.user_folder() == Path.home() / ".cache" / "sapt_fast" / "routes"
 
 
-ROW = {
+ROW: dict[str, Any] = {
     "direction": "forward", "d_in": 1024, "d_out": 1024, "rank": 64, "rows": 8192,
     "dtype": "bfloat16", "seconds": {FUSED: 1e-5, EXPAND_FIRST: 2e-5},
 }  # fmt: skip
@@ -165,7 +174,8 @@ ROW = {
         ({"measurements": [{**ROW, "rank": 0}]}, "rank: got 0, expected an integer"),
         ({"measurements": [{**ROW, "rows": 2.5}]}, "rows: got 2.5"),
         ({"measurements": [{**ROW, "d_in": True}]}, "d_in: got True"),
-        ({"measurements": [{**ROW, "seconds": {FUSED: 1.0}}]}, "expected those of fused, expand"),
+        ({"measurements": [{**ROW, "seconds": {FUSED: 1.0}}]}, "expected those of fused, fused"),
+        ({"measurements": [{**ROW, "seconds": {**ROW["seconds"], "magic": 1}}]}, "magic"),
         ({"measurements": [{**ROW, "seconds": {FUSED: 1.0, EXPAND_FIRST: 0}}]}, "got 0, expected"),
         (
             {"measurements": [{**ROW, "seconds": {FUSED: 1.0, EXPAND_FIRST: float("nan")}}]},

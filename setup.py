@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -169,15 +170,18 @@ class Plan:
 
 
 def _digests() -> str:
-    """Each CUDA kernel file with a digest of what it is made of: ``"mixed_lora=0a1b2c..."``."""
-    folder = ROOT / "csrc/cuda"
-    shared = b"".join((folder / name).read_bytes() for name in ("launch.h", "vec.h"))
+    """Each file of CUDA kernels with a digest of its sources: ``"mixed_lora=0a1b2c..."``."""
     entries = []
-    for source in sorted(folder.glob("*.cu")):
-        if source.stem != "runtime":
-            own = source.read_bytes() + source.with_suffix(".h").read_bytes()
-            entries.append(f"{source.stem}={hashlib.sha256(own + shared).hexdigest()[:16]}")
+    for kernel in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+        if kernel.stem != "runtime":
+            text = b"".join(path.read_bytes() for path in sorted(_with_includes(kernel)))
+            entries.append(f"{kernel.stem}={hashlib.sha256(text).hexdigest()[:16]}")
     return " ".join(entries)
+
+
+def _with_includes(source: Path) -> set[Path]:
+    included = re.findall(r'^#include "(.+)"', source.read_text(), re.MULTILINE)
+    return {source}.union(*(_with_includes(ROOT / "csrc" / name) for name in included))
 
 
 def _find_ninja() -> str | None:

@@ -8,11 +8,18 @@
 
 #include "arguments.h"
 #include "cuda/mixed_lora.h"
+#include "cuda/nearest_key.h"
 
 namespace py = pybind11;
 
 namespace sapt_fast {
 namespace {
+
+DType supported(int dtype) {
+    const DType type = dtype_of(dtype);
+    require(type != DType::float64, "dtype: float64 has no CUDA kernel");
+    return type;
+}
 
 // y, lora_a, lora_b, row_adapter, row_scale; ranks, outputs; whether to add to y
 using Projection = std::tuple<Address, Address, Address, Address, Address, std::int64_t,
@@ -34,9 +41,8 @@ void decode(int dtype, int lora_dtype, Address x, Address mixture,
     group.samples = samples;
     group.adapters = adapters;
     group.inputs = inputs;
-    group.dtype = dtype_of(dtype);
+    group.dtype = supported(dtype);
     group.lora_dtype = dtype_of(lora_dtype);
-    require(group.dtype != DType::float64, "dtype: float64 has no CUDA kernel");
     require(group.lora_dtype == group.dtype || group.lora_dtype == DType::float32,
             "lora_dtype: neither dtype nor float32");
     if (rows == 0) return;
@@ -63,6 +69,22 @@ void decode(int dtype, int lora_dtype, Address x, Address mixture,
     mixed_lora_decode(group, at(stream));
 }
 
+void search_nearest(int dtype, Address query, Address keys, Address radius, Address distance,
+                    Address index, Address nearest, Address workspace, std::int64_t workspace_size,
+                    std::int64_t queries, std::int64_t count, std::int64_t width, Address stream) {
+    require(queries >= 0 && width >= 0, "queries, width: negative");
+    require(count > 0 && count < kMaxKeys, "count: no keys, or 2^32 and more");
+    if (queries == 0) return;
+    require(query && keys && radius, "query, keys, radius: null address");
+    require(distance && index && nearest, "distance, index, nearest: null address");
+    require(workspace && workspace_size >= nearest_key_workspace(queries, count),
+            "workspace: too small");
+    nearest_key({at(query), at(keys), at<const float>(radius), at<float>(distance),
+                 at<std::int64_t>(index), at<std::int64_t>(nearest), at<std::uint64_t>(workspace),
+                 queries, count, width, supported(dtype)},
+                at(stream));
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
@@ -75,6 +97,12 @@ void bind_cuda(py::module_& m) {
           arg("inputs"), arg("samples"), arg("adapters"), arg("stream"),
           py::call_guard<py::gil_scoped_release>(),
           "The mixture of every projection of x, for a few rows, in two launches.");
+    m.def("cuda_nearest_key_workspace", &nearest_key_workspace, arg("queries"), arg("count"),
+          "64-bit words of scratch memory that cuda_nearest_key needs.");
+    m.def("cuda_nearest_key", &search_nearest, arg("dtype"), arg("query"), arg("keys"),
+          arg("radius"), arg("distance"), arg("index"), arg("nearest"), arg("workspace"),
+          arg("workspace_size"), arg("queries"), arg("count"), arg("width"), arg("stream"),
+          py::call_guard<py::gil_scoped_release>(), "The nearest key of every query.");
 }
 
 }  // namespace sapt_fast

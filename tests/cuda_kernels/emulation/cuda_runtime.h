@@ -90,8 +90,8 @@ const char* last_error();
 void block_barrier();
 void wait_for_previous();
 void let_next_start();
-// Gives `bits` to the other lanes of the warp and returns those of lane `from`, or of all of them.
-uint64_t exchange(uint64_t bits, int from);
+// Gives `bits` to the other lanes of the warp and returns theirs, which stay until the next exchange.
+const uint64_t* exchange(uint64_t bits);
 unsigned ballot(bool value);
 
 }  // namespace emulation
@@ -125,7 +125,7 @@ T __shfl_sync(unsigned, T value, int from) {
     static_assert(sizeof(T) <= sizeof(uint64_t), "at most 8 bytes");
     uint64_t bits = 0;
     memcpy(&bits, &value, sizeof value);
-    bits = emulation::exchange(bits, from & 31);
+    bits = emulation::exchange(bits)[from & 31];
     memcpy(&value, &bits, sizeof value);
     return value;
 }

@@ -262,20 +262,17 @@ void let_next_start() {
     if (!current->waited) fail("the next kernel is let go before this one has waited");
 }
 
-uint64_t exchange(uint64_t bits, int from) {
+const uint64_t* exchange(uint64_t bits) {
     Fiber* self = current->running;
     self->sent = bits;
     give_way(State::at_warp_operation);
-    return self->received[from];
+    return self->received;
 }
 
 unsigned ballot(bool value) {
-    Fiber* self = current->running;
-    exchange(value, 0);
+    const uint64_t* values = exchange(value);
     unsigned mask = 0;
-    for (int lane = 0; lane < kWarp; ++lane) {
-        mask |= static_cast<unsigned>(self->received[lane]) << lane;
-    }
+    for (int lane = 0; lane < kWarp; ++lane) mask |= static_cast<unsigned>(values[lane]) << lane;
     return mask;
 }
 

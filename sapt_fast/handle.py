@@ -58,7 +58,7 @@ class SaptHandle(nn.Module):
         )
         # Not a submodule: the handle is one of the model's.
         object.__setattr__(self, "_model", model)
-        self.routing = Routing(model, self.route, self._has_tasks)
+        self.routing = Routing(model, self.route, self._has_tasks, self._count)
         if config.standardize_query:
             self.router.standardize(embedding, embedding.weight.shape[0])
 
@@ -206,18 +206,10 @@ class SaptHandle(nn.Module):
         Raises:
             ValueError: the shape does not fit, or weights are not finite.
         """
-        weights = torch.as_tensor(weights)
-        count = len(self.tasks)
-        empty = 0 in weights.shape[:-1]
-        if weights.dim() not in (1, 2, 3) or weights.shape[-1] != count or empty:
-            raise ValueError(
-                f"weights: got shape {tuple(weights.shape)}, expected [{count}], [B, {count}] or "
-                f"[B, T, {count}]"
-            )
-        if not weights.is_floating_point() or not torch.isfinite(weights).all():
-            raise ValueError("weights: got non-finite or integer values, expected finite floats")
-        weights = weights.to(self.router.norm.weight.device)
-        return self.routing.pin(weights[None] if weights.dim() == 1 else weights)
+        weights = self.routing.checked(weights)
+        if not torch.isfinite(weights).all():
+            raise ValueError("weights: got non-finite values, expected finite floats")
+        return self.routing.pin(weights.to(self.router.norm.weight.device))
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """What training a task updates: the newest adapter, its key and the query projection."""
@@ -244,6 +236,9 @@ class SaptHandle(nn.Module):
 
     def _has_tasks(self) -> bool:
         return bool(self.tasks)
+
+    def _count(self) -> int:
+        return len(self.tasks)
 
     def _pooled(
         self,

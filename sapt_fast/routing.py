@@ -52,6 +52,7 @@ class _Forward:
         frame: what runs it, to tell a forward that was interrupted; None if it cannot be.
 
     Attributes:
+        given: the caller's weights, which stand in for the router's.
         weights: what its layers mix by: [B, K], [B, T, K], or [1, K] for all samples alike.
         per_row: the same with a row for each of the B samples.
         waiting: outputs of layers that were computed with another one of the same input.
@@ -63,6 +64,7 @@ class _Forward:
         self.module = module
         self.outer = outer
         self.frame = frame
+        self.given: Tensor | None = None
         self.weights: Tensor | None = None
         self.per_row: Tensor | None = None
         self.waiting: Waiting = {}
@@ -83,6 +85,7 @@ class Routing:
         route: computes weights [B, K] from keyword arguments input_ids, inputs_embeds,
             attention_mask and labels.
         active: whether there is anything to mix; if not, nothing is routed.
+        count: K, of the weights that a caller may give.
 
     Attributes:
         pools: of the layers; a forward that is not compiled itself makes sure that their rows are
@@ -90,11 +93,16 @@ class Routing:
     """
 
     def __init__(
-        self, model: Any, route: Callable[..., Tensor], active: Callable[[], bool]
+        self,
+        model: Any,
+        route: Callable[..., Tensor],
+        active: Callable[[], bool],
+        count: Callable[[], int],
     ) -> None:
         self.model = model
         self.route = route
         self.active = active
+        self.count = count
         self.pools: list[AdapterPool] = []
         self._thread = _thread_state()
         self._hooks: list[Any] = []
@@ -135,6 +143,25 @@ class Routing:
     @_forward.setter
     def _forward(self, value: _Forward | None) -> None:
         self._thread.forward = value
+
+    def checked(self, weights: Tensor) -> Tensor:
+        """Weights that a caller gives, as [1, K], [B, K] or [B, T, K].
+
+        Raises:
+            ValueError: the shape does not fit, or weights are integers or, on a CPU, not finite.
+        """
+        weights, count = torch.as_tensor(weights), self.count()
+        empty = 0 in weights.shape[:-1]
+        if weights.dim() not in (1, 2, 3) or weights.shape[-1] != count or empty:
+            raise ValueError(
+                f"weights: got shape {tuple(weights.shape)}, expected [{count}], [B, {count}] or "
+                f"[B, T, {count}]"
+            )
+        # On a GPU the look would wait for all that runs there.
+        looked_at = weights.device.type == "cpu" and not torch.compiler.is_compiling()
+        if not weights.is_floating_point() or (looked_at and not torch.isfinite(weights).all()):
+            raise ValueError("weights: got non-finite or integer values, expected finite floats")
+        return weights[None] if weights.dim() == 1 else weights
 
     @contextmanager
     def pin(self, weights: Tensor) -> Iterator[None]:
@@ -207,7 +234,7 @@ class Routing:
         return getattr(type(self.model), name).__get__(self.model) if before is None else before
 
     def _hook(
-        self, module: nn.Module, enter: Callable[..., None], leave: Callable[..., None]
+        self, module: nn.Module, enter: Callable[..., Any], leave: Callable[..., None]
     ) -> None:
         self._argument_names[type(module)] = tuple(inspect.signature(module.forward).parameters)
         self._hooks += [
@@ -217,7 +244,9 @@ class Routing:
 
     # --- forward hooks ---
 
-    def _enter_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _enter_model(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
         if getattr(module, "_is_replica", False):
             raise RuntimeError(
                 "torch.nn.DataParallel shares one set of weights between its replicas: use "
@@ -226,11 +255,16 @@ class Routing:
         forward = self._current()
         inside = forward is not None and forward.module is not module
         if inside and module is not self.model:
-            return  # the model with its head has routed
+            return args, kwargs  # the model with its head has routed
+        given = kwargs.get("mixture")
+        if given is not None:
+            given = self.checked(given)
+        if "mixture" in kwargs:
+            kwargs = {name: value for name, value in kwargs.items() if name != "mixture"}
         forward = self._begin(module)
         inputs = self._named(module, args, kwargs)
         cache, encoder_outputs = inputs.get("past_key_values"), inputs.get("encoder_outputs")
-        weights = self.pinned
+        weights = forward.given = self.pinned if given is None else given
         if weights is None and self._is_encoder_decoder:
             if encoder_outputs is not None:
                 weights = self._from_encoder_outputs(encoder_outputs)
@@ -239,6 +273,7 @@ class Routing:
         elif weights is None:
             weights = self._from_inputs(inputs)
         self._set(forward, weights, inputs)
+        return args, kwargs
 
     def _leave_model(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
@@ -255,8 +290,8 @@ class Routing:
         if forward is None or forward.module is module:
             forward = self._begin(module)
         inputs = self._named(module, args, kwargs)
-        pinned = self.pinned
-        self._set(forward, self._from_inputs(inputs) if pinned is None else pinned, inputs)
+        given = self.pinned if forward.given is None else forward.given
+        self._set(forward, self._from_inputs(inputs) if given is None else given, inputs)
 
     def _leave_encoder(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
@@ -341,7 +376,16 @@ class Routing:
 
     # --- methods that stand in for the model's own ---
 
-    def _generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def _generate(
+        self,
+        inputs: Tensor | None = None,
+        *args: Any,
+        mixture: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if mixture is not None:
+            with self.pin(self.checked(mixture)):
+                return self._generate(inputs, *args, **kwargs)
         generate = self._own("generate")
         before = getattr(self._thread, "generating", False)
         self._thread.generating = True

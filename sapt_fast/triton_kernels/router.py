@@ -279,5 +279,6 @@ def _launch(
             BLOCK_K=block_k,
             BLOCK_D=min(block_d, triton.next_power_of_2(D)),
             num_warps=16,
+            maxnreg=128,  # all that 16 warps can have; left to itself ptxas takes 64 and spills
             **selection,
         )

@@ -4,11 +4,13 @@
 
 #include <cstdint>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "arguments.h"
 #include "cuda/mixed_lora.h"
 #include "cuda/nearest_key.h"
+#include "cuda/router.h"
 
 namespace py = pybind11;
 
@@ -85,6 +87,48 @@ void search_nearest(int dtype, Address query, Address keys, Address radius, Addr
                 at(stream));
 }
 
+using Typed = std::pair<Address, int>;  // address, dtype
+
+TypedAddress typed(const Typed& tensor) { return {at(tensor.first), supported(tensor.second)}; }
+
+void route_samples(const Typed& pooled, const std::vector<Typed>& projection, const Typed& keys,
+                   Address workspace, std::int64_t workspace_size, Address scores, Address weights,
+                   std::int64_t samples, std::int64_t width, std::int64_t hidden,
+                   std::int64_t count, std::int64_t top_k, float eps, float divisor,
+                   float threshold, Address stream) {
+    require(samples >= 0 && samples <= 65535, "samples: negative, or more than 65535");
+    require(width >= 0 && hidden >= 0 && count >= 0, "width, hidden, count: negative");
+    require(projection.empty() || projection.size() == 4, "projection: not 4 tensors");
+    require(!weights || count <= kMaxRoutedKeys, "count: more than MAX_ROUTED_KEYS");
+    require(!weights || top_k >= 1, "top_k: below 1");
+    if (samples == 0 || count == 0) return;
+    require(scores && (width == 0 || (pooled.first && keys.first)), "pooled, keys: null address");
+    Route arguments = {};
+    arguments.pooled = typed(pooled);
+    if (!projection.empty()) {
+        TypedAddress* const parts[] = {&arguments.down, &arguments.up, &arguments.norm_weight,
+                                       &arguments.norm_bias};
+        for (int i = 0; i < 4; ++i) {
+            require(projection[i].first != 0, "projection: null address");
+            *parts[i] = typed(projection[i]);
+        }
+        require(workspace && workspace_size >= samples * (hidden + width), "workspace: too small");
+    }
+    arguments.keys = typed(keys);
+    arguments.workspace = at<float>(workspace);
+    arguments.scores = at<float>(scores);
+    arguments.weights = at<float>(weights);
+    arguments.samples = samples;
+    arguments.width = width;
+    arguments.hidden = hidden;
+    arguments.count = count;
+    arguments.top_k = top_k;
+    arguments.eps = eps;
+    arguments.divisor = divisor;
+    arguments.threshold = threshold;
+    route(arguments, at(stream));
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
@@ -103,6 +147,12 @@ void bind_cuda(py::module_& m) {
           arg("radius"), arg("distance"), arg("index"), arg("nearest"), arg("workspace"),
           arg("workspace_size"), arg("queries"), arg("count"), arg("width"), arg("stream"),
           py::call_guard<py::gil_scoped_release>(), "The nearest key of every query.");
+    m.attr("MAX_ROUTED_KEYS") = kMaxRoutedKeys;
+    m.def("cuda_route", &route_samples, arg("pooled"), arg("projection"), arg("keys"),
+          arg("workspace"), arg("workspace_size"), arg("scores"), arg("weights"), arg("samples"),
+          arg("width"), arg("hidden"), arg("count"), arg("top_k"), arg("eps"), arg("divisor"),
+          arg("threshold"), arg("stream"), py::call_guard<py::gil_scoped_release>(),
+          "Scores, and weights unless their address is 0, of every key for each sample.");
 }
 
 }  // namespace sapt_fast

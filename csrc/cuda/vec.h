@@ -53,7 +53,7 @@ __device__ inline Packed<T> load(const T* from, int64_t count, bool aligned) {
         const uint4* parts = reinterpret_cast<const uint4*>(from);
 #pragma unroll
         for (int i = 0; i < static_cast<int>(sizeof packed / sizeof(uint4)); ++i) {
-            packed.part[i] = __ldg(parts + i);
+            packed.part[i] = parts[i];
         }
         return packed;
     }

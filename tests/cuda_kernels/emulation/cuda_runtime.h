@@ -159,10 +159,6 @@ inline int __float_as_int(float value) { return static_cast<int>(__float_as_uint
 inline float __int_as_float(int bits) { return __uint_as_float(static_cast<unsigned>(bits)); }
 
 template <class T>
-T __ldg(const T* from) {
-    return *from;
-}
-template <class T>
 T __ldcg(const T* from) {
     return *from;
 }

@@ -1,0 +1,268 @@
+#include "cuda/router.h"
+
+#include "cuda/any.h"
+#include "cuda/launch.h"
+#include "cuda/vec.h"
+
+namespace sapt_fast {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kAhead = 4;  // loads of a row that are on their way at a time
+
+// out[sample, row] = f(matrix[row] . vector[sample])
+struct Product {
+    AnyTensor matrix;  // [rows, columns]
+    AnyTensor vector;  // [samples, columns]
+    AnyTensor norm_weight;
+    AnyTensor norm_bias;
+    float* out;  // [samples, rows]
+    int64_t rows;
+    int64_t columns;
+    int warps_per_row;
+    float eps;
+    float factor;
+    bool silu;        // of the product
+    bool layer_norm;  // of the vector
+};
+
+struct Shared {
+    float sums[kWarps];
+};
+
+// The sum over the block, in a fixed order, to all threads.
+__device__ inline float block_sum(float value, Shared& shared) {
+    float values[1] = {value};
+    const float sum = warp_sums(values);
+    __syncthreads();  // the last sums have been read
+    if (threadIdx.x % kWarp == 0) shared.sums[threadIdx.x / kWarp] = sum;
+    __syncthreads();
+    float total = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) total += shared.sums[w];
+    return total;
+}
+
+__device__ inline float block_max(float value, Shared& shared) {
+#pragma unroll
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+        value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, offset));
+    }
+    __syncthreads();
+    if (threadIdx.x % kWarp == 0) shared.sums[threadIdx.x / kWarp] = value;
+    __syncthreads();
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) value = fmaxf(value, shared.sums[w]);
+    return value;
+}
+
+// grid (rows, samples)
+__global__ void __launch_bounds__(kThreads) multiply(const __grid_constant__ Product product) {
+    Shared& shared = shared_memory<Shared>();
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+
+    const int64_t sample = blockIdx.y;
+    const int64_t columns = product.columns;
+    float mean = 0.0f;
+    float scale = 1.0f;
+    if (product.layer_norm) {
+        const float* vector = static_cast<const float*>(product.vector.data) + sample * columns;
+        float sum = 0.0f;
+        for (int64_t i = threadIdx.x; i < columns; i += kThreads) sum += vector[i];
+        mean = block_sum(sum, shared) / static_cast<float>(columns);
+        sum = 0.0f;
+        for (int64_t i = threadIdx.x; i < columns; i += kThreads) {
+            sum += (vector[i] - mean) * (vector[i] - mean);
+        }
+        scale = 1.0f / sqrtf(block_sum(sum, shared) / static_cast<float>(columns) + product.eps);
+    }
+
+    const int warp = threadIdx.x / kWarp;
+    const int rows_per_block = kWarps / product.warps_per_row;
+    const int64_t row =
+        static_cast<int64_t>(blockIdx.x) * rows_per_block + warp / product.warps_per_row;
+    const int part = warp % product.warps_per_row;
+    const int64_t step = product.warps_per_row * kWarp * kVector;
+    const int64_t stop = row < product.rows ? columns : 0;
+    float sum[1] = {0.0f};
+    for (int64_t first = (part * kWarp + threadIdx.x % kWarp) * kVector; first < stop;
+         first += kAhead * step) {
+        AnyPacked packed[kAhead];
+#pragma unroll
+        for (int ahead = 0; ahead < kAhead; ++ahead) {
+            const int64_t i = first + ahead * step;
+            packed[ahead] = i < stop ? load(product.matrix, row * columns + i, stop - i)
+                                     : zeros<float>();
+        }
+#pragma unroll
+        for (int ahead = 0; ahead < kAhead; ++ahead) {
+            const int64_t i = first + ahead * step;
+            if (i >= stop) break;
+            float matrix[kVector];
+            float vector[kVector];
+            unpack(matrix, packed[ahead], product.matrix.dtype);
+            load_values(vector, product.vector, sample * columns + i, stop - i);
+            if (product.layer_norm) {
+                float weight[kVector];
+                float bias[kVector];
+                load_values(weight, product.norm_weight, i, stop - i);
+                load_values(bias, product.norm_bias, i, stop - i);
+#pragma unroll
+                for (int e = 0; e < kVector; ++e) {
+                    vector[e] = (vector[e] - mean) * scale * weight[e] + bias[e];
+                }
+            }
+#pragma unroll
+            for (int e = 0; e < kVector; ++e) sum[0] += matrix[e] * vector[e];
+        }
+    }
+    const float warp_sum = warp_sums(sum);
+    __syncthreads();
+    if (threadIdx.x % kWarp == 0) shared.sums[warp] = warp_sum;
+    __syncthreads();
+    const int place = threadIdx.x;
+    const int64_t own = static_cast<int64_t>(blockIdx.x) * rows_per_block + place;
+    if (place >= rows_per_block || own >= product.rows) return;
+    float total = 0.0f;
+    for (int w = 0; w < product.warps_per_row; ++w) {
+        total += shared.sums[place * product.warps_per_row + w];
+    }
+    total *= product.factor;
+    if (product.silu) total = total / (1.0f + expf(-total));
+    product.out[sample * product.rows + own] = total;
+}
+
+struct Choice {
+    const float* scores;  // [samples, count]
+    float* weights;       // [samples, count]
+    int64_t count;
+    int64_t top_k;
+    float threshold;
+};
+
+struct ChoiceShared {
+    Shared sums;
+    float weights[kMaxRoutedKeys];
+};
+
+// Softmax of one sample's scores, and which of its weights are kept; grid (samples).
+__global__ void __launch_bounds__(kThreads) choose(const __grid_constant__ Choice choice) {
+    ChoiceShared& shared = shared_memory<ChoiceShared>();
+    wait_for_previous_kernel();
+    constexpr int kOwn = kMaxRoutedKeys / kThreads;
+    const int count = static_cast<int>(choice.count);
+    const float* scores = choice.scores + blockIdx.x * choice.count;
+    float own[kOwn];
+    float largest = __uint_as_float(0xff800000u);
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+        const int k = i * kThreads + threadIdx.x;
+        own[i] = k < count ? __ldcg(scores + k) : __uint_as_float(0xff800000u);
+        largest = fmaxf(largest, own[i]);
+    }
+    largest = block_max(largest, shared.sums);
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+        const int k = i * kThreads + threadIdx.x;
+        own[i] = k < count ? expf(own[i] - largest) : 0.0f;
+        sum += own[i];
+    }
+    sum = block_sum(sum, shared.sums);
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+        const int k = i * kThreads + threadIdx.x;
+        own[i] /= sum;
+        if (k < count) shared.weights[k] = own[i];
+    }
+    const bool ranked = choice.top_k < choice.count;
+    if (ranked || choice.threshold > 0.0f) {
+        __syncthreads();
+        const float limit = fminf(choice.threshold, 1.0f / sum);  // 1 / sum is the largest
+        float kept = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i) {
+            const int k = i * kThreads + threadIdx.x;
+            int before = 0;
+            for (int other = 0; ranked && k < count && other < count; ++other) {
+                const float weight = shared.weights[other];
+                before += weight > own[i] || (weight == own[i] && other < k);
+            }
+            if (own[i] < limit || before >= choice.top_k) own[i] = 0.0f;
+            kept += own[i];
+        }
+        kept = block_sum(kept, shared.sums);
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i) own[i] /= kept;
+    }
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+        const int k = i * kThreads + threadIdx.x;
+        if (k < count) choice.weights[blockIdx.x * choice.count + k] = own[i];
+    }
+}
+
+AnyTensor any(const TypedAddress& tensor, int64_t columns) {
+    const int64_t size = tensor.dtype == DType::float32 ? 4 : 2;
+    return {tensor.data, tensor.dtype, aligned16(tensor.data, columns * size)};
+}
+
+void run(Product product, int64_t samples, void* stream) {
+    if (product.rows == 0) return;
+    // All warps of a block on a row that is long enough for them.
+    product.warps_per_row = 1;
+    while (product.warps_per_row < kWarps &&
+           product.columns > product.warps_per_row * kWarp * kVector) {
+        product.warps_per_row *= 2;
+    }
+    const dim3 grid(static_cast<unsigned>(ceil_div(product.rows, kWarps / product.warps_per_row)),
+                    static_cast<unsigned>(samples));
+    launch<multiply>("router multiply", grid, kThreads, sizeof(Shared), stream, product);
+}
+
+}  // namespace
+
+void route(const Route& route, void* stream) {
+    if (route.samples == 0 || route.count == 0) return;
+    Product scores = {};
+    scores.matrix = any(route.keys, route.width);
+    scores.vector = any(route.pooled, route.width);
+    scores.out = route.scores;
+    scores.rows = route.count;
+    scores.columns = route.width;
+    scores.factor = 1.0f / route.divisor;
+    if (route.down.data != nullptr) {
+        float* query = route.workspace + route.samples * route.hidden;
+        Product down = {};
+        down.matrix = any(route.down, route.width);
+        down.vector = any(route.pooled, route.width);
+        down.out = route.workspace;
+        down.rows = route.hidden;
+        down.columns = route.width;
+        down.factor = 1.0f;
+        run(down, route.samples, stream);
+        Product up = {};
+        up.matrix = any(route.up, route.hidden);
+        up.vector = any({route.workspace, DType::float32}, route.hidden);
+        up.out = query;
+        up.rows = route.width;
+        up.columns = route.hidden;
+        up.factor = 1.0f;
+        up.silu = true;
+        run(up, route.samples, stream);
+        scores.vector = any({query, DType::float32}, route.width);
+        scores.norm_weight = any(route.norm_weight, route.width);
+        scores.norm_bias = any(route.norm_bias, route.width);
+        scores.eps = route.eps;
+        scores.layer_norm = true;
+    }
+    run(scores, route.samples, stream);
+    if (route.weights == nullptr) return;
+    launch<choose>("router choose", dim3(static_cast<unsigned>(route.samples)), kThreads,
+                   sizeof(ChoiceShared), stream,
+                   Choice{route.scores, route.weights, route.count, route.top_k, route.threshold});
+}
+
+}  // namespace sapt_fast

@@ -1,0 +1,107 @@
+"""CUDA backend of op `router`, for a few samples: see csrc/cuda/router.cu.
+
+From pooled embeddings to weights; the pooling itself is Triton's.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sapt_fast.cuda_kernels import common
+from sapt_fast.triton_kernels.pool_tokens import pool_tokens_bwd, pool_tokens_fwd
+
+if TYPE_CHECKING:
+    from sapt_fast.ops.router import QueryProjection
+
+__all__ = ["pool_tokens_bwd", "pool_tokens_fwd", "route_fwd", "route_scores_fwd"]
+
+
+def route_scores_fwd(
+    pooled: Tensor, keys: Tensor, projection: QueryProjection | None, divisor: float
+) -> Tensor:
+    """Scores of every key for each pooled embedding.
+
+    Args:
+        pooled: [B, D], float32, float16 or bfloat16, as all others. Meant for few samples: every
+            one of them reads the projection anew.
+        keys: [K, D].
+        projection: from the pooled embedding to the query; None for the identity.
+        divisor: what the scores are divided by.
+
+    Returns:
+        [B, K] float32, computed in float32 throughout.
+
+    Raises:
+        TypeError: a dtype has no kernel.
+        ValueError: the tensors are not on a CUDA device.
+        RuntimeError: a launch failed.
+    """
+    scores = pooled.new_empty((pooled.shape[0], keys.shape[0]), dtype=torch.float32)
+    _launch(pooled, keys, projection, divisor, scores, None, 1, 0.0)
+    return scores
+
+
+def route_fwd(
+    pooled: Tensor,
+    keys: Tensor,
+    projection: QueryProjection | None,
+    divisor: float,
+    top_k: int | None,
+    threshold: float | None,
+) -> Tensor:
+    """Weights of every adapter for each pooled embedding, from its scores.
+
+    Args:
+        pooled, keys, projection, divisor: as in `route_scores_fwd`; at most 1024 keys.
+        top_k: weights that each sample keeps; None for all.
+        threshold: weights below it are dropped, except the largest; None for 0.
+
+    Returns:
+        [B, K] float32; rows sum to 1.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as in `route_scores_fwd`; too many keys.
+    """
+    scores = pooled.new_empty((pooled.shape[0], keys.shape[0]), dtype=torch.float32)
+    weights = torch.empty_like(scores)
+    kept = keys.shape[0] if top_k is None else top_k
+    _launch(pooled, keys, projection, divisor, scores, weights, kept, threshold or 0.0)
+    return weights
+
+
+def _launch(
+    pooled: Tensor,
+    keys: Tensor,
+    projection: QueryProjection | None,
+    divisor: float,
+    scores: Tensor,
+    weights: Tensor | None,
+    top_k: int,
+    threshold: float,
+) -> None:
+    """Fill `scores` [B, K], and `weights` [B, K] unless it is None."""
+    if scores.numel() == 0:
+        return
+    (samples, width), hidden, eps = pooled.shape, 0, 0.0
+    pooled, keys = pooled.contiguous(), keys.contiguous()
+    parts: list[Tensor] = []
+    workspace_size = 0
+    if projection is not None:
+        parts = [t.contiguous() for t in projection[:4]]
+        hidden, eps = parts[0].shape[0], projection.eps
+        workspace_size = samples * (hidden + width)
+    workspace = scores.new_empty(workspace_size)
+    with torch.cuda.device_of(pooled):
+        common.native().cuda_route(
+            _typed(pooled), [_typed(part) for part in parts], _typed(keys), workspace.data_ptr(),
+            workspace_size, scores.data_ptr(), 0 if weights is None else weights.data_ptr(),
+            samples, width, hidden, keys.shape[0], top_k, eps, divisor, threshold,
+            common.stream(pooled.device),
+        )  # fmt: skip
+
+
+def _typed(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), common.dtype_code(tensor.dtype)

@@ -1,0 +1,133 @@
+"""The cuda backend of router, its kernels on the emulator, against the float64 reference."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from sapt_fast.ops import router as reference
+from sapt_fast.ops.router import QueryProjection
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def _case(
+    samples: int = 2,
+    width: int = 40,
+    hidden: int | None = 12,
+    count: int = 5,
+    dtype: torch.dtype = torch.float32,
+    dtypes: tuple[torch.dtype, ...] = (),
+) -> tuple[Tensor, Tensor, QueryProjection | None]:
+    """pooled, keys and projection; `dtypes` of the six tensors where they differ."""
+    generator = torch.Generator().manual_seed(0)
+    kinds = iter(dtypes or (dtype,) * 6)
+
+    def normal(*shape: int) -> Tensor:
+        values = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return values.to(next(kinds))
+
+    pooled, keys = normal(samples, width), normal(count, width)
+    if hidden is None:
+        return pooled, keys, None
+    parts = normal(hidden, width), normal(width, hidden), normal(width), normal(width)
+    return pooled, keys, QueryProjection(*parts, 1e-5)
+
+
+def _wide(case: tuple[Tensor, Tensor, QueryProjection | None]):
+    pooled, keys, projection = case
+    if projection is not None:
+        projection = QueryProjection(*(t.double() for t in projection[:4]), projection.eps)
+    return pooled.double(), keys.double(), projection
+
+
+@pytest.fixture
+def check(cuda, emulated_module):
+    kernel = cuda("router")
+
+    def run(case, top_k=None, threshold=None) -> Tensor:
+        pooled, keys, projection = case
+        divisor = keys.shape[1] ** 0.5
+        exact = reference.route_scores_fwd(*_wide(case), divisor)
+        first = None
+        for seed in (0, 1, 2, 3):
+            emulated_module.set_order(seed)
+            scores = kernel.route_scores_fwd(pooled, keys, projection, divisor)
+            weights = kernel.route_fwd(pooled, keys, projection, divisor, top_k, threshold)
+            first = first or (scores, weights)
+            assert torch.equal(scores, first[0]), f"the order of seed {seed} changes the result"
+            assert torch.equal(weights, first[1]), f"the order of seed {seed} changes the result"
+        scale = max(1.0, exact.abs().max().item()) if exact.numel() else 1.0
+        torch.testing.assert_close(scores.double(), exact, rtol=0, atol=3e-6 * scale)
+        # From the scores as they are, so that rounding moves no adapter over a limit.
+        want = reference.sparsify(
+            torch.softmax(scores.double(), -1), top_k=top_k, threshold=threshold
+        )
+        assert weights.dtype == torch.float32
+        torch.testing.assert_close(weights.double(), want, rtol=2e-6, atol=1e-7)
+        return weights
+
+    return run
+
+
+@pytest.mark.parametrize("hidden", [None, 12])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype(check, dtype, hidden):
+    check(_case(hidden=hidden, dtype=dtype))
+
+
+def test_dtypes_that_differ(check):
+    check(_case(dtypes=(*DTYPES, *DTYPES)))
+    check(_case(dtypes=(*DTYPES[::-1], *DTYPES[::-1])))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("samples", "width", "hidden", "count"),
+    [(1, 1, 1, 1), (3, 63, 5, 9), (2, 257, 33, 17), (1, 2049, 3, 8), (5, 520, 1, 2)],
+)
+def test_sizes(check, samples, width, hidden, count, dtype):
+    check(_case(samples, width, hidden, count, dtype))
+
+
+@pytest.mark.parametrize("count", [1, 2, 255, 257, 1024])
+@pytest.mark.parametrize(("top_k", "threshold"), [(None, None), (1, None), (3, 0.01), (None, 0.2)])
+def test_what_is_kept(check, count, top_k, threshold):
+    weights = check(_case(width=8, hidden=None, count=count), top_k, threshold)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2))
+    if top_k is not None:
+        assert ((weights != 0).sum(-1) <= top_k).all()
+
+
+def test_equal_scores_keep_the_lower_index(check):
+    pooled, keys, _ = _case(hidden=None, count=3)
+    weights = check((pooled, keys.repeat(4, 1), None), top_k=5)
+    for row in weights:
+        per_key = row.view(4, 3)
+        for column in per_key.t():
+            kept = column != 0
+            assert torch.equal(kept, kept.sort(descending=True, stable=True).values)
+
+
+def test_threshold_above_every_weight_keeps_the_largest(check):
+    weights = check(_case(count=20), threshold=1.0)
+    assert torch.equal((weights == 1).sum(-1), torch.ones(2, dtype=torch.int64))
+
+
+def test_scores_of_more_keys_than_are_chosen_from(cuda):
+    kernel = cuda("router")
+    case = _case(width=8, hidden=None, count=1030)
+    scores = kernel.route_scores_fwd(*case, 2.0)
+    exact = reference.route_scores_fwd(*_wide(case), 2.0)
+    torch.testing.assert_close(scores.double(), exact, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="MAX_ROUTED_KEYS"):
+        kernel.route_fwd(*case, 2.0, None, None)
+
+
+def test_the_limit_of_the_op(emulated_module):
+    assert emulated_module.MAX_ROUTED_KEYS >= reference._FUSED_KEYS
+
+
+def test_nothing(cuda):
+    kernel = cuda("router")
+    assert kernel.route_fwd(*_case(samples=0), 1.0, 1, None).shape == (0, 5)
+    assert kernel.route_scores_fwd(*_case(count=0), 1.0).shape == (2, 0)

@@ -79,7 +79,7 @@ def mixed_lora_fwd(
             y,
         )
         if not written:
-            y.copy_(y.new_zeros(()) if bias is None else bias)
+            y.zero_() if bias is None else y.copy_(bias)
     return list(zip(ys, hs, strict=True))
 
 
@@ -196,7 +196,7 @@ def _product(
     """Write `y`, or add to it, as `two_source_gemm` does, by the route that is faster.
 
     Returns:
-        False where there is nothing to sum; then y is zero, or, with `accumulate`, as it was.
+        False where there is nothing to sum; then `y` is left as it was.
     """
     if y.numel() == 0:
         return False

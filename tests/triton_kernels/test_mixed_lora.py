@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from kernel_work import counted_work
 
 from sapt_fast.ops.projection import Projection
-from sapt_fast.triton_kernels import common, gemm, routes, shrink
+from sapt_fast.triton_kernels import common, gemm, routes, shrink, shrink_tiles
 from sapt_fast.triton_kernels.mixed_lora import empty_h, mixed_lora_bwd, mixed_lora_fwd
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -368,15 +368,15 @@ def test_groups_of_projections(group: str, dtype: torch.dtype, route: str) -> No
 
 def test_a_group_is_one_shrink(monkeypatch: pytest.MonkeyPatch) -> None:
     launches: list[str] = []
-    for name in ("_shrink_fwd_kernel", "_split_kernel"):
-        kernel = getattr(shrink, name)
+    for module, name in ((shrink, "_shrink_fwd_kernel"), (shrink_tiles, "_split_kernel")):
+        kernel = getattr(module, name)
 
         class Counted:
             def __getitem__(self, grid: Any, kernel: Any = kernel, name: str = name) -> Any:
                 launches.append(name)
                 return kernel[grid]
 
-        monkeypatch.setattr(shrink, name, Counted())
+        monkeypatch.setattr(module, name, Counted())
     for group, expected in (
         ("five-of-unequal-ranks", ["_shrink_fwd_kernel"]),
         ("split-reduction", ["_split_kernel", "_shrink_fwd_kernel"]),
@@ -465,7 +465,7 @@ def test_double_precision_is_refused() -> None:
 @pytest.mark.parametrize("rows", [1, 3, 8, 14, 16, 17, 40, 64, 65, 128])
 def test_segments_cover_every_tile(rows: int, block_m: int) -> None:
     samples = 7
-    segments = shrink._segments(block_m, samples, rows)
+    segments = shrink_tiles.segments_of(block_m, samples, rows)
     total = samples * rows
     met = [
         (min(start + block_m, total) - 1) // rows - start // rows + 1

@@ -15,7 +15,7 @@ from sapt_fast.ops.router import query, reflection_loss
 from sapt_fast.routing import Routing
 
 if TYPE_CHECKING:
-    from sapt_fast.patching import PatchReport
+    from sapt_fast.report import PatchReport
     from sapt_fast.pool import AdapterPool
 
 Adapter = tuple[Tensor, Tensor, float]  # A [r, in_features], B [r, out_features], alpha / r

@@ -37,7 +37,7 @@ class _Mixed:
         pool = self.sapt_pool
         if not len(pool):
             return F.linear(x, weight, bias)
-        mixture = _checked_mixture(self.sapt_routing.running, x, len(pool), type(self).__name__)
+        mixture = checked_mixture(self.sapt_routing.running, x, len(pool), type(self).__name__)
         through = self.sapt_grad_through_frozen
         if self.training and self.sapt_dropout:
             dropped = F.dropout(x, self.sapt_dropout)
@@ -82,7 +82,7 @@ class InputGroup:
         waiting.pop(self, None)
         if not self._can_share(x):
             return None
-        mixture = _checked_mixture(
+        mixture = checked_mixture(
             layer.sapt_routing.running, x, len(layer.sapt_pool), type(layer).__name__
         )
         through = layer.sapt_grad_through_frozen
@@ -138,7 +138,7 @@ class MixedConv1D(_Mixed, Conv1D):
 MIXED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: MixedLinear, Conv1D: MixedConv1D}
 
 
-def _checked_mixture(weights: Tensor | None, x: Tensor, count: int, kind: str) -> Tensor:
+def checked_mixture(weights: Tensor | None, x: Tensor, count: int, kind: str) -> Tensor:
     """The weights as [S, count], where S divides the rows of x."""
     if weights is None:
         raise RuntimeError(

@@ -3,8 +3,7 @@
 import logging
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -13,6 +12,7 @@ from sapt_fast.handle import SaptHandle
 from sapt_fast.layers import MIXED, InputGroup, MixedLinear
 from sapt_fast.methods.sapt import SaptConfig
 from sapt_fast.pool import AdapterPool
+from sapt_fast.report import PatchReport
 from sapt_fast.routing import Routing
 
 logger = logging.getLogger(__name__)
@@ -36,38 +36,24 @@ _ONE_INPUT_MODELS = (
 _CROSS_ATTENTION = ("EncDecAttention", "encoder_attn", "crossattention")
 
 
-@dataclass
-class PatchReport:
-    """What `patch` did.
-
-    Attributes:
-        patched: paths of the layers that mix adapters now.
-        skipped: path of each layer that matched but was left alone, and why.
-        unmatched: names in `target_modules` that no module of the model has.
-    """
-
-    patched: list[str] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
-    unmatched: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        lines = [f"{len(self.patched)} layers patched, {len(self.skipped)} skipped"]
-        lines += [f"  skipped {name}: {why}" for name, why in self.skipped.items()]
-        return "\n".join(lines + [f"  {name!r} matches nothing" for name in self.unmatched])
+_Model = TypeVar("_Model", bound=nn.Module)  # a PreTrainedModel or a PeftModel
 
 
-def patch(
-    model: PreTrainedModel, config: SaptConfig | None = None, *, strict: bool = False
-) -> PreTrainedModel:
-    """Makes a transformers model mix a pool of adapters, in place.
+def patch(model: _Model, config: SaptConfig | None = None, *, strict: bool = False) -> _Model:
+    """Makes a transformers or PEFT model mix a pool of adapters, in place.
 
     The chosen linear layers keep their weights, their place and their state_dict keys; the model
     gains `model.sapt`, the handle with the tasks, the router and the losses. The base parameters
     are frozen. Until the first `model.sapt.add_task(name)` the model computes what it did before.
 
+    A PeftModel keeps its LoRA adapters: they are the pool, computed in one pass, and all that PEFT
+    does with them works on. Its `model.sapt`, a `peft_patching.PeftHandle`, takes weights or a
+    router; without either the active adapters are added up, as before.
+
     Args:
-        model: a PreTrainedModel. Patching it again with an equal config (or none) changes nothing.
-        config: None for `SaptConfig()`.
+        model: a PreTrainedModel, or a PeftModel with LoRA adapters. Patching it again with an equal
+            config (or none) changes nothing.
+        config: None for `SaptConfig()`; a PeftModel takes none, its adapters have theirs.
         strict: raise if any layer that matches `target_modules` cannot be patched, or a name in
             it matches nothing.
 
@@ -75,9 +61,10 @@ def patch(
         model.
 
     Raises:
-        TypeError: model is not a PreTrainedModel.
+        TypeError: model is neither of them.
         ValueError: nothing matches, the model is patched with another config, its layers do not
-            see the batch first, or accelerate has already hooked it; and what `strict` adds.
+            see the batch first, or accelerate has already hooked it; a PeftModel has no LoRA
+            adapters or is given a config; and what `strict` adds.
 
     Example:
         >>> import sapt_fast, transformers
@@ -88,6 +75,21 @@ def patch(
         >>> model.sapt.tasks
         ['first']
     """
+    given: Any = model
+    if not is_peft_model(model):
+        return _patch_pretrained(given, config, strict)
+    from sapt_fast.peft_patching import patch_peft
+
+    if config is not None:
+        raise ValueError(
+            "config: got one for a PeftModel, whose adapters have theirs; expected None"
+        )
+    _refuse_hooked(given)
+    patch_peft(given, strict=strict)
+    return model
+
+
+def _patch_pretrained(model: Any, config: SaptConfig | None, strict: bool) -> Any:
     require_pretrained(model)
     handle = getattr(model, "sapt", None)
     if isinstance(handle, SaptHandle):
@@ -124,23 +126,30 @@ def patch(
     return model
 
 
-def unpatch(model: PreTrainedModel) -> PreTrainedModel:
+def unpatch(model: _Model) -> _Model:
     """Undoes `patch`: classes, methods, hooks and requires_grad are as before; adapters are gone.
 
     Raises:
         ValueError: the model is not patched, or accelerate has hooked it since, or another library
             has replaced patched layers. Nothing has changed then.
     """
-    handle = getattr(model, "sapt", None)
-    if not isinstance(handle, SaptHandle):
+    given: Any = model
+    handle: Any = getattr(given, "sapt", None)
+    peft = handle is not None and is_peft_model(model)
+    if not peft and not isinstance(handle, SaptHandle):
         raise ValueError("model: not patched by sapt_fast.patch")
-    _refuse_hooked(model)
+    _refuse_hooked(given)
+    if peft:
+        from sapt_fast.peft_patching import unpatch_peft
+
+        unpatch_peft(given)
+        return model
     layers = handle.layers
     handle.routing.remove()
-    del model.sapt
+    del given.sapt
     for layer in layers.values():
         _restore(layer)
-    for name, parameter in model.named_parameters():
+    for name, parameter in given.named_parameters():
         parameter.requires_grad_(name in handle.unfrozen_before)
     return model
 
@@ -155,12 +164,21 @@ def _refuse_hooked(model: PreTrainedModel) -> None:
         )
 
 
+def is_peft_model(model: object) -> bool:
+    """Whether model is PEFT's; PEFT is loaded only if it may be."""
+    if not any(kind.__module__.startswith("peft.") for kind in type(model).__mro__):
+        return False
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)
+
+
 def require_pretrained(model: object) -> None:
     """Raises TypeError unless model is a PreTrainedModel."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
-            f"model: got {type(model).__name__}, expected a transformers PreTrainedModel "
-            "(for a PeftModel call merge_and_unload() first)"
+            f"model: got {type(model).__name__}, expected a transformers PreTrainedModel or a "
+            "PeftModel"
         )
 
 

@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,6 @@ from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
     from sapt_fast.layers import Waiting
-    from sapt_fast.pool import AdapterPool
 
 _BATCH_FIRST = (
     "input_ids",
@@ -41,6 +40,13 @@ _CONTINUOUS_BATCHING = (
     "init_continuous_batching",
     "continuous_batching_context_manager",
 )
+
+
+class Aligned(Protocol):
+    """What must be in place before layers run: an adapter pool, or all pools of a PEFT model."""
+
+    def realign(self) -> None:
+        """Puts rows back in place whose parameters were moved."""
 
 
 class _Forward:
@@ -103,7 +109,7 @@ class Routing:
         self.route = route
         self.active = active
         self.count = count
-        self.pools: list[AdapterPool] = []
+        self.pools: list[Aligned] = []
         self._thread = _thread_state()
         self._hooks: list[Any] = []
         self._replaced: dict[str, Any] = {}

@@ -152,13 +152,9 @@ def test_unknown_model_type_with_named_targets():
     assert len(sapt_fast.patch(model, settings(target_modules=["q_proj"])).sapt.report.patched) == 2
 
 
-@pytest.mark.parametrize("kind", ["linear", "peft"])
-def test_only_pretrained_models(kind):
-    model = nn.Linear(2, 2)
-    if kind == "peft":
-        model = get_peft_model(tiny("llama"), LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(TypeError, match=r"model: got .* expected a transformers PreTrainedModel"):
-        sapt_fast.patch(model)
+def test_only_pretrained_models():
+    with pytest.raises(TypeError, match="PreTrainedModel"):
+        sapt_fast.patch(nn.Linear(2, 2))
 
 
 def test_patching_twice():

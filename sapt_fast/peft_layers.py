@@ -1,0 +1,254 @@
+"""PEFT's LoRA layer with another forward: all its adapters at once, mixed per input.
+
+PEFT keeps owning everything: names, parameters, active adapters, merging, saving, loading. What a
+layer's forward cannot compute in one pass it hands to PEFT's own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners import lora
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from sapt_fast.layers import checked_mixture
+from sapt_fast.ops.mixed_lora import mix
+from sapt_fast.ops.projection import PooledProjection, Projection
+from sapt_fast.ops.rank_table import RankTable, rank_table
+
+if TYPE_CHECKING:
+    from sapt_fast.routing import Routing
+
+
+@dataclass(frozen=True)
+class _Members:
+    """Neighbouring adapters of a stack.
+
+    Attributes:
+        names: of those that the layer has. start, stop: their rows. count: adapters that weights
+            are for, with or without rows here. ones: [1, count], 1 for the active adapters.
+    """
+
+    names: tuple[str, ...]
+    start: int
+    stop: int
+    count: int
+    table: RankTable
+    ones: Tensor
+
+
+class LoraStack:
+    """The LoRA matrices of one layer in two pieces of memory, [R, I] and [R, O].
+
+    The layer's own parameters are made views of them (`lora_B`'s transposed), so training,
+    `load_adapter` and hot-swaps write where the kernels read. Whatever moves, adds or deletes a
+    parameter is noticed before the next forward.
+
+    Args:
+        layer: PEFT's.
+        names: of all LoRA adapters of the model, in the order of the weights.
+    """
+
+    _layer: Any  # its ModuleDicts hold linear layers, which they do not say
+
+    def __init__(self, layer: "PooledLinear", names: Sequence[str]) -> None:
+        self._layer = layer
+        self._names = tuple(names)
+        self._signature: tuple[Any, ...] = ()
+        self._members: dict[tuple[str, ...] | None, _Members] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all LoRA adapters of the model."""
+        return self._names
+
+    @names.setter
+    def names(self, names: Sequence[str]) -> None:
+        self._names = tuple(names)
+        self._signature = ()
+
+    @property
+    def present(self) -> list[str]:
+        """Those of the adapters that this layer has, in their order."""
+        return [name for name in self._names if name in self._layer.lora_A]
+
+    def realign(self) -> None:
+        """Brings the stack up to date with the layer's adapters; does nothing if it is."""
+        if self._current_signature() != self._signature:
+            self._restack()
+
+    def members(self, active: Sequence[str] | None) -> _Members | None:
+        """The rows of the active adapters (None: of all), with those that lie between them."""
+        key = None if active is None else tuple(active)
+        if key not in self._members:
+            made = self._make_members(key)
+            if torch.compiler.is_compiling() or made is None:
+                return made
+            self._members[key] = made
+        return self._members[key]
+
+    def pooled(self, x: Tensor, members: _Members, fused: bool) -> PooledProjection:
+        """What `mix` takes; `fused` with the base layer's product."""
+        layer = self._layer
+        rows = slice(members.start, members.stop)
+        train_a, train_b, train_rows = [], [], []
+        start = members.start
+        for name in members.names if torch.is_grad_enabled() else ():
+            a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+            if a.requires_grad or b.requires_grad:
+                train_a.append(a)
+                train_b.append(b.t())
+                first = start - members.start
+                train_rows += [first, first + a.shape[0]]
+            start += a.shape[0]
+        weight, bias = _base_weights(layer) if fused else (None, None)
+        given = Projection(weight, bias, self._a[rows], self._b[rows], *members.table)
+        return PooledProjection(given, train_a, train_b, train_rows)
+
+    def release(self) -> None:
+        """Gives the layer's parameters memory of their own again."""
+        for name in self._layer.lora_A:
+            for part in (self._layer.lora_A, self._layer.lora_B):
+                weight = part[name].weight
+                weight.data = weight.data.clone(memory_format=torch.contiguous_format)
+
+    def _current_signature(self) -> tuple[Any, ...]:
+        layer = self._layer
+        return tuple(
+            (
+                name,
+                layer.lora_A[name].weight.data_ptr(),
+                layer.lora_B[name].weight.data_ptr(),
+                layer.lora_A[name].weight.dtype,
+                _stamp(layer.scaling[name]),
+            )
+            for name in self.present
+        )
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _restack(self) -> None:
+        layer, names = self._layer, self.present
+        self._members.clear()
+        if names:
+            a = [layer.lora_A[name].weight for name in names]
+            b = [layer.lora_B[name].weight for name in names]
+            self._a = torch.cat([w.data for w in a])
+            self._b = torch.cat([w.data.t() for w in b])
+            sizes = [w.shape[0] for w in a]
+            for weight, part in zip(a, self._a.split(sizes), strict=True):
+                weight.data = part
+            for weight, part in zip(b, self._b.split(sizes), strict=True):
+                weight.data = part.t()
+            made = self._make_members(None)
+            if made is not None:
+                self._members[None] = made
+        self._signature = self._current_signature()
+
+    @torch.inference_mode(False)
+    def _make_members(self, active: tuple[str, ...] | None) -> _Members | None:
+        layer, present = self._layer, self.present
+        ranks = {name: layer.lora_A[name].weight.shape[0] for name in present}
+        chosen = present if active is None else [name for name in present if name in active]
+        if not chosen:
+            return None
+        first, last = present.index(chosen[0]), present.index(chosen[-1])
+        names = tuple(present[first : last + 1])
+        start = sum(ranks[name] for name in present[:first])
+        stop = start + sum(ranks[name] for name in names)
+        counted = self._names if active is None else names
+        dtype = torch.promote_types(self._a.dtype, torch.float32)
+        table = rank_table(
+            [ranks.get(name, 0) for name in counted],
+            [float(layer.scaling.get(name, 0.0)) for name in counted],
+            self._a.device,
+            dtype,
+        )
+        ones = [[float(active is None or name in active) for name in counted]]
+        weights = torch.tensor(ones, device=self._a.device, dtype=dtype)
+        return _Members(names, start, stop, len(counted), table, weights)
+
+
+class PooledLinear(lora.Linear):
+    """`peft.tuners.lora.Linear` that computes all its adapters in one pass.
+
+    With weights (`model.sapt.fixed`, `mixture=`, a router) it mixes all of the model's adapters by
+    them; with `adapter_names=` each sample takes its own; else it adds up the active adapters, as
+    PEFT does. Merged or disabled adapters, other arguments, variants (DoRA, aLoRA) and adapters
+    with a bias or of several dtypes are PEFT's.
+    """
+
+    sapt_stack: LoraStack
+    sapt_routing: "Routing"
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        names = kwargs.get("adapter_names")
+        others = any(value is not None for key, value in kwargs.items() if key != "adapter_names")
+        if args or others or self.disable_adapters or self.merged or not is_plain(self):
+            return super().forward(x, *args, **kwargs)
+        stack = self.sapt_stack
+        if not torch.compiler.is_compiling():
+            stack.realign()
+        weights = self.sapt_routing.running
+        if names is not None:
+            self._check_forward_args(x, adapter_names=names)
+            weights = _one_hot(names, stack.names, x)
+        members = stack.members(self.active_adapters if weights is None else None)
+        if members is None:
+            return self.base_layer(x)
+        rates = {0.0} if not self.training else _dropouts(self, members.names)
+        if weights is None and rates != {0.0} and len(members.names) > 1:
+            return super().forward(x)  # one mask for each adapter
+        if len(rates) > 1:
+            raise RuntimeError(
+                f"lora_dropout: got {sorted(rates)}, expected one rate for all adapters that are "
+                "mixed, which share the mask; set it in their configs, or call model.eval()"
+            )
+        dropout = rates.pop()
+        weights = members.ones if weights is None else weights
+        mixture = checked_mixture(weights, x, members.count, type(self).__name__)
+        if dropout or not _is_plain_base(self.base_layer):
+            [delta] = mix(F.dropout(x, dropout), mixture, [stack.pooled(x, members, False)])
+            return self.base_layer(x) + delta
+        return mix(x, mixture, [stack.pooled(x, members, True)])[0]
+
+
+def _stamp(scaling: float | Tensor) -> object:
+    """What changes when the scaling does; PEFT's hot-swap keeps it in a tensor."""
+    return (id(scaling), scaling._version) if isinstance(scaling, Tensor) else scaling
+
+
+def is_plain(layer: Any) -> bool:
+    """Whether every adapter of the layer is y = scaling B A x, and all have one dtype."""
+    return (
+        not layer.lora_variant
+        and not any(layer.lora_bias.values())
+        and len({layer.lora_A[name].weight.dtype for name in layer.lora_A}) <= 1
+    )
+
+
+def _is_plain_base(base: nn.Module) -> bool:
+    return type(base) in (nn.Linear, Conv1D) and "forward" not in vars(base) and not _hooked(base)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_pre_hooks or module._forward_hooks or module._backward_hooks)
+
+
+def _base_weights(layer: PooledLinear) -> tuple[Tensor, Tensor | None]:
+    base: Any = layer.base_layer
+    return base.weight.t() if isinstance(base, Conv1D) else base.weight, base.bias
+
+
+def _dropouts(layer: PooledLinear, names: Sequence[str]) -> set[float]:
+    """The rates of the dropout on the adapters' input."""
+    return {getattr(layer.lora_dropout[name], "p", 0.0) for name in names}
+
+
+def _one_hot(names: Sequence[str], adapters: Sequence[str], x: Tensor) -> Tensor:
+    """[B, K]: row b selects the adapter names[b]; "__base__" none."""
+    index = [[float(name == adapter) for adapter in adapters] for name in names]
+    return torch.tensor(index, device=x.device)

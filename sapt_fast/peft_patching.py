@@ -1,0 +1,172 @@
+"""patch and unpatch for PEFT models: their LoRA adapters become one pool."""
+
+from typing import Any
+
+from peft import PeftModel, PeftType
+from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from sapt_fast.peft_layers import LoraStack, PooledLinear, is_plain
+from sapt_fast.report import PatchReport
+from sapt_fast.routing import Routing
+
+
+class PeftHandle(nn.Module):
+    """model.sapt of a PEFT model: which weights its LoRA adapters are mixed by.
+
+    By default the active adapters are added up, as PEFT does. `fixed`, the argument `mixture=` of
+    the model's forward and `generate`, or a router give weights for all adapters instead, whether
+    active or not. Adapters that PEFT adds, loads, swaps or deletes join and leave by themselves.
+
+    Attributes:
+        router: a module that gives the weights; None for the sum of the active adapters.
+            `router(input_ids=, inputs_embeds=, attention_mask=, labels=)` returns [1, K], [B, K]
+            or, per token, [B, T, K].
+        routing: the running weights.
+    """
+
+    _model: Any
+    router: nn.Module | None
+
+    def __init__(self, model: PeftModel) -> None:
+        super().__init__()
+        object.__setattr__(self, "_model", model)
+        inner = model.get_base_model()
+        self.routing = Routing(inner, self._route, self._has_router, self._count)
+        self.routing.pools.append(self)
+        self.register_module("router", None)
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the LoRA adapters, in the order of the weights."""
+        configs = self._model.peft_config.items()
+        return [name for name, config in configs if config.peft_type == PeftType.LORA]
+
+    @property
+    def report(self) -> PatchReport:
+        """The layers that mix now, and those left to PEFT and why."""
+        report = PatchReport()
+        for path, layer in self._model.named_modules():
+            if not isinstance(layer, BaseTunerLayer):
+                continue
+            if type(layer) is PooledLinear and is_plain(layer):
+                report.patched.append(path)
+            else:
+                report.skipped[path] = _why_not(layer)
+        return report
+
+    @property
+    def attention(self) -> Tensor | None:
+        """Weights of this thread's last forward, detached; None if it had none."""
+        weights = self.routing.weights
+        return None if weights is None else weights.detach()
+
+    def fixed(self, weights: Tensor) -> Any:
+        """A context in which these weights stand in for the router's, in this thread.
+
+        Args:
+            weights: [K] or [1, K] for every input, [B, K] per sample or [B, T, K] per token.
+
+        Raises:
+            ValueError: the shape does not fit, or weights are not finite.
+        """
+        return self.routing.pin(self.routing.checked(weights))
+
+    def realign(self) -> None:
+        """Takes in adapters and layers that came since, and forgets those that went."""
+        names = tuple(self.tasks)
+        for layer in self._model.modules():
+            if type(layer) is lora.Linear and "forward" not in vars(layer):
+                _swap(layer, self.routing, names)
+            if type(layer) is PooledLinear:
+                if layer.sapt_stack.names != names:
+                    layer.sapt_stack.names = names
+                if is_plain(layer):
+                    layer.sapt_stack.realign()
+
+    def _route(self, **inputs: Tensor | None) -> Tensor:
+        assert self.router is not None
+        weights = self.router(**inputs)
+        if not isinstance(weights, Tensor):
+            raise TypeError(f"router: got {type(weights).__name__}, expected a tensor of weights")
+        try:
+            return self.routing.checked(weights)
+        except ValueError as error:
+            raise ValueError(f"router: {error}") from None
+
+    def _has_router(self) -> bool:
+        return self.router is not None
+
+    def _count(self) -> int:
+        return len(self.tasks)
+
+    def extra_repr(self) -> str:
+        return f"tasks={self.tasks}"
+
+
+def patch_peft(model: PeftModel, *, strict: bool) -> None:
+    """`patch` of a PEFT model; see there."""
+    present = getattr(model, "sapt", None)
+    if isinstance(present, PeftHandle):
+        return
+    if present is not None:
+        raise ValueError(
+            "model: the model inside the PeftModel is patched already; call sapt_fast.unpatch on it"
+        )
+    handle = PeftHandle(model)
+    if not handle.tasks:
+        kinds = sorted({str(config.peft_type) for config in model.peft_config.values()})
+        raise ValueError(f"model: got a PeftModel with adapters {kinds}, expected LoRA among them")
+    report = handle.report
+    plain = [
+        layer
+        for layer in model.modules()
+        if type(layer) is lora.Linear and "forward" not in vars(layer) and is_plain(layer)
+    ]
+    refused = {path: why for path, why in report.skipped.items() if why != _UNPATCHED}
+    if not plain:
+        raise ValueError(f"model: no LoRA layer can be computed in one pass: {refused}")
+    if strict and refused:
+        raise ValueError(f"strict: not everything can be patched: {refused}")
+    handle.realign()
+    model.sapt = handle
+    handle.routing.install()
+
+
+def unpatch_peft(model: PeftModel) -> None:
+    """`unpatch` of a PEFT model; see there."""
+    handle = model.sapt
+    handle.routing.remove()
+    del model.sapt
+    for layer in model.modules():
+        if type(layer) is PooledLinear:
+            _restore(layer)
+
+
+_UNPATCHED = "not patched yet"
+
+
+def _swap(layer: Any, routing: Routing, names: tuple[str, ...]) -> None:
+    layer.__class__ = PooledLinear
+    layer.sapt_routing = routing
+    layer.sapt_stack = LoraStack(layer, names)
+
+
+def _restore(layer: Any) -> None:
+    layer.sapt_stack.release()
+    del layer.sapt_stack, layer.sapt_routing
+    layer.__class__ = lora.Linear
+
+
+def _why_not(layer: Any) -> str:
+    kind = type(layer)
+    if kind not in (lora.Linear, PooledLinear):
+        return f"{kind.__module__}.{kind.__name__} is not PEFT's plain LoRA layer"
+    if "forward" in vars(layer):
+        return "its forward was replaced by another library"
+    if layer.lora_variant:
+        return f"adapters with variants ({sorted(layer.lora_variant)}) are left to PEFT"
+    if any(layer.lora_bias.values()):
+        return "adapters with a bias are left to PEFT"
+    return _UNPATCHED if is_plain(layer) else "its adapters have several dtypes"

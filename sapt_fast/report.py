@@ -1,0 +1,23 @@
+"""What `patch` did."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class PatchReport:
+    """What `patch` did.
+
+    Attributes:
+        patched: paths of the layers that mix adapters now.
+        skipped: path of each layer that matched but was left alone, and why.
+        unmatched: names in `target_modules` that no module of the model has.
+    """
+
+    patched: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    unmatched: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.patched)} layers patched, {len(self.skipped)} skipped"]
+        lines += [f"  skipped {name}: {why}" for name, why in self.skipped.items()]
+        return "\n".join(lines + [f"  {name!r} matches nothing" for name in self.unmatched])

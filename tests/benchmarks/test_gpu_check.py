@@ -1,0 +1,205 @@
+"""gpu_check in small on the CPU, with interpreted kernels: it must run at its first call on a GPU."""
+
+from dataclasses import dataclass
+
+import checks
+import gpu_check
+import measure
+import op_checks
+import pytest
+import torch
+from op_cases import ExpertsCase, NearestKeyCase, PromptCase, RouterCase, TopKeysCase
+from providers import Providers
+
+from sapt_fast import dispatch
+from sapt_fast.triton_kernels import common
+from sapt_fast.triton_kernels.grouped_experts import grouping_pays
+
+pytestmark = pytest.mark.skipif(
+    not common.INTERPRETED, reason="the rehearsal needs interpreted kernels (TRITON_INTERPRET=1)"
+)
+OPS = {"router", "mix_prompts", "topk_keys", "nearest_key", "mix_experts"}
+PASSED = {op: {"ok": True} for op in OPS}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Every function is called once and takes as long as its place says."""
+
+    def interleaved(functions, device, *, repeats, warmup=2):
+        for function in functions.values():
+            function()
+        return {
+            name: {"p20": 1.0, "median": float(place + 1), "p80": 9.0}
+            for place, name in enumerate(functions)
+        }
+
+    monkeypatch.setattr(measure, "interleaved_ms", interleaved)
+
+
+@dataclass(frozen=True)
+class Spoiled:
+    """A case whose kernel is wrong by one per cent, or raises."""
+
+    raises: bool = False
+    op: str = "spoiled"
+    trains: tuple[str, ...] = ("x",)
+
+    def inputs(self, dtype, device):
+        return {"x": torch.linspace(1, 2, 7, dtype=dtype, device=device)}
+
+    def run(self, inputs, backend):
+        if backend != "reference" and self.raises:
+            raise RuntimeError("no such kernel")
+        return {"y": inputs["x"].square() * (1.0 if backend == "reference" else 1.01)}
+
+
+def test_every_op_is_checked_in_every_dtype():
+    report = op_checks.correctness("cpu", op_checks.QUICK.checked)
+    assert report.keys() == OPS == set(dispatch.ops()) - {"mixed_lora"}
+    for op, row in report.items():
+        assert row["ok"], (op, [case for case in row["cases"] if not case["ok"]])
+        assert {case["dtype"] for case in row["cases"]} == {str(d) for d in op_checks.DTYPES}
+        for case in row["cases"]:
+            assert any(name.startswith("d_") for name in case["errors"])
+
+
+def test_a_wrong_kernel_fails_in_its_output_and_its_gradient():
+    report = op_checks.correctness("cpu", [Spoiled()], dtypes=(torch.float32,))
+    assert not report["spoiled"]["ok"]
+    errors = report["spoiled"]["cases"][0]["errors"]
+    assert errors["y"] == pytest.approx(0.01, rel=1e-3)
+    assert errors["d_x"] == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_kernel_that_raises_is_wrong_and_the_others_are_checked():
+    right = PromptCase(1, 2, 16, 2, 1)
+    report = op_checks.correctness("cpu", [Spoiled(raises=True), right], dtypes=(torch.float32,))
+    assert not report["spoiled"]["ok"]
+    assert report["spoiled"]["cases"][0]["raised"] == "RuntimeError: no such kernel"
+    assert report["mix_prompts"]["ok"]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda index: index.roll(1, 1),  # another order
+        lambda index: index[:, :1].expand_as(index),  # one key many times
+    ],
+    ids=["order", "twice"],
+)
+def test_a_wrong_index_of_a_search_is_noticed(spoil, monkeypatch):
+    import op_cases
+
+    search = op_cases.topk_keys
+
+    def wrong(*given, backend, **named):
+        scores, index = search(*given, backend=backend, **named)
+        return scores, index if backend == "reference" else spoil(index).contiguous()
+
+    monkeypatch.setattr(op_cases, "topk_keys", wrong)
+    report = op_checks.correctness("cpu", [TopKeysCase(3, 60, 16, 5)], dtypes=(torch.float32,))
+    assert not report["topk_keys"]["ok"]
+    assert report["topk_keys"]["cases"][0]["errors"]["scores"] < 1e-5
+
+
+def test_speed_of_every_op_and_its_targets(clock):
+    result, targets = op_checks.speed("cpu", op_checks.QUICK, PASSED, repeats=2)
+    size = op_checks.QUICK.copied_bytes
+    assert result["copy_bytes_per_second"] == pytest.approx(2 * size / 1e-3)
+    assert len(result["rows"]) == 6
+    for row in result["rows"]:
+        assert {"ours", "ours_graph", "torch"} == row["ms"].keys()
+        assert row["peak_bytes"].keys() == {"ours", "torch"}
+        # the graph takes two milliseconds by this clock, the copy one
+        expected = row["moved_bytes"] / (2 * size) * 1e-3 / 2e-3
+        assert row["share_of_copy"] == pytest.approx(expected)
+    values = {row["what"]: row["value"] for row in targets}
+    assert values.pop("topk_keys: peak memory, all / a quarter of the keys") is None  # on a GPU
+    assert len(values) == 6
+    assert all(value is not None for value in values.values())
+    assert values["router under a graph: milliseconds"] == 2.0
+    assert values["nearest_key: ours / torch"] == pytest.approx(1 / 3)
+
+
+def test_no_speed_where_correctness_failed(clock):
+    gate = {**PASSED, "topk_keys": {"ok": False}, "router": {"ok": False}}
+    result, targets = op_checks.speed("cpu", op_checks.QUICK, gate, repeats=2)
+    rows = {row["op"]: row for row in result["rows"]}
+    assert "ms" not in rows["topk_keys"]
+    assert "ms" not in rows["router"]
+    assert "ms" in rows["mix_prompts"]
+    values = {row["what"]: row["value"] for row in targets}
+    assert values["router under a graph: milliseconds"] is None
+    assert values["topk_keys: share of copy bandwidth"] is None
+
+
+def test_both_ways_of_mix_experts(clock):
+    rows = op_checks.expert_ways("cpu", op_checks.QUICK.ways, PASSED, repeats=2)
+    assert [row["pairs_per_expert"] for row in rows] == [32.0]
+    assert {"gathered_ms", "grouped_ms", "grouped"} <= rows[0].keys()
+    assert op_checks.expert_ways("cpu", op_checks.QUICK.ways, {}, repeats=2) == []
+
+
+def test_the_sizes_reach_both_ways_of_mix_experts():
+    def grouped(case, element_size=2):
+        pairs = case.rows * case.k
+        return grouping_pays(pairs, case.experts, case.rank, 2 * case.width, element_size)
+
+    assert [grouped(case) for case in op_checks.FULL.experts] == [False, True]
+    for sizes in (op_checks.QUICK, op_checks.FULL):
+        checked = [case for case in sizes.checked if isinstance(case, ExpertsCase)]
+        assert {grouped(case) for case in checked} == {False, True}
+        assert {grouped(case, 4) for case in checked} == {False, True}
+
+
+def test_moved_bytes_by_hand():
+    dtype = torch.bfloat16
+    assert TopKeysCase(1, 10, 8, 2).moved_bytes(dtype) == 11 * 8 * 2 + 2 * 12
+    assert NearestKeyCase(1, 10, 8).moved_bytes(dtype) == 11 * 8 * 2 + 12
+    # prompts 2x3, mixed 3, embeddings 5 in and 5 out, of 8 columns
+    assert PromptCase(1, 5, 8, 2, 3).moved_bytes(dtype) == (6 + 3 + 10) * 8 * 2
+    assert PromptCase(1, 5, 8, 2, 3, from_ids=True).moved_bytes(dtype) == 19 * 16 + 40
+    # keys 2, down and up of width 4, norm; 5 ids and rows
+    expected = 8 * (2 + 8 + 2) * 2 + 5 * (8 + 16)
+    assert RouterCase(1, 5, 8, 2, hidden=4).moved_bytes(dtype) == expected
+    # one row and one choice: two factors of rank 3, x and delta
+    assert ExpertsCase(1, 1, 9, 3, 8).moved_bytes(dtype) == 2 * 8 * 4 * 2 + 12
+
+
+@pytest.mark.slow
+def test_the_whole_report(clock, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu_check, "DEVICE", "cpu")
+    monkeypatch.setattr(checks, "_peak_in_a_process", lambda kind, step: 1)
+    monkeypatch.setattr(Providers, "stacked_compiled", Providers.stacked)
+    monkeypatch.setattr(op_checks, "correctness", lambda *_: PASSED)
+    monkeypatch.setattr("sys.argv", ["gpu_check.py", "--quick", "--out", str(tmp_path)])
+    status = gpu_check.main()
+    printed = capsys.readouterr().out
+    assert status == 0, printed
+    [written] = tmp_path.glob("*/*.json")
+    for op in OPS:
+        assert f'"{op}"' in written.read_text()
+
+
+def test_a_section_that_raises_leaves_the_others(monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "DEVICE", "cpu")
+
+    def broken(*_, **__):
+        raise RuntimeError("out of memory")
+
+    for name in ("correctness", "layer_times", "step_times"):
+        monkeypatch.setattr(checks, name, broken)
+    monkeypatch.setattr(op_checks, "correctness", lambda *_: {"router": {"ok": False}})
+    monkeypatch.setattr(op_checks, "copy_bytes_per_second", lambda *_: 1e12)
+    result = gpu_check.collect(quick=True)
+    assert {row["raised"] for row in result["failures"]} == {"RuntimeError: out of memory"}
+    assert {row["section"] for row in result["failures"]} == {
+        "correctness of mixed_lora",
+        "t5 step",
+        "llama step",
+        "K 2 and K 64",
+    }
+    assert all("not_measured" in row for row in result["ops"]["rows"])
+    assert result["layers"] == []
+    assert result["correctness"] == {"router": {"ok": False}}

@@ -238,9 +238,13 @@ def test_pool_tokens(pooling, masked):
     )
 
 
-def test_pool_tokens_in_splits(monkeypatch):
+def _four_multiprocessors(monkeypatch):
     traits = common.DeviceTraits(capability=0, num_sms=4)
     monkeypatch.setattr(common, "device_traits", lambda device: traits)
+
+
+def test_pool_tokens_in_splits(monkeypatch):
+    _four_multiprocessors(monkeypatch)
     ids, table = torch.randint(0, 9, (2, 29)), torch.randn(9, 12).half()
     c = Router(2, 29, 12, distinct=ids.unique().numel(), splits=4)
     for pooling, keep in (("mean", False), ("max", True)):
@@ -311,9 +315,7 @@ def test_mix_prompts(from_ids):
     )
 
 
-@pytest.mark.parametrize(
-    ("k", "metric"), [(5, "dot"), (8, "cosine"), (30, "l2"), (70, "dot")]
-)  # fmt: skip
+@pytest.mark.parametrize(("k", "metric"), [(5, "cosine"), (30, "l2"), (70, "dot")])
 def test_topk_keys(k, metric):
     kept = next((size for size in (8, 32, 64) if size >= k), 64)
     m, n, d = (8, 90, 37) if k <= kept else (2, 90, 17)
@@ -339,6 +341,30 @@ def test_nearest_key():
         {"query": query, "keys": keys, "radius": radius},
         roofline.nearest_key(Search(m, n, d, found=found)),
         {"keys": _tiles(m, 2) * _tiles(n, 16) * 16 / n, "query": _tiles(n, 16)},
+    )
+
+
+def test_searches_in_splits(monkeypatch):
+    """Keys are read once all the same; what the shares keep goes through memory."""
+    _four_multiprocessors(monkeypatch)
+    m, n, d = 3, 300, 17
+    query, keys, radius = torch.randn(m, d).half(), torch.randn(n, d).half(), torch.rand(n)
+    inputs = {"query": query, "keys": keys, "radius": radius}
+    found = nearest_key_fwd(query, keys, radius)[2].unique().numel()
+    _check(
+        lambda: dict(
+            zip(("distance", "index", "nearest"), nearest_key_fwd(query, keys, radius), strict=True)
+        ),
+        inputs,
+        roofline.nearest_key(Search(m, n, d, splits=3, found=found)),
+        {},
+    )
+    c = Search(m, n, d, 3, kept=8, splits=3)
+    _check(
+        lambda: dict(zip(("scores", "index"), topk_keys_fwd(query, keys, 3, "dot"), strict=True)),
+        {"query": query, "keys": keys},
+        roofline.topk_keys(c),
+        {},
     )
 
 

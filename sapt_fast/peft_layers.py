@@ -6,6 +6,7 @@ layer's forward cannot compute in one pass it hands to PEFT's own.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,7 +58,8 @@ class LoraStack:
     def __init__(self, layer: "PooledLinear", names: Sequence[str]) -> None:
         self._layer = layer
         self._names = tuple(names)
-        self._signature: tuple[Any, ...] = ()
+        self.plain = False
+        self._parts: list[tuple[nn.Parameter, int]] | None = None
         self._members: dict[tuple[str, ...] | None, _Members] = {}
 
     @property
@@ -68,7 +70,7 @@ class LoraStack:
     @names.setter
     def names(self, names: Sequence[str]) -> None:
         self._names = tuple(names)
-        self._signature = ()
+        self._parts = None
 
     @property
     def present(self) -> list[str]:
@@ -77,7 +79,7 @@ class LoraStack:
 
     def realign(self) -> None:
         """Brings the stack up to date with the layer's adapters; does nothing if it is."""
-        if self._current_signature() != self._signature:
+        if not self._is_current():
             self._restack()
 
     def members(self, active: Sequence[str] | None) -> _Members | None:
@@ -115,17 +117,19 @@ class LoraStack:
                 weight = part[name].weight
                 weight.data = weight.data.clone(memory_format=torch.contiguous_format)
 
-    def _current_signature(self) -> tuple[Any, ...]:
-        layer = self._layer
-        return tuple(
-            (
-                name,
-                layer.lora_A[name].weight.data_ptr(),
-                layer.lora_B[name].weight.data_ptr(),
-                layer.lora_A[name].weight.dtype,
-                _stamp(layer.scaling[name]),
-            )
-            for name in self.present
+    def _is_current(self) -> bool:
+        # In every forward of every layer: no look-up through nn.Module.
+        if self._parts is None or self._stamps != _stamps(self._layer.scaling):
+            return False
+        modules = self._layer._modules
+        present = [
+            module._parameters["weight"]
+            for part in ("lora_A", "lora_B")
+            for module in modules[part]._modules.values()
+        ]
+        return len(present) == len(self._parts) and all(
+            weight is own and weight.data_ptr() == address
+            for weight, (own, address) in zip(present, self._parts, strict=True)
         )
 
     @torch.inference_mode(False)
@@ -133,7 +137,8 @@ class LoraStack:
     def _restack(self) -> None:
         layer, names = self._layer, self.present
         self._members.clear()
-        if names:
+        self.plain = is_plain(layer)
+        if names and self.plain:
             a = [layer.lora_A[name].weight for name in names]
             b = [layer.lora_B[name].weight for name in names]
             self._a = torch.cat([w.data for w in a])
@@ -146,7 +151,10 @@ class LoraStack:
             made = self._make_members(None)
             if made is not None:
                 self._members[None] = made
-        self._signature = self._current_signature()
+        stacks = (layer.lora_A, layer.lora_B)
+        weights = [linear.weight for stack in stacks for linear in stack.values()]
+        self._parts = [(weight, weight.data_ptr()) for weight in weights]
+        self._stamps = _stamps(layer.scaling)
 
     @torch.inference_mode(False)
     def _make_members(self, active: tuple[str, ...] | None) -> _Members | None:
@@ -187,15 +195,15 @@ class PooledLinear(lora.Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = kwargs.get("adapter_names")
         others = any(value is not None for key, value in kwargs.items() if key != "adapter_names")
-        if args or others or self.disable_adapters or self.merged or not is_plain(self):
+        stack, routing = self.sapt_stack, self.sapt_routing
+        if not (routing.in_forward or torch.compiler.is_compiling()):
+            stack.realign()  # the model's forward has done so for all its layers
+        if args or others or self.disable_adapters or self.merged or not stack.plain:
             return super().forward(x, *args, **kwargs)
-        stack = self.sapt_stack
-        if not torch.compiler.is_compiling():
-            stack.realign()
-        weights = self.sapt_routing.running
+        weights = routing.running
         if names is not None:
             self._check_forward_args(x, adapter_names=names)
-            weights = _one_hot(names, stack.names, x)
+            weights = _one_hot(tuple(names), stack.names, x.device)
         members = stack.members(self.active_adapters if weights is None else None)
         if members is None:
             return self.base_layer(x)
@@ -216,9 +224,12 @@ class PooledLinear(lora.Linear):
         return mix(x, mixture, [stack.pooled(x, members, True)])[0]
 
 
-def _stamp(scaling: float | Tensor) -> object:
-    """What changes when the scaling does; PEFT's hot-swap keeps it in a tensor."""
-    return (id(scaling), scaling._version) if isinstance(scaling, Tensor) else scaling
+def _stamps(scaling: dict[str, float | Tensor]) -> dict[str, object]:
+    """What changes when a scaling does; PEFT's hot-swap keeps them in tensors."""
+    return {
+        name: (id(value), value._version) if isinstance(value, Tensor) else value
+        for name, value in scaling.items()
+    }
 
 
 def is_plain(layer: Any) -> bool:
@@ -248,7 +259,9 @@ def _dropouts(layer: PooledLinear, names: Sequence[str]) -> set[float]:
     return {getattr(layer.lora_dropout[name], "p", 0.0) for name in names}
 
 
-def _one_hot(names: Sequence[str], adapters: Sequence[str], x: Tensor) -> Tensor:
+@lru_cache(maxsize=16)
+def _one_hot(names: tuple[str, ...], adapters: tuple[str, ...], device: torch.device) -> Tensor:
     """[B, K]: row b selects the adapter names[b]; "__base__" none."""
     index = [[float(name == adapter) for adapter in adapters] for name in names]
-    return torch.tensor(index, device=x.device)
+    with torch.inference_mode(False):  # all layers, and later calls, share it
+        return torch.tensor(index, device=device)

@@ -1,5 +1,6 @@
 """patch and unpatch for PEFT models: their LoRA adapters become one pool."""
 
+import operator
 from typing import Any
 
 from peft import PeftModel, PeftType
@@ -35,6 +36,8 @@ class PeftHandle(nn.Module):
         inner = model.get_base_model()
         self.routing = Routing(inner, self._route, self._has_router, self._count)
         self.routing.pools.append(self)
+        self._configs: list[Any] = []
+        self._layers: list[PooledLinear] = []
         self.register_module("router", None)
 
     @property
@@ -75,15 +78,22 @@ class PeftHandle(nn.Module):
 
     def realign(self) -> None:
         """Takes in adapters and layers that came since, and forgets those that went."""
+        configs = list(self._model.peft_config.values())
+        known = self._configs
+        if len(configs) != len(known) or any(map(operator.is_not, configs, known)):
+            self._configs = configs
+            self._find_layers()
+        for layer in self._layers:
+            layer.sapt_stack.realign()
+
+    def _find_layers(self) -> None:
         names = tuple(self.tasks)
         for layer in self._model.modules():
             if type(layer) is lora.Linear and "forward" not in vars(layer):
                 _swap(layer, self.routing, names)
-            if type(layer) is PooledLinear:
-                if layer.sapt_stack.names != names:
-                    layer.sapt_stack.names = names
-                if is_plain(layer):
-                    layer.sapt_stack.realign()
+        self._layers = [m for m in self._model.modules() if type(m) is PooledLinear]
+        for layer in self._layers:
+            layer.sapt_stack.names = names
 
     def _route(self, **inputs: Tensor | None) -> Tensor:
         assert self.router is not None

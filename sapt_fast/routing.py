@@ -131,6 +131,11 @@ class Routing:
         return self.pinned if forward is None else forward.weights
 
     @property
+    def in_forward(self) -> bool:
+        """Whether a forward of the model runs in this thread."""
+        return self._forward is not None
+
+    @property
     def waiting(self) -> "Waiting | None":
         """Where layers of the running forward leave results for each other."""
         forward = self._forward

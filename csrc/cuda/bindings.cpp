@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "arguments.h"
+#include "cuda/mix_prompts.h"
 #include "cuda/mixed_lora.h"
 #include "cuda/nearest_key.h"
 #include "cuda/router.h"
@@ -129,6 +130,29 @@ void route_samples(const Typed& pooled, const std::vector<Typed>& projection, co
     route(arguments, at(stream));
 }
 
+void prompts_and_embeds(const Typed& prompts, Address mixture, const Typed& source, Address ids,
+                        bool wide_ids, Address out, std::int64_t samples, std::int64_t adapters,
+                        std::int64_t length, std::int64_t tokens, std::int64_t width,
+                        std::int64_t vocabulary, std::int64_t sample_stride,
+                        std::int64_t row_stride, Address stream) {
+    require(samples >= 0 && adapters >= 0 && length >= 0 && tokens >= 0 && width >= 0,
+            "samples, adapters, length, tokens, width: negative");
+    require(samples <= 65535, "samples: more than 65535");
+    if (samples == 0 || length + tokens == 0 || width == 0) return;
+    require(out != 0, "out: null address");
+    require(adapters == 0 || length == 0 || (prompts.first && mixture),
+            "prompts, mixture: null address");
+    require(tokens == 0 || source.first || (ids && vocabulary == 0), "source: null address");
+    const TypedAddress from = typed(source);
+    const TypedAddress mixed = typed(prompts);
+    require(mixed.dtype == from.dtype || mixed.dtype == DType::float32,
+            "prompts: neither source's dtype nor float32");
+    mix_prompts({mixed.data, mixed.dtype, at<const float>(mixture), from.data, from.dtype, at(ids),
+                 wide_ids, at(out), samples, adapters, length, tokens, width, vocabulary,
+                 sample_stride, row_stride},
+                at(stream));
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
@@ -153,6 +177,11 @@ void bind_cuda(py::module_& m) {
           arg("width"), arg("hidden"), arg("count"), arg("top_k"), arg("eps"), arg("divisor"),
           arg("threshold"), arg("stream"), py::call_guard<py::gil_scoped_release>(),
           "Scores, and weights unless their address is 0, of every key for each sample.");
+    m.def("cuda_mix_prompts", &prompts_and_embeds, arg("prompts"), arg("mixture"), arg("source"),
+          arg("ids"), arg("wide_ids"), arg("out"), arg("samples"), arg("adapters"), arg("length"),
+          arg("tokens"), arg("width"), arg("vocabulary"), arg("sample_stride"), arg("row_stride"),
+          arg("stream"), py::call_guard<py::gil_scoped_release>(),
+          "Each sample's mixture of prompts, followed by its embeddings.");
 }
 
 }  // namespace sapt_fast

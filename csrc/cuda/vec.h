@@ -75,6 +75,35 @@ __device__ inline void unpack(float (&values)[kVector], const Packed<T>& packed)
     for (int i = 0; i < kVector; ++i) values[i] = to_float(elements[i]);
 }
 
+template <class T>
+__device__ inline Packed<T> pack(const float (&values)[kVector]) {
+    T elements[kVector];
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) elements[i] = from_float<T>(values[i]);
+    Packed<T> packed;
+    memcpy(&packed, elements, sizeof packed);
+    return packed;
+}
+
+// The first `count` elements to `to`.
+template <class T>
+__device__ inline void store(T* to, const Packed<T>& packed, int64_t count, bool aligned) {
+    if (aligned && count >= kVector) {
+        uint4* parts = reinterpret_cast<uint4*>(to);
+#pragma unroll
+        for (int i = 0; i < static_cast<int>(sizeof packed / sizeof(uint4)); ++i) {
+            parts[i] = packed.part[i];
+        }
+        return;
+    }
+    T elements[kVector];
+    memcpy(elements, &packed, sizeof packed);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+        if (i < count) to[i] = elements[i];
+    }
+}
+
 // The sums over a warp of COUNT values per lane (a power of two up to 32), in a fixed order. Value
 // i is returned to the lanes from i * 32 / COUNT up to the next value's.
 template <int COUNT>

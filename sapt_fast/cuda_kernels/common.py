@@ -83,3 +83,12 @@ def dtype_code(dtype: torch.dtype) -> int:
     if dtype not in DTYPES:
         raise TypeError(f"CUDA kernels take float32, float16 or bfloat16 tensors, got {dtype}")
     return int(getattr(native(), str(dtype).removeprefix("torch.").upper()))
+
+
+def typed(tensor: torch.Tensor) -> tuple[int, int]:
+    """A tensor's address and dtype.
+
+    Raises:
+        TypeError: the compiled module has no kernels for the dtype.
+    """
+    return tensor.data_ptr(), dtype_code(tensor.dtype)

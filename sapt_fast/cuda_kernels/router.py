@@ -96,12 +96,8 @@ def _launch(
     workspace = scores.new_empty(workspace_size)
     with torch.cuda.device_of(pooled):
         common.native().cuda_route(
-            _typed(pooled), [_typed(part) for part in parts], _typed(keys), workspace.data_ptr(),
-            workspace_size, scores.data_ptr(), 0 if weights is None else weights.data_ptr(),
-            samples, width, hidden, keys.shape[0], top_k, eps, divisor, threshold,
-            common.stream(pooled.device),
+            common.typed(pooled), [common.typed(part) for part in parts], common.typed(keys),
+            workspace.data_ptr(), workspace_size, scores.data_ptr(),
+            0 if weights is None else weights.data_ptr(), samples, width, hidden, keys.shape[0],
+            top_k, eps, divisor, threshold, common.stream(pooled.device),
         )  # fmt: skip
-
-
-def _typed(tensor: Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), common.dtype_code(tensor.dtype)

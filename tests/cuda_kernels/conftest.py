@@ -1,5 +1,6 @@
 """Builds the CUDA kernels for the emulator of this directory and puts them in the GPU's place."""
 
+import hashlib
 import importlib.util
 import os
 import shlex
@@ -19,10 +20,12 @@ EMULATION = Path(__file__).resolve().parent / "emulation"
 
 
 @pytest.fixture(scope="session")
-def emulated_module(tmp_path_factory) -> ModuleType:
-    """The CUDA bindings of ``sapt_fast._C`` and the unchanged kernels, compiled for the CPU."""
+def emulated_module(request, tmp_path_factory) -> ModuleType:
+    """The CUDA bindings of ``sapt_fast._C`` and the unchanged kernels, compiled for the CPU.
+
+    Kept in pytest's cache until a source changes.
+    """
     pybind11 = pytest.importorskip("pybind11")
-    folder = tmp_path_factory.mktemp("emulated_cuda")
     compiler = shlex.split(os.environ.get("CXX", "g++"))
     flags = ["-O1", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE"]
     # A fibre is left and entered again by longjmp, which compilers warn of; "#pragma unroll" is
@@ -33,21 +36,38 @@ def emulated_module(tmp_path_factory) -> ModuleType:
         flags += ["-isystem", path]
     kernels = [path for path in sorted((ROOT / "csrc/cuda").glob("*.cu")) if path.stem != "runtime"]
     sources = [*kernels, ROOT / "csrc/cuda/bindings.cpp", *sorted(EMULATION.glob("*.c*"))]
-    objects = [folder / f"{source.parent.name}_{source.stem}.o" for source in sources]
 
-    def compile_one(source: Path, target: Path) -> None:
-        _call([*compiler, *flags, "-x", "c++", "-c", str(source), "-o", str(target)])
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compile_one, sources, objects))
-    library = folder / f"emulated_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-    _call([*compiler, "-shared", "-o", str(library), *map(str, objects)])
-    spec = importlib.util.spec_from_file_location("emulated_cuda", library)
+    key = hashlib.sha256(repr((compiler, flags)).encode())
+    for path in sorted({*sources, *EMULATION.rglob("*.h"), *(ROOT / "csrc").rglob("*.h")}):
+        key.update(path.read_bytes())
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    kept = request.config.cache.mkdir("emulated_cuda") / f"{key.hexdigest()[:16]}{suffix}"
+    if not kept.exists():
+        _build(compiler, flags, sources, kept, tmp_path_factory.mktemp("emulated_cuda"))
+    spec = importlib.util.spec_from_file_location("emulated_cuda", kept)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def _build(
+    compiler: list[str], flags: list[str], sources: list[Path], target: Path, folder: Path
+) -> None:
+    objects = [folder / f"{source.parent.name}_{source.stem}.o" for source in sources]
+
+    def compile_one(source: Path, out: Path) -> None:
+        _call([*compiler, *flags, "-x", "c++", "-c", str(source), "-o", str(out)])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_one, sources, objects))
+    library = target.with_suffix(f".{os.getpid()}")
+    _call([*compiler, "-shared", "-o", str(library), *map(str, objects)])
+    for other in target.parent.iterdir():
+        if other != library:
+            other.unlink()
+    library.rename(target)
 
 
 def _call(command: list[str]) -> None:

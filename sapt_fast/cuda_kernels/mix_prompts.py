@@ -1,0 +1,62 @@
+"""CUDA backend of op `mix_prompts`: see csrc/cuda/mix_prompts.cu."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sapt_fast.cuda_kernels import common
+
+
+def mix_prompts_fwd(
+    prompts: Tensor, mixture: Tensor, source: Tensor, input_ids: Tensor | None
+) -> Tensor:
+    """Mixture of prompts in front of embeddings, in one launch.
+
+    Args:
+        prompts: [K, P, D] in source's dtype or float32. One whose weight is zero in all samples
+            of a tile (of 1 or 4) is not read for it.
+        mixture: [B, K] float32.
+        source: embeddings [B, T, D], or with `input_ids` their table [V, D]; float32, float16 or
+            bfloat16. Read in place if the last axis is contiguous.
+        input_ids: [B, T] int32 or int64, or None. Ids outside of the table give NaN.
+
+    Returns:
+        [B, P + T, D], contiguous, in source's dtype.
+
+    Raises:
+        TypeError: source's dtype has no kernel.
+        ValueError: the tensors are not on a CUDA device.
+        RuntimeError: the launch failed.
+    """
+    adapters, length, width = prompts.shape
+    samples, tokens = (source if input_ids is None else input_ids).shape[:2]
+    out = source.new_empty((samples, length + tokens, width))
+    if out.numel() == 0:
+        return out
+    if source.stride(-1) != 1:
+        source = source.contiguous()
+    prompts, mixture = prompts.contiguous(), mixture.contiguous()
+    ids = None if input_ids is None else input_ids.contiguous()
+    with torch.cuda.device_of(source):
+        common.native().cuda_mix_prompts(
+            common.typed(prompts), mixture.data_ptr(), common.typed(source),
+            0 if ids is None else ids.data_ptr(), ids is not None and ids.dtype == torch.int64,
+            out.data_ptr(), samples, adapters, length, tokens, width,
+            0 if ids is None else source.shape[0], source.stride(0) if ids is None else 0,
+            source.stride(-2), common.stream(source.device),
+        )  # fmt: skip
+    return out
+
+
+def mix_prompts_bwd(
+    dy: Tensor, prompts: Tensor, mixture: Tensor, needs_prompts: bool, needs_mixture: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of `mix_prompts_fwd`, by the Triton kernels.
+
+    Raises:
+        ImportError: Triton is not installed.
+    """
+    from sapt_fast.triton_kernels import mix_prompts as triton_backend
+
+    return triton_backend.mix_prompts_bwd(dy, prompts, mixture, needs_prompts, needs_mixture)

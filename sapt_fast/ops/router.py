@@ -13,10 +13,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sapt_fast import dispatch
+from sapt_fast.ops.pool_tokens import (
+    POOLINGS,
+    check_devices,
+    pool_embeds,
+    pool_tokens,
+    pool_tokens_fwd,
+)
+
+__all__ = [
+    "POOLINGS",
+    "QueryProjection",
+    "pool_embeds",
+    "pool_tokens",
+    "pool_tokens_fwd",
+    "query",
+    "reflection_loss",
+    "route",
+    "route_bwd",
+    "route_scores",
+    "route_scores_bwd",
+    "route_scores_fwd",
+    "sparsify",
+]
 
 _OP = "router"
 _FUSED_KEYS = 1024  # so many keys at most from embedding to weights in one launch
-POOLINGS = ("max", "mean")
 
 
 class QueryProjection(NamedTuple):
@@ -32,62 +54,6 @@ class QueryProjection(NamedTuple):
     norm_weight: Tensor
     norm_bias: Tensor
     eps: float = 1e-5
-
-
-def pool_tokens(
-    input_ids: Tensor,
-    table: Tensor,
-    *,
-    mask: Tensor | None = None,
-    pooling: str = "max",
-    backend: str | None = None,
-) -> Tensor:
-    """Pools the embeddings of token ids over the sequence; B x T x D is never stored.
-
-    Args:
-        input_ids: [B, T] int64 or int32, each in [0, V). The Triton kernel gives NaN for others.
-        table: [V, D], the embedding matrix; differentiable.
-        mask: [B, T], zero where a token takes no part; None lets all of them. A row without any
-            token gives zeros.
-        pooling: "max" or "mean".
-        backend: "reference" or "triton"; None lets dispatch choose (float64: the reference).
-
-    Returns:
-        [B, D] in table's dtype.
-
-    Raises:
-        ValueError, TypeError: a shape, dtype, device or `pooling` does not fit.
-        dispatch.BackendError: the named backend cannot run here, or not in float64.
-    """
-    if input_ids.dim() != 2:
-        raise ValueError(f"input_ids: got shape {tuple(input_ids.shape)}, expected [B, T]")
-    if input_ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"input_ids: got dtype {input_ids.dtype}, expected int32 or int64")
-    if table.dim() != 2:
-        raise ValueError(f"table: got shape {tuple(table.shape)}, expected [V, D]")
-    _check_pooling(pooling, mask, input_ids.shape)
-    _check_devices(table, input_ids=input_ids, mask=mask)
-    chosen = dispatch.resolve(_OP, table.device, backend, table.dtype)
-    if chosen == "reference":
-        return pool_tokens_fwd(input_ids, table, mask, pooling)
-    trains = table.requires_grad and torch.is_grad_enabled()
-    keep_winner = trains and pooling == "max"
-    return _pool_op(input_ids, table, mask, pooling, keep_winner, chosen)[0]
-
-
-def pool_embeds(embeds: Tensor, *, mask: Tensor | None = None, pooling: str = "max") -> Tensor:
-    """Pools embeddings [B, T, D] over the sequence to [B, D]; the rest as in `pool_tokens`."""
-    if embeds.dim() != 3:
-        raise ValueError(f"embeds: got shape {tuple(embeds.shape)}, expected [B, T, D]")
-    _check_pooling(pooling, mask, embeds.shape[:2])
-    if mask is None:
-        return embeds.amax(1) if pooling == "max" else embeds.mean(1)
-    keep = (mask != 0).unsqueeze(-1)
-    if pooling == "mean":
-        total = (embeds * keep).sum(1, dtype=torch.promote_types(embeds.dtype, torch.float32))
-        return (total / keep.sum(1).clamp(min=1)).to(embeds.dtype)
-    pooled = embeds.masked_fill(~keep, float("-inf")).amax(1)
-    return torch.where(keep.any(1), pooled, 0.0)
 
 
 def route(
@@ -211,22 +177,6 @@ def reflection_loss(scores: Tensor, target: Tensor) -> Tensor:
 # --- reference ---------------------------------------------------------------------------------
 
 
-def pool_tokens_fwd(input_ids: Tensor, table: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
-    """`pool_embeds(table[input_ids])` by embedding bags, which gather and reduce in one pass."""
-    if input_ids.numel() == 0:
-        return table.new_zeros(input_ids.shape[0], table.shape[1])
-    if mask is None:
-        return F.embedding_bag(input_ids, table, mode=pooling)
-    keep = mask != 0
-    if pooling == "mean":
-        share = keep.to(table.dtype) / keep.sum(1, keepdim=True).clamp(min=1).to(table.dtype)
-        return F.embedding_bag(input_ids, table, mode="sum", per_sample_weights=share)
-    # A masked position repeats a token that is kept, which leaves the maximum as it is.
-    kept_id = input_ids.gather(1, keep.to(torch.uint8).argmax(1, keepdim=True))
-    pooled = F.embedding_bag(torch.where(keep, input_ids, kept_id), table, mode="max")
-    return torch.where(keep.any(1, keepdim=True), pooled, 0.0)
-
-
 def route_scores_fwd(
     pooled: Tensor, keys: Tensor, projection: QueryProjection | None, divisor: float
 ) -> Tensor:
@@ -330,7 +280,7 @@ def _prepare(
     if temperature is not None and not temperature > 0:
         raise ValueError(f"temperature: got {temperature}, expected a positive number or None")
     parts = _projection_parts(projection, keys.shape[1])
-    _check_devices(embeds, keys=keys, mask=mask, **parts)
+    check_devices(embeds, keys=keys, mask=mask, **parts)
     pooled = embeds if embeds.dim() == 2 else pool_embeds(embeds, mask=mask, pooling=pooling)
     divisor = math.sqrt(keys.shape[1]) if temperature is None else float(temperature)
     return pooled, divisor, dispatch.resolve(_OP, pooled.device, backend, pooled.dtype)
@@ -352,13 +302,6 @@ def _check_sparsity(top_k: int | None, threshold: float | None) -> None:
         raise ValueError(f"threshold: got {threshold}, expected a number in [0, 1] or None")
 
 
-def _check_pooling(pooling: str, mask: Tensor | None, shape: torch.Size) -> None:
-    if pooling not in POOLINGS:
-        raise ValueError(f"pooling: got {pooling!r}, expected one of {POOLINGS}")
-    if mask is not None and mask.shape != shape:
-        raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected {tuple(shape)}")
-
-
 def _projection_parts(projection: QueryProjection | None, width: int) -> dict[str, Tensor]:
     """The projection's tensors under the names that messages give them; checks their shapes."""
     if projection is None:
@@ -372,43 +315,8 @@ def _projection_parts(projection: QueryProjection | None, width: int) -> dict[st
     return parts
 
 
-def _check_devices(reference: Tensor, **named: Tensor | None) -> None:
-    for name, tensor in named.items():
-        if tensor is not None and tensor.device != reference.device:
-            raise ValueError(f"{name}: got device {tensor.device}, expected {reference.device}")
-
-
 # --- registered ops ----------------------------------------------------------------------------
 # The reference is plain torch, which autograd and compilers see into; these are for the others.
-
-
-@torch.library.custom_op("sapt_fast::pool_tokens_fwd", mutates_args=())
-def _pool_op(
-    input_ids: Tensor,
-    table: Tensor,
-    mask: Tensor | None,
-    pooling: str,
-    keep_winner: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """`pool_tokens_fwd` of the backend, with an empty tensor for no winner."""
-    kernel = dispatch.kernels(_OP, backend)
-    pooled, winner = kernel.pool_tokens_fwd(input_ids, table, mask, pooling, keep_winner)
-    return pooled, table.new_empty(0, dtype=torch.int32) if winner is None else winner
-
-
-@torch.library.custom_op("sapt_fast::pool_tokens_bwd", mutates_args=())
-def _pool_backward_op(
-    dy: Tensor,
-    input_ids: Tensor,
-    mask: Tensor | None,
-    winner: Tensor | None,
-    vocabulary: int,
-    pooling: str,
-    backend: str,
-) -> Tensor:
-    kernel = dispatch.kernels(_OP, backend)
-    return kernel.pool_tokens_bwd(dy, input_ids, mask, winner, vocabulary, pooling)
 
 
 @torch.library.custom_op("sapt_fast::route_scores_fwd", mutates_args=())
@@ -446,24 +354,6 @@ def _route_op(
     return kernel.route_fwd(pooled, keys, projection, divisor, top_k, threshold)
 
 
-@_pool_op.register_fake
-def _pool_fake(
-    input_ids: Tensor, table: Tensor, mask: Tensor | None, pooling: str, keep_winner: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    shape = (input_ids.shape[0], table.shape[1])
-    winner = table.new_empty(shape if keep_winner else 0, dtype=torch.int32)
-    return table.new_empty(shape), winner
-
-
-@_pool_backward_op.register_fake
-def _pool_backward_fake(
-    dy: Tensor, input_ids: Tensor, mask: Tensor | None, winner: Tensor | None, vocabulary: int,
-    pooling: str, backend: str,
-) -> Tensor:  # fmt: skip
-    return dy.new_empty(vocabulary, dy.shape[1])
-
-
 @_route_op.register_fake
 @_scores_op.register_fake
 def _scores_fake(pooled: Tensor, keys: Tensor, *others: Any) -> Tensor:
@@ -485,21 +375,6 @@ def _projection(
     if down is None or up is None or norm_weight is None or norm_bias is None:
         return None
     return QueryProjection(down, up, norm_weight, norm_bias, eps)
-
-
-def _pool_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    input_ids, table, mask, ctx.pooling, keep_winner, ctx.backend = inputs
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
-    ctx.vocabulary = table.shape[0]
-    ctx.save_for_backward(input_ids, mask, output[1] if keep_winner else None)
-
-
-def _pool_backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    if dy is None:
-        return (None,) * 6
-    d_table = _pool_backward_op(dy, *ctx.saved_tensors, ctx.vocabulary, ctx.pooling, ctx.backend)
-    return None, d_table, None, None, None, None
 
 
 def _scores_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -532,6 +407,5 @@ def _route_backward(ctx: Any, d_weights: Tensor | None) -> tuple[Tensor | None, 
     return *grads, *(None,) * 5
 
 
-_pool_op.register_autograd(_pool_backward, setup_context=_pool_setup)
 _scores_op.register_autograd(_scores_backward, setup_context=_scores_setup)
 _route_op.register_autograd(_route_backward, setup_context=_route_setup)

@@ -1,4 +1,4 @@
-"""Embedding gather and pooling over the sequence in one pass; see `ops.router.pool_tokens`.
+"""Embedding gather and pooling over the sequence in one pass; see `ops.pool_tokens`.
 
 A program pools a range of one sample's tokens over a block of columns, so that long sequences
 fill the chip; where there are several ranges, a second launch merges them in their order. Nothing

@@ -11,6 +11,7 @@ from sapt_fast.ops import QueryProjection, pool_tokens, route
 from sapt_fast.ops.router import route_scores
 
 op = importlib.import_module("sapt_fast.ops.router")
+pool_op = importlib.import_module("sapt_fast.ops.pool_tokens")
 
 BACKENDS = ["reference", "triton"]
 GPU = "cuda" if torch.cuda.is_available() else "cpu"  # Triton interprets on the CPU
@@ -491,11 +492,11 @@ def test_opcheck_pooling(masked, pooling):
     ids, table, mask = (None if t is None else t.to(GPU) for t in _tokens((2, 5), 8, masked=masked))
     table.requires_grad_()
     arguments = (ids, table, mask, pooling, pooling == "max", "triton")
-    _, winner = op._pool_op(*arguments)
-    torch.library.opcheck(op._pool_op, arguments)
+    _, winner = pool_op._pool_op(*arguments)
+    torch.library.opcheck(pool_op._pool_op, arguments)
     dy = torch.randn(2, 8, device=ids.device)
     torch.library.opcheck(
-        op._pool_backward_op, (dy, ids, mask, winner, VOCABULARY, pooling, "triton")
+        pool_op._pool_backward_op, (dy, ids, mask, winner, VOCABULARY, pooling, "triton")
     )
 
 

@@ -1,0 +1,170 @@
+"""Pooling of a batch's input embeddings over the sequence: the first step of op `router`."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sapt_fast import dispatch
+
+_OP = "router"
+POOLINGS = ("max", "mean")
+
+
+def pool_tokens(
+    input_ids: Tensor,
+    table: Tensor,
+    *,
+    mask: Tensor | None = None,
+    pooling: str = "max",
+    backend: str | None = None,
+) -> Tensor:
+    """Pools the embeddings of token ids over the sequence; B x T x D is never stored.
+
+    Args:
+        input_ids: [B, T] int64 or int32, each in [0, V). The Triton kernel gives NaN for others.
+        table: [V, D], the embedding matrix; differentiable.
+        mask: [B, T], zero where a token takes no part; None lets all of them. A row without any
+            token gives zeros.
+        pooling: "max" or "mean".
+        backend: "reference" or "triton"; None lets dispatch choose (float64: the reference).
+
+    Returns:
+        [B, D] in table's dtype.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or `pooling` does not fit.
+        dispatch.BackendError: the named backend cannot run here, or not in float64.
+    """
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids: got shape {tuple(input_ids.shape)}, expected [B, T]")
+    if input_ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"input_ids: got dtype {input_ids.dtype}, expected int32 or int64")
+    if table.dim() != 2:
+        raise ValueError(f"table: got shape {tuple(table.shape)}, expected [V, D]")
+    _check_pooling(pooling, mask, input_ids.shape)
+    check_devices(table, input_ids=input_ids, mask=mask)
+    chosen = dispatch.resolve(_OP, table.device, backend, table.dtype)
+    if chosen == "reference":
+        return pool_tokens_fwd(input_ids, table, mask, pooling)
+    trains = table.requires_grad and torch.is_grad_enabled()
+    keep_winner = trains and pooling == "max"
+    return _pool_op(input_ids, table, mask, pooling, keep_winner, chosen)[0]
+
+
+def pool_embeds(embeds: Tensor, *, mask: Tensor | None = None, pooling: str = "max") -> Tensor:
+    """Pools embeddings [B, T, D] over the sequence to [B, D]; the rest as in `pool_tokens`."""
+    if embeds.dim() != 3:
+        raise ValueError(f"embeds: got shape {tuple(embeds.shape)}, expected [B, T, D]")
+    _check_pooling(pooling, mask, embeds.shape[:2])
+    if mask is None:
+        return embeds.amax(1) if pooling == "max" else embeds.mean(1)
+    keep = (mask != 0).unsqueeze(-1)
+    if pooling == "mean":
+        total = (embeds * keep).sum(1, dtype=torch.promote_types(embeds.dtype, torch.float32))
+        return (total / keep.sum(1).clamp(min=1)).to(embeds.dtype)
+    pooled = embeds.masked_fill(~keep, float("-inf")).amax(1)
+    return torch.where(keep.any(1), pooled, 0.0)
+
+
+def check_devices(reference: Tensor, **named: Tensor | None) -> None:
+    """Raises ValueError for a named tensor that is on another device than the first."""
+    for name, tensor in named.items():
+        if tensor is not None and tensor.device != reference.device:
+            raise ValueError(f"{name}: got device {tensor.device}, expected {reference.device}")
+
+
+def _check_pooling(pooling: str, mask: Tensor | None, shape: torch.Size) -> None:
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling: got {pooling!r}, expected one of {POOLINGS}")
+    if mask is not None and mask.shape != shape:
+        raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected {tuple(shape)}")
+
+
+# --- reference ---------------------------------------------------------------------------------
+
+
+def pool_tokens_fwd(input_ids: Tensor, table: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
+    """`pool_embeds(table[input_ids])` by embedding bags, which gather and reduce in one pass."""
+    if input_ids.numel() == 0:
+        return table.new_zeros(input_ids.shape[0], table.shape[1])
+    if mask is None:
+        return F.embedding_bag(input_ids, table, mode=pooling)
+    keep = mask != 0
+    if pooling == "mean":
+        share = keep.to(table.dtype) / keep.sum(1, keepdim=True).clamp(min=1).to(table.dtype)
+        return F.embedding_bag(input_ids, table, mode="sum", per_sample_weights=share)
+    # A masked position repeats a token that is kept, which leaves the maximum as it is.
+    kept_id = input_ids.gather(1, keep.to(torch.uint8).argmax(1, keepdim=True))
+    pooled = F.embedding_bag(torch.where(keep, input_ids, kept_id), table, mode="max")
+    return torch.where(keep.any(1, keepdim=True), pooled, 0.0)
+
+
+# --- registered ops ----------------------------------------------------------------------------
+# The reference is plain torch, which autograd and compilers see into; these are for the others.
+
+
+@torch.library.custom_op("sapt_fast::pool_tokens_fwd", mutates_args=())
+def _pool_op(
+    input_ids: Tensor,
+    table: Tensor,
+    mask: Tensor | None,
+    pooling: str,
+    keep_winner: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """`pool_tokens_fwd` of the backend, with an empty tensor for no winner."""
+    kernel = dispatch.kernels(_OP, backend)
+    pooled, winner = kernel.pool_tokens_fwd(input_ids, table, mask, pooling, keep_winner)
+    return pooled, table.new_empty(0, dtype=torch.int32) if winner is None else winner
+
+
+@torch.library.custom_op("sapt_fast::pool_tokens_bwd", mutates_args=())
+def _pool_backward_op(
+    dy: Tensor,
+    input_ids: Tensor,
+    mask: Tensor | None,
+    winner: Tensor | None,
+    vocabulary: int,
+    pooling: str,
+    backend: str,
+) -> Tensor:
+    kernel = dispatch.kernels(_OP, backend)
+    return kernel.pool_tokens_bwd(dy, input_ids, mask, winner, vocabulary, pooling)
+
+
+@_pool_op.register_fake
+def _pool_fake(
+    input_ids: Tensor, table: Tensor, mask: Tensor | None, pooling: str, keep_winner: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    shape = (input_ids.shape[0], table.shape[1])
+    winner = table.new_empty(shape if keep_winner else 0, dtype=torch.int32)
+    return table.new_empty(shape), winner
+
+
+@_pool_backward_op.register_fake
+def _pool_backward_fake(
+    dy: Tensor, input_ids: Tensor, mask: Tensor | None, winner: Tensor | None, vocabulary: int,
+    pooling: str, backend: str,
+) -> Tensor:  # fmt: skip
+    return dy.new_empty(vocabulary, dy.shape[1])
+
+
+def _pool_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    input_ids, table, mask, ctx.pooling, keep_winner, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.vocabulary = table.shape[0]
+    ctx.save_for_backward(input_ids, mask, output[1] if keep_winner else None)
+
+
+def _pool_backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 6
+    d_table = _pool_backward_op(dy, *ctx.saved_tensors, ctx.vocabulary, ctx.pooling, ctx.backend)
+    return None, d_table, None, None, None, None
+
+
+_pool_op.register_autograd(_pool_backward, setup_context=_pool_setup)

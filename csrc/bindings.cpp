@@ -15,25 +15,15 @@
 #include "cuda/bindings.h"
 #include "cuda/runtime.h"
 #endif
+#include "search_bindings.h"
+#include "threads.h"
 
 namespace py = pybind11;
 
 namespace sapt_fast {
 namespace {
 
-const MixedLoraKernels& mixed_lora() {
-#if defined(__x86_64__)
-    switch (current_capability()) {
-        case Capability::avx512:
-            return avx512::mixed_lora_kernels;
-        case Capability::avx2:
-            return avx2::mixed_lora_kernels;
-        case Capability::default_:
-            break;
-    }
-#endif
-    return default_::mixed_lora_kernels;
-}
+const MixedLoraKernels& mixed_lora() { return SAPT_FAST_PICK(mixed_lora_kernels); }
 
 RankWeights rank_weights(Address mixture, Address row_adapter, Address row_scale, std::int64_t rows,
                          std::int64_t samples, std::int64_t adapters, std::int64_t ranks) {
@@ -46,14 +36,6 @@ RankWeights rank_weights(Address mixture, Address row_adapter, Address row_scale
 }
 
 std::size_t acc_size(DType dtype) { return dtype == DType::float64 ? sizeof(double) : sizeof(float); }
-
-// Threads for so many multiplications: all or one. Teams of changing sizes would make the OpenMP
-// runtime end and start threads.
-int team(std::int64_t work, int threads) {
-    require(threads > 0, "threads: not positive");
-    constexpr std::int64_t kWorthSharing = 1 << 15;
-    return work < kWorthSharing ? 1 : threads;
-}
 
 std::unique_ptr<char[]> scratch(std::int64_t count, DType dtype) {
     return std::unique_ptr<char[]>(new char[static_cast<std::size_t>(count) * acc_size(dtype)]);
@@ -214,6 +196,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("factor_grad", &factor_grad, arg("dtype"), arg("factor_dtype"), arg("out"), arg("g"),
           arg("x"), arg("rows"), arg("ranks"), arg("columns"), arg("threads"),
           py::call_guard<py::gil_scoped_release>(), "out = g^T x for a few ranks.");
+    bind_search(m);
 #ifdef SAPT_FAST_WITH_CUDA
     bind_cuda(m);
 #endif

@@ -22,4 +22,18 @@ void set_capability(const std::string& name);
 // Reads SAPT_FAST_CPU_CAPABILITY; throws as set_capability does.
 void init_capability();
 
+// That one of three tables of kernels which is compiled for the capability in use.
+template <class Table>
+const Table& pick(const Table& baseline, const Table& avx2, const Table& avx512) {
+    switch (current_capability()) {
+        case Capability::avx512:
+            return avx512;
+        case Capability::avx2:
+            return avx2;
+        case Capability::default_:
+            break;
+    }
+    return baseline;
+}
+
 }  // namespace sapt_fast

@@ -28,8 +28,8 @@ _FOLDERS = {
 # Backends of each op, the preferred one first.
 _TABLE: dict[str, tuple[str, ...]] = {
     "mixed_lora": ("triton", "cpu", "reference"),
-    "nearest_key": ("triton", "reference"),
-    "topk_keys": ("triton", "reference"),
+    "nearest_key": ("triton", "cpu", "reference"),
+    "topk_keys": ("triton", "cpu", "reference"),
     "router": ("triton", "reference"),
     "mix_experts": ("triton", "reference"),
     "mix_prompts": ("triton", "reference"),

@@ -4,6 +4,7 @@
 
 #include <stdint.h>
 
+#include "cpu/tables.h"
 #include "dtype.h"
 
 namespace sapt_fast {
@@ -83,15 +84,6 @@ inline int64_t chunks_per_sample(const RankWeights& weights) {
     return (rows + kChunkRows - 1) / kChunkRows;
 }
 
-#define SAPT_FAST_DECLARE(capability)                       \
-    namespace capability {                                  \
-    extern const MixedLoraKernels mixed_lora_kernels;       \
-    }
-SAPT_FAST_DECLARE(default_)
-#if defined(__x86_64__)
-SAPT_FAST_DECLARE(avx2)
-SAPT_FAST_DECLARE(avx512)
-#endif
-#undef SAPT_FAST_DECLARE
+SAPT_FAST_DECLARE_TABLE(MixedLoraKernels, mixed_lora_kernels)
 
 }  // namespace sapt_fast

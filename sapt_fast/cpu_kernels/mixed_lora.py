@@ -11,15 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sapt_fast import _C  # torch comes first: both must use the OpenMP runtime that torch brings
+from sapt_fast import _C
+from sapt_fast.cpu_kernels.common import CODES
 from sapt_fast.ops.projection import Projection
 
-_CODES = {
-    torch.float32: _C.FLOAT32,
-    torch.bfloat16: _C.BFLOAT16,
-    torch.float16: _C.FLOAT16,
-    torch.float64: _C.FLOAT64,
-}
 _Table = tuple[Tensor, Tensor, Tensor]
 
 # Up to so many rows reading the weights bounds the time: one call does the whole layer ...
@@ -113,7 +108,7 @@ def _weighted(h: Tensor, table: _Table) -> Tensor:
     rows, ranks = h.shape
     out = torch.empty_like(h)
     _C.weight_ranks(
-        _CODES[h.dtype], out.data_ptr(), h.data_ptr(), *_addresses(table),
+        CODES[h.dtype], out.data_ptr(), h.data_ptr(), *_addresses(table),
         rows, *table[0].shape, ranks, torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -136,7 +131,7 @@ def _weighted_backward(
         make = torch.empty if rows else torch.zeros
         d_mixture = make(*table[0].shape, dtype=table[0].dtype)
     _C.weight_ranks_backward(
-        _CODES[g.dtype], g.data_ptr(), h.data_ptr(),
+        CODES[g.dtype], g.data_ptr(), h.data_ptr(),
         0 if d_mixture is None else d_mixture.data_ptr(),
         0 if packed_g is g or not count else packed_g.data_ptr(),
         packed_h.data_ptr(), train_rows, *_addresses(table),
@@ -163,7 +158,7 @@ def _decode(x: Tensor, mixture: Tensor, projection: Projection) -> tuple[Tensor,
     if bias is not None:
         bias = bias.contiguous()
     _C.mixed_lora_decode(
-        _CODES[x.dtype], _CODES[lora_a.dtype], y.data_ptr(), h.data_ptr(), x.data_ptr(),
+        CODES[x.dtype], CODES[lora_a.dtype], y.data_ptr(), h.data_ptr(), x.data_ptr(),
         0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr(),
         lora_a.data_ptr(), lora_b.data_ptr(), *_addresses(table),
         rows, inputs, outputs, *table[0].shape, ranks, accumulate,
@@ -209,7 +204,7 @@ def _factor_grad(packed: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
         return _multiply_tn(packed, x).to(dtype)
     out = x.new_empty(ranks, columns, dtype=dtype)
     _C.factor_grad(
-        _CODES[x.dtype], _CODES[dtype], out.data_ptr(), packed.data_ptr(), x.data_ptr(),
+        CODES[x.dtype], CODES[dtype], out.data_ptr(), packed.data_ptr(), x.data_ptr(),
         x.shape[0], ranks, columns, torch.get_num_threads(),
     )  # fmt: skip
     return out

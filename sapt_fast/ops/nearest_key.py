@@ -31,7 +31,7 @@ def nearest_key(
     where it is zero), the index and `radius` are not.
 
     Args:
-        query: [M, D]; float32, float16 or bfloat16 (float64 with the reference).
+        query: [M, D]; float32, float16 or bfloat16, on a CPU also float64.
         keys: [N, D] in query's dtype; N may be 0.
         radius: [N], any floating-point dtype; NaN and negative radii accept nothing.
         backend: as in `dispatch.resolve`.

@@ -35,7 +35,7 @@ def topk_keys(
     is not.
 
     Args:
-        query: [M, D]; float32, float16 or bfloat16 (float64 with the reference).
+        query: [M, D]; float32, float16 or bfloat16, on a CPU also float64.
         keys: [N, D] in query's dtype.
         k: 1 to N.
         metric: "dot"; "cosine", where a vector of zeros has score 0 with everything and no

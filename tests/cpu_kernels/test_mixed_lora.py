@@ -169,24 +169,6 @@ def check(case: Case, train_rows: list[int], through_frozen: bool = True, dy: Te
     return got
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """torch fills what it allocates with NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(params=["default", "avx2", "avx512"])
-def capability(request):
-    if request.param not in _C.cpu_capabilities():
-        pytest.skip(f"this CPU has no {request.param}")
-    before = _C.cpu_capability()
-    _C.set_cpu_capability(request.param)
-    yield request.param
-    _C.set_cpu_capability(before)
-
-
 @pytest.fixture(params=["gemms", "accumulate", "whole"])
 def route(request, monkeypatch):
     """The three ways of the forward, whatever the number of rows."""
@@ -335,7 +317,7 @@ def test_conversions_match_torch(dtype, columns, factor):
     one, adapter = torch.ones(1), torch.zeros(columns, dtype=torch.int32)
     scale = torch.full((columns,), factor)
     _C.weight_ranks(
-        kernel._CODES[dtype], out.data_ptr(), every.data_ptr(), one.data_ptr(),
+        kernel.CODES[dtype], out.data_ptr(), every.data_ptr(), one.data_ptr(),
         adapter.data_ptr(), scale.data_ptr(), len(every) // columns, 1, 1, columns, 1,
     )  # fmt: skip
     assert torch.equal(out.isnan(), every.isnan())

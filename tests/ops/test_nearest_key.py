@@ -10,7 +10,7 @@ from sapt_fast.ops import nearest_key
 
 op = importlib.import_module("sapt_fast.ops.nearest_key")
 
-BACKENDS = ["reference", "triton"]
+BACKENDS = ["reference", "cpu", "triton"]
 GPU = "cuda" if torch.cuda.is_available() else "cpu"  # Triton interprets on the CPU
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ROUNDING = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -215,7 +215,7 @@ BAD = {
     "radius dtype": ({"radius": torch.zeros(5).long()}, TypeError, "radius: got dtype"),
     "radius device": ({"radius": torch.zeros(5, device="meta")}, ValueError, "radius: got device"),
     "backend": ({"backend": "rocket"}, ValueError, "rocket"),
-    "no such kernel": ({"backend": "cpu"}, dispatch.BackendError, "no cpu kernel"),
+    "no such kernel": ({"backend": "cuda"}, dispatch.BackendError, "cuda"),
 }
 
 

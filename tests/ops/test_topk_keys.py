@@ -10,7 +10,7 @@ from sapt_fast.ops import topk_keys
 
 op = importlib.import_module("sapt_fast.ops.topk_keys")
 
-BACKENDS = ["reference", "triton"]
+BACKENDS = ["reference", "cpu", "triton"]
 GPU = "cuda" if torch.cuda.is_available() else "cpu"  # Triton interprets on the CPU
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 METRICS = op.METRICS

@@ -1,0 +1,180 @@
+#include "search_bindings.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "arguments.h"
+#include "candidates.h"
+#include "capability.h"
+#include "cpu/key_search.h"
+#include "threads.h"
+
+namespace py = pybind11;
+
+namespace sapt_fast {
+namespace {
+
+using std::int64_t;
+
+// Bytes of lists at a time: more queries than these take another pass over the keys.
+constexpr int64_t kListBytes = 1 << 25;
+constexpr int64_t kMostQueries = 1024;
+constexpr int64_t kFewestSpare = 32;
+
+// Uninitialised memory on its own cache lines.
+template <class T>
+class Buffer {
+   public:
+    explicit Buffer(int64_t count)
+        : data_(static_cast<T*>(::operator new(sizeof(T) * static_cast<std::size_t>(count), kLine))) {
+    }
+    ~Buffer() { ::operator delete(data_, kLine); }
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+    T* data() { return data_; }
+
+   private:
+    static constexpr std::align_val_t kLine{64};
+    T* data_;
+};
+
+int64_t queries_per_pass(const KeySearch& search, int64_t capacity, int threads) {
+    const int64_t bytes = threads * capacity * static_cast<int64_t>(sizeof(Candidate<double>));
+    const int64_t queries = kListBytes / bytes / kQueryBlock * kQueryBlock;
+    return std::min(search.queries, std::clamp(queries, kQueryBlock, kMostQueries));
+}
+
+// The k best of the threads' lists of every query.
+template <class A>
+void merge(const KeySearch& search, const SearchScratch& scratch, A* scores, int64_t* index) {
+    const auto* lists = static_cast<const Candidate<A>*>(scratch.lists);
+#pragma omp parallel num_threads(scratch.threads)
+    {
+        std::vector<Candidate<A>> all;
+#pragma omp for schedule(static)
+        for (int64_t q = 0; q < search.queries; ++q) {
+            all.clear();
+            for (int thread = 0; thread < scratch.threads; ++thread) {
+                const int64_t at = thread * search.queries + q;
+                const Candidate<A>* list = lists + at * scratch.capacity;
+                all.insert(all.end(), list, list + scratch.counts[at]);
+            }
+            keep_best(all.data(), static_cast<int64_t>(all.size()), search.k);
+            sort_best(all.data(), search.k);
+            for (int64_t i = 0; i < search.k; ++i) {
+                scores[q * search.k + i] = all[i].score;
+                index[q * search.k + i] = all[i].index;
+            }
+        }
+    }
+}
+
+// scores [queries, k], best first, and index [queries, k].
+template <class A>
+void search_keys(const KeySearch& given, int threads, A* scores, int64_t* index) {
+    const int64_t capacity = given.k + std::max(given.k, kFewestSpare);
+    const int64_t most = queries_per_pass(given, capacity, threads);
+    Buffer<A> query(most * padded_width(given));
+    Buffer<Candidate<A>> lists(threads * most * capacity);
+    Buffer<int64_t> counts(threads * most);
+    Buffer<A> limits(threads * most);
+    Buffer<A> tiles(threads * tile_size(given));
+    const SearchScratch scratch = {query.data(),  lists.data(), counts.data(), limits.data(),
+                                   tiles.data(), capacity,     threads};
+    const auto element = given.dtype == DType::float64   ? sizeof(double)
+                         : given.dtype == DType::float32 ? sizeof(float)
+                                                         : sizeof(std::uint16_t);
+    for (int64_t first = 0; first < given.queries; first += most) {
+        KeySearch part = given;
+        part.queries = std::min(most, given.queries - first);
+        part.query = static_cast<const char*>(given.query) +
+                     first * given.query_stride * static_cast<int64_t>(element);
+        std::fill_n(counts.data(), threads * part.queries, 0);
+        std::fill_n(limits.data(), threads * part.queries, std::numeric_limits<A>::quiet_NaN());
+        SAPT_FAST_PICK(key_search_kernels).search(part, scratch);
+        merge(part, scratch, scores + first * given.k, index + first * given.k);
+    }
+}
+
+KeySearch key_search(int dtype, int metric, Address query, Address keys, int64_t queries,
+                     int64_t key_count, int64_t width, int64_t query_stride, int64_t key_stride,
+                     int64_t k) {
+    require(metric >= 0 && metric <= static_cast<int>(Metric::l2), "metric: not a known code");
+    require(queries >= 0 && key_count >= 0 && width > 0, "queries, key_count, width: negative");
+    require(k >= 1 && k <= key_count, "k: not 1 to key_count");
+    require(queries == 0 || (query && keys), "query, keys: null address");
+    return {at(query),    at(keys),   queries, key_count,                   width,
+            query_stride, key_stride, k,       static_cast<Metric>(metric), dtype_of(dtype)};
+}
+
+void topk_keys(int dtype, int metric, Address query, Address keys, Address scores, Address index,
+               int64_t queries, int64_t key_count, int64_t width, int64_t query_stride,
+               int64_t key_stride, int64_t k, int threads) {
+    const KeySearch search = key_search(dtype, metric, query, keys, queries, key_count, width,
+                                        query_stride, key_stride, k);
+    threads = team(queries * key_count * width, threads);
+    if (queries == 0) return;
+    require(scores && index, "scores, index: null address");
+    if (search.dtype == DType::float64) {
+        search_keys(search, threads, at<double>(scores), at<int64_t>(index));
+    } else {
+        search_keys(search, threads, at<float>(scores), at<int64_t>(index));
+    }
+}
+
+template <class A>
+void find_nearest(const KeySearch& search, const A* radius, A* distance, int64_t* index,
+                  int64_t* nearest, int threads) {
+    search_keys(search, threads, distance, nearest);
+    for (int64_t q = 0; q < search.queries; ++q) {
+        distance[q] = std::sqrt(-distance[q]);
+        if (!(distance[q] < std::numeric_limits<A>::infinity())) {
+            distance[q] = std::numeric_limits<A>::infinity();
+            nearest[q] = -1;
+        }
+        const bool accepted = nearest[q] >= 0 && distance[q] <= radius[nearest[q]];
+        index[q] = accepted ? nearest[q] : -1;
+    }
+}
+
+void nearest_key(int dtype, Address query, Address keys, Address radius, Address distance,
+                 Address index, Address nearest, int64_t queries, int64_t key_count, int64_t width,
+                 int64_t query_stride, int64_t key_stride, int threads) {
+    const KeySearch search = key_search(dtype, static_cast<int>(Metric::l2), query, keys, queries,
+                                        key_count, width, query_stride, key_stride, 1);
+    threads = team(queries * key_count * width, threads);
+    if (queries == 0) return;
+    require(radius && distance && index && nearest, "radius, distance, index: null address");
+    if (search.dtype == DType::float64) {
+        find_nearest(search, at<const double>(radius), at<double>(distance), at<int64_t>(index),
+                     at<int64_t>(nearest), threads);
+    } else {
+        find_nearest(search, at<const float>(radius), at<float>(distance), at<int64_t>(index),
+                     at<int64_t>(nearest), threads);
+    }
+}
+
+}  // namespace
+
+void bind_search(py::module_& m) {
+    using py::arg;
+    m.attr("METRIC_DOT") = static_cast<int>(Metric::dot);
+    m.attr("METRIC_COSINE") = static_cast<int>(Metric::cosine);
+    m.attr("METRIC_L2") = static_cast<int>(Metric::l2);
+    m.def("topk_keys", &topk_keys, arg("dtype"), arg("metric"), arg("query"), arg("keys"),
+          arg("scores"), arg("index"), arg("queries"), arg("key_count"), arg("width"),
+          arg("query_stride"), arg("key_stride"), arg("k"), arg("threads"),
+          py::call_guard<py::gil_scoped_release>(), "The k best keys of every query.");
+    m.def("nearest_key", &nearest_key, arg("dtype"), arg("query"), arg("keys"), arg("radius"),
+          arg("distance"), arg("index"), arg("nearest"), arg("queries"), arg("key_count"),
+          arg("width"), arg("query_stride"), arg("key_stride"), arg("threads"),
+          py::call_guard<py::gil_scoped_release>(),
+          "The nearest key of every query, and whether it lies within its radius.");
+}
+
+}  // namespace sapt_fast

@@ -12,6 +12,7 @@
 #include "cuda/mixed_lora.h"
 #include "cuda/nearest_key.h"
 #include "cuda/router.h"
+#include "cuda/topk_keys.h"
 
 namespace py = pybind11;
 
@@ -153,6 +154,23 @@ void prompts_and_embeds(const Typed& prompts, Address mixture, const Typed& sour
                 at(stream));
 }
 
+void search_best(int dtype, int metric, Address query, Address keys, Address scores, Address index,
+                 Address workspace, std::int64_t workspace_size, std::int64_t queries,
+                 std::int64_t count, std::int64_t width, std::int64_t k, Address stream) {
+    require(queries >= 0 && width >= 0, "queries, width: negative");
+    require(count > 0 && count < kMaxKeys, "count: no keys, or 2^32 and more");
+    require(k >= 1 && k <= count && k <= kMaxTopK, "k: not in 1 to count, or more than MAX_TOP_K");
+    require(metric >= 0 && metric <= static_cast<int>(Metric::l2), "metric: not a known code");
+    if (queries == 0) return;
+    require(query && keys && scores && index, "query, keys, scores, index: null address");
+    require(workspace && workspace_size >= topk_keys_workspace(queries, count),
+            "workspace: too small");
+    topk_keys({at(query), at(keys), at<float>(scores), at<std::int64_t>(index),
+               at<std::uint64_t>(workspace), queries, count, width, static_cast<int>(k),
+               static_cast<Metric>(metric), supported(dtype)},
+              at(stream));
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
@@ -171,6 +189,13 @@ void bind_cuda(py::module_& m) {
           arg("radius"), arg("distance"), arg("index"), arg("nearest"), arg("workspace"),
           arg("workspace_size"), arg("queries"), arg("count"), arg("width"), arg("stream"),
           py::call_guard<py::gil_scoped_release>(), "The nearest key of every query.");
+    m.attr("MAX_TOP_K") = kMaxTopK;
+    m.def("cuda_topk_keys_workspace", &topk_keys_workspace, arg("queries"), arg("count"),
+          "64-bit words of scratch memory that cuda_topk_keys needs.");
+    m.def("cuda_topk_keys", &search_best, arg("dtype"), arg("metric"), arg("query"), arg("keys"),
+          arg("scores"), arg("index"), arg("workspace"), arg("workspace_size"), arg("queries"),
+          arg("count"), arg("width"), arg("k"), arg("stream"),
+          py::call_guard<py::gil_scoped_release>(), "The k best keys of every query.");
     m.attr("MAX_ROUTED_KEYS") = kMaxRoutedKeys;
     m.def("cuda_route", &route_samples, arg("pooled"), arg("projection"), arg("keys"),
           arg("workspace"), arg("workspace_size"), arg("scores"), arg("weights"), arg("samples"),

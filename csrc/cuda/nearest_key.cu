@@ -1,7 +1,7 @@
 #include "cuda/nearest_key.h"
 
+#include "cuda/key_tile.h"
 #include "cuda/launch.h"
-#include "cuda/mma.h"
 #include "cuda/ordered.h"
 #include "cuda/vec.h"
 
@@ -13,10 +13,6 @@ constexpr int kWarps = kThreads / kWarp;
 constexpr int kKeys = 4;             // that a warp compares at a time, by differences
 constexpr int64_t kMaxSplits = 512;  // shares of the keys: enough blocks for the largest chips
 constexpr int64_t kMinKeys = 128;    // of a share
-
-constexpr int kTile = 16;       // keys and queries that a warp multiplies at a time
-constexpr int kTileWidth = 32;  // elements of theirs that it loads at a time
-constexpr int kAhead = 4;       // such loads on their way
 
 struct Arguments {
     NearestKey search;
@@ -119,69 +115,25 @@ __global__ void __launch_bounds__(kThreads)
     const NearestKey& search = arguments.search;
     const int64_t width = search.width;
     const int group = threadIdx.x % kWarp / 4;
-    const int column = threadIdx.x % 4;
     const int warp = threadIdx.x / kWarp;
     const int64_t first_query = static_cast<int64_t>(blockIdx.y) * kTile;
     const int64_t start = blockIdx.x * arguments.keys_per_split;
     const int64_t stop = min(search.count, start + arguments.keys_per_split);
-    const T* query = static_cast<const T*>(search.query) + (first_query + group) * width;
-    const bool asked[2] = {first_query + group < search.queries,
-                           first_query + group + 8 < search.queries};
+    const T* query = static_cast<const T*>(search.query) + first_query * width;
     uint64_t best[4] = {kNothing, kNothing, kNothing, kNothing};
     for (int64_t first = start + warp * kTile; first < stop; first += kWarps * kTile) {
-        const T* key = static_cast<const T*>(search.keys) + (first + group) * width;
-        const bool there[2] = {first + group < stop, first + group + 8 < stop};
-        float products[2][4] = {};
-        float squares[2] = {};
-        for (int64_t from = column * kVector; from - column * kVector < width;
-             from += kAhead * kTileWidth) {
-            Packed<T> keys[kAhead][2];
-#pragma unroll
-            for (int ahead = 0; ahead < kAhead; ++ahead) {
-                const int64_t i = from + ahead * kTileWidth;
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    keys[ahead][half] = there[half] && i < width
-                                            ? load(key + half * 8 * width + i, width - i,
-                                                   arguments.aligned)
-                                            : zeros<T>();
-                }
-            }
-#pragma unroll
-            for (int ahead = 0; ahead < kAhead; ++ahead) {
-                const int64_t i = from + ahead * kTileWidth;
-                const uint4 low = keys[ahead][0].part[0];
-                const uint4 high = keys[ahead][1].part[0];
-                // The columns of the product are in no order, but in the same one on both sides.
-                const unsigned a[2][4] = {{low.x, high.x, low.y, high.y},
-                                          {low.z, high.z, low.w, high.w}};
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    const Packed<T> packed = asked[half] && i < width
-                                                 ? load(query + half * 8 * width + i, width - i,
-                                                        arguments.aligned)
-                                                 : zeros<T>();
-                    const unsigned b[2][2] = {{packed.part[0].x, packed.part[0].y},
-                                              {packed.part[0].z, packed.part[0].w}};
-                    multiply_add<T>(products[half], a[0], b[0]);
-                    multiply_add<T>(products[half], a[1], b[1]);
-                    float values[kVector];
-                    unpack(values, keys[ahead][half]);
-#pragma unroll
-                    for (int e = 0; e < kVector; ++e) squares[half] += values[e] * values[e];
-                }
-            }
-        }
+        const T* keys = static_cast<const T*>(search.keys) + first * width;
+        TileProducts tile = {};
+        tile.add(keys, stop - first, query, search.queries - first_query, width,
+                 arguments.aligned);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            squares[half] += __shfl_xor_sync(kAllLanes, squares[half], 1);
-            squares[half] += __shfl_xor_sync(kAllLanes, squares[half], 2);
-            if (!there[half]) continue;
             const int64_t index = first + group + half * 8;
+            if (index >= stop) continue;
 #pragma unroll
             for (int q = 0; q < 4; ++q) {
-                const float product = products[q / 2][half * 2 + q % 2];
-                best[q] = min(best[q], ascending(squares[half] - 2.0f * product, index));
+                const float score = tile.squares[half] - 2.0f * tile.product(half, q);
+                best[q] = min(best[q], ascending(score, index));
             }
         }
     }
@@ -191,7 +143,7 @@ __global__ void __launch_bounds__(kThreads)
         for (int offset = 4; offset < kWarp; offset *= 2) {
             best[q] = min(best[q], __shfl_xor_sync(kAllLanes, best[q], offset));
         }
-        if (group == 0) shared.best[warp][q / 2 * 8 + column * 2 + q % 2] = best[q];
+        if (group == 0) shared.best[warp][tile_query(q)] = best[q];
     }
     keep_best<kTile>(arguments, shared, first_query);
 }
@@ -251,7 +203,10 @@ __global__ void __launch_bounds__(kThreads) merge(const __grid_constant__ Argume
     search.index[m] = finite && distance <= search.radius[at] ? at : -1;
 }
 
-int64_t splits_of(int64_t count) { return min(kMaxSplits, ceil_div(count, kMinKeys)); }
+int64_t splits_of(int64_t count) {
+    const int64_t most = ceil_div(count, kMinKeys);
+    return most < kMaxSplits ? most : kMaxSplits;
+}
 
 template <class T, int QUERIES>
 void run_compare(const Arguments& arguments, void* stream) {

@@ -138,6 +138,11 @@ T __shfl_down_sync(unsigned mask, T value, int offset) {
     const int lane = static_cast<int>(threadIdx.x % 32);
     return __shfl_sync(mask, value, lane + offset < 32 ? lane + offset : lane);
 }
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, int offset) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    return __shfl_sync(mask, value, lane >= offset ? lane - offset : lane);
+}
 inline unsigned __ballot_sync(unsigned, bool value) { return emulation::ballot(value); }
 inline bool __any_sync(unsigned, bool value) { return emulation::ballot(value) != 0; }
 inline bool __all_sync(unsigned, bool value) { return emulation::ballot(value) == 0xffffffffu; }

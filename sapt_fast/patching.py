@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from torch import nn
@@ -78,13 +78,12 @@ def patch(model: _Model, config: SaptConfig | None = None, *, strict: bool = Fal
     given: Any = model
     if not is_peft_model(model):
         return _patch_pretrained(given, config, strict)
-    from sapt_fast.peft_patching import patch_peft
-
     if config is not None:
         raise ValueError(
             "config: got one for a PeftModel, whose adapters have theirs; expected None"
         )
     _refuse_hooked(given)
+    patch_peft, _ = _peft_functions(given)
     patch_peft(given, strict=strict)
     return model
 
@@ -140,8 +139,7 @@ def unpatch(model: _Model) -> _Model:
         raise ValueError("model: not patched by sapt_fast.patch")
     _refuse_hooked(given)
     if peft:
-        from sapt_fast.peft_patching import unpatch_peft
-
+        _, unpatch_peft = _peft_functions(given)
         unpatch_peft(given)
         return model
     layers = handle.layers
@@ -162,6 +160,19 @@ def _refuse_hooked(model: PreTrainedModel) -> None:
             "present forward; call accelerate.hooks.remove_hook_from_module(model, recurse=True) "
             "first, and let accelerate dispatch the model after sapt_fast.patch"
         )
+
+
+def _peft_functions(model: Any) -> tuple[Callable[..., None], Callable[..., None]]:
+    """(patch, unpatch) for the kind of PeftModel."""
+    from peft.tuners.xlora import XLoraModel
+
+    if isinstance(model.base_model, XLoraModel):
+        from sapt_fast.peft_xlora import patch_xlora, unpatch_xlora
+
+        return patch_xlora, unpatch_xlora
+    from sapt_fast.peft_patching import patch_peft, unpatch_peft
+
+    return patch_peft, unpatch_peft
 
 
 def is_peft_model(model: object) -> bool:

@@ -218,7 +218,7 @@ class PooledLinear(lora.Linear):
         dropout = rates.pop()
         weights = members.ones if weights is None else weights
         mixture = checked_mixture(weights, x, members.count, type(self).__name__)
-        if dropout or not _is_plain_base(self.base_layer):
+        if dropout or not is_plain_base(self.base_layer):
             [delta] = mix(F.dropout(x, dropout), mixture, [stack.pooled(x, members, False)])
             return self.base_layer(x) + delta
         return mix(x, mixture, [stack.pooled(x, members, True)])[0]
@@ -241,7 +241,8 @@ def is_plain(layer: Any) -> bool:
     )
 
 
-def _is_plain_base(base: nn.Module) -> bool:
+def is_plain_base(base: nn.Module) -> bool:
+    """Whether calling the base layer is its product and nothing else."""
     return type(base) in (nn.Linear, Conv1D) and "forward" not in vars(base) and not _hooked(base)
 
 

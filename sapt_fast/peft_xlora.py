@@ -1,0 +1,105 @@
+"""patch and unpatch for X-LoRA models: all experts of a layer in one pass, weights per token.
+
+X-LoRA (Buehler and Buehler, 2024) classifies every token and scales each layer's LoRA experts by
+the result. PEFT's loop stores a scaled copy of x and an output for every expert; the numbers here
+are the same, from one product over the stacked experts. Everything else stays PEFT's: the
+classifier, its scaling pass, top-k and softmax.
+"""
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners import lora
+from peft.tuners.lora import LoraLayer
+from peft.tuners.xlora.layer import XLoraLinearLayer
+from torch import Tensor, nn
+
+from sapt_fast.ops.mixed_lora import mix
+from sapt_fast.peft_layers import LoraStack, is_plain_base
+from sapt_fast.report import PatchReport
+
+
+class XLoraHandle(nn.Module):
+    """model.sapt of an X-LoRA model.
+
+    Attributes:
+        report: the layers that compute their experts in one pass, and those left to PEFT.
+    """
+
+    def __init__(self, model: PeftModel) -> None:
+        super().__init__()
+        self.report = PatchReport()
+        for path, layer in model.named_modules():
+            if not isinstance(layer, LoraLayer):
+                continue
+            if type(layer) is lora.Linear and _loop_of(layer) is not None:
+                self.report.patched.append(path)
+            else:
+                self.report.skipped[path] = f"{type(layer).__name__}: not an expert layer of X-LoRA"
+
+
+class PooledExperts:
+    """Stands in for the forward of PEFT's `XLoraLinearLayer`, which it keeps.
+
+    Args:
+        loop: PEFT's.
+    """
+
+    def __init__(self, loop: XLoraLinearLayer) -> None:
+        self.loop = loop
+        self.layer: Any = loop.target
+        self.stack = LoraStack(self.layer, self.layer.active_adapters)
+
+    def forward(
+        self, x: Tensor, *args: Any, scalings: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        """`XLoraLinearLayer.forward`: x [B, T, I], scalings [B, T, layers, K]."""
+        loop, layer = self.loop, self.layer
+        if not torch.compiler.is_compiling():
+            names = tuple(layer.active_adapters)
+            if self.stack.names != names:
+                self.stack.names = names
+            self.stack.realign()
+        drops = layer.training and any(getattr(d, "p", 0.0) for d in layer.lora_dropout.values())
+        off = loop.adapters_disabled or layer.merged or drops or not self.stack.plain
+        if scalings is None or args or kwargs or off or x.dim() != 3:
+            return loop.forward(x, *args, scalings=scalings, **kwargs)
+        members = self.stack.members(None)
+        assert members is not None
+        weights = loop.get_maybe_topk_scalings(scalings) * loop.config.global_scaling_weight
+        mixture = weights.expand(*x.shape[:-1], -1).reshape(-1, members.count)
+        if is_plain_base(layer.base_layer):
+            return mix(x, mixture, [self.stack.pooled(x, members, True)])[0]
+        [delta] = mix(x, mixture, [self.stack.pooled(x, members, False)])
+        return layer.base_layer(x) + delta
+
+
+def patch_xlora(model: PeftModel, *, strict: bool) -> None:
+    """`patch` of a PEFT model with X-LoRA; see there."""
+    if isinstance(getattr(model, "sapt", None), XLoraHandle):
+        return
+    handle = XLoraHandle(model)
+    if not handle.report.patched:
+        raise ValueError(f"model: X-LoRA has no linear layer here. {handle.report}")
+    if strict and handle.report.skipped:
+        raise ValueError(f"strict: not everything can be patched. {handle.report}")
+    for path in handle.report.patched:
+        layer: Any = model.get_submodule(path)
+        layer.forward = PooledExperts(layer.forward.__self__).forward
+    model.sapt = handle
+
+
+def unpatch_xlora(model: PeftModel) -> None:
+    """`unpatch` of a PEFT model with X-LoRA; see there."""
+    for path in model.sapt.report.patched:
+        layer: Any = model.get_submodule(path)
+        pooled = layer.forward.__self__
+        pooled.stack.release()
+        layer.forward = pooled.loop.forward
+    del model.sapt
+
+
+def _loop_of(layer: nn.Module) -> XLoraLinearLayer | None:
+    owner = getattr(vars(layer).get("forward"), "__self__", None)
+    return owner if isinstance(owner, XLoraLinearLayer) else None

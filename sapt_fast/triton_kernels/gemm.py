@@ -77,13 +77,7 @@ def _gemm_kernel(
     # along them, and a wrapped index is no longer known to be.
     safe_rows = tl.where(rows < M, rows, 0).to(tl.int64)
     in_cols = (cols < N)[None, :]
-    y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :]
-    mask = (rows < M)[:, None] & in_cols
-    # What y holds comes in first: behind the loops it would need registers beside the sum.
-    if ACCUMULATE:
-        acc = tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
-    else:
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
     if a_ptr is not None:
         tl.assume(K > 0)
@@ -118,6 +112,10 @@ def _gemm_kernel(
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + cols, mask=cols < N, other=0.0)
         acc += bias.to(tl.float32)[None, :]
+    y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :]
+    mask = (rows < M)[:, None] & in_cols
+    if ACCUMULATE:
+        acc += tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -158,6 +156,7 @@ def _gemm_tma_kernel(
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         tile_m, tile_n = _tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         row, col = tile_m * BLOCK_M, tile_n * BLOCK_N
+        # What y holds comes in first: behind the loops it would need registers beside the sum.
         if ACCUMULATE:
             acc = y_desc.load([row, col]).to(tl.float32)
         else:
@@ -195,13 +194,12 @@ def _tma_config(traits: DeviceTraits, M: int, N: int) -> TileConfig:
 
 
 def _pointer_config(
-    traits: DeviceTraits, itemsize: int, M: int, N: int, aligned: bool, plain: bool
+    traits: DeviceTraits, itemsize: int, M: int, N: int, aligned: bool
 ) -> TileConfig:
-    """The tile; `plain` is a sum that starts with a @ b at zero."""
     if traits.capability == 0:
         return TileConfig(16, 32, 32, num_warps=4, num_stages=1)
-    if itemsize == 4:  # the wider tile spills where y's addresses are live in the loop
-        return TileConfig(64, 64 if plain else 32, 32, num_warps=4, num_stages=2)
+    if itemsize == 4:
+        return TileConfig(64, 64, 32, num_warps=8, num_stages=2)
     if not aligned:
         return TileConfig(64, 64, 32, num_warps=4, num_stages=2)
     if M <= 64:
@@ -296,9 +294,7 @@ def two_source_gemm(
                 B_IS_NK=b_is_nk,
             )
             return y
-        tile = _pointer_config(
-            traits, itemsize, M, N, aligned, plain=a is not None and not accumulate
-        )
+        tile = _pointer_config(traits, itemsize, M, N, aligned)
         _gemm_kernel[(cdiv(M, tile.m) * cdiv(N, tile.n),)](
             a,
             b,

@@ -90,7 +90,7 @@ const char* last_error();
 void block_barrier();
 void wait_for_previous();
 void let_next_start();
-// Gives `bits` to the other lanes of the warp and returns theirs, which stay until the next exchange.
+// Gives `bits` to the other lanes of the warp and returns theirs, which stay until the next one.
 const uint64_t* exchange(uint64_t bits);
 unsigned ballot(bool value);
 

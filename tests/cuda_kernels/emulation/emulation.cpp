@@ -29,14 +29,20 @@ struct Fiber {
     bool started;
     ucontext_t context;
     jmp_buf resume;
-    uint64_t sent;
-    uint64_t received[kWarp];
+    int operations;  // of its warp, that it has taken part in
+};
+
+// What the lanes of a warp give each other. The values of an operation stay until all lanes have
+// arrived at the next but one.
+struct Warp {
+    uint64_t values[2][kWarp];
 };
 
 struct Block {
     const Launch* launch;
     uint3 index;
     std::vector<Fiber> fibers;
+    std::vector<Warp> warps;
     Fiber* running;
     bool waited;  // some thread has waited for the previous kernel
     jmp_buf scheduler;
@@ -111,12 +117,7 @@ bool release(Block& block) {
         }
         if (!all) continue;
         released = true;
-        for (size_t i = first; i < last; ++i) {
-            for (size_t lane = first; lane < last; ++lane) {
-                block.fibers[i].received[lane - first] = block.fibers[lane].sent;
-            }
-            block.fibers[i].state = State::ready;
-        }
+        for (size_t i = first; i < last; ++i) block.fibers[i].state = State::ready;
     }
     if (released || !all_at_barrier) return released;
     for (Fiber& fiber : block.fibers) {
@@ -134,6 +135,7 @@ void run_block(const Launch& launch, uint3 index) {
     block.launch = &launch;
     block.index = index;
     block.fibers.resize(threads);
+    block.warps.resize(threads / kWarp);
     std::vector<std::unique_ptr<char[]>> stacks;
     for (size_t i = 0; i < threads; ++i) {
         if (free_stacks.empty()) free_stacks.emplace_back(new char[kStackBytes]);
@@ -264,9 +266,11 @@ void let_next_start() {
 
 const uint64_t* exchange(uint64_t bits) {
     Fiber* self = current->running;
-    self->sent = bits;
+    uint64_t* values =
+        current->warps[self->index.x / kWarp].values[self->operations++ % 2];
+    values[self->index.x % kWarp] = bits;
     give_way(State::at_warp_operation);
-    return self->received;
+    return values;
 }
 
 unsigned ballot(bool value) {

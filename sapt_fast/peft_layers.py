@@ -55,7 +55,7 @@ class LoraStack:
 
     _layer: Any  # its ModuleDicts hold linear layers, which they do not say
 
-    def __init__(self, layer: "PooledLinear", names: Sequence[str]) -> None:
+    def __init__(self, layer: lora.LoraLayer, names: Sequence[str]) -> None:
         self._layer = layer
         self._names = tuple(names)
         self.plain = False

@@ -196,73 +196,124 @@ void offer(Candidate<A>* list, int64_t* list_count, A* limit, const A* scores, i
     }
 }
 
-inline int64_t task_chunks(const KeySearch& search, int threads) {
-    const int64_t chunk = chunk_keys(search);
-    const int64_t share = (search.key_count + chunk - 1) / chunk / (threads * kTasks);
-    return share < 1 ? 1 : smaller(share, kTaskChunks);
-}
+// What one thread works with.
+template <class T>
+class Worker {
+   public:
+    typedef acc_t<T> A;
+
+    Worker(const KeySearch& search, const SearchScratch& scratch, int thread)
+        : search_(search),
+          lists_(static_cast<Candidate<A>*>(scratch.lists) +
+                 thread * search.queries * scratch.capacity),
+          counts_(scratch.counts + thread * search.queries),
+          limits_(static_cast<A*>(scratch.limits) + thread * search.queries),
+          query_(static_cast<const A*>(scratch.query)),
+          rows_(static_cast<A*>(scratch.tiles) + thread * tile_size(search)),
+          scores_(rows_ + chunk_keys(search) * padded_width(search)),
+          scales_(scores_ + chunk_keys(search) * kQueryBlock),
+          capacity_(scratch.capacity) {}
+
+    // Offers the keys [first, last) to the queries [from, to).
+    void run(int64_t first, int64_t last, int64_t from, int64_t to) {
+        const int64_t chunk = chunk_keys(search_);
+        for (; first < last; first += chunk) {
+            const int64_t count = smaller(chunk, last - first);
+            fetch(first, count);
+            for (int64_t block = from; block < to; block += kQueryBlock) {
+                const int64_t queries = smaller(kQueryBlock, to - block);
+                score(block, queries, count);
+                for (int64_t q = 0; q < queries; ++q) {
+                    offer(lists_ + (block + q) * capacity_, counts_ + block + q,
+                          limits_ + block + q, scores_ + q * chunk, first, count, search_.k,
+                          capacity_);
+                }
+            }
+        }
+    }
+
+    // Whether keys are used where they are.
+    static bool in_place(const KeySearch& search) {
+        return std::is_same<T, A>::value && search.width % kLanes<A> == 0;
+    }
+
+    static int64_t width(const KeySearch& search) {
+        return in_place(search) ? search.width : padded_width(search);
+    }
+
+   private:
+    // Makes keys_, and the scales of their scores.
+    void fetch(int64_t first, int64_t count) {
+        const T* given = static_cast<const T*>(search_.keys) + first * search_.key_stride;
+        keys_ = rows_;
+        key_stride_ = padded_width(search_);
+        if constexpr (std::is_same<T, A>::value) {
+            if (in_place(search_)) {
+                keys_ = given;
+                key_stride_ = search_.key_stride;
+                bring_in(keys_, key_stride_, count, search_.width);
+            }
+        }
+        for (int64_t j = 0; j < count && keys_ == rows_; ++j) {
+            widen(rows_ + j * key_stride_, given + j * search_.key_stride, search_.width,
+                  key_stride_);
+        }
+        for (int64_t j = 0; j < count && search_.metric == Metric::cosine; ++j) {
+            scales_[j] = inverse_norm(keys_ + j * key_stride_, width(search_));
+        }
+    }
+
+    void score(int64_t block, int64_t queries, int64_t count) {
+        const int64_t stride = chunk_keys(search_);
+        const A* query = query_ + block * width(search_);
+        if (search_.metric == Metric::l2) {
+            return score_block<true>(scores_, stride, query, queries, keys_, key_stride_, count,
+                                     width(search_));
+        }
+        score_block<false>(scores_, stride, query, queries, keys_, key_stride_, count,
+                           width(search_));
+        for (int64_t q = 0; q < queries && search_.metric == Metric::cosine; ++q) {
+            for (int64_t j = 0; j < count; ++j) scores_[q * stride + j] *= scales_[j];
+        }
+    }
+
+    const KeySearch& search_;
+    Candidate<A>* lists_;
+    int64_t* counts_;
+    A* limits_;
+    const A* query_;
+    A* rows_;
+    A* scores_;
+    A* scales_;
+    int64_t capacity_;
+    const A* keys_ = nullptr;
+    int64_t key_stride_ = 0;
+};
+
+inline int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 template <class T>
 void search(const KeySearch& search, const SearchScratch& scratch) {
-    typedef acc_t<T> A;
-    const int64_t padded = padded_width(search);
+    widen_queries<T>(search, static_cast<acc_t<T>*>(scratch.query), Worker<T>::width(search));
+    const int64_t wanted = scratch.threads * kTasks;
     const int64_t chunk = chunk_keys(search);
-    const int64_t task_keys = task_chunks(search, scratch.threads) * chunk;
-    const int64_t tasks = (search.key_count + task_keys - 1) / task_keys;
-    const bool in_place = std::is_same<T, A>::value && search.width % kLanes<A> == 0;
-    const int64_t width = in_place ? search.width : padded;
-    A* query = static_cast<A*>(scratch.query);
-    widen_queries<T>(search, query, width);
+    const int64_t share = parts(search.key_count, chunk) / wanted;
+    const int64_t task_keys = chunk * (share < 1 ? 1 : smaller(share, kTaskChunks));
+    const int64_t key_tasks = parts(search.key_count, task_keys);
+    // Where the keys alone are too few tasks, the queries are shared out too.
+    const int64_t query_share = parts(search.queries, parts(wanted, key_tasks));
+    const int64_t task_queries = parts(query_share, kQueryBlock) * kQueryBlock;
+    const int64_t query_tasks = parts(search.queries, task_queries);
 #pragma omp parallel num_threads(scratch.threads)
     {
-        const int64_t lists = omp_get_thread_num() * search.queries;
-        A* rows = static_cast<A*>(scratch.tiles) + omp_get_thread_num() * tile_size(search);
-        A* scores = rows + chunk * padded;
-        A* scales = scores + chunk * kQueryBlock;
-        // Monotonic: a list meets its keys in ascending order.
+        Worker<T> worker(search, scratch, omp_get_thread_num());
+        // Monotonic and keys outermost: a list meets its keys in ascending order.
 #pragma omp for schedule(monotonic : dynamic, 1)
-        for (int64_t task = 0; task < tasks; ++task) {
-            const int64_t last = smaller((task + 1) * task_keys, search.key_count);
-            for (int64_t first = task * task_keys; first < last; first += chunk) {
-                const int64_t count = smaller(chunk, last - first);
-                const T* given = static_cast<const T*>(search.keys) + first * search.key_stride;
-                const A* keys = rows;
-                int64_t key_stride = padded;
-                if constexpr (std::is_same<T, A>::value) {
-                    if (in_place) {
-                        keys = given;
-                        key_stride = search.key_stride;
-                        bring_in(keys, key_stride, count, width);
-                    }
-                }
-                for (int64_t j = 0; j < count && !in_place; ++j) {
-                    widen(rows + j * padded, given + j * search.key_stride, search.width, padded);
-                }
-                for (int64_t j = 0; j < count && search.metric == Metric::cosine; ++j) {
-                    scales[j] = inverse_norm(keys + j * key_stride, width);
-                }
-                for (int64_t block = 0; block < search.queries; block += kQueryBlock) {
-                    const int64_t queries = smaller(kQueryBlock, search.queries - block);
-                    const A* from = query + block * width;
-                    if (search.metric == Metric::l2) {
-                        score_block<true>(scores, chunk, from, queries, keys, key_stride, count,
-                                          width);
-                    } else {
-                        score_block<false>(scores, chunk, from, queries, keys, key_stride, count,
-                                           width);
-                    }
-                    for (int64_t q = 0; q < queries; ++q) {
-                        A* row = scores + q * chunk;
-                        for (int64_t j = 0; j < count && search.metric == Metric::cosine; ++j) {
-                            row[j] *= scales[j];
-                        }
-                        const int64_t list = lists + block + q;
-                        offer(static_cast<Candidate<A>*>(scratch.lists) + list * scratch.capacity,
-                              scratch.counts + list, static_cast<A*>(scratch.limits) + list, row,
-                              first, count, search.k, scratch.capacity);
-                    }
-                }
-            }
+        for (int64_t task = 0; task < key_tasks * query_tasks; ++task) {
+            const int64_t first = task / query_tasks * task_keys;
+            const int64_t from = task % query_tasks * task_queries;
+            worker.run(first, smaller(first + task_keys, search.key_count), from,
+                       smaller(from + task_queries, search.queries));
         }
     }
 }

@@ -15,8 +15,8 @@ from sapt_fast.ops.router import query, reflection_loss
 from sapt_fast.routing import Routing
 
 if TYPE_CHECKING:
-    from sapt_fast.report import PatchReport
     from sapt_fast.pool import AdapterPool
+    from sapt_fast.report import PatchReport
 
 Adapter = tuple[Tensor, Tensor, float]  # A [r, in_features], B [r, out_features], alpha / r
 
@@ -175,7 +175,7 @@ class SaptHandle(nn.Module):
         """
         self._require_task()
         pooled = self._pooled(input_ids, inputs_embeds, attention_mask, labels)
-        return self.router.weights(self.router.scores(pooled))
+        return self.router.weights(pooled)
 
     def reflection_loss(
         self,

@@ -163,6 +163,6 @@ def test_standardized_queries_do_not_share_the_common_part():
 def test_a_router_of_ones_own():
     """Any module with the router's methods takes its place."""
     model, ids = patched("llama"), token_ids()
-    model.sapt.router.weights = lambda scores: torch.eye(3)
+    model.sapt.router.weights = lambda pooled: torch.eye(3)
     model(ids)
     assert torch.equal(model.sapt.attention, torch.eye(3))

@@ -17,8 +17,8 @@ from sapt_fast.ops.router import (
     QueryProjection,
     pool_embeds,
     pool_tokens,
+    route,
     route_scores,
-    sparsify,
 )
 from sapt_fast.pool import RowStack
 
@@ -256,21 +256,33 @@ class SaptRouter(nn.Module):
 
     def scores(self, pooled: Tensor) -> Tensor:
         """Attention scores [B, K] of pooled embeddings; the projection and the newest key train."""
+        with torch.autocast(pooled.device.type, enabled=False):
+            return route_scores(
+                pooled, self._all_keys(), self.projection, temperature=self.config.temperature
+            )
+
+    def weights(self, pooled: Tensor) -> Tensor:
+        """The mixture [B, K] of pooled embeddings."""
+        config = self.config
+        with torch.autocast(pooled.device.type, enabled=False):
+            return route(
+                pooled,
+                self._all_keys(),
+                self.projection,
+                temperature=config.temperature,
+                top_k=config.top_k,
+                threshold=config.threshold,
+            )
+
+    def _all_keys(self) -> Tensor:
         frozen, newest = self.keys.frozen, self.keys.trainable
-        with torch.autocast(pooled.device.type, enabled=False):  # its cat refuses mixed halves
-            keys = torch.cat([frozen, newest]) if frozen.shape[0] else newest
-            return route_scores(pooled, keys, self.projection, temperature=self.config.temperature)
+        return torch.cat([frozen, newest]) if frozen.shape[0] else newest
 
     @property
     def projection(self) -> QueryProjection:
         """The parameters of the query projection."""
         norm = self.norm
         return QueryProjection(self.down.weight, self.up.weight, norm.weight, norm.bias, norm.eps)
-
-    def weights(self, scores: Tensor) -> Tensor:
-        """The mixture [B, K] of scores."""
-        mixture = torch.softmax(scores, -1)
-        return sparsify(mixture, top_k=self.config.top_k, threshold=self.config.threshold)
 
     @torch.no_grad()
     def standardize(self, embedding: nn.Module, vocabulary: int) -> None:

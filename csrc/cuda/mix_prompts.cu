@@ -7,7 +7,7 @@
 namespace sapt_fast {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 128;
 constexpr int kAhead = 4;  // prompts that a thread loads at a time
 
 struct Arguments {

@@ -58,7 +58,7 @@ __device__ inline float block_max(float value, Shared& shared) {
 }
 
 // grid (rows, samples)
-__global__ void __launch_bounds__(kThreads) multiply(const __grid_constant__ Product product) {
+__global__ void __launch_bounds__(kThreads, 2) multiply(const __grid_constant__ Product product) {
     Shared& shared = shared_memory<Shared>();
     wait_for_previous_kernel();
     let_next_kernel_start();

@@ -1,4 +1,4 @@
-"""gpu_check in small on the CPU, with interpreted kernels: it must run at its first call on a GPU."""
+"""gpu_check in small on the CPU, kernels interpreted: it must run at its first call on a GPU."""
 
 from dataclasses import dataclass
 

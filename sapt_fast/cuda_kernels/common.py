@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import json
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+RECORDED = Path(__file__).with_name("recorded.json")
 
 
 @cache
@@ -92,3 +95,21 @@ def typed(tensor: torch.Tensor) -> tuple[int, int]:
         TypeError: the compiled module has no kernels for the dtype.
     """
     return tensor.data_ptr(), dtype_code(tensor.dtype)
+
+
+def unrecorded(op: str) -> str | None:
+    """Why the kernels of an op are not chosen unasked: no GPU is known to have run this source.
+
+    ``recorded.json`` maps each op to what `source_digest` gave when all its checks passed on one.
+    """
+    recorded = json.loads(RECORDED.read_text()).get(op)
+    if recorded is None:
+        return "no correct run on a GPU is recorded"
+    if recorded != source_digest(op):
+        return "the source has changed since its recorded run on a GPU"
+    return None
+
+
+def source_digest(op: str) -> str:
+    """A digest of the sources that an op's kernels were compiled from."""
+    return str(native().cuda_runtime()["sources"][op])

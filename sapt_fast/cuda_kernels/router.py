@@ -1,6 +1,6 @@
 """CUDA backend of op `router`, for a few samples: see csrc/cuda/router.cu.
 
-From pooled embeddings to weights; the pooling itself is Triton's.
+From pooled embeddings to weights.
 """
 
 from __future__ import annotations
@@ -11,12 +11,9 @@ import torch
 from torch import Tensor
 
 from sapt_fast.cuda_kernels import common
-from sapt_fast.triton_kernels.pool_tokens import pool_tokens_bwd, pool_tokens_fwd
 
 if TYPE_CHECKING:
     from sapt_fast.ops.router import QueryProjection
-
-__all__ = ["pool_tokens_bwd", "pool_tokens_fwd", "route_fwd", "route_scores_fwd"]
 
 
 def route_scores_fwd(

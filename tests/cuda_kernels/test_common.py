@@ -1,5 +1,6 @@
 """Which devices a build serves, and what calls for others say."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -50,3 +51,20 @@ def test_cpu_tensors():
 def test_float64():
     with pytest.raises(TypeError, match="float64"):
         common.dtype_code(torch.float64)
+
+
+def test_a_changed_source_is_unrecorded(monkeypatch, tmp_path):
+    report = {"compiled": True, "sources": {"mixed_lora": "0a1b", "router": "2c3d"}}
+    monkeypatch.setattr(common, "native", lambda: SimpleNamespace(cuda_runtime=lambda: report))
+    monkeypatch.setattr(common, "RECORDED", tmp_path / "recorded.json")
+    common.RECORDED.write_text('{"mixed_lora": "0a1b", "router": "ffff"}')
+    assert common.unrecorded("mixed_lora") is None
+    assert "has changed" in str(common.unrecorded("router"))
+    assert "no correct run" in str(common.unrecorded("topk_keys"))
+
+
+def test_the_record_names_ops():
+    native = pytest.importorskip("sapt_fast._C", reason="built without native kernels")
+    if not native.cuda_runtime()["compiled"]:
+        pytest.skip("built without CUDA")
+    assert set(json.loads(common.RECORDED.read_text())) <= set(native.cuda_runtime()["sources"])

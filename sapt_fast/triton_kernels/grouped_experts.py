@@ -2,7 +2,8 @@
 
 Where many rows choose an expert, its factors are read once per tile of pairs instead of once per
 pair, and multiply the tile on the matrix unit. The second product gives one row per pair; a last
-kernel adds the choices of a row in their order, so that results repeat.
+kernel adds the choices of a row in their order, so that results repeat. A float32 bank is rounded
+to x's dtype on the way to the matrix unit; h is not.
 """
 # ruff: noqa: N803 - kernel arguments keep the letters of the formulas
 # mypy: allow-untyped-defs, allow-incomplete-defs

@@ -54,6 +54,7 @@ class Spoiled:
         return {"y": inputs["x"].square() * (1.0 if backend == "reference" else 1.01)}
 
 
+@pytest.mark.slow
 def test_every_op_is_checked_in_every_dtype():
     report = op_checks.correctness("cpu", op_checks.QUICK.checked)
     assert report.keys() == OPS

@@ -90,7 +90,8 @@ class RouterCase:
 
     def run(self, inputs: Inputs, backend: str) -> dict[str, Tensor]:
         ids, table, keys, *projection = inputs.values()
-        pooled = pool_tokens(ids, table, backend=backend)
+        pooling = "triton" if backend == "cuda" else backend  # CUDA has none of its own
+        pooled = pool_tokens(ids, table, backend=pooling)
         weights = route(pooled, keys, QueryProjection(*projection), backend=backend)
         return {"weights": weights}
 

@@ -15,7 +15,7 @@
 #include "cuda/bindings.h"
 #include "cuda/runtime.h"
 #endif
-#include "search_bindings.h"
+#include "lookup_bindings.h"
 #include "threads.h"
 
 namespace py = pybind11;
@@ -196,7 +196,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("factor_grad", &factor_grad, arg("dtype"), arg("factor_dtype"), arg("out"), arg("g"),
           arg("x"), arg("rows"), arg("ranks"), arg("columns"), arg("threads"),
           py::call_guard<py::gil_scoped_release>(), "out = g^T x for a few ranks.");
-    bind_search(m);
+    bind_lookups(m);
 #ifdef SAPT_FAST_WITH_CUDA
     bind_cuda(m);
 #endif

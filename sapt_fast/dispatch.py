@@ -30,6 +30,7 @@ _TABLE: dict[str, tuple[str, ...]] = {
     "mixed_lora": ("triton", "cpu", "reference"),
     "nearest_key": ("triton", "cpu", "reference"),
     "topk_keys": ("triton", "cpu", "reference"),
+    "pool_tokens": ("triton", "cpu", "reference"),
     "router": ("triton", "reference"),
     "mix_experts": ("triton", "reference"),
     "mix_prompts": ("triton", "reference"),

@@ -1,4 +1,4 @@
-"""Pooling of a batch's input embeddings over the sequence: the first step of op `router`."""
+"""Pooling of a batch's input embeddings over the sequence: what the router starts from."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sapt_fast import dispatch
 
-_OP = "router"
+_OP = "pool_tokens"
 POOLINGS = ("max", "mean")
 
 
@@ -23,12 +23,13 @@ def pool_tokens(
     """Pools the embeddings of token ids over the sequence; B x T x D is never stored.
 
     Args:
-        input_ids: [B, T] int64 or int32, each in [0, V). The Triton kernel gives NaN for others.
+        input_ids: [B, T] int64 or int32, each in [0, V). The Triton kernel gives NaN for others;
+            on a CPU they are an error.
         table: [V, D], the embedding matrix; differentiable.
         mask: [B, T], zero where a token takes no part; None lets all of them. A row without any
             token gives zeros.
         pooling: "max" or "mean".
-        backend: "reference" or "triton"; None lets dispatch choose (float64: the reference).
+        backend: as in `dispatch.resolve`.
 
     Returns:
         [B, D] in table's dtype.

@@ -357,7 +357,8 @@ def _route_op(
 @_route_op.register_fake
 @_scores_op.register_fake
 def _scores_fake(pooled: Tensor, keys: Tensor, *others: Any) -> Tensor:
-    return pooled.new_empty(pooled.shape[0], keys.shape[0], dtype=torch.float32)
+    wide = torch.promote_types(pooled.dtype, torch.float32)
+    return pooled.new_empty(pooled.shape[0], keys.shape[0], dtype=wide)
 
 
 def _flat(projection: QueryProjection | None) -> tuple[Any, ...]:

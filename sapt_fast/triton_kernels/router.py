@@ -16,12 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from sapt_fast.triton_kernels import common
-from sapt_fast.triton_kernels.pool_tokens import pool_tokens_bwd, pool_tokens_fwd
 
 if TYPE_CHECKING:
     from sapt_fast.ops.router import QueryProjection
-
-__all__ = ["pool_tokens_bwd", "pool_tokens_fwd", "route_fwd", "route_scores_fwd"]
 
 
 @triton.jit

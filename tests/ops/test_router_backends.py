@@ -31,6 +31,14 @@ def backend(request):
     return request.param
 
 
+@pytest.fixture(params=["reference", "cpu", "triton"])
+def pooler(request):
+    """A backend of pool_tokens."""
+    reason = dispatch.unavailable("pool_tokens", request.param, _device(request.param))
+    assert reason is None, reason
+    return request.param
+
+
 def _device(backend):
     return GPU if backend == "triton" else "cpu"
 
@@ -68,14 +76,14 @@ def _pooled(ids, table, mask, pooling, dy=None):
 @pytest.mark.parametrize(
     ("shape", "width"), [((1, 1), 1), ((3, 7), 12), ((2, 37), 33)], ids=["one", "short", "split"]
 )
-def test_pooling_and_its_gradient(backend, shape, width, masked, pooling, dtype):
+def test_pooling_and_its_gradient(pooler, shape, width, masked, pooling, dtype):
     ids, table, mask = _tokens(shape, width, dtype, masked)
     dy = torch.randn(shape[0], width).to(dtype)
     exact, exact_grad = _pooled(ids, table, mask, pooling, dy)
-    device = _device(backend)
+    device = _device(pooler)
     leaf = table.to(device, copy=True).requires_grad_()
     mask = None if mask is None else mask.to(device)
-    pooled = pool_tokens(ids.to(device), leaf, mask=mask, pooling=pooling, backend=backend)
+    pooled = pool_tokens(ids.to(device), leaf, mask=mask, pooling=pooling, backend=pooler)
     pooled.backward(dy.to(device))
     tolerance = 0 if pooling == "max" else TOLERANCE[dtype]
     assert pooled.dtype == leaf.grad.dtype == dtype
@@ -86,14 +94,14 @@ def test_pooling_and_its_gradient(backend, shape, width, masked, pooling, dtype)
 
 @pytest.mark.parametrize("pooling", ["max", "mean"])
 @pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int32, torch.float32, torch.bfloat16])
-def test_ids_and_masks_of_any_dtype_and_layout(backend, mask_dtype, pooling):
+def test_ids_and_masks_of_any_dtype_and_layout(pooler, mask_dtype, pooling):
     ids, table, mask = _tokens((3, 11), 12)
     exact, exact_grad = _pooled(ids, table, mask, pooling, torch.ones(3, 12))
-    device = _device(backend)
+    device = _device(pooler)
     ids = ids.to(device, torch.int32).t().contiguous().t()
     mask = mask.to(device, mask_dtype).t().contiguous().t()
     leaf = table.to(device).t().contiguous().t().requires_grad_()
-    pooled = pool_tokens(ids, leaf, mask=mask, pooling=pooling, backend=backend)
+    pooled = pool_tokens(ids, leaf, mask=mask, pooling=pooling, backend=pooler)
     pooled.sum().backward()  # an expanded gradient
     torch.testing.assert_close(pooled.double().cpu(), exact, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(leaf.grad.double().cpu(), exact_grad, rtol=1e-5, atol=1e-6)
@@ -101,11 +109,11 @@ def test_ids_and_masks_of_any_dtype_and_layout(backend, mask_dtype, pooling):
 
 @pytest.mark.parametrize("pooling", ["max", "mean"])
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0)])
-def test_nothing_to_pool_gives_zeros(backend, shape, pooling):
-    ids, table, mask = (t.to(_device(backend)) for t in _tokens(shape, 12))
+def test_nothing_to_pool_gives_zeros(pooler, shape, pooling):
+    ids, table, mask = (t.to(_device(pooler)) for t in _tokens(shape, 12))
     table.requires_grad_()
     for given in (None, mask):
-        pooled = pool_tokens(ids, table, mask=given, pooling=pooling, backend=backend)
+        pooled = pool_tokens(ids, table, mask=given, pooling=pooling, backend=pooler)
         assert torch.equal(pooled, torch.zeros_like(pooled))
         assert pooled.shape == (shape[0], 12)
     if pooled.requires_grad:
@@ -113,13 +121,13 @@ def test_nothing_to_pool_gives_zeros(backend, shape, pooling):
         assert not table.grad.any()
 
 
-def test_samples_that_share_a_winner_add_their_gradients(backend):
+def test_samples_that_share_a_winner_add_their_gradients(pooler):
     table = torch.zeros(VOCABULARY, 20)
     table[3] = 1
-    table = table.to(_device(backend)).requires_grad_()
+    table = table.to(_device(pooler)).requires_grad_()
     ids = torch.tensor([[1, 3, 3], [3, 2, 1], [0, 0, 3], [4, 4, 4]] * 5, device=table.device)
     dy = torch.randn(20, 20).to(table.device)
-    pool_tokens(ids, table, backend=backend).backward(dy)
+    pool_tokens(ids, table, backend=pooler).backward(dy)
     expected = torch.zeros(VOCABULARY, 20)
     shares = [b for b in range(20) if b % 4 != 3]
     expected[3], expected[4] = dy[shares].sum(0).cpu(), dy[3::4].sum(0).cpu()
@@ -141,11 +149,11 @@ def test_the_triton_kernel_gives_nan_for_unknown_ids_and_nan_embeddings(pooling)
     assert not pool_tokens(ids.to(GPU), table.to(GPU), **arguments).isnan().any()
 
 
-def test_the_winner_is_kept_only_for_a_table_that_trains(backend):
+def test_the_winner_is_kept_only_for_a_table_that_trains(pooler):
     saved = []
-    ids, table, _ = (t.to(_device(backend)) for t in _tokens((2, 5), 12))
+    ids, table, _ = (t.to(_device(pooler)) for t in _tokens((2, 5), 12))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        pool_tokens(ids, table, backend=backend)
+        pool_tokens(ids, table, backend=pooler)
     assert not saved
 
 
@@ -542,8 +550,10 @@ def test_autocast_leaves_the_kernels_in_float32():
     )
 
 
-def test_the_automatic_choice_on_a_cpu_is_the_reference():
-    assert dispatch.resolve("router", torch.device("cpu")) == "reference"
+def test_the_automatic_choice_on_a_cpu():
+    cpu = torch.device("cpu")
+    assert dispatch.resolve("router", cpu) == "reference"
+    assert dispatch.resolve("pool_tokens", cpu) == "cpu"
     ids, table, mask = _tokens((3, 7), 12)
     direct = op.pool_tokens_fwd(ids, table, mask, "max")
     assert torch.equal(pool_tokens(ids, table, mask=mask), direct)

@@ -1,4 +1,4 @@
-#include "search_bindings.h"
+#include "lookup_bindings.h"
 
 #include <algorithm>
 #include <cmath>
@@ -12,6 +12,7 @@
 #include "candidates.h"
 #include "capability.h"
 #include "cpu/key_search.h"
+#include "cpu/pool_tokens.h"
 #include "threads.h"
 
 namespace py = pybind11;
@@ -159,9 +160,35 @@ void nearest_key(int dtype, Address query, Address keys, Address radius, Address
     }
 }
 
+void pool_tokens_max(int dtype, Address pooled, Address winner, Address ids, Address mask,
+                     Address table, int64_t samples, int64_t tokens, int64_t width,
+                     int64_t row_stride, int64_t vocabulary, int threads) {
+    const PoolTokens args = {at(pooled),
+                             at<std::int32_t>(winner),
+                             at<const int64_t>(ids),
+                             at<const std::uint8_t>(mask),
+                             at(table),
+                             samples,
+                             tokens,
+                             width,
+                             row_stride,
+                             dtype_of(dtype)};
+    require(samples >= 0 && tokens >= 0 && width >= 0, "samples, tokens, width: negative");
+    threads = team(samples * tokens * width, threads);
+    if (samples == 0 || width == 0) return;
+    require(pooled && (tokens == 0 || (ids && table)), "pooled, ids, table: null address");
+    require(!winner || vocabulary <= std::numeric_limits<std::int32_t>::max(),
+            "vocabulary: too large for winners of 32 bits");
+    for (int64_t i = 0; i < samples * tokens; ++i) {
+        const bool known = args.ids[i] >= 0 && args.ids[i] < vocabulary;
+        require(known || (mask && args.mask[i] == 0), "input_ids: an id is not in [0, V)");
+    }
+    SAPT_FAST_PICK(pool_tokens_kernels).pool_max(args, threads);
+}
+
 }  // namespace
 
-void bind_search(py::module_& m) {
+void bind_lookups(py::module_& m) {
     using py::arg;
     m.attr("METRIC_DOT") = static_cast<int>(Metric::dot);
     m.attr("METRIC_COSINE") = static_cast<int>(Metric::cosine);
@@ -175,6 +202,11 @@ void bind_search(py::module_& m) {
           arg("width"), arg("query_stride"), arg("key_stride"), arg("threads"),
           py::call_guard<py::gil_scoped_release>(),
           "The nearest key of every query, and whether it lies within its radius.");
+    m.def("pool_tokens_max", &pool_tokens_max, arg("dtype"), arg("pooled"), arg("winner"),
+          arg("ids"), arg("mask"), arg("table"), arg("samples"), arg("tokens"), arg("width"),
+          arg("row_stride"), arg("vocabulary"), arg("threads"),
+          py::call_guard<py::gil_scoped_release>(),
+          "The maximum of the embeddings of every sample's tokens.");
 }
 
 }  // namespace sapt_fast

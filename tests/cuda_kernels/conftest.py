@@ -75,7 +75,7 @@ def _call(command: list[str]) -> None:
     assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}"
 
 
-class _Native:
+class Synchronised:
     """The emulated module as the launchers see it: kernels end before memory can be freed."""
 
     def __init__(self, module: ModuleType):
@@ -102,7 +102,7 @@ def cuda(emulated_module, monkeypatch) -> Callable[[str], ModuleType]:
         from sapt_fast.cuda_kernels import common
 
         module = importlib.import_module(f"sapt_fast.cuda_kernels.{op}")
-        monkeypatch.setattr(common, "native", lambda: _Native(emulated_module))
+        monkeypatch.setattr(common, "native", lambda: Synchronised(emulated_module))
         monkeypatch.setattr(common, "stream", lambda device: 0)
         return module
 

@@ -39,6 +39,10 @@ __global__ void beyond_shared(Toy toy) {
     row[threadIdx.x + 1] = toy.from[threadIdx.x];
 }
 
+__global__ void reads_beyond(Toy toy) {
+    toy.to[threadIdx.x] = toy.from[blockIdx.x * kThreads + threadIdx.x + 1];
+}
+
 __global__ void reads_too_early(Toy toy) {
     const float value = toy.from[threadIdx.x];
     wait_for_previous_kernel();
@@ -66,6 +70,7 @@ void run_toy(const std::string& name, const float* from, float* to) {
     if (name == "every_block_writes") return run<every_block_writes>(toy);
     if (name == "barrier_for_half") return run<barrier_for_half>(toy);
     if (name == "beyond_shared") return run<beyond_shared>(toy);
+    if (name == "reads_beyond") return run<reads_beyond>(toy);
     if (name == "reads_too_early") return run<reads_too_early>(toy);
     if (name == "never_waits") return run<never_waits>(toy);
     if (name == "lets_go_before_waiting") return run<lets_go_before_waiting>(toy);

@@ -84,7 +84,10 @@ def _error(result: torch.Tensor, exact: torch.Tensor) -> float:
 def layer_times(
     layer: Layer, gate: dict[str, dict[str, Any]], *, repeats: int, training: bool
 ) -> dict[str, Any]:
-    """Times of all providers on one layer; none is reported for a backend that failed the gate."""
+    """Times of all providers on one layer; none is reported for a backend that failed the gate.
+
+    A rival that raises (a compiler that gives up, memory that runs out) is left out and named.
+    """
     providers = Providers(layer, training=training)
     functions = {
         name: function
@@ -92,13 +95,26 @@ def layer_times(
         if not name.startswith("ours_") or gate[name]["ok"]
     }
     steps = {n: providers.step(f) if training else f for n, f in functions.items()}
+    failed: dict[str, str] = {}
     with torch.set_grad_enabled(training):
+        for name in [n for n in steps if not n.startswith("ours_")]:
+            try:
+                steps[name]()
+            except Exception as error:
+                failed[name] = f"{type(error).__name__}: {error}"
+                del steps[name]
         times = measure.interleaved_ms(steps, layer.device, repeats=repeats)
         # A process's own high-water mark says nothing once other providers ran in it.
         on_gpu = layer.device.startswith("cuda")
         peaks = {n: measure.peak_bytes(run, layer.device) for n, run in steps.items() if on_gpu}
     pass_name = "forward+backward" if training else "forward"
-    return {"layer": str(layer), "pass": pass_name, "ms": times, "peak_bytes": peaks}
+    return {
+        "layer": str(layer),
+        "pass": pass_name,
+        "ms": times,
+        "peak_bytes": peaks,
+        "failed": failed,
+    }
 
 
 def paired_times(

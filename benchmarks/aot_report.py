@@ -45,12 +45,8 @@ from sapt_fast.triton_kernels.mix_experts import mix_experts_bwd, mix_experts_fw
 from sapt_fast.triton_kernels.mix_prompts import mix_prompts_bwd, mix_prompts_fwd
 from sapt_fast.triton_kernels.mixed_lora import mixed_lora_bwd, mixed_lora_fwd
 from sapt_fast.triton_kernels.nearest_key import nearest_key_fwd
-from sapt_fast.triton_kernels.router import (
-    pool_tokens_bwd,
-    pool_tokens_fwd,
-    route_fwd,
-    route_scores_fwd,
-)
+from sapt_fast.triton_kernels.pool_tokens import pool_tokens_bwd, pool_tokens_fwd
+from sapt_fast.triton_kernels.router import route_fwd, route_scores_fwd
 from sapt_fast.triton_kernels.topk_keys import topk_keys_fwd
 
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}

@@ -12,6 +12,7 @@
 #include "candidates.h"
 #include "capability.h"
 #include "cpu/key_search.h"
+#include "cpu/mix_experts.h"
 #include "cpu/pool_tokens.h"
 #include "threads.h"
 
@@ -186,6 +187,80 @@ void pool_tokens_max(int dtype, Address pooled, Address winner, Address ids, Add
     SAPT_FAST_PICK(pool_tokens_kernels).pool_max(args, threads);
 }
 
+void require_bank_dtype(DType dtype, DType bank_dtype) {
+    require(bank_dtype == dtype || (bank_dtype == DType::float32 && dtype != DType::float64),
+            "bank_dtype: neither dtype nor float32");
+}
+
+ChosenExperts chosen_experts(int dtype, int bank_dtype, Address bank, Address index,
+                             int64_t expert_stride, int64_t rows, int64_t k, int64_t experts,
+                             int64_t rank, int64_t width) {
+    const ChosenExperts chosen = {at(bank),
+                                  at<const int64_t>(index),
+                                  expert_stride,
+                                  rows,
+                                  k,
+                                  experts,
+                                  rank,
+                                  width,
+                                  dtype_of(dtype),
+                                  dtype_of(bank_dtype)};
+    require_bank_dtype(chosen.dtype, chosen.bank_dtype);
+    require(rows >= 0 && k >= 0 && experts >= 0 && rank >= 0 && width >= 0,
+            "rows, k, experts, rank, width: negative");
+    require(rows * k == 0 || index, "index: null address");
+    require(experts * rank * width == 0 || bank, "bank: null address");
+    return chosen;
+}
+
+void experts_dot(int dtype, int bank_dtype, Address out, Address values, Address bank,
+                 Address index, int64_t expert_stride, int64_t rows, int64_t k, int64_t experts,
+                 int64_t rank, int64_t width, int threads) {
+    const ChosenExperts chosen = chosen_experts(dtype, bank_dtype, bank, index, expert_stride,
+                                                rows, k, experts, rank, width);
+    threads = team(rows * k * rank * width, threads);
+    if (rows * k * rank == 0) return;
+    require(out && (width == 0 || values), "out, values: null address");
+    SAPT_FAST_PICK(mix_experts_kernels).dot(chosen, at(out), at(values), threads);
+}
+
+void experts_sum(int dtype, int bank_dtype, Address out, Address coefficients, Address bank,
+                 Address index, int64_t expert_stride, int64_t rows, int64_t k, int64_t experts,
+                 int64_t rank, int64_t width, int threads) {
+    const ChosenExperts chosen = chosen_experts(dtype, bank_dtype, bank, index, expert_stride,
+                                                rows, k, experts, rank, width);
+    threads = team(rows * k * rank * width, threads);
+    if (rows * width == 0) return;
+    require(out && (k * rank == 0 || coefficients), "out, coefficients: null address");
+    SAPT_FAST_PICK(mix_experts_kernels).sum(chosen, at(out), at(coefficients), threads);
+}
+
+void experts_grad(int dtype, int bank_dtype, Address out, Address coefficients, Address values,
+                  Address order, Address target, int64_t pairs, int64_t out_rows, int64_t rows,
+                  int64_t k, int64_t rank, int64_t width, int threads) {
+    const ExpertGrad args = {at(out),
+                             at(coefficients),
+                             at(values),
+                             at<const int64_t>(order),
+                             at<const int64_t>(target),
+                             pairs,
+                             out_rows,
+                             k,
+                             rank,
+                             width,
+                             dtype_of(dtype),
+                             dtype_of(bank_dtype)};
+    require_bank_dtype(args.dtype, args.bank_dtype);
+    require(pairs >= 0 && out_rows >= 0 && rank >= 0 && width >= 0, "pairs, out_rows: negative");
+    threads = team(pairs * rank * width, threads);
+    if (pairs * out_rows * rank * width == 0) return;
+    require(out && coefficients && values && order && target, "out, order, target: null address");
+    for (int64_t p = 0; p < pairs; ++p) {
+        require(args.order[p] >= 0 && args.order[p] < rows * k, "order: not a pair");
+    }
+    SAPT_FAST_PICK(mix_experts_kernels).grad(args, threads);
+}
+
 }  // namespace
 
 void bind_lookups(py::module_& m) {
@@ -207,6 +282,18 @@ void bind_lookups(py::module_& m) {
           arg("row_stride"), arg("vocabulary"), arg("threads"),
           py::call_guard<py::gil_scoped_release>(),
           "The maximum of the embeddings of every sample's tokens.");
+    m.def("experts_dot", &experts_dot, arg("dtype"), arg("bank_dtype"), arg("out"), arg("values"),
+          arg("bank"), arg("index"), arg("expert_stride"), arg("rows"), arg("k"), arg("experts"),
+          arg("rank"), arg("width"), arg("threads"), py::call_guard<py::gil_scoped_release>(),
+          "Products of every row with the rows of its experts.");
+    m.def("experts_sum", &experts_sum, arg("dtype"), arg("bank_dtype"), arg("out"),
+          arg("coefficients"), arg("bank"), arg("index"), arg("expert_stride"), arg("rows"),
+          arg("k"), arg("experts"), arg("rank"), arg("width"), arg("threads"),
+          py::call_guard<py::gil_scoped_release>(), "The weighted sum of every row's experts.");
+    m.def("experts_grad", &experts_grad, arg("dtype"), arg("bank_dtype"), arg("out"),
+          arg("coefficients"), arg("values"), arg("order"), arg("target"), arg("pairs"),
+          arg("out_rows"), arg("rows"), arg("k"), arg("rank"), arg("width"), arg("threads"),
+          py::call_guard<py::gil_scoped_release>(), "The gradient of a bank of experts.");
 }
 
 }  // namespace sapt_fast

@@ -50,7 +50,7 @@ def mix_experts(
     """The weighted sum of the chosen experts' outputs; differentiable in every float input.
 
     Args:
-        x: [M, I]; float32, float16 or bfloat16 (float64 with the reference).
+        x: [M, I]; float32, float16 or bfloat16, on a CPU also float64.
         bank_a: [N, r, I] in x's dtype or float32.
         bank_b: [N, r, O] in bank_a's dtype.
         index: [M, k] int64, the experts of each row (as `topk_keys` returns them); -1 for none

@@ -12,8 +12,8 @@ op = importlib.import_module("sapt_fast.ops.mix_experts")
 kernels = importlib.import_module("sapt_fast.triton_kernels.mix_experts")
 grouped_experts = importlib.import_module("sapt_fast.triton_kernels.grouped_experts")
 
-# The reference, and Triton's two ways: pair by pair, and sorted by expert.
-WAYS = ["reference", "triton", "grouped"]
+# The reference, C++, and Triton's two ways: pair by pair, and sorted by expert.
+WAYS = ["reference", "cpu", "triton", "grouped"]
 GPU = "cuda" if torch.cuda.is_available() else "cpu"  # Triton interprets on the CPU
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Error relative to the root mean square; the interpreter truncates where bfloat16 is stored.
@@ -94,7 +94,7 @@ def _error(got, want):
 
 @pytest.fixture(params=WAYS)
 def backend(request, monkeypatch):
-    name = "reference" if request.param == "reference" else "triton"
+    name = "triton" if request.param == "grouped" else request.param
     reason = dispatch.unavailable("mix_experts", name, _device(name))
     assert reason is None, reason
     monkeypatch.setattr(kernels, "grouping_pays", lambda *_: request.param == "grouped")
@@ -430,7 +430,7 @@ BAD = {
     "weights dtype": ({"weights": torch.zeros(5, 3).long()}, TypeError, "weights: got dtype"),
     "device": ({"weights": torch.zeros(5, 3, device="meta")}, ValueError, "weights: got device"),
     "backend": ({"backend": "rocket"}, ValueError, "rocket"),
-    "no such kernel": ({"backend": "cpu"}, dispatch.BackendError, "no cpu kernel"),
+    "no such kernel": ({"backend": "cuda"}, dispatch.BackendError, "cuda"),
 }
 
 

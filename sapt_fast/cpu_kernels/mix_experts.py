@@ -1,0 +1,120 @@
+"""CPU backend of op `mix_experts`: see `ops.mix_experts` for what is computed.
+
+The chosen experts are read where they lie in their bank; the gradient of an expert is one sum over
+its pairs, in their order.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sapt_fast import _C
+from sapt_fast.cpu_kernels.common import CODES
+
+if TYPE_CHECKING:
+    from sapt_fast.ops.mix_experts import PairGroups
+
+
+def mix_experts_fwd(
+    x: Tensor, bank_a: Tensor, bank_b: Tensor, index: Tensor, weights: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """The forward.
+
+    Args:
+        x: Of shape `[M, I]`, any of the floating-point dtypes.
+        bank_a: Of shape `[N, r, I]` in x's dtype or float32; the elements of an expert must lie
+            side by side, or the bank is copied.
+        bank_b: Of shape `[N, r, O]` in bank_a's dtype; likewise.
+        index: Of shape `[M, k]`, int64; those out of range give zeros.
+        weights: Of shape `[M, k]`, float32, float64 for float64.
+
+    Returns:
+        delta `[M, O]` in x's dtype and h = x A^T, `[M, k, r]` in weights' dtype.
+    """
+    x, index = x.contiguous(), index.contiguous()
+    h = _products(x, bank_a, index)
+    return _mixture(x, h * (weights * scaling).unsqueeze(-1), bank_b, index), h
+
+
+def mix_experts_bwd(
+    dy: Tensor,
+    x: Tensor,
+    bank_a: Tensor,
+    bank_b: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    h: Tensor,
+    scaling: float,
+    groups: PairGroups | None,
+    needs_x: bool,
+    needs_weights: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients.
+
+    Args:
+        dy: Of shape `[M, O]`, any strides.
+        h: Of shape `[M, k, r]`, as the forward returned it.
+        groups: Where the gradients of the banks go; None if they are not wanted.
+
+    Returns:
+        dx `[M, I]`, d_weights `[M, k]`, d_a `[rows, r, I]`, d_b `[rows, r, O]`, None where not
+        asked for. Every sum has a fixed order.
+    """
+    x, dy, index = x.contiguous(), dy.contiguous(), index.contiguous()
+    by = (weights * scaling).unsqueeze(-1)
+    g = _products(dy, bank_b, index)
+    d_weights = (g * h).sum(-1).mul_(scaling) if needs_weights else None
+    gw = g.mul_(by)
+    dx = _mixture(x, gw, bank_a, index) if needs_x else None
+    if groups is None:
+        return dx, d_weights, None, None
+    d_a, d_b = _bank_grad(gw, x, groups, bank_a), _bank_grad(h * by, dy, groups, bank_b)
+    return dx, d_weights, d_a, d_b
+
+
+def _products(values: Tensor, bank: Tensor, index: Tensor) -> Tensor:
+    """[M, k, r], the products of values [M, D] with the rows of the chosen experts [N, r, D]."""
+    wide = torch.promote_types(values.dtype, torch.float32)
+    bank = _whole_experts(bank)
+    out = values.new_empty((*index.shape, bank.shape[1]), dtype=wide)
+    _C.experts_dot(
+        CODES[values.dtype], CODES[bank.dtype], out.data_ptr(), values.data_ptr(),
+        *_chosen(bank, index), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _mixture(x: Tensor, coefficients: Tensor, bank: Tensor, index: Tensor) -> Tensor:
+    """[M, D] in x's dtype, the sum of coefficients [M, k, r] times the chosen experts' rows."""
+    bank, coefficients = _whole_experts(bank), coefficients.contiguous()
+    out = x.new_empty(x.shape[0], bank.shape[2])
+    _C.experts_sum(
+        CODES[x.dtype], CODES[bank.dtype], out.data_ptr(), coefficients.data_ptr(),
+        *_chosen(bank, index), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _bank_grad(coefficients: Tensor, values: Tensor, groups: PairGroups, bank: Tensor) -> Tensor:
+    M, k, rank = coefficients.shape
+    coefficients = coefficients.contiguous()
+    order, target = groups.order.contiguous(), groups.target.contiguous()
+    out = bank.new_zeros((groups.rows, *bank.shape[1:]))
+    _C.experts_grad(
+        CODES[values.dtype], CODES[bank.dtype], out.data_ptr(), coefficients.data_ptr(),
+        values.data_ptr(), order.data_ptr(), target.data_ptr(), len(order), groups.rows,
+        M, k, rank, bank.shape[2], torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _chosen(bank: Tensor, index: Tensor) -> tuple[int, ...]:
+    return bank.data_ptr(), index.data_ptr(), bank.stride(0), *index.shape, *bank.shape
+
+
+def _whole_experts(bank: Tensor) -> Tensor:
+    side_by_side = bank.stride(2) == 1 and bank.stride(1) == bank.shape[2]
+    return bank if side_by_side else bank.contiguous()

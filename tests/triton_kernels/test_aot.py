@@ -23,7 +23,7 @@ def test_kernels_compile_soundly() -> None:
         capture_output=True,
         text=True,
         env=environment,
-        timeout=600,
+        timeout=1500,
         check=False,
     )
     assert report.returncode == 0, report.stdout[-6000:] + report.stderr[-2000:]
@@ -50,7 +50,7 @@ def test_a_growing_pool_compiles_nothing_new() -> None:
         capture_output=True,
         text=True,
         env=environment,
-        timeout=600,
+        timeout=1500,
         check=False,
     )
     assert report.returncode == 0, report.stderr[-2000:]

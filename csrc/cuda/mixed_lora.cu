@@ -208,6 +208,7 @@ __global__ void __launch_bounds__(kExpandThreads)
             weighted = weighted || weights[m] != 0.0f;
         }
         int count;
+        // Its barrier also keeps these ranks from the places that the last ones are still read at.
         const int place = place_among(weighted, shared.counts, count);
         if (weighted) shared.ranks[place] = threadIdx.x;
         __syncthreads();
@@ -262,7 +263,6 @@ __global__ void __launch_bounds__(kExpandThreads)
                 }
             }
         }
-        __syncthreads();  // the next ranks take these places
     }
 
 #pragma unroll

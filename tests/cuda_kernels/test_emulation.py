@@ -21,7 +21,7 @@ def test_a_correct_kernel(emulated_module):
         assert torch.equal(_run(emulated_module, "reverse", seed), want)
 
 
-@pytest.mark.parametrize("name", ["race", "every_block_writes"])
+@pytest.mark.parametrize("name", ["race", "late_race", "every_block_writes"])
 def test_a_race_shows_in_the_order(emulated_module, name):
     results = [tuple(_run(emulated_module, name, seed).nan_to_num(-2).tolist()) for seed in SEEDS]
     assert len(set(results)) > 1

@@ -2,8 +2,8 @@
 // them on the CPU. The directory of this file comes before the toolkit's in the include path.
 //
 // The blocks of a launch run one after another. The threads of a block are fibres that give way at
-// barriers and warp operations only, and the next one is chosen by a seeded generator: a result
-// that depends on the order between two barriers depends on the seed.
+// barriers and warp operations only, and the next one is chosen by a seeded generator, in which warps
+// also run far ahead of others: a result that depends on the order depends on the seed.
 #pragma once
 
 #include <stddef.h>

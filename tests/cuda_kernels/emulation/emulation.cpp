@@ -101,30 +101,45 @@ void resume(Block& block, Fiber& fiber) {
     block.running = nullptr;
 }
 
-// Frees the warps whose lanes have all arrived, or else the whole block.
-bool release(Block& block) {
-    bool released = false;
-    bool all_at_barrier = true;
-    const size_t count = block.fibers.size();
-    for (size_t first = 0; first < count; first += kWarp) {
-        const size_t last = std::min(first + kWarp, count);
-        bool all = true;
-        for (size_t i = first; i < last; ++i) {
-            const State state = block.fibers[i].state;
-            all = all && state == State::at_warp_operation;
-            all_at_barrier =
-                all_at_barrier && (state == State::at_block_barrier || state == State::done);
-        }
-        if (!all) continue;
-        released = true;
-        for (size_t i = first; i < last; ++i) block.fibers[i].state = State::ready;
+bool all_are(const Block& block, size_t warp, State state) {
+    const Fiber* first = &block.fibers[warp * kWarp];
+    return std::all_of(first, first + kWarp,
+                       [state](const Fiber& fiber) { return fiber.state == state; });
+}
+
+bool can_run(const Block& block, size_t warp) {
+    const Fiber* first = &block.fibers[warp * kWarp];
+    return all_are(block, warp, State::at_warp_operation) ||
+           std::any_of(first, first + kWarp,
+                       [](const Fiber& fiber) { return fiber.state == State::ready; });
+}
+
+// Runs the lanes of a warp up to where each of them has to wait.
+void run_warp(Block& block, size_t warp) {
+    Fiber* lanes[kWarp];
+    const bool arrived = all_are(block, warp, State::at_warp_operation);
+    for (int i = 0; i < kWarp; ++i) {
+        lanes[i] = &block.fibers[warp * kWarp + i];
+        if (arrived) lanes[i]->state = State::ready;
     }
-    if (released || !all_at_barrier) return released;
+    for (int i = kWarp; order_seed && i > 1; --i) std::swap(lanes[i - 1], lanes[random_below(i)]);
+    for (Fiber* lane : lanes) {
+        if (lane->state == State::ready && error.empty()) resume(block, *lane);
+    }
+}
+
+// Lets the threads go on once all of them have arrived or are done; false where nobody waits.
+bool release_barrier(Block& block) {
+    bool released = false;
     for (Fiber& fiber : block.fibers) {
-        if (fiber.state == State::at_block_barrier) {
-            fiber.state = State::ready;
-            released = true;
+        if (fiber.state == State::at_warp_operation) {
+            fail("threads wait at different barriers, or some have left");
+            return false;
         }
+        released = released || fiber.state == State::at_block_barrier;
+    }
+    for (Fiber& fiber : block.fibers) {
+        if (fiber.state == State::at_block_barrier) fiber.state = State::ready;
     }
     return released;
 }
@@ -152,27 +167,21 @@ void run_block(const Launch& launch, uint3 index) {
     memset(shared_begin(), kPoison, kMaxSharedBytes);
     Block* outer = current;
     current = &block;
-    std::vector<Fiber*> ready;
+    std::vector<size_t> able;
+    size_t last = 0;
     while (error.empty()) {
-        ready.clear();
-        bool done = true;
-        for (Fiber& fiber : block.fibers) {
-            if (fiber.state == State::ready) ready.push_back(&fiber);
-            done = done && fiber.state == State::done;
+        able.clear();
+        for (size_t warp = 0; warp < block.warps.size(); ++warp) {
+            if (can_run(block, warp)) able.push_back(warp);
         }
-        if (done) break;
-        if (ready.empty()) {
-            if (!release(block)) fail("threads wait at different barriers, or some have left");
+        if (able.empty()) {
+            if (!release_barrier(block)) break;
             continue;
         }
-        if (order_seed) {
-            for (size_t i = ready.size(); i > 1; --i) {
-                std::swap(ready[i - 1], ready[random_below(i)]);
-            }
-        }
-        for (Fiber* fiber : ready) {
-            if (error.empty()) resume(block, *fiber);
-        }
+        // Odd seeds let a warp run ahead of the others as far as it can, even ones mix them.
+        const bool goes_on = order_seed % 2 && std::count(able.begin(), able.end(), last);
+        if (!goes_on) last = able[order_seed ? random_below(able.size()) : 0];
+        run_warp(block, last);
     }
     current = outer;
     for (size_t i = launch.shared_bytes; i < kMaxSharedBytes && error.empty(); ++i) {

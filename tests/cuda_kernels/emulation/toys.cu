@@ -27,6 +27,14 @@ __global__ void reverse(Toy toy) {
     toy.to[blockIdx.x * kThreads + at] = row[kThreads - 1 - at];
 }
 
+// Right as long as the warps keep pace with each other.
+__global__ void late_race(Toy toy) {
+    Row& row = shared_memory<Row>();
+    row[threadIdx.x] = toy.from[threadIdx.x];
+    for (int i = 0; i < 5; ++i) __ballot_sync(kAllLanes, true);
+    toy.to[threadIdx.x] = row[kThreads - 1 - threadIdx.x];
+}
+
 __global__ void every_block_writes(Toy toy) { toy.to[threadIdx.x] = toy.from[blockIdx.x]; }
 
 __global__ void barrier_for_half(Toy) {
@@ -67,6 +75,7 @@ void run_toy(const std::string& name, const float* from, float* to) {
     const Toy toy = {from, to};
     if (name == "reverse") return run<reverse<true>>(toy);
     if (name == "race") return run<reverse<false>>(toy);
+    if (name == "late_race") return run<late_race>(toy);
     if (name == "every_block_writes") return run<every_block_writes>(toy);
     if (name == "barrier_for_half") return run<barrier_for_half>(toy);
     if (name == "beyond_shared") return run<beyond_shared>(toy);

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import checks
 import measure
+import search_check
 import torch
 from checks import over, ratio, target, under
 from providers import Layer
@@ -54,6 +55,7 @@ def main() -> int:
         repeats=max(3, repeats // 2),
     )
     saved = checks.saved_for_backward(layer)
+    searches = search_check.run(quick=options.quick, repeats=max(3, repeats // 2))
     step_ms = steps["ms"]
     targets = [
         target("layer forward+backward fp32: ours / base", under(train32, "base"), 1.08),
@@ -84,16 +86,18 @@ def main() -> int:
             1.05,
         ),
         target("decode one token: ours / base", under(decoding, "base"), 1.5),
+        *searches["targets"],
     ]
     result = {
         "kind": "cpu_check",
         "quick": options.quick,
         "environment": measure.environment("cpu"),
-        "correctness": gate,
+        "correctness": {**gate, **searches["correctness"]},
         "targets": targets,
         "layers": [train32, train16, decoding],
         "saved_for_backward": saved,
         "steps": [steps, pools],
+        "ops": searches["rows"],
     }
     return checks.finish(result, options.out)
 

@@ -128,8 +128,13 @@ def _values(case: OpCase, inputs: Inputs, backend: str) -> dict[str, Tensor]:
     leaves = {n: t.detach().requires_grad_(n in case.trains) for n, t in inputs.items()}
     outputs = case.run(leaves, backend)
     first = next(iter(outputs.values()))
-    generator = torch.Generator(first.device).manual_seed(1)
-    incoming = torch.randn(first.shape, generator=generator, device=first.device)
+    if case.op in _SEARCHES:
+        # Keys whose scores rounding cannot tell apart may change places, so a place has no number
+        # of its own: equal scores get equal gradients.
+        incoming = first.detach()
+    else:
+        generator = torch.Generator(first.device).manual_seed(1)
+        incoming = torch.randn(first.shape, generator=generator, device=first.device)
     first.backward(incoming.to(first))
     values = {name: t.detach() for name, t in outputs.items()}
     return values | {f"d_{name}": leaves[name].grad for name in case.trains}
@@ -209,7 +214,7 @@ def _op_times(
     case: OpCase, dtype: torch.dtype, device: str, backend: str, repeats: int, copied: float
 ) -> dict[str, Any]:
     inputs = case.inputs(dtype, device)
-    ours = _bare(case, inputs, backend)
+    ours = bare(case, inputs, backend)
     functions = {"ours": ours, "ours_graph": replayed(ours, device), **case.rivals(inputs)}
     times = measure.interleaved_ms(functions, device, repeats=repeats)
     least_seconds = case.moved_bytes(dtype) / copied
@@ -225,7 +230,7 @@ def _op_times(
     }
 
 
-def _bare(case: OpCase, inputs: Inputs, backend: str) -> Callable[[], object]:
+def bare(case: OpCase, inputs: Inputs, backend: str) -> Callable[[], object]:
     """Our op alone, without what `run` adds to check an index."""
     if isinstance(case, TopKeysCase):
         query, keys = inputs.values()
@@ -272,7 +277,7 @@ def _memory_growth(
     peaks = []
     for keys in (case.keys, case.keys // 4):
         smaller = replace(case, keys=keys)
-        search = _bare(smaller, smaller.inputs(dtype, device), backend)
+        search = bare(smaller, smaller.inputs(dtype, device), backend)
         search()
         peaks.append(measure.peak_bytes(search, device))
     return peaks[0] / max(1, peaks[1])
@@ -296,7 +301,7 @@ def expert_ways(
         try:
             for name, grouped in (("gathered_ms", False), ("grouped_ms", True)):
                 kernels.grouping_pays = lambda *_, grouped=grouped: grouped
-                run = _bare(case, inputs, "triton")
+                run = bare(case, inputs, "triton")
                 row[name] = measure.interleaved_ms({"ours": run}, device, repeats=repeats)["ours"]
         finally:
             kernels.grouping_pays = choose

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 _TURN_MS = 2.0
 _SETTLE_MS = 1e3  # longer calls settle by themselves
+_LEAD_CYCLES = 2_000_000  # of the GPU's clock: about a millisecond
 _PACKAGES = ("torch", "triton", "transformers", "peft", "numpy")
 
 
@@ -29,7 +30,8 @@ def interleaved_ms(
 
     On the CPU the functions take turns, so that a disturbance meets all of them; a turn is one
     call, or as many as fill two milliseconds. On a GPU each is timed by events with a cold L2
-    cache.
+    cache, and the GPU waits for about a millisecond before each call: the time is that of the
+    kernels, as long as the host issues them in less, which a training step lets it do ahead.
     """
     if device.startswith("cuda"):
         return {name: _cuda_ms(function, repeats) for name, function in functions.items()}
@@ -62,8 +64,9 @@ def _cuda_ms(function: Callable[[], object], repeats: int) -> dict[str, float]:
         function()
     values = []
     for _ in range(repeats):
-        flush.zero_()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        torch.cuda._sleep(_LEAD_CYCLES)
         start.record()
         function()
         end.record()

@@ -124,7 +124,10 @@ class Providers:
         if self._compiled is None:
             on_gpu = self.layer.device.startswith("cuda")
             mode = "max-autotune-no-cudagraphs" if on_gpu else None
-            self._compiled = torch.compile(self.stacked, mode=mode)
+            # For these sizes alone: a second layer would get a graph of symbolic sizes, and from
+            # the ninth on none at all.
+            torch._dynamo.reset()
+            self._compiled = torch.compile(self.stacked, mode=mode, dynamic=False)
         return self._compiled()
 
     def released(self) -> Tensor:

@@ -56,7 +56,10 @@ def mixed_lora_fwd(
     if x.shape[0] == 0:
         return list(zip(ys, hs, strict=True))
     x, mixture = with_unit_column_stride(x), mixture.contiguous()
-    ranked = [i for i, p in enumerate(projections) if p.lora_a.shape[0] > 0]
+    ranked = [i for i, p in enumerate(projections) if p.lora_a.numel() > 0]
+    if x.shape[1] == 0:
+        for h in hs:
+            h.zero_()
     hws: dict[int, Tensor] = {}
     if ranked:
         made = shrink_fwd(
@@ -129,7 +132,7 @@ def mixed_lora_bwd(
             through = (0, round_up(R, RANK_ALIGN)) if R > 0 else None
         gw_window = through if needs_x else trainable
         gw = hw = None
-        if x.shape[0] > 0 and R > 0 and (needs_mixture or gw_window):
+        if dy.numel() > 0 and R > 0 and (needs_mixture or gw_window):
             cut = needs_x and not grad_through_frozen
             gw, hw = shrink_bwd(
                 dy,

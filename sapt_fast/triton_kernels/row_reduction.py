@@ -219,6 +219,8 @@ def factor_grad(p: Tensor, x: Tensor, rows: list[tuple[int, int]], dtype: torch.
     M, N = x.shape
     traits = common.device_traits(x.device)
     out = x.new_empty((sum(stop - start for start, stop in rows), N), dtype=dtype)
+    if N == 0:
+        return out
     done = 0
     with torch.cuda.device_of(x):
         for start, stop in rows:

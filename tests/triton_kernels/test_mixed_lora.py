@@ -73,6 +73,8 @@ CASES = [
     Case(lora_dtype=torch.float32, name="float32-factors"),
     Case(samples=2, rows=45, lora_dtype=torch.float32, name="float32-factors-descriptors"),
     Case(ranks=(0, 0), trainable=(), name="no-ranks"),
+    Case(i=0, name="no-inputs"),
+    Case(o=0, name="no-outputs"),
 ]
 
 
@@ -120,12 +122,12 @@ def _inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> dict[str, Any]:
     adapter = torch.repeat_interleave(torch.arange(len(case.ranks)), torch.tensor(case.ranks))
     scaling = torch.rand(len(case.ranks), generator=generator) + 0.5
     starts = [sum(case.ranks[:k]) for k in range(len(case.ranks))]
-    weight = normal(case.o, case.i, scale=case.i**-0.5)
+    weight = normal(case.o, case.i, scale=max(case.i, 1) ** -0.5)
     return {
         "x": _view(normal(m, case.i), case.x),
         "weight": None if case.weight == "none" else _view(weight, case.weight),
         "bias": normal(case.o) if case.bias else None,
-        "lora_a": normal(r, case.i, scale=case.i**-0.5, of=lora_dtype),
+        "lora_a": normal(r, case.i, scale=max(case.i, 1) ** -0.5, of=lora_dtype),
         "lora_b": normal(r, case.o, scale=max(r, 1) ** -0.5, of=lora_dtype),
         "mixture": torch.rand(case.samples, len(case.ranks), generator=generator).to(DEVICE),
         "row_adapter": adapter.int().to(DEVICE),

@@ -100,7 +100,7 @@ def test_routing_and_training_wait_for_nothing():
             torch.cuda.set_sync_debug_mode("default")
 
 
-def _same_compiled(function, leaves):
+def _same_compiled(function, leaves, tolerance):
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True)
     results = []
@@ -111,7 +111,10 @@ def _same_compiled(function, leaves):
         results.append([y, *(t.grad for t in given.values() if t.requires_grad)])
     assert len(results[0]) > 1
     for eager, fused in zip(*results, strict=True):
-        torch.testing.assert_close(fused, eager)
+        # Relative to the whole tensor: gradients of a mean lie below assert_close's atol.
+        norm = eager.float().norm()
+        assert norm > 0
+        assert (fused.float() - eager.float()).norm() <= tolerance * norm
 
 
 def test_fullgraph_compile_of_a_mixed_layer():
@@ -133,7 +136,7 @@ def test_fullgraph_compile_of_a_mixed_layer():
         factors = t["lora_a"], t["lora_b"], t["mixture"]
         return mixed_lora_linear(t["x"], t["weight"], None, *factors, ranks=4, scaling=2.0).relu()
 
-    _same_compiled(layer, leaves)
+    _same_compiled(layer, leaves, 1e-2)
 
 
 @pytest.mark.parametrize(
@@ -148,4 +151,4 @@ def test_fullgraph_compile_of_a_mixed_layer():
 def test_fullgraph_compile_of_an_op(case):
     inputs = case.inputs(torch.float32, DEVICE)
     leaves = {n: t.requires_grad_(n in case.trains) for n, t in inputs.items()}
-    _same_compiled(lambda t: next(iter(case.run(t, "triton").values())), leaves)
+    _same_compiled(lambda t: next(iter(case.run(t, "triton").values())), leaves, 1e-5)

@@ -4,7 +4,8 @@ PEFT keeps owning everything: names, parameters, active adapters, merging, savin
 layer's forward cannot compute in one pass it hands to PEFT's own.
 """
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -24,16 +25,26 @@ if TYPE_CHECKING:
     from sapt_fast.routing import Routing
 
 
+# Held by whatever moves parameters: threads may start their first forwards at once.
+MOVING = threading.RLock()
+OUTDATED = (
+    "adapters were added, deleted, moved or rescaled since the last forward that was not compiled: "
+    "run another such before the compiled one"
+)
+
+
 @dataclass(frozen=True)
 class _Members:
     """Neighbouring adapters of a stack.
 
     Attributes:
-        names: of those that the layer has. start, stop: their rows. count: adapters that weights
-            are for, with or without rows here. ones: [1, count], 1 for the active adapters.
+        names: of those that the layer has. active: those of them that are not passed over.
+        start, stop: their rows. count: adapters that weights are for, with or without rows here.
+        ones: [1, count], 1 for the active adapters.
     """
 
     names: tuple[str, ...]
+    active: tuple[str, ...]
     start: int
     stop: int
     count: int
@@ -46,7 +57,8 @@ class LoraStack:
 
     The layer's own parameters are made views of them (`lora_B`'s transposed), so training,
     `load_adapter` and hot-swaps write where the kernels read. Whatever moves, adds or deletes a
-    parameter is noticed before the next forward.
+    parameter is noticed before the next forward; a compiled one notices all but `p.data = ...`.
+    Tensors that stand in for the parameters (`torch.func.functional_call`) are read through a copy.
 
     Args:
         layer: PEFT's.
@@ -59,7 +71,7 @@ class LoraStack:
         self._layer = layer
         self._names = tuple(names)
         self.plain = False
-        self._parts: list[tuple[nn.Parameter, int]] | None = None
+        self._parts: list[tuple[Tensor, int]] | None = None
         self._members: dict[tuple[str, ...] | None, _Members] = {}
 
     @property
@@ -80,12 +92,36 @@ class LoraStack:
     def realign(self) -> None:
         """Brings the stack up to date with the layer's adapters; does nothing if it is."""
         if not self._is_current():
-            self._restack()
+            with MOVING:
+                if not self._is_current():
+                    self._restack()
+
+    def require_current(self) -> None:
+        """Raises RuntimeError if, while a graph is traced, the stack is seen to be out of date."""
+        parts, modules = self._parts, self._layer._modules
+        present = [
+            module._parameters.get("weight")
+            for part in ("lora_A", "lora_B")
+            for module in modules[part]._modules.values()
+        ]
+        if (
+            parts is None
+            or len(present) != len(parts)
+            or any(weight is not own for weight, (own, _) in zip(present, parts, strict=True))
+            or any(
+                self._stamps.get(name) != value
+                for name, value in self._layer.scaling.items()
+                if not isinstance(value, Tensor)
+            )
+        ):
+            raise RuntimeError(OUTDATED)
 
     def members(self, active: Sequence[str] | None) -> _Members | None:
         """The rows of the active adapters (None: of all), with those that lie between them."""
         key = None if active is None else tuple(active)
-        if key not in self._members:
+        # A graph reads scalings that are tensors anew each time: a hot-swap writes into them.
+        swaps = torch.compiler.is_compiling() and _has_tensors(self._layer.scaling)
+        if swaps or key not in self._members:
             made = self._make_members(key)
             if torch.compiler.is_compiling() or made is None:
                 return made
@@ -100,7 +136,7 @@ class LoraStack:
         start = members.start
         for name in members.names if torch.is_grad_enabled() else ():
             a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-            if a.requires_grad or b.requires_grad:
+            if name in members.active and (a.requires_grad or b.requires_grad):
                 train_a.append(a)
                 train_b.append(b.t())
                 first = start - members.start
@@ -123,7 +159,7 @@ class LoraStack:
             return False
         modules = self._layer._modules
         present = [
-            module._parameters["weight"]
+            module._parameters.get("weight")
             for part in ("lora_A", "lora_B")
             for module in modules[part]._modules.values()
         ]
@@ -136,13 +172,17 @@ class LoraStack:
     @torch.no_grad()
     def _restack(self) -> None:
         layer, names = self._layer, self.present
+        self._parts = None
         self._members.clear()
         self.plain = is_plain(layer)
+        weights = [linear.weight for linear in _linears(layer)]
         if names and self.plain:
             a = [layer.lora_A[name].weight for name in names]
             b = [layer.lora_B[name].weight for name in names]
             self._a = torch.cat([w.data for w in a])
             self._b = torch.cat([w.data.t() for w in b])
+            if _stand_in(weights):
+                return
             sizes = [w.shape[0] for w in a]
             for weight, part in zip(a, self._a.split(sizes), strict=True):
                 weight.data = part
@@ -151,10 +191,8 @@ class LoraStack:
             made = self._make_members(None)
             if made is not None:
                 self._members[None] = made
-        stacks = (layer.lora_A, layer.lora_B)
-        weights = [linear.weight for stack in stacks for linear in stack.values()]
-        self._parts = [(weight, weight.data_ptr()) for weight in weights]
         self._stamps = _stamps(layer.scaling)
+        self._parts = [(weight, weight.data_ptr()) for weight in weights]
 
     @torch.inference_mode(False)
     def _make_members(self, active: tuple[str, ...] | None) -> _Members | None:
@@ -169,15 +207,21 @@ class LoraStack:
         stop = start + sum(ranks[name] for name in names)
         counted = self._names if active is None else names
         dtype = torch.promote_types(self._a.dtype, torch.float32)
-        table = rank_table(
-            [ranks.get(name, 0) for name in counted],
-            [float(layer.scaling.get(name, 0.0)) for name in counted],
-            self._a.device,
-            dtype,
-        )
+        scaling: Any = [layer.scaling.get(name, 0.0) for name in counted]
+        if _has_tensors(layer.scaling):
+            scaling = torch.stack([torch.as_tensor(s, device=self._a.device) for s in scaling])
+        layout = [ranks.get(name, 0) for name in counted]
+        table = rank_table(layout, scaling, self._a.device, dtype)
         ones = [[float(active is None or name in active) for name in counted]]
         weights = torch.tensor(ones, device=self._a.device, dtype=dtype)
-        return _Members(names, start, stop, len(counted), table, weights)
+        return _Members(names, tuple(chosen), start, stop, len(counted), table, weights)
+
+    # A copy of the model has other parameters: it makes a stack of its own.
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_layer": self._layer, "_names": self._names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, plain=False, _parts=None, _members={})
 
 
 class PooledLinear(lora.Linear):
@@ -196,11 +240,18 @@ class PooledLinear(lora.Linear):
         names = kwargs.get("adapter_names")
         others = any(value is not None for key, value in kwargs.items() if key != "adapter_names")
         stack, routing = self.sapt_stack, self.sapt_routing
-        if not (routing.in_forward or torch.compiler.is_compiling()):
+        if torch.compiler.is_compiling():
+            stack.require_current()
+        elif not routing.has_realigned:
             stack.realign()  # the model's forward has done so for all its layers
+        weights = routing.running
+        if weights is not None and self.merged and not self.disable_adapters:
+            raise RuntimeError(
+                f"mixture weights for adapters {self.merged_adapters} that are merged into the "
+                "base weights: call model.unmerge_adapter() first"
+            )
         if args or others or self.disable_adapters or self.merged or not stack.plain:
             return super().forward(x, *args, **kwargs)
-        weights = routing.running
         if names is not None:
             self._check_forward_args(x, adapter_names=names)
             weights = _one_hot(tuple(names), stack.names, x.device)
@@ -223,6 +274,25 @@ class PooledLinear(lora.Linear):
             return self.base_layer(x) + delta
         return mix(x, mixture, [stack.pooled(x, members, True)])[0]
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PooledLinear":
+        super()._apply(fn, recurse)
+        self.sapt_stack.realign()  # a compiled forward does not look where the parameters are
+        return self
+
+
+def _linears(layer: Any) -> list[nn.Linear]:
+    """All A, then all B."""
+    return [*layer.lora_A.values(), *layer.lora_B.values()]
+
+
+def _has_tensors(scaling: dict[str, float | Tensor]) -> bool:
+    return any(isinstance(value, Tensor) for value in scaling.values())
+
+
+def _stand_in(weights: Sequence[Tensor]) -> bool:
+    """Whether any is not a parameter, but a tensor that a caller put there for a while."""
+    return any(type(weight) is not nn.Parameter for weight in weights)
+
 
 def _stamps(scaling: dict[str, float | Tensor]) -> dict[str, object]:
     """What changes when a scaling does; PEFT's hot-swap keeps them in tensors."""
@@ -237,7 +307,8 @@ def is_plain(layer: Any) -> bool:
     return (
         not layer.lora_variant
         and not any(layer.lora_bias.values())
-        and len({layer.lora_A[name].weight.dtype for name in layer.lora_A}) <= 1
+        and all(type(linear) is nn.Linear for linear in _linears(layer))
+        and len({linear.weight.dtype for linear in _linears(layer)}) <= 1
     )
 
 
@@ -247,7 +318,12 @@ def is_plain_base(base: nn.Module) -> bool:
 
 
 def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_pre_hooks or module._forward_hooks or module._backward_hooks)
+    return bool(
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+    )
 
 
 def _base_weights(layer: PooledLinear) -> tuple[Tensor, Tensor | None]:

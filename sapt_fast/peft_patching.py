@@ -1,14 +1,14 @@
 """patch and unpatch for PEFT models: their LoRA adapters become one pool."""
 
-import operator
 from typing import Any
 
+import torch
 from peft import PeftModel, PeftType
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from sapt_fast.peft_layers import LoraStack, PooledLinear, is_plain
+from sapt_fast.peft_layers import MOVING, OUTDATED, LoraStack, PooledLinear, is_plain
 from sapt_fast.report import PatchReport
 from sapt_fast.routing import Routing
 
@@ -78,15 +78,25 @@ class PeftHandle(nn.Module):
 
     def realign(self) -> None:
         """Takes in adapters and layers that came since, and forgets those that went."""
-        configs = list(self._model.peft_config.values())
-        known = self._configs
-        if len(configs) != len(known) or any(map(operator.is_not, configs, known)):
-            self._configs = configs
-            self._find_layers()
+        if torch.compiler.is_compiling():
+            if self._has_news():
+                raise RuntimeError(OUTDATED)
+            return  # the rest is found out by the layers
+        if self._has_news():
+            with MOVING:
+                if self._has_news():
+                    self._find_layers()
         for layer in self._layers:
             layer.sapt_stack.realign()
 
+    def _has_news(self) -> bool:
+        configs, known = self._model.peft_config.values(), self._configs
+        return len(configs) != len(known) or any(
+            config is not other for config, other in zip(configs, known, strict=True)
+        )
+
     def _find_layers(self) -> None:
+        configs = list(self._model.peft_config.values())
         names = tuple(self.tasks)
         for layer in self._model.modules():
             if type(layer) is lora.Linear and "forward" not in vars(layer):
@@ -94,6 +104,7 @@ class PeftHandle(nn.Module):
         self._layers = [m for m in self._model.modules() if type(m) is PooledLinear]
         for layer in self._layers:
             layer.sapt_stack.names = names
+        self._configs = configs
 
     def _route(self, **inputs: Tensor | None) -> Tensor:
         assert self.router is not None
@@ -158,15 +169,15 @@ _UNPATCHED = "not patched yet"
 
 
 def _swap(layer: Any, routing: Routing, names: tuple[str, ...]) -> None:
-    layer.__class__ = PooledLinear
     layer.sapt_routing = routing
     layer.sapt_stack = LoraStack(layer, names)
+    layer.__class__ = PooledLinear
 
 
 def _restore(layer: Any) -> None:
     layer.sapt_stack.release()
-    del layer.sapt_stack, layer.sapt_routing
     layer.__class__ = lora.Linear
+    del layer.sapt_stack, layer.sapt_routing
 
 
 def _why_not(layer: Any) -> str:

@@ -56,7 +56,9 @@ class PooledExperts:
     ) -> Tensor:
         """`XLoraLinearLayer.forward`: x [B, T, I], scalings [B, T, layers, K]."""
         loop, layer = self.loop, self.layer
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            self.stack.require_current()
+        else:
             names = tuple(layer.active_adapters)
             if self.stack.names != names:
                 self.stack.names = names

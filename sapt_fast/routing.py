@@ -131,9 +131,11 @@ class Routing:
         return self.pinned if forward is None else forward.weights
 
     @property
-    def in_forward(self) -> bool:
-        """Whether a forward of the model runs in this thread."""
-        return self._forward is not None
+    def has_realigned(self) -> bool:
+        """Whether the forward that runs in this thread has put the pools' rows in place."""
+        forward = self._forward
+        # One that is compiled cannot, and may reach layers that are not.
+        return forward is not None and (forward.frame is not None or forward.module is None)
 
     @property
     def waiting(self) -> "Waiting | None":
@@ -329,8 +331,8 @@ class Routing:
         frame = None
         if not torch.compiler.is_compiling():
             frame = sys._getframe(2)  # it calls the hook and then the module's forward
-            for pool in self.pools:
-                pool.realign()
+        for pool in self.pools:
+            pool.realign()
         forward = self._forward = _Forward(module, self._forward, frame)
         return forward
 

@@ -48,7 +48,11 @@ def patch(model: _Model, config: SaptConfig | None = None, *, strict: bool = Fal
 
     A PeftModel keeps its LoRA adapters: they are the pool, computed in one pass, and all that PEFT
     does with them works on. Its `model.sapt`, a `peft_patching.PeftHandle`, takes weights or a
-    router; without either the active adapters are added up, as before.
+    router; without either the active adapters are added up, as before. `lora_B` lies transposed in
+    memory while patched, and a fused optimizer (Trainer's default) mistakes moments that lie
+    otherwise: patch before it has any, and resume a run as it was begun, or use
+    `optim="adamw_torch"`. Unpatch before merge_and_unload, before FSDP shards the model, and before
+    accelerate's save_state, which drops tensors that share memory.
 
     Args:
         model: a PreTrainedModel, or a PeftModel with LoRA adapters. Patching it again with an equal

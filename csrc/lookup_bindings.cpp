@@ -4,9 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <memory>
 #include <new>
-#include <vector>
 
 #include "arguments.h"
 #include "candidates.h"
@@ -51,27 +49,30 @@ int64_t queries_per_pass(const KeySearch& search, int64_t capacity, int threads)
     return std::min(search.queries, std::clamp(queries, kQueryBlock, kMostQueries));
 }
 
-// The k best of the threads' lists of every query.
+// The k best of the threads' lists of every query. They gather in the first thread's list: nothing
+// is allocated, since an exception could not leave a parallel region.
 template <class A>
 void merge(const KeySearch& search, const SearchScratch& scratch, A* scores, int64_t* index) {
-    const auto* lists = static_cast<const Candidate<A>*>(scratch.lists);
-#pragma omp parallel num_threads(scratch.threads)
-    {
-        std::vector<Candidate<A>> all;
-#pragma omp for schedule(static)
-        for (int64_t q = 0; q < search.queries; ++q) {
-            all.clear();
-            for (int thread = 0; thread < scratch.threads; ++thread) {
-                const int64_t at = thread * search.queries + q;
-                const Candidate<A>* list = lists + at * scratch.capacity;
-                all.insert(all.end(), list, list + scratch.counts[at]);
+    auto* lists = static_cast<Candidate<A>*>(scratch.lists);
+#pragma omp parallel for num_threads(scratch.threads) schedule(static)
+    for (int64_t q = 0; q < search.queries; ++q) {
+        Candidate<A>* all = lists + q * scratch.capacity;
+        int64_t count = scratch.counts[q];
+        for (int thread = 1; thread < scratch.threads; ++thread) {
+            const int64_t at = thread * search.queries + q;
+            for (int64_t i = 0; i < scratch.counts[at]; ++i) {
+                if (count == scratch.capacity) {
+                    keep_best(all, count, search.k);
+                    count = search.k;
+                }
+                all[count++] = lists[at * scratch.capacity + i];
             }
-            keep_best(all.data(), static_cast<int64_t>(all.size()), search.k);
-            sort_best(all.data(), search.k);
-            for (int64_t i = 0; i < search.k; ++i) {
-                scores[q * search.k + i] = all[i].score;
-                index[q * search.k + i] = all[i].index;
-            }
+        }
+        keep_best(all, count, search.k);
+        sort_best(all, search.k);
+        for (int64_t i = 0; i < search.k; ++i) {
+            scores[q * search.k + i] = all[i].score;
+            index[q * search.k + i] = all[i].index;
         }
     }
 }

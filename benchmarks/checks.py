@@ -20,7 +20,7 @@ from training_step import PROVIDERS, Step, provider
 FLOOR = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
-def arguments(description: str | None) -> argparse.Namespace:
+def arguments(description: str | None, sections: tuple[str, ...] = ()) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
         "--out",
@@ -29,6 +29,8 @@ def arguments(description: str | None) -> argparse.Namespace:
         help="folder for <machine>/<date>-<commit>.json",
     )
     parser.add_argument("--quick", action="store_true", help="small sizes: does it run at all?")
+    if sections:
+        parser.add_argument("--only", choices=sections, help="one section, in a file of its own")
     return parser.parse_args()
 
 

@@ -7,7 +7,7 @@ else computes them, by themselves and as CUDA graphs, and whole training steps.
 import gc
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,8 @@ from providers import Layer
 from training_step import Step
 
 from sapt_fast import dispatch
+
+Result = dict[str, Any]
 
 DEVICE = "cuda"
 BF16 = torch.bfloat16
@@ -39,60 +41,99 @@ SMALL = Layer(3, 33, 96, 80, 15, 4, torch.float32)
 
 
 def main() -> int:
-    options = checks.arguments(__doc__)
+    options = checks.arguments(__doc__, tuple(SECTIONS))
     if DEVICE == "cuda" and not torch.cuda.is_available():
         print("gpu_check needs an NVIDIA GPU that torch can use; cpu_check runs anywhere")
         return 2
-    result = collect(options.quick)
+    result = collect(options.quick, options.only, lambda part: measure.save(part, options.out))
     status = checks.finish(result, options.out)
     for failure in result["failures"]:
         print(f"{failure['section']} raised {failure['raised']}")
     return 1 if result["failures"] else status
 
 
-def collect(quick: bool) -> dict[str, Any]:
-    """Everything that is reported. A section that raises is noted, and the others go on."""
-    training, decode, steps, repeats = TRAINING, DECODE, [T5_LARGE, LLAMA_7B_4_LAYERS], 50
-    sizes = op_checks.QUICK if quick else op_checks.FULL
+def collect(
+    quick: bool, only: str | None = None, keep: Callable[[Result], object] = lambda _: None
+) -> Result:
+    """Everything that is reported, or one of `SECTIONS`; `keep` gets it whenever it has grown.
+
+    A part that raises is noted, and the others go on.
+    """
+    guard = _Guard()
+    result: Result = {
+        "kind": "gpu_check",
+        "quick": quick,
+        "only": only,
+        "environment": measure.environment(DEVICE),
+        "correctness": {},
+        "failures": guard.failures,
+        "targets": [],
+        "layers": [],
+        "ops": {},
+        "ways of mix_experts": None,
+        "steps": [],
+    }
+    for name, section in SECTIONS.items():
+        if only in (None, name):
+            for _ in section(quick, guard, result):
+                keep(result)
+    return result
+
+
+def _layers(quick: bool, guard: "_Guard", result: Result) -> Iterator[None]:
+    training, decode, repeats = TRAINING, DECODE, 5 if quick else 50
     if quick:
         training = [replace(row, batch=2, tokens=64, width=256, out=256) for row in TRAINING[:1]]
         decode = [replace(row, width=256, out=256) for row in DECODE[:1]]
-        steps = [
-            replace(s, width=64, hidden=128, layers=1, heads=2, vocabulary=500, source=16, target=8)
-            for s in steps
-        ]
-        repeats = 5
     training = [replace(layer, device=DEVICE) for layer in training]
     decode = [replace(layer, device=DEVICE) for layer in decode]
-    steps = [replace(step, device=DEVICE) for step in steps]
-    guard = _Guard()
-    odd = (SMALL, replace(SMALL, batch=4, tokens=160, width=256, out=384))
-    checked = [
-        *(replace(layer, dtype=d, device=DEVICE) for layer in odd for d in op_checks.DTYPES),
-        *training,
-    ]
-    nothing: dict[str, dict[str, Any]] = {}
-    layer_gate = guard("correctness of mixed_lora", checks.correctness, checked, training + decode)
-    op_gate = guard("correctness of the ops", op_checks.correctness, DEVICE, sizes.checked)
-    gate = (layer_gate or nothing) | (op_gate or nothing)
-    layers, targets = [], []
-    for layer in training if layer_gate else ():
+    gate = _layer_gate(guard, [*_odd_layers(), *training], training + decode)
+    result["correctness"] |= gate
+    yield
+    for layer in training if gate else ():
         times = [
             guard(str(layer), checks.layer_times, layer, gate, repeats=repeats, training=trained)
             for trained in (False, True)
         ]
-        layers += [row for row in times if row]
+        result["layers"] += [row for row in times if row]
         if all(times):
-            targets += _layer_targets(layer, *(row["ms"] for row in times))
-    for layer in decode if layer_gate else ():
-        many = {"repeats": 4 * repeats, "training": False}
-        layers.append(guard(str(layer), checks.layer_times, layer, gate, **many))
-    for layer in (*training, *decode) if layer_gate else ():
+            result["targets"] += _layer_targets(layer, *(row["ms"] for row in times))
+        yield
+    many = {"repeats": 4 * repeats, "training": False}
+    for layer in decode if gate else ():
+        row = guard(str(layer), checks.layer_times, layer, gate, **many)
+        result["layers"] += [row] if row else []
+        yield
+    for layer in (*training, *decode) if gate else ():
         name = f"CUDA graph of {layer}"
-        layers.append(guard(name, op_checks.graph_times, layer, gate, repeats=repeats))
+        row = guard(name, op_checks.graph_times, layer, gate, repeats=repeats)
+        result["layers"] += [row] if row else []
+        yield
+
+
+def _odd_layers() -> list[Layer]:
+    layers = (SMALL, replace(SMALL, batch=4, tokens=160, width=256, out=384))
+    return [
+        replace(layer, dtype=dtype, device=DEVICE) for layer in layers for dtype in op_checks.DTYPES
+    ]
+
+
+def _layer_gate(
+    guard: "_Guard", trained: list[Layer], decoded: Sequence[Layer] = ()
+) -> dict[str, dict[str, Any]]:
+    return guard("correctness of mixed_lora", checks.correctness, trained, decoded) or {}
+
+
+def _ops(quick: bool, guard: "_Guard", result: Result) -> Iterator[None]:
+    sizes, repeats = (op_checks.QUICK, 5) if quick else (op_checks.FULL, 50)
+    gate = guard("correctness of the ops", op_checks.correctness, DEVICE, sizes.checked) or {}
+    result["correctness"] |= gate
+    yield
     measured = guard("speed of the ops", op_checks.speed, DEVICE, sizes, gate, repeats=repeats)
-    ops, op_targets = measured or ({}, [])
-    ways = guard(
+    result["ops"], targets = measured or ({}, [])
+    result["targets"] += targets
+    yield
+    result["ways of mix_experts"] = guard(
         "ways of mix_experts",
         op_checks.expert_ways,
         DEVICE,
@@ -100,29 +141,37 @@ def collect(quick: bool) -> dict[str, Any]:
         gate,
         repeats=repeats,
     )
-    targets += op_targets
-    timed_steps = []
+    yield
+
+
+def _steps(quick: bool, guard: "_Guard", result: Result) -> Iterator[None]:
+    steps, repeats = [T5_LARGE, LLAMA_7B_4_LAYERS], 5 if quick else 10
+    if quick:
+        steps = [
+            replace(s, width=64, hidden=128, layers=1, heads=2, vocabulary=500, source=16, target=8)
+            for s in steps
+        ]
+    steps = [replace(step, device=DEVICE) for step in steps]
+    ours = f"ours_{dispatch.resolve('mixed_lora', torch.device(DEVICE))}"
+    if ours not in result["correctness"]:
+        result["correctness"] |= _layer_gate(guard, _odd_layers())
+    if not result["correctness"].get(ours, {}).get("ok"):
+        return
     for step in steps:
-        row = guard(f"{step.kind} step", _step_row, step, max(5, repeats // 5))
+        row = guard(f"{step.kind} step", _step_row, step, repeats)
         if row:
-            timed_steps.append(row)
-            targets += _step_targets(step, row)
-    pools = guard("K 2 and K 64", _pool_row, steps[0], max(5, repeats // 5))
+            result["steps"].append(row)
+            result["targets"] += _step_targets(step, row)
+        yield
+    pools = guard("K 2 and K 64", _pool_row, steps[0], repeats)
     if pools:
-        timed_steps.append(pools)
-        targets.append(target("T5 step: K 64 / K 2", ratio(pools["ms"], "K64", "K2"), 1.08))
-    return {
-        "kind": "gpu_check",
-        "quick": quick,
-        "environment": measure.environment(DEVICE),
-        "correctness": gate,
-        "failures": guard.failures,
-        "targets": targets,
-        "layers": [row for row in layers if row],
-        "ops": ops,
-        "ways of mix_experts": ways,
-        "steps": timed_steps,
-    }
+        result["steps"].append(pools)
+        value = ratio(pools["ms"], "K64", "K2")
+        result["targets"].append(target("T5 step: K 64 / K 2", value, 1.08))
+    yield
+
+
+SECTIONS = {"layers": _layers, "ops": _ops, "steps": _steps}
 
 
 class _Guard:

@@ -139,9 +139,10 @@ def machine_name(device: str) -> str:
 
 
 def save(result: dict[str, Any], out: Path) -> Path:
-    """Writes `<out>/<machine>/<date>-<commit>.json`."""
+    """Writes `<out>/<machine>/<date>-<commit>.json`, `...-<section>.json` for one section only."""
     about = result["environment"]
-    path = out / about["machine"] / f"{about['date']}-{about['commit']}.json"
+    name = "-".join(filter(None, (about["date"], about["commit"], result.get("only"))))
+    path = out / about["machine"] / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path

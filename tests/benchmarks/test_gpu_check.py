@@ -185,24 +185,52 @@ def test_the_whole_report(clock, monkeypatch, tmp_path, capsys):
         assert f'"{op}"' in written.read_text()
 
 
-def test_a_section_that_raises_leaves_the_others(monkeypatch, capsys):
+def _raises(*_, **__):
+    raise RuntimeError("out of memory")
+
+
+@pytest.fixture
+def nothing_fits(monkeypatch):
+    """Nothing of the layers and the steps can be measured; of the ops, no check succeeded."""
     monkeypatch.setattr(gpu_check, "DEVICE", "cpu")
-
-    def broken(*_, **__):
-        raise RuntimeError("out of memory")
-
-    for name in ("correctness", "layer_times", "step_times"):
-        monkeypatch.setattr(checks, name, broken)
+    for module, names in (
+        (checks, ("layer_times", "step_times")),
+        (op_checks, ("graph_times",)),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, _raises)
     monkeypatch.setattr(op_checks, "correctness", lambda *_: {"router": {"ok": False}})
     monkeypatch.setattr(op_checks, "copy_bytes_per_second", lambda *_: 1e12)
+
+
+def test_a_section_that_raises_leaves_the_others(nothing_fits, monkeypatch):
+    right = {f"ours_{backend}": {"ok": True} for backend in dispatch.BACKENDS}
+    monkeypatch.setattr(checks, "correctness", lambda *_: right)
     result = gpu_check.collect(quick=True)
     assert {row["raised"] for row in result["failures"]} == {"RuntimeError: out of memory"}
-    assert {row["section"] for row in result["failures"]} == {
-        "correctness of mixed_lora",
-        "t5 step",
-        "llama step",
-        "K 2 and K 64",
-    }
+    sections = [row["section"] for row in result["failures"]]
+    assert sum("B16" in name or "B2" in name or "B1 " in name for name in sections) == 5
+    assert sections[5:] == ["t5 step", "llama step", "K 2 and K 64"]
     assert all("not_measured" in row for row in result["ops"]["rows"])
     assert result["layers"] == []
-    assert result["correctness"] == {"router": {"ok": False}}
+    assert result["correctness"] == right | {"router": {"ok": False}}
+
+
+def test_no_layer_and_no_step_is_timed_where_correctness_failed(nothing_fits, monkeypatch):
+    monkeypatch.setattr(checks, "correctness", _raises)
+    result = gpu_check.collect(quick=True)
+    assert [row["section"] for row in result["failures"]] == ["correctness of mixed_lora"] * 2
+    assert (result["layers"], result["steps"]) == ([], [])
+
+
+def test_one_section_alone_is_kept_as_it_grows(nothing_fits, monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["", "--quick", "--only", "ops", "--out", str(tmp_path)])
+    kept = []
+    monkeypatch.setattr(gpu_check.op_checks, "expert_ways", lambda *_, **__: kept.extend(files()))
+
+    def files():
+        return [path.name for path in tmp_path.glob("*/*.json")]
+
+    assert gpu_check.main() == 1  # the router is wrong
+    assert files() == kept
+    assert kept[0].endswith("-ops.json")

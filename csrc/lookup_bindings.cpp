@@ -26,12 +26,22 @@ constexpr int64_t kListBytes = 1 << 25;
 constexpr int64_t kMostQueries = 1024;
 constexpr int64_t kFewestSpare = 32;
 
+class NoRoomForLists : public std::bad_alloc {
+   public:
+    const char* what() const noexcept override {
+        return "out of memory for the candidates of every query and thread: take a smaller k, "
+               "fewer queries at a time or fewer threads";
+    }
+};
+
 // Uninitialised memory on its own cache lines.
 template <class T>
 class Buffer {
    public:
     explicit Buffer(int64_t count)
-        : data_(static_cast<T*>(::operator new(sizeof(T) * static_cast<std::size_t>(count), kLine))) {
+        : data_(static_cast<T*>(::operator new(sizeof(T) * static_cast<std::size_t>(count), kLine,
+                                               std::nothrow))) {
+        if (data_ == nullptr) throw NoRoomForLists();
     }
     ~Buffer() { ::operator delete(data_, kLine); }
     Buffer(const Buffer&) = delete;

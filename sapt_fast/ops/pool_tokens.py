@@ -50,8 +50,10 @@ def pool_tokens(
     if chosen == "reference":
         return pool_tokens_fwd(input_ids, table, mask, pooling)
     trains = table.requires_grad and torch.is_grad_enabled()
-    keep_winner = trains and pooling == "max"
-    return _pool_op(input_ids, table, mask, pooling, keep_winner, chosen)[0]
+    if trains or torch.compiler.is_compiling():
+        keep_winner = trains and pooling == "max"
+        return _pool_op(input_ids, table, mask, pooling, keep_winner, chosen)[0]
+    return dispatch.kernels(_OP, chosen).pool_tokens_fwd(input_ids, table, mask, pooling)[0]
 
 
 def pool_embeds(embeds: Tensor, *, mask: Tensor | None = None, pooling: str = "max") -> Tensor:

@@ -170,6 +170,31 @@ def test_memory_does_not_grow_with_the_keys():
     assert json.loads(run.stdout) < 4 * 2**20  # the scores would take 100 MB
 
 
+OUT_OF_MEMORY = """
+import resource, torch
+from sapt_fast.cpu_kernels.topk_keys import topk_keys_fwd
+
+query, keys = torch.ones(4, 1), torch.ones(1, 1).expand(20_000_000, 1)
+results = topk_keys_fwd(query, keys, 2, "dot")
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+limit = used + 4 * 20_000_000 * 12 + 2**26
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    topk_keys_fwd(query, keys, 20_000_000, "dot")
+except MemoryError as error:
+    print(error)
+print(topk_keys_fwd(query, keys, 2, "dot")[1].tolist())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_out_of_memory_is_an_error_that_says_what_to_do():
+    run = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True)
+    message, after = run.stdout.splitlines()
+    assert "smaller k" in message
+    assert after == str([[0, 1]] * 4)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -129,9 +129,12 @@ def _values(case: OpCase, inputs: Inputs, backend: str) -> dict[str, Tensor]:
     outputs = case.run(leaves, backend)
     first = next(iter(outputs.values()))
     if case.op in _SEARCHES:
-        # Keys whose scores rounding cannot tell apart may change places, so a place has no number
-        # of its own: equal scores get equal gradients.
+        # Keys whose scores rounding cannot tell apart may change places, and the last its place
+        # with the best that is left out: what a key receives depends on its score alone and
+        # vanishes at the last place.
         incoming = first.detach()
+        if isinstance(case, TopKeysCase):
+            incoming = incoming - incoming[:, -1:]
     else:
         generator = torch.Generator(first.device).manual_seed(1)
         incoming = torch.randn(first.shape, generator=generator, device=first.device)

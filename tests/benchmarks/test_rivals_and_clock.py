@@ -67,27 +67,34 @@ def test_the_gpu_clock_starts_after_the_flush_and_a_lead(monkeypatch):
 
 @dataclass(frozen=True)
 class Tied(TopKeysCase):
-    """Two keys of equal scores lead."""
+    """The keys 4 and 5 are equally good for the only query, and `better` others are better."""
+
+    better: int = 0
 
     def inputs(self, dtype, device):
         given = super().inputs(dtype, device)
+        signs = given["query"].sign()
         given["query"][:, 1:3] = 0.0
-        given["keys"][4:6] = 9.0 * given["query"].sign()[:1]
+        given["keys"][4:6] = 9.0 * signs
         given["keys"][4, 1] = given["keys"][5, 2] = 3.0
+        given["keys"][10 : 10 + self.better] *= 0.1
+        given["keys"][10 : 10 + self.better] += 12.0 * signs
         return given
 
 
 @pytest.mark.skipif(not common.INTERPRETED, reason="needs interpreted kernels")
-def test_a_search_may_exchange_equal_keys(monkeypatch):
+@pytest.mark.parametrize("better", [0, 4], ids=["first and second", "last and left out"])
+def test_a_search_may_exchange_equal_keys(better, monkeypatch):
     kernel = dispatch.kernels("topk_keys", "triton")
     search = kernel.topk_keys_fwd
 
     def exchanged(*given):
         scores, index = search(*given)
-        assert index[0, :2].tolist() == [4, 5]
-        return scores, index[:, [1, 0, 2, 3, 4]]
+        assert index[0, better] == 4
+        return scores, torch.where(index == 4, 5, torch.where(index == 5, 4, index))
 
     monkeypatch.setattr(kernel, "topk_keys_fwd", exchanged)
-    report = op_checks.correctness("cpu", [Tied(1, 60, 16, 5)], dtypes=(torch.float32,))
-    [case] = report["topk_keys"]["cases"]
-    assert case["ok"], case
+    case = Tied(1, 60, 16, 5, better=better)
+    report = op_checks.correctness("cpu", [case], dtypes=(torch.float32,))
+    [checked] = report["topk_keys"]["cases"]
+    assert checked["ok"], checked

@@ -52,7 +52,9 @@ class Providers:
         self.x = draw(layer.batch, layer.tokens, layer.width).mul_(math.sqrt(layer.width))
         self.weight = draw(layer.out, layer.width)
         self.lora_a = [draw(rank, layer.width) for _ in range(count)]
-        self.lora_b = [draw(rank, layer.out) for _ in range(count)]
+        # As large as makes the mixture's part of y and dx weigh as much as the layer's: an error
+        # in it must not drown in the rounding of the rest.
+        self.lora_b = [draw(rank, layer.out).mul_(math.sqrt(layer.out)) for _ in range(count)]
         scores = torch.randn(layer.batch, count, generator=generator)
         self.mixture = scores.softmax(-1).to(layer.device)
         self.scaling = 2.0

@@ -1,8 +1,11 @@
-"""The benchmarks' rival is compiled for each layer, and their clock sees the kernels alone."""
+"""What a measurement rests on: rivals compiled for each layer, numbers in which an error shows, a
+clock that sees the kernels alone."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
+import checks
+import gpu_check
 import measure
 import op_checks
 import pytest
@@ -37,6 +40,20 @@ def test_the_compiled_rival_knows_the_sizes_of_every_layer(monkeypatch):
     for width, sizes in zip(widths, graphs, strict=True):
         assert all(type(size) is int for size in sizes)
         assert width in sizes
+
+
+@pytest.mark.parametrize(
+    "layer", [row for row in gpu_check.TRAINING + gpu_check.DECODE if row.width <= 4096], ids=str
+)
+def test_a_layer_without_its_adapters_would_be_noticed(layer):
+    providers = Providers(replace(layer, batch=2, tokens=2, dtype=torch.float32), training=True)
+    results = []
+    for forward in (providers.stacked, providers.forward()["base"]):
+        y = forward()
+        results.append((y.detach(), *torch.autograd.grad(y, providers.x, providers.grad)))
+    largest = max(checks.FLOOR.values())
+    for with_adapters, without in zip(*results, strict=True):
+        assert checks._error(without, with_adapters) > 10 * largest
 
 
 def test_the_gpu_clock_starts_after_the_flush_and_a_lead(monkeypatch):

@@ -97,14 +97,15 @@ def test_a_gpu_without_descriptors_has_no_route_for_them(
 
 
 @interpreted
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_routes_that_disagree_are_not_recorded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = routes.expand_first_gemm
     monkeypatch.setattr(routes, "expand_first_gemm", lambda *a, **k: original(*a, **k).mul_(1.1))
     gpu = Gpu(torch.device("cpu"), "NVIDIA H200", Clock())
     with pytest.raises(RuntimeError, match="differ by"):
-        record_routes(GRID, gpu, tmp_path / "table.json")
+        record_routes([(40, 24, 7, 9, dtype)], gpu, tmp_path / "table.json")
     assert list(tmp_path.iterdir()) == []
 
 

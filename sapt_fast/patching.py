@@ -13,7 +13,7 @@ from sapt_fast.layers import MIXED, InputGroup, MixedLinear
 from sapt_fast.methods.sapt import SaptConfig
 from sapt_fast.pool import AdapterPool
 from sapt_fast.report import PatchReport
-from sapt_fast.routing import Routing
+from sapt_fast.routing import Routing, require_unrouted
 
 logger = logging.getLogger(__name__)
 
@@ -48,11 +48,8 @@ def patch(model: _Model, config: SaptConfig | None = None, *, strict: bool = Fal
 
     A PeftModel keeps its LoRA adapters: they are the pool, computed in one pass, and all that PEFT
     does with them works on. Its `model.sapt`, a `peft_patching.PeftHandle`, takes weights or a
-    router; without either the active adapters are added up, as before. `lora_B` lies transposed in
-    memory while patched, and a fused optimizer (Trainer's default) mistakes moments that lie
-    otherwise: patch before it has any, and resume a run as it was begun, or use
-    `optim="adamw_torch"`. Unpatch before merge_and_unload, before FSDP shards the model, and before
-    accelerate's save_state, which drops tensors that share memory.
+    router; without either the active adapters are added up, as before. Its parameters stay where
+    they are; unpatch before merge_and_unload, so that the merged model is rid of our hooks.
 
     Args:
         model: a PreTrainedModel, or a PeftModel with LoRA adapters. Patching it again with an equal
@@ -68,7 +65,8 @@ def patch(model: _Model, config: SaptConfig | None = None, *, strict: bool = Fal
         TypeError: model is neither of them.
         ValueError: nothing matches, the model is patched with another config, its layers do not
             see the batch first, or accelerate has already hooked it; a PeftModel has no LoRA
-            adapters or is given a config; and what `strict` adds.
+            adapters or is given a config; the hooks of an earlier patch are still there; and what
+            `strict` adds.
 
     Example:
         >>> import sapt_fast, transformers
@@ -95,6 +93,8 @@ def patch(model: _Model, config: SaptConfig | None = None, *, strict: bool = Fal
 def _patch_pretrained(model: Any, config: SaptConfig | None, strict: bool) -> Any:
     require_pretrained(model)
     handle = getattr(model, "sapt", None)
+    if handle is None:
+        require_unrouted(model)
     if isinstance(handle, SaptHandle):
         if config is not None and config != handle.config:
             raise ValueError(

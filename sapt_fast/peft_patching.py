@@ -1,5 +1,6 @@
 """patch and unpatch for PEFT models: their LoRA adapters become one pool."""
 
+import operator
 from typing import Any
 
 import torch
@@ -8,9 +9,9 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from sapt_fast.peft_layers import MOVING, OUTDATED, LoraStack, PooledLinear, is_plain
+from sapt_fast.peft_layers import PooledLinear, is_plain
 from sapt_fast.report import PatchReport
-from sapt_fast.routing import Routing
+from sapt_fast.routing import Routing, require_unrouted
 
 
 class PeftHandle(nn.Module):
@@ -37,7 +38,6 @@ class PeftHandle(nn.Module):
         self.routing = Routing(inner, self._route, self._has_router, self._count)
         self.routing.pools.append(self)
         self._configs: list[Any] = []
-        self._layers: list[PooledLinear] = []
         self.register_module("router", None)
 
     @property
@@ -77,34 +77,25 @@ class PeftHandle(nn.Module):
         return self.routing.pin(self.routing.checked(weights))
 
     def realign(self) -> None:
-        """Takes in adapters and layers that came since, and forgets those that went."""
-        if torch.compiler.is_compiling():
-            if self._has_news():
-                raise RuntimeError(OUTDATED)
-            return  # the rest is found out by the layers
-        if self._has_news():
-            with MOVING:
-                if self._has_news():
-                    self._find_layers()
-        for layer in self._layers:
-            layer.sapt_stack.realign()
-
-    def _has_news(self) -> bool:
-        configs, known = self._model.peft_config.values(), self._configs
-        return len(configs) != len(known) or any(
-            config is not other for config, other in zip(configs, known, strict=True)
-        )
-
-    def _find_layers(self) -> None:
+        """Lets the layers mix that PEFT made since: adapters may come with layers of their own."""
         configs = list(self._model.peft_config.values())
-        names = tuple(self.tasks)
-        for layer in self._model.modules():
+        if len(configs) == len(self._configs) and not any(
+            map(operator.is_not, configs, self._configs)
+        ):
+            return
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "adapters have come since the last forward, maybe in layers that are not patched "
+                "yet: run the model once without torch.compile"
+            )
+        for layer in list(self._model.modules()):
             if type(layer) is lora.Linear and "forward" not in vars(layer):
-                _swap(layer, self.routing, names)
-        self._layers = [m for m in self._model.modules() if type(m) is PooledLinear]
-        for layer in self._layers:
-            layer.sapt_stack.names = names
+                _swap(layer, self)
         self._configs = configs
+
+    def names(self) -> tuple[str, ...]:
+        """`tasks` as a tuple."""
+        return tuple(self.tasks)
 
     def _route(self, **inputs: Tensor | None) -> Tensor:
         assert self.router is not None
@@ -135,6 +126,7 @@ def patch_peft(model: PeftModel, *, strict: bool) -> None:
         raise ValueError(
             "model: the model inside the PeftModel is patched already; call sapt_fast.unpatch on it"
         )
+    require_unrouted(model.get_base_model())
     handle = PeftHandle(model)
     if not handle.tasks:
         kinds = sorted({str(config.peft_type) for config in model.peft_config.values()})
@@ -168,16 +160,15 @@ def unpatch_peft(model: PeftModel) -> None:
 _UNPATCHED = "not patched yet"
 
 
-def _swap(layer: Any, routing: Routing, names: tuple[str, ...]) -> None:
-    layer.sapt_routing = routing
-    layer.sapt_stack = LoraStack(layer, names)
-    layer.__class__ = PooledLinear
+def _swap(layer: Any, handle: PeftHandle) -> None:
+    layer.sapt_routing = handle.routing
+    layer.sapt_names = handle.names
+    layer.__class__ = PooledLinear  # last: other threads may be running the layer
 
 
 def _restore(layer: Any) -> None:
-    layer.sapt_stack.release()
     layer.__class__ = lora.Linear
-    del layer.sapt_stack, layer.sapt_routing
+    del layer.sapt_names, layer.sapt_routing
 
 
 def _why_not(layer: Any) -> str:

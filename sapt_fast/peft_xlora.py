@@ -8,15 +8,13 @@ classifier, its scaling pass, top-k and softmax.
 
 from typing import Any
 
-import torch
 from peft import PeftModel
 from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
 from peft.tuners.xlora.layer import XLoraLinearLayer
 from torch import Tensor, nn
 
-from sapt_fast.ops.mixed_lora import mix
-from sapt_fast.peft_layers import LoraStack, is_plain_base
+from sapt_fast.peft_layers import is_plain, mixed
 from sapt_fast.report import PatchReport
 
 
@@ -49,32 +47,20 @@ class PooledExperts:
     def __init__(self, loop: XLoraLinearLayer) -> None:
         self.loop = loop
         self.layer: Any = loop.target
-        self.stack = LoraStack(self.layer, self.layer.active_adapters)
 
     def forward(
         self, x: Tensor, *args: Any, scalings: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
         """`XLoraLinearLayer.forward`: x [B, T, I], scalings [B, T, layers, K]."""
         loop, layer = self.loop, self.layer
-        if torch.compiler.is_compiling():
-            self.stack.require_current()
-        else:
-            names = tuple(layer.active_adapters)
-            if self.stack.names != names:
-                self.stack.names = names
-            self.stack.realign()
         drops = layer.training and any(getattr(d, "p", 0.0) for d in layer.lora_dropout.values())
-        off = loop.adapters_disabled or layer.merged or drops or not self.stack.plain
+        off = loop.adapters_disabled or layer.merged or drops or not is_plain(layer)
         if scalings is None or args or kwargs or off or x.dim() != 3:
             return loop.forward(x, *args, scalings=scalings, **kwargs)
-        members = self.stack.members(None)
-        assert members is not None
         weights = loop.get_maybe_topk_scalings(scalings) * loop.config.global_scaling_weight
-        mixture = weights.expand(*x.shape[:-1], -1).reshape(-1, members.count)
-        if is_plain_base(layer.base_layer):
-            return mix(x, mixture, [self.stack.pooled(x, members, True)])[0]
-        [delta] = mix(x, mixture, [self.stack.pooled(x, members, False)])
-        return layer.base_layer(x) + delta
+        adapters = tuple(layer.active_adapters)
+        mixture = weights.expand(*x.shape[:-1], -1).reshape(-1, len(adapters))
+        return mixed(layer, x, adapters, mixture)
 
 
 def patch_xlora(model: PeftModel, *, strict: bool) -> None:
@@ -96,9 +82,7 @@ def unpatch_xlora(model: PeftModel) -> None:
     """`unpatch` of a PEFT model with X-LoRA; see there."""
     for path in model.sapt.report.patched:
         layer: Any = model.get_submodule(path)
-        pooled = layer.forward.__self__
-        pooled.stack.release()
-        layer.forward = pooled.loop.forward
+        layer.forward = layer.forward.__self__.loop.forward
     del model.sapt
 
 

@@ -131,13 +131,6 @@ class Routing:
         return self.pinned if forward is None else forward.weights
 
     @property
-    def has_realigned(self) -> bool:
-        """Whether the forward that runs in this thread has put the pools' rows in place."""
-        forward = self._forward
-        # One that is compiled cannot, and may reach layers that are not.
-        return forward is not None and (forward.frame is not None or forward.module is None)
-
-    @property
     def waiting(self) -> "Waiting | None":
         """Where layers of the running forward leave results for each other."""
         forward = self._forward
@@ -471,6 +464,16 @@ class _Checkpoint:
                 return layer(*inner)
 
         return self.function(run, self.routing.running, *args, **kwargs)
+
+
+def require_unrouted(model: nn.Module) -> None:
+    """Raises ValueError if a model still has the hooks of a patch whose handle is gone."""
+    method = vars(model).get("_set_gradient_checkpointing")
+    if isinstance(getattr(method, "__self__", None), Routing):
+        raise ValueError(
+            f"model: this {type(model).__name__} still has the hooks of an earlier patch, as after "
+            "merge_and_unload() of a patched PeftModel; call sapt_fast.unpatch before that"
+        )
 
 
 def _thread_state() -> threading.local:

@@ -286,6 +286,8 @@ def test_merge_and_unload_of_a_patched_model():
     merged = model.merge_and_unload()
     assert not pooled_layers(merged)
     torch.testing.assert_close(run(merged), before, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="earlier patch"):
+        sapt_fast.patch(merged)
 
 
 def test_hot_swap(tmp_path):
@@ -346,6 +348,8 @@ def test_dora_is_left_to_peft_and_reported():
     torch.testing.assert_close(run(model), run(reference))
     assert all(path.endswith("q_proj") for path in model.sapt.report.skipped)
     assert "variants" in next(iter(model.sapt.report.skipped.values()))
+    with pytest.raises(RuntimeError, match="DoRA"):
+        run(model, mixture=torch.ones(2))
     assert all(path.endswith("v_proj") for path in model.sapt.report.patched)
     with pytest.raises(ValueError, match="strict"):
         sapt_fast.patch(peft_model(configs=configs), strict=True)

@@ -69,10 +69,10 @@ def trained_rows(layout: tuple[int, ...], trainable: Sequence[int] | None) -> li
     return rows
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def cached_table(
-    layout: tuple[int, ...], scaling: float, device: torch.device, dtype: torch.dtype
+    layout: tuple[int, ...], scaling: tuple[float, ...], device: torch.device, dtype: torch.dtype
 ) -> RankTable:
-    """`rank_table` of adapters with one scaling, made once."""
+    """`rank_table`, made once."""
     with torch.inference_mode(False):  # the table outlives the call that first needed it
-        return rank_table(layout, [scaling] * len(layout), device, dtype)
+        return rank_table(layout, scaling, device, dtype)

@@ -25,15 +25,25 @@ _FOLDERS = {
     "cuda": "sapt_fast.cuda_kernels",
 }
 
-# Backends of each op, the preferred one first.
+# Backends of each op, the preferred one first; "cuda" comes before them for `_FEW_ROWS`.
 _TABLE: dict[str, tuple[str, ...]] = {
-    "mixed_lora": ("triton", "cpu", "reference"),
-    "nearest_key": ("triton", "cpu", "reference"),
-    "topk_keys": ("triton", "cpu", "reference"),
+    "mixed_lora": ("triton", "cpu", "cuda", "reference"),
+    "nearest_key": ("triton", "cpu", "cuda", "reference"),
+    "topk_keys": ("triton", "cpu", "cuda", "reference"),
     "pool_tokens": ("triton", "cpu", "reference"),
-    "router": ("triton", "reference"),
+    "router": ("triton", "cuda", "reference"),
     "mix_experts": ("triton", "cpu", "reference"),
-    "mix_prompts": ("triton", "reference"),
+    "mix_prompts": ("triton", "cuda", "reference"),
+}
+
+# Up to so many rows, of 16-bit and of wider tensors, a call that wants no gradient takes the CUDA
+# kernels: where a launch costs more than the work. Assumed, until a GPU has measured them.
+_FEW_ROWS = {
+    "mixed_lora": (64, 64),
+    "nearest_key": (16, 4),
+    "topk_keys": (16, 4),
+    "router": (4, 4),
+    "mix_prompts": (4, 4),
 }
 
 
@@ -58,6 +68,12 @@ def unavailable(
         return _import_failure(
             "sapt_fast._C", "reinstall with SAPT_FAST_BUILD=cpu to see the error"
         )
+    if backend == "cuda":
+        if device_type != "cuda":
+            return f"the tensors are on '{device_type}': move them to a GPU"
+        if dtype == torch.float64:
+            return "float64 runs in the reference and on the CPU only"
+        return _cuda_unavailable()
     if backend == "triton":
         if dtype == torch.float64:
             return "float64 runs in the reference and on the CPU only"
@@ -75,6 +91,7 @@ def resolve(
     device: torch.device,
     backend: str | None = None,
     dtype: torch.dtype | None = None,
+    rows: int | None = None,
 ) -> str:
     """The backend that runs `op` on tensors of `device` and `dtype`.
 
@@ -82,12 +99,16 @@ def resolve(
     with neither, the first that is available is taken. The variable says nothing about ops that
     have no kernel of that backend. Each choice is logged once.
 
+    `rows` is given by a call that wants no gradient: for few of them the CUDA kernels are taken, if
+    their present source has passed its checks on a GPU (`cuda_kernels/recorded.json`).
+
     Raises:
         ValueError: the name is unknown.
         BackendError: the named backend cannot run this op on this device.
     """
     requested = backend or _from_environment(op)
-    return _resolve(op, device.type, requested, dtype)
+    few = rows is not None and device.type == "cuda" and _are_few(op, rows, dtype)
+    return _resolve(op, device.type, requested, dtype, few)
 
 
 @torch.compiler.assume_constant_result
@@ -107,8 +128,15 @@ def _from_environment(op: str) -> str | None:
     return None if elsewhere else named
 
 
+def _are_few(op: str, rows: int, dtype: torch.dtype | None) -> bool:
+    narrow, wide = _FEW_ROWS.get(op, (0, 0))
+    return rows <= (narrow if dtype in (torch.float16, torch.bfloat16) else wide)
+
+
 @cache
-def _resolve(op: str, device_type: str, requested: str | None, dtype: torch.dtype | None) -> str:
+def _resolve(
+    op: str, device_type: str, requested: str | None, dtype: torch.dtype | None, few: bool
+) -> str:
     if requested is not None:
         if requested not in BACKENDS:
             raise ValueError(
@@ -120,10 +148,27 @@ def _resolve(op: str, device_type: str, requested: str | None, dtype: torch.dtyp
         chosen = requested
     else:
         interpreted = device_type != "cuda" and triton_interpreted()
-        candidates = [b for b in _TABLE[op] if not (b == "triton" and interpreted)]
+        passed_over = {"cuda"} | ({"triton"} if interpreted else set())
+        candidates = [b for b in _TABLE[op] if b not in passed_over]
+        if few and unchosen(op) is None:
+            candidates.insert(0, "cuda")
         chosen = next(b for b in candidates if unavailable(op, b, device_type, dtype) is None)
     logger.info("op %s on %s: backend %s", op, device_type, chosen)
     return chosen
+
+
+@cache
+def _cuda_unavailable() -> str | None:
+    return importlib.import_module("sapt_fast.cuda_kernels.common").unavailable()
+
+
+@cache
+def unchosen(op: str) -> str | None:
+    """Why the CUDA kernels of an op that has some are not chosen unasked, or None."""
+    reason = _cuda_unavailable()
+    if reason is not None:
+        return reason
+    return importlib.import_module("sapt_fast.cuda_kernels.common").unrecorded(op)
 
 
 @cache

@@ -51,7 +51,11 @@ def _why(op: str, kind: str, chosen: str) -> str:
     lines = [f"asked for by {dispatch.ENV_VARIABLE}" if asked else "the first that can run here"]
     for backend in dispatch.BACKENDS:
         if backend != chosen:
-            reason = dispatch.unavailable(op, backend, kind) or "can run, asked for by name"
+            reason = dispatch.unavailable(op, backend, kind)
+            if reason is None and backend == "cuda":
+                unchosen = dispatch.unchosen(op)
+                reason = "for few rows" if unchosen is None else f"by name only: {unchosen}"
+            reason = reason or "can run, asked for by name"
             lines.append(f"{backend}: {reason}")
     return "\n".join(lines)
 

@@ -109,6 +109,8 @@ def _checked(
                 f" (that of {source_name})"
             )
     mixture = mixture.to(torch.promote_types(source.dtype, torch.float32))
+    if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        backend = dispatch.resolve(_OP, source.device, backend, source.dtype, batch)
     return _forward_op(prompts, mixture, source, input_ids, backend or "")
 
 

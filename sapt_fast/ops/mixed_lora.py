@@ -157,7 +157,8 @@ def mix(
     rows = x if x.dim() == 2 else x.flatten(0, -2)
     computed = [_in_dtype(given.projection, dtype, accumulate) for given in projections]
     if _eager_inference(x):
-        ys = [y for y, _ in _kernel("mixed_lora_fwd", backend, rows)(rows, mixture, computed)]
+        forward = _kernel("mixed_lora_fwd", backend, rows, rows.shape[0])
+        ys = [y for y, _ in forward(rows, mixture, computed)]
     else:
         ys = _forward_op(
             rows,
@@ -220,9 +221,11 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _kernel(name: str, backend: str | None, x: Tensor) -> Callable[..., Any]:
+def _kernel(
+    name: str, backend: str | None, x: Tensor, rows: int | None = None
+) -> Callable[..., Any]:
     """A kernel of the backend that dispatch chooses; autocast does not reach into it."""
-    chosen = dispatch.resolve(_OP, x.device, backend, x.dtype)
+    chosen = dispatch.resolve(_OP, x.device, backend, x.dtype, rows)
     function = getattr(dispatch.kernels(_OP, chosen), name)
     if not torch.is_autocast_enabled(x.device.type):
         return function
@@ -324,7 +327,7 @@ def _table(layout: tuple[int, ...], scaling: float | Tensor, x: Tensor) -> RankT
         return rank_table(layout, values, x.device, dtype)
     if torch.compiler.is_compiling() or type(x) not in _PLAIN:  # a fake table must not be kept
         return rank_table(layout, [scaling] * len(layout), x.device, dtype)
-    return cached_table(layout, float(scaling), x.device, dtype)
+    return cached_table(layout, (float(scaling),) * len(layout), x.device, dtype)
 
 
 # --- reference ---------------------------------------------------------------------------------

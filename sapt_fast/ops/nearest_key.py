@@ -65,8 +65,9 @@ def nearest_key(
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         distance, index, _ = _forward_op(query, keys, radius, backend or "")
     else:
-        kernel = dispatch.kernels(_OP, dispatch.resolve(_OP, query.device, backend, query.dtype))
-        distance, index, _ = kernel.nearest_key_fwd(query, keys, radius)
+        rows = query.shape[0]
+        chosen = dispatch.resolve(_OP, query.device, backend, query.dtype, rows)
+        distance, index, _ = dispatch.kernels(_OP, chosen).nearest_key_fwd(query, keys, radius)
     return index, distance
 
 

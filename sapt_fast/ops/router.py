@@ -283,7 +283,9 @@ def _prepare(
     check_devices(embeds, keys=keys, mask=mask, **parts)
     pooled = embeds if embeds.dim() == 2 else pool_embeds(embeds, mask=mask, pooling=pooling)
     divisor = math.sqrt(keys.shape[1]) if temperature is None else float(temperature)
-    return pooled, divisor, dispatch.resolve(_OP, pooled.device, backend, pooled.dtype)
+    eager = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    rows = pooled.shape[0] if eager else None
+    return pooled, divisor, dispatch.resolve(_OP, pooled.device, backend, pooled.dtype, rows)
 
 
 def _scores(

@@ -20,6 +20,7 @@ from sapt_fast.ops._keys import (
 )
 
 _OP = "topk_keys"
+_MAX_K_FEW_ROWS = 32  # of the kernels for few rows
 METRICS = ("dot", "cosine", "l2")
 # Elements of gathered keys that the backward holds at a time.
 _GATHER_CHUNK = 1 << 22
@@ -68,8 +69,9 @@ def topk_keys(
         raise ValueError(f"k: got {k}, expected 1 to {keys.shape[0]} (the number of keys)")
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _forward_op(query, keys, k, metric, backend or "")
-    kernel = dispatch.kernels(_OP, dispatch.resolve(_OP, query.device, backend, query.dtype))
-    scores, index = kernel.topk_keys_fwd(query, keys, k, metric)
+    rows = query.shape[0] if k <= _MAX_K_FEW_ROWS else None
+    chosen = dispatch.resolve(_OP, query.device, backend, query.dtype, rows)
+    scores, index = dispatch.kernels(_OP, chosen).topk_keys_fwd(query, keys, k, metric)
     return scores, index
 
 

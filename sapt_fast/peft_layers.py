@@ -53,7 +53,7 @@ class PooledLinear(lora.Linear):
         plain = is_plain(self)
         if weights is not None and not (plain or self.disable_adapters):
             raise RuntimeError(
-                "mixture weights for a layer whose adapters cannot be mixed (variants such as DoRA, "
+                "mixture weights for a layer whose adapters cannot be mixed (variants like DoRA, "
                 "a bias, several dtypes): model.sapt.report names such layers; delete these "
                 "adapters, or run without weights"
             )

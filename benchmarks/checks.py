@@ -32,6 +32,11 @@ def arguments(description: str | None, sections: tuple[str, ...] = ()) -> argpar
     parser.add_argument("--quick", action="store_true", help="small sizes: does it run at all?")
     if sections:
         parser.add_argument("--only", choices=sections, help="one section, in a file of its own")
+        parser.add_argument(
+            "--record",
+            action="store_true",
+            help="let the CUDA kernels that were right here be chosen unasked from now on",
+        )
     return parser.parse_args()
 
 

@@ -5,6 +5,7 @@ else computes them, by themselves and as CUDA graphs, and whole training steps.
 """
 
 import gc
+import json
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -47,6 +48,8 @@ def main() -> int:
         return 2
     result = collect(options.quick, options.only, lambda part: measure.save(part, options.out))
     status = checks.finish(result, options.out)
+    if options.record:
+        print(f"recorded as right on a GPU: {', '.join(_record(result)) or 'none'}")
     for failure in result["failures"]:
         print(f"{failure['section']} raised {failure['raised']}")
     return 1 if result["failures"] else status
@@ -129,6 +132,8 @@ def _ops(quick: bool, guard: "_Guard", result: Result) -> Iterator[None]:
     gate = guard("correctness of the ops", op_checks.correctness, DEVICE, sizes.checked) or {}
     result["correctness"] |= gate
     yield
+    result["correctness"] |= _cuda_gate(guard, sizes.checked)
+    yield
     measured = guard("speed of the ops", op_checks.speed, DEVICE, sizes, gate, repeats=repeats)
     result["ops"], targets = measured or ({}, [])
     result["targets"] += targets
@@ -142,6 +147,36 @@ def _ops(quick: bool, guard: "_Guard", result: Result) -> Iterator[None]:
         repeats=repeats,
     )
     yield
+
+
+def _cuda_gate(guard: "_Guard", cases: Sequence[Any]) -> dict[str, dict[str, Any]]:
+    """`correctness` of the CUDA kernels, by the ops' names with `_cuda` behind them."""
+    within = [
+        case
+        for case in cases
+        if dispatch.unavailable(case.op, "cuda", DEVICE) is None
+        and getattr(case, "k", 1) <= op_checks.CUDA_TOPK
+    ]
+    if not within:
+        return {}
+    gate = guard("correctness of the CUDA kernels", op_checks.correctness, DEVICE, within, "cuda")
+    return {f"{op}_cuda": row for op, row in (gate or {}).items()}
+
+
+def _record(result: Result) -> list[str]:
+    """Notes the sources of the CUDA kernels that were right, so that they are chosen unasked."""
+    from sapt_fast.cuda_kernels import common
+
+    names = {"ours_cuda": "mixed_lora"}
+    right = [
+        names.get(name, name.removesuffix("_cuda"))
+        for name, row in result["correctness"].items()
+        if name.endswith("_cuda") and row["ok"]
+    ]
+    recorded = json.loads(common.RECORDED.read_text())
+    recorded |= {op: common.source_digest(op) for op in right}
+    common.RECORDED.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
+    return right
 
 
 def _steps(quick: bool, guard: "_Guard", result: Result) -> Iterator[None]:

@@ -26,6 +26,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # An l2 score is a difference of squares.
 _SEARCH_FLOOR = 1e-5
 _SEARCHES = ("topk_keys", "nearest_key")
+CUDA_TOPK = 32  # the CUDA kernels of topk_keys take no larger k
 
 
 @dataclass(frozen=True)

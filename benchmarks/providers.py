@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from sapt_fast import dispatch
 from sapt_fast.pool import AdapterPool
 
+FEW_ROWS = 64  # what the CUDA kernels are made for
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -89,6 +91,9 @@ class Providers:
         for backend in ("cpu", "triton", "cuda"):
             device_type = torch.device(self.layer.device).type
             interpreted = backend == "triton" and device_type == "cpu"
+            rows = self.layer.batch * self.layer.tokens
+            if backend == "cuda" and rows > FEW_ROWS:
+                continue
             if not interpreted and dispatch.unavailable("mixed_lora", backend, device_type) is None:
                 functions[f"ours_{backend}"] = lambda backend=backend: self.ours(backend)
         return functions

@@ -19,8 +19,8 @@ from sapt_fast.triton_kernels import common
 from sapt_fast.triton_kernels.common import TileConfig, cdiv, round_up
 
 METRICS = {"dot": 0, "cosine": 1, "l2": 2}
-MAX_KEYS = 2**31 - 1
-"""A packed index has 31 bits, the largest of which marks an empty place."""
+MAX_KEYS = 2**31 - 2**12
+"""A packed index has 31 bits; what is left of them keeps the last tile's from overflowing."""
 
 EMPTY: tl.constexpr = tl.constexpr(-(2**63))
 """Less than every packed pair."""

@@ -1,5 +1,6 @@
 """gpu_check in small on the CPU, kernels interpreted: it must run at its first call on a GPU."""
 
+import json
 from dataclasses import dataclass
 
 import checks
@@ -12,6 +13,7 @@ from op_cases import ExpertsCase, NearestKeyCase, PromptCase, RouterCase, TopKey
 from providers import Providers
 
 from sapt_fast import dispatch
+from sapt_fast.cuda_kernels import common as cuda_common
 from sapt_fast.triton_kernels import common
 from sapt_fast.triton_kernels.grouped_experts import grouping_pays
 
@@ -234,3 +236,18 @@ def test_one_section_alone_is_kept_as_it_grows(nothing_fits, monkeypatch, tmp_pa
     assert gpu_check.main() == 1  # the router is wrong
     assert files() == kept
     assert kept[0].endswith("-ops.json")
+
+
+def test_cuda_kernels_that_were_right_are_recorded(tmp_path, monkeypatch):
+    recorded = tmp_path / "recorded.json"
+    recorded.write_text('{"router": "old", "topk_keys": "kept"}')
+    monkeypatch.setattr(cuda_common, "RECORDED", recorded)
+    monkeypatch.setattr(cuda_common, "source_digest", lambda op: f"digest of {op}")
+    rows = {"ours_cuda": True, "ours_triton": True, "router_cuda": True, "topk_keys_cuda": False}
+    result = {"correctness": {name: {"ok": ok} for name, ok in rows.items()}}
+    assert gpu_check._record(result) == ["mixed_lora", "router"]
+    assert json.loads(recorded.read_text()) == {
+        "mixed_lora": "digest of mixed_lora",
+        "router": "digest of router",
+        "topk_keys": "kept",
+    }

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import torch
 from tiny_models import tiny
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
@@ -48,8 +49,8 @@ def make_settings(**options) -> ContinualSettings:
     return ContinualSettings(**{**defaults, **options})
 
 
-def save_byte_model(folder) -> None:
-    """A tiny T5 with a tokenizer that has one token per byte, as `from_pretrained` reads them."""
+def save_byte_model(folder, family="t5", dtype=torch.float32, **config) -> None:
+    """A tiny model and its tokenizer of one token per byte, as `from_pretrained` reads them."""
     symbols = sorted(ByteLevel.alphabet())
     special = ["<pad>", "</s>", "<unk>"]
     vocabulary = {token: index for index, token in enumerate([*special, *symbols])}
@@ -59,4 +60,6 @@ def save_byte_model(folder) -> None:
     tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     names = dict(zip(("pad_token", "eos_token", "unk_token"), special, strict=True))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
-    tiny("t5", vocab_size=len(vocabulary), num_layers=1).save_pretrained(folder)
+    layers = "num_layers" if family == "t5" else "num_hidden_layers"
+    model = tiny(family, vocab_size=len(vocabulary), **{layers: 1, **config})
+    model.to(dtype).save_pretrained(folder)

@@ -112,6 +112,16 @@ def load_pretrained(model: PreTrainedModel, directory: str | os.PathLike[str]) -
         FileNotFoundError: a file is missing.
         ValueError: the model has tasks or another config, is another base model, or a file is
             damaged or does not fit the others.
+
+    Example:
+        >>> import sapt_fast, tempfile
+        >>> from sapt_fast.demo.backbone import load_backbone
+        >>> model = sapt_fast.patch(load_backbone())
+        >>> model.sapt.add_task("first")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.sapt.save_pretrained(folder)
+        ...     sapt_fast.load_pretrained(load_backbone(), folder).sapt.tasks
+        ['first']
     """
     handle = _without_tasks(model)
     folder = whole_directory(directory, _CONFIG_FILE)

@@ -34,6 +34,21 @@ class SaptHandle(nn.Module):
             (k = 1 + its index; learning order): what the reflection loss holds it to. Filled by
             whoever trains; saved and loaded with the adapters.
         routing: the running weights.
+
+    Example:
+        >>> import sapt_fast, torch
+        >>> from sapt_fast.demo.backbone import load_backbone
+        >>> model = sapt_fast.patch(load_backbone())
+        >>> model.sapt.add_task("old")
+        >>> old_inputs = torch.tensor([[4, 5, 6], [9, 8, 7]])
+        >>> target = model.sapt.route(old_inputs).mean(0).detach()
+        >>> model.sapt.add_task("new")  # the first adapter and its key freeze
+        >>> loss = model.sapt.reflection_loss(old_inputs, target)
+        >>> with model.sapt.fixed(torch.tensor([1.0, 0.0])):  # the first adapter alone
+        ...     tokens = model.generate(old_inputs, max_new_tokens=3)
+        >>> tokens = model.generate(old_inputs, max_new_tokens=3)  # routed by the inputs
+        >>> model.sapt.attention.shape
+        torch.Size([2, 2])
     """
 
     tasks: list[str]

@@ -82,9 +82,15 @@ def load_official(
             other, the config or the model.
 
     Example:
-        sapt_fast.load_official(model, [
-            "out/1-task1572_samsum_summary/saved_weights",
-            "out/2-task363_sst2_polarity_classification/saved_weights"])
+        >>> import json, pathlib, sapt_fast, transformers
+        >>> run = pathlib.Path("tests/data/oracle/t5")  # a recorded run of the release
+        >>> config = transformers.T5Config(**json.loads((run / "run.json").read_text())["config"])
+        >>> model = transformers.T5ForConditionalGeneration(config)
+        >>> folders = [run / f"task{number}" / "saved_weights" for number in range(3)]
+        >>> sapt_fast.load_official(model, folders).sapt.tasks
+        ['task0', 'task1', 'task2']
+        >>> model.sapt.targets["task1"]  # mean attention once it was learned: learning order
+        tensor([0.5232, 0.4768])
     """
     require_pretrained(model)
     if isinstance(directories, (str, os.PathLike)):

@@ -135,6 +135,13 @@ def unpatch(model: _Model) -> _Model:
     Raises:
         ValueError: the model is not patched, or accelerate has hooked it since, or another library
             has replaced patched layers. Nothing has changed then.
+
+    Example:
+        >>> import sapt_fast
+        >>> from sapt_fast.demo.backbone import load_backbone
+        >>> model = sapt_fast.unpatch(sapt_fast.patch(load_backbone()))
+        >>> hasattr(model, "sapt")
+        False
     """
     given: Any = model
     handle: Any = getattr(given, "sapt", None)

@@ -26,6 +26,20 @@ class PeftHandle(nn.Module):
             `router(input_ids=, inputs_embeds=, attention_mask=, labels=)` returns [1, K], [B, K]
             or, per token, [B, T, K].
         routing: the running weights.
+
+    Example:
+        >>> import peft, sapt_fast, torch
+        >>> from sapt_fast.demo.backbone import load_backbone
+        >>> config = peft.LoraConfig(r=4, target_modules=["q", "v"])
+        >>> model = peft.get_peft_model(load_backbone(), config, adapter_name="first")
+        >>> model.add_adapter("second", config)
+        >>> model = sapt_fast.patch(model)
+        >>> model.sapt.tasks
+        ['first', 'second']
+        >>> ids = torch.tensor([[4, 5, 6], [9, 8, 7]])
+        >>> each_its_own = torch.tensor([[1.0, 0.0], [0.5, 0.5]])
+        >>> model.generate(input_ids=ids, mixture=each_its_own, max_new_tokens=3).shape[0]
+        2
     """
 
     _model: Any

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 import sapt_fast
+from sapt_fast import ops
+from sapt_fast.handle import SaptHandle
+from sapt_fast.peft_patching import PeftHandle
 
 PACKAGE = Path(sapt_fast.__file__).parent
 EXAMPLES = [
@@ -23,5 +26,15 @@ def test_examples(module):
     assert not result.failed
 
 
-def test_there_are_examples():
-    assert {"sapt_fast.patching", "sapt_fast.ops.mixed_lora"} <= set(EXAMPLES)
+PUBLIC = {
+    **{name: getattr(sapt_fast, name) for name in sapt_fast.__all__ if name != "__version__"},
+    **{f"ops.{name}": getattr(ops, name) for name in ops.__all__},
+    "model.sapt": SaptHandle,
+    "model.sapt of a PeftModel": PeftHandle,
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_everything_public_has_an_example(name):
+    assert ">>> " in PUBLIC[name].__doc__
+    assert PUBLIC[name].__module__ in EXAMPLES

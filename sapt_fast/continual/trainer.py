@@ -74,10 +74,20 @@ class SaptTrainer(Seq2SeqTrainer):
             target that does not fit.
 
     Example:
-        trainer = SaptTrainer(
-            model, args, train_dataset=rows, data_collator=collator,
-            replay=[Replay("first task", first_inputs, model.sapt.targets["first task"])],
-        )
+        >>> import sapt_fast, tempfile, torch, transformers
+        >>> from sapt_fast.continual.trainer import Replay
+        >>> from sapt_fast.demo.backbone import load_backbone
+        >>> model = sapt_fast.patch(load_backbone())
+        >>> model.sapt.add_task("old")
+        >>> model.sapt.add_task("new")
+        >>> args = transformers.Seq2SeqTrainingArguments(
+        ...     tempfile.mkdtemp(), max_steps=2, save_strategy="no", report_to="none")
+        >>> trainer = sapt_fast.SaptTrainer(
+        ...     model, args, train_dataset=[{"input_ids": [4, 5, 6], "labels": [5, 1]}] * 8,
+        ...     replay=[Replay("old", inputs=[[9, 8, 7]], target=torch.tensor([1.0]))])
+        >>> trainer.train().global_step
+        {'train_runtime': ...}
+        2
     """
 
     model: Any

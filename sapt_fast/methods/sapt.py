@@ -69,6 +69,14 @@ class SaptConfig:
     """How a model's adapters are shaped, placed and routed.
 
     The defaults are those that work across backbones; `official` gives the released settings.
+
+    Example:
+        >>> from sapt_fast import SaptConfig
+        >>> SaptConfig(r=4, target_modules=["q_proj", "v_proj"]).pooling
+        'mean'
+        >>> SaptConfig(r=0)
+        Traceback (most recent call last):
+        ValueError: r: got 0, expected an integer, at least 1
     """
 
     r: int = field(default=8, metadata={"help": "Rank of each new adapter."})
@@ -148,6 +156,15 @@ class SaptConfig:
         Args:
             model: "t5" or "llama".
             benchmark: "superni" or "long_sequence".
+
+        Raises:
+            ValueError: there are no such settings.
+
+        Example:
+            >>> from sapt_fast import SaptConfig
+            >>> config = SaptConfig.official("t5", "superni")
+            >>> config.r, config.pooling, config.mask_padding, config.grad_through_frozen
+            (4, 'max', False, False)
         """
         if (model, benchmark) not in _OFFICIAL:
             raise ValueError(

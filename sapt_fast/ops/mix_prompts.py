@@ -68,6 +68,15 @@ def mix_prompts_with_tokens(
 
     Raises:
         ValueError, TypeError, dispatch.BackendError: as in `mix_prompts`.
+
+    Example:
+        >>> import torch
+        >>> from sapt_fast.ops import mix_prompts_with_tokens
+        >>> prompts, table = torch.zeros(2, 3, 8), torch.randn(50, 8)
+        >>> ids, mixture = torch.tensor([[4, 9], [7, 7]]), torch.full((2, 2), 0.5)
+        >>> y = mix_prompts_with_tokens(prompts, mixture, ids, table)
+        >>> torch.equal(y[:, 3:], table[ids])
+        True
     """
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids: got shape {tuple(input_ids.shape)}, expected [B, T]")

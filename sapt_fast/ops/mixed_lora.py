@@ -115,6 +115,13 @@ def mixed_lora(
     """What the mixture adds to a linear layer: `mixed_lora_linear` without the base product.
 
     Arguments, result and errors are those of `mixed_lora_linear`.
+
+    Example:
+        >>> import torch
+        >>> from sapt_fast.ops import mixed_lora
+        >>> x, lora_a, lora_b = torch.ones(1, 2), torch.ones(3, 2), torch.ones(3, 2)
+        >>> mixed_lora(x, lora_a, lora_b, torch.tensor([[1.0, 0.5]]), ranks=[1, 2])
+        tensor([[4., 4.]])
     """
     return _checked(
         x,

@@ -37,6 +37,16 @@ def pool_tokens(
     Raises:
         ValueError, TypeError: a shape, dtype, device or `pooling` does not fit.
         dispatch.BackendError: the named backend cannot run here, or not in float64.
+
+    Example:
+        >>> import torch
+        >>> from sapt_fast.ops import pool_tokens
+        >>> table = torch.tensor([[9.0, 9.0], [1.0, 4.0], [3.0, 2.0]])
+        >>> ids, mask = torch.tensor([[1, 2, 0]]), torch.tensor([[1, 1, 0]])
+        >>> pool_tokens(ids, table, mask=mask, pooling="max")
+        tensor([[3., 4.]])
+        >>> pool_tokens(ids, table, mask=mask, pooling="mean")
+        tensor([[2., 3.]])
     """
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids: got shape {tuple(input_ids.shape)}, expected [B, T]")

@@ -47,6 +47,15 @@ class QueryProjection(NamedTuple):
     Attributes:
         down: [H, D]. up: [D, H].
         norm_weight, norm_bias: [D]. eps: of the LayerNorm.
+
+    Example:
+        >>> import torch
+        >>> from sapt_fast.ops import QueryProjection, route
+        >>> D, H, K = 8, 4, 3
+        >>> projection = QueryProjection(
+        ...     torch.randn(H, D), torch.randn(D, H), torch.ones(D), torch.zeros(D))
+        >>> route(torch.randn(2, 5, D), torch.randn(K, D), projection).shape
+        torch.Size([2, 3])
     """
 
     down: Tensor
@@ -90,6 +99,15 @@ def route(
     Raises:
         ValueError: a shape, device, `pooling`, `temperature`, `top_k` or `threshold` does not fit.
         dispatch.BackendError: the named backend cannot run here, or not in float64.
+
+    Example:
+        >>> import torch
+        >>> from sapt_fast.ops import route
+        >>> embeds, keys = torch.tensor([[[2.0, 0.0], [0.0, -1.0]]]), torch.eye(2)
+        >>> route(embeds, keys, None, pooling="max", temperature=1.0)
+        tensor([[0.8808, 0.1192]])
+        >>> route(embeds, keys, None, pooling="max", temperature=1.0, top_k=1)
+        tensor([[1., 0.]])
     """
     _check_sparsity(top_k, threshold)
     pooled, divisor, chosen = _prepare(
@@ -161,6 +179,12 @@ def reflection_loss(scores: Tensor, target: Tensor) -> Tensor:
 
     Raises:
         ValueError: the shapes do not fit.
+
+    Example:
+        >>> import torch
+        >>> from sapt_fast.ops import reflection_loss
+        >>> reflection_loss(torch.zeros(1, 2), torch.tensor([1.0]))  # log 2: half of it went astray
+        tensor(0.6931)
     """
     batch, count = scores.shape
     shape = tuple(target.shape)

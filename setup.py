@@ -37,14 +37,16 @@ CXX_FLAGS = [
     *("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp"),
     *("-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Werror"),
 ]
+AVX512_FLAGS = [
+    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"),
+    "-mprefer-vector-width=512",
+]
 # Every file of csrc/cpu is compiled once per capability; the best one is chosen at run time.
 CAPABILITY_FLAGS = {
     "default": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": [
-        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"),
-        "-mprefer-vector-width=512",
-    ],
+    "avx512": AVX512_FLAGS,
+    "avx512_bf16": [*AVX512_FLAGS, "-mavx512bf16"],
 }
 
 

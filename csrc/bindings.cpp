@@ -174,7 +174,7 @@ PYBIND11_MODULE(_C, m) {
     m.attr("FLOAT64") = static_cast<int>(DType::float64);
     m.attr("FEW_RANKS") = kFewRanks;
     m.def("cpu_capability", [] { return std::string(name_of(current_capability())); },
-          "Instruction set in use: default, avx2 or avx512.");
+          "Instruction set in use: default, avx2, avx512 or avx512_bf16.");
     m.def("cpu_capabilities", &cpu_capabilities, "Those of this CPU, lowest first.");
     m.def("set_cpu_capability", &set_capability, arg("name"),
           "Use another one of cpu_capabilities().");

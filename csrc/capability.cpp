@@ -9,12 +9,15 @@ namespace {
 
 std::atomic<Capability> current{Capability::default_};
 
-constexpr Capability kAll[] = {Capability::default_, Capability::avx2, Capability::avx512};
+constexpr Capability kAll[] = {Capability::default_, Capability::avx2, Capability::avx512,
+                               Capability::avx512_bf16};
 
 bool cpu_supports(Capability capability) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     switch (capability) {
+        case Capability::avx512_bf16:
+            return __builtin_cpu_supports("avx512bf16") && cpu_supports(Capability::avx512);
         case Capability::avx512:
             return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
@@ -33,6 +36,8 @@ bool cpu_supports(Capability capability) {
 
 const char* name_of(Capability capability) {
     switch (capability) {
+        case Capability::avx512_bf16:
+            return "avx512_bf16";
         case Capability::avx512:
             return "avx512";
         case Capability::avx2:

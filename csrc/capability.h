@@ -6,7 +6,7 @@
 
 namespace sapt_fast {
 
-enum class Capability { default_, avx2, avx512 };
+enum class Capability { default_, avx2, avx512, avx512_bf16 };
 
 const char* name_of(Capability capability);
 
@@ -22,10 +22,13 @@ void set_capability(const std::string& name);
 // Reads SAPT_FAST_CPU_CAPABILITY; throws as set_capability does.
 void init_capability();
 
-// That one of three tables of kernels which is compiled for the capability in use.
+// That one of the tables of kernels which is compiled for the capability in use.
 template <class Table>
-const Table& pick(const Table& baseline, const Table& avx2, const Table& avx512) {
+const Table& pick(const Table& baseline, const Table& avx2, const Table& avx512,
+                  const Table& avx512_bf16) {
     switch (current_capability()) {
+        case Capability::avx512_bf16:
+            return avx512_bf16;
         case Capability::avx512:
             return avx512;
         case Capability::avx2:

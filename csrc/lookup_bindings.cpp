@@ -93,12 +93,14 @@ void search_keys(const KeySearch& given, int threads, A* scores, int64_t* index)
     const int64_t capacity = given.k + std::max(given.k, kFewestSpare);
     const int64_t most = queries_per_pass(given, capacity, threads);
     Buffer<A> query(most * padded_width(given));
+    Buffer<A> query_scales(most);
     Buffer<Candidate<A>> lists(threads * most * capacity);
     Buffer<int64_t> counts(threads * most);
     Buffer<A> limits(threads * most);
     Buffer<A> tiles(threads * tile_size(given));
-    const SearchScratch scratch = {query.data(),  lists.data(), counts.data(), limits.data(),
-                                   tiles.data(), capacity,     threads};
+    const SearchScratch scratch = {query.data(),  query_scales.data(), lists.data(),
+                                   counts.data(), limits.data(),       tiles.data(),
+                                   capacity,      threads};
     const auto element = given.dtype == DType::float64   ? sizeof(double)
                          : given.dtype == DType::float32 ? sizeof(float)
                                                          : sizeof(std::uint16_t);

@@ -22,6 +22,35 @@ constexpr int64_t kTasks = 8;        // tasks per thread, at least, where there 
 constexpr int64_t kGlance = 64;     // scores that are compared with the limit at once
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+// Values of R in a vector.
+template <class R>
+constexpr int kRowLanes = kVectorBytes / static_cast<int>(sizeof(R));
+
+// Rows are scored as values of R: float or double, or bfloat16 where the CPU multiplies that.
+template <class R>
+struct Row {
+    typedef vec_t<R> vec;
+    static vec load(const R* from) { return ::load(from); }
+    static vec_t<R> add_product(vec_t<R> sum, vec a, vec b) { return sum + a * b; }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Row<BFloat16> {
+    typedef __m512bh vec;
+    static vec load(const BFloat16* from) {
+        vec value;
+        memcpy(&value, from, sizeof value);
+        return value;
+    }
+    // Products and sums are those of float, except that subnormal numbers count as zero.
+    static vec_t<float> add_product(vec_t<float> sum, vec a, vec b) {
+        return _mm512_dpbf16_ps(sum, a, b);
+    }
+};
+#endif
 
 template <class A, int... I>
 inline __attribute__((always_inline)) vec_t<A> add_neighbours(vec_t<A> a, vec_t<A> b,
@@ -55,22 +84,24 @@ inline __attribute__((always_inline)) void sum_each(A* out, vec_t<A>* sum) {
 }
 
 // out[q][j] = the product, or minus the squared distance, of query q and key j.
-template <int QUERIES, int KEYS, bool L2, class A>
-inline __attribute__((always_inline)) void score_tile(A* out, int64_t out_stride, const A* query,
-                                                      const A* key, int64_t key_stride,
-                                                      int64_t width) {
+template <int QUERIES, int KEYS, bool L2, class R>
+inline __attribute__((always_inline)) void score_tile(acc_t<R>* out, int64_t out_stride,
+                                                      const R* query, const R* key,
+                                                      int64_t key_stride, int64_t width) {
+    typedef acc_t<R> A;
     vec_t<A> sum[QUERIES * KEYS] = {};
-    for (int64_t i = 0; i < width; i += kLanes<A>) {
-        vec_t<A> column[KEYS];
-        for (int j = 0; j < KEYS; ++j) column[j] = load(key + j * key_stride + i);
+    for (int64_t i = 0; i < width; i += kRowLanes<R>) {
+        typename Row<R>::vec column[KEYS];
+        for (int j = 0; j < KEYS; ++j) column[j] = Row<R>::load(key + j * key_stride + i);
         for (int q = 0; q < QUERIES; ++q) {
-            const vec_t<A> value = load(query + q * width + i);
+            const auto value = Row<R>::load(query + q * width + i);
             for (int j = 0; j < KEYS; ++j) {
-                if (L2) {
+                vec_t<A>& each = sum[q * KEYS + j];
+                if constexpr (L2) {
                     const vec_t<A> difference = value - column[j];
-                    sum[q * KEYS + j] -= difference * difference;
+                    each -= difference * difference;
                 } else {
-                    sum[q * KEYS + j] += value * column[j];
+                    each = Row<R>::add_product(each, value, column[j]);
                 }
             }
         }
@@ -84,8 +115,8 @@ inline __attribute__((always_inline)) void score_tile(A* out, int64_t out_stride
 
 // Reads rows one after the other: the prefetchers of a CPU follow that much better than the tiles,
 // which read several rows side by side.
-template <class A>
-inline void bring_in(const A* rows, int64_t stride, int64_t count, int64_t width) {
+template <class R>
+inline void bring_in(const R* rows, int64_t stride, int64_t count, int64_t width) {
     constexpr int64_t kLine = 64;
     for (int64_t j = 0; j < count; ++j) {
         const char* row = reinterpret_cast<const char*>(rows + j * stride);
@@ -94,9 +125,9 @@ inline void bring_in(const A* rows, int64_t stride, int64_t count, int64_t width
     }
 }
 
-template <int QUERIES, bool L2, class A>
-void score_keys(A* out, int64_t out_stride, const A* query, const A* keys, int64_t key_stride,
-                int64_t count, int64_t width) {
+template <int QUERIES, bool L2, class R>
+void score_keys(acc_t<R>* out, int64_t out_stride, const R* query, const R* keys,
+                int64_t key_stride, int64_t count, int64_t width) {
     int64_t j = 0;
     for (; j + kKeys <= count; j += kKeys) {
         score_tile<QUERIES, kKeys, L2>(out + j, out_stride, query, keys + j * key_stride,
@@ -108,8 +139,8 @@ void score_keys(A* out, int64_t out_stride, const A* query, const A* keys, int64
     }
 }
 
-template <bool L2, class A>
-void score_block(A* out, int64_t out_stride, const A* query, int64_t queries, const A* keys,
+template <bool L2, class R>
+void score_block(acc_t<R>* out, int64_t out_stride, const R* query, int64_t queries, const R* keys,
                  int64_t key_stride, int64_t count, int64_t width) {
     int64_t q = 0;
     for (; q + kQueries <= queries; q += kQueries) {
@@ -128,35 +159,40 @@ void score_block(A* out, int64_t out_stride, const A* query, int64_t queries, co
     }
 }
 
-// One row in A, zeros from `width` to `padded`.
-template <class T>
-inline void widen(acc_t<T>* to, const T* from, int64_t width, int64_t padded) {
+// One row in R, zeros from `width` to `padded`.
+template <class R, class T>
+inline void copy_row(R* to, const T* from, int64_t width, int64_t padded) {
     int64_t i = 0;
-    for (; i + kLanes<T> <= width; i += kLanes<T>) store(to + i, load(from + i));
-    for (; i < width; ++i) to[i] = to_acc(from[i]);
-    for (; i < padded; ++i) to[i] = 0;
+    if constexpr (std::is_same<R, T>::value) {
+        memcpy(to, from, sizeof(T) * width);
+        i = width;
+    } else {
+        for (; i + kLanes<T> <= width; i += kLanes<T>) store(to + i, load(from + i));
+        for (; i < width; ++i) to[i] = to_acc(from[i]);
+    }
+    memset(to + i, 0, sizeof(R) * (padded - i));
 }
 
-template <class A>
-A inverse_norm(const A* row, int64_t width) {
+template <class R>
+acc_t<R> inverse_norm(const R* row, int64_t width) {
+    typedef acc_t<R> A;
     vec_t<A> sum = {};
-    for (int64_t i = 0; i < width; i += kLanes<A>) {
-        const vec_t<A> value = load(row + i);
-        sum += value * value;
+    for (int64_t i = 0; i < width; i += kRowLanes<R>) {
+        const auto value = Row<R>::load(row + i);
+        sum = Row<R>::add_product(sum, value, value);
     }
     const A square = sum_of<A>(sum);
     return square == 0 ? 0 : 1 / static_cast<A>(sqrt(square));
 }
 
-template <class T>
-void widen_queries(const KeySearch& search, acc_t<T>* out, int64_t padded) {
+// The queries' rows, and for cosines the scales of their scores.
+template <class R, class T>
+void copy_queries(const KeySearch& search, R* rows, acc_t<R>* scales, int64_t padded) {
     for (int64_t q = 0; q < search.queries; ++q) {
-        acc_t<T>* row = out + q * padded;
-        widen(row, static_cast<const T*>(search.query) + q * search.query_stride, search.width,
-              padded);
-        if (search.metric != Metric::cosine) continue;
-        const acc_t<T> scale = inverse_norm(row, padded);
-        for (int64_t i = 0; i < search.width; ++i) row[i] *= scale;
+        R* row = rows + q * padded;
+        copy_row(row, static_cast<const T*>(search.query) + q * search.query_stride, search.width,
+                 padded);
+        if (search.metric == Metric::cosine) scales[q] = inverse_norm(row, padded);
     }
 }
 
@@ -196,8 +232,8 @@ void offer(Candidate<A>* list, int64_t* list_count, A* limit, const A* scores, i
     }
 }
 
-// What one thread works with.
-template <class T>
+// What one thread works with: keys of T, scored as values of R.
+template <class T, class R>
 class Worker {
    public:
     typedef acc_t<T> A;
@@ -208,9 +244,10 @@ class Worker {
                  thread * search.queries * scratch.capacity),
           counts_(scratch.counts + thread * search.queries),
           limits_(static_cast<A*>(scratch.limits) + thread * search.queries),
-          query_(static_cast<const A*>(scratch.query)),
+          query_(static_cast<const R*>(scratch.query)),
+          query_scales_(static_cast<const A*>(scratch.query_scales)),
           rows_(static_cast<A*>(scratch.tiles) + thread * tile_size(search)),
-          scores_(rows_ + chunk_keys(search) * padded_width(search)),
+          scores_(static_cast<A*>(rows_) + chunk_keys(search) * padded_width(search)),
           scales_(scores_ + chunk_keys(search) * kQueryBlock),
           capacity_(scratch.capacity) {}
 
@@ -234,29 +271,31 @@ class Worker {
 
     // Whether keys are used where they are.
     static bool in_place(const KeySearch& search) {
-        return std::is_same<T, A>::value && search.width % kLanes<A> == 0;
+        return std::is_same<T, R>::value && search.width % kRowLanes<R> == 0;
     }
 
+    // Values of a row, those that pad it included: at most padded_width.
     static int64_t width(const KeySearch& search) {
-        return in_place(search) ? search.width : padded_width(search);
+        return parts(search.width, kRowLanes<R>) * kRowLanes<R>;
     }
 
    private:
     // Makes keys_, and the scales of their scores.
     void fetch(int64_t first, int64_t count) {
         const T* given = static_cast<const T*>(search_.keys) + first * search_.key_stride;
-        keys_ = rows_;
-        key_stride_ = padded_width(search_);
-        if constexpr (std::is_same<T, A>::value) {
-            if (in_place(search_)) {
-                keys_ = given;
-                key_stride_ = search_.key_stride;
-                bring_in(keys_, key_stride_, count, search_.width);
-            }
+        if constexpr (std::is_same<T, R>::value) {
+            keys_ = given;
+            key_stride_ = search_.key_stride;
+            if (in_place(search_)) bring_in(keys_, key_stride_, count, search_.width);
         }
-        for (int64_t j = 0; j < count && keys_ == rows_; ++j) {
-            widen(rows_ + j * key_stride_, given + j * search_.key_stride, search_.width,
-                  key_stride_);
+        if (!in_place(search_)) {
+            R* rows = static_cast<R*>(rows_);
+            keys_ = rows;
+            key_stride_ = width(search_);
+            for (int64_t j = 0; j < count; ++j) {
+                copy_row(rows + j * key_stride_, given + j * search_.key_stride, search_.width,
+                         key_stride_);
+            }
         }
         for (int64_t j = 0; j < count && search_.metric == Metric::cosine; ++j) {
             scales_[j] = inverse_norm(keys_ + j * key_stride_, width(search_));
@@ -265,15 +304,19 @@ class Worker {
 
     void score(int64_t block, int64_t queries, int64_t count) {
         const int64_t stride = chunk_keys(search_);
-        const A* query = query_ + block * width(search_);
-        if (search_.metric == Metric::l2) {
-            return score_block<true>(scores_, stride, query, queries, keys_, key_stride_, count,
-                                     width(search_));
+        const R* query = query_ + block * width(search_);
+        if constexpr (std::is_same<R, A>::value) {
+            if (search_.metric == Metric::l2) {
+                return score_block<true>(scores_, stride, query, queries, keys_, key_stride_,
+                                         count, width(search_));
+            }
         }
         score_block<false>(scores_, stride, query, queries, keys_, key_stride_, count,
                            width(search_));
         for (int64_t q = 0; q < queries && search_.metric == Metric::cosine; ++q) {
-            for (int64_t j = 0; j < count; ++j) scores_[q * stride + j] *= scales_[j];
+            A* score = scores_ + q * stride;
+            const A scale = query_scales_[block + q];
+            for (int64_t j = 0; j < count; ++j) score[j] = score[j] * scale * scales_[j];
         }
     }
 
@@ -281,20 +324,20 @@ class Worker {
     Candidate<A>* lists_;
     int64_t* counts_;
     A* limits_;
-    const A* query_;
-    A* rows_;
+    const R* query_;
+    const A* query_scales_;
+    void* rows_;
     A* scores_;
     A* scales_;
     int64_t capacity_;
-    const A* keys_ = nullptr;
+    const R* keys_ = nullptr;
     int64_t key_stride_ = 0;
 };
 
-inline int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
-
-template <class T>
+template <class T, class R = acc_t<T>>
 void search(const KeySearch& search, const SearchScratch& scratch) {
-    widen_queries<T>(search, static_cast<acc_t<T>*>(scratch.query), Worker<T>::width(search));
+    copy_queries<R, T>(search, static_cast<R*>(scratch.query),
+                       static_cast<acc_t<R>*>(scratch.query_scales), Worker<T, R>::width(search));
     const int64_t wanted = scratch.threads * kTasks;
     const int64_t chunk = chunk_keys(search);
     const int64_t share = parts(search.key_count, chunk) / wanted;
@@ -306,7 +349,7 @@ void search(const KeySearch& search, const SearchScratch& scratch) {
     const int64_t query_tasks = parts(search.queries, task_queries);
 #pragma omp parallel num_threads(scratch.threads)
     {
-        Worker<T> worker(search, scratch, omp_get_thread_num());
+        Worker<T, R> worker(search, scratch, omp_get_thread_num());
         // Monotonic and keys outermost: a list meets its keys in ascending order.
 #pragma omp for schedule(monotonic : dynamic, 1)
         for (int64_t task = 0; task < key_tasks * query_tasks; ++task) {
@@ -323,6 +366,9 @@ void search_any(const KeySearch& given, const SearchScratch& scratch) {
         case DType::float32:
             return search<float>(given, scratch);
         case DType::bfloat16:
+#if defined(__AVX512BF16__)
+            if (given.metric != Metric::l2) return search<BFloat16, BFloat16>(given, scratch);
+#endif
             return search<BFloat16>(given, scratch);
         case DType::float16:
             return search<Float16>(given, scratch);

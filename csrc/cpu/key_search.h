@@ -29,12 +29,13 @@ struct KeySearch {
 // query a list of at most `capacity` candidates among the keys it has seen: all that could be one
 // of their k best.
 struct SearchScratch {
-    void* query;      // A [queries, padded_width(search)]
-    void* lists;      // Candidate<A> [threads, queries, capacity]
-    int64_t* counts;  // [threads, queries], zeros before the first call
-    void* limits;     // A [threads, queries]; NaN before the first call
-    void* tiles;      // A [threads, tile_size(search)]
-    int64_t capacity;  // more than k
+    void* query;         // A [queries, padded_width(search)]
+    void* query_scales;  // A [queries]
+    void* lists;         // Candidate<A> [threads, queries, capacity]
+    int64_t* counts;     // [threads, queries], zeros before the first call
+    void* limits;        // A [threads, queries]; NaN before the first call
+    void* tiles;         // A [threads, tile_size(search)]
+    int64_t capacity;    // more than k
     int threads;
 };
 

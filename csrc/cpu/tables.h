@@ -12,8 +12,11 @@
     }                                       \
     namespace avx512 {                      \
     extern const Type name;                 \
+    }                                       \
+    namespace avx512_bf16 {                 \
+    extern const Type name;                 \
     }
-#define SAPT_FAST_PICK(name) pick(default_::name, avx2::name, avx512::name)
+#define SAPT_FAST_PICK(name) pick(default_::name, avx2::name, avx512::name, avx512_bf16::name)
 #else
 #define SAPT_FAST_DECLARE_TABLE(Type, name) \
     namespace default_ {                    \

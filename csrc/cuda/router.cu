@@ -44,12 +44,12 @@ __device__ inline float block_sum(float value, Shared& shared) {
     return total;
 }
 
+// The maximum over the block, to all threads; before the block has used `shared`.
 __device__ inline float block_max(float value, Shared& shared) {
 #pragma unroll
     for (int offset = kWarp / 2; offset > 0; offset /= 2) {
         value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, offset));
     }
-    __syncthreads();
     if (threadIdx.x % kWarp == 0) shared.sums[threadIdx.x / kWarp] = value;
     __syncthreads();
 #pragma unroll

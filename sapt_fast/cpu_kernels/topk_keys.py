@@ -3,6 +3,10 @@
 The keys are streamed once for 16 to 1024 queries. Every thread keeps a short list of candidates
 per query and takes in only scores above the list's worst; the lists are merged at the end. The
 order of candidates is total, so the result does not depend on the number of threads.
+
+Products of bfloat16 are summed in float32 whatever the CPU. One that multiplies bfloat16 itself
+(AVX512-BF16) takes subnormal numbers for zero there; of "l2" it makes no use, whose differences
+bfloat16 cannot hold.
 """
 
 import torch

@@ -12,7 +12,7 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["default", "avx2", "avx512"])
+@pytest.fixture(params=["default", "avx2", "avx512", "avx512_bf16"])
 def capability(request):
     from sapt_fast import _C
 

@@ -348,7 +348,7 @@ def test_bad_arguments(change, message):
         _C.weight_ranks(**{**arguments, **change})
 
 
-@pytest.mark.parametrize("name", ["default", "avx2", "avx512"])
+@pytest.mark.parametrize("name", ["default", "avx2", "avx512", "avx512_bf16"])
 def test_capability_by_environment(name):
     if name not in _C.cpu_capabilities():
         pytest.skip(f"this CPU has no {name}")

@@ -101,6 +101,27 @@ def test_the_number_of_threads_changes_nothing(shape, metric, with_threads):
         assert torch.equal(first[1], other[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("of_query", "of_keys"), [(2.0**-50, 2.0**40), (2.0**-40, 2.0**-44)])
+@pytest.mark.usefixtures("capability")
+def test_sizes_far_from_one(of_query, of_keys, dtype):
+    query, keys = make(5, 70, 40, dtype)
+    given = query * of_query, keys * of_keys
+    check(*given, 9, "dot")
+    scores, index = check(*given, 9, "cosine")
+    same_scores, same_index = topk_keys_fwd(query, keys, 9, "cosine")
+    assert torch.equal(index, same_index)
+    torch.testing.assert_close(scores, same_scores, rtol=1e-6, atol=0)
+
+
+@pytest.mark.usefixtures("capability")
+def test_subnormal_elements_weigh_no_more_than_they_are():
+    query, keys = make(3, 40, 33, torch.bfloat16)
+    query[:, ::2] = 2.0**-130
+    keys[:, 1::4] = -(2.0**-133)
+    check(query, keys, 7, "dot")
+
+
 @pytest.mark.parametrize("order", ["ascending", "descending", "equal"])
 @pytest.mark.usefixtures("capability")
 def test_orders_of_keys_that_fill_the_lists(order):

@@ -50,7 +50,19 @@ def train(
     max_eval: Annotated[int | None, _option("Dev and test rows kept of it.", panel=_DATA)] = None,
     strategy: Annotated[
         str | None,
-        _option("'sapt' (default), 'seqlora', or 'single': each task alone.", panel=_TRAINING),
+        _option(
+            "The method: sapt (default), seqlora, joint, replay, generative_replay, ewc, lwf, "
+            "olora, epi, lfpt5, or single: each task alone.",
+            panel=_TRAINING,
+        ),
+    ] = None,
+    strategy_options: Annotated[
+        list[str] | None,
+        _option(
+            "NAME=VALUE, a setting of the method's own, such as strength=100; may be repeated.",
+            "--strategy-option",
+            panel=_TRAINING,
+        ),
     ] = None,
     preset: Annotated[
         str | None,
@@ -168,7 +180,7 @@ def train(
     """
     from sapt_fast.continual import runs
     from sapt_fast.continual.report import results_table
-    from sapt_fast.continual.settings import ContinualSettings
+    from sapt_fast.continual.settings import ContinualSettings, parse_values
     from sapt_fast.continual.sources import Source
 
     options = dict(locals())
@@ -187,6 +199,7 @@ def train(
     )
     if target_modules is not None:
         options["target_modules"] = [name.strip() for name in target_modules.split(",")]
+    options["strategy_options"] = parse_values(strategy_options or (), "strategy-option") or None
     settings = ContinualSettings.of(
         preset, **{name: options[name] for name in ContinualSettings.names() if name in options}
     )

@@ -1,7 +1,8 @@
-"""Kills a continual run in its second task, at several places, and resumes it.
+"""Kills continual runs in their second task, at several places, and resumes them.
 
-Run by test_loop in its own process. Every run is a forked child, the kills are SIGKILL. What the
-runs came to lies in <folder>/<place>, next to weights.safetensors.
+Run by tests in a process of its own: killed_run.py FOLDER RUN,... PLACE..., where a run is a kind
+of model and a strategy ("t5-sapt"). Every run is a forked child, the kills are SIGKILL. What the
+runs came to lies in <folder>/<run>/<place>, next to weights.safetensors.
 """
 
 import json
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tiny_tasks import make_model, make_settings, make_tasks
+from tiny_tasks import make_model, make_settings, make_tasks, with_pseudo_samples
 
 from sapt_fast.continual.loop import run_continual
 from sapt_fast.continual.trainer import SaptTrainer
@@ -28,9 +29,15 @@ PLACES = {
 }
 
 
-def run(kind, folder):
-    model = make_model(kind, dropout=0.1)
-    run_continual(model, CharTokenizer(), make_tasks(), folder, make_settings())
+def run(name, folder):
+    kind, strategy = name.split("-")
+    model, tasks, options = make_model(kind, dropout=0.1), make_tasks(), {}
+    if strategy in ("generative_replay", "lfpt5"):
+        tasks = with_pseudo_samples(folder.parent / "pseudo", tasks)
+        options = {"replay": str(folder.parent / "pseudo"), "metric": "exact_match"}
+    run_continual(
+        model, CharTokenizer(), tasks, folder, make_settings(strategy=strategy, **options)
+    )
     weights = {n: t.clone() for n, t in model.state_dict().items() if "sapt" in n}
     save_file(weights, folder / "weights.safetensors")
 
@@ -53,7 +60,7 @@ def die_at(place, folder):
     setattr(owner, name, watched)
 
 
-def in_child(kind, folder, place=None):
+def in_child(name, folder, place=None):
     child = os.fork()
     if child:
         _, status = os.waitpid(child, 0)
@@ -63,22 +70,25 @@ def in_child(kind, folder, place=None):
         torch.manual_seed(os.getpid())  # what is drawn must not depend on what came before
         if place is not None:
             die_at(place, folder)
-        run(kind, folder)
+        run(name, folder)
         status = 0
     finally:
         os._exit(status)
 
 
-def main(root, kind, places):
+def main(root, names, places):
     torch.set_num_threads(1)
-    report = {"uninterrupted": in_child(kind, root / "uninterrupted")}
-    for place in places:
-        folder = root / place
-        killed = in_child(kind, folder, place)
-        left = sorted(path.name for path in (folder / "training").glob("*/*"))
-        report[place] = [killed, left, in_child(kind, folder)]
+    report = {}
+    for name in names:
+        came = {"uninterrupted": in_child(name, root / name / "uninterrupted")}
+        for place in places:
+            folder = root / name / place
+            killed = in_child(name, folder, place)
+            left = sorted(path.name for path in (folder / "training").glob("*/*"))
+            came[place] = [killed, left, in_child(name, folder)]
+        report[name] = came
     print(json.dumps(report))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
+    main(Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3:])

@@ -98,6 +98,19 @@ def test_errors_are_one_line(
         ((*real, "--order", "1", "--tasks", "a"), "order: give --order or --tasks"),
         ((*real, "--preset", "t5"), "preset: got 't5', expected one of t5-superni"),
         ((*real, "--strategy", "magic"), "strategy: got 'magic'"),
+        (
+            (*real, "--strategy", "ewc", "--strategy-option", "lamda=1"),
+            "'ewc' has no 'lamda', it has",
+        ),
+        (
+            (*real, "--strategy", "ewc", "--strategy-option", "rows=x"),
+            "ewc.rows: got 'x', expected a",
+        ),
+        (
+            (*real, "--strategy", "lwf", "--strategy-option", "temperature=0"),
+            "lwf.temperature: got",
+        ),
+        ((*real, "--strategy", "lfpt5"), "strategy 'lfpt5' needs pseudo-samples"),
         ((*real, "--tasks", "task363_sst2"), "no task 'task363_sst2'"),
         ((*real, "--tasks", f"{TASKS[0]},{TASKS[0]}"), "names a task more than once"),
         ((*real, "--r", "0"), "r: got 0, expected an integer, at least 1"),

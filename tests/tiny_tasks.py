@@ -1,5 +1,6 @@
 """Tiny models over the demo's characters, and a few rows of its tasks."""
 
+import json
 from dataclasses import replace
 
 import torch
@@ -30,6 +31,17 @@ def make_tasks(count: int = 3, train: int = 24, held_out: int = 5) -> list[TaskD
         replace(task, train=task.train[:train], dev=task.dev[:held_out], test=task.test[:held_out])
         for task in demo_tasks()[:count]
     ]
+
+
+def with_pseudo_samples(folder, tasks: list[TaskData]) -> list[TaskData]:
+    """The tasks as such that find the pseudo-samples, without answers, which this writes."""
+    for task in tasks:
+        target = folder / "SuperNI" / task.name
+        target.mkdir(parents=True, exist_ok=True)
+        rows = [{"input": row.input, "output": ""} for row in task.train[:5]]
+        content = {"Definition": ["d"], "Instances": rows}
+        (target / "train.json").write_text(json.dumps(content))
+    return [replace(task, benchmark="SuperNI") for task in tasks]
 
 
 def make_settings(**options) -> ContinualSettings:

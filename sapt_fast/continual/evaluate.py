@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,14 +14,22 @@ from sapt_fast.continual.data import Example
 from sapt_fast.continual.metrics import BENCHMARK_METRICS, Metric, score_predictions
 from sapt_fast.continual.settings import ContinualSettings
 
-__all__ = ["answers", "mean_attention", "metric_of", "score"]
+__all__ = ["Mixture", "answers", "mean_attention", "metric_of", "score"]
+
+# Weights [B, K] or [1, K] for input ids and mask [B, T]; None for the router's.
+Mixture = Callable[[Tensor, Tensor], "Tensor | None"]
 
 
 def score(
-    model: Any, tokenizer: Any, rows: Sequence[Example], benchmark: str, settings: ContinualSettings
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Example],
+    benchmark: str,
+    settings: ContinualSettings,
+    mixture: Mixture | None = None,
 ) -> float:
-    """Score of the model's greedy answers to `rows`, in percent."""
-    predictions = answers(model, tokenizer, rows, settings)
+    """Score of the model's greedy answers to `rows`, in percent; `mixture` as in `answers`."""
+    predictions = answers(model, tokenizer, rows, settings, mixture)
     return score_predictions(
         predictions, [row.outputs for row in rows], metric_of(benchmark, settings)
     )
@@ -35,9 +43,17 @@ def metric_of(benchmark: str, settings: ContinualSettings) -> Metric:
 
 @torch.no_grad()
 def answers(
-    model: Any, tokenizer: Any, rows: Sequence[Example], settings: ContinualSettings
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Example],
+    settings: ContinualSettings,
+    mixture: Mixture | None = None,
 ) -> list[str]:
-    """Greedy answers, in the order of `rows`; the model is left in evaluation mode."""
+    """Greedy answers, in the order of `rows`; the model is left in evaluation mode.
+
+    Args:
+        mixture: gives the weights of the adapters for each batch; None for the router's.
+    """
     model.eval()
     causal = not model.config.is_encoder_decoder
     texts: list[str] = []
@@ -50,6 +66,7 @@ def answers(
             num_beams=1,
             use_cache=True,
             pad_token_id=tokenizer.pad_token_id,
+            mixture=None if mixture is None else mixture(ids, mask),
         )
         new = generated[:, ids.shape[1] :] if causal else generated
         texts += tokenizer.batch_decode(new, skip_special_tokens=True)
@@ -58,13 +75,23 @@ def answers(
 
 @torch.no_grad()
 def mean_attention(
-    model: Any, tokenizer: Any, rows: Sequence[Example], settings: ContinualSettings
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Example],
+    settings: ContinualSettings,
+    mixture: Mixture | None = None,
 ) -> Tensor:
-    """Mean over `rows` of the router's weights, [K] float32 on the CPU, learning order."""
+    """Mean over `rows` of the adapters' weights, [K] float32 on the CPU, learning order.
+
+    `mixture` as in `answers`.
+    """
     model.eval()
     total = torch.zeros(len(model.sapt.tasks), dtype=torch.float64)
     for ids, mask in _batches(model, tokenizer, rows, settings, "routing"):
-        total += model.sapt.route(ids, mask).double().sum(0).cpu()
+        weights = None if mixture is None else mixture(ids, mask)
+        if weights is None:
+            weights = model.sapt.route(ids, mask)
+        total += weights.double().expand(len(ids), -1).sum(0).cpu()
     return (total / len(rows)).float()
 
 

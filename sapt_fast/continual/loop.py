@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import os
-import random
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -24,15 +23,17 @@ from transformers import PrinterCallback, Seq2SeqTrainingArguments, TrainerState
 from sapt_fast import __version__
 from sapt_fast._files import is_folder_name
 from sapt_fast.checkpoint import load_pretrained
-from sapt_fast.continual.collate import Collator, encode_rows, prompt_ids
-from sapt_fast.continual.data import Example, TaskData, read_split
+from sapt_fast.continual.collate import Collator
+from sapt_fast.continual.data import TaskData
 from sapt_fast.continual.evaluate import mean_attention, metric_of, score
+from sapt_fast.continual.memory import peak_memory, reset_peak_memory
 from sapt_fast.continual.metrics import ContinualMetrics, continual_metrics
 from sapt_fast.continual.report import write_json, write_report
 from sapt_fast.continual.settings import ContinualSettings, differences
 from sapt_fast.continual.state import TRAINER_STATE, RunFolder, last_checkpoint, read_json
-from sapt_fast.continual.strategies import STRATEGIES, Learned
+from sapt_fast.continual.strategies import STRATEGIES
 from sapt_fast.continual.trainer import SaptTrainer
+from sapt_fast.continual.workbench import Workbench
 from sapt_fast.handle import SaptHandle
 from sapt_fast.patching import patch, unpatch
 
@@ -50,13 +51,18 @@ class Results:
 
     Attributes:
         tasks: T names in learning order.
-        scores: [T, T] in percent, row i after learning task i; nan above the diagonal.
+        scores: [T, T] in percent, row i after learning task i; nan above the diagonal. Where all
+            tasks are learned at once every row is the last one.
         alone: [T] scores of the tasks learned alone, None where they were not given.
         metrics: AP, F.Ra, FWT, BWT.
         training_attention: [T, T], row i: mean weights of task i's dev inputs when it was
             learned, nan for later adapters; None unless there is one adapter per task.
         testing_attention: [T, T], mean weights of each task's test inputs after the last task.
-        seconds: of training and evaluation, one for each task.
+        seconds: of training and evaluation, one for each stage (a task, or all at once).
+        trained_parameters: that a stage trains, at most.
+        peak_memory: bytes, at most over the stages: on a GPU of what torch allocated, on a CPU of
+            the whole process; None where it is not known.
+        resumed: whether the run was interrupted, so that seconds lack what was lost.
         folder: where the run is.
     """
 
@@ -67,6 +73,9 @@ class Results:
     training_attention: NDArray[np.float64] | None
     testing_attention: NDArray[np.float64] | None
     seconds: tuple[float, ...]
+    trained_parameters: int
+    peak_memory: int | None
+    resumed: bool
     folder: Path
 
     def deviation(self, stored: Mapping[str, Any]) -> float:
@@ -141,7 +150,7 @@ def run_alone(
     Arguments, resuming and errors are those of `run_continual`; the strategy is "single". Writes
     alone.json and leaves the model unpatched.
     """
-    settings = replace(settings or ContinualSettings(), strategy="single")
+    settings = replace(settings or ContinualSettings(), strategy="single", strategy_options={})
     run = _Run(model, tokenizer, tasks, settings)
     run.open(Path(output_dir), source, resume)
     run.learn_all()
@@ -174,12 +183,13 @@ def evaluate_run(
         if found:
             raise ValueError(f"{part}: not those of the run in {output_dir}: " + "; ".join(found))
     attention: list[list[float]] = []
-    for index in range(len(run.tasks)):
+    for index in run.stages:
         run.restore(index + 1)
         run.folder.scores.append(run.score_seen(index))
         target = model.sapt.targets.get(run.names[index])
         attention.append([] if target is None else target.tolist())
     run.folder.attention = attention
+    run.folder.read_costs()
     results = read_json(run.folder.path / "results.json")
     return run.results(results.get("alone"))
 
@@ -204,8 +214,13 @@ class _Run:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.tasks = tuple(tasks)
         self.names = tuple(task.name for task in tasks)
-        self.strategy = STRATEGIES[settings.strategy]()
-        self.causal = not model.config.is_encoder_decoder
+        self.bench = Workbench(model, tokenizer, settings)
+        kind = STRATEGIES[settings.strategy]
+        self.strategy = kind(
+            self.bench, kind.options_of(settings.strategy, settings.strategy_options)
+        )
+        # The tasks after whose training there is a checkpoint and a row of scores.
+        self.stages = [len(tasks) - 1] if kind.together else list(range(len(tasks)))
         self._check_replay()
         self.device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -242,12 +257,13 @@ class _Run:
     # --- the steps of a run ---
 
     def learn_all(self) -> None:
-        for index in range(len(self.folder.scores), len(self.tasks)):
+        for index in self.stages[len(self.folder.scores) :]:
             logger.info(
                 "%s, task %d of %d: %s",
                 self.settings.strategy, index + 1, len(self.tasks), self.names[index],
             )  # fmt: skip
             start = time.perf_counter()
+            reset_peak_memory(self.bench.device)
             if not self.folder.has_checkpoint(index):
                 self.learn(index)
             self.restore(index + 1)
@@ -256,24 +272,30 @@ class _Run:
             self.folder.scores.append(scores)
             self.folder.attention.append([] if target is None else target.tolist())
             self.folder.seconds.append(time.perf_counter() - start)
+            self.folder.peaks.append(peak_memory(self.bench.device))
             self.folder.write()
             logger.info("scores: %s", "  ".join(f"{value:.1f}" for value in scores))
         shutil.rmtree(self.folder.path / "training", ignore_errors=True)
 
     def learn(self, index: int) -> None:
         """Trains on a task, from the model after the one before, and saves what it came to."""
-        task, seed = self.tasks[index], 1000 * self.settings.seed + index
-        self.restore(0 if self.strategy.alone else index)
+        strategy, seed = self.strategy, 1000 * self.settings.seed + index
+        self.restore(0 if strategy.alone or strategy.together else index)
+        task = _merged(self.tasks) if strategy.together else self.tasks[index]
+        learned = () if strategy.alone or strategy.together else self.tasks[:index]
         sapt = self.model.sapt
         set_seed(seed)
-        inputs = self._inputs(task.train)
-        self.strategy.begin_task(self.model, task.name, inputs, self.tokenizer.pad_token_id)
+        strategy.begin_task(task, learned)
         self._holds = None
-        self._train(index, seed)
-        if sapt.tasks[-1] == task.name:
-            rows = task.dev
-            target = mean_attention(self.model, self.tokenizer, rows, self.settings)
-            sapt.targets[task.name] = target
+        self.folder.trained.append(sum(p.numel() for p in sapt.trainable_parameters()))
+        self.folder.write()
+        self._train(task, index, learned, seed)
+        strategy.end_task(task)
+        if strategy.routes:
+            sapt.targets[task.name] = mean_attention(
+                self.model, self.tokenizer, task.dev, self.settings, strategy.mixture
+            )
+        self.folder.save_strategy(index, strategy.state())
         sapt.save_pretrained(self.folder.checkpoint(index))
         self._holds = index + 1
         shutil.rmtree(self.folder.training(index), ignore_errors=True)
@@ -285,9 +307,11 @@ class _Run:
         self.reset()
         if count:
             load_pretrained(self.model, self.folder.checkpoint(count - 1))
+            self.strategy.load_state(self.folder.strategy_state(count - 1))
         else:
             set_seed(self.settings.seed)
-            patch(self.model, self.settings.sapt)
+            patch(self.model, self.strategy.configure(self.settings.sapt))
+            self.strategy.load_state({})
         self._holds = count
 
     def reset(self) -> None:
@@ -300,28 +324,36 @@ class _Run:
         """Scores of the tasks up to `index`; of that one only where tasks are learned alone."""
         seen = [self.tasks[index]] if self.strategy.alone else self.tasks[: index + 1]
         return [
-            score(self.model, self.tokenizer, task.test, task.benchmark, self.settings)
+            score(
+                self.model,
+                self.tokenizer,
+                task.test,
+                task.benchmark,
+                self.settings,
+                self.strategy.mixture,
+            )
             for task in seen
         ]
 
     # --- training ---
 
-    def _train(self, index: int, seed: int) -> None:
-        task, settings, folder = self.tasks[index], self.settings, self.folder.training(index)
-        learned = self._learned(index)
+    def _train(self, task: TaskData, index: int, learned: Sequence[TaskData], seed: int) -> None:
+        settings, strategy, folder = self.settings, self.strategy, self.folder.training(index)
         cache = self.model.config.use_cache
         trainer = SaptTrainer(
             self.model,
             self._arguments(folder, seed),
-            train_dataset=self._encoded(task.train),
-            eval_dataset=self._encoded(task.dev),
+            train_dataset=self.bench.encode(task.train),
+            eval_dataset=self.bench.encode(task.dev),
             data_collator=Collator(self.tokenizer.pad_token_id),
-            replay=self.strategy.replay(self.model, learned) if learned else (),
+            replay=strategy.reflection(learned),
             replay_batch_size=settings.replay_batch_size,
             pad_token_id=self.tokenizer.pad_token_id,
             key_learning_rate=settings.key_learning_rate,
             query_learning_rate=settings.query_learning_rate,
             kl_per_micro_batch=settings.kl_per_micro_batch,
+            mixture=strategy.mixture,
+            objective=strategy.objective,
         )
         trainer.remove_callback(PrinterCallback)
         checkpoint = last_checkpoint(folder)
@@ -346,7 +378,7 @@ class _Run:
             per_device_eval_batch_size=settings.eval_batch_size,
             gradient_accumulation_steps=settings.accumulation,
             num_train_epochs=settings.epochs,
-            max_steps=settings.steps or -1,
+            max_steps=self._steps(),
             learning_rate=settings.learning_rate,
             lr_scheduler_type="constant",
             weight_decay=settings.weight_decay,
@@ -374,72 +406,56 @@ class _Run:
         arguments._n_gpu = min(arguments.n_gpu, 1)
         return arguments
 
-    def _encoded(self, rows: Sequence[Example]) -> list[dict[str, list[int]]]:
-        return encode_rows(
-            self.tokenizer,
-            rows,
-            max_source_length=self.settings.max_source_length,
-            max_target_length=self.settings.max_target_length,
-            causal=self.causal,
-        )
-
-    def _inputs(self, rows: Sequence[Example]) -> list[list[int]]:
-        prompts = [row.prompt for row in rows]
-        return prompt_ids(self.tokenizer, prompts, self.settings.max_source_length, self.causal)
-
-    def _learned(self, index: int) -> list[Learned]:
-        """The tasks before `index` with the inputs that are replayed for them."""
-        source = self.settings.replay
-        if source == "none" or not self.strategy.replays:
-            return []
-        return [
-            Learned(task.name, self._inputs(self._replayed(task))) for task in self.tasks[:index]
-        ]
+    def _steps(self) -> int:
+        """Optimizer steps of a stage; -1 where epochs count."""
+        steps = self.settings.steps or -1
+        return steps * len(self.tasks) if steps > 0 and self.strategy.together else steps
 
     def _check_replay(self) -> None:
         """Reads every file of pseudo-samples now, not when a task that needs it has trained."""
-        if self.settings.replay in ("none", "real") or not self.strategy.replays:
+        if self.settings.replay in ("none", "real") or not self.strategy.pseudo:
             return
         for task in self.tasks[:-1]:
             try:
-                self._replayed(task)
+                self.bench.kept(task)
             except (OSError, ValueError) as error:
                 raise ValueError(
                     f"replay: got {self.settings.replay!r}, expected 'real', 'none' or a folder of "
                     f"pseudo-samples; {error}"
                 ) from error
 
-    def _replayed(self, task: TaskData) -> Sequence[Example]:
-        if self.settings.replay != "real":
-            return read_split(self.settings.replay, task.benchmark, task.name)
-        count = max(1, int(self.settings.replay_share * len(task.train)))
-        draw = random.Random(f"{self.settings.seed}/{task.name}/replay")
-        return [task.train[i] for i in sorted(draw.sample(range(len(task.train)), count))]
-
     # --- what it came to ---
 
     def results(self, alone: Sequence[float] | None) -> Results:
         count, folder = len(self.tasks), self.folder
         scores = np.full((count, count), np.nan)
-        for index, row in enumerate(folder.scores):
+        for index, row in zip(self.stages, folder.scores, strict=True):
             scores[index, : len(row)] = row
+        if self.strategy.together:
+            scores[:] = scores[-1]
+        metrics = continual_metrics(scores, alone)
+        if self.strategy.together:
+            metrics = replace(metrics, forgetting=math.nan, bwt=math.nan)
         training = testing = None
-        if all(folder.attention):
+        if self.strategy.routes and all(folder.attention):
             training, testing = np.full((count, count), np.nan), np.zeros((count, count))
             self.restore(count)
             for index, task in enumerate(self.tasks):
                 training[index, : index + 1] = folder.attention[index]
                 testing[index] = mean_attention(
-                    self.model, self.tokenizer, task.test, self.settings
+                    self.model, self.tokenizer, task.test, self.settings, self.strategy.mixture
                 ).numpy()
         return Results(
             tasks=self.names,
             scores=scores,
             alone=None if alone is None else tuple(alone),
-            metrics=continual_metrics(scores, alone),
+            metrics=metrics,
             training_attention=training,
             testing_attention=testing,
             seconds=tuple(folder.seconds),
+            trained_parameters=max(folder.trained, default=0),
+            peak_memory=max((p for p in folder.peaks if p is not None), default=None),
+            resumed=folder.resumed,
             folder=folder.path,
         )
 
@@ -458,7 +474,11 @@ class _Run:
                 "strategy": self.settings.strategy,
                 "metric": sorted({metric_of(t.benchmark, self.settings) for t in self.tasks}),
                 "seconds": results.seconds,
+                "trained_parameters": results.trained_parameters,
+                "peak_memory": results.peak_memory,
+                "resumed": results.resumed,
             },
+            metrics=results.metrics,
         )
         return results
 
@@ -476,6 +496,14 @@ def _check_tasks(tasks: Sequence[TaskData]) -> None:
         for split in _SPLITS:
             if not getattr(task, split):
                 raise ValueError(f"tasks: {task.name!r} has no {split} rows, expected at least one")
+
+
+def _merged(tasks: Sequence[TaskData]) -> TaskData:
+    """All tasks as one, under the name of the last."""
+    rows: dict[str, Any] = {
+        split: tuple(row for task in tasks for row in getattr(task, split)) for split in _SPLITS
+    }
+    return replace(tasks[-1], definition="", labels=None, **rows)
 
 
 def _check_alone(alone: Mapping[str, float], names: Sequence[str]) -> None:

@@ -106,6 +106,7 @@ def results_table(
     alone: ArrayLike | None = None,
     *,
     title: str = "Score on each task (column) after learning a task (row)",
+    metrics: ContinualMetrics | None = None,
 ) -> Table:
     """The score matrix with its metrics as a `rich` table.
 
@@ -114,12 +115,14 @@ def results_table(
         scores: `[T, T]` as in `metrics.check_score_matrix`.
         alone: `[T]` scores of the tasks learned alone; adds a row.
         title: heading; the metrics stand in the caption.
+        metrics: in place of those of `scores`, where some are not defined.
 
     Raises:
         ImportError: rich is not installed.
         ValueError: names and matrix do not fit, or a bad matrix.
     """
-    header, rows, metrics = _cells(tasks, scores, alone)
+    header, rows, computed = _cells(tasks, scores, alone)
+    metrics = computed if metrics is None else metrics
     try:
         from rich.table import Table
         from rich.text import Text
@@ -142,10 +145,14 @@ def results_markdown(
     alone: ArrayLike | None = None,
     *,
     title: str = "Results",
+    metrics: ContinualMetrics | None = None,
 ) -> str:
-    """The metrics and the score matrix as Markdown; arguments and errors as `results_table`."""
-    header, rows, metrics = _cells(tasks, scores, alone)
-    named = metrics.as_dict()
+    """The metrics and the score matrix as Markdown; arguments and errors as `results_table`.
+
+    `metrics` stand in for those of `scores`.
+    """
+    header, rows, computed = _cells(tasks, scores, alone)
+    named = (computed if metrics is None else metrics).as_dict()
     summary = _markdown_table(list(named), [[_number(value) for value in named.values()]])
     matrix = _markdown_table(header, rows)
     return (
@@ -181,6 +188,7 @@ def write_report(
     testing_attention: ArrayLike | None = None,
     title: str = "Results",
     extra: Mapping[str, Any] | None = None,
+    metrics: ContinualMetrics | None = None,
 ) -> dict[str, Path]:
     """Everything about a run in one folder: results.json, results.md and, given one, attention.png.
 
@@ -193,6 +201,7 @@ def write_report(
         testing_attention: `[T, T]` as in `attention_heat_map`.
         title: heading of the Markdown file.
         extra: further entries of results.json (settings, versions, times).
+        metrics: in place of those of `scores`, where some are not defined.
 
     Returns:
         The paths written, by kind: "json", "markdown", "attention".
@@ -201,7 +210,8 @@ def write_report(
         ValueError: matrices or names do not fit, or `extra` has a key of the report itself.
     """
     target = Path(folder)
-    _, _, metrics = _cells(tasks, scores, alone)
+    _, _, computed = _cells(tasks, scores, alone)
+    metrics = computed if metrics is None else metrics
     content: dict[str, Any] = {
         "tasks": list(tasks),
         "scores": check_score_matrix(scores),
@@ -214,7 +224,7 @@ def write_report(
     clash = sorted(content.keys() & (extra or {}).keys())
     if clash:
         raise ValueError(f"extra must not hold keys of the report itself, got {', '.join(clash)}")
-    markdown = results_markdown(tasks, scores, alone, title=title)
+    markdown = results_markdown(tasks, scores, alone, title=title, metrics=metrics)
     written: dict[str, Path] = {}
     if training_attention is not None or testing_attention is not None:
         written["attention"] = write_attention_heat_map(

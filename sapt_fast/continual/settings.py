@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from sapt_fast.methods.sapt import SaptConfig
 
-__all__ = ["PRESETS", "ContinualSettings", "differences"]
+__all__ = ["PRESETS", "ContinualSettings", "differences", "parse_values"]
 
 PRESETS = {
     f"{model}-{benchmark}": (model, benchmark)
@@ -33,7 +34,11 @@ class ContinualSettings:
 
     strategy: str = field(
         default="sapt",
-        metadata={"help": "How tasks share adapters: 'sapt', 'seqlora' or 'single'."},
+        metadata={"help": "The method, a name in continual.strategies.STRATEGIES."},
+    )
+    strategy_options: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "Options of the method by name; what is not given is its default."},
     )
     sapt: SaptConfig = field(
         default_factory=SaptConfig, metadata={"help": "Adapters and router of the model."}
@@ -110,6 +115,8 @@ class ContinualSettings:
             raise ValueError(
                 f"strategy: got {self.strategy!r}, expected one of {', '.join(STRATEGIES)}"
             )
+        kind = STRATEGIES[self.strategy]
+        self.strategy_options = asdict(kind.options_of(self.strategy, self.strategy_options))
         if self.metric not in _METRICS:
             raise ValueError(f"metric: got {self.metric!r}, expected one of {_METRICS}")
         if self.device not in (None, "cpu", "cuda"):
@@ -129,6 +136,7 @@ class ContinualSettings:
             raise ValueError("replay: got '', expected 'real', 'none' or a folder")
         if not 0 < self.replay_share <= 1:
             raise ValueError(f"replay_share: got {self.replay_share}, expected a share in (0, 1]")
+        kind.check(self)
 
     @classmethod
     def official(cls, model: str, benchmark: str) -> ContinualSettings:
@@ -217,6 +225,32 @@ def differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str
         for name in {**before, **now}
         if before.get(name, ...) != now.get(name, ...) and name.split(".")[-1] not in _FREE
     ]
+
+
+def parse_values(texts: Iterable[str], option: str) -> dict[str, Any]:
+    """NAME=VALUE texts of a command line; a value that is no JSON is a word.
+
+    Args:
+        option: their name, for the error.
+
+    Raises:
+        ValueError: a text without "=" or a name, or a name given twice.
+
+    Example:
+        >>> parse_values(["strength=100", "buffer=reservoir"], "strategy-option")
+        {'strength': 100, 'buffer': 'reservoir'}
+    """
+    values: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        name = name.strip()
+        if not equals or not name or name in values:
+            raise ValueError(f"{option}: got {text!r}, expected NAME=VALUE, each name once")
+        try:
+            values[name] = json.loads(value)
+        except json.JSONDecodeError:
+            values[name] = value.strip()
+    return values
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

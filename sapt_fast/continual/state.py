@@ -9,7 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sapt_fast._files import whole_directory
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from sapt_fast._files import atomic_write_bytes, whole_directory
 from sapt_fast.continual.report import write_json
 from sapt_fast.continual.settings import differences
 
@@ -18,6 +21,7 @@ __all__ = ["RunFolder", "last_checkpoint"]
 logger = logging.getLogger(__name__)
 
 TRAINER_STATE = "trainer_state.json"
+STRATEGY_STATE = "strategy.safetensors"
 
 
 class RunFolder:
@@ -25,13 +29,17 @@ class RunFolder:
 
         run.json                    what was asked for
         state.json                  scores and attention of the tasks learned so far
-        checkpoints/<n>-<task>/     adapters and router after the n-th task
+        checkpoints/<n>-<task>/     adapters and router after the n-th task, and in
+                                    strategy.safetensors what else the strategy remembers
         training/<n>-<task>/        the Trainer's checkpoints of the task being learned
 
     Attributes:
         scores: `scores[i]`, the scores after task i, of tasks 0 to i.
         attention: `attention[i]`, the mean weights of task i's dev inputs when it was learned.
-        seconds: of training and evaluation, for each task.
+        seconds: of training and evaluation, for each stage.
+        peaks: bytes of memory at most, for each stage; None where it is not known.
+        trained: numbers of parameters that were trained.
+        resumed: whether the run was interrupted.
     """
 
     def __init__(self, path: Path, tasks: Sequence[str]) -> None:
@@ -40,6 +48,9 @@ class RunFolder:
         self.scores: list[list[float]] = []
         self.attention: list[list[float]] = []
         self.seconds: list[float] = []
+        self.peaks: list[int | None] = []
+        self.trained: list[int] = []
+        self.resumed = False
 
     @classmethod
     def open(
@@ -77,6 +88,7 @@ class RunFolder:
                 f"output_dir: {path} holds a run with other settings: " + "; ".join(found)
             )
         folder.read()
+        folder.resumed = folder.resumed or not (path / "results.json").exists()
         return folder
 
     def read(self) -> None:
@@ -85,12 +97,18 @@ class RunFolder:
         if path.exists():
             state = read_json(path)
             self.scores, self.attention = state["scores"], state["attention"]
-            self.seconds = state["seconds"]
+            self.read_costs()
+
+    def read_costs(self) -> None:
+        """Takes over from state.json what the run has cost so far."""
+        state = read_json(self.path / "state.json")
+        self.seconds, self.peaks = state["seconds"], state.get("peaks", [])
+        self.trained, self.resumed = state.get("trained", []), state.get("resumed", False)
 
     def write(self) -> None:
         """Writes state.json."""
-        state = {"scores": self.scores, "attention": self.attention, "seconds": self.seconds}
-        write_json(self.path / "state.json", state)
+        names = ("scores", "attention", "seconds", "peaks", "trained", "resumed")
+        write_json(self.path / "state.json", {name: getattr(self, name) for name in names})
 
     def checkpoint(self, index: int) -> Path:
         """Where the adapters after task `index` are, or will be."""
@@ -103,6 +121,20 @@ class RunFolder:
         except FileNotFoundError:
             return False
         return True
+
+    def save_strategy(self, index: int, state: Mapping[str, Tensor]) -> None:
+        """Puts what a strategy remembers where the checkpoint of task `index` will be.
+
+        The checkpoint counts once its adapters are there, which are written afterwards.
+        """
+        if state:
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+            atomic_write_bytes(self.checkpoint(index) / STRATEGY_STATE, save(tensors))
+
+    def strategy_state(self, index: int) -> dict[str, Tensor]:
+        """What `save_strategy` was given for that task."""
+        path = whole_directory(self.checkpoint(index), "sapt_config.json") / STRATEGY_STATE
+        return load_file(path) if path.is_file() else {}
 
     def training(self, index: int) -> Path:
         """The Trainer's output folder for task `index`."""

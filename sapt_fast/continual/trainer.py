@@ -5,22 +5,22 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer
 
 from sapt_fast.continual.collate import pad_rows
+from sapt_fast.continual.objective import Step, forward, token_loss
 from sapt_fast.handle import SaptHandle
 
-__all__ = ["Replay", "SaptTrainer"]
+__all__ = ["Replay", "RowStream", "SaptTrainer"]
 
 STATE_NAME = "sapt_state.safetensors"
 
@@ -67,6 +67,10 @@ class SaptTrainer(Seq2SeqTrainer):
         query_learning_rate: of the query projection; None for `args.learning_rate`.
         kl_per_micro_batch: add the whole reflection loss in every micro-batch instead of its
             share, as the released implementation does.
+        mixture: called with the input ids and the mask of a batch, [B, T]; gives the weights
+            [B, K] or [1, K] that stand in for the router's, or None. None for the router's.
+        objective: called with a `Step` in training; gives the loss that takes the place of the
+            token loss. None for the token loss.
         **kwargs: of Seq2SeqTrainer.
 
     Raises:
@@ -92,6 +96,8 @@ class SaptTrainer(Seq2SeqTrainer):
 
     model: Any
     args: Any
+    mixture: Callable[[Tensor, Tensor], Tensor | None] | None
+    objective: Callable[[Step], Tensor] | None
 
     def __init__(
         self,
@@ -104,6 +110,8 @@ class SaptTrainer(Seq2SeqTrainer):
         key_learning_rate: float | None = None,
         query_learning_rate: float | None = None,
         kl_per_micro_batch: bool = False,
+        mixture: Callable[[Tensor, Tensor], Tensor | None] | None = None,
+        objective: Callable[[Step], Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
         sapt = getattr(model, "sapt", None)
@@ -130,8 +138,10 @@ class SaptTrainer(Seq2SeqTrainer):
         self.key_learning_rate = key_learning_rate
         self.query_learning_rate = query_learning_rate
         self.kl_per_micro_batch = kl_per_micro_batch
+        self.mixture = mixture
+        self.objective = objective
         self._streams = [
-            _RowStream(len(entry.inputs), f"{self.args.seed}/{entry.task}") for entry in replay
+            RowStream(len(entry.inputs), f"{self.args.seed}/{entry.task}") for entry in replay
         ]
         self._micro_batch = (-1, 0)
         # The KL of each micro-batch and its share of a step.
@@ -153,9 +163,13 @@ class SaptTrainer(Seq2SeqTrainer):
             # Without num_items_in_batch the Trainer divides the whole loss itself.
             normalized = num_items_in_batch is not None
             steps = self.current_gradient_accumulation_steps if normalized else 1
-            loss = loss + self._own_key_loss() / steps
+            own_key = self._own_key_loss()
+            number = self._next_micro_batch()
+            if self.objective is not None:
+                loss = self.objective(Step(number, inputs, outputs.logits, loss * steps)) / steps
+            loss = loss + own_key / steps
             if self.replay:
-                kl = self._reflection_loss()
+                kl = self._reflection_loss(number)
                 share = 1 / self.current_gradient_accumulation_steps
                 self._kl_since_log.append((kl.detach(), share))
                 scale = 1 if self.kl_per_micro_batch else steps
@@ -163,36 +177,19 @@ class SaptTrainer(Seq2SeqTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _forward(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
-        """The outputs. Labels are kept from the model, which would compute a loss of its own."""
-        inputs = dict(inputs)
-        labels = inputs.pop("labels")
-        if self._is_encoder_decoder:
-            if "decoder_input_ids" not in inputs:
-                base = self.accelerator.unwrap_model(model)
-                shifted = base.prepare_decoder_input_ids_from_labels(labels=labels)
-                inputs["decoder_input_ids"] = shifted
-            return model(**inputs)
-        routing = self.sapt.routing
-        weights = routing.pinned
-        if weights is None:
-            names = ("input_ids", "attention_mask", "inputs_embeds")
-            weights = self.sapt.route(**{n: inputs.get(n) for n in names}, labels=labels)
-        with routing.pin(weights):
-            return model(**inputs)
+        base = self.accelerator.unwrap_model(model)
+        weights = None
+        if self.mixture is not None:
+            weights = self.mixture(inputs["input_ids"], inputs["attention_mask"])
+        return forward(model, inputs, weights, base=base)
 
     def _token_loss(
         self, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None
     ) -> Tensor:
-        if not self._is_encoder_decoder:
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        total = F.cross_entropy(
-            logits.flatten(0, 1).float(),
-            labels.flatten(),
-            reduction="sum",
-            label_smoothing=self.args.label_smoothing_factor,
-        )
+        smoothing = self.args.label_smoothing_factor
+        total, tokens = token_loss(logits, labels, not self._is_encoder_decoder, smoothing)
         if num_items_in_batch is None:
-            return total / (labels != -100).sum().clamp(min=1)
+            return total / tokens.clamp(min=1)
         # The tokens were counted over all processes, which then average their gradients.
         scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return total * scale / num_items_in_batch
@@ -204,13 +201,12 @@ class SaptTrainer(Seq2SeqTrainer):
         own = weights[..., -1].clamp(min=torch.finfo(weights.dtype).tiny)
         return -ratio * own.log().mean()
 
-    def _reflection_loss(self) -> Tensor:
+    def _reflection_loss(self, number: int) -> Tensor:
         """Sum over the earlier tasks of KL(target || prediction) on their next pseudo-batches."""
         total = torch.zeros((), device=self.args.device)
-        batch = self._next_micro_batch()
         size = self.replay_batch_size or self.args.per_device_train_batch_size
         for entry, stream in zip(self.replay, self._streams, strict=True):
-            rows = stream.batch(batch, min(size, len(entry.inputs)))
+            rows = stream.batch(number, min(size, len(entry.inputs)))
             ids, mask = pad_rows([entry.inputs[row] for row in rows], self._pad_token_id())
             ids, mask = ids.to(self.args.device), mask.to(self.args.device)
             total = total + self.sapt.reflection_loss(ids, entry.target, mask)
@@ -299,7 +295,7 @@ class SaptTrainer(Seq2SeqTrainer):
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
 
-class _RowStream:
+class RowStream:
     """An endless stream of row numbers: one seeded permutation after the other."""
 
     def __init__(self, rows: int, seed: str) -> None:

@@ -120,18 +120,16 @@ def test_replay_inputs_are_a_share_or_pseudo_samples(tmp_path: Path) -> None:
 
     def replayed(**options: Any) -> list[list[int]]:
         run = loop._Run(make_model("t5"), CharTokenizer(), tasks, make_settings(**options))
-        return [list(task.inputs) for task in run._learned(1)]
+        return [run.bench.inputs(run.bench.kept(task)) for task in tasks[:1]]
 
     (inputs,) = replayed(replay_share=0.25)
-    own = loop._Run(make_model("t5"), CharTokenizer(), tasks, make_settings())._inputs(
-        tasks[0].train
-    )
+    bench = loop._Run(make_model("t5"), CharTokenizer(), tasks, make_settings()).bench
+    own = bench.inputs(tasks[0].train)
     assert len(inputs) == 6
     assert all(row in own for row in inputs)
     assert replayed(replay_share=0.25) == [inputs]
     assert [len(rows) for rows in replayed(replay_share=0.001)] == [1]
-    assert replayed(replay="none") == []
-    assert replayed(strategy="seqlora") == []
+    assert replayed(replay="none") == [[]]
     name, benchmark = tasks[0].name, "SuperNI"
     folder = tmp_path / benchmark / name
     folder.mkdir(parents=True)
@@ -166,12 +164,13 @@ def test_resuming_after_sigkill_gives_the_same_weights(
 ) -> None:
     tests = Path(__file__).parents[1]
     process = subprocess.run(
-        [sys.executable, str(tests / "killed_run.py"), str(tmp_path), kind, *places],
+        [sys.executable, str(tests / "killed_run.py"), str(tmp_path), f"{kind}-sapt", *places],
         capture_output=True, text=True, timeout=300,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tests.parent), *sys.path])},
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
-    report = json.loads(process.stdout.splitlines()[-1])
+    report = json.loads(process.stdout.splitlines()[-1])[f"{kind}-sapt"]
+    tmp_path = tmp_path / f"{kind}-sapt"
     assert report.pop("uninterrupted") == 0, process.stderr
     expected = load_file(tmp_path / "uninterrupted" / "weights.safetensors")
     expected_state = json.loads((tmp_path / "uninterrupted" / "state.json").read_text())

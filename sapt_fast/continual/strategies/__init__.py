@@ -1,0 +1,33 @@
+"""Methods of continual learning, one small file each, behind the interface of `base.Strategy`.
+
+A strategy says which adapter a task trains, what is added to its loss and which adapters answer;
+model, trainer, pool and loop are the same for all. To add one, subclass `Strategy` and name it in
+`STRATEGIES`.
+"""
+
+from sapt_fast.continual.strategies.base import Strategy
+from sapt_fast.continual.strategies.epi import Epi
+from sapt_fast.continual.strategies.ewc import Ewc
+from sapt_fast.continual.strategies.generative_replay import GenerativeReplay
+from sapt_fast.continual.strategies.lfpt5 import Lfpt5
+from sapt_fast.continual.strategies.lwf import Lwf
+from sapt_fast.continual.strategies.olora import OLora
+from sapt_fast.continual.strategies.replay import Replay
+from sapt_fast.continual.strategies.sapt import Sapt
+from sapt_fast.continual.strategies.shared import Joint, SeqLora, Single
+
+__all__ = ["STRATEGIES", "Strategy"]
+
+STRATEGIES: dict[str, type[Strategy]] = {
+    "sapt": Sapt,
+    "seqlora": SeqLora,
+    "joint": Joint,
+    "replay": Replay,
+    "generative_replay": GenerativeReplay,
+    "ewc": Ewc,
+    "lwf": Lwf,
+    "olora": OLora,
+    "epi": Epi,
+    "lfpt5": Lfpt5,
+    "single": Single,
+}

@@ -1,0 +1,86 @@
+"""LwF: on the new task's inputs the model keeps predicting what it did before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call
+
+from sapt_fast.continual.data import TaskData
+from sapt_fast.continual.objective import Step, supervised
+from sapt_fast.continual.strategies.base import Strategy, require
+from sapt_fast.continual.strategies.shared import SeqLora
+
+__all__ = ["Lwf", "LwfOptions", "OldModel", "softened_kl"]
+
+
+@dataclass(frozen=True)
+class LwfOptions:
+    """Options of `Lwf`."""
+
+    strength: float = field(default=1.0, metadata={"help": "lambda of the distillation."})
+    temperature: float = field(default=2.0, metadata={"help": "T, which softens predictions."})
+
+    def __post_init__(self) -> None:
+        require(self.strength >= 0, "strength", self.strength, "at least 0")
+        require(self.temperature > 0, "temperature", self.temperature, "a positive number")
+
+
+class Lwf(SeqLora):
+    """Learning without forgetting (Li and Hoiem, ECCV 2016) of one adapter.
+
+        L = CE + lambda T^2 KL(p_old^T || p_new^T)
+
+    p^T are the softmax of logits / T on the new task's inputs, at the positions of the answer's
+    tokens under teacher forcing, and the divergence is the mean over those of a micro-batch. The
+    old model runs beside the new one, without dropout; the paper stores its predictions instead,
+    which for a vocabulary would be far larger than the model.
+    """
+
+    Options = LwfOptions
+
+    def begin_task(self, task: TaskData, learned: Sequence[TaskData]) -> None:
+        super().begin_task(task, learned)
+        self._old = OldModel(self) if learned else None
+
+    def objective(self, step: Step) -> Tensor:
+        if self._old is None:
+            return step.loss
+        new, _ = supervised(step.logits, step.batch["labels"], self.bench.causal)
+        old, _ = self._old.token_logits(step.batch)
+        divergence = softened_kl(old, new, self.options.temperature)
+        return step.loss + self.options.strength * divergence
+
+
+class OldModel:
+    """A strategy's model as it is now: the parameters that will train are copied."""
+
+    def __init__(self, strategy: Strategy) -> None:
+        self.strategy = strategy
+        self.parameters = {name: p.detach().clone() for name, p in strategy.trained()}
+
+    @torch.no_grad()
+    def token_logits(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """`Strategy.token_logits` of the model as it was, without gradient and dropout."""
+        model = self.strategy.model
+        training = model.training
+        model.eval()
+        try:
+            return self.strategy.token_logits(
+                batch, lambda **inputs: functional_call(model, self.parameters, (), inputs)
+            )
+        finally:
+            model.train(training)
+
+
+def softened_kl(old: Tensor, new: Tensor, temperature: float = 1.0) -> Tensor:
+    """T^2 KL(softmax(old / T) || softmax(new / T)), the mean over N rows of logits [N, V]."""
+    target = F.log_softmax(old / temperature, -1)
+    prediction = F.log_softmax(new / temperature, -1)
+    divergence = F.kl_div(prediction, target, reduction="batchmean", log_target=True)
+    return temperature**2 * divergence

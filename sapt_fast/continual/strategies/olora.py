@@ -1,0 +1,63 @@
+"""O-LoRA: every task learns in a subspace orthogonal to those of the tasks before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sapt_fast.continual.data import TaskData
+from sapt_fast.continual.objective import Step
+from sapt_fast.continual.strategies.base import Strategy, require
+
+__all__ = ["OLora", "OLoraOptions"]
+
+
+@dataclass(frozen=True)
+class OLoraOptions:
+    """Options of `OLora`."""
+
+    orthogonality: float = field(default=0.5, metadata={"help": "lambda_1, of the overlap."})
+    norm: float = field(default=0.0, metadata={"help": "lambda_2, of the new adapter's norms."})
+
+    def __post_init__(self) -> None:
+        require(self.orthogonality >= 0, "orthogonality", self.orthogonality, "at least 0")
+        require(self.norm >= 0, "norm", self.norm, "at least 0")
+
+
+class OLora(Strategy):
+    """Orthogonal LoRA (Wang et al., Findings of EMNLP 2023), as released.
+
+        L = CE + lambda_1 sum_layers sum |A_past A_t^T| + lambda_2 sum_layers (|A_t|_2 + |B_t|_2)
+
+    y = W x + sum_{k<=t} (alpha / r) B_k A_k x: all adapters are added up for every input, the past
+    ones frozen. The overlap is the sum of absolute values, not of squares. The released scripts
+    differ in lambda_2; we take 0.
+    """
+
+    Options = OLoraOptions
+
+    def begin_task(self, task: TaskData, learned: Sequence[TaskData]) -> None:
+        self.model.sapt.add_task(task.name)
+        self.freeze_router()
+
+    def mixture(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return torch.ones(1, len(self.model.sapt.tasks), device=input_ids.device)
+
+    def objective(self, step: Step) -> Tensor:
+        loss = step.loss + self.options.orthogonality * self.overlap()
+        return loss + self.options.norm * self.norms() if self.options.norm else loss
+
+    def overlap(self) -> Tensor:
+        """sum over layers of sum |A_past A_t^T|, a scalar."""
+        pools = self.model.sapt.pools.values()
+        parts = [(pool.a.frozen @ pool.a.trainable.T).abs().sum() for pool in pools]
+        return torch.stack(parts).sum()
+
+    def norms(self) -> Tensor:
+        """sum over layers of |A_t|_2 + |B_t|_2 (Frobenius), a scalar."""
+        pools = self.model.sapt.pools.values()
+        parts = [part.trainable.norm() for pool in pools for part in (pool.a, pool.b)]
+        return torch.stack(parts).sum()

@@ -1,0 +1,38 @@
+"""SAPT: a key for each adapter, and routing held in place by the reflection loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sapt_fast.continual.data import TaskData
+from sapt_fast.continual.strategies.base import Strategy
+from sapt_fast.continual.trainer import Replay
+
+__all__ = ["Sapt"]
+
+_ROWS_FOR_KEY = 64
+
+
+class Sapt(Strategy):
+    """Shared attention over one adapter for each task (Zhao et al., SAPT, ACL 2024).
+
+        L = CE(x, y; sum_k a_k(x) adapter_k) + kl_ratio sum_{i<t} KL(a_bar_i || a(x_i))
+
+    a(x) are the router's weights of the input, a_bar_i their mean over task i's dev rows when it
+    was learned, x_i inputs kept of task i (`replay`: real ones or pseudo-samples). The adapter,
+    the key and the query projection train.
+    """
+
+    pseudo = True
+    routes = True
+
+    def begin_task(self, task: TaskData, learned: Sequence[TaskData]) -> None:
+        sapt = self.model.sapt
+        sapt.add_task(task.name)
+        if sapt.config.key_init == "mean_query":
+            sapt.init_key(*self.bench.pad(self.bench.inputs(task.train[:_ROWS_FOR_KEY])))
+
+    def reflection(self, learned: Sequence[TaskData]) -> list[Replay]:
+        targets = self.model.sapt.targets
+        kept = ((task.name, self.bench.kept(task)) for task in learned)
+        return [Replay(name, self.bench.inputs(rows), targets[name]) for name, rows in kept if rows]

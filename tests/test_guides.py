@@ -1,0 +1,63 @@
+"""The Python code in the documentation runs, each page from its first line to its last."""
+
+import re
+from pathlib import Path
+
+import pytest
+import transformers
+from tiny_tasks import save_byte_model
+
+import sapt_fast
+from sapt_fast import dispatch, ops
+from sapt_fast.continual.strategies import STRATEGIES
+
+DOCS = Path(__file__).parents[1] / "docs"
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+PAGES = ("quickstart.md", "guides/sapt.md")
+VARIABLES = re.compile(r"SAPT_FAST_[A-Z_]+")
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch):
+    """Runs a page's code on a tiny model in the place of any that it loads by name."""
+    save_byte_model(tmp_path / "model")
+    for name in ("AutoModelForSeq2SeqLM", "AutoTokenizer"):
+        auto = getattr(transformers, name)
+        load = auto.from_pretrained
+        monkeypatch.setattr(auto, "from_pretrained", lambda _, load=load: load(tmp_path / "model"))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+    def run(name):
+        namespace = {}
+        code = "\n".join(BLOCK.findall((DOCS / name).read_text()))
+        exec(compile(code, name, "exec"), namespace)
+        return namespace
+
+    return run
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_code_of_a_page_runs(page, name):
+    left = page(name)
+    assert left["answers"].shape[0] == 2
+    assert left["model"].sapt.tasks == ["reviews", "plurals"]
+
+
+def test_the_reference_has_every_public_name():
+    text = "\n".join(path.read_text() for path in (DOCS / "api").glob("*.md"))
+    named = {line.rpartition(".")[2] for line in text.splitlines() if line.startswith("::: ")}
+    assert {*sapt_fast.__all__, *ops.__all__} - {"__version__"} <= named
+
+
+def test_the_page_on_kernels_names_every_op_backend_and_variable():
+    text = (DOCS / "guides" / "kernels.md").read_text()
+    sources = Path(sapt_fast.__file__).parent.rglob("*.py")
+    variables = {name for path in sources for name in VARIABLES.findall(path.read_text())}
+    for name in (*dispatch.ops(), *dispatch.BACKENDS, *variables):
+        assert f"`{name}`" in text
+
+
+def test_the_page_on_runs_names_every_strategy():
+    text = (DOCS / "guides" / "continual.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == set(STRATEGIES)

@@ -362,8 +362,10 @@ def test_values_out_of_range_touch_nothing_in_the_kernels(grouped, monkeypatch):
         groups = op.pair_groups(t[3], 7, False)
         grads = kernels.mix_experts_bwd(y, *t, h, 1.0, groups, True, True)
         results.append([y, h, *grads])
+    # Not bit for bit: sorted, a large index moves the others' places in their tile, and the BLAS
+    # under the interpreter rounds by place.
     for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+        assert all(_error(a, b) <= 1e-6 for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")

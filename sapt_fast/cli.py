@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -209,7 +210,108 @@ def train(
             typer.echo(f"{name}: {value:.2f}")
     else:
         results = runs.train(source, settings, output, resume=resume, alone=alone or fwt)
-        _show(results_table(results.tasks, results.scores, results.alone))
+        _show(results_table(results.tasks, results.scores, results.alone, metrics=results.metrics))
+    typer.echo(f"written to {output}")
+
+
+@app.command()
+def compare(
+    model: Annotated[str, _option("Folder or name of a transformers model, or 'demo'.")],
+    output: Annotated[Path, _option("Folder of the comparison; one that is there goes on.")],
+    benchmark: Annotated[
+        str, _option("'superni', 'long_sequence', or 'demo' for generated tasks.", panel=_DATA)
+    ] = "superni",
+    data: Annotated[
+        Path | None, _option("Folder that holds SuperNI/ or Long_Sequence/.", panel=_DATA)
+    ] = None,
+    orders: Annotated[
+        list[str] | None,
+        _option(
+            "A published order or task names separated by commas; may be repeated (all tasks).",
+            "--order",
+            panel=_DATA,
+        ),
+    ] = None,
+    dev: Annotated[
+        str | None,
+        _option("'from_train' splits dev rows off (default); 'released': dev.json.", panel=_DATA),
+    ] = None,
+    max_train: Annotated[int | None, _option("Training rows kept of a task.", panel=_DATA)] = None,
+    max_eval: Annotated[int | None, _option("Dev and test rows kept of it.", panel=_DATA)] = None,
+    strategies: Annotated[
+        str,
+        _option(
+            "Methods of `train`, separated by commas; NAME=METHOD gives one another name, so that "
+            "it can stand there twice (sapt,seqlora,joint,replay,ewc,lwf,olora,epi).",
+            panel=_TRAINING,
+        ),
+    ] = "sapt,seqlora,joint,replay,ewc,lwf,olora,epi",
+    seeds: Annotated[str, _option("Seeds, separated by commas (0).", panel=_TRAINING)] = "0",
+    preset: Annotated[
+        str | None, _option("Released settings to start from, as in `train`.", panel=_TRAINING)
+    ] = None,
+    values: Annotated[
+        list[str] | None,
+        _option(
+            "NAME=VALUE for all methods, METHOD.NAME=VALUE for one: any setting of `train` "
+            "(learning_rate, steps, r, ...) or option of the method; may be repeated.",
+            "--set",
+            panel=_TRAINING,
+        ),
+    ] = None,
+    fwt: Annotated[
+        bool, _option("Learn every task alone first, for forward transfer.", panel=_TRAINING)
+    ] = True,
+    tensorboard: Annotated[
+        bool, _option("Write the scores for TensorBoard too.", panel=_MACHINE)
+    ] = False,
+    device: Annotated[
+        str | None, _option("'cpu' or 'cuda' (a GPU where there is one).", panel=_MACHINE)
+    ] = None,
+    dtype: Annotated[str, _option("Type of the weights (float32).", panel=_MACHINE)] = "float32",
+    progress: Annotated[bool, _option("Progress bars (shown).", panel=_MACHINE)] = True,
+) -> None:
+    """Several methods, seeds and orders: one table, score matrices, curves and heat maps.
+
+    Runs that are finished are not run again, so methods and seeds can be added. On the generated
+    tasks (--benchmark demo) settings start from the demo's.
+    """
+    from sapt_fast.continual.compare import compare as compare_runs
+    from sapt_fast.continual.compare import settings_of_rows
+    from sapt_fast.continual.comparison_report import comparison_table
+    from sapt_fast.continual.settings import ContinualSettings, parse_values
+    from sapt_fast.continual.sources import DEMO, Source
+
+    source = Source(
+        model=model,
+        benchmark=benchmark,
+        data=None if data is None else str(data),
+        dev=dev or ("from_train" if preset is None else "released"),
+        max_train=max_train,
+        max_eval=max_eval,
+        dtype=dtype,
+    )
+    base = ContinualSettings.of(preset)
+    context: AbstractContextManager[None] = nullcontext()
+    if benchmark == DEMO and preset is None:
+        from sapt_fast.demo.run import demo_settings, tiny_model
+
+        base, context = demo_settings(), tiny_model()
+    base = base.but(device=device, progress=progress)
+    given = parse_values(values or (), "set")
+    rows = settings_of_rows(base, strategies.split(","), given)
+    shared = {name: value for name, value in given.items() if name in ContinualSettings.names()}
+    try:
+        numbers = [int(seed) for seed in seeds.split(",")]
+    except ValueError:
+        raise ValueError(f"seeds: got {seeds!r}, expected numbers separated by commas") from None
+    with context:
+        comparison = compare_runs(
+            source, rows, output,
+            orders=orders or None, seeds=numbers, alone=base.but(**shared) if fwt else None,
+            tensorboard=tensorboard, progress=progress,
+        )  # fmt: skip
+    _show(comparison_table(comparison))
     typer.echo(f"written to {output}")
 
 
@@ -234,7 +336,7 @@ def evaluate(
         eval_batch_size=eval_batch_size,
         progress=progress,
     )
-    _show(results_table(results.tasks, results.scores, results.alone))
+    _show(results_table(results.tasks, results.scores, results.alone, metrics=results.metrics))
     typer.echo(f"largest deviation from results.json: {results.deviation(stored):.3g}")
 
 

@@ -43,7 +43,7 @@ def fails(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, *argum
     return error
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "demo", "bench", "doctor"])
+@pytest.mark.parametrize("command", ["train", "compare", "eval", "demo", "bench", "doctor"])
 def test_every_command_has_help(command: str) -> None:
     assert command in invoke("--help")
     assert "Usage" in invoke(command, "--help")
@@ -136,6 +136,31 @@ def test_demo_model_on_demo_tasks_from_the_command_line(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["metrics"]["FWT"] is not None
     assert "largest deviation from results.json: 0" in invoke("eval", str(tmp_path / "run"))
+
+
+def test_compare_from_the_command_line(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    common = (
+        "compare", "--model", "demo", "--benchmark", "demo", "--order", "last_first,max_min",
+        "--no-progress", "--output", str(tmp_path),
+    )  # fmt: skip
+    options = ("--strategies", "epi,far=ewc", "--set", "steps=2", "--set", "far.strength=7")
+    output = invoke(*common, *options, "--no-fwt")
+    assert "far" in output
+    stored = json.loads((tmp_path / "compare.json").read_text())
+    assert {c["row"]: c["settings"]["strategy_options"] for c in stored["cells"]} == {
+        "epi": {"shrinkage": 0.1}, "far": {"strength": 7.0, "rows": 64},
+    }  # fmt: skip
+    assert {c["settings"]["steps"] for c in stored["cells"]} == {2}
+    for arguments, message in (
+        (("--strategies", "epi,magic"), "strategies: got 'magic', expected some of sapt"),
+        (("--strategies", "epi", "--set", "steps"), "set: got 'steps', expected NAME=VALUE"),
+        (("--seeds", "0,x"), "seeds: got '0,x'"),
+        (("--order", "max_min,max_min"), "order names a task more than once"),
+        (("--strategies", "epi", "--set", "steps=3"), "settings.steps: 2 there, 3 now"),
+    ):
+        assert message in fails(capsys, monkeypatch, *common, *arguments)
 
 
 def test_real_tasks_killed_resumed_and_evaluated(tmp_path: Path) -> None:

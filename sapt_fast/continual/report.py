@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "attention_heat_map",
+    "markdown_table",
+    "matrix_markdown",
     "results_markdown",
     "results_table",
     "write_attention_heat_map",
@@ -151,14 +153,19 @@ def results_markdown(
 
     `metrics` stand in for those of `scores`.
     """
-    header, rows, computed = _cells(tasks, scores, alone)
+    _, _, computed = _cells(tasks, scores, alone)
     named = (computed if metrics is None else metrics).as_dict()
-    summary = _markdown_table(list(named), [[_number(value) for value in named.values()]])
-    matrix = _markdown_table(header, rows)
+    summary = markdown_table(list(named), [[_number(value) for value in named.values()]])
     return (
-        f"# {title}\n\n{summary}\n\n"
-        f"Score on each task (column) after learning a task (row):\n\n{matrix}\n"
+        f"# {title}\n\n{summary}\n\nScore on each task (column) after learning a task (row):\n\n"
+        f"{matrix_markdown(tasks, scores, alone)}\n"
     )
+
+
+def matrix_markdown(tasks: Sequence[str], scores: ArrayLike, alone: ArrayLike | None = None) -> str:
+    """The score matrix as a Markdown table; arguments and errors as `results_table`."""
+    header, rows, _ = _cells(tasks, scores, alone)
+    return markdown_table(header, rows)
 
 
 def write_json(path: str | os.PathLike[str], data: Any) -> Path:
@@ -302,7 +309,8 @@ def _number(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.2f}"
 
 
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; bars in cells are escaped."""
     lines = [header, ["---"] * len(header), *rows]
     escaped = ([cell.replace("|", "\\|") for cell in line] for line in lines)
     return "\n".join(f"| {' | '.join(line)} |" for line in escaped)

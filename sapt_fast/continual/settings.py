@@ -190,13 +190,22 @@ class ContinualSettings:
         if preset is not None and preset not in PRESETS:
             raise ValueError(f"preset: got {preset!r}, expected one of {', '.join(PRESETS)}")
         base = cls() if preset is None else cls.official(*PRESETS[preset])
+        return base.but(**values)
+
+    def but(self, **values: Any) -> ContinualSettings:
+        """These settings with other values; arguments and errors as `of`.
+
+        The options of another strategy start from its defaults.
+        """
         given = {name: value for name, value in values.items() if value is not None}
-        unknown = sorted(set(given) - set(cls.names()))
+        unknown = sorted(set(given) - set(self.names()))
         if unknown:
             raise ValueError(f"ContinualSettings: got unknown fields {unknown}")
+        if given.get("strategy", self.strategy) != self.strategy:
+            given.setdefault("strategy_options", {})
         router = {f.name for f in fields(SaptConfig)}
-        config = replace(base.sapt, **{n: v for n, v in given.items() if n in router})
-        return replace(base, sapt=config, **{n: v for n, v in given.items() if n not in router})
+        config = replace(self.sapt, **{n: v for n, v in given.items() if n in router})
+        return replace(self, sapt=config, **{n: v for n, v in given.items() if n not in router})
 
     @classmethod
     def names(cls) -> list[str]:

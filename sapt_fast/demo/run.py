@@ -23,7 +23,7 @@ from sapt_fast.methods.sapt import SaptConfig
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["demo_settings", "demo_tables", "run_demo"]
+__all__ = ["demo_settings", "demo_tables", "run_demo", "tiny_model"]
 
 STRATEGIES = ("sapt", "seqlora")
 
@@ -75,7 +75,7 @@ def run_demo(
     folder, tasks, tokenizer = Path(output_dir), demo_tasks(seed), CharTokenizer()
     start = time.perf_counter()
     results: dict[str, Results] = {}
-    with _small():
+    with tiny_model():
         settings = demo_settings("single", seed=seed, progress=progress)
         alone = run_alone(load_backbone(), tokenizer, tasks, folder / "alone", settings)
         for strategy in STRATEGIES:
@@ -120,7 +120,7 @@ def demo_tables(results: Mapping[str, Results]) -> tuple[Table, Table]:
 
 
 @contextmanager
-def _small() -> Iterator[None]:
+def tiny_model() -> Iterator[None]:
     """What many trainings of a tiny model want: a second thread only costs, and the garbage
     collections of each Trainer need not search all that was imported."""
     threads = torch.get_num_threads()

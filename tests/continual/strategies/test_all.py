@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +79,27 @@ def test_resuming_after_sigkill_gives_the_same_weights(tmp_path: Path) -> None:
             assert results[0][field] == results[1][field]
         if name != "t5-lfpt5":
             assert (resumed / last).read_bytes() == (whole / last).read_bytes()
+
+
+def test_the_guides_own_method_runs(tmp_path: Path) -> None:
+    guide = Path(__file__).parents[3] / "docs" / "guides" / "strategies.md"
+    (code,) = re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL)
+    names = set(STRATEGIES)
+    try:
+        exec(code, {})
+        (own,) = set(STRATEGIES) - names
+        tasks = make_tasks(2, train=4, held_out=1)
+        settings = make_settings(strategy=own, steps=2)
+        results = run_continual(make_model("t5"), CharTokenizer(), tasks, tmp_path, settings)
+        assert results.scores.shape == (2, 2)
+    finally:
+        for name in set(STRATEGIES) - names:
+            del STRATEGIES[name]
+
+
+def test_the_guide_names_every_strategy_and_option() -> None:
+    guide = (Path(__file__).parents[3] / "docs" / "guides" / "strategies.md").read_text()
+    for name, kind in STRATEGIES.items():
+        (line,) = [line for line in guide.splitlines() if line.startswith(f"| `{name}` |")]
+        for field in fields(kind.Options):
+            assert f"`{field.name}`" in line, (name, field.name)

@@ -1,0 +1,279 @@
+"""Several methods over several seeds and orders: one table, resumable cell by cell."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm.auto import tqdm
+
+from sapt_fast._files import is_folder_name
+from sapt_fast.continual.loop import ALONE_NAME, run_alone, run_continual
+from sapt_fast.continual.orders import resolve_order
+from sapt_fast.continual.settings import ContinualSettings, differences
+from sapt_fast.continual.sources import Source
+from sapt_fast.continual.state import read_json
+from sapt_fast.continual.strategies import STRATEGIES
+from sapt_fast.handle import SaptHandle
+from sapt_fast.patching import unpatch
+
+__all__ = ["Cell", "Comparison", "compare", "settings_of_rows"]
+
+logger = logging.getLogger(__name__)
+
+ALONE_ROW = "alone"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a comparison.
+
+    Attributes:
+        row: the method's name in the table.
+        order: name of the order of tasks.
+        seed: of the run and its rows.
+        folder: where the run is.
+        results: its results.json.
+    """
+
+    row: str
+    order: str
+    seed: int
+    folder: Path
+    results: Mapping[str, Any]
+
+    @property
+    def scores(self) -> NDArray[np.float64]:
+        """[T, T], nan above the diagonal."""
+        return np.array(self.results["scores"], dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison came to.
+
+    Attributes:
+        rows: the methods, in the order of the table.
+        cells: all runs, seeds and orders of a method one after the other.
+        folder: where the runs and the report are.
+    """
+
+    rows: tuple[str, ...]
+    cells: tuple[Cell, ...]
+    folder: Path
+
+    def of(self, row: str) -> list[Cell]:
+        """The runs of a method."""
+        return [cell for cell in self.cells if cell.row == row]
+
+
+def compare(
+    source: Source,
+    rows: Mapping[str, ContinualSettings],
+    output_dir: str | PathLike[str],
+    *,
+    orders: Sequence[str] | None = None,
+    seeds: Sequence[int] = (0,),
+    alone: ContinualSettings | None = None,
+    tensorboard: bool = False,
+    progress: bool = True,
+) -> Comparison:
+    """Runs every method on every seed and order, and reports them in one table.
+
+    Killed at any point and called again with the same arguments, it goes on: runs that are
+    finished are read, one that is not is resumed. Methods, seeds and orders may be added later.
+
+    Args:
+        source: the model and the tasks; its `tasks` and `seed` are those of each run.
+        rows: settings by the name that stands in the table; their `seed` is that of each run.
+        output_dir: gets a folder of each run (`<row>/<order>-seed<n>`), and compare.json,
+            compare.md and the plots of `comparison_report`.
+        orders: orders of tasks as `resolve_order` takes them; None for that of `source`.
+        seeds: distinct seeds.
+        alone: with these settings every task is learned alone first, once for each seed, for
+            FWT; None for no FWT.
+        tensorboard: write the scores of each run for TensorBoard too.
+        progress: show how many runs are done.
+
+    Raises:
+        ImportError: `tensorboard` is not installed and asked for.
+        ValueError: no rows, orders or seeds, one twice, a row named as no folder can be; or
+            `output_dir` holds a run of that name with other settings.
+        FileNotFoundError, ValueError: as `Source` and `run_continual`.
+    """
+    from sapt_fast.continual.comparison_report import write_comparison
+
+    folder = Path(output_dir)
+    named = _named_orders(source, orders)
+    _check(rows, named, seeds)
+    if tensorboard:
+        from sapt_fast.continual.tensorboard import require_tensorboard
+
+        require_tensorboard()
+    plan = [(order, seed, row) for order in named for seed in seeds for row in rows]
+    model = None
+    cells: dict[tuple[str, str, int], Cell] = {}
+    bar = tqdm(plan, desc="comparison", unit="run", disable=not progress)
+    for order, seed, row in bar:
+        bar.set_postfix_str(f"{row}, {order}, seed {seed}")
+        here = replace(source, tasks=named[order], seed=seed)
+        settings = replace(rows[row], seed=seed)
+        path = folder / row / f"{order}-seed{seed}"
+        if not _finished(path / "results.json", here, settings):
+            model = here.load_model() if model is None else model
+            scores = None
+            if alone is not None:
+                single = replace(alone, strategy="single", strategy_options={}, seed=seed)
+                scores = _alone(model, here, single, folder / ALONE_ROW / f"seed{seed}")
+            _run(model, here, settings, path, scores)
+        cell = Cell(row, order, seed, path, read_json(path / "results.json"))
+        cells[row, order, seed] = cell
+        if tensorboard:
+            from sapt_fast.continual.tensorboard import write_scalars
+
+            write_scalars(folder / "tensorboard" / row / f"{order}-seed{seed}", cell)
+    ordered = [cells[row, order, seed] for row in rows for order in named for seed in seeds]
+    comparison = Comparison(tuple(rows), tuple(ordered), folder)
+    write_comparison(comparison)
+    return comparison
+
+
+def settings_of_rows(
+    base: ContinualSettings, names: Sequence[str], values: Mapping[str, Any]
+) -> dict[str, ContinualSettings]:
+    """Settings of the rows of a comparison, as the command line names them.
+
+    Args:
+        base: what all start from.
+        names: "<strategy>", or "<row>=<strategy>" for a row of another name.
+        values: by "<setting>" for all rows, or "<row>.<setting>" for one; a setting is a field of
+            ContinualSettings or SaptConfig, or an option of the row's strategy.
+
+    Raises:
+        ValueError: an unknown strategy, row or setting, a row twice, or a value that does not fit.
+
+    Example:
+        >>> rows = settings_of_rows(
+        ...     ContinualSettings(), ["seqlora", "strong=ewc"], {"strong.strength": 9, "steps": 5})
+        >>> rows["strong"].strategy_options["strength"], rows["seqlora"].steps
+        (9.0, 5)
+    """
+    strategies: dict[str, str] = {}
+    for name in names:
+        row, _, strategy = (part.strip() for part in name.partition("="))
+        if row in strategies:
+            raise ValueError(f"strategies: got {row!r} twice; name one of them NAME={row}")
+        strategies[row] = strategy or row
+    unknown = sorted(set(strategies.values()) - set(STRATEGIES))
+    if unknown:
+        raise ValueError(
+            f"strategies: got {', '.join(map(repr, unknown))}, expected some of "
+            f"{', '.join(STRATEGIES)}"
+        )
+    for name in values:
+        row, dot, _ = name.partition(".")
+        if dot and row not in strategies:
+            raise ValueError(
+                f"set: got {name!r}, but there is no row {row!r} among {[*strategies]}"
+            )
+    return {row: _settings_of(base, row, kind, values) for row, kind in strategies.items()}
+
+
+def _settings_of(
+    base: ContinualSettings, row: str, strategy: str, values: Mapping[str, Any]
+) -> ContinualSettings:
+    own = {n.partition(".")[2]: v for n, v in values.items() if n.startswith(f"{row}.")}
+    chosen = {**{n: v for n, v in values.items() if "." not in n}, **own}
+    settings = set(ContinualSettings.names())
+    options = {n: v for n, v in chosen.items() if n not in settings}
+    if base.strategy == strategy:
+        options = {**base.strategy_options, **options}
+    try:
+        return base.but(
+            strategy=strategy,
+            strategy_options=options,
+            **{n: v for n, v in chosen.items() if n in settings},
+        )
+    except ValueError as error:
+        raise ValueError(f"{row}: {error}") from error
+
+
+def _named_orders(source: Source, orders: Sequence[str] | None) -> dict[str, str | None]:
+    if orders is None:
+        return {"order": source.tasks}
+    if not orders:
+        raise ValueError("orders: got none, expected at least one")
+    named: dict[str, str | None] = {}
+    for number, order in enumerate(orders, start=1):
+        resolve_order(order)  # names a task that stands twice
+        name = f"order{number}" if "," in order else order
+        if name in named:
+            raise ValueError(f"orders: got {order!r} twice")
+        named[name] = order
+    return named
+
+
+def _check(
+    rows: Mapping[str, ContinualSettings], orders: Mapping[str, Any], seeds: Sequence[int]
+) -> None:
+    if not rows or not seeds:
+        raise ValueError(f"{'seeds' if rows else 'rows'}: got none, expected at least one")
+    if len(set(seeds)) != len(seeds):
+        raise ValueError(f"seeds: got {list(seeds)}, expected distinct ones")
+    for row, settings in rows.items():
+        if not is_folder_name(row) or row == ALONE_ROW:
+            raise ValueError(f"rows: got {row!r}, expected a name fit for a folder")
+        if STRATEGIES[settings.strategy].alone:
+            raise ValueError(f"rows: {row!r} is 'single', which has no sequence to compare")
+    for order in orders:
+        if not is_folder_name(order):
+            raise ValueError(f"orders: got {order!r}, expected a name fit for a folder")
+
+
+def _finished(result: Path, source: Source, settings: ContinualSettings) -> bool:
+    """Whether the run is there with its result, and is the one that is asked for."""
+    if not result.is_file():
+        return False
+    run = read_json(result.parent / "run.json")
+    asked = {"settings": settings.to_dict(), "source": source.to_dict()}
+    if result.name == ALONE_NAME:  # where the order does not matter
+        asked["source"]["tasks"] = run["source"]["tasks"]
+    found = differences({name: run[name] for name in asked}, asked)
+    if found:
+        raise ValueError(
+            f"output_dir: {result.parent} holds a run with other settings: " + "; ".join(found)
+        )
+    return True
+
+
+def _alone(
+    model: tuple[Any, Any], source: Source, settings: ContinualSettings, path: Path
+) -> dict[str, float]:
+    """Scores of the tasks learned alone; any order's will do."""
+    if _finished(path / ALONE_NAME, source, settings):
+        return read_json(path / ALONE_NAME)
+    return run_alone(*model, source.load_tasks(), path, settings, source=source.to_dict())
+
+
+def _run(
+    model: tuple[Any, Any],
+    source: Source,
+    settings: ContinualSettings,
+    path: Path,
+    alone: Mapping[str, float] | None,
+) -> None:
+    base, tokenizer = model
+    try:
+        run_continual(
+            base, tokenizer, source.load_tasks(), path, settings,
+            alone=alone, source=source.to_dict(),
+        )  # fmt: skip
+    finally:
+        if isinstance(getattr(base, "sapt", None), SaptHandle):
+            unpatch(base)

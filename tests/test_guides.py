@@ -9,7 +9,6 @@ from tiny_tasks import save_byte_model
 
 import sapt_fast
 from sapt_fast import dispatch, ops
-from sapt_fast.continual.strategies import STRATEGIES
 
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -56,8 +55,3 @@ def test_the_page_on_kernels_names_every_op_backend_and_variable():
     variables = {name for path in sources for name in VARIABLES.findall(path.read_text())}
     for name in (*dispatch.ops(), *dispatch.BACKENDS, *variables):
         assert f"`{name}`" in text
-
-
-def test_the_page_on_runs_names_every_strategy():
-    text = (DOCS / "guides" / "continual.md").read_text()
-    assert set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == set(STRATEGIES)

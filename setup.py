@@ -10,6 +10,9 @@
 
 ``SAPT_FAST_CUDA_ARCHS`` lists the GPU architectures, for instance ``"80;90a;100+PTX"``; ``all`` are
 those of the released wheels.
+
+A wheel with CUDA kernels has the toolkit in its name as the build tag, ``1cu130``. Installers take
+it before the wheel of the same version without: it runs on machines without a GPU too.
 """
 
 from __future__ import annotations
@@ -85,6 +88,15 @@ def find_nvcc() -> str | None:
     if home:
         return shutil.which("nvcc", path=str(Path(home) / "bin"))
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def cuda_release(nvcc: str) -> str:
+    """The toolkit's release without the point, such as ``130``."""
+    printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+)\.(\d+)", printed)
+    if found is None:
+        raise BuildError(f"{nvcc} --version names no release: {printed!r}")
+    return found[1] + found[2]
 
 
 class Plan:
@@ -215,7 +227,8 @@ class BuildNative(build_ext):
             try:
                 if nvcc is None:
                     raise BuildError("nvcc was not found (CUDA_HOME, PATH, /usr/local/cuda)")
-                return Plan(folder / "cuda", target, nvcc).run()
+                Plan(folder / "cuda", target, nvcc).run()
+                return self._name_wheel(f"1cu{cuda_release(nvcc)}")
             except BuildError as error:
                 if mode == "cuda":
                     raise
@@ -228,6 +241,11 @@ class BuildNative(build_ext):
             reason = f"installed as pure Python: {error}"
         if reason:
             print(f"sapt-fast: {reason}", file=sys.stderr)
+
+    def _name_wheel(self, build_tag: str) -> None:
+        wheel = self.distribution.get_command_obj("bdist_wheel", create=False)
+        if wheel is not None:
+            wheel.build_number = build_tag
 
 
 def main() -> None:

@@ -37,6 +37,11 @@ def arguments(description: str | None, sections: tuple[str, ...] = ()) -> argpar
             action="store_true",
             help="let the CUDA kernels that were right here be chosen unasked from now on",
         )
+        parser.add_argument(
+            "--sanitize",
+            action="store_true",
+            help="the CUDA kernels' GPU tests under compute-sanitizer too, which takes long",
+        )
     return parser.parse_args()
 
 

@@ -1,7 +1,7 @@
 """Everything at once on a machine with an NVIDIA GPU: one JSON file and a short table.
 
 Environment, correctness of every backend and every op in every dtype, layers and ops against what
-else computes them, by themselves and as CUDA graphs, and whole training steps.
+else computes them, by themselves and as CUDA graphs, decoding steps, and whole training steps.
 """
 
 import gc
@@ -13,8 +13,10 @@ from dataclasses import replace
 from typing import Any
 
 import checks
+import decode_pair
 import measure
 import op_checks
+import sanitizer
 import torch
 from checks import ratio, target
 from providers import Layer
@@ -34,6 +36,11 @@ TRAINING = [
     Layer(16, 512, 8192, 8192, 64, 16, BF16),
 ]
 DECODE = [Layer(batch, 1, 4096, 4096, 15, 4, BF16) for batch in (1, 16)]
+PAIRS = [Layer(batch, 1, 4096, 4096, 15, 4, BF16) for batch in (1, 2, 4, 8, 16)]
+# Of many adapters a few carry weight; then these few are all there are.
+FEW_OF_MANY = [
+    (replace(row, adapters=64), replace(row, adapters=4)) for row in (PAIRS[0], PAIRS[-1])
+]
 T5_LARGE = Step("t5", 1024, 2816, 24, 16, 32128, 8, 512, 50, adapters=15, dtype="bfloat16")
 LLAMA_7B_4_LAYERS = Step(
     "llama", 4096, 11008, 4, 32, 32000, 2, 974, 50, adapters=15, dtype="bfloat16"
@@ -47,7 +54,12 @@ def main() -> int:
         print("gpu_check needs an NVIDIA GPU that torch can use; cpu_check runs anywhere")
         return 2
     result = collect(options.quick, options.only, lambda part: measure.save(part, options.out))
+    if options.sanitize:
+        result["sanitizer"] = {tool: sanitizer.run(tool) for tool in sanitizer.TOOLS}
     status = checks.finish(result, options.out)
+    for tool, row in (result["sanitizer"] or {}).items():
+        print(f"{tool}: {row['said']}")
+        status = status or int(row["ok"] is False)
     if options.record:
         print(f"recorded as right on a GPU: {', '.join(_record(result)) or 'none'}")
     for failure in result["failures"]:
@@ -74,7 +86,9 @@ def collect(
         "layers": [],
         "ops": {},
         "ways of mix_experts": None,
+        "decode": [],
         "steps": [],
+        "sanitizer": None,
     }
     for name, section in SECTIONS.items():
         if only in (None, name):
@@ -134,7 +148,9 @@ def _ops(quick: bool, guard: "_Guard", result: Result) -> Iterator[None]:
     yield
     result["correctness"] |= _cuda_gate(guard, sizes.checked)
     yield
-    measured = guard("speed of the ops", op_checks.speed, DEVICE, sizes, gate, repeats=repeats)
+    measured = guard(
+        "speed of the ops", op_checks.speed, DEVICE, sizes, result["correctness"], repeats=repeats
+    )
     result["ops"], targets = measured or ({}, [])
     result["targets"] += targets
     yield
@@ -179,6 +195,54 @@ def _record(result: Result) -> list[str]:
     return right
 
 
+def _decode(quick: bool, guard: "_Guard", result: Result) -> Iterator[None]:
+    pairs, many, repeats = PAIRS, FEW_OF_MANY, 5 if quick else 200
+    if quick:
+        pairs = [replace(row, width=256, out=256) for row in pairs[:1]]
+        many = [tuple(replace(r, width=256, out=256) for r in rows) for rows in many[:1]]
+    checked: dict[str, Any] = {"ok": True, "cases": []}
+
+    def measured(layer: Layer, carrying: int | None = None) -> dict[str, Any] | None:
+        layer = replace(layer, device=DEVICE)
+        row = guard(f"pair of {layer}", decode_pair.times, layer, carrying, repeats=repeats)
+        if row is None:
+            return None
+        result["decode"].append(row)
+        checked["cases"].append({k: row[k] for k in ("layer", "carrying", "errors", "failed")})
+        checked["ok"] = checked["ok"] and row["ok"]
+        result["correctness"]["pairs of mixed_lora"] = checked
+        return row
+
+    for layer in pairs:
+        if row := measured(layer):
+            result["targets"] += _pair_targets(layer, row)
+        yield
+    for layer, few in many:
+        rows = [measured(layer, carrying=few.adapters), measured(few)]
+        if all(rows):
+            result["targets"].append(_few_of_many_target(layer, few, *rows))
+        yield
+
+
+def _pair_targets(layer: Layer, row: dict[str, Any]) -> list[dict[str, Any]]:
+    ours = decode_pair.chosen(row) or "ours"
+    what = f"decode of a pair, graph, B {layer.batch}"
+    over = ratio(row["ms"], "peft", ours)
+    return [
+        target(f"{what}: {ours} / base linears", ratio(row["ms"], ours, "base"), 1.15),
+        target(f"{what}: PEFT loop / {ours}", over, 8, at_least=True),
+    ]
+
+
+def _few_of_many_target(
+    layer: Layer, few: Layer, of_many: dict[str, Any], alone: dict[str, Any]
+) -> dict[str, Any]:
+    ours = decode_pair.chosen(of_many) or "ours"
+    both = {n: r["ms"][ours] for n, r in (("many", of_many), ("few", alone)) if ours in r["ms"]}
+    what = f"{few.adapters} of {layer.adapters} adapters carry weight / {few.adapters} adapters"
+    return target(f"decode, B {layer.batch}, {ours}: {what}", ratio(both, "many", "few"), 1.15)
+
+
 def _steps(quick: bool, guard: "_Guard", result: Result) -> Iterator[None]:
     steps, repeats = [T5_LARGE, LLAMA_7B_4_LAYERS], 5 if quick else 10
     if quick:
@@ -206,7 +270,7 @@ def _steps(quick: bool, guard: "_Guard", result: Result) -> Iterator[None]:
     yield
 
 
-SECTIONS = {"layers": _layers, "ops": _ops, "steps": _steps}
+SECTIONS = {"layers": _layers, "ops": _ops, "decode": _decode, "steps": _steps}
 
 
 class _Guard:

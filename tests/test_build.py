@@ -4,9 +4,11 @@ import ast
 import importlib.util
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
+from setuptools import Distribution
 
 import sapt_fast
 
@@ -27,9 +29,14 @@ def build():
 @pytest.fixture
 def command(build, tmp_path, monkeypatch):
     """Runs build_ext for a mode, with the compilations replaced by `plans`."""
-    from setuptools import Distribution, Extension
+    from setuptools import Extension
 
-    def run(mode: str | None, plans: dict[str, Exception | None], nvcc: str | None = "nvcc"):
+    def run(
+        mode: str | None,
+        plans: dict[str, Exception | None],
+        nvcc: str | None = "nvcc",
+        distribution: Distribution | None = None,
+    ):
         ran = []
 
         class Plan:
@@ -43,11 +50,12 @@ def command(build, tmp_path, monkeypatch):
 
         monkeypatch.setattr(build, "Plan", Plan)
         monkeypatch.setattr(build, "find_nvcc", lambda: nvcc)
+        monkeypatch.setattr(build, "cuda_release", lambda nvcc: "130")
         monkeypatch.delenv("SAPT_FAST_BUILD", raising=False)
         if mode is not None:
             monkeypatch.setenv("SAPT_FAST_BUILD", mode)
         extension = Extension("sapt_fast._C", sources=[])
-        step = build.BuildNative(Distribution({"ext_modules": [extension]}))
+        step = build.BuildNative(distribution or Distribution({"ext_modules": [extension]}))
         step.build_lib, step.build_temp = str(tmp_path / "lib"), str(tmp_path / "temp")
         step.ensure_finalized()
         step.build_extension(extension)
@@ -91,6 +99,45 @@ class TestDegrading:
             command("cuda", {"cpu": None}, nvcc=None)
         with pytest.raises(build.BuildError, match="no g"):
             command("cpu", {"cpu": build.BuildError("no g++")})
+
+
+@pytest.mark.parametrize(
+    ("mode", "failure", "name"),
+    [
+        ("auto", None, "sapt_fast-0.1.0-1cu130"),
+        ("cuda", None, "sapt_fast-0.1.0-1cu130"),
+        ("auto", "too old", "sapt_fast-0.1.0"),
+        ("cpu", None, "sapt_fast-0.1.0"),
+    ],
+)
+def test_the_name_of_a_wheel_says_what_it_holds(build, command, mode, failure, name):
+    distribution = Distribution({"name": "sapt-fast", "version": "0.1.0"})
+    wheel = distribution.get_command_obj("bdist_wheel")
+    failed = build.BuildError(failure) if failure else None
+    command(mode, {"cuda": failed, "cpu": None}, distribution=distribution)
+    assert wheel.wheel_dist_name == name
+
+
+def test_cuda_release(build, tmp_path):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.88'\n")
+    nvcc.chmod(0o755)
+    assert build.cuda_release(str(nvcc)) == "130"
+    nvcc.write_text("#!/bin/sh\necho none\n")
+    with pytest.raises(build.BuildError, match="names no release"):
+        build.cuda_release(str(nvcc))
+
+
+def test_the_source_distribution_can_be_built_from(tmp_path):
+    command = [sys.executable, "setup.py", "-q", "egg_info", "-e", str(tmp_path)]
+    command += ["sdist", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    [archive] = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        held = {name.partition("/")[2] for name in opened.getnames()}
+    sources = [p for kind in ("cpp", "h", "cu") for p in (ROOT / "csrc").rglob(f"*.{kind}")]
+    for path in [*sources, ROOT / "setup.py", ROOT / "sapt_fast/cuda_kernels/recorded.json"]:
+        assert str(path.relative_to(ROOT)) in held
 
 
 def test_cuda_architectures(build):

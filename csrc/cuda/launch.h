@@ -18,6 +18,8 @@ inline void check(cudaError_t status, const char* kernel) {
     if (status == cudaErrorNoKernelImageForDevice) {
         message += "; this build lacks the GPU's architecture: add it to SAPT_FAST_CUDA_ARCHS"
                    " and reinstall";
+    } else if (status == cudaErrorMemoryAllocation) {
+        message += "; free GPU memory, or pass fewer rows or queries at a time";
     }
     throw std::runtime_error(message);
 }

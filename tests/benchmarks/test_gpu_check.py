@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 
 import checks
+import decode_pair
 import gpu_check
 import measure
 import op_checks
@@ -118,13 +119,32 @@ def test_speed_of_every_op_and_its_targets(clock):
         assert row["peak_bytes"].keys() == {"ours", "torch"}
         # the graph takes two milliseconds by this clock, the copy one
         expected = row["moved_bytes"] / (2 * size) * 1e-3 / 2e-3
-        assert row["share_of_copy"] == pytest.approx(expected)
+        assert row["share_of_copy"] == {"ours": pytest.approx(expected)}
     values = {row["what"]: row["value"] for row in targets}
     assert values.pop("topk_keys: peak memory, all / a quarter of the keys") is None  # on a GPU
-    assert len(values) == 6
+    assert values.pop("nearest_key (cuda): share of copy bandwidth") is None  # likewise
+    assert len(values) == 7
     assert all(value is not None for value in values.values())
     assert values["router under a graph: milliseconds"] == 2.0
     assert values["nearest_key: ours / torch"] == pytest.approx(1 / 3)
+
+
+def test_cuda_kernels_are_timed_beside_those_of_triton(clock, monkeypatch):
+    given = []
+
+    def bare(case, inputs, backend):
+        given.append((case.op, backend))
+        return lambda: None
+
+    monkeypatch.setattr(op_checks, "bare", bare)
+    gate = {**PASSED, "nearest_key_cuda": {"ok": True}, "router_cuda": {"ok": False}}
+    result, targets = op_checks.speed("cpu", op_checks.QUICK, gate, repeats=2)
+    assert [op for op, backend in given if backend == "cuda"] == ["nearest_key"]
+    [row] = [row for row in result["rows"] if row["op"] == "nearest_key"]
+    assert list(row["ms"]) == ["ours", "ours_graph", "cuda", "cuda_graph", "torch"]
+    values = {row["what"]: row["value"] for row in targets}
+    both = [f"nearest_key{by}: share of copy bandwidth" for by in ("", " (cuda)")]
+    assert values[both[0]] == pytest.approx(2 * values[both[1]])  # by this clock
 
 
 def test_no_speed_where_correctness_failed(clock):
@@ -198,6 +218,7 @@ def nothing_fits(monkeypatch):
     for module, names in (
         (checks, ("layer_times", "step_times")),
         (op_checks, ("graph_times",)),
+        (decode_pair, ("times",)),
     ):
         for name in names:
             monkeypatch.setattr(module, name, _raises)
@@ -211,8 +232,9 @@ def test_a_section_that_raises_leaves_the_others(nothing_fits, monkeypatch):
     result = gpu_check.collect(quick=True)
     assert {row["raised"] for row in result["failures"]} == {"RuntimeError: out of memory"}
     sections = [row["section"] for row in result["failures"]]
-    assert sum("B16" in name or "B2" in name or "B1 " in name for name in sections) == 5
-    assert sections[5:] == ["t5 step", "llama step", "K 2 and K 64"]
+    assert all("B16" in name or "B2" in name or "B1 " in name for name in sections[:5])
+    assert [name.split(" of ")[0] for name in sections[5:8]] == ["pair"] * 3
+    assert sections[8:] == ["t5 step", "llama step", "K 2 and K 64"]
     assert all("not_measured" in row for row in result["ops"]["rows"])
     assert result["layers"] == []
     assert result["correctness"] == right | {"router": {"ok": False}}
@@ -221,7 +243,10 @@ def test_a_section_that_raises_leaves_the_others(nothing_fits, monkeypatch):
 def test_no_layer_and_no_step_is_timed_where_correctness_failed(nothing_fits, monkeypatch):
     monkeypatch.setattr(checks, "correctness", _raises)
     result = gpu_check.collect(quick=True)
-    assert [row["section"] for row in result["failures"]] == ["correctness of mixed_lora"] * 2
+    sections = [row["section"] for row in result["failures"]]
+    assert [name for name in sections if not name.startswith("pair of")] == [
+        "correctness of mixed_lora"
+    ] * 2
     assert (result["layers"], result["steps"]) == ([], [])
 
 

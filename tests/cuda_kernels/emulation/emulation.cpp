@@ -4,6 +4,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda_runtime.h"
@@ -53,6 +54,7 @@ std::unique_ptr<Launch> pending;
 uint64_t order_seed = 0;
 uint64_t generator = 0;
 std::string error;
+cudaError_t refused = cudaSuccess;
 std::vector<std::unique_ptr<char[]>> free_stacks;
 
 uint64_t random_below(uint64_t count) {
@@ -225,6 +227,10 @@ const char* last_error() { return error.c_str(); }
 
 cudaError_t submit(Launch launch) {
     error.clear();
+    if (refused != cudaSuccess) {
+        error = "refused";
+        return std::exchange(refused, cudaSuccess);
+    }
     const dim3& grid = launch.grid;
     if (launch.block.x == 0 || launch.block.x > 1024 || launch.block.x % kWarp != 0 ||
         launch.block.y != 1 || launch.block.z != 1) {
@@ -259,6 +265,8 @@ void set_order(uint64_t seed) {
     order_seed = seed;
     generator = seed * 0x9e3779b97f4a7c15u;
 }
+
+void refuse_next(int status) { refused = static_cast<cudaError_t>(status); }
 
 void block_barrier() { give_way(State::at_block_barrier); }
 

@@ -14,6 +14,7 @@ PYBIND11_MODULE(emulated_cuda, m) {
     m.attr("FLOAT64") = static_cast<int>(DType::float64);
     bind_cuda(m);
     m.def("set_order", &emulation::set_order);
+    m.def("refuse_next", &emulation::refuse_next);
     m.def("synchronize", &emulation::synchronize);
     m.def("run_toy", [](const std::string& name, Address from, Address to) {
         run_toy(name, at<const float>(from), at<float>(to));

@@ -43,6 +43,13 @@ def train(
         str | None,
         _option("Task names separated by commas, in place of an order.", panel=_DATA),
     ] = None,
+    kind: Annotated[
+        str,
+        _option(
+            "'seq2seq', 'causal' or 'encoder' (inputs are matched to label strings); 'auto' goes "
+            "by the model's architecture.",
+        ),
+    ] = "auto",
     dev: Annotated[
         str | None,
         _option("'from_train' splits dev rows off (default); 'released': dev.json.", panel=_DATA),
@@ -104,6 +111,13 @@ def train(
     ] = None,
     max_source_length: Annotated[
         int | None, _option("Tokens of a prompt (512).", panel=_TRAINING)
+    ] = None,
+    instruction_tokens: Annotated[
+        int | None, _option("Tokens of the instruction an encoder reads (all).", panel=_TRAINING)
+    ] = None,
+    label_temperature: Annotated[
+        float | None,
+        _option("Divisor of an encoder's cosines with labels (0.05).", panel=_TRAINING),
     ] = None,
     max_target_length: Annotated[
         int | None, _option("Tokens of an answer (50).", panel=_TRAINING)
@@ -169,6 +183,10 @@ def train(
         str | None, _option("'cpu' or 'cuda' (a GPU where there is one).", panel=_MACHINE)
     ] = None,
     dtype: Annotated[str, _option("Type of the weights (float32).", panel=_MACHINE)] = "float32",
+    attention: Annotated[
+        str | None,
+        _option("Attention of transformers; 'eager' may be quicker on a CPU.", panel=_MACHINE),
+    ] = None,
     bf16: Annotated[bool | None, _option("Train under bfloat16 autocast.", panel=_MACHINE)] = None,
     gradient_checkpointing: Annotated[
         bool | None, _option("Recompute activations in the backward pass.", panel=_MACHINE)
@@ -196,6 +214,8 @@ def train(
         max_train=max_train,
         max_eval=max_eval,
         dtype=dtype,
+        kind=kind,
+        attention=attention,
         seed=seed,
     )
     if target_modules is not None:

@@ -6,13 +6,13 @@ from dataclasses import replace
 import torch
 from tiny_models import tiny
 from tokenizers import Tokenizer, decoders
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from sapt_fast import SaptConfig
-from sapt_fast.continual.data import TaskData
+from sapt_fast.continual.data import Example, TaskData
 from sapt_fast.continual.settings import ContinualSettings
 from sapt_fast.continual.sources import demo_tasks
 from sapt_fast.demo.tasks import CharTokenizer
@@ -75,3 +75,44 @@ def save_byte_model(folder, family="t5", dtype=torch.float32, **config) -> None:
     layers = "num_layers" if family == "t5" else "num_hidden_layers"
     model = tiny(family, vocab_size=len(vocabulary), **{layers: 1, **config})
     model.to(dtype).save_pretrained(folder)
+
+
+WORDS = ("yes", "no", "red", "blue", "north", "south", "pick", "choose", "word", "of", "a", "b")
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word of `WORDS`, between [CLS] and [SEP], as BERT's."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    vocabulary = {token: index for index, token in enumerate([*special, *WORDS])}
+    tokenizer = Tokenizer(WordLevel(vocab=vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token"), special, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+def make_encoder(seed: int = 0, vocabulary: int = 4 + len(WORDS)) -> PreTrainedModel:
+    """A tiny BertModel without pooler; the same weights every time."""
+    bert = tiny("bert", seed, vocab_size=vocabulary, initializer_range=0.5).bert
+    return bert.eval()
+
+
+def word_tasks(rows: int = 16) -> list[TaskData]:
+    """Three tasks, each between two labels of which the input names one; two share theirs."""
+    made = []
+    for name, definition, labels in (
+        ("colour", "pick a word of a b", ("red", "blue")),
+        ("answer", "choose word", ("yes", "no")),
+        ("again", "word of a b choose", ("no", "yes")),
+    ):
+        examples = tuple(
+            Example(name, f"{('a', 'b', 'of')[i % 3]} {label}", "", label, (label,))
+            for i in range(rows)
+            for label in (labels[i % 2],)
+        )
+        made.append(
+            TaskData(name, "SuperNI", definition, examples, examples[:4], examples[:6], labels)
+        )
+    return made

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from sapt_fast.continual.data import Example
 
-__all__ = ["Collator", "encode_rows", "pad_rows", "prompt_ids"]
+__all__ = ["Collator", "Kind", "encode_rows", "model_kind", "pad_rows", "prompt_ids"]
 
 LABEL_PADDING = -100
+
+Kind = Literal["seq2seq", "causal", "encoder"]
+
+
+def model_kind(model: Any) -> Kind:
+    """What a transformers model is trained to do here: to generate, or as an encoder to match."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        return "seq2seq"
+    return "causal" if model.can_generate() else "encoder"
 
 
 def pad_rows(
@@ -31,13 +40,14 @@ def pad_rows(
 
 
 def prompt_ids(
-    tokenizer: Any, prompts: Sequence[str], max_length: int, causal: bool
+    tokenizer: Any, prompts: Sequence[str], max_length: int | None, causal: bool
 ) -> list[list[int]]:
-    """Token ids of what the model reads, cut to `max_length`.
+    """Token ids of what the model reads, cut to `max_length` if that is given.
 
     A decoder-only model continues its prompt, so an end token that the tokenizer adds is dropped.
     """
-    rows = tokenizer(list(prompts), truncation=True, max_length=max_length)["input_ids"]
+    cut = {} if max_length is None else {"truncation": True, "max_length": max_length}
+    rows = tokenizer(list(prompts), **cut)["input_ids"]
     if causal and tokenizer.eos_token_id is not None:
         rows = [row[:-1] if row and row[-1] == tokenizer.eos_token_id else row for row in rows]
     return [list(row) for row in rows]

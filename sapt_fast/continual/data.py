@@ -20,7 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-__all__ = ["BENCHMARKS", "Example", "TaskData", "list_tasks", "read_split", "read_task"]
+__all__ = [
+    "BENCHMARKS",
+    "Example",
+    "TaskData",
+    "list_tasks",
+    "read_pseudo_samples",
+    "read_split",
+    "read_task",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -103,9 +111,6 @@ def read_split(
 ) -> tuple[Example, ...]:
     """Rows of one file, unsplit and unchecked against labels.json.
 
-    Pseudo-samples are read with this: `read_split("generated_data/lora_gen_superni_t5", "SuperNI",
-    task)`. Their prompts carry the generated definition, and their outputs may be "".
-
     Args:
         root: folder that holds `benchmark`.
         benchmark: "SuperNI" or "Long_Sequence" (any case).
@@ -126,6 +131,27 @@ def read_split(
     benchmark = _canonical_benchmark(benchmark)
     folder = _task_folder(root, benchmark, task)
     return _read_examples(folder / f"{split}.json", benchmark, task, seed)[1]
+
+
+def read_pseudo_samples(
+    root: str | os.PathLike[str], benchmark: str, task: str
+) -> tuple[str, tuple[Example, ...]]:
+    """Pseudo-samples of a task, released ones or those of `continual.pseudo_samples`.
+
+    Args:
+        root: folder that holds `benchmark`, such as `generated_data/lora_gen_superni_t5`.
+        benchmark: as the task names it. Outside of `BENCHMARKS` the prompt is the bare input.
+        task: name of the task's folder.
+
+    Returns:
+        The generated definition, which the prompts carry, and the rows; outputs may be "".
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_split`.
+    """
+    known = benchmark in BENCHMARKS
+    folder = _task_folder(root, benchmark, task) if known else Path(root) / benchmark / task
+    return _read_examples(folder / "train.json", benchmark, task, 0)
 
 
 def read_task(
@@ -302,6 +328,8 @@ def _prompt(definition: str, text: str, benchmark: str) -> str:
             f"Definition: {definition}\n\n"
             f"Now complete the following example -\nInput: {text}\nOutput: "
         )
+    if benchmark not in BENCHMARKS:
+        return text
     head = f"{definition}\n" if definition else ""
     return f"{head}{text}\nOutput: "
 

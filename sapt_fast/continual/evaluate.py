@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sapt_fast.continual.collate import pad_rows, prompt_ids
+from sapt_fast.continual.collate import model_kind, pad_rows, prompt_ids
 from sapt_fast.continual.data import Example
+from sapt_fast.continual.encoder import LabelSpace
 from sapt_fast.continual.metrics import BENCHMARK_METRICS, Metric, score_predictions
 from sapt_fast.continual.settings import ContinualSettings
 
@@ -27,9 +28,10 @@ def score(
     benchmark: str,
     settings: ContinualSettings,
     mixture: Mixture | None = None,
+    space: LabelSpace | None = None,
 ) -> float:
-    """Score of the model's greedy answers to `rows`, in percent; `mixture` as in `answers`."""
-    predictions = answers(model, tokenizer, rows, settings, mixture)
+    """Score of the model's answers to `rows`, in percent; arguments as of `answers`."""
+    predictions = answers(model, tokenizer, rows, settings, mixture, space)
     return score_predictions(
         predictions, [row.outputs for row in rows], metric_of(benchmark, settings)
     )
@@ -48,16 +50,23 @@ def answers(
     rows: Sequence[Example],
     settings: ContinualSettings,
     mixture: Mixture | None = None,
+    space: LabelSpace | None = None,
 ) -> list[str]:
     """Greedy answers, in the order of `rows`; the model is left in evaluation mode.
 
     Args:
         mixture: gives the weights of the adapters for each batch; None for the router's.
+        space: of an encoder, whose answer is the label that fits best.
     """
     model.eval()
-    causal = not model.config.is_encoder_decoder
+    causal = model_kind(model) == "causal"
     texts: list[str] = []
     for ids, mask in _batches(model, tokenizer, rows, settings, "answering"):
+        weights = None if mixture is None else mixture(ids, mask)
+        if space is not None:
+            hidden = model(input_ids=ids, attention_mask=mask, mixture=weights).last_hidden_state
+            texts += [space.labels[best] for best in space(hidden, mask)[:, 0].argmax(-1)]
+            continue
         generated = model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -66,7 +75,7 @@ def answers(
             num_beams=1,
             use_cache=True,
             pad_token_id=tokenizer.pad_token_id,
-            mixture=None if mixture is None else mixture(ids, mask),
+            mixture=weights,
         )
         new = generated[:, ids.shape[1] :] if causal else generated
         texts += tokenizer.batch_decode(new, skip_special_tokens=True)
@@ -102,7 +111,7 @@ def _batches(
     settings: ContinualSettings,
     what: str,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    causal = not model.config.is_encoder_decoder
+    causal = model_kind(model) == "causal"
     prompts = [row.prompt for row in rows]
     encoded = prompt_ids(tokenizer, prompts, settings.max_source_length, causal)
     device, size = model.get_input_embeddings().weight.device, settings.eval_batch_size

@@ -106,8 +106,9 @@ def run_continual(
     comes to the same weights.
 
     Args:
-        model: a transformers model with a language-modelling head, not patched. It is patched and
-            stays so, with the last task's adapters.
+        model: a transformers model with a language-modelling head, or an encoder without any head
+            (`continual.encoder`); not patched. It is patched and stays so, with the last task's
+            adapters.
         tokenizer: its tokenizer; needs a pad token.
         tasks: in learning order.
         output_dir: gets run.json, state.json, a checkpoint after each task (`load_pretrained`
@@ -212,10 +213,15 @@ class _Run:
             )
         _check_tasks(tasks)
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
-        self.tasks = tuple(tasks)
-        self.names = tuple(task.name for task in tasks)
         self.bench = Workbench(model, tokenizer, settings)
+        self.tasks = self.bench.prepare(tasks)
+        self.names = tuple(task.name for task in tasks)
         kind = STRATEGIES[settings.strategy]
+        if kind.generates and self.bench.kind == "encoder":
+            raise ValueError(
+                f"strategy: {settings.strategy!r} generates text, which {type(model).__name__} "
+                "cannot"
+            )
         self.strategy = kind(
             self.bench, kind.options_of(settings.strategy, settings.strategy_options)
         )
@@ -331,6 +337,7 @@ class _Run:
                 task.benchmark,
                 self.settings,
                 self.strategy.mixture,
+                self.bench.space,
             )
             for task in seen
         ]
@@ -354,6 +361,7 @@ class _Run:
             kl_per_micro_batch=settings.kl_per_micro_batch,
             mixture=strategy.mixture,
             objective=strategy.objective,
+            space=self.bench.space,
         )
         trainer.remove_callback(PrinterCallback)
         checkpoint = last_checkpoint(folder)

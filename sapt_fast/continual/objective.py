@@ -8,8 +8,10 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.modeling_outputs import TokenClassifierOutput
 
 from sapt_fast.continual.collate import LABEL_PADDING
+from sapt_fast.continual.encoder import LabelSpace
 
 __all__ = ["Step", "forward", "supervised", "token_loss"]
 
@@ -34,7 +36,12 @@ class Step:
 
 
 def forward(
-    model: Any, batch: Mapping[str, Any], weights: Tensor | None = None, *, base: Any = None
+    model: Any,
+    batch: Mapping[str, Any],
+    weights: Tensor | None = None,
+    *,
+    base: Any = None,
+    space: LabelSpace | None = None,
 ) -> Any:
     """Outputs of a patched model on a batch with labels, under teacher forcing.
 
@@ -45,6 +52,7 @@ def forward(
         batch: `input_ids` and `attention_mask` [B, T], `labels` [B, T'].
         weights: mixture [B, K] or [1, K]; None for those of the router.
         base: the patched model, where `model` is not.
+        space: what an encoder's inputs are matched to; gives the logits [B, 1, C].
     """
     base = model if base is None else base
     inputs = dict(batch)
@@ -55,11 +63,15 @@ def forward(
     if base.config.is_encoder_decoder:
         if "decoder_input_ids" not in inputs:
             inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=labels)
-    elif weights is None:
+    elif weights is None and space is None:
         names = ("input_ids", "attention_mask", "inputs_embeds")
         weights = base.sapt.route(**{n: inputs.get(n) for n in names}, labels=labels)
     with routing.pin(weights):
-        return model(**inputs)
+        outputs = model(**inputs)
+    if space is None:
+        return outputs
+    logits = space(outputs.last_hidden_state, inputs["attention_mask"])
+    return TokenClassifierOutput(logits=logits)
 
 
 def supervised(logits: Tensor, labels: Tensor, causal: bool) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,10 @@ PRESETS = {
 _METRICS = (None, "rouge_l", "exact_match")
 # These change where and how a run computes, not what it comes to.
 _FREE = ("device", "progress")
-_POSITIVE = ("learning_rate", "key_learning_rate", "query_learning_rate", "epochs", "save_steps")
+_POSITIVE = (
+    "learning_rate", "key_learning_rate", "query_learning_rate", "epochs", "save_steps",
+    "label_temperature",
+)  # fmt: skip
 _COUNTS = (
     "batch_size", "accumulation", "eval_batch_size", "max_source_length", "max_target_length",
     "steps", "replay_batch_size",
@@ -64,6 +67,14 @@ class ContinualSettings:
         default=1.0, metadata={"help": "Clip gradients to this norm; 0 for no clipping."}
     )
     max_source_length: int = field(default=512, metadata={"help": "Tokens of a prompt."})
+    instruction_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Tokens of the instruction that an encoder reads; none for all."},
+    )
+    label_temperature: float = field(
+        default=0.05,
+        metadata={"help": "Divisor of the cosines by which an encoder matches labels."},
+    )
     max_target_length: int = field(default=50, metadata={"help": "Tokens of an answer."})
     replay: str = field(
         default="real",
@@ -132,6 +143,9 @@ class ContinualSettings:
         for name in ("weight_decay", "max_grad_norm"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 0")
+        tokens = self.instruction_tokens
+        if tokens is not None and not (isinstance(tokens, int) and tokens >= 0):
+            raise ValueError(f"instruction_tokens: got {tokens}, expected at least 0 or None")
         if not self.replay:
             raise ValueError("replay: got '', expected 'real', 'none' or a folder")
         if not 0 < self.replay_share <= 1:

@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 
 import torch
 
+from sapt_fast.continual.collate import Kind, model_kind
 from sapt_fast.continual.data import Example, TaskData, list_tasks, read_task
 from sapt_fast.continual.orders import resolve_order
 
@@ -16,6 +17,7 @@ __all__ = ["DEMO", "Source", "demo_tasks", "torch_dtype"]
 
 DEMO = "demo"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_KINDS = ("auto", "seq2seq", "causal", "encoder")
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,27 @@ class Source:
         default=None, metadata={"help": "Dev rows and test rows kept of a task."}
     )
     dtype: str = field(default="float32", metadata={"help": f"One of {', '.join(_DTYPES)}."})
+    kind: str = field(
+        default="auto",
+        metadata={
+            "help": "'seq2seq', 'causal' or 'encoder' (classification by matching label strings); "
+            "'auto' goes by the model's architecture."
+        },
+    )
+    attention: str | None = field(
+        default=None,
+        metadata={
+            "help": "Attention implementation of transformers; 'eager' may be quicker on a CPU."
+        },
+    )
     seed: int = field(
         default=0, metadata={"help": "Draws the dev rows and the rows that are kept."}
     )
 
     def __post_init__(self) -> None:
         torch_dtype(self.dtype)
+        if self.kind not in _KINDS:
+            raise ValueError(f"kind: got {self.kind!r}, expected one of {', '.join(_KINDS)}")
         if self.benchmark != DEMO and self.data is None:
             raise ValueError(f"data: benchmark {self.benchmark!r} needs the folder that holds it")
 
@@ -52,8 +69,8 @@ class Source:
         """Model and tokenizer.
 
         Raises:
-            ValueError: the tokenizer has neither a pad nor an end token, or the folder holds a
-                model of a kind that cannot generate.
+            ValueError: the tokenizer has neither a pad nor an end token, or the model is not of
+                the `kind` asked for.
             OSError: there is no such model.
         """
         if self.model == DEMO:
@@ -61,17 +78,23 @@ class Source:
             from sapt_fast.demo.tasks import CharTokenizer
 
             return load_backbone(torch_dtype(self.dtype)), CharTokenizer()
-        from transformers import (
-            AutoConfig,
-            AutoModelForCausalLM,
-            AutoModelForSeq2SeqLM,
-            AutoTokenizer,
-        )
+        import transformers
 
-        config = AutoConfig.from_pretrained(self.model)
-        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model = kind.from_pretrained(self.model, dtype=torch_dtype(self.dtype))
-        tokenizer = AutoTokenizer.from_pretrained(self.model)
+        config = transformers.AutoConfig.from_pretrained(self.model)
+        kind = _architecture(config) if self.kind == "auto" else self.kind
+        loader = {
+            "seq2seq": transformers.AutoModelForSeq2SeqLM,
+            "causal": transformers.AutoModelForCausalLM,
+            "encoder": transformers.AutoModel,
+        }[kind]
+        options = {} if self.attention is None else {"attn_implementation": self.attention}
+        model = loader.from_pretrained(self.model, dtype=torch_dtype(self.dtype), **options)
+        if model_kind(model) != kind:
+            raise ValueError(
+                f"kind: got {kind!r}, but {self.model} is {model_kind(model)} "
+                f"({type(model).__name__})"
+            )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(self.model)
         if tokenizer.pad_token_id is None:
             if tokenizer.eos_token_id is None:
                 raise ValueError(
@@ -114,6 +137,18 @@ class Source:
             if values[name] is not None and Path(values[name]).is_dir():
                 values[name] = str(Path(values[name]).resolve())
         return values
+
+
+def _architecture(config: Any) -> Kind:
+    """What a saved model is for. Encoders are those that were pretrained on masked words."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    if getattr(config, "is_encoder_decoder", False):
+        return "seq2seq"
+    named = getattr(config, "architectures", None) or []
+    generates = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in named)
+    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return "encoder" if masked and not generates else "causal"
 
 
 def torch_dtype(name: str) -> torch.dtype:

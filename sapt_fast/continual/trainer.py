@@ -1,4 +1,4 @@
-"""A transformers Trainer with SAPT's losses, for encoder-decoder and decoder-only models."""
+"""A transformers Trainer with SAPT's losses, for models that generate and for encoders."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer
 
-from sapt_fast.continual.collate import pad_rows
+from sapt_fast.continual.collate import model_kind, pad_rows
+from sapt_fast.continual.encoder import LabelSpace
 from sapt_fast.continual.objective import Step, forward, token_loss
 from sapt_fast.handle import SaptHandle
 
@@ -71,11 +72,12 @@ class SaptTrainer(Seq2SeqTrainer):
             [B, K] or [1, K] that stand in for the router's, or None. None for the router's.
         objective: called with a `Step` in training; gives the loss that takes the place of the
             token loss. None for the token loss.
+        space: the labels that an encoder's inputs are matched to.
         **kwargs: of Seq2SeqTrainer.
 
     Raises:
-        ValueError: the model is not patched or has no task, or a replay entry is empty or has a
-            target that does not fit.
+        ValueError: the model is not patched or has no task, an encoder has no `space` or another
+            model has one, or a replay entry is empty or has a target that does not fit.
 
     Example:
         >>> import sapt_fast, tempfile, torch, transformers
@@ -112,6 +114,7 @@ class SaptTrainer(Seq2SeqTrainer):
         kl_per_micro_batch: bool = False,
         mixture: Callable[[Tensor, Tensor], Tensor | None] | None = None,
         objective: Callable[[Step], Tensor] | None = None,
+        space: LabelSpace | None = None,
         **kwargs: Any,
     ) -> None:
         sapt = getattr(model, "sapt", None)
@@ -127,9 +130,16 @@ class SaptTrainer(Seq2SeqTrainer):
                 f"replay_batch_size: got {replay_batch_size}, expected at least 1 or None"
             )
         _check_replay(replay, sapt)
+        kind = model_kind(model)
+        if (space is not None) != (kind == "encoder"):
+            raise ValueError(
+                f"space: got {'none' if space is None else 'one'} for {type(model).__name__}, "
+                "expected a label space for an encoder and none for a model that generates"
+            )
         super().__init__(model=model, args=args, **kwargs)
         self.sapt = sapt
-        self._is_encoder_decoder = bool(getattr(self.model.config, "is_encoder_decoder", False))
+        self._causal = kind == "causal"
+        self.space = space
         # The token loss is divided by the tokens of the whole step, whatever the model's own does.
         self.model_accepts_loss_kwargs = True
         self.replay = list(replay)
@@ -181,13 +191,13 @@ class SaptTrainer(Seq2SeqTrainer):
         weights = None
         if self.mixture is not None:
             weights = self.mixture(inputs["input_ids"], inputs["attention_mask"])
-        return forward(model, inputs, weights, base=base)
+        return forward(model, inputs, weights, base=base, space=self.space)
 
     def _token_loss(
         self, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None
     ) -> Tensor:
         smoothing = self.args.label_smoothing_factor
-        total, tokens = token_loss(logits, labels, not self._is_encoder_decoder, smoothing)
+        total, tokens = token_loss(logits, labels, self._causal, smoothing)
         if num_items_in_batch is None:
             return total / tokens.clamp(min=1)
         # The tokens were counted over all processes, which then average their gradients.

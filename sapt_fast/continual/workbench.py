@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sapt_fast.continual.collate import Collator, encode_rows, pad_rows, prompt_ids
-from sapt_fast.continual.data import Example, TaskData, read_split
+from sapt_fast.continual.collate import Collator, encode_rows, model_kind, pad_rows, prompt_ids
+from sapt_fast.continual.data import Example, TaskData, read_pseudo_samples
+from sapt_fast.continual.encoder import (
+    LabelSpace,
+    encode_label_rows,
+    encode_labels,
+    label_strings,
+    plain_prompts,
+)
 from sapt_fast.continual.settings import ContinualSettings
 
 __all__ = ["Workbench"]
@@ -23,12 +31,44 @@ class Workbench:
         model: the transformers model, patched while tasks are learned.
         tokenizer: its tokenizer.
         settings: of the run.
-        causal: whether the model is decoder-only.
+        kind: "seq2seq", "causal" or "encoder". causal: whether it is "causal".
+        space: the labels that an encoder chooses from; None for the other kinds.
     """
 
     def __init__(self, model: Any, tokenizer: Any, settings: ContinualSettings) -> None:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
-        self.causal = not model.config.is_encoder_decoder
+        self.kind = model_kind(model)
+        self.causal = self.kind == "causal"
+        self.space: LabelSpace | None = None
+
+    def prepare(self, tasks: Sequence[TaskData]) -> tuple[TaskData, ...]:
+        """The tasks as the model reads them.
+
+        An encoder gets plain prompts, and the labels of all tasks are encoded, which must happen
+        before adapters are there.
+
+        Raises:
+            ValueError: an encoder with a head.
+        """
+        if self.kind != "encoder":
+            return tuple(tasks)
+        if self.model.base_model is not self.model:
+            raise ValueError(
+                f"model: got {type(self.model).__name__}, which neither generates nor is an "
+                "encoder without a head; load it with AutoModel"
+            )
+        labels = [label for task in tasks for label in label_strings(task)]
+        temperature = self.settings.label_temperature
+        self.space = encode_labels(self.model, self.tokenizer, labels, temperature)
+        return tuple(
+            replace(
+                task,
+                train=self._plain(task.train, task.definition),
+                dev=self._plain(task.dev, task.definition),
+                test=self._plain(task.test, task.definition),
+            )
+            for task in tasks
+        )
 
     @property
     def device(self) -> torch.device:
@@ -41,7 +81,12 @@ class Workbench:
         return prompt_ids(self.tokenizer, prompts, self.settings.max_source_length, self.causal)
 
     def encode(self, rows: Sequence[Example]) -> list[dict[str, list[int]]]:
-        """`collate.encode_rows` of `rows`."""
+        """Training rows of token ids: `encoder.encode_label_rows` or `collate.encode_rows`."""
+        if not rows:  # which transformers' tokenizers do not take
+            return []
+        if self.space is not None:
+            limit = self.settings.max_source_length
+            return encode_label_rows(self.tokenizer, rows, self.space, limit)
         return encode_rows(
             self.tokenizer,
             rows,
@@ -69,7 +114,12 @@ class Workbench:
         if self.settings.replay == "none":
             return []
         if self.settings.replay != "real":
-            return read_split(self.settings.replay, task.benchmark, task.name)
+            root = self.settings.replay
+            definition, rows = read_pseudo_samples(root, task.benchmark, task.name)
+            return self._plain(rows, definition) if self.kind == "encoder" else rows
         count = max(1, int(self.settings.replay_share * len(task.train)))
         draw = random.Random(f"{self.settings.seed}/{task.name}/replay")
         return [task.train[i] for i in sorted(draw.sample(range(len(task.train)), count))]
+
+    def _plain(self, rows: Sequence[Example], definition: str) -> tuple[Example, ...]:
+        return plain_prompts(rows, definition, self.tokenizer, self.settings.instruction_tokens)

@@ -43,6 +43,7 @@ class Strategy:
         together: all tasks are learned at once, in one stage.
         pseudo: earlier tasks are remembered through what `settings.replay` keeps of them.
         routes: an input chooses among adapters of which there is one for each task.
+        generates: the model must be one that generates text, not an encoder.
     """
 
     Options: ClassVar[Any] = NoOptions
@@ -50,6 +51,7 @@ class Strategy:
     together: ClassVar[bool] = False
     pseudo: ClassVar[bool] = False
     routes: ClassVar[bool] = False
+    generates: ClassVar[bool] = False
 
     def __init__(self, bench: Workbench, options: Any) -> None:
         self.bench, self.options = bench, options
@@ -139,7 +141,7 @@ class Strategy:
         """Logits [N, V] and labels [N] of a batch's target tokens; `model` as in `forward`."""
         weights = self.mixture(batch["input_ids"], batch["attention_mask"])
         called = self.model if model is None else model
-        outputs = forward(called, batch, weights, base=self.model)
+        outputs = forward(called, batch, weights, base=self.model, space=self.bench.space)
         return supervised(outputs.logits, batch["labels"], self.bench.causal)
 
     def token_loss(self, batch: Mapping[str, Tensor]) -> Tensor:

@@ -83,7 +83,7 @@ class Epi(Strategy):
         model = self.model
         rows = [row[seen.bool()].tolist() for row, seen in zip(input_ids, attention_mask)]  # noqa: B905
         ids, mask = self.bench.pad(rows)
-        backbone = model.base_model if self.bench.causal else model.get_encoder()
+        backbone = model.get_encoder() if self.bench.kind == "seq2seq" else model.base_model
         none = torch.zeros(len(model.sapt.tasks), device=ids.device)
         with model.sapt.fixed(none):
             hidden = backbone(input_ids=ids, attention_mask=mask).last_hidden_state

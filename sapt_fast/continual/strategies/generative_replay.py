@@ -61,5 +61,8 @@ def answered(strategy: Strategy, rows: Sequence[Example]) -> list[Example]:
     if not open_rows:
         return list(rows)
     bench = strategy.bench
-    texts = iter(answers(bench.model, bench.tokenizer, open_rows, bench.settings, strategy.mixture))
+    made = answers(
+        bench.model, bench.tokenizer, open_rows, bench.settings, strategy.mixture, bench.space
+    )
+    texts = iter(made)
     return [row if row.output else replace(row, output=next(texts)) for row in rows]

@@ -52,6 +52,7 @@ class Lfpt5(Replay):
 
     Options: ClassVar[Any] = Lfpt5Options
     pseudo = True
+    generates = True
 
     @classmethod
     def check(cls, settings: ContinualSettings) -> None:

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 import transformers
+import typer
 from tiny_tasks import save_byte_model
 
 import sapt_fast
 from sapt_fast import dispatch, ops
+from sapt_fast.cli import app
+from sapt_fast.continual.settings import ContinualSettings
 
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -55,3 +58,26 @@ def test_the_page_on_kernels_names_every_op_backend_and_variable():
     variables = {name for path in sources for name in VARIABLES.findall(path.read_text())}
     for name in (*dispatch.ops(), *dispatch.BACKENDS, *variables):
         assert f"`{name}`" in text
+
+
+def test_every_option_that_the_pages_give_to_a_command_exists():
+    commands = typer.main.get_command(app).commands
+    for page in sorted(DOCS.rglob("*.md")):
+        text = page.read_text().replace("\\\n", " ")
+        for name, rest in re.findall(r"^sapt-fast (\w+)(.*)$", text, re.MULTILINE):
+            known = {option for p in commands[name].params for option in [*p.opts, "--help"]}
+            given = set(re.findall(r" (--[a-z0-9-]+)", rest.partition("#")[0]))
+            assert given <= known, f"{page.name}: sapt-fast {name} has no {sorted(given - known)}"
+
+
+def test_the_table_of_released_flags_names_options_and_settings_that_exist():
+    page = (DOCS / "guides" / "migration.md").read_text()
+    rows = page.partition("## Flags")[2].partition("## Quirks")[0]
+    cells = [line.split("|") for line in rows.splitlines() if line.startswith("| `--")]
+    train = typer.main.get_command(app).commands["train"]
+    known = {option for parameter in train.params for option in parameter.opts}
+    assert len(cells) > 25
+    for _, released, ours, python, _ in cells:
+        assert set(re.findall(r"`(--[a-z0-9-]+)", ours)) <= known, released
+        fields = set(re.findall(r"`[A-Za-z]*\.([a-z_]+)`", python))
+        assert fields <= {*ContinualSettings.names(), "model", "max_train", "max_eval"}, released

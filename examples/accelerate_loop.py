@@ -32,7 +32,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--model", default="google/bert_uncased_L-4_H-256_A-4", help="name or folder of a BERT"
+        "--model", default="google-bert/bert-base-uncased", help="name or folder of a BERT"
     )
     parser.add_argument("--data", type=Path, default=DATA, help="CSV with columns text and label")
     parser.add_argument(

@@ -132,6 +132,10 @@ def train(
     metric: Annotated[
         str | None, _option("'rouge_l' or 'exact_match' (the benchmark's).", panel=_TRAINING)
     ] = None,
+    scored: Annotated[
+        str | None,
+        _option("Rows that are scored: 'test' (default), 'dev' to choose by.", panel=_TRAINING),
+    ] = None,
     eval_batch_size: Annotated[
         int | None, _option("Rows of a batch in evaluation (16).", panel=_TRAINING)
     ] = None,

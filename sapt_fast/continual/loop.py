@@ -57,7 +57,8 @@ class Results:
         metrics: AP, F.Ra, FWT, BWT.
         training_attention: [T, T], row i: mean weights of task i's dev inputs when it was
             learned, nan for later adapters; None unless there is one adapter per task.
-        testing_attention: [T, T], mean weights of each task's test inputs after the last task.
+        testing_attention: [T, T], mean weights of each task's test inputs after the last task
+            (of its dev inputs where those are scored).
         seconds: of training and evaluation, one for each stage (a task, or all at once).
         trained_parameters: that a stage trains, at most.
         peak_memory: bytes, at most over the stages: on a GPU of what torch allocated, on a CPU of
@@ -333,7 +334,7 @@ class _Run:
             score(
                 self.model,
                 self.tokenizer,
-                task.test,
+                getattr(task, self.settings.scored),
                 task.benchmark,
                 self.settings,
                 self.strategy.mixture,
@@ -451,7 +452,11 @@ class _Run:
             for index, task in enumerate(self.tasks):
                 training[index, : index + 1] = folder.attention[index]
                 testing[index] = mean_attention(
-                    self.model, self.tokenizer, task.test, self.settings, self.strategy.mixture
+                    self.model,
+                    self.tokenizer,
+                    getattr(task, self.settings.scored),
+                    self.settings,
+                    self.strategy.mixture,
                 ).numpy()
         return Results(
             tasks=self.names,

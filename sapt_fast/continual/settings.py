@@ -98,6 +98,9 @@ class ContinualSettings:
         default=None,
         metadata={"help": "'rouge_l' or 'exact_match'; none for the benchmark's own."},
     )
+    scored: str = field(
+        default="test", metadata={"help": "Rows that are scored; 'dev' to choose settings by."}
+    )
     eval_batch_size: int = field(default=16, metadata={"help": "Rows of a batch in evaluation."})
     save_steps: float = field(
         default=0.1,
@@ -130,6 +133,8 @@ class ContinualSettings:
         self.strategy_options = asdict(kind.options_of(self.strategy, self.strategy_options))
         if self.metric not in _METRICS:
             raise ValueError(f"metric: got {self.metric!r}, expected one of {_METRICS}")
+        if self.scored not in ("test", "dev"):
+            raise ValueError(f"scored: got {self.scored!r}, expected 'test' or 'dev'")
         if self.device not in (None, "cpu", "cuda"):
             raise ValueError(f"device: got {self.device!r}, expected 'cpu', 'cuda' or None")
         for name in _COUNTS:

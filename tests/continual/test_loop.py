@@ -100,6 +100,24 @@ def test_tasks_alone_start_from_the_base(tmp_path: Path) -> None:
     assert results.scores[0, 0] == alone[tasks[0].name]
 
 
+@pytest.mark.parametrize("scored", ["dev", "test"])
+def test_dev_rows_are_scored_where_asked(
+    scored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks, seen = make_tasks(2, train=4, held_out=2), []
+    own = loop.score
+
+    def watched(model: Any, tokenizer: Any, rows: Any, *rest: Any) -> float:
+        seen.append(rows)
+        return own(model, tokenizer, rows, *rest)
+
+    monkeypatch.setattr(loop, "score", watched)
+    settings = make_settings(scored=scored, steps=1)
+    run_continual(make_model("t5"), CharTokenizer(), tasks, tmp_path, settings)
+    first, second = (getattr(task, scored) for task in tasks)
+    assert seen == [first, first, second]
+
+
 def test_mean_query_key_and_best_checkpoint(tmp_path: Path) -> None:
     config = SaptConfig(r=2, lora_alpha=4, key_init="mean_query", own_key_loss=0.1)
     options = make_settings(sapt=config, load_best=True, gradient_checkpointing=True)
@@ -266,7 +284,8 @@ def test_a_run_of_other_settings_is_named(tmp_path: Path) -> None:
     ("name", "value"),
     [("strategy", "magic"), ("batch_size", 0), ("replay_share", 0.0), ("learning_rate", -1.0),
      ("metric", "bleu"), ("device", "tpu"), ("steps", 0), ("batch_size", 2.5), ("replay", ""),
-     ("key_learning_rate", -1.0), ("weight_decay", -1.0), ("learning_rate", float("inf"))],
+     ("scored", "train"), ("key_learning_rate", -1.0), ("weight_decay", -1.0),
+     ("learning_rate", float("inf"))],
 )  # fmt: skip
 def test_bad_settings_are_named(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{name}: got {value!r}"):

@@ -32,6 +32,9 @@ from sapt_fast.peft_format import (
     write_lora,
     write_tensors,
 )
+from sapt_fast.prompt_format import outer_layers, read_prompt, write_prompt
+from sapt_fast.prompt_patching import PromptHandle
+from sapt_fast.prompt_routing import prompt_place
 
 FORMAT_VERSION = 1
 
@@ -48,7 +51,7 @@ class StoredTasks:
     Attributes:
         source: where it was read, for messages.
         names: of the K tasks, in learning order.
-        adapters: of each task, by the path of each layer.
+        adapters: of each task, by the path of each layer; or its prompt [P, D].
         keys: [K, D].
         router: the rest of the router's state_dict.
         targets: as `SaptHandle.targets`.
@@ -57,7 +60,7 @@ class StoredTasks:
     source: str
     config: SaptConfig
     names: list[str]
-    adapters: list[dict[str, Adapter]]
+    adapters: Sequence[dict[str, Adapter] | Tensor]
     keys: Tensor
     router: dict[str, Tensor]
     targets: dict[str, Tensor]
@@ -87,7 +90,10 @@ def save_pretrained(model: PreTrainedModel, directory: str | os.PathLike[str]) -
         router[f"targets.{name}"] = target.float()
     with replace_directory(directory, _written) as folder:
         for index, name in enumerate(handle.tasks):
-            write_lora(folder / name, model, _adapters(handle, index))
+            if isinstance(handle, PromptHandle):
+                write_prompt(folder / name, model, handle.prompts.prompt(index))
+            else:
+                write_lora(folder / name, model, _adapters(handle, index))
         write_tensors(folder / _ROUTER_FILE, router)
         text = json.dumps(_description(model, handle), indent=2, default=sorted)
         (folder / _CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
@@ -136,8 +142,11 @@ def load_pretrained(model: PreTrainedModel, directory: str | os.PathLike[str]) -
     require_base(model, layers, description["base_model"], source)
 
     names = [task["name"] for task in description["tasks"]]
-    adapters = []
+    adapters: list[dict[str, Adapter] | Tensor] = []
     for task in description["tasks"]:
+        if config.adapter == "prompt":
+            adapters.append(read_prompt(folder / task["name"], config.prompt_length, _width(model)))
+            continue
         where = f"{source}: task {task['name']!r}"
         ranks = _per_layer(task["rank"], layers, _is_rank, f"{where}: rank")
         scaling = _per_layer(task["scaling"], layers, _is_finite, f"{where}: scaling")
@@ -159,7 +168,8 @@ def export_adapter(
     """Saves the static mixture `weights` as one ordinary PEFT LoRA, for anything that loads LoRA.
 
     Its rank is the total rank R of all tasks; A is stacked, the columns of B carry weight times
-    scaling, and the adapter's own scaling is 1. The folder is replaced as a whole.
+    scaling, and the adapter's own scaling is 1. Of prompts, the mixture is one for PEFT's prompt
+    tuning. The folder is replaced as a whole.
 
     Args:
         model: patched, with K tasks.
@@ -182,6 +192,12 @@ def export_adapter(
         )
     if not weights.isfinite().all():
         raise ValueError(f"weights: got {weights.tolist()}, expected finite values")
+    if isinstance(handle, PromptHandle):
+        prompts = torch.stack([handle.prompts.prompt(k) for k in range(count)]).to("cpu")
+        mixed = torch.einsum("k,kpd->pd", weights.double(), prompts.double()).to(prompts.dtype)
+        with replace_directory(directory, _exported) as folder:
+            write_prompt(folder, model, mixed, _EXPORT_MARK)
+        return
     adapters = {}
     for path, pool in handle.pools.items():
         scale = weights.double() * torch.tensor(pool.scaling, dtype=torch.float64)
@@ -209,6 +225,10 @@ def install(model: Any, stored: StoredTasks) -> PreTrainedModel:
     for name, adapters in zip(stored.names, stored.adapters, strict=True):
         tensors: dict[str, Tensor] = {}
         shapes: dict[str, tuple[int, ...]] = {}
+        if isinstance(adapters, Tensor):
+            shapes = {"prompt": (stored.config.prompt_length, _width(model))}
+            require_shapes(f"{stored.source}, task {name!r}", {"prompt": adapters}, shapes)
+            continue
         if odd := sorted(set(adapters) ^ set(layers)):
             raise ValueError(
                 f"{stored.source}: task {name!r} has adapters for other layers than those that "
@@ -219,7 +239,7 @@ def install(model: Any, stored: StoredTasks) -> PreTrainedModel:
             tensors |= {f"{path} A": a, f"{path} B": b}
             shapes |= {f"{path} A": (len(a), inputs), f"{path} B": (len(a), outputs)}
         require_shapes(f"{stored.source}, task {name!r}", tensors, shapes)
-    width = model.get_input_embeddings().weight.shape[1]
+    width = _width(model)
     empty = SaptRouter(width, stored.config, device=torch.device("meta"))
     expected = (handle.router if handle else empty).state_dict()
     shapes = {n: tuple(t.shape) for n, t in expected.items() if not n.startswith("keys.")}
@@ -279,10 +299,11 @@ def _layers(
     config: SaptConfig,
     source: str | os.PathLike[str],
 ) -> dict[str, tuple[int, int]]:
-    """(in_features, out_features) of each layer that is patched, or would be with this config."""
-    if handle is None:
-        paths = find_layers(model, config).patched
-    else:
+    """(in_features, out_features) of each layer that is patched, or would be with this config.
+
+    With prompts none is; then of the layers that tell one base model from another.
+    """
+    if handle is not None:
         own, new = _jsonable(handle.config), _jsonable(config)
         differing = sorted(name for name in own if own[name] != new[name])
         if differing:
@@ -291,8 +312,18 @@ def _layers(
                 + ", ".join(f"{n} ({own[n]!r} here, {new[n]!r} there)" for n in differing)
                 + "; call sapt_fast.unpatch(model) first"
             )
-        paths = handle.report.patched
+    if config.adapter == "prompt":
+        prompt_place(model)
+        paths = outer_layers(model)
+    else:
+        report = find_layers(model, config) if handle is None else handle.report
+        paths = report.patched
     return {path: layer_features(model.get_submodule(path)) for path in paths}
+
+
+def _width(model: Any) -> int:
+    """D, of the input embeddings."""
+    return model.get_input_embeddings().weight.shape[1]
 
 
 def _jsonable(config: SaptConfig) -> dict[str, Any]:
@@ -315,8 +346,11 @@ def _require_targets(source: str, targets: Mapping[str, Tensor], names: list[str
 
 
 def _description(model: PreTrainedModel, handle: SaptHandle) -> dict[str, Any]:
-    tasks = []
+    tasks: list[dict[str, Any]] = []
     for index, name in enumerate(handle.tasks):
+        if isinstance(handle, PromptHandle):
+            tasks.append({"name": name})
+            continue
         ranks = {path: pool.ranks[index] for path, pool in handle.pools.items()}
         scaling = {path: pool.scaling[index] for path, pool in handle.pools.items()}
         tasks.append({"name": name, "rank": _uniform(ranks), "scaling": _uniform(scaling)})
@@ -365,7 +399,9 @@ def _read_description(path: Path) -> dict[str, Any]:
     if set(description) != _FIELDS:
         raise ValueError(f"{path}: fields {sorted(description)}, expected {sorted(_FIELDS)}")
     tasks = description["tasks"]
-    fields = {"name", "rank", "scaling"}
+    config = description["config"]
+    prompts = isinstance(config, dict) and config.get("adapter") == "prompt"
+    fields = {"name"} if prompts else {"name", "rank", "scaling"}
     if not isinstance(tasks, list) or any(
         not isinstance(t, dict) or set(t) != fields or not isinstance(t["name"], str) for t in tasks
     ):

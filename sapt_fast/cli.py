@@ -140,6 +140,10 @@ def train(
         int | None, _option("Rows of a batch in evaluation (16).", panel=_TRAINING)
     ] = None,
     seed: Annotated[int, _option("Seed of everything that is drawn (0).", panel=_TRAINING)] = 0,
+    adapter: Annotated[
+        str | None, _option("'lora' (default) or 'prompt'.", panel=_ADAPTERS)
+    ] = None,
+    prompt_length: Annotated[int | None, _option("Rows of a prompt (10).", panel=_ADAPTERS)] = None,
     r: Annotated[int | None, _option("Rank of an adapter (8).", "--r", panel=_ADAPTERS)] = None,
     lora_alpha: Annotated[
         float | None,

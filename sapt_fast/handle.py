@@ -93,14 +93,13 @@ class SaptHandle(nn.Module):
         before = list(self._growing())
         if optimizer is not None:
             _require_held(optimizer, before)
-        for pool in self.pools.values():
-            pool.add(self.config.r, self.config.lora_alpha / self.config.r)
+        self._add_adapters()
         self.router.add_key()
         self._task_added(name)
         if optimizer is not None:
             _follow(optimizer, before, list(self._growing()))
 
-    def restore_task(self, name: str, adapters: dict[str, Adapter], key: Tensor) -> None:
+    def restore_task(self, name: str, adapters: Any, key: Tensor) -> None:
         """`add_task` with weights that exist already, as a checkpoint has them.
 
         Args:
@@ -244,7 +243,7 @@ class SaptHandle(nn.Module):
         save_pretrained(self._model, directory)
 
     def export_adapter(self, weights: Tensor, directory: str | os.PathLike[str]) -> None:
-        """The static mixture `weights` [K] as one ordinary PEFT LoRA of rank R; atomic."""
+        """The static mixture `weights` [K] as one ordinary PEFT LoRA (or prompt); atomic."""
         from sapt_fast.checkpoint import export_adapter
 
         export_adapter(self._model, weights, directory)
@@ -295,6 +294,10 @@ class SaptHandle(nn.Module):
                 parameter.requires_grad_(parameter is not self.router.keys.frozen)
         self.tasks.append(name)
         self.routing.weights = None
+
+    def _add_adapters(self) -> None:
+        for pool in self.pools.values():
+            pool.add(self.config.r, self.config.lora_alpha / self.config.r)
 
     def _growing(self) -> Iterator[nn.Parameter]:
         """The parameters that `add_task` replaces by new ones."""

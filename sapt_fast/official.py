@@ -109,6 +109,10 @@ def load_official(
     rank = next(iter(last.adapters.values()))[0][0].shape[0]
     if config is None:
         config = _default_config(model, rank, last.projection["down.weight"].shape[0])
+    if config.adapter != "lora":
+        raise ValueError(
+            f"config: got adapter={config.adapter!r}, expected 'lora', which all released runs have"
+        )
     if config.r != rank:
         raise ValueError(f"config: r is {config.r}, but the adapters in {last.folder} have {rank}")
     layers = {part: _layer_path(model, *part) for part in last.adapters}

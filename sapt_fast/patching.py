@@ -12,6 +12,7 @@ from sapt_fast.handle import SaptHandle
 from sapt_fast.layers import MIXED, InputGroup, MixedLinear
 from sapt_fast.methods.sapt import SaptConfig
 from sapt_fast.pool import AdapterPool
+from sapt_fast.prompt_patching import PromptHandle
 from sapt_fast.report import PatchReport
 from sapt_fast.routing import Routing, require_unrouted
 
@@ -103,6 +104,23 @@ def _patch_pretrained(model: Any, config: SaptConfig | None, strict: bool) -> An
             )
         return model
     config = config or SaptConfig()
+    frozen = [name for name, p in model.named_parameters() if p.requires_grad]
+    if config.adapter == "prompt":
+        _refuse_hooked(model)
+        handle = PromptHandle(model, config)
+    else:
+        handle = _mix_layers(model, config, strict)
+    for _, parameter in model.named_parameters():
+        parameter.requires_grad_(False)
+    handle.unfrozen_before = frozen
+    model.sapt = handle
+    handle.routing.install()
+    logger.info("%s: %s", type(model).__name__, str(handle.report).splitlines()[0])
+    return model
+
+
+def _mix_layers(model: Any, config: SaptConfig, strict: bool) -> SaptHandle:
+    """The handle of a model whose chosen layers mix their adapters from now on."""
     report = find_layers(model, config)
     if strict and (report.skipped or report.unmatched):
         raise ValueError(f"strict: not everything can be patched. {report}")
@@ -111,22 +129,15 @@ def _patch_pretrained(model: Any, config: SaptConfig | None, strict: bool) -> An
             f"target_modules: {_targets(model, config)!r} leaves no layer to patch in "
             f"{type(model).__name__}. {report}. Its linear layers are named: {_linear_names(model)}"
         )
-    frozen = [name for name, p in model.named_parameters() if p.requires_grad]
     handle = SaptHandle(model, config, report)
     for name in report.patched:
         layer: Any = model.get_submodule(name)
         _swap(layer, handle.routing, config)
         handle.routing.pools.append(layer.sapt_pool)
     _group_by_input(model, report.patched)
-    for _, parameter in model.named_parameters():
-        parameter.requires_grad_(False)
-    handle.unfrozen_before = frozen
-    model.sapt = handle
-    handle.routing.install()
     if report.unmatched:
         logger.warning("target_modules: nothing in the model is named %s", report.unmatched)
-    logger.info("%s: %s", type(model).__name__, str(report).splitlines()[0])
-    return model
+    return handle
 
 
 def unpatch(model: _Model) -> _Model:

@@ -62,6 +62,7 @@ class _Forward:
         weights: what its layers mix by: [B, K], [B, T, K], or [1, K] for all samples alike.
         per_row: the same with a row for each of the B samples.
         waiting: outputs of layers that were computed with another one of the same input.
+        inserted: whether a prompt stands before its tokens and has to be taken out again.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class _Forward:
         self.weights: Tensor | None = None
         self.per_row: Tensor | None = None
         self.waiting: Waiting = {}
+        self.inserted = False
 
     def interrupted(self) -> bool:
         """Whether it ended without a word, as KeyboardInterrupt ends it: its frame is gone."""
@@ -269,17 +271,19 @@ class Routing:
             kwargs = {name: value for name, value in kwargs.items() if name != "mixture"}
         forward = self._begin(module)
         inputs = self._named(module, args, kwargs)
-        cache, encoder_outputs = inputs.get("past_key_values"), inputs.get("encoder_outputs")
-        weights = forward.given = self.pinned if given is None else given
-        if weights is None and self._is_encoder_decoder:
-            if encoder_outputs is not None:
-                weights = self._from_encoder_outputs(encoder_outputs)
-        elif weights is None and _is_filled(cache):
-            weights = self._from_cache(cache)
-        elif weights is None:
-            weights = self._from_inputs(inputs)
-        self._set(forward, weights, inputs)
+        forward.given = self.pinned if given is None else given
+        self._set(forward, self._chosen(inputs, given), inputs)
         return args, kwargs
+
+    def _chosen(self, inputs: dict[str, Any], given: Tensor | None) -> Tensor | None:
+        """The weights of a forward; `given` with this call, or else found out."""
+        cache, encoder_outputs = inputs.get("past_key_values"), inputs.get("encoder_outputs")
+        weights = self.pinned if given is None else given
+        if weights is not None:
+            return weights
+        if self._is_encoder_decoder:
+            return None if encoder_outputs is None else self._from_encoder_outputs(encoder_outputs)
+        return self._from_cache(cache) if is_filled(cache) else self._from_inputs(inputs)
 
     def _leave_model(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
@@ -412,7 +416,7 @@ class Routing:
         cache = kwargs.get("past_key_values")
         if self._is_encoder_decoder or self.pinned is not None or not self.active():
             return None
-        if _is_filled(cache):
+        if is_filled(cache):
             return self._from_cache(cache)
         if ids is None and embeds is None:
             return None
@@ -484,7 +488,7 @@ def _thread_state() -> threading.local:
     return state
 
 
-def _is_filled(cache: Any) -> bool:
+def is_filled(cache: Any) -> bool:
     return cache is not None and int(cache.get_seq_length()) > 0
 
 

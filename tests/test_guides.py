@@ -15,7 +15,7 @@ from sapt_fast.continual.settings import ContinualSettings
 
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-PAGES = ("quickstart.md", "guides/sapt.md")
+PAGES = ("quickstart.md", "guides/sapt.md", "guides/prompts.md")
 VARIABLES = re.compile(r"SAPT_FAST_[A-Z_]+")
 
 

@@ -38,6 +38,7 @@ def _names(value: Any) -> bool:
 
 
 _INITS, _KEY_INITS = ("linear", "normal"), ("uniform", "mean_query")
+_ADAPTERS = ("lora", "prompt")
 _FLAG = (lambda v: isinstance(v, bool), "True or False")
 _COUNT = (_count, "an integer, at least 1")
 _WEIGHT = (lambda v: _number(v) and v >= 0, "a number, at least 0")
@@ -47,7 +48,8 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lora_alpha": (lambda v: _number(v) and v > 0, "a positive number"),
     "lora_dropout": (lambda v: _number(v) and 0 <= v < 1, "[0, 1)"),
     "target_modules": (_names, "names, one regular expression, or None"),
-    "adapter": (lambda v: v == "lora", "'lora'"),
+    "adapter": (lambda v: v in _ADAPTERS, f"one of {_ADAPTERS}"),
+    "prompt_length": _COUNT,
     "query_hidden_dim": _COUNT,
     "query_init": (lambda v: v in _INITS, f"one of {_INITS}"),
     "temperature": (lambda v: v is None or (_number(v) and v > 0), "a positive number or None"),
@@ -91,7 +93,17 @@ class SaptConfig:
             "expression for the whole path; None takes query and value as PEFT does."
         },
     )
-    adapter: str = field(default="lora", metadata={"help": "Kind of adapter: 'lora'."})
+    adapter: str = field(
+        default="lora",
+        metadata={
+            "help": "Kind of adapter: 'lora', matrices beside linear layers, or 'prompt', rows "
+            "before the input embeddings, for which r, lora_alpha, grad_through_frozen and "
+            "target_modules mean nothing."
+        },
+    )
+    prompt_length: int = field(
+        default=10, metadata={"help": "Rows of each prompt, with adapter='prompt'."}
+    )
     query_hidden_dim: int = field(
         default=100, metadata={"help": "Bottleneck of the query projection."}
     )
@@ -145,6 +157,10 @@ class SaptConfig:
             not (self.own_key_loss and sparse), "own_key_loss", self.own_key_loss,
             "0 with top_k or threshold, which may drop the own adapter and its gradient",
         )  # fmt: skip
+        if self.adapter == "prompt":
+            for name, without in (("target_modules", None), ("lora_dropout", 0)):
+                value = getattr(self, name)
+                _require(value == without, name, value, f"{without} with adapter='prompt'")
         if self.target_modules is not None and not isinstance(self.target_modules, str):
             self.target_modules = list(self.target_modules)
 

@@ -40,6 +40,8 @@ class OLora(Strategy):
     Options = OLoraOptions
 
     def begin_task(self, task: TaskData, learned: Sequence[TaskData]) -> None:
+        kind = self.model.sapt.config.adapter
+        require(kind == "lora", "adapter", kind, "'lora', whose matrices are kept orthogonal")
         self.model.sapt.add_task(task.name)
         self.freeze_router()
 

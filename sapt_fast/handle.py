@@ -214,8 +214,8 @@ class SaptHandle(nn.Module):
         """A context in which these weights stand in for the router's, in this thread.
 
         Args:
-            weights: [K] or [1, K] for every input, [B, K] per sample or [B, T, K] per token. A
-                forward whose batch is another than B raises RuntimeError.
+            weights: [K] or [1, K] for every input, [B, K] per sample or (of LoRAs) [B, T, K] per
+                token. A forward whose batch is another than B raises RuntimeError.
 
         Raises:
             ValueError: the shape does not fit, or weights are not finite.

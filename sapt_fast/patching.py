@@ -47,6 +47,9 @@ def patch(model: _Model, config: SaptConfig | None = None, *, strict: bool = Fal
     gains `model.sapt`, the handle with the tasks, the router and the losses. The base parameters
     are frozen. Until the first `model.sapt.add_task(name)` the model computes what it did before.
 
+    With `SaptConfig(adapter="prompt")` no layer changes: each input's mixture of prompts is written
+    before its embeddings, and masks, positions, labels and logits stay as long as its tokens.
+
     A PeftModel keeps its LoRA adapters: they are the pool, computed in one pass, and all that PEFT
     does with them works on. Its `model.sapt`, a `peft_patching.PeftHandle`, takes weights or a
     router; without either the active adapters are added up, as before. Its parameters stay where
@@ -65,9 +68,9 @@ def patch(model: _Model, config: SaptConfig | None = None, *, strict: bool = Fal
     Raises:
         TypeError: model is neither of them.
         ValueError: nothing matches, the model is patched with another config, its layers do not
-            see the batch first, or accelerate has already hooked it; a PeftModel has no LoRA
-            adapters or is given a config; the hooks of an earlier patch are still there; and what
-            `strict` adds.
+            see the batch first, it cannot take prompts, or accelerate has already hooked it; a
+            PeftModel has no LoRA adapters or is given a config; the hooks of an earlier patch are
+            still there; and what `strict` adds.
 
     Example:
         >>> import sapt_fast, transformers

@@ -59,8 +59,8 @@ def train(
     strategy: Annotated[
         str | None,
         _option(
-            "The method: sapt (default), seqlora, joint, replay, generative_replay, ewc, lwf, "
-            "olora, epi, lfpt5, or single: each task alone.",
+            "The method: sapt (default), sapt_prompt, seqlora, joint, replay, generative_replay, "
+            "ewc, lwf, olora, epi, lfpt5, l2p, progprompt, or single: each task alone.",
             panel=_TRAINING,
         ),
     ] = None,

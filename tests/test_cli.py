@@ -111,6 +111,14 @@ def test_errors_are_one_line(
             "lwf.temperature: got",
         ),
         ((*real, "--strategy", "lfpt5"), "strategy 'lfpt5' needs pseudo-samples"),
+        (
+            (*real, "--strategy", "olora", "--adapter", "prompt"),
+            "adapter: got 'prompt', expected 'lora'",
+        ),
+        (
+            (*real, "--strategy", "l2p", "--strategy-option", "top=11"),
+            "l2p.top: got 11, expected 1 to 10",
+        ),
         ((*real, "--tasks", "task363_sst2"), "no task 'task363_sst2'"),
         ((*real, "--tasks", f"{TASKS[0]},{TASKS[0]}"), "names a task more than once"),
         ((*real, "--r", "0"), "r: got 0, expected an integer, at least 1"),

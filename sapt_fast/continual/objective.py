@@ -13,7 +13,7 @@ from transformers.modeling_outputs import TokenClassifierOutput
 from sapt_fast.continual.collate import LABEL_PADDING
 from sapt_fast.continual.encoder import LabelSpace
 
-__all__ = ["Step", "forward", "supervised", "token_loss"]
+__all__ = ["Step", "forward", "prompt_mask", "supervised", "token_loss"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,12 @@ def forward(
         return outputs
     logits = space(outputs.last_hidden_state, inputs["attention_mask"])
     return TokenClassifierOutput(logits=logits)
+
+
+def prompt_mask(batch: Mapping[str, Tensor], causal: bool) -> Tensor:
+    """[B, T], 1 where a batch has a token of the prompt: for a decoder-only model no answer."""
+    mask = batch["attention_mask"]
+    return mask * (batch["labels"] == LABEL_PADDING) if causal else mask
 
 
 def supervised(logits: Tensor, labels: Tensor, causal: bool) -> tuple[Tensor, Tensor]:

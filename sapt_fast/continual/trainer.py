@@ -18,7 +18,7 @@ from transformers import Seq2SeqTrainer
 
 from sapt_fast.continual.collate import model_kind, pad_rows
 from sapt_fast.continual.encoder import LabelSpace
-from sapt_fast.continual.objective import Step, forward, token_loss
+from sapt_fast.continual.objective import Step, forward, prompt_mask, token_loss
 from sapt_fast.handle import SaptHandle
 
 __all__ = ["Replay", "RowStream", "SaptTrainer"]
@@ -190,7 +190,8 @@ class SaptTrainer(Seq2SeqTrainer):
         base = self.accelerator.unwrap_model(model)
         weights = None
         if self.mixture is not None:
-            weights = self.mixture(inputs["input_ids"], inputs["attention_mask"])
+            mask = prompt_mask(inputs, self._causal)
+            weights = self.mixture(inputs["input_ids"], mask)
         return forward(model, inputs, weights, base=base, space=self.space)
 
     def _token_loss(

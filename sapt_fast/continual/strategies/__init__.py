@@ -9,17 +9,21 @@ from sapt_fast.continual.strategies.base import Strategy
 from sapt_fast.continual.strategies.epi import Epi
 from sapt_fast.continual.strategies.ewc import Ewc
 from sapt_fast.continual.strategies.generative_replay import GenerativeReplay
+from sapt_fast.continual.strategies.l2p import L2p
 from sapt_fast.continual.strategies.lfpt5 import Lfpt5
 from sapt_fast.continual.strategies.lwf import Lwf
 from sapt_fast.continual.strategies.olora import OLora
+from sapt_fast.continual.strategies.progprompt import ProgPrompt
 from sapt_fast.continual.strategies.replay import Replay
 from sapt_fast.continual.strategies.sapt import Sapt
+from sapt_fast.continual.strategies.sapt_prompt import SaptPrompt
 from sapt_fast.continual.strategies.shared import Joint, SeqLora, Single
 
 __all__ = ["STRATEGIES", "Strategy"]
 
 STRATEGIES: dict[str, type[Strategy]] = {
     "sapt": Sapt,
+    "sapt_prompt": SaptPrompt,
     "seqlora": SeqLora,
     "joint": Joint,
     "replay": Replay,
@@ -29,5 +33,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "olora": OLora,
     "epi": Epi,
     "lfpt5": Lfpt5,
+    "l2p": L2p,
+    "progprompt": ProgPrompt,
     "single": Single,
 }

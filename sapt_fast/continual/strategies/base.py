@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sapt_fast.continual.data import TaskData
-from sapt_fast.continual.objective import Step, forward, supervised
+from sapt_fast.continual.objective import Step, forward, prompt_mask, supervised
 from sapt_fast.continual.settings import ContinualSettings
 from sapt_fast.continual.trainer import Replay
 from sapt_fast.continual.workbench import Workbench
@@ -80,8 +80,7 @@ class Strategy:
         except ValueError as error:
             raise ValueError(f"strategy_options: {name}.{error}") from error
 
-    @classmethod
-    def configure(cls, config: SaptConfig) -> SaptConfig:
+    def configure(self, config: SaptConfig) -> SaptConfig:
         """The config the model is patched with, from the one that was asked for."""
         return config
 
@@ -103,7 +102,7 @@ class Strategy:
         """Weights of the adapters, [B, K] or [1, K] for all inputs; None for the router's.
 
         Args:
-            input_ids, attention_mask: [B, T], on the device.
+            input_ids, attention_mask: [B, T], on the device; the mask covers the prompt alone.
         """
         return None
 
@@ -139,7 +138,7 @@ class Strategy:
 
     def token_logits(self, batch: Mapping[str, Tensor], model: Any = None) -> tuple[Tensor, Tensor]:
         """Logits [N, V] and labels [N] of a batch's target tokens; `model` as in `forward`."""
-        weights = self.mixture(batch["input_ids"], batch["attention_mask"])
+        weights = self.mixture(batch["input_ids"], prompt_mask(batch, self.bench.causal))
         called = self.model if model is None else model
         outputs = forward(called, batch, weights, base=self.model, space=self.bench.space)
         return supervised(outputs.logits, batch["labels"], self.bench.causal)

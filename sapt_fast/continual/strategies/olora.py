@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sapt_fast.continual.data import TaskData
 from sapt_fast.continual.objective import Step
+from sapt_fast.continual.settings import ContinualSettings
 from sapt_fast.continual.strategies.base import Strategy, require
 
 __all__ = ["OLora", "OLoraOptions"]
@@ -39,9 +40,12 @@ class OLora(Strategy):
 
     Options = OLoraOptions
 
-    def begin_task(self, task: TaskData, learned: Sequence[TaskData]) -> None:
-        kind = self.model.sapt.config.adapter
+    @classmethod
+    def check(cls, settings: ContinualSettings) -> None:
+        kind = settings.sapt.adapter
         require(kind == "lora", "adapter", kind, "'lora', whose matrices are kept orthogonal")
+
+    def begin_task(self, task: TaskData, learned: Sequence[TaskData]) -> None:
         self.model.sapt.add_task(task.name)
         self.freeze_router()
 

@@ -1,0 +1,22 @@
+"""SAPT with prompts in place of LoRA."""
+
+from __future__ import annotations
+
+from sapt_fast.continual.strategies.prompts import prompt_config
+from sapt_fast.continual.strategies.sapt import Sapt
+from sapt_fast.methods.sapt import SaptConfig
+
+__all__ = ["SaptPrompt"]
+
+
+class SaptPrompt(Sapt):
+    """SAPT-Prompt (Zhao et al., ACL 2024): `Sapt` on a pool of prompts.
+
+        input = [sum_k a_k(x) P_k ; x]
+
+    P_k [prompt_length, D] starts as random rows of the vocabulary. The paper has it, its release
+    does not.
+    """
+
+    def configure(self, config: SaptConfig) -> SaptConfig:
+        return prompt_config(config)

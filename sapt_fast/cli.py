@@ -176,7 +176,20 @@ def train(
     ] = None,
     replay: Annotated[
         str | None,
-        _option("'real' (default), 'none', or a folder of pseudo-samples.", panel=_REPLAY),
+        _option(
+            "'real' (default), 'generated' (pseudo-samples by a generator for each task), 'none', "
+            "or a folder of pseudo-samples.",
+            "--replay",
+            "--replay-source",
+            panel=_REPLAY,
+        ),
+    ] = None,
+    generator: Annotated[
+        list[str] | None,
+        _option(
+            "NAME=VALUE, a setting of the generators, such as steps=5000; may be repeated.",
+            panel=_REPLAY,
+        ),
     ] = None,
     replay_share: Annotated[
         float | None, _option("Share of the inputs kept, at least one (0.02).", panel=_REPLAY)
@@ -229,6 +242,7 @@ def train(
     if target_modules is not None:
         options["target_modules"] = [name.strip() for name in target_modules.split(",")]
     options["strategy_options"] = parse_values(strategy_options or (), "strategy-option") or None
+    options["generator"] = parse_values(generator or (), "generator") or None
     settings = ContinualSettings.of(
         preset, **{name: options[name] for name in ContinualSettings.names() if name in options}
     )

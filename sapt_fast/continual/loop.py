@@ -28,6 +28,7 @@ from sapt_fast.continual.data import TaskData
 from sapt_fast.continual.evaluate import mean_attention, metric_of, score
 from sapt_fast.continual.memory import peak_memory, reset_peak_memory
 from sapt_fast.continual.metrics import ContinualMetrics, continual_metrics
+from sapt_fast.continual.pseudo_samples import make_pseudo_samples, pseudo_sample_file
 from sapt_fast.continual.report import write_json, write_report
 from sapt_fast.continual.settings import ContinualSettings, differences
 from sapt_fast.continual.state import TRAINER_STATE, RunFolder, last_checkpoint, read_json
@@ -239,6 +240,7 @@ class _Run:
     def open(self, path: Path, source: Mapping[str, Any] | None, resume: bool) -> None:
         description = {**self.description(), "source": dict(source or {})}
         self.folder = RunFolder.open(path, self.names, description, resume=resume)
+        self.bench.pseudo_samples = path / "pseudo_samples"
 
     def description(self) -> dict[str, Any]:
         """What the run is asked to do, JSON-ready."""
@@ -287,9 +289,10 @@ class _Run:
     def learn(self, index: int) -> None:
         """Trains on a task, from the model after the one before, and saves what it came to."""
         strategy, seed = self.strategy, 1000 * self.settings.seed + index
-        self.restore(0 if strategy.alone or strategy.together else index)
         task = _merged(self.tasks) if strategy.together else self.tasks[index]
         learned = () if strategy.alone or strategy.together else self.tasks[:index]
+        self._generate(learned)
+        self.restore(0 if strategy.alone or strategy.together else index)
         sapt = self.model.sapt
         set_seed(seed)
         strategy.begin_task(task, learned)
@@ -306,6 +309,28 @@ class _Run:
         sapt.save_pretrained(self.folder.checkpoint(index))
         self._holds = index + 1
         shutil.rmtree(self.folder.training(index), ignore_errors=True)
+
+    def _generate(self, learned: Sequence[TaskData]) -> None:
+        """Makes the pseudo-samples of earlier tasks that are not there yet."""
+        folder, settings = self.bench.pseudo_samples, self.settings
+        if folder is None or settings.replay != "generated" or not self.strategy.pseudo:
+            return
+        for task in learned:
+            if pseudo_sample_file(folder, task).is_file():
+                continue
+            self.reset()  # the generator is one of the base model
+            make_pseudo_samples(
+                self.model,
+                self.tokenizer,
+                task,
+                folder,
+                settings.generator,
+                work=self.folder.path / "training" / f"generator-{task.name}",
+                target_modules=settings.sapt.target_modules,
+                seed=settings.seed,
+                bf16=settings.bf16,
+                progress=settings.progress,
+            )
 
     def restore(self, count: int) -> None:
         """Makes the model what it was after `count` tasks."""
@@ -424,13 +449,20 @@ class _Run:
         """Reads every file of pseudo-samples now, not when a task that needs it has trained."""
         if self.settings.replay in ("none", "real") or not self.strategy.pseudo:
             return
+        if self.settings.replay == "generated":
+            if self.bench.kind == "encoder":
+                raise ValueError(
+                    f"replay: got 'generated', but {type(self.model).__name__} does not generate "
+                    "text; expected 'real', 'none' or a folder of pseudo-samples"
+                )
+            return
         for task in self.tasks[:-1]:
             try:
                 self.bench.kept(task)
             except (OSError, ValueError) as error:
                 raise ValueError(
-                    f"replay: got {self.settings.replay!r}, expected 'real', 'none' or a folder of "
-                    f"pseudo-samples; {error}"
+                    f"replay: got {self.settings.replay!r}, expected 'real', 'generated', 'none' "
+                    f"or a folder of pseudo-samples; {error}"
                 ) from error
 
     # --- what it came to ---

@@ -10,7 +10,7 @@ from typing import Any
 
 from sapt_fast.methods.sapt import SaptConfig
 
-__all__ = ["PRESETS", "ContinualSettings", "differences", "parse_values"]
+__all__ = ["PRESETS", "ContinualSettings", "GeneratorSettings", "differences", "parse_values"]
 
 PRESETS = {
     f"{model}-{benchmark}": (model, benchmark)
@@ -29,6 +29,62 @@ _COUNTS = (
     "batch_size", "accumulation", "eval_batch_size", "max_source_length", "max_target_length",
     "steps", "replay_batch_size",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GeneratorSettings:
+    """How generators of pseudo-samples are trained and sampled; the defaults are the release's.
+
+    `max_length`, `tries` and `answers` are ours.
+    """
+
+    r: int = field(default=8, metadata={"help": "Rank of the generator's LoRA."})
+    lora_alpha: float = field(default=32, metadata={"help": "Scaling is lora_alpha / r."})
+    lora_dropout: float = field(default=0.1, metadata={"help": "Dropout before the LoRA."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate, constant."})
+    steps: int = field(default=5000, metadata={"help": "Optimizer steps."})
+    batch_size: int = field(
+        default=16, metadata={"help": "Rows of a step, and samples drawn together."}
+    )
+    max_length: int = field(default=512, metadata={"help": "Tokens of a sample."})
+    top_k: int = field(default=20, metadata={"help": "Likeliest tokens that are sampled from."})
+    repetition_penalty: float = field(
+        default=2.5, metadata={"help": "Divisor of the scores of tokens that were there before."}
+    )
+    share: float = field(
+        default=0.02, metadata={"help": "Samples kept, as a share of the training rows."}
+    )
+    tries: int = field(
+        default=4, metadata={"help": "Draw at most so many times the samples that are kept."}
+    )
+    answers: bool = field(
+        default=False, metadata={"help": 'Generate " __ans__ {output}" after the input too.'}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("r", "steps", "batch_size", "max_length", "top_k", "tries"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(
+                    f"generator.{name}: got {value!r}, expected a whole number of at least 1"
+                )
+        for name in ("lora_alpha", "learning_rate", "repetition_penalty"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"generator.{name}: got {getattr(self, name)}, expected a positive number"
+                )
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"generator.lora_dropout: got {self.lora_dropout}, expected [0, 1)")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"generator.share: got {self.share}, expected a share in (0, 1]")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GeneratorSettings:
+        """Raises ValueError on an unknown field."""
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(f"generator: got unknown fields {unknown}")
+        return cls(**values)
 
 
 @dataclass
@@ -80,8 +136,13 @@ class ContinualSettings:
         default="real",
         metadata={
             "help": "Inputs for the reflection loss: 'real' (a share of the training inputs), "
-            "'none', or a folder of pseudo-samples in the CL_Benchmark layout."
+            "'none', 'generated' (pseudo-samples by a generator for each task), or a folder of "
+            "pseudo-samples in the CL_Benchmark layout."
         },
+    )
+    generator: GeneratorSettings = field(
+        default_factory=GeneratorSettings,
+        metadata={"help": "Training and sampling of the generators for replay 'generated'."},
     )
     replay_share: float = field(
         default=0.02, metadata={"help": "Share of a task's inputs kept for replay; at least one."}
@@ -151,8 +212,10 @@ class ContinualSettings:
         tokens = self.instruction_tokens
         if tokens is not None and not (isinstance(tokens, int) and tokens >= 0):
             raise ValueError(f"instruction_tokens: got {tokens}, expected at least 0 or None")
+        if isinstance(self.generator, Mapping):
+            self.generator = GeneratorSettings.from_dict(self.generator)
         if not self.replay:
-            raise ValueError("replay: got '', expected 'real', 'none' or a folder")
+            raise ValueError("replay: got '', expected 'real', 'generated', 'none' or a folder")
         if not 0 < self.replay_share <= 1:
             raise ValueError(f"replay_share: got {self.replay_share}, expected a share in (0, 1]")
         kind.check(self)

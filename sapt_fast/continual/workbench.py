@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ class Workbench:
         tokenizer: its tokenizer.
         settings: of the run.
         kind: "seq2seq", "causal" or "encoder". causal: whether it is "causal".
+        pseudo_samples: the folder of those that the run generates.
         space: the labels that an encoder chooses from; None for the other kinds.
     """
 
@@ -40,6 +42,7 @@ class Workbench:
         self.kind = model_kind(model)
         self.causal = self.kind == "causal"
         self.space: LabelSpace | None = None
+        self.pseudo_samples: Path | None = None
 
     def prepare(self, tasks: Sequence[TaskData]) -> tuple[TaskData, ...]:
         """The tasks as the model reads them.
@@ -115,6 +118,10 @@ class Workbench:
             return []
         if self.settings.replay != "real":
             root = self.settings.replay
+            if root == "generated":
+                if self.pseudo_samples is None:
+                    raise ValueError("replay: 'generated' has no folder outside of a run")
+                root = str(self.pseudo_samples)
             definition, rows = read_pseudo_samples(root, task.benchmark, task.name)
             return self._plain(rows, definition) if self.kind == "encoder" else rows
         count = max(1, int(self.settings.replay_share * len(task.train)))

@@ -6,6 +6,7 @@ import random
 import re
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -101,6 +102,19 @@ def _resident(field: str) -> int:
     if match is None:
         raise RuntimeError(f"/proc/self/status has no {field}")
     return int(match.group(1)) * 1024
+
+
+def import_seconds(module: str, *, after: str, repeats: int = 3) -> float:
+    """Median over fresh processes of the time to import a module once `after` is imported."""
+    code = (
+        f"import {after}, time; start = time.perf_counter(); import {module}; "
+        "print(time.perf_counter() - start)"
+    )
+    command = [sys.executable, "-c", code]
+    return statistics.median(
+        float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        for _ in range(repeats)
+    )
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -82,6 +82,14 @@ def test_the_gpu_clock_starts_after_the_flush_and_a_lead(monkeypatch):
     assert order == [*["call"] * 3, *turn * 2]
 
 
+def test_the_time_of_an_import_is_that_beyond_the_first(tmp_path, monkeypatch):
+    (tmp_path / "slow_first.py").write_text("import time; time.sleep(1.0)")
+    (tmp_path / "slow_second.py").write_text("import time; time.sleep(0.2)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    seconds = measure.import_seconds("slow_second", after="slow_first", repeats=1)
+    assert 0.2 <= seconds < 1.0
+
+
 @dataclass(frozen=True)
 class Tied(TopKeysCase):
     """The keys 4 and 5 are equally good for the only query, and `better` others are better."""

@@ -20,6 +20,7 @@ constexpr int kKeys = 2;  // more would not fit the registers
 constexpr int64_t kTaskChunks = 32;  // chunks that a thread takes at a time, at most
 constexpr int64_t kTasks = 8;        // tasks per thread, at least, where there are so many chunks
 constexpr int64_t kGlance = 64;     // scores that are compared with the limit at once
+constexpr int64_t kFewWithoutLimit = 64;  // of so many keys, one may be met without a limit
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
@@ -173,8 +174,19 @@ inline void copy_row(R* to, const T* from, int64_t width, int64_t padded) {
     memset(to + i, 0, sizeof(R) * (padded - i));
 }
 
+// Whether distances are bounded by the rows' products, and computed only where these allow for
+// one that is near enough.
 template <class R>
-acc_t<R> inverse_norm(const R* row, int64_t width) {
+constexpr bool kBounded = !std::is_same<R, acc_t<R>>::value;
+
+template <class R>
+inline bool needs_scales(Metric metric) {
+    return metric == Metric::cosine || (metric == Metric::l2 && kBounded<R>);
+}
+
+// Of a row: one over its norm for cosines, for distances the norm's square.
+template <class R>
+acc_t<R> scale_of(Metric metric, const R* row, int64_t width) {
     typedef acc_t<R> A;
     vec_t<A> sum = {};
     for (int64_t i = 0; i < width; i += kRowLanes<R>) {
@@ -182,17 +194,29 @@ acc_t<R> inverse_norm(const R* row, int64_t width) {
         sum = Row<R>::add_product(sum, value, value);
     }
     const A square = sum_of<A>(sum);
+    if (metric == Metric::l2) return square;
     return square == 0 ? 0 : 1 / static_cast<A>(sqrt(square));
 }
 
-// The queries' rows, and for cosines the scales of their scores.
+template <class R>
+acc_t<R> minus_squared_distance(const R* a, const R* b, int64_t width) {
+    typedef acc_t<R> A;
+    vec_t<A> sum = {};
+    for (int64_t i = 0; i < width; i += kLanes<A>) {
+        const vec_t<A> difference = load(a + i) - load(b + i);
+        sum -= difference * difference;
+    }
+    return sum_of<A>(sum);
+}
+
+// The queries' rows and scales.
 template <class R, class T>
 void copy_queries(const KeySearch& search, R* rows, acc_t<R>* scales, int64_t padded) {
     for (int64_t q = 0; q < search.queries; ++q) {
         R* row = rows + q * padded;
         copy_row(row, static_cast<const T*>(search.query) + q * search.query_stride, search.width,
                  padded);
-        if (search.metric == Metric::cosine) scales[q] = inverse_norm(row, padded);
+        if (needs_scales<R>(search.metric)) scales[q] = scale_of(search.metric, row, padded);
     }
 }
 
@@ -280,7 +304,7 @@ class Worker {
     }
 
    private:
-    // Makes keys_, and the scales of their scores.
+    // Makes keys_ and their scales.
     void fetch(int64_t first, int64_t count) {
         const T* given = static_cast<const T*>(search_.keys) + first * search_.key_stride;
         if constexpr (std::is_same<T, R>::value) {
@@ -297,8 +321,8 @@ class Worker {
                          key_stride_);
             }
         }
-        for (int64_t j = 0; j < count && search_.metric == Metric::cosine; ++j) {
-            scales_[j] = inverse_norm(keys_ + j * key_stride_, width(search_));
+        for (int64_t j = 0; j < count && needs_scales<R>(search_.metric); ++j) {
+            scales_[j] = scale_of(search_.metric, keys_ + j * key_stride_, width(search_));
         }
     }
 
@@ -313,10 +337,37 @@ class Worker {
         }
         score_block<false>(scores_, stride, query, queries, keys_, key_stride_, count,
                            width(search_));
-        for (int64_t q = 0; q < queries && search_.metric == Metric::cosine; ++q) {
+        for (int64_t q = 0; q < queries && needs_scales<R>(search_.metric); ++q) {
             A* score = scores_ + q * stride;
             const A scale = query_scales_[block + q];
-            for (int64_t j = 0; j < count; ++j) score[j] = score[j] * scale * scales_[j];
+            if (search_.metric == Metric::l2) {
+                from_products(score, block + q, count);
+            } else {
+                for (int64_t j = 0; j < count; ++j) score[j] = score[j] * scale * scales_[j];
+            }
+        }
+    }
+
+    // Makes a query's products scores: where one may enter the list, minus the squared distance,
+    // elsewhere what it cannot exceed. With n additions one after the other, the sums behind
+    // 2 qk - |q|^2 - |k|^2 and behind the squared distance itself, at most 2 (|q|^2 + |k|^2), are
+    // off by n 2^-24 of |q|^2 + |k|^2 and four times that at most; subnormal products are lost.
+    void from_products(A* score, int64_t q, int64_t count) {
+        const A limit = limits_[q];
+        const A square = query_scales_[q];
+        const A additions = static_cast<A>(width(search_) / kLanes<A> + 16);
+        const A slack = additions * 0x1p-21f;
+        const A lost = static_cast<A>(width(search_)) * 0x1p-120f;
+        int any = 0;
+        for (int64_t j = 0; j < count; ++j) {
+            const A squares = square + scales_[j];
+            score[j] = 2 * score[j] - squares + (slack * squares + lost);
+            any |= !(score[j] <= limit);
+        }
+        for (int64_t j = 0; j < count && any; ++j) {
+            if (score[j] <= limit) continue;
+            score[j] = minus_squared_distance(query_ + q * width(search_),
+                                              keys_ + j * key_stride_, width(search_));
         }
     }
 
@@ -367,7 +418,11 @@ void search_any(const KeySearch& given, const SearchScratch& scratch) {
             return search<float>(given, scratch);
         case DType::bfloat16:
 #if defined(__AVX512BF16__)
-            if (given.metric != Metric::l2) return search<BFloat16, BFloat16>(given, scratch);
+            // A thread has no limit until it has filled a list.
+            if (given.metric != Metric::l2 ||
+                given.key_count >= kFewWithoutLimit * scratch.capacity * scratch.threads) {
+                return search<BFloat16, BFloat16>(given, scratch);
+            }
 #endif
             return search<BFloat16>(given, scratch);
         case DType::float16:

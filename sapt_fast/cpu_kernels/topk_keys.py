@@ -5,8 +5,8 @@ per query and takes in only scores above the list's worst; the lists are merged 
 order of candidates is total, so the result does not depend on the number of threads.
 
 Products of bfloat16 are summed in float32 whatever the CPU. One that multiplies bfloat16 itself
-(AVX512-BF16) takes subnormal numbers for zero there; of "l2" it makes no use, whose differences
-bfloat16 cannot hold.
+(AVX512-BF16) takes subnormal numbers for zero there. For "l2" it multiplies first, to see which
+keys can be near enough, and sums the differences of these in float32.
 """
 
 import torch

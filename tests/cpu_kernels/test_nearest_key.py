@@ -5,6 +5,7 @@ import torch
 
 _C = pytest.importorskip("sapt_fast._C", reason="built without native kernels")
 from sapt_fast.cpu_kernels.nearest_key import nearest_key_fwd  # noqa: E402
+from sapt_fast.cpu_kernels.topk_keys import topk_keys_fwd  # noqa: E402
 from sapt_fast.ops.nearest_key import nearest_key_fwd as reference  # noqa: E402
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -72,6 +73,38 @@ def test_undefined_and_infinite_values_as_in_the_reference():
     got = nearest_key_fwd(query, bad, torch.full((3,), inf))
     assert_same(got, reference(query, bad, torch.full((3,), inf)))
     assert got[2].tolist() == [-1] * 5
+
+
+@pytest.mark.parametrize("size", [1.0, 2.0**-60, 2.0**40])
+@pytest.mark.usefixtures("capability")
+def test_many_keys_on_a_lattice_far_from_the_origin(size, with_threads):
+    """Every squared distance is exact, and small beside the squares it is the difference of."""
+    generator = torch.Generator().manual_seed(0)
+    corner = torch.randint(200, 255, (2000,), generator=generator)
+    lattice = corner + torch.randint(2, (6_007, 2000), generator=generator)
+    keys = (lattice * size).bfloat16()
+    query = keys[[5, 3000, 6_006]]
+    query[:, 3] += 4 * size
+    exact = torch.stack([(q.double() - keys.double()).square().sum(-1) for q in query])
+    radius = torch.full((len(keys),), 5 * size)
+    got = with_threads(2, lambda: nearest_key_fwd(query, keys, radius))
+    assert torch.equal(got[2], exact.argmin(1))
+    torch.testing.assert_close(got[0].double(), exact.amin(1).sqrt(), rtol=1e-7, atol=0)
+    scores, index = with_threads(2, lambda: topk_keys_fwd(query, keys, 9, "l2"))
+    best, want = exact.sort(dim=1, stable=True)
+    assert torch.equal(index, want[:, :9])
+    assert torch.equal(scores.double(), -best[:, :9])
+
+
+@pytest.mark.usefixtures("capability")
+def test_undefined_and_infinite_values_among_many_keys():
+    nan, inf = float("nan"), float("inf")
+    keys = torch.arange(20_000).remainder(251).to(torch.bfloat16).unsqueeze(1).repeat(1, 3)
+    keys[9_000:9_003, 1] = torch.tensor([nan, inf, -inf]).bfloat16()
+    keys[19_000] = 2.0**100
+    query = torch.tensor([[7.0] * 3, [nan, 0.0, 0.0], [inf, 0.0, 0.0], [2.0**100] * 3]).bfloat16()
+    radius = torch.ones(20_000)
+    assert_same(nearest_key_fwd(query, keys, radius), reference(query, keys, radius))
 
 
 def test_no_keys_and_no_queries():

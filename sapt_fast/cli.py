@@ -25,10 +25,29 @@ def _option(help: str, *names: str, panel: str | None = None) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=panel, show_default=False)
 
 
+def _read_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Lets the options in a file stand where the command line gives none."""
+    if path is not None:
+        from sapt_fast.continual.config_file import read_config
+
+        known = {parameter.name for parameter in context.command.params} - {"config"}
+        context.default_map = read_config(path, {name for name in known if name})
+    return path
+
+
 @app.command()
 def train(
+    context: typer.Context,
     model: Annotated[str, _option("Folder or name of a transformers model, or 'demo'.")],
     output: Annotated[Path, _option("Folder of the run; a run that is there goes on.")],
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML file of these options (max_train: 400); the command line goes before it.",
+            callback=_read_config,
+            is_eager=True,
+        ),
+    ] = None,
     benchmark: Annotated[
         str, _option("'superni', 'long_sequence', or 'demo' for generated tasks.", panel=_DATA)
     ] = "superni",
@@ -225,7 +244,11 @@ def train(
 
     options = dict(locals())
     if order is not None and tasks is not None:
-        raise ValueError("order: give --order or --tasks, not both")
+        # Of two, the one in the file gives way.
+        by_file = [n for n in ("order", "tasks") if _is_from_file(context, n)]
+        if len(by_file) != 1:
+            raise ValueError("order: give --order or --tasks, not both")
+        order, tasks = (None, tasks) if by_file == ["order"] else (order, None)
     source = Source(
         model=model,
         benchmark=benchmark,
@@ -464,6 +487,11 @@ def doctor() -> None:
 
     _show(environment_table())
     _show(backend_table())
+
+
+def _is_from_file(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "DEFAULT_MAP"
 
 
 def _show(table: Any) -> None:

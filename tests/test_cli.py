@@ -221,3 +221,40 @@ def test_real_tasks_killed_resumed_and_evaluated(tmp_path: Path) -> None:
     assert "largest deviation from results.json: 0" in invoke(
         "eval", str(tmp_path / "killed"), "--no-progress"
     )
+
+
+def test_options_come_from_a_file_and_the_command_line_goes_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sapt_fast.continual import runs
+
+    seen = {}
+
+    def train(source, settings, output, **options):
+        seen.update(source=source, settings=settings, output=output)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(runs, "train", train)
+    config = tmp_path / "recipe.yaml"
+    config.write_text(
+        "model: demo\nbenchmark: demo\norder: superni-1\nlearning-rate: 2e-3\nsteps: 7\n"
+        "preset: t5-superni\ngenerator: {steps: 9, answers: true}\nbf16: false\n"
+    )
+    given = ("train", "--config", str(config), "--output", str(tmp_path / "run"))
+    assert "seen" in fails(capsys, monkeypatch, *given, "--steps", "5", "--tasks", "max_min")
+    settings = seen["settings"]
+    assert (seen["source"].model, seen["source"].tasks) == ("demo", "max_min")
+    assert (settings.steps, settings.learning_rate, settings.sapt.r) == (5, 2e-3, 4)
+    assert (settings.generator.steps, settings.generator.answers) == (9, True)
+    assert not settings.bf16
+    assert "seen" in fails(capsys, monkeypatch, *given)
+    assert seen["source"].tasks == "superni-1"
+    for text, message in (
+        ("stepz: 3\n", "has unknown options ['stepz']"),
+        ("- 3\n", "holds list, expected options by name"),
+        ("a: [\n", "is no YAML"),
+    ):
+        config.write_text(text)
+        assert message in fails(capsys, monkeypatch, *given)
+    config.unlink()
+    assert "does not exist" in fails(capsys, monkeypatch, *given)

@@ -1,6 +1,11 @@
-"""A patched PeftModel beside PEFT itself: equal numbers, time of a layer and of a mixed batch."""
+"""A patched PeftModel beside PEFT itself: equal numbers, and the time of
+
+a layer whose adapters are added up, a batch whose samples each take their own adapter, and X-LoRA
+generation.
+"""
 
 import sys
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +13,7 @@ import checks
 import measure
 import torch
 from checks import FLOOR, target
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, XLoraConfig, get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -17,18 +22,23 @@ import sapt_fast
 RANK = 8
 
 
+def llama(width: int, layers: int, device: str, dtype: torch.dtype) -> Any:
+    """An untrained LLaMA, the same at every call."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1000,
+        hidden_size=width,
+        intermediate_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config).to(device, dtype)
+
+
 def peft_model(adapters: int, width: int, device: str, dtype: torch.dtype) -> Any:
     """A one-layer LLaMA whose adapters are all active and all do something."""
-    torch.manual_seed(0)
-    base = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=1000,
-            hidden_size=width,
-            intermediate_size=width,
-            num_hidden_layers=1,
-            num_attention_heads=width // 64,
-        )
-    ).to(device, dtype)
+    base = llama(width, 1, device, dtype)
     config = LoraConfig(r=RANK, target_modules=["q_proj", "v_proj"])
     model = get_peft_model(base, config, adapter_name="a0", autocast_adapter_dtype=False)
     for k in range(1, adapters):
@@ -38,6 +48,23 @@ def peft_model(adapters: int, width: int, device: str, dtype: torch.dtype) -> An
             torch.nn.init.normal_(parameter, std=0.02)
     model.base_model.set_adapter([f"a{k}" for k in range(adapters)])
     return model
+
+
+def xlora_model(experts: int, width: int, layers: int, device: str, dtype: torch.dtype) -> Any:
+    """A LLaMA with X-LoRA experts on every query and value layer."""
+    adapters = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for k in range(experts):
+            config = LoraConfig(r=RANK, target_modules=["q_proj", "v_proj"])
+            expert = get_peft_model(llama(width, layers, "cpu", dtype), config)
+            for name, parameter in expert.named_parameters():
+                if "lora_B" in name:
+                    torch.nn.init.normal_(parameter, std=0.02)
+            adapters[str(k)] = f"{folder}/{k}"
+            expert.save_pretrained(adapters[str(k)])
+        config = XLoraConfig(task_type="CAUSAL_LM", hidden_size=width, adapters=adapters)
+        base = llama(width, layers, device, dtype)
+        return get_peft_model(base, config, autocast_adapter_dtype=False).eval()
 
 
 def main() -> int:
@@ -50,14 +77,17 @@ def main() -> int:
         _compare(16, width, (16, length), dtype, device, 20 * repeats, training=False)
         for length in (1, 16)
     ]
+    sizes = (4, 128, 2, 16, 4) if options.quick else (8, 512, 8, 128, 64)
+    generated = _generation(*sizes, dtype, device, 1 if options.quick else 3)
+    rows = (trained, *mixed, generated)
     result = {
         "kind": "peft_check",
         "quick": options.quick,
         "environment": measure.environment(device),
         "correctness": {
-            "ours": {"ok": all(row["ok"] for row in (trained, *mixed)), "cases": []},
+            "ours": {"ok": all(row["ok"] for row in rows), "cases": []},
         },
-        "rows": [trained, *mixed],
+        "rows": rows,
         "targets": [
             target(
                 "8 adapters, layer forward+backward: PEFT / ours",
@@ -68,6 +98,12 @@ def main() -> int:
             *(
                 target(f"{row['what']}: PEFT / ours", row["ratio"], 4, at_least=True)
                 for row in mixed
+            ),
+            target(
+                f"{generated['what']}, per token: PEFT / ours",
+                generated["ratio"],
+                2.5,
+                at_least=True,
             ),
         ],
     }
@@ -96,17 +132,73 @@ def _compare(
         leaf = x.clone().requires_grad_(training)
         runs[name] = _step(layer, leaf, grad) if training else _mixed_batch(layer, leaf, names)
         results[name] = runs[name]()
-    error = (results["ours"] - results["peft"]).double().norm() / results["peft"].double().norm()
-    ok = error.item() <= 2 * FLOOR[dtype]
+    error = _relative(results["ours"], results["peft"])
+    ok = error <= 2 * FLOOR[dtype]
     times = measure.interleaved_ms(runs, device, repeats=repeats) if ok else {}
     what = "8 adapters" if training else f"mixed batch of {shape[0]}, {adapters} adapters"
     return {
         "what": f"{what}, {shape[1]} tokens",
-        "error": error.item(),
+        "error": error,
         "ok": ok,
         "ms": times,
         "ratio": checks.ratio(times, "peft", "ours"),
     }
+
+
+def _generation(
+    experts: int,
+    width: int,
+    layers: int,
+    prompt: int,
+    tokens: int,
+    dtype: torch.dtype,
+    device: str,
+    repeats: int,
+) -> dict[str, Any]:
+    models = {name: xlora_model(experts, width, layers, device, dtype) for name in ("peft", "ours")}
+    classifier = models["peft"].base_model.internal_xlora_classifier.state_dict()
+    models["ours"].base_model.internal_xlora_classifier.load_state_dict(classifier)
+    models["ours"] = sapt_fast.patch(models["ours"])
+    ids = torch.randint(3, 1000, (1, prompt), generator=torch.Generator().manual_seed(1)).to(device)
+    runs = {name: _greedy(model, ids, tokens) for name, model in models.items()}
+    chosen = {name: run() for name, run in runs.items()}
+    # After a near tie the texts may part; up to there the logits must agree.
+    equal = (chosen["peft"].sequences == chosen["ours"].sequences)[0, prompt:].int()
+    steps = min(tokens, int(equal.cumprod(0).sum()) + 1)
+    logits = {name: torch.cat(output.logits[:steps]) for name, output in chosen.items()}
+    error = _relative(logits["ours"], logits["peft"])
+    ok = error <= 2 * layers * FLOOR[dtype]
+    times = measure.interleaved_ms(runs, device, repeats=repeats, warmup=1) if ok else {}
+    per_token = {
+        name: {q: ms / tokens for q, ms in quantiles.items()} for name, quantiles in times.items()
+    }
+    return {
+        "what": f"X-LoRA generation, {experts} experts, prompt {prompt}, {tokens} new tokens",
+        "error": error,
+        "steps_with_equal_texts": steps,
+        "ok": ok,
+        "ms": per_token,
+        "ratio": checks.ratio(per_token, "peft", "ours"),
+    }
+
+
+def _greedy(model: Any, ids: Tensor, tokens: int) -> Callable[[], Any]:
+    def run() -> Any:
+        return model.generate(
+            input_ids=ids,
+            min_new_tokens=tokens,
+            max_new_tokens=tokens,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+
+    return run
+
+
+def _relative(result: Tensor, expected: Tensor) -> float:
+    difference = (result - expected).double().norm()
+    return (difference / expected.double().norm()).item()
 
 
 def _step(layer: Any, x: Tensor, grad: Tensor) -> Callable[[], Tensor]:

@@ -2,8 +2,9 @@
 
 X-LoRA (Buehler and Buehler, 2024) classifies every token and scales each layer's LoRA experts by
 the result. PEFT's loop stores a scaled copy of x and an output for every expert; the numbers here
-are the same, from one product over the stacked experts. Everything else stays PEFT's: the
-classifier, its scaling pass, top-k and softmax.
+are the same, from one product over the stacked experts. Where the scaling pass scales by zero, the
+experts are skipped. Everything else stays PEFT's: the classifier, top-k and softmax; generation
+keeps keys and values where `xlora_generation` finds that sound.
 """
 
 from typing import Any
@@ -16,13 +17,16 @@ from torch import Tensor, nn
 
 from sapt_fast.peft_layers import is_plain, mixed
 from sapt_fast.report import PatchReport
+from sapt_fast.xlora_generation import CachedGeneration
 
 
 class XLoraHandle(nn.Module):
     """model.sapt of an X-LoRA model.
 
     Attributes:
-        report: the layers that compute their experts in one pass, and those left to PEFT.
+        report: the layers that compute their experts in one pass, those left to PEFT, and why
+            generation runs as in PEFT if it does.
+        generation: what stands in for `model.generate`.
     """
 
     def __init__(self, model: PeftModel) -> None:
@@ -35,6 +39,10 @@ class XLoraHandle(nn.Module):
                 self.report.patched.append(path)
             else:
                 self.report.skipped[path] = f"{type(layer).__name__}: not an expert layer of X-LoRA"
+        self.generation = CachedGeneration(model, all_pooled=not self.report.skipped)
+        if self.generation.obstacle is not None:
+            note = f"generation without a cache, as in PEFT: {self.generation.obstacle}"
+            self.report.notes.append(note)
 
 
 class PooledExperts:
@@ -42,17 +50,23 @@ class PooledExperts:
 
     Args:
         loop: PEFT's.
+        generation: of the model; has the scalings of a generation that keeps a cache.
     """
 
-    def __init__(self, loop: XLoraLinearLayer) -> None:
+    def __init__(self, loop: XLoraLinearLayer, generation: CachedGeneration) -> None:
         self.loop = loop
+        self.generation = generation
         self.layer: Any = loop.target
 
     def forward(
         self, x: Tensor, *args: Any, scalings: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
         """`XLoraLinearLayer.forward`: x [B, T, I], scalings [B, T, layers, K]."""
-        loop, layer = self.loop, self.layer
+        loop, layer, running = self.loop, self.layer, self.generation.running
+        if scalings is None:
+            scalings = running.scalings
+        if running.base_only or (layer.disable_adapters and self._scales_by_zero()):
+            return layer.base_layer(x, *args, **kwargs)
         drops = layer.training and any(getattr(d, "p", 0.0) for d in layer.lora_dropout.values())
         off = loop.adapters_disabled or layer.merged or drops or not is_plain(layer)
         if scalings is None or args or kwargs or off or x.dim() != 3:
@@ -61,6 +75,11 @@ class PooledExperts:
         adapters = tuple(layer.active_adapters)
         mixture = weights.expand(*x.shape[:-1], -1).reshape(-1, len(adapters))
         return mixed(layer, x, adapters, mixture)
+
+    def _scales_by_zero(self) -> bool:
+        """Whether PEFT's scaling pass, in which alone the layer is disabled, adds no expert."""
+        classifier: Any = self.loop.model.internal_xlora_classifier
+        return bool(classifier.override_scaling_pass_value == 0)
 
 
 def patch_xlora(model: PeftModel, *, strict: bool) -> None:
@@ -74,12 +93,14 @@ def patch_xlora(model: PeftModel, *, strict: bool) -> None:
         raise ValueError(f"strict: not everything can be patched. {handle.report}")
     for path in handle.report.patched:
         layer: Any = model.get_submodule(path)
-        layer.forward = PooledExperts(layer.forward.__self__).forward
+        layer.forward = PooledExperts(layer.forward.__self__, handle.generation).forward
     model.sapt = handle
+    handle.generation.install()
 
 
 def unpatch_xlora(model: PeftModel) -> None:
     """`unpatch` of a PEFT model with X-LoRA; see there."""
+    model.sapt.generation.remove()
     for path in model.sapt.report.patched:
         layer: Any = model.get_submodule(path)
         layer.forward = layer.forward.__self__.loop.forward

@@ -11,6 +11,7 @@
 #include "arguments.h"
 #include "capability.h"
 #include "cpu/mixed_lora.h"
+#include "cpu/own_lora.h"
 #ifdef SAPT_FAST_WITH_CUDA
 #include "cuda/bindings.h"
 #include "cuda/runtime.h"
@@ -117,6 +118,50 @@ void factor_grad(int dtype, int factor_dtype, Address out, Address g, Address x,
     mixed_lora().factor_grad(args, team(rows * ranks * columns, threads));
 }
 
+void own_lora(int dtype, int lora_dtype, Address y, Address x, const std::vector<Address>& a,
+              const std::vector<Address>& b, const std::vector<std::int64_t>& ranks,
+              const std::vector<double>& scales, const std::vector<std::int64_t>& owner,
+              std::int64_t rows, std::int64_t inputs, std::int64_t outputs, int threads) {
+    const DType type = dtype_of(dtype);
+    const DType lora_type = dtype_of(lora_dtype);
+    require(lora_type == type || (lora_type == DType::float32 && type != DType::float64),
+            "lora_dtype: neither dtype nor float32");
+    require(a.size() == ranks.size() && b.size() == ranks.size() && scales.size() == ranks.size(),
+            "a, b, ranks, scales: of different lengths");
+    const std::int64_t count = static_cast<std::int64_t>(ranks.size());
+    const std::int64_t samples = static_cast<std::int64_t>(owner.size());
+    require(rows >= 0 && inputs >= 0 && outputs >= 0, "rows, inputs, outputs: negative");
+    require(rows == 0 || (samples > 0 && rows % samples == 0), "owner: does not divide rows");
+    if (rows == 0 || outputs == 0) return;
+    require(y && (inputs == 0 || x), "y, x: null address");
+    std::vector<OwnAdapter> adapters;
+    for (std::int64_t k = 0; k < count; ++k) {
+        require(ranks[k] >= 0 && ranks[k] <= kMostOwnRanks, "ranks: negative or too many");
+        require(ranks[k] == 0 || (a[k] && b[k]), "a, b: null address");
+        adapters.push_back({at(a[k]), at(b[k]), ranks[k], scales[k]});
+    }
+    std::vector<OwnRows> blocks;
+    std::int64_t work = 0;
+    for (std::int64_t row = 0; row < rows; ++row) {
+        const std::int64_t adapter = owner[row / (rows / samples)];
+        require(adapter >= -1 && adapter < count, "owner: not an adapter");
+        if (adapter < 0) continue;
+        work += ranks[adapter] * (inputs + outputs);
+        const bool extends = !blocks.empty() && blocks.back().adapter == adapter &&
+                             blocks.back().count < kOwnRows &&
+                             blocks.back().first + blocks.back().count == row;
+        if (extends) {
+            ++blocks.back().count;
+        } else {
+            blocks.push_back({row, 1, adapter});
+        }
+    }
+    const OwnLora args = {at(y),  at(x),   adapters.data(), blocks.data(),
+                          static_cast<std::int64_t>(blocks.size()),
+                          inputs, outputs, type,            lora_type};
+    SAPT_FAST_PICK(own_lora_kernels).add(args, team(work, threads));
+}
+
 py::list cpu_capabilities() {
     py::list names;
     for (Capability capability : supported_capabilities()) names.append(name_of(capability));
@@ -196,6 +241,11 @@ PYBIND11_MODULE(_C, m) {
     m.def("factor_grad", &factor_grad, arg("dtype"), arg("factor_dtype"), arg("out"), arg("g"),
           arg("x"), arg("rows"), arg("ranks"), arg("columns"), arg("threads"),
           py::call_guard<py::gil_scoped_release>(), "out = g^T x for a few ranks.");
+    m.attr("MOST_OWN_RANKS") = kMostOwnRanks;
+    m.def("own_lora", &own_lora, arg("dtype"), arg("lora_dtype"), arg("y"), arg("x"), arg("a"),
+          arg("b"), arg("ranks"), arg("scales"), arg("owner"), arg("rows"), arg("inputs"),
+          arg("outputs"), arg("threads"), py::call_guard<py::gil_scoped_release>(),
+          "y += scale (x a^T) b^T, every sample with its own adapter.");
     bind_lookups(m);
 #ifdef SAPT_FAST_WITH_CUDA
     bind_cuda(m);

@@ -28,6 +28,7 @@ _FOLDERS = {
 # Backends of each op, the preferred one first; "cuda" comes before them for `_FEW_ROWS`.
 _TABLE: dict[str, tuple[str, ...]] = {
     "mixed_lora": ("triton", "cpu", "cuda", "reference"),
+    "own_lora": ("cpu", "reference"),
     "nearest_key": ("triton", "cpu", "cuda", "reference"),
     "topk_keys": ("triton", "cpu", "cuda", "reference"),
     "pool_tokens": ("triton", "cpu", "reference"),

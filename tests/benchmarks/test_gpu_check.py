@@ -62,7 +62,7 @@ def test_every_op_is_checked_in_every_dtype():
     report = op_checks.correctness("cpu", op_checks.QUICK.checked)
     assert report.keys() == OPS
     # The layers are checked elsewhere; the router's case begins with the pooling.
-    assert set(dispatch.ops()) - OPS <= {"mixed_lora", "pool_tokens"}
+    assert set(dispatch.ops()) - OPS <= {"mixed_lora", "own_lora", "pool_tokens"}
     for op, row in report.items():
         assert row["ok"], (op, [case for case in row["cases"] if not case["ok"]])
         assert {case["dtype"] for case in row["cases"]} == {str(d) for d in op_checks.DTYPES}

@@ -1,0 +1,70 @@
+"""The cpu backend of own_lora against float64, on every instruction set."""
+
+import pytest
+import torch
+from own_lora_cases import TOLERANCE, assert_right, expected, make
+
+_C = pytest.importorskip("sapt_fast._C", reason="built without native kernels")
+from sapt_fast.ops.own_lora import add_own_lora_  # noqa: E402
+
+# (shape of x, ranks, outputs, owner)
+CASES = [
+    ((1, 1), (1,), 1, [0]),
+    ((3, 1, 19), (3, 1), 21, [1, 0, 1]),
+    ((6, 1, 64), (8, 8, 4), 128, [0, 0, 2, -1, 2, 2]),
+    ((2, 7, 270), (21, 0), 33, [0, 1]),
+    ((9, 5, 33), (16, 2), 70, [0, 0, 0, 1, 1, 0, -1, 1, 1]),
+    # ranks and rows beyond those of the kernel
+    ((2, 2, 40), (300,), 50, [0, -1]),
+    ((2, 40, 40), (4, 5), 50, [1, 0]),
+]
+
+
+@pytest.mark.parametrize("lora_dtype", [None, torch.float32], ids=["same", "float32"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_every_instruction_set(capability, dtype, lora_dtype, poisoned_memory):
+    for shape, ranks, outputs, owner in CASES:
+        y, x, adapters = make(shape, ranks, dtype, lora_dtype, outputs)
+        want = expected(y, x, adapters, owner)
+        assert_right(add_own_lora_(y, x, adapters, owner, backend="cpu"), want, dtype)
+
+
+def test_any_number_of_threads_gives_the_same(with_threads):
+    def run():
+        y, x, adapters = make((16, 1, 512), (8,) * 16, outputs=512)
+        return add_own_lora_(y, x, adapters, list(range(16)))
+
+    results = [with_threads(count, run) for count in (1, 2, 3)]
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_layouts_of_x_and_of_the_adapters():
+    y, x, adapters = make((4, 2, 24), (3, 5), outputs=40)
+    want = expected(y, x, adapters, [1, 0, 0, 1])
+    x = x.transpose(0, 1).contiguous().transpose(0, 1)
+    strided = [
+        type(k)(k.a.t().contiguous().t(), k.b.t().contiguous().t(), k.scaling) for k in adapters
+    ]
+    assert_right(add_own_lora_(y, x, strided, [1, 0, 0, 1], backend="cpu"), want, torch.float32)
+
+
+def test_the_binding_checks_what_would_read_out_of_bounds():
+    def call(ranks=(1,), owner=(0,), a=(8,), rows=1, lora=_C.FLOAT32):
+        _C.own_lora(
+            _C.FLOAT32, lora, 8, 8, list(a), [8], list(ranks), [1.0], list(owner), rows, 1, 1, 1
+        )
+
+    for bad in (
+        {"ranks": (_C.MOST_OWN_RANKS + 1,)},
+        {"ranks": (-1,)},
+        {"owner": (1,)},
+        {"owner": (-2,)},
+        {"owner": (0, 0)},
+        {"owner": ()},
+        {"a": (0,)},
+        {"a": ()},
+        {"rows": -1},
+        {"lora": _C.BFLOAT16},
+    ):
+        with pytest.raises(ValueError, match=":"):
+            call(**bad)

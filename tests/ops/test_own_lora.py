@@ -1,0 +1,57 @@
+"""own_lora: each sample with its adapter alone, against float64."""
+
+import pytest
+import torch
+from own_lora_cases import TOLERANCE, assert_right, expected, make
+
+from sapt_fast.ops.own_lora import Adapter, add_own_lora_
+
+
+@pytest.mark.parametrize("lora_dtype", [None, torch.float32], ids=["same", "float32"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_reference(dtype, lora_dtype):
+    y, x, adapters = make((4, 3, 5), (2, 3, 1), dtype, lora_dtype)
+    owner = [2, -1, 0, 0]
+    want = expected(y, x, adapters, owner)
+    got = add_own_lora_(y, x, adapters, owner, backend="reference")
+    assert got is y
+    assert_right(got, want, dtype)
+
+
+def test_bad_input_changes_nothing():
+    y, x, adapters = make((4, 3, 5), (2, 3))
+    before = y.clone()
+    owner = [0, 1, 0, -1]
+    swapped = Adapter(adapters[0].b, adapters[0].a, 1.0)
+    narrow = Adapter(adapters[0].a.half(), adapters[0].b.half(), 1.0)
+    for error, match, given in [
+        (ValueError, r"owner: got 3 samples, expected 4", (y, x, adapters, [0, 1, 0])),
+        (ValueError, r"owner: got .*, expected -1 to 1", (y, x, adapters, [0, 2, 0, 0])),
+        (ValueError, r"owner: got", (y, x, adapters, [0, -2, 0, 0])),
+        (ValueError, r"y: got shape", (y[:, :2], x, adapters, owner)),
+        (ValueError, r"y: got shape", (y.transpose(0, 1), x.transpose(0, 1), adapters, owner)),
+        (TypeError, r"x: got dtype", (y, x.double(), adapters, owner)),
+        (ValueError, r"adapters\[0\]: got A", (y, x[..., :4], adapters, owner)),
+        (
+            ValueError,
+            r"adapters\[1\]",
+            (y, x, [adapters[0], swapped], owner),
+        ),
+        (
+            TypeError,
+            r"adapters: got",
+            (y, x, [narrow], [0] * 4),
+        ),
+        (ValueError, "require gradients", (y, x.clone().requires_grad_(), adapters, owner)),
+    ]:
+        with pytest.raises(error, match=match):
+            add_own_lora_(*given)
+        assert torch.equal(y, before)
+
+
+def test_no_samples_and_no_adapters():
+    y, x, adapters = make((0, 3, 5), (2,))
+    assert add_own_lora_(y, x, adapters, []).shape == (0, 3, 7)
+    y, x, _ = make((2, 3, 5), ())
+    before = y.clone()
+    assert torch.equal(add_own_lora_(y, x, [], [-1, -1]), before)

@@ -21,6 +21,7 @@ from sapt_fast import __version__
 from sapt_fast._base_model import describe_base, require_base, require_model_type
 from sapt_fast._files import replace_directory, whole_directory
 from sapt_fast.handle import Adapter, SaptHandle
+from sapt_fast.merging import static_weights
 from sapt_fast.methods.sapt import SaptConfig, SaptRouter
 from sapt_fast.patching import find_layers, layer_features, patch, require_pretrained, unpatch
 from sapt_fast.peft_format import (
@@ -183,27 +184,17 @@ def export_adapter(
         OSError: it cannot be written; it is then as it was.
     """
     handle = _patched(model)
-    weights = torch.as_tensor(weights).detach().to("cpu")
-    count = len(handle.tasks)
-    if weights.shape != (count,) or not weights.is_floating_point():
-        raise ValueError(
-            f"weights: got {weights.dtype} of shape {tuple(weights.shape)}, expected floats of "
-            f"shape [{count}], one per task of {handle.tasks}"
-        )
-    if not weights.isfinite().all():
-        raise ValueError(f"weights: got {weights.tolist()}, expected finite values")
+    weights = static_weights(weights, handle.tasks)
     if isinstance(handle, PromptHandle):
-        prompts = torch.stack([handle.prompts.prompt(k) for k in range(count)]).to("cpu")
+        prompts = torch.stack([handle.prompts.prompt(k) for k in range(len(weights))]).to("cpu")
         mixed = torch.einsum("k,kpd->pd", weights.double(), prompts.double()).to(prompts.dtype)
         with replace_directory(directory, _exported) as folder:
             write_prompt(folder, model, mixed, _EXPORT_MARK)
         return
     adapters = {}
     for path, pool in handle.pools.items():
-        scale = weights.double() * torch.tensor(pool.scaling, dtype=torch.float64)
-        scale = scale.repeat_interleave(torch.tensor(pool.ranks))
-        b = pool.b.rows().to("cpu")
-        adapters[path] = (pool.a.rows(), (b.double() * scale[:, None]).to(b.dtype), 1.0)
+        a, b = pool.scaled(weights)
+        adapters[path] = (a, b, 1.0)
     with replace_directory(directory, _exported) as folder:
         write_lora(folder, model, adapters, _EXPORT_MARK)
 

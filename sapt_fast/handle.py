@@ -1,12 +1,13 @@
 """model.sapt: what a user holds of a patched model."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from sapt_fast._files import is_folder_name
 from sapt_fast.layers import MIXED
@@ -248,6 +249,38 @@ class SaptHandle(nn.Module):
 
         export_adapter(self._model, weights, directory)
 
+    def merge(self, weights: Tensor | Sequence[float]) -> None:
+        """Adds the static mixture `weights` [K] to the base weights, until `unmerge`.
+
+        The model then computes what an ordinary one does, at its cost, and routes nothing; it must
+        not be trained. The weights that were there are kept on the CPU.
+
+        Raises:
+            ValueError: the weights do not fit, or a layer's weight is quantised, sharded, not here
+                or shared with another module; nothing has changed then.
+            RuntimeError: there is no task yet, or a mixture is merged already.
+        """
+        from sapt_fast.merging import Addend, Merged, static_weights
+
+        self._require_task()
+        self.routing.require_unmerged()
+        weights = static_weights(weights, self.tasks)
+        addends = {}
+        for path, layer in self.layers.items():
+            a, b = cast(Any, layer).sapt_pool.scaled(weights)
+            addends[path] = Addend(layer, a, b, isinstance(layer, Conv1D))
+        self.routing.merged = Merged(addends, self._model)
+
+    def unmerge(self) -> None:
+        """Gives the base weights the bits that they had before `merge`; without it, does nothing.
+
+        Raises:
+            ValueError: the model was converted to another dtype since; nothing has changed then.
+        """
+        if self.routing.merged is not None:
+            self.routing.merged.restore()
+            self.routing.merged = None
+
     def _has_tasks(self) -> bool:
         return bool(self.tasks)
 
@@ -282,6 +315,7 @@ class SaptHandle(nn.Module):
             raise RuntimeError("there is no task yet: call model.sapt.add_task(name) first")
 
     def _require_new(self, name: str) -> None:
+        self.routing.require_unmerged()
         if not is_folder_name(name) or name in self.tasks or name in _RESERVED_NAMES:
             raise ValueError(
                 f"name: got {name!r}, expected a new name without path separators "

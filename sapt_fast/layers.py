@@ -35,7 +35,7 @@ class _Mixed:
 
     def _mixed(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         pool = self.sapt_pool
-        if not len(pool):
+        if not len(pool) or self.sapt_routing.merged is not None:
             return F.linear(x, weight, bias)
         mixture = checked_mixture(self.sapt_routing.running, x, len(pool), type(self).__name__)
         through = self.sapt_grad_through_frozen
@@ -75,7 +75,7 @@ class InputGroup:
     def output(self, layer: MixedLinear, x: Tensor) -> Tensor | None:
         """The layer's output; None if it must be computed on its own."""
         waiting = layer.sapt_routing.waiting
-        if waiting is None:
+        if waiting is None or layer.sapt_routing.merged is not None:
             return None
         if layer is not self.layers[0]:
             return self._take(layer, x, waiting)

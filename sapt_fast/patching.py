@@ -149,6 +149,7 @@ def unpatch(model: _Model) -> _Model:
     Raises:
         ValueError: the model is not patched, or accelerate has hooked it since, or another library
             has replaced patched layers. Nothing has changed then.
+        RuntimeError: a mixture is merged into the base weights; likewise.
 
     Example:
         >>> import sapt_fast
@@ -163,6 +164,9 @@ def unpatch(model: _Model) -> _Model:
     if not peft and not isinstance(handle, SaptHandle):
         raise ValueError("model: not patched by sapt_fast.patch")
     _refuse_hooked(given)
+    routing = getattr(handle, "routing", None)  # X-LoRA has none
+    if routing is not None:
+        routing.require_unmerged()
     if peft:
         _, unpatch_peft = _peft_functions(given)
         unpatch_peft(given)

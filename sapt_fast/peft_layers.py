@@ -17,9 +17,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sapt_fast.layers import checked_mixture
+from sapt_fast.merging import Addend
 from sapt_fast.ops.mixed_lora import mix
+from sapt_fast.ops.own_lora import Adapter, add_own_lora_
 from sapt_fast.ops.projection import PooledProjection, Projection
 from sapt_fast.ops.rank_table import cached_table, rank_table
+from sapt_fast.peft_arrow import arrow_of, arrow_weights
 
 if TYPE_CHECKING:
     from sapt_fast.routing import Routing
@@ -30,8 +33,8 @@ class PooledLinear(lora.Linear):
 
     With weights (`model.sapt.fixed`, `mixture=`, a router) it mixes all of the model's adapters by
     them; with `adapter_names=` each sample takes its own; else it adds up the active adapters, as
-    PEFT does. Disabled or merged adapters, other arguments, variants (DoRA, aLoRA) and adapters
-    with a bias or of several dtypes are PEFT's.
+    PEFT does, or mixes what its Arrow router chooses. Disabled or merged adapters, other arguments,
+    other variants (DoRA, aLoRA) and adapters with a bias or of several dtypes are PEFT's.
 
     Attributes:
         sapt_names: gives the names of the model's LoRA adapters, in the order of the weights.
@@ -44,12 +47,25 @@ class PooledLinear(lora.Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = kwargs.get("adapter_names")
         others = any(value is not None for key, value in kwargs.items() if key != "adapter_names")
+        if self.sapt_routing.merged is not None:
+            if names is not None or self.disable_adapters:
+                self.sapt_routing.require_unmerged()
+            return self.base_layer(x, *args)
         weights = self.sapt_routing.running
         if weights is not None and self.merged and not self.disable_adapters:
             raise RuntimeError(
                 f"mixture weights for adapters {self.merged_adapters} that are merged into the "
                 "base weights: call model.unmerge_adapter() first"
             )
+        if names is not None and not (args or others or self.disable_adapters or self.merged):
+            self._check_forward_args(x, adapter_names=names)
+            y = _own(self, x, names)
+            if y is not None:
+                return y
+        if names is None and weights is None and not (args or others) and mixes_by_arrow(self):
+            arrow = arrow_of(self)
+            assert arrow is not None
+            return mixed(self, x, arrow.experts, arrow_weights(self, arrow, x))
         plain = is_plain(self)
         if weights is not None and not (plain or self.disable_adapters):
             raise RuntimeError(
@@ -61,7 +77,6 @@ class PooledLinear(lora.Linear):
             return super().forward(x, *args, **kwargs)
         adapters = self.sapt_names()
         if names is not None:
-            self._check_forward_args(x, adapter_names=names)
             weights = _kept(_one_hot, x)(tuple(names), adapters, x.device)
         if weights is None:
             adapters = tuple(name for name in self.active_adapters if name in self.lora_A)
@@ -81,6 +96,43 @@ class PooledLinear(lora.Linear):
         mixture = checked_mixture(weights, x, len(adapters), type(self).__name__)
         return mixed(self, x, adapters, mixture, dropout=max(rates, default=0.0))
 
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """PEFT's, unless a mixture is merged by `model.sapt.merge`: then RuntimeError."""
+        self.sapt_routing.require_unmerged()
+        super().merge(safe_merge, adapter_names)
+
+
+def _own(layer: Any, x: Tensor, names: Sequence[str]) -> Tensor | None:
+    """The base output plus each sample's own adapter; None where the mixture must do it.
+
+    A GPU's mixture skips adapters without weight by itself, and is a single launch.
+    """
+    traced = torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter)
+    if x.device.type != "cpu" or traced or layer.training or torch.is_grad_enabled():
+        return None
+    if torch.is_autocast_enabled("cpu") or layer.lora_variant or any(layer.lora_bias.values()):
+        return None
+    lora_a, lora_b, scaling = layer.lora_A, layer.lora_B, layer.scaling
+    index: dict[str, int] = {}
+    adapters: list[Adapter] = []
+    for name in dict.fromkeys(names):
+        if name not in lora_a:  # "__base__", or an adapter of other layers
+            continue
+        linear_a, linear_b = lora_a[name], lora_b[name]
+        a, b = linear_a.weight, linear_b.weight
+        if type(linear_a) is not nn.Linear or type(linear_b) is not nn.Linear:
+            return None
+        if type(a) is not nn.Parameter or type(b) is not nn.Parameter or not a.is_cpu:
+            return None
+        if a.dtype != b.dtype or a.dtype not in (x.dtype, torch.float32):
+            return None
+        if adapters and a.dtype != adapters[0].a.dtype:
+            return None
+        index[name] = len(adapters)
+        adapters.append(Adapter(a, b, float(scaling[name])))
+    y = layer.base_layer(x).contiguous()
+    return add_own_lora_(y, x, adapters, [index.get(name, -1) for name in names])
+
 
 def mixed(
     layer: Any, x: Tensor, adapters: Sequence[str], mixture: Tensor, *, dropout: float = 0.0
@@ -99,6 +151,21 @@ def mixed(
         return base(x) + delta
     weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
     return mix(x, mixture, [_pooled(layer, x, adapters, weight, base.bias)])[0]
+
+
+def addend(layer: Any, adapters: Sequence[str], weights: Tensor) -> Addend:
+    """The static mixture of a PEFT layer's adapters, to be merged; `is_plain` holds.
+
+    Args:
+        weights: [K], one for each of `adapters`; the layer may lack some.
+    """
+    present = [(k, name) for k, name in enumerate(adapters) if name in layer.lora_A]
+    scaled = [
+        layer.lora_B[name].weight.detach().t().double() * (float(weights[k]) * layer.scaling[name])
+        for k, name in present
+    ]
+    a = torch.cat([layer.lora_A[name].weight.detach() for _, name in present])
+    return Addend(layer.base_layer, a, torch.cat(scaled), isinstance(layer.base_layer, Conv1D))
 
 
 def _pooled(
@@ -135,15 +202,26 @@ def _kept(make: Any, x: Tensor) -> Callable[..., Any]:
     return make.__wrapped__ if traced else make
 
 
-def is_plain(layer: Any) -> bool:
-    """Whether every adapter of the layer is y = scaling B A x, and all have one dtype."""
-    linears = [*layer.lora_A.values(), *layer.lora_B.values()]
+def is_plain(layer: Any, adapters: Sequence[str] | None = None) -> bool:
+    """Whether every adapter, or each of those, is y = scaling B A x, and all have one dtype."""
+    names = list(layer.lora_A) if adapters is None else adapters
+    linears = [stack[name] for stack in (layer.lora_A, layer.lora_B) for name in names]
     return (
-        not layer.lora_variant
-        and not any(layer.lora_bias.values())
+        not any(name in layer.lora_variant or layer.lora_bias.get(name) for name in names)
         and all(type(linear) is nn.Linear for linear in linears)
         and len({linear.weight.dtype for linear in linears}) <= 1
     )
+
+
+def mixes_by_arrow(layer: Any) -> bool:
+    """Whether Arrow chooses the layer's experts now and they can be computed in one pass."""
+    if not layer.lora_variant or layer.disable_adapters or layer.merged:
+        return False
+    arrow = arrow_of(layer)
+    if arrow is None or not is_plain(layer, arrow.experts):
+        return False
+    [router] = layer.active_adapters
+    return not (layer.training and getattr(layer.lora_dropout[router], "p", 0.0))
 
 
 def _is_plain_base(base: nn.Module) -> bool:

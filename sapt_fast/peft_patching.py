@@ -1,6 +1,7 @@
 """patch and unpatch for PEFT models: their LoRA adapters become one pool."""
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from sapt_fast.peft_layers import PooledLinear, is_plain
+from sapt_fast.merging import Merged, static_weights
+from sapt_fast.peft_layers import PooledLinear, addend, is_plain, mixes_by_arrow
 from sapt_fast.report import PatchReport
 from sapt_fast.routing import Routing, require_unrouted
 
@@ -67,7 +69,7 @@ class PeftHandle(nn.Module):
         for path, layer in self._model.named_modules():
             if not isinstance(layer, BaseTunerLayer):
                 continue
-            if type(layer) is PooledLinear and is_plain(layer):
+            if type(layer) is PooledLinear and _can_mix(layer):
                 report.patched.append(path)
             else:
                 report.skipped[path] = _why_not(layer)
@@ -89,6 +91,47 @@ class PeftHandle(nn.Module):
             ValueError: the shape does not fit, or weights are not finite.
         """
         return self.routing.pin(self.routing.checked(weights))
+
+    def merge(self, weights: Tensor | Sequence[float]) -> None:
+        """Adds the static mixture of all LoRA adapters to the base weights, until `unmerge`.
+
+        The model then computes what its base model does, at its cost. The weights that were there
+        are kept on the CPU. (PEFT's `merge_adapter` adds the active adapters, and what its
+        `unmerge_adapter` leaves differs by rounding.)
+
+        Args:
+            weights: [K], finite, one for each of `tasks`.
+
+        Raises:
+            ValueError: the weights do not fit, a layer's adapters cannot be mixed, or its weight
+                is quantised, sharded, not here or shared; nothing has changed then.
+            RuntimeError: adapters are merged already, by this or by PEFT.
+        """
+        self.routing.require_unmerged()
+        weights = static_weights(weights, self.tasks)
+        self.realign()
+        report, addends = self.report, {}
+        if report.skipped:
+            raise ValueError(f"not all layers can be mixed, so none is merged. {report}")
+        for path in report.patched:
+            layer: Any = self._model.get_submodule(path)
+            if layer.merged:
+                raise RuntimeError(
+                    f"{path}: adapters {layer.merged_adapters} are merged into the base weights: "
+                    "call model.unmerge_adapter() first"
+                )
+            addends[path] = addend(layer, self.tasks, weights)
+        self.routing.merged = Merged(addends, self._model)
+
+    def unmerge(self) -> None:
+        """Gives the base weights the bits that they had before `merge`; without it, does nothing.
+
+        Raises:
+            ValueError: the model was converted to another dtype since; nothing has changed then.
+        """
+        if self.routing.merged is not None:
+            self.routing.merged.restore()
+            self.routing.merged = None
 
     def realign(self) -> None:
         """Lets the layers mix that PEFT made since: adapters may come with layers of their own."""
@@ -149,7 +192,7 @@ def patch_peft(model: PeftModel, *, strict: bool) -> None:
     plain = [
         layer
         for layer in model.modules()
-        if type(layer) is lora.Linear and "forward" not in vars(layer) and is_plain(layer)
+        if type(layer) is lora.Linear and "forward" not in vars(layer) and _can_mix(layer)
     ]
     refused = {path: why for path, why in report.skipped.items() if why != _UNPATCHED}
     if not plain:
@@ -174,6 +217,10 @@ def unpatch_peft(model: PeftModel) -> None:
 _UNPATCHED = "not patched yet"
 
 
+def _can_mix(layer: Any) -> bool:
+    return is_plain(layer) or mixes_by_arrow(layer)
+
+
 def _swap(layer: Any, handle: PeftHandle) -> None:
     layer.sapt_routing = handle.routing
     layer.sapt_names = handle.names
@@ -191,8 +238,10 @@ def _why_not(layer: Any) -> str:
         return f"{kind.__module__}.{kind.__name__} is not PEFT's plain LoRA layer"
     if "forward" in vars(layer):
         return "its forward was replaced by another library"
+    if _can_mix(layer):
+        return _UNPATCHED
     if layer.lora_variant:
         return f"adapters with variants ({sorted(layer.lora_variant)}) are left to PEFT"
     if any(layer.lora_bias.values()):
         return "adapters with a bias are left to PEFT"
-    return _UNPATCHED if is_plain(layer) else "its adapters have several dtypes"
+    return "its adapters have several dtypes"

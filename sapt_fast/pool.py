@@ -220,6 +220,16 @@ class AdapterPool(nn.Module):
         rows = slice(start, start + self.ranks[index])
         return self.a.rows()[rows], self.b.rows()[rows]
 
+    def scaled(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """A [R, in_features], and B [R, out_features] times `weights` [K] and scaling, on the CPU.
+
+        `A^T B` is the static mixture.
+        """
+        scale = weights.double() * torch.tensor(self.scaling, dtype=torch.float64)
+        scale = scale.repeat_interleave(torch.tensor(self.ranks))
+        b = self.b.rows().to("cpu")
+        return self.a.rows().to("cpu"), (b.double() * scale[:, None]).to(b.dtype)
+
     def forward(
         self,
         x: Tensor,

@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
     from sapt_fast.layers import Waiting
+    from sapt_fast.merging import Merged
 
 _BATCH_FIRST = (
     "input_ids",
@@ -96,6 +97,7 @@ class Routing:
         count: K, of the weights that a caller may give.
 
     Attributes:
+        merged: the layers whose weights hold a mixture by now, so that nothing is routed; or None.
         pools: of the layers; a forward that is not compiled itself makes sure that their rows are
             in place for layers that are.
     """
@@ -111,6 +113,7 @@ class Routing:
         self.route = route
         self.active = active
         self.count = count
+        self.merged: Merged | None = None
         self.pools: list[Aligned] = []
         self._thread = _thread_state()
         self._hooks: list[Any] = []
@@ -157,7 +160,9 @@ class Routing:
 
         Raises:
             ValueError: the shape does not fit, or weights are integers or, on a CPU, not finite.
+            RuntimeError: a mixture is merged into the base weights.
         """
+        self.require_unmerged()
         weights, count = torch.as_tensor(weights), self.count()
         empty = 0 in weights.shape[:-1]
         if weights.dim() not in (1, 2, 3) or weights.shape[-1] != count or empty:
@@ -170,6 +175,17 @@ class Routing:
         if not weights.is_floating_point() or (looked_at and not torch.isfinite(weights).all()):
             raise ValueError("weights: got non-finite or integer values, expected finite floats")
         return weights[None] if weights.dim() == 1 else weights
+
+    def require_unmerged(self) -> None:
+        """Raises RuntimeError if a mixture is merged into the base weights."""
+        if self.merged is not None:
+            raise RuntimeError(
+                "a mixture is merged into the base weights: call model.sapt.unmerge() first"
+            )
+
+    @property
+    def _routes(self) -> bool:
+        return self.merged is None and self.active()
 
     @contextmanager
     def pin(self, weights: Tensor) -> Iterator[None]:
@@ -356,7 +372,7 @@ class Routing:
     def _from_encoder_outputs(self, encoder_outputs: Any) -> Tensor | None:
         is_dict = hasattr(encoder_outputs, "get")
         weights = encoder_outputs.get("routing_weights") if is_dict else None
-        if weights is None and self.active():
+        if weights is None and self._routes:
             raise RuntimeError(
                 f"encoder_outputs: got {type(encoder_outputs).__name__} without routing_weights; "
                 "pass the encoder's own output object (return_dict=True), or run inside "
@@ -366,7 +382,7 @@ class Routing:
 
     def _from_cache(self, cache: Any) -> Tensor | None:
         weights = getattr(cache, "routing_weights", None)
-        if weights is None and self.active():
+        if weights is None and self._routes:
             raise RuntimeError(
                 f"past_key_values: got a {type(cache).__name__} that this model did not fill, so "
                 "the weights of its tokens are unknown; run the whole input, or run inside "
@@ -375,7 +391,7 @@ class Routing:
         return weights
 
     def _from_inputs(self, inputs: dict[str, Any]) -> Tensor | None:
-        if not self.active():
+        if not self._routes:
             return None
         return self.route(
             input_ids=inputs.get("input_ids"),
@@ -414,7 +430,7 @@ class Routing:
         """The weights for a whole call of `generate`; None where its forwards choose theirs."""
         ids, embeds = kwargs.get("input_ids", inputs), kwargs.get("inputs_embeds")
         cache = kwargs.get("past_key_values")
-        if self._is_encoder_decoder or self.pinned is not None or not self.active():
+        if self._is_encoder_decoder or self.pinned is not None or not self._routes:
             return None
         if is_filled(cache):
             return self._from_cache(cache)

@@ -1,0 +1,173 @@
+"""merge and unmerge of a static mixture: the mixture's logits, then every bit as before."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_models import patched, tiny, token_ids
+
+import sapt_fast
+
+WEIGHTS = torch.tensor([0.7, -0.4, 1.2])
+
+
+def run(model, **extra):
+    if model.config.is_encoder_decoder:
+        extra["decoder_input_ids"] = token_ids(length=5)
+    with torch.no_grad():
+        return model(input_ids=token_ids(), **extra).logits
+
+
+def peft_pool(family="llama", targets=("q_proj", "v_proj"), **changed):
+    """Three adapters of different ranks, one of which leaves a layer out."""
+    model = tiny(family)
+    for k, rank in enumerate((4, 2, 7)):
+        names = list(targets) if k else list(targets)[:1]
+        config = LoraConfig(
+            r=rank, target_modules=names, fan_in_fan_out=family == "gpt2", **changed
+        )
+        if k:
+            model.add_adapter(f"a{k}", config)
+        else:
+            model = get_peft_model(model, config, adapter_name="a0")
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+    return sapt_fast.patch(model.eval())
+
+
+POOLS = {
+    "sapt_t5": lambda: patched("t5"),
+    "sapt_gpt2": lambda: patched("gpt2"),
+    "sapt_llama": lambda: patched("llama"),
+    "peft_llama": peft_pool,
+    "peft_gpt2": lambda: peft_pool("gpt2", ("c_attn", "c_proj")),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("pool", POOLS)
+def test_merged_logits_and_exact_unmerge(pool, dtype):
+    model = POOLS[pool]().to(dtype)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with model.sapt.fixed(WEIGHTS):
+        expected = run(model)
+    model.sapt.merge(WEIGHTS)
+    changed = [n for n, t in model.state_dict().items() if not torch.equal(t, before[n])]
+    assert len(changed) == len(model.sapt.report.patched)
+    got = run(model)
+    exact = dtype == torch.float32
+    assert (got - expected).norm() <= (1e-5 if exact else 0.1) * expected.norm()
+    pointers = [p.data_ptr() for p in model.parameters()]
+    model.sapt.unmerge()
+    assert [p.data_ptr() for p in model.parameters()] == pointers
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], t) for name, t in before.items())
+    with model.sapt.fixed(WEIGHTS):
+        assert torch.equal(run(model), expected)
+    model.sapt.unmerge()
+
+
+@pytest.mark.parametrize("pool", ["sapt_llama", "peft_llama"])
+def test_while_merged(pool):
+    model = POOLS[pool]()
+    model.sapt.merge(WEIGHTS)
+    options = {"max_new_tokens": 3, "do_sample": False}
+    assert model.generate(input_ids=token_ids(), **options).shape == (3, 12)
+    refused = [
+        lambda: model.sapt.merge(WEIGHTS),
+        lambda: model.sapt.fixed(WEIGHTS),
+        lambda: model(input_ids=token_ids(), mixture=WEIGHTS),
+        lambda: sapt_fast.unpatch(model),
+    ]
+    if pool == "sapt_llama":
+        refused.append(lambda: model.sapt.add_task("late"))
+    else:
+        refused.append(lambda: model.merge_adapter())
+    merged = run(model)
+    for call in refused:
+        with pytest.raises(RuntimeError, match=r"call model\.sapt\.unmerge\(\) first"):
+            call()
+        assert torch.equal(run(model), merged)
+    if pool == "peft_llama":
+        with pytest.raises(RuntimeError, match="unmerge"):
+            run(model, adapter_names=["a0", "a1", "a2"])
+
+
+def test_export_of_each_task_and_of_the_mixture_is_the_merged_model(tmp_path):
+    from peft import PeftModel
+
+    model = patched("llama")
+    for k, name in enumerate(model.sapt.tasks):
+        alone = torch.eye(3)[k]
+        model.sapt.export_adapter(alone, tmp_path / name)
+        model.sapt.merge(alone)
+        static = PeftModel.from_pretrained(tiny("llama"), tmp_path / name)
+        torch.testing.assert_close(run(static), run(model), rtol=1e-5, atol=1e-5)
+        model.sapt.unmerge()
+
+
+BAD = [
+    torch.tensor([1.0, 2.0]),
+    torch.tensor([1.0, float("nan"), 0.0]),
+    torch.ones(1, 3),
+    torch.tensor([1, 0, 0]),
+]
+
+
+@pytest.mark.parametrize("pool", ["sapt_llama", "peft_llama"])
+def test_bad_weights_change_nothing(pool):
+    model = POOLS[pool]()
+    with model.sapt.fixed(WEIGHTS):
+        before = run(model)
+    for weights in BAD:
+        with pytest.raises(ValueError, match="weights: got"):
+            model.sapt.merge(weights)
+        with model.sapt.fixed(WEIGHTS):
+            assert torch.equal(run(model), before)
+
+
+def test_weights_that_cannot_be_merged():
+    quantised = peft_pool()
+    last = quantised.get_submodule(quantised.sapt.report.patched[-1]).base_layer
+    own = last.weight
+    first = quantised.get_submodule(quantised.sapt.report.patched[0]).base_layer.weight.clone()
+    for weight, match in [
+        (torch.nn.Parameter(own.to(torch.int8), requires_grad=False), "quantised or sharded"),
+        (torch.nn.Parameter(own[:0]), "not here as a whole"),
+        (torch.nn.Parameter(own.to("meta")), "not here as a whole"),
+    ]:
+        last.weight = weight
+        with pytest.raises(ValueError, match=match):
+            quantised.sapt.merge(WEIGHTS)
+        now = quantised.get_submodule(quantised.sapt.report.patched[0]).base_layer.weight
+        assert torch.equal(now, first), "a layer was merged before the error"
+    last.weight = own
+    quantised.get_base_model().model.layers[0].mlp.tied = own
+    with pytest.raises(ValueError, match="which merging would change too"):
+        quantised.sapt.merge(WEIGHTS)
+
+
+def test_adapters_that_peft_has_merged_or_that_cannot_be_mixed():
+    model = peft_pool()
+    model.merge_adapter(["a1"])
+    with pytest.raises(RuntimeError, match="unmerge_adapter"):
+        model.sapt.merge(WEIGHTS)
+    model.unmerge_adapter()
+    model.add_adapter("dora", LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    with pytest.raises(ValueError, match="not all layers can be mixed"):
+        model.sapt.merge(torch.ones(4))
+
+
+def test_another_dtype_when_unmerging():
+    model = patched("llama")
+    model.sapt.merge(WEIGHTS)
+    merged = run(model)
+    model.double()
+    with pytest.raises(ValueError, match="convert the model back"):
+        model.sapt.unmerge()
+    model.float()
+    torch.testing.assert_close(run(model), merged)
+    model.sapt.unmerge()

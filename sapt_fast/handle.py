@@ -269,6 +269,8 @@ class SaptHandle(nn.Module):
         for path, layer in self.layers.items():
             a, b = cast(Any, layer).sapt_pool.scaled(weights)
             addends[path] = Addend(layer, a, b, isinstance(layer, Conv1D))
+        if not addends:
+            raise ValueError("merge: prompts are inputs, which no base weight can hold")
         self.routing.merged = Merged(addends, self._model)
 
     def unmerge(self) -> None:

@@ -39,8 +39,9 @@ class _Mixed:
             return F.linear(x, weight, bias)
         mixture = checked_mixture(self.sapt_routing.running, x, len(pool), type(self).__name__)
         through = self.sapt_grad_through_frozen
-        if self.training and self.sapt_dropout:
-            dropped = F.dropout(x, self.sapt_dropout)
+        drops = self.training and self.sapt_dropout
+        if drops or is_torchao(weight):
+            dropped = F.dropout(x, self.sapt_dropout) if drops else x
             delta = pool(dropped, None, None, mixture, grad_through_frozen=through)
             return F.linear(x, weight, bias) + delta
         return pool(x, weight, bias, mixture, grad_through_frozen=through)
@@ -126,6 +127,12 @@ def _is_whole(layer: MixedLinear, x: Tensor) -> bool:
     own = [p for p in layer._parameters.values() if p is not None]
     whole = all(type(p) is nn.Parameter and p.device == x.device for p in own)
     return whole and layer.weight.shape == (layer.out_features, layer.in_features)
+
+
+def is_torchao(weight: object) -> bool:
+    """Whether the weight of an ordinary layer is torchao's, which multiplies by itself."""
+    kind = type(weight)
+    return kind not in (Tensor, nn.Parameter) and kind.__module__.startswith("torchao.")
 
 
 class MixedConv1D(_Mixed, Conv1D):

@@ -1,4 +1,4 @@
-"""PEFT's LoRA layer with another forward: all its adapters at once, mixed per input.
+"""PEFT's LoRA layers with another forward: all its adapters at once, mixed per input.
 
 PEFT keeps owning everything: names, parameters, active adapters, merging, saving, loading. Each
 forward lays the adapters' matrices side by side, R x (I + O) numbers, from the parameters as they
@@ -6,8 +6,9 @@ then are: optimizers, checkpoints and compiled graphs see nothing but PEFT's own
 cannot be computed in one pass goes to PEFT's forward.
 """
 
+import importlib
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from sapt_fast.layers import checked_mixture
+from sapt_fast.layers import checked_mixture, is_torchao
 from sapt_fast.merging import Addend
 from sapt_fast.ops.mixed_lora import mix
 from sapt_fast.ops.own_lora import Adapter, add_own_lora_
@@ -27,9 +28,26 @@ from sapt_fast.peft_arrow import arrow_of, arrow_weights
 if TYPE_CHECKING:
     from sapt_fast.routing import Routing
 
+    _LoraLayer = lora.Linear
+else:
+    _LoraLayer = object
 
-class PooledLinear(lora.Linear):
-    """`peft.tuners.lora.Linear` that computes all its adapters in one pass.
+# PEFT's layers over quantised ones, which are called as they are; those that run on a CPU are
+# tested.
+_QUANTISED = {
+    "PooledTorchaoLoraLinear": "torchao",
+    "PooledLinear8bitLt": "bnb",
+    "PooledLinear4bit": "bnb",
+    "PooledGPTQLoraLinear": "gptq",
+    "PooledAwqLoraLinear": "awq",
+    "PooledHqqLoraLinear": "hqq",
+    "PooledAqlmLoraLinear": "aqlm",
+    "PooledEetqLoraLinear": "eetq",
+}
+
+
+class Pooled(_LoraLayer):
+    """What a LoRA layer of PEFT gains: it computes all its adapters in one pass.
 
     With weights (`model.sapt.fixed`, `mixture=`, a router) it mixes all of the model's adapters by
     them; with `adapter_names=` each sample takes its own; else it adds up the active adapters, as
@@ -102,6 +120,33 @@ class PooledLinear(lora.Linear):
         super().merge(safe_merge, adapter_names)
 
 
+class PooledLinear(Pooled, lora.Linear):
+    """`peft.tuners.lora.Linear`, pooled."""
+
+
+def pooled_kind(kind: type) -> type[Pooled] | None:
+    """The class that a layer of PEFT's class `kind` gets; None if its adapters cannot be pooled."""
+    if kind is lora.Linear:
+        return PooledLinear
+    name = f"Pooled{kind.__name__}"
+    known = name in _QUANTISED and kind.__module__ == f"peft.tuners.lora.{_QUANTISED[name]}"
+    return _pooled_quantised(kind) if known else None
+
+
+@cache
+def _pooled_quantised(kind: type) -> type[Pooled]:
+    attributes = {"__module__": __name__, "__doc__": f"PEFT's `{kind.__name__}`, pooled."}
+    return type(f"Pooled{kind.__name__}", (Pooled, kind), attributes)
+
+
+def __getattr__(name: str) -> Any:
+    """The classes over quantised layers, which pickle looks for by their names."""
+    if name not in _QUANTISED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"peft.tuners.lora.{_QUANTISED[name]}")
+    return _pooled_quantised(getattr(module, name.removeprefix("Pooled")))
+
+
 def _own(layer: Any, x: Tensor, names: Sequence[str]) -> Tensor | None:
     """The base output plus each sample's own adapter; None where the mixture must do it.
 
@@ -131,6 +176,8 @@ def _own(layer: Any, x: Tensor, names: Sequence[str]) -> Tensor | None:
         index[name] = len(adapters)
         adapters.append(Adapter(a, b, float(scaling[name])))
     y = layer.base_layer(x).contiguous()
+    if y.dtype != x.dtype:
+        return None
     return add_own_lora_(y, x, adapters, [index.get(name, -1) for name in names])
 
 
@@ -147,8 +194,10 @@ def mixed(
     """
     base: Any = layer.base_layer
     if dropout or not _is_plain_base(base):
-        [delta] = mix(F.dropout(x, dropout), mixture, [_pooled(layer, x, adapters, None, None)])
-        return base(x) + delta
+        dropped = F.dropout(x, dropout) if dropout else x
+        [delta] = mix(dropped, mixture, [_pooled(layer, x, adapters, None, None)])
+        y: Tensor = base(x)
+        return y + delta.to(y.dtype)
     weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
     return mix(x, mixture, [_pooled(layer, x, adapters, weight, base.bias)])[0]
 
@@ -226,7 +275,8 @@ def mixes_by_arrow(layer: Any) -> bool:
 
 def _is_plain_base(base: nn.Module) -> bool:
     """Whether calling the base layer is its product and nothing else."""
-    return type(base) in (nn.Linear, Conv1D) and "forward" not in vars(base) and not _hooked(base)
+    plain = type(base) in (nn.Linear, Conv1D) and not is_torchao(base.weight)
+    return plain and "forward" not in vars(base) and not _hooked(base)
 
 
 def _hooked(module: nn.Module) -> bool:

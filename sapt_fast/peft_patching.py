@@ -1,19 +1,21 @@
 """patch and unpatch for PEFT models: their LoRA adapters become one pool."""
 
+import logging
 import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from peft import PeftModel, PeftType
-from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from sapt_fast.merging import Merged, static_weights
-from sapt_fast.peft_layers import PooledLinear, addend, is_plain, mixes_by_arrow
+from sapt_fast.peft_layers import Pooled, addend, is_plain, mixes_by_arrow, pooled_kind
 from sapt_fast.report import PatchReport
 from sapt_fast.routing import Routing, require_unrouted
+
+logger = logging.getLogger(__name__)
 
 
 class PeftHandle(nn.Module):
@@ -69,10 +71,13 @@ class PeftHandle(nn.Module):
         for path, layer in self._model.named_modules():
             if not isinstance(layer, BaseTunerLayer):
                 continue
-            if type(layer) is PooledLinear and _can_mix(layer):
+            if isinstance(layer, Pooled) and _can_mix(layer):
                 report.patched.append(path)
             else:
                 report.skipped[path] = _why_not(layer)
+        bases = _bases(self._model)
+        if len(bases) > 1:
+            report.notes.append(f"the adapters name several base models: {bases}")
         return report
 
     @property
@@ -146,7 +151,7 @@ class PeftHandle(nn.Module):
                 "yet: run the model once without torch.compile"
             )
         for layer in list(self._model.modules()):
-            if type(layer) is lora.Linear and "forward" not in vars(layer):
+            if pooled_kind(type(layer)) is not None and "forward" not in vars(layer):
                 _swap(layer, self)
         self._configs = configs
 
@@ -192,50 +197,87 @@ def patch_peft(model: PeftModel, *, strict: bool) -> None:
     plain = [
         layer
         for layer in model.modules()
-        if type(layer) is lora.Linear and "forward" not in vars(layer) and _can_mix(layer)
+        if pooled_kind(type(layer)) and "forward" not in vars(layer) and _can_mix(layer)
     ]
+    _require_fitting(model)
     refused = {path: why for path, why in report.skipped.items() if why != _UNPATCHED}
     if not plain:
         raise ValueError(f"model: no LoRA layer can be computed in one pass: {refused}")
     if strict and refused:
         raise ValueError(f"strict: not everything can be patched: {refused}")
+    for note in report.notes:
+        logger.warning("%s", note)
     handle.realign()
     model.sapt = handle
     handle.routing.install()
 
 
+def _require_fitting(model: PeftModel) -> None:
+    """Raises ValueError if an adapter's matrices do not fit its layer's inputs and outputs."""
+    for path, layer in model.named_modules():
+        if pooled_kind(type(layer)) is None:
+            continue
+        inputs, outputs = layer.in_features, layer.out_features
+        for name in layer.lora_A:
+            a, b = (stack[name].weight.shape for stack in (layer.lora_A, layer.lora_B))
+            if a[1:] != (inputs,) or b != (outputs, a[0]):
+                raise ValueError(
+                    f"{path}: adapter {name!r} has A {tuple(a)} and B {tuple(b)}, expected "
+                    f"[r, {inputs}] and [{outputs}, r]: it belongs to another base model"
+                )
+
+
 def unpatch_peft(model: PeftModel) -> None:
     """`unpatch` of a PEFT model; see there."""
     handle = model.sapt
+    for path, layer in model.named_modules():
+        if "sapt_routing" in vars(layer) and not _is_ours(layer):
+            kind = type(layer)
+            raise ValueError(
+                f"{path}: got {kind.__module__}.{kind.__name__}, expected the layer that patch put "
+                "there; undo first what another library did to the model since"
+            )
     handle.routing.remove()
     del model.sapt
     for layer in model.modules():
-        if type(layer) is PooledLinear:
+        if isinstance(layer, Pooled):
             _restore(layer)
 
 
 _UNPATCHED = "not patched yet"
 
 
+def _bases(model: PeftModel) -> list[str]:
+    """The base models that the LoRA adapters say they belong to; folders count by their names."""
+    named = {config.base_model_name_or_path for config in model.peft_config.values()}
+    return sorted({str(name).rstrip("/").rpartition("/")[2] for name in named if name})
+
+
 def _can_mix(layer: Any) -> bool:
     return is_plain(layer) or mixes_by_arrow(layer)
+
+
+def _is_ours(layer: Any) -> bool:
+    """Whether the layer is as `_swap` left it, and another library has not swapped it again."""
+    kinds = [kind for kind in type(layer).__bases__ if kind is not Pooled]
+    return isinstance(layer, Pooled) and pooled_kind(kinds[0]) is type(layer)
 
 
 def _swap(layer: Any, handle: PeftHandle) -> None:
     layer.sapt_routing = handle.routing
     layer.sapt_names = handle.names
-    layer.__class__ = PooledLinear  # last: other threads may be running the layer
+    layer.__class__ = pooled_kind(type(layer))  # last: other threads may be running the layer
 
 
 def _restore(layer: Any) -> None:
-    layer.__class__ = lora.Linear
+    layer.__class__ = next(k for k in type(layer).__bases__ if k is not Pooled)
     del layer.sapt_names, layer.sapt_routing
 
 
 def _why_not(layer: Any) -> str:
     kind = type(layer)
-    if kind not in (lora.Linear, PooledLinear):
-        return f"{kind.__module__}.{kind.__name__} is not PEFT's plain LoRA layer"
+    if not (issubclass(kind, Pooled) or pooled_kind(kind)):
+        return f"{kind.__module__}.{kind.__name__} is not PEFT's LoRA layer over a linear one"
     if "forward" in vars(layer):
         return "its forward was replaced by another library"
     if _can_mix(layer):

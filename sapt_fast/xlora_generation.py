@@ -201,7 +201,8 @@ class CachedGeneration:
         cache = running.cache
         if cache is None:
             return
-        if kwargs.get("past_key_values") is not cache:
+        own = kwargs.get("past_key_values") is cache
+        if not own:
             raise RuntimeError(
                 "X-LoRA: the model was called inside its own generate, by a logits processor or "
                 "the like; call generate with use_cache=False"

@@ -161,6 +161,13 @@ def test_adapters_that_peft_has_merged_or_that_cannot_be_mixed():
         model.sapt.merge(torch.ones(4))
 
 
+def test_prompts_cannot_be_merged():
+    model = sapt_fast.patch(tiny("t5"), sapt_fast.SaptConfig(adapter="prompt"))
+    model.sapt.add_task("only")
+    with pytest.raises(ValueError, match="prompts are inputs"):
+        model.sapt.merge(torch.ones(1))
+
+
 def test_another_dtype_when_unmerging():
     model = patched("llama")
     model.sapt.merge(WEIGHTS)

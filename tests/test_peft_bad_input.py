@@ -1,0 +1,130 @@
+"""What a patched PeftModel refuses, before anything has changed."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_models import VOCABULARY, tiny, token_ids
+from torch import nn
+
+import sapt_fast
+
+
+def peft_model(**bases):
+    model = tiny("llama")
+    for k in range(2):
+        config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+        if k:
+            model.add_adapter("a1", config)
+        else:
+            model = get_peft_model(model, config, adapter_name="a0")
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+    for name, base in bases.items():
+        model.peft_config[name].base_model_name_or_path = base
+    return model.eval()
+
+
+def run(model, **extra):
+    with torch.no_grad():
+        return model(input_ids=token_ids(), **extra).logits
+
+
+def first_layer(model):
+    return next(m for m in model.modules() if hasattr(m, "lora_A"))
+
+
+def test_an_adapter_whose_matrices_are_of_another_base():
+    model = peft_model()
+    layer = first_layer(model)
+    own = layer.lora_A["a1"]
+    layer.lora_A["a1"] = nn.Linear(48, 4, bias=False)
+    kinds = [type(m) for m in model.modules()]
+    with pytest.raises(ValueError, match=r"'a1' has A .* it belongs to another base model"):
+        sapt_fast.patch(model)
+    assert [type(m) for m in model.modules()] == kinds
+    assert not hasattr(model, "sapt")
+    layer.lora_A["a1"] = own
+    sapt_fast.patch(model)
+
+
+def test_adapters_that_name_several_bases(caplog):
+    model = sapt_fast.patch(peft_model(a0="org/base-7b", a1="org/other-7b"))
+    assert "several base models: ['base-7b', 'other-7b']" in str(model.sapt.report)
+    assert "several base models" in caplog.text
+    same = sapt_fast.patch(peft_model(a0="org/base-7b", a1="/models/base-7b"))
+    assert not same.sapt.report.notes
+
+
+def test_an_adapter_that_is_not_there():
+    model = sapt_fast.patch(peft_model())
+    before = run(model)
+    with pytest.raises(ValueError, match="nope"):
+        run(model, adapter_names=["a0", "nope", "a1"])
+    assert torch.equal(run(model), before)
+    with pytest.raises(ValueError, match="adapter_names"):  # by PEFT, whose hooks then stay
+        run(model, adapter_names=["a0", "a1"])
+
+
+BAD_WEIGHTS = {
+    "too many adapters": torch.ones(3, 3),
+    "too few": torch.ones(3, 1),
+    "not finite": torch.tensor([[1.0, float("nan")]] * 3),
+    "of another batch": torch.ones(2, 2),
+    "of another length": torch.ones(3, 5, 2),
+    "integers": torch.ones(3, 2, dtype=torch.int64),
+    "a number": torch.tensor(1.0),
+}
+
+
+class Given(nn.Module):
+    def __init__(self, weights):
+        super().__init__()
+        self.weights = weights
+
+    def forward(self, **_):
+        return self.weights
+
+
+@pytest.mark.parametrize("case", BAD_WEIGHTS)
+def test_weights_of_a_caller_and_of_a_router(case):
+    model = sapt_fast.patch(peft_model())
+    before = run(model)
+    with pytest.raises((ValueError, RuntimeError), match="weights"):
+        run(model, mixture=BAD_WEIGHTS[case])
+    assert torch.equal(run(model), before)
+    model.sapt.router = Given(BAD_WEIGHTS[case])
+    with pytest.raises((ValueError, RuntimeError), match="weights"):
+        run(model)
+    model.sapt.router = None
+    assert torch.equal(run(model), before)
+
+
+def test_a_layer_that_another_library_has_swapped_again():
+    model = sapt_fast.patch(peft_model())
+    layer = first_layer(model)
+    ours = type(layer)
+
+    class Theirs(ours):
+        pass
+
+    layer.__class__ = Theirs
+    before = run(model)
+    with pytest.raises(ValueError, match=r"Theirs, expected the layer that patch put there"):
+        sapt_fast.unpatch(model)
+    assert torch.equal(run(model), before)
+    layer.__class__ = ours
+    sapt_fast.unpatch(model)
+    assert torch.allclose(run(model), before, atol=1e-5)
+
+
+def test_a_second_peft_around_a_patched_model():
+    model = sapt_fast.patch(peft_model())
+    before = run(model)
+    again = model.get_base_model()
+    with pytest.raises(ValueError, match=r"patched already|earlier patch"):
+        sapt_fast.patch(again)
+    assert torch.equal(run(model), before)
+    assert run(model).shape[-1] == VOCABULARY

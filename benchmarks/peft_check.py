@@ -78,7 +78,7 @@ def main() -> int:
         for length in (1, 16)
     ]
     sizes = (4, 128, 2, 16, 4) if options.quick else (8, 512, 8, 128, 64)
-    generated = _generation(*sizes, dtype, device, 1 if options.quick else 3)
+    generated = _generation(*sizes, dtype, device, 2 if options.quick else 3)
     rows = (trained, *mixed, generated)
     result = {
         "kind": "peft_check",

@@ -297,6 +297,7 @@ def compare(
             panel=_DATA,
         ),
     ] = None,
+    kind: Annotated[str, _option("Kind of model, as in `train`.")] = "auto",
     dev: Annotated[
         str | None,
         _option("'from_train' splits dev rows off (default); 'released': dev.json.", panel=_DATA),
@@ -334,6 +335,9 @@ def compare(
         str | None, _option("'cpu' or 'cuda' (a GPU where there is one).", panel=_MACHINE)
     ] = None,
     dtype: Annotated[str, _option("Type of the weights (float32).", panel=_MACHINE)] = "float32",
+    attention: Annotated[
+        str | None, _option("Attention of transformers, as in `train`.", panel=_MACHINE)
+    ] = None,
     progress: Annotated[bool, _option("Progress bars (shown).", panel=_MACHINE)] = True,
 ) -> None:
     """Several methods, seeds and orders: one table, score matrices, curves and heat maps.
@@ -355,16 +359,19 @@ def compare(
         max_train=max_train,
         max_eval=max_eval,
         dtype=dtype,
+        kind=kind,
+        attention=attention,
     )
     base = ContinualSettings.of(preset)
     context: AbstractContextManager[None] = nullcontext()
+    defaults = None
     if benchmark == DEMO and preset is None:
-        from sapt_fast.demo.run import demo_settings, tiny_model
+        from sapt_fast.demo.run import STRATEGY_VALUES, demo_settings, tiny_model
 
-        base, context = demo_settings(), tiny_model()
+        base, context, defaults = demo_settings(), tiny_model(), STRATEGY_VALUES
     base = base.but(device=device, progress=progress)
     given = parse_values(values or (), "set")
-    rows = settings_of_rows(base, strategies.split(","), given)
+    rows = settings_of_rows(base, strategies.split(","), given, defaults)
     shared = {name: value for name, value in given.items() if name in ContinualSettings.names()}
     try:
         numbers = [int(seed) for seed in seeds.split(",")]

@@ -94,7 +94,7 @@ def compare(
         rows: settings by the name that stands in the table; their `seed` is that of each run.
         output_dir: gets a folder of each run (`<row>/<order>-seed<n>`), and compare.json,
             compare.md and the plots of `comparison_report`.
-        orders: orders of tasks as `resolve_order` takes them; None for that of `source`.
+        orders: orders of the same tasks as `resolve_order` takes them; None for that of `source`.
         seeds: distinct seeds.
         alone: with these settings every task is learned alone first, once for each seed, for
             FWT; None for no FWT.
@@ -145,7 +145,10 @@ def compare(
 
 
 def settings_of_rows(
-    base: ContinualSettings, names: Sequence[str], values: Mapping[str, Any]
+    base: ContinualSettings,
+    names: Sequence[str],
+    values: Mapping[str, Any],
+    defaults: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, ContinualSettings]:
     """Settings of the rows of a comparison, as the command line names them.
 
@@ -154,6 +157,7 @@ def settings_of_rows(
         names: "<strategy>", or "<row>=<strategy>" for a row of another name.
         values: by "<setting>" for all rows, or "<row>.<setting>" for one; a setting is a field of
             ContinualSettings or SaptConfig, or an option of the row's strategy.
+        defaults: of strategies, by name, where they are others than those of `base`.
 
     Raises:
         ValueError: an unknown strategy, row or setting, a row twice, or a value that does not fit.
@@ -182,7 +186,10 @@ def settings_of_rows(
             raise ValueError(
                 f"set: got {name!r}, but there is no row {row!r} among {[*strategies]}"
             )
-    return {row: _settings_of(base, row, kind, values) for row, kind in strategies.items()}
+    return {
+        row: _settings_of(base, row, kind, {**(defaults or {}).get(kind, {}), **values})
+        for row, kind in strategies.items()
+    }
 
 
 def _settings_of(
@@ -210,8 +217,10 @@ def _named_orders(source: Source, orders: Sequence[str] | None) -> dict[str, str
     if not orders:
         raise ValueError("orders: got none, expected at least one")
     named: dict[str, str | None] = {}
+    tasks = set(resolve_order(orders[0]))
     for number, order in enumerate(orders, start=1):
-        resolve_order(order)  # names a task that stands twice
+        if set(resolve_order(order)) != tasks:
+            raise ValueError(f"orders: got other tasks in {order!r} than in {orders[0]!r}")
         name = f"order{number}" if "," in order else order
         if name in named:
             raise ValueError(f"orders: got {order!r} twice")

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["demo_settings", "demo_tables", "run_demo", "tiny_model"]
 
 STRATEGIES = ("sapt", "seqlora")
+# Where a strategy needs other values than the recipe's: prompts learn at far higher rates.
+STRATEGY_VALUES = {name: {"learning_rate": 0.3} for name in ("sapt_prompt", "progprompt", "l2p")}
 
 
 def demo_settings(

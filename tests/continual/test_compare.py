@@ -242,6 +242,13 @@ def test_settings_of_rows() -> None:
     assert rows["strong"].learning_rate == 0.5
     assert rows["ewc"].learning_rate == base.learning_rate
 
+    # Defaults of a strategy come before all that is asked for.
+    values = {"steps": 9, "slow.learning_rate": 0.01}
+    defaults = {"ewc": {"learning_rate": 0.3, "steps": 4}}
+    rows = settings_of_rows(base, ["ewc", "slow=ewc", "lwf"], values, defaults)
+    assert [s.learning_rate for s in rows.values()] == [0.3, 0.01, base.learning_rate]
+    assert {s.steps for s in rows.values()} == {9}
+
 
 @pytest.mark.parametrize(
     ("names", "values", "message"),
@@ -273,6 +280,7 @@ def test_bad_rows_are_named(names: list[str], values: dict[str, Any], message: s
         ({"sapt": BASE}, {"orders": []}, "orders: got none"),
         ({"sapt": BASE}, {"orders": ["a,b,a"]}, "order names a task more than once: a"),
         ({"sapt": BASE}, {"orders": ["a", "a"]}, "orders: got 'a' twice"),
+        ({"sapt": BASE}, {"orders": ["a,b", "b,c"]}, "orders: got other tasks in 'b,c' than in"),
     ],
 )
 def test_bad_comparisons_are_named(

@@ -149,8 +149,6 @@ def main(given: Sequence[str] | None = None) -> Path:
         max_train=options.rows,
         max_eval=options.eval_rows,
         kind="encoder",
-        # In bfloat16 on a CPU several times quicker than torch's fused attention.
-        attention="eager",
     )
     base = replace(BASE, steps=options.steps)
     rows = {name: base.but(strategy=name) for name in options.strategies.split(",")}

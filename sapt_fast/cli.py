@@ -225,7 +225,7 @@ def train(
     dtype: Annotated[str, _option("Type of the weights (float32).", panel=_MACHINE)] = "float32",
     attention: Annotated[
         str | None,
-        _option("Attention of transformers; 'eager' may be quicker on a CPU.", panel=_MACHINE),
+        _option("Attention of transformers: 'eager', 'sdpa', ... (the model's).", panel=_MACHINE),
     ] = None,
     bf16: Annotated[bool | None, _option("Train under bfloat16 autocast.", panel=_MACHINE)] = None,
     gradient_checkpointing: Annotated[

@@ -51,7 +51,8 @@ class Source:
     attention: str | None = field(
         default=None,
         metadata={
-            "help": "Attention implementation of transformers; 'eager' may be quicker on a CPU."
+            "help": "Attention implementation of transformers: 'eager', 'sdpa', ...; none for the "
+            "model's own."
         },
     )
     seed: int = field(

@@ -85,6 +85,7 @@ def forgetting_curves(comparison: Comparison) -> Figure:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise ImportError("curves need matplotlib: pip install matplotlib") from error
 
@@ -94,6 +95,7 @@ def forgetting_curves(comparison: Comparison) -> Figure:
     titles = ("mean score on the tasks seen so far", "forgotten of them (F.Ra)")
     for axis, title in zip(axes, titles, strict=True):
         axis.set(title=title, xlabel="tasks learned", ylabel="%")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
     for number, row in enumerate(comparison.rows):
         cells = comparison.of(row)
@@ -128,6 +130,7 @@ def write_comparison(comparison: Comparison) -> dict[str, Path]:
     written["forgetting"] = atomic_write_bytes(folder / "forgetting.png", buffer.getvalue())
     lines = [
         "# Comparison\n",
+        _conditions(comparison),
         markdown_table(
             _HEADER, [_line(row, summary(comparison.of(row))) for row in comparison.rows]
         ),
@@ -156,6 +159,17 @@ def write_comparison(comparison: Comparison) -> dict[str, Path]:
     }
     written["json"] = write_json(folder / "compare.json", content)
     return written
+
+
+def _conditions(comparison: Comparison) -> str:
+    run = read_json(comparison.cells[0].folder / "run.json")
+    source, settings = run["source"], run["settings"]
+    tasks = len(comparison.cells[0].results["tasks"])
+    return (
+        f"Model `{Path(source['model']).name}`, benchmark {source['benchmark']}, {tasks} tasks, "
+        f"{settings['scored']} rows scored, weights in {source['dtype']}; the settings of each run "
+        "are in compare.json.\n"
+    )
 
 
 def _cell_entry(cell: Cell, folder: Path) -> dict[str, Any]:

@@ -142,7 +142,8 @@ def made(tmp_path: Path) -> Comparison:
     def cell(row: str, strategy: str, seed: int, scores: Any, metrics: Any, **other: Any) -> Cell:
         folder = tmp_path / row / f"order-seed{seed}"
         folder.mkdir(parents=True)
-        run = {"settings": {"strategy": strategy}, "source": {}}
+        source = {"model": "/models/tiny", "benchmark": "demo", "dtype": "float32"}
+        run = {"settings": {"strategy": strategy, "scored": "test"}, "source": source}
         (folder / "run.json").write_text(json.dumps(run))
         results = {
             "tasks": ["a", "b", "c"], "scores": scores, "alone": None,
@@ -174,10 +175,11 @@ def test_means_and_deviations_by_hand(tmp_path: Path) -> None:
     assert found["metrics"]["FWT"]["mean"] is None
     assert (found["seconds"], found["peak_memory"], found["resumed"]) == (6.5, 2**30, True)
     lines = write_comparison(comparison)["markdown"].read_text().splitlines()
-    assert lines[4] == (
+    assert lines[2].startswith("Model `tiny`, benchmark demo, 3 tasks, test rows scored")
+    assert lines[6] == (
         "| one | 2 | 75.0 ± 7.1 | 20.0 ± 14.1 | - | -20.0 ± 14.1 | 1,234 | 6 s* | 1,024 MiB |"
     )
-    assert lines[5] == "| all | 1 | 75.0 | - | - | - | 1,234 | 6 s | - |"
+    assert lines[7] == "| all | 1 | 75.0 | - | - | - | 1,234 | 6 s | - |"
     assert "| b | 70.00 | 85.00 | - |" in lines  # the mean over both seeds
     table = comparison_table(comparison)
     assert next(iter(table.columns[2].cells)).plain == "75.0 ± 7.1"

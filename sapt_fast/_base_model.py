@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from sapt_fast.sharding import unsharded_class, whole
+
 __all__ = ["describe_base", "require_base", "require_model_type"]
 
 _SAMPLES = 64
@@ -18,7 +20,7 @@ def describe_base(model: Any, layers: Mapping[str, tuple[int, int]]) -> dict[str
         layers: (in_features, out_features) of each layer that has adapters, by its path.
     """
     return {
-        "class": type(model).__name__,
+        "class": unsharded_class(model).__name__,
         "name_or_path": model.name_or_path,
         "model_type": model.config.model_type,
         "layers": {path: list(features) for path, features in layers.items()},
@@ -76,7 +78,7 @@ def _samples(model: Any, paths: list[str]) -> dict[str, dict[str, Any]]:
     weights |= {path: model.get_submodule(path).weight for path in (paths[0], paths[-1])}
     samples = {}
     for name, weight in weights.items():
-        flat = weight.detach().reshape(-1)
+        flat = whole(weight).reshape(-1)
         index = [i * (flat.numel() - 1) // (_SAMPLES - 1) for i in range(_SAMPLES)]
         values = flat[torch.tensor(index, device=flat.device)].double().tolist()
         samples[name] = {"shape": list(weight.shape), "values": values}

@@ -36,6 +36,7 @@ from sapt_fast.peft_format import (
 from sapt_fast.prompt_format import outer_layers, read_prompt, write_prompt
 from sapt_fast.prompt_patching import PromptHandle
 from sapt_fast.prompt_routing import prompt_place
+from sapt_fast.sharding import is_sharded, whole
 
 FORMAT_VERSION = 1
 
@@ -67,7 +68,12 @@ class StoredTasks:
     targets: dict[str, Tensor]
 
 
-def save_pretrained(model: PreTrainedModel, directory: str | os.PathLike[str]) -> None:
+def save_pretrained(
+    model: PreTrainedModel,
+    directory: str | os.PathLike[str],
+    *,
+    is_main_process: bool | None = None,
+) -> None:
     """Saves the tasks, the router and the settings of a patched model.
 
     The folder is replaced as a whole: a kill at any point leaves the old or the new one, which
@@ -76,6 +82,8 @@ def save_pretrained(model: PreTrainedModel, directory: str | os.PathLike[str]) -
     Args:
         model: patched, with at least one task.
         directory: what an earlier call wrote there is replaced, other files stay.
+        is_main_process: whether this process writes; only one may at a time. None: if it calls,
+            but of a sharded model, for which all processes must call, rank 0 alone.
 
     Raises:
         ValueError: the model is not patched, has no task, or its targets do not fit its tasks; the
@@ -84,19 +92,21 @@ def save_pretrained(model: PreTrainedModel, directory: str | os.PathLike[str]) -
         OSError: it cannot be written; it is then as it was.
     """
     handle = _patched(model)
-    router = {n: t for n, t in handle.router.state_dict().items() if not n.startswith("keys.")}
-    router["keys"] = handle.router.keys.rows()
     _require_targets("targets", handle.targets, handle.tasks)
+    state = handle.router.state_dict()
+    router = {n: whole(t) for n, t in state.items() if not n.startswith("keys.")}
+    router["keys"] = handle.router.keys.rows()
     for name, target in handle.targets.items():
         router[f"targets.{name}"] = target.float()
+    adapters = _adapters(handle)
+    text = json.dumps(_description(model, handle), indent=2, default=sorted)
+    if not _writes(model, is_main_process):
+        return
     with replace_directory(directory, _written) as folder:
-        for index, name in enumerate(handle.tasks):
-            if isinstance(handle, PromptHandle):
-                write_prompt(folder / name, model, handle.prompts.prompt(index))
-            else:
-                write_lora(folder / name, model, _adapters(handle, index))
+        write = write_prompt if isinstance(handle, PromptHandle) else write_lora
+        for name, adapter in zip(handle.tasks, adapters, strict=True):
+            write(folder / name, model, adapter)
         write_tensors(folder / _ROUTER_FILE, router)
-        text = json.dumps(_description(model, handle), indent=2, default=sorted)
         (folder / _CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 
 
@@ -165,6 +175,8 @@ def export_adapter(
     model: PreTrainedModel,
     weights: Tensor | Sequence[float],
     directory: str | os.PathLike[str],
+    *,
+    is_main_process: bool | None = None,
 ) -> None:
     """Saves the static mixture `weights` as one ordinary PEFT LoRA, for anything that loads LoRA.
 
@@ -176,6 +188,7 @@ def export_adapter(
         model: patched, with K tasks.
         weights: [K], finite; in learning order.
         directory: what an earlier call wrote there is replaced, other files stay.
+        is_main_process: as in `save_pretrained`.
 
     Raises:
         ValueError: the model is not patched, has no task, or the weights do not fit; the directory
@@ -188,6 +201,8 @@ def export_adapter(
     if isinstance(handle, PromptHandle):
         prompts = torch.stack([handle.prompts.prompt(k) for k in range(len(weights))]).to("cpu")
         mixed = torch.einsum("k,kpd->pd", weights.double(), prompts.double()).to(prompts.dtype)
+        if not _writes(model, is_main_process):
+            return
         with replace_directory(directory, _exported) as folder:
             write_prompt(folder, model, mixed, _EXPORT_MARK)
         return
@@ -195,6 +210,8 @@ def export_adapter(
     for path, pool in handle.pools.items():
         a, b = pool.scaled(weights)
         adapters[path] = (a, b, 1.0)
+    if not _writes(model, is_main_process):
+        return
     with replace_directory(directory, _exported) as folder:
         write_lora(folder, model, adapters, _EXPORT_MARK)
 
@@ -278,10 +295,31 @@ def _without_tasks(model: Any) -> SaptHandle | None:
     return handle
 
 
-def _adapters(handle: SaptHandle, index: int) -> dict[str, Adapter]:
-    return {
-        path: (*pool.adapter(index), pool.scaling[index]) for path, pool in handle.pools.items()
-    }
+def _stacks(handle: SaptHandle) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B of all tasks, by layer; gathers what is sharded."""
+    return {path: (pool.a.rows(), pool.b.rows()) for path, pool in handle.pools.items()}
+
+
+def _writes(model: PreTrainedModel, is_main_process: bool | None) -> bool:
+    if is_main_process is None:
+        return not is_sharded(model) or torch.distributed.get_rank() == 0
+    return is_main_process
+
+
+def _adapters(handle: SaptHandle) -> list[Any]:
+    """What each task's adapter is written from; gathers what is sharded."""
+    if isinstance(handle, PromptHandle):
+        return [handle.prompts.prompt(index) for index in range(len(handle.tasks))]
+    stacks, pools = _stacks(handle), handle.pools
+    adapters = []
+    for index in range(len(handle.tasks)):
+        own = {}
+        for path, (a, b) in stacks.items():
+            start = sum(pools[path].ranks[:index])
+            rows = slice(start, start + pools[path].ranks[index])
+            own[path] = a[rows], b[rows], pools[path].scaling[index]
+        adapters.append(own)
+    return adapters
 
 
 def _layers(

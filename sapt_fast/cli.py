@@ -119,7 +119,7 @@ def train(
         int | None, _option("Steps for each task, in place of epochs.", panel=_TRAINING)
     ] = None,
     batch_size: Annotated[
-        int | None, _option("Rows of a micro-batch (8).", panel=_TRAINING)
+        int | None, _option("Rows of a micro-batch, over all processes (8).", panel=_TRAINING)
     ] = None,
     accumulation: Annotated[
         int | None, _option("Micro-batches of a step (4).", panel=_TRAINING)

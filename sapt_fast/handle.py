@@ -2,10 +2,11 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -14,6 +15,7 @@ from sapt_fast.layers import MIXED
 from sapt_fast.methods.sapt import SaptConfig, SaptRouter
 from sapt_fast.ops.router import query, reflection_loss
 from sapt_fast.routing import Routing
+from sapt_fast.sharding import gathered, require_reduced
 
 if TYPE_CHECKING:
     from sapt_fast.pool import AdapterPool
@@ -147,7 +149,7 @@ class SaptHandle(nn.Module):
             except AttributeError:
                 raise ValueError(f"{path}: the model has no such layer any more") from None
             kind = type(layers[path])
-            if kind not in MIXED.values():
+            if not isinstance(layers[path], tuple(MIXED.values())):
                 raise ValueError(
                     f"{path}: got {kind.__module__}.{kind.__name__}, expected the layer that patch "
                     "put there; undo what another library did to the model since (for PEFT, "
@@ -189,8 +191,9 @@ class SaptHandle(nn.Module):
             RuntimeError: there is no task yet.
         """
         self._require_task()
-        pooled = self._pooled(input_ids, inputs_embeds, attention_mask, labels)
-        return self.router.weights(pooled)
+        with self._in_one_piece():
+            pooled = self._pooled(input_ids, inputs_embeds, attention_mask, labels)
+            return self.router.weights(pooled)
 
     def reflection_loss(
         self,
@@ -204,12 +207,17 @@ class SaptHandle(nn.Module):
         Args:
             input_ids, attention_mask, labels: as in `route`.
             target: [K'] or [B, K'] in learning order; newer tasks count as zeros.
+
+        Raises:
+            RuntimeError: there is no task yet; or the router is sharded, as it is by FSDP2 except
+                between the model's forward and its backward.
         """
         self._require_task()
         if not torch.isfinite(target).all() or (target < 0).any():
             raise ValueError("target: got negative or non-finite values, expected weights")
-        pooled = self._pooled(input_ids, None, attention_mask, labels)
-        return reflection_loss(self.router.scores(pooled), target.to(pooled.device))
+        with self._in_one_piece():
+            pooled = self._pooled(input_ids, None, attention_mask, labels)
+            return reflection_loss(self.router.scores(pooled), target.to(pooled.device))
 
     def fixed(self, weights: Tensor) -> AbstractContextManager[None]:
         """A context in which these weights stand in for the router's, in this thread.
@@ -234,20 +242,35 @@ class SaptHandle(nn.Module):
     def init_key(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
         """Sets the newest key to the mean query of these inputs (`key_init="mean_query"`)."""
         self._require_task()
-        queries = query(self._pooled(input_ids, None, attention_mask, None), self.router.projection)
+        pooled = self._pooled(input_ids, None, attention_mask, None)
+        queries = query(pooled, self.router.projection)
         self.router.keys.trainable.copy_(queries.mean(0, keepdim=True))
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """One PEFT adapter folder per task, router.safetensors and sapt_config.json; atomic."""
+    def save_pretrained(
+        self, directory: str | os.PathLike[str], *, is_main_process: bool | None = None
+    ) -> None:
+        """One PEFT adapter folder per task, router.safetensors and sapt_config.json; atomic.
+
+        Arguments are those of `sapt_fast.checkpoint.save_pretrained`.
+        """
         from sapt_fast.checkpoint import save_pretrained
 
-        save_pretrained(self._model, directory)
+        save_pretrained(self._model, directory, is_main_process=is_main_process)
 
-    def export_adapter(self, weights: Tensor, directory: str | os.PathLike[str]) -> None:
-        """The static mixture `weights` [K] as one ordinary PEFT LoRA (or prompt); atomic."""
+    def export_adapter(
+        self,
+        weights: Tensor,
+        directory: str | os.PathLike[str],
+        *,
+        is_main_process: bool | None = None,
+    ) -> None:
+        """The static mixture `weights` [K] as one ordinary PEFT LoRA (or prompt); atomic.
+
+        Arguments are those of `sapt_fast.checkpoint.export_adapter`.
+        """
         from sapt_fast.checkpoint import export_adapter
 
-        export_adapter(self._model, weights, directory)
+        export_adapter(self._model, weights, directory, is_main_process=is_main_process)
 
     def merge(self, weights: Tensor | Sequence[float]) -> None:
         """Adds the static mixture `weights` [K] to the base weights, until `unmerge`.
@@ -288,6 +311,14 @@ class SaptHandle(nn.Module):
 
     def _count(self) -> int:
         return len(self.tasks)
+
+    def _in_one_piece(self) -> AbstractContextManager[None]:
+        """A context in which the router can run although FSDP2 or ZeRO-3 shards parameters."""
+        if torch.compiler.is_compiling() or not (dist.is_available() and dist.is_initialized()):
+            return nullcontext()
+        require_reduced(self.router.keys.trainable)
+        modules = (self.router, self._model.get_input_embeddings())
+        return gathered(self._model, modules, keep=self.routing.is_running)
 
     def _pooled(
         self,

@@ -15,6 +15,7 @@ from sapt_fast.pool import AdapterPool
 from sapt_fast.prompt_patching import PromptHandle
 from sapt_fast.report import PatchReport
 from sapt_fast.routing import Routing, require_unrouted
+from sapt_fast.sharding import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +69,9 @@ def patch(model: _Model, config: SaptConfig | None = None, *, strict: bool = Fal
     Raises:
         TypeError: model is neither of them.
         ValueError: nothing matches, the model is patched with another config, its layers do not
-            see the batch first, it cannot take prompts, or accelerate has already hooked it; a
-            PeftModel has no LoRA adapters or is given a config; the hooks of an earlier patch are
-            still there; and what `strict` adds.
+            see the batch first, it cannot take prompts, it is sharded or accelerate has already
+            hooked it; a PeftModel has no LoRA adapters or is given a config; the hooks of an
+            earlier patch are still there; and what `strict` adds.
 
     Example:
         >>> import sapt_fast, transformers
@@ -147,8 +148,8 @@ def unpatch(model: _Model) -> _Model:
     """Undoes `patch`: classes, methods, hooks and requires_grad are as before; adapters are gone.
 
     Raises:
-        ValueError: the model is not patched, or accelerate has hooked it since, or another library
-            has replaced patched layers. Nothing has changed then.
+        ValueError: the model is not patched, it is sharded or accelerate has hooked it since, or
+            another library has replaced patched layers. Nothing has changed then.
         RuntimeError: a mixture is merged into the base weights; likewise.
 
     Example:
@@ -188,6 +189,12 @@ def _refuse_hooked(model: PreTrainedModel) -> None:
             f"model: accelerate has hooked {hooked[0]} (and {len(hooked) - 1} more) and keeps its "
             "present forward; call accelerate.hooks.remove_hook_from_module(model, recurse=True) "
             "first, and let accelerate dispatch the model after sapt_fast.patch"
+        )
+    if is_sharded(model):
+        raise ValueError(
+            "model: its parameters are sharded (fully_shard or ZeRO-3); patch, load and add tasks "
+            "before that. To take the adapters off, save them with model.sapt.save_pretrained and "
+            "build the model anew"
         )
 
 

@@ -9,6 +9,7 @@ from torch._guards import detect_fake_mode
 
 from sapt_fast.ops.mixed_lora import RankTable, mix, rank_table
 from sapt_fast.ops.projection import PooledProjection, Projection
+from sapt_fast.sharding import is_partitioned, whole
 
 
 class RowStack(nn.Module):
@@ -21,9 +22,10 @@ class RowStack(nn.Module):
 
     Parameters that `.to()` or a load moved are put back side by side at once; those that
     `p.data = ...` moved, when a forward next starts or reads them outside of a compiled graph.
-    Tensors that stand in for a while (`torch.func.functional_call`, FSDP) are left alone and read
-    through a copy. A model compiled as a whole notices neither: after `p.data = ...` call `realign`
-    of its pools, or write the values in place with `p.copy_`.
+    Tensors that stand in for a while (`torch.func.functional_call`, FSDP, ZeRO-3) are left alone
+    and read through a copy, R x width numbers for each read. A model compiled as a whole notices
+    neither: after `p.data = ...` call `realign` of its pools, or write the values in place with
+    `p.copy_`.
 
     Args:
         width: columns of a row.
@@ -58,8 +60,9 @@ class RowStack(nn.Module):
         """
         if not self._has_own_parts():
             raise RuntimeError(
-                "the pool's parameters were replaced by other tensors (functional_call, FSDP or an "
-                "assignment): add tasks while they are in place"
+                "the pool's parameters were replaced by other tensors (functional_call, FSDP, "
+                "ZeRO-3 or an assignment): add tasks while they are in place; with a sharded "
+                "model, save it, load_pretrained into a new one, add the task and shard that"
             )
         self._realign()
         start = len(self)
@@ -76,11 +79,14 @@ class RowStack(nn.Module):
         return self.trainable
 
     def rows(self) -> Tensor:
-        """All rows, [R, width], without gradient; shares memory with the two parameters."""
+        """All rows, [R, width], without gradient; shares memory with the two parameters.
+
+        Of parameters that are sharded just then, a copy; all processes have to read it together.
+        """
         # Every layer comes through here in every forward: four comparisons, no module attributes.
         if not torch.compiler.is_compiling():
             if not self._has_own_parts():
-                return torch.cat([self.frozen.detach(), self.trainable.detach()])
+                return torch.cat([whole(self.frozen), whole(self.trainable)])
             frozen, trainable = self._own
             if (frozen.data_ptr(), trainable.data_ptr()) != self._addresses:
                 self._realign()
@@ -88,7 +94,30 @@ class RowStack(nn.Module):
 
     def _has_own_parts(self) -> bool:
         parts, own = self._parameters, self._own
+        if is_partitioned(own[1]):
+            return False
         return parts["frozen"] is own[0] and parts["trainable"] is own[1]
+
+    def realign(self) -> None:
+        """Puts moved rows back side by side; leaves alone what others put in their place."""
+        if not torch.compiler.is_compiling() and self._has_own_parts():
+            self.rows()
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        """The parameters, each with a storage of its own.
+
+        Savers drop or refuse what shares storage with another tensor. The memory is the same.
+        """
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if keep_vars or not self._has_own_parts() or self._memory.is_meta:
+            return
+        for name in ("frozen", "trainable"):
+            rows = destination[prefix + name]
+            start = rows.storage_offset() * rows.element_size()
+            memory = rows.untyped_storage()[start : start + rows.nbytes]
+            destination[prefix + name] = rows.new_empty(0).set_(memory, 0, rows.shape)
 
     # A compiled forward does not look where the parameters are, so whatever moves them realigns.
 
@@ -211,8 +240,8 @@ class AdapterPool(nn.Module):
 
     def realign(self) -> None:
         """Puts rows back in place whose parameters were moved, for layers that are compiled."""
-        self.a.rows()
-        self.b.rows()
+        self.a.realign()
+        self.b.realign()
 
     def adapter(self, index: int) -> tuple[Tensor, Tensor]:
         """(A [r, in_features], B [r, out_features]) of one adapter, views of the pool."""

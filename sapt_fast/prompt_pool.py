@@ -65,7 +65,7 @@ class PromptPool(nn.Module):
 
     def realign(self) -> None:
         """Puts rows back in place whose parameters were moved, for a model that is compiled."""
-        self.rows.rows()
+        self.rows.realign()
 
     def prompt(self, index: int) -> Tensor:
         """[P, D], one prompt without gradient, a view of the pool."""

@@ -36,6 +36,9 @@ _BATCH_FIRST = (
     "decoder_inputs_embeds",
     "labels",
 )
+# Arguments of a patched model's forward that the model itself does not see. A decoder-only model's
+# `routing_labels` [B, T] tell the router what is prompt, as labels would.
+_OURS = ("mixture", "routing_labels")
 _CONTINUOUS_BATCHING = (
     "generate_batch",
     "init_continuous_batching",
@@ -140,6 +143,11 @@ class Routing:
         """Where layers of the running forward leave results for each other."""
         forward = self._forward
         return None if forward is None else forward.waiting
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a forward of the model runs in this thread."""
+        return self._forward is not None
 
     @property
     def pinned(self) -> Tensor | None:
@@ -280,13 +288,15 @@ class Routing:
         inside = forward is not None and forward.module is not module
         if inside and module is not self.model:
             return args, kwargs  # the model with its head has routed
-        given = kwargs.get("mixture")
+        given, labels = kwargs.get("mixture"), kwargs.get("routing_labels")
         if given is not None:
             given = self.checked(given)
-        if "mixture" in kwargs:
-            kwargs = {name: value for name, value in kwargs.items() if name != "mixture"}
+        if any(name in kwargs for name in _OURS):
+            kwargs = {name: value for name, value in kwargs.items() if name not in _OURS}
         forward = self._begin(module)
         inputs = self._named(module, args, kwargs)
+        if labels is not None:
+            inputs = {**inputs, "labels": labels}
         forward.given = self.pinned if given is None else given
         self._set(forward, self._chosen(inputs, given), inputs)
         return args, kwargs

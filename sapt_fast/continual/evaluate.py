@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sapt_fast.continual import processes
 from sapt_fast.continual.collate import model_kind, pad_rows, prompt_ids
 from sapt_fast.continual.data import Example
 from sapt_fast.continual.encoder import LabelSpace
@@ -54,18 +55,20 @@ def answers(
 ) -> list[str]:
     """Greedy answers, in the order of `rows`; the model is left in evaluation mode.
 
+    Several processes divide the batches among them; all get all answers.
+
     Args:
         mixture: gives the weights of the adapters for each batch; None for the router's.
         space: of an encoder, whose answer is the label that fits best.
     """
     model.eval()
     causal = model_kind(model) == "causal"
-    texts: list[str] = []
+    texts: list[list[str]] = []
     for ids, mask in _batches(model, tokenizer, rows, settings, "answering"):
         weights = None if mixture is None else mixture(ids, mask)
         if space is not None:
             hidden = model(input_ids=ids, attention_mask=mask, mixture=weights).last_hidden_state
-            texts += [space.labels[best] for best in space(hidden, mask)[:, 0].argmax(-1)]
+            texts.append([space.labels[best] for best in space(hidden, mask)[:, 0].argmax(-1)])
             continue
         generated = model.generate(
             input_ids=ids,
@@ -78,8 +81,8 @@ def answers(
             mixture=weights,
         )
         new = generated[:, ids.shape[1] :] if causal else generated
-        texts += tokenizer.batch_decode(new, skip_special_tokens=True)
-    return [text.strip() for text in texts]
+        texts.append(tokenizer.batch_decode(new, skip_special_tokens=True))
+    return [text.strip() for batch in processes.gathered(texts) for text in batch]
 
 
 @torch.no_grad()
@@ -92,16 +95,16 @@ def mean_attention(
 ) -> Tensor:
     """Mean over `rows` of the adapters' weights, [K] float32 on the CPU, learning order.
 
-    `mixture` as in `answers`.
+    `mixture` and several processes as in `answers`.
     """
     model.eval()
-    total = torch.zeros(len(model.sapt.tasks), dtype=torch.float64)
+    sums = []
     for ids, mask in _batches(model, tokenizer, rows, settings, "routing"):
         weights = None if mixture is None else mixture(ids, mask)
         if weights is None:
             weights = model.sapt.route(ids, mask)
-        total += weights.double().expand(len(ids), -1).sum(0).cpu()
-    return (total / len(rows)).float()
+        sums.append(weights.double().expand(len(ids), -1).sum(0).cpu())
+    return (torch.stack(processes.gathered(sums)).sum(0) / len(rows)).float()
 
 
 def _batches(
@@ -115,7 +118,7 @@ def _batches(
     prompts = [row.prompt for row in rows]
     encoded = prompt_ids(tokenizer, prompts, settings.max_source_length, causal)
     device, size = model.get_input_embeddings().weight.device, settings.eval_batch_size
-    starts = range(0, len(encoded), size)
+    starts = processes.share(range(0, len(encoded), size))
     for start in tqdm(
         starts, desc=f"{what} {rows[0].task}", leave=False, disable=not settings.progress
     ):

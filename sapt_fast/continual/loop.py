@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from transformers import PrinterCallback, Seq2SeqTrainingArguments, TrainerState
 from sapt_fast import __version__
 from sapt_fast._files import is_folder_name
 from sapt_fast.checkpoint import load_pretrained
+from sapt_fast.continual import processes
 from sapt_fast.continual.collate import Collator
 from sapt_fast.continual.data import TaskData
 from sapt_fast.continual.evaluate import mean_attention, metric_of, score
@@ -33,6 +33,7 @@ from sapt_fast.continual.report import write_json, write_report
 from sapt_fast.continual.settings import ContinualSettings, differences
 from sapt_fast.continual.state import TRAINER_STATE, RunFolder, last_checkpoint, read_json
 from sapt_fast.continual.strategies import STRATEGIES
+from sapt_fast.continual.strategies.base import Strategy
 from sapt_fast.continual.trainer import SaptTrainer
 from sapt_fast.continual.workbench import Workbench
 from sapt_fast.handle import SaptHandle
@@ -125,7 +126,10 @@ def run_continual(
         ValueError: no tasks, an empty split, a name twice, a patched model, a tokenizer without
             pad token, or `output_dir` holds a run with other settings.
         FileExistsError: `output_dir` holds other files, or a run and `resume` is False.
-        RuntimeError: started in several processes.
+
+    Several processes (torchrun, accelerate launch) come to what one comes to, up to rounding: they
+    divide each micro-batch and what is evaluated, and the first one writes. They may be more or
+    fewer when the run is resumed.
     """
     settings = settings or ContinualSettings()
     if STRATEGIES[settings.strategy].alone:
@@ -159,7 +163,9 @@ def run_alone(
     run.learn_all()
     run.reset()
     scores = {name: row[0] for name, row in zip(run.names, run.folder.scores, strict=True)}
-    write_json(run.folder.path / ALONE_NAME, scores)
+    if processes.is_first():
+        write_json(run.folder.path / ALONE_NAME, scores)
+    processes.wait()
     return scores
 
 
@@ -209,11 +215,13 @@ class _Run:
             raise ValueError("model: got a patched model; pass it unpatched (sapt_fast.unpatch)")
         if getattr(tokenizer, "pad_token_id", None) is None:
             raise ValueError("tokenizer: has no pad token; set tokenizer.pad_token")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise RuntimeError(
-                "a continual run is one process; for several, write a script with SaptTrainer"
-            )
         _check_tasks(tasks)
+        device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device: got 'cuda', but torch sees no GPU; use 'cpu'")
+        self.device = processes.start(device)
+        if not processes.is_first():
+            settings = replace(settings, progress=False)
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.bench = Workbench(model, tokenizer, settings)
         self.tasks = self.bench.prepare(tasks)
@@ -224,22 +232,22 @@ class _Run:
                 f"strategy: {settings.strategy!r} generates text, which {type(model).__name__} "
                 "cannot"
             )
+        _check_processes(kind, settings)
         self.strategy = kind(
             self.bench, kind.options_of(settings.strategy, settings.strategy_options)
         )
         # The tasks after whose training there is a checkpoint and a row of scores.
         self.stages = [len(tasks) - 1] if kind.together else list(range(len(tasks)))
         self._check_replay()
-        self.device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device: got 'cuda', but torch sees no GPU; use 'cpu'")
         model.to(self.device)
         # How many tasks the model holds; None before it is patched.
         self._holds: int | None = None
 
     def open(self, path: Path, source: Mapping[str, Any] | None, resume: bool) -> None:
         description = {**self.description(), "source": dict(source or {})}
-        self.folder = RunFolder.open(path, self.names, description, resume=resume)
+        with processes.first_goes_first():
+            resume = resume or not processes.is_first()
+            self.folder = RunFolder.open(path, self.names, description, resume=resume)
         self.bench.pseudo_samples = path / "pseudo_samples"
 
     def description(self) -> dict[str, Any]:
@@ -284,7 +292,7 @@ class _Run:
             self.folder.peaks.append(peak_memory(self.bench.device))
             self.folder.write()
             logger.info("scores: %s", "  ".join(f"{value:.1f}" for value in scores))
-        shutil.rmtree(self.folder.path / "training", ignore_errors=True)
+        self._remove(self.folder.path / "training")
 
     def learn(self, index: int) -> None:
         """Trains on a task, from the model after the one before, and saves what it came to."""
@@ -306,9 +314,15 @@ class _Run:
                 self.model, self.tokenizer, task.dev, self.settings, strategy.mixture
             )
         self.folder.save_strategy(index, strategy.state())
-        sapt.save_pretrained(self.folder.checkpoint(index))
+        sapt.save_pretrained(self.folder.checkpoint(index), is_main_process=processes.is_first())
         self._holds = index + 1
-        shutil.rmtree(self.folder.training(index), ignore_errors=True)
+        self._remove(self.folder.training(index))
+
+    def _remove(self, folder: Path) -> None:
+        """Deletes what is no longer needed once the files before it are whole."""
+        if processes.is_first():
+            shutil.rmtree(folder, ignore_errors=True)
+        processes.wait()
 
     def _generate(self, learned: Sequence[TaskData]) -> None:
         """Makes the pseudo-samples of earlier tasks that are not there yet."""
@@ -390,7 +404,8 @@ class _Run:
             space=self.bench.space,
         )
         trainer.remove_callback(PrinterCallback)
-        checkpoint = last_checkpoint(folder)
+        with processes.first_goes_first():  # it deletes what is incomplete
+            checkpoint = last_checkpoint(folder)
         try:
             if settings.gradient_checkpointing:
                 _recompute_activations(self.model, True)
@@ -408,7 +423,7 @@ class _Run:
         save = settings.save_steps
         arguments = Seq2SeqTrainingArguments(
             output_dir=str(folder),
-            per_device_train_batch_size=settings.batch_size,
+            per_device_train_batch_size=settings.batch_size // processes.count(),
             per_device_eval_batch_size=settings.eval_batch_size,
             gradient_accumulation_steps=settings.accumulation,
             num_train_epochs=settings.epochs,
@@ -432,8 +447,8 @@ class _Run:
             logging_steps=0.1,
             report_to=[],
             disable_tqdm=not settings.progress,
-            use_cpu=self.device == "cpu",
-            dataloader_pin_memory=self.device != "cpu",
+            use_cpu=self.device.type == "cpu",
+            dataloader_pin_memory=self.device.type != "cpu",
             remove_unused_columns=False,
         )
         # One GPU: on several the Trainer would take DataParallel, which cannot route.
@@ -507,24 +522,26 @@ class _Run:
     def report(self, alone: Mapping[str, float] | None) -> Results:
         self.restore(len(self.tasks))
         results = self.results(None if alone is None else [alone[name] for name in self.names])
-        write_report(
-            self.folder.path,
-            self.names,
-            results.scores,
-            results.alone,
-            training_attention=results.training_attention,
-            testing_attention=results.testing_attention,
-            title=f"{self.settings.strategy} on {len(self.tasks)} tasks",
-            extra={
-                "strategy": self.settings.strategy,
-                "metric": sorted({metric_of(t.benchmark, self.settings) for t in self.tasks}),
-                "seconds": results.seconds,
-                "trained_parameters": results.trained_parameters,
-                "peak_memory": results.peak_memory,
-                "resumed": results.resumed,
-            },
-            metrics=results.metrics,
-        )
+        if processes.is_first():
+            write_report(
+                self.folder.path,
+                self.names,
+                results.scores,
+                results.alone,
+                training_attention=results.training_attention,
+                testing_attention=results.testing_attention,
+                title=f"{self.settings.strategy} on {len(self.tasks)} tasks",
+                extra={
+                    "strategy": self.settings.strategy,
+                    "metric": sorted({metric_of(t.benchmark, self.settings) for t in self.tasks}),
+                    "seconds": results.seconds,
+                    "trained_parameters": results.trained_parameters,
+                    "peak_memory": results.peak_memory,
+                    "resumed": results.resumed,
+                },
+                metrics=results.metrics,
+            )
+        processes.wait()
         return results
 
 
@@ -549,6 +566,26 @@ def _merged(tasks: Sequence[TaskData]) -> TaskData:
         split: tuple(row for task in tasks for row in getattr(task, split)) for split in _SPLITS
     }
     return replace(tasks[-1], definition="", labels=None, **rows)
+
+
+def _check_processes(kind: type[Strategy], settings: ContinualSettings) -> None:
+    """Raises ValueError unless several processes come to what one comes to."""
+    count = processes.count()
+    if settings.batch_size % count:
+        raise ValueError(
+            f"batch_size: got {settings.batch_size}, expected a multiple of {count}, the number of "
+            "processes that divide it"
+        )
+    if count > 1 and settings.replay == "generated":
+        raise ValueError(
+            "replay: got 'generated' in several processes, expected a folder of pseudo-samples "
+            "that one process has made"
+        )
+    if count > 1 and kind.objective is not Strategy.objective:
+        raise ValueError(
+            f"strategy: {settings.strategy!r} adds to the loss what several processes would add "
+            "each for itself; start it in one process"
+        )
 
 
 def _check_alone(alone: Mapping[str, float], names: Sequence[str]) -> None:

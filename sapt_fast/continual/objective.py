@@ -64,8 +64,7 @@ def forward(
         if "decoder_input_ids" not in inputs:
             inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=labels)
     elif weights is None and space is None:
-        names = ("input_ids", "attention_mask", "inputs_embeds")
-        weights = base.sapt.route(**{n: inputs.get(n) for n in names}, labels=labels)
+        inputs["routing_labels"] = labels
     with routing.pin(weights):
         outputs = model(**inputs)
     if space is None:

@@ -114,7 +114,9 @@ class ContinualSettings:
     steps: int | None = field(
         default=None, metadata={"help": "Optimizer steps for each task, in place of epochs."}
     )
-    batch_size: int = field(default=8, metadata={"help": "Rows of a micro-batch."})
+    batch_size: int = field(
+        default=8, metadata={"help": "Rows of a micro-batch, over all processes."}
+    )
     accumulation: int = field(
         default=4, metadata={"help": "Micro-batches whose gradients make one optimizer step."}
     )

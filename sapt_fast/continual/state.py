@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from sapt_fast._files import atomic_write_bytes, whole_directory
+from sapt_fast.continual import processes
 from sapt_fast.continual.report import write_json
 from sapt_fast.continual.settings import differences
 
@@ -106,7 +107,9 @@ class RunFolder:
         self.trained, self.resumed = state.get("trained", []), state.get("resumed", False)
 
     def write(self) -> None:
-        """Writes state.json."""
+        """Writes state.json; of several processes the first does."""
+        if not processes.is_first():
+            return
         names = ("scores", "attention", "seconds", "peaks", "trained", "resumed")
         write_json(self.path / "state.json", {name: getattr(self, name) for name in names})
 
@@ -127,7 +130,7 @@ class RunFolder:
 
         The checkpoint counts once its adapters are there, which are written afterwards.
         """
-        if state:
+        if state and processes.is_first():
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
             atomic_write_bytes(self.checkpoint(index) / STRATEGY_STATE, save(tensors))
 

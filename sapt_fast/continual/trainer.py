@@ -20,6 +20,7 @@ from sapt_fast.continual.collate import model_kind, pad_rows
 from sapt_fast.continual.encoder import LabelSpace
 from sapt_fast.continual.objective import Step, forward, prompt_mask, token_loss
 from sapt_fast.handle import SaptHandle
+from sapt_fast.sharding import is_sharded, whole
 
 __all__ = ["Replay", "RowStream", "SaptTrainer"]
 
@@ -50,9 +51,9 @@ class SaptTrainer(Seq2SeqTrainer):
             + own_key_loss * mean(-log(weight of the task's own adapter))
 
     (SAPT, ACL 2024; `kl_ratio` and `own_key_loss` are those of the model's SaptConfig), and does
-    not depend on how the step is divided into micro-batches. Every micro-batch draws one
-    pseudo-batch of each earlier task; which rows is a function of the seed and the step alone, so
-    a resumed run draws what the interrupted one would have.
+    not depend on how the step is divided into micro-batches and processes. Every micro-batch draws
+    one pseudo-batch of each earlier task; which rows is a function of the seed and the step alone,
+    so a resumed run draws what the interrupted one would have.
 
     Checkpoints hold the adapters and the router, not the frozen base model. For use after
     training save with `model.sapt.save_pretrained`, as `save_model` does.
@@ -61,8 +62,8 @@ class SaptTrainer(Seq2SeqTrainer):
         model: a patched model with at least one task.
         args: Seq2SeqTrainingArguments; `remove_unused_columns=False` for custom data sets.
         replay: one entry per earlier task; empty for no reflection loss.
-        replay_batch_size: rows of each task per micro-batch; None for the training batch size.
-            Never more than the task has.
+        replay_batch_size: rows of each task per micro-batch, over all processes; None for as many
+            as are trained on. Never more than the task has.
         pad_token_id: pads replayed inputs; None for the tokenizer's, else the model's.
         key_learning_rate: of the newest key; None for `args.learning_rate`.
         query_learning_rate: of the query projection; None for `args.learning_rate`.
@@ -215,12 +216,18 @@ class SaptTrainer(Seq2SeqTrainer):
     def _reflection_loss(self, number: int) -> Tensor:
         """Sum over the earlier tasks of KL(target || prediction) on their next pseudo-batches."""
         total = torch.zeros((), device=self.args.device)
-        size = self.replay_batch_size or self.args.per_device_train_batch_size
+        world, own = self.args.world_size, self.args.process_index
+        size = self.replay_batch_size or self.args.per_device_train_batch_size * world
         for entry, stream in zip(self.replay, self._streams, strict=True):
-            rows = stream.batch(number, min(size, len(entry.inputs)))
-            ids, mask = pad_rows([entry.inputs[row] for row in rows], self._pad_token_id())
+            rows = stream.batch(number // world, min(size, len(entry.inputs)))
+            mine = rows[own::world]
+            if not mine:
+                continue
+            ids, mask = pad_rows([entry.inputs[row] for row in mine], self._pad_token_id())
             ids, mask = ids.to(self.args.device), mask.to(self.args.device)
-            total = total + self.sapt.reflection_loss(ids, entry.target, mask)
+            kl = self.sapt.reflection_loss(ids, entry.target, mask)
+            # The mean over the processes is the mean over the rows.
+            total = total + kl * (len(mine) * world / len(rows))
         return total
 
     def _next_micro_batch(self) -> int:
@@ -265,18 +272,21 @@ class SaptTrainer(Seq2SeqTrainer):
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """`model.sapt.save_pretrained(output_dir)`."""
+        """`model.sapt.save_pretrained(output_dir)`; of a sharded model on every process."""
         if _internal_call:
-            super().save_model(output_dir, _internal_call=True)
-        elif self.args.should_save:
-            self.sapt.save_pretrained(output_dir or self.args.output_dir)
+            self._save(output_dir)
+        else:
+            self.sapt.save_pretrained(
+                output_dir or self.args.output_dir, is_main_process=self.args.should_save
+            )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        tensors = _sapt_tensors(state_dict or self.model.state_dict())
+        tensors = {name: whole(tensor).contiguous() for name, tensor in tensors.items()}
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = _sapt_tensors(state_dict or self.model.state_dict())
         save_file(tensors, folder / STATE_NAME, metadata={"tasks": json.dumps(self.sapt.tasks)})
 
     def _load_from_checkpoint(
@@ -294,7 +304,16 @@ class SaptTrainer(Seq2SeqTrainer):
             if tasks != self.sapt.tasks:
                 raise ValueError(f"{path} is of tasks {tasks}, the model has {self.sapt.tasks}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        keys = target.load_state_dict(tensors, strict=False)
+        if is_sharded(target):
+            from torch.distributed.checkpoint.state_dict import (
+                StateDictOptions,
+                set_model_state_dict,
+            )
+
+            options = StateDictOptions(full_state_dict=True, strict=False)
+            keys = set_model_state_dict(target, tensors, options=options)
+        else:
+            keys = target.load_state_dict(tensors, strict=False)
         missing = sorted(_sapt_tensors(dict.fromkeys(keys.missing_keys, torch.empty(0))))
         if missing or keys.unexpected_keys:
             raise ValueError(
@@ -339,9 +358,9 @@ def _check_replay(replay: Sequence[Replay], sapt: SaptHandle) -> None:
 
 
 def _sapt_tensors(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The adapters and the router of a model's state_dict, copied out of the shared memory."""
+    """The adapters and the router of a model's state_dict."""
     return {
-        name: tensor.detach().clone()
+        name: tensor
         for name, tensor in state_dict.items()
         if ".sapt_pool." in name or name.startswith("sapt.") or ".sapt." in name
     }

@@ -279,7 +279,7 @@ class SaptRouter(nn.Module):
             pooled = pool_embeds(inputs_embeds, mask=mask, pooling=pooling)
         elif input_ids is None:
             raise ValueError("input_ids: got None and no inputs_embeds, expected one of them")
-        elif type(embedding) is nn.Embedding:
+        elif isinstance(embedding, nn.Embedding) and _only_looks_up(embedding):
             pooled = pool_tokens(input_ids, embedding.weight, mask=mask, pooling=pooling)
         else:
             pooled = pool_embeds(embedding(input_ids), mask=mask, pooling=pooling)
@@ -334,6 +334,12 @@ class SaptRouter(nn.Module):
         pooled = self.pool(embedding, ids.to(device), None, mask.to(device))
         self.query_mean.copy_(pooled.mean(0))
         self.query_std.copy_(pooled.std(0).clamp(min=1e-6))
+
+
+def _only_looks_up(embedding: nn.Embedding) -> bool:
+    """Whether its output is its table's rows: FSDP2's subclass adds nothing but sharding."""
+    own = [kind for kind in type(embedding).__mro__ if "forward" in vars(kind)]
+    return own[0] is nn.Embedding
 
 
 def _require(holds: bool, name: str, got: object, expected: str) -> None:

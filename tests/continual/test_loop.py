@@ -237,12 +237,6 @@ def test_bad_tasks_are_named(tmp_path: Path) -> None:
         run_continual(model, tokenizer, tasks, tmp_path, make_settings(), alone={"last_first": 1.0})
 
 
-def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RuntimeError, match="a continual run is one process"):
-        run_continual(make_model("t5"), CharTokenizer(), make_tasks(1), tmp_path, make_settings())
-
-
 def test_evaluating_other_tasks_or_models_is_refused(tmp_path: Path) -> None:
     tasks, tokenizer = make_tasks(1, train=4, held_out=1), CharTokenizer()
     options = make_settings(steps=1)

@@ -1,0 +1,83 @@
+"""A continual run in several processes, as torchrun and accelerate launch start them.
+
+All of them train each task together and divide what is evaluated; the first one alone writes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["count", "first_goes_first", "gathered", "is_first", "share", "start", "wait"]
+
+_Item = TypeVar("_Item")
+
+
+def start(device: str) -> torch.device:
+    """Joins the other processes, if there are any.
+
+    Args:
+        device: "cpu" or "cuda".
+
+    Returns:
+        This process's device.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return torch.device(device)
+    from accelerate import PartialState
+
+    return PartialState(cpu=device == "cpu").device
+
+
+def count() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if _several() else 1
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes."""
+    return _rank() == 0
+
+
+def wait() -> None:
+    """Returns when all processes have come here."""
+    if _several():
+        dist.barrier()
+
+
+@contextmanager
+def first_goes_first() -> Iterator[None]:
+    """The others enter when the first process has left."""
+    if not is_first():
+        wait()
+    yield
+    if is_first():
+        wait()
+
+
+def share(items: Sequence[_Item]) -> Sequence[_Item]:
+    """This process's part of what all have."""
+    return items[_rank() :: count()]
+
+
+def gathered(own: Sequence[_Item]) -> list[_Item]:
+    """What came of each process's `share`, in the order of the whole; all of them have to call."""
+    if not _several():
+        return list(own)
+    parts: list[Any] = [None] * count()
+    dist.all_gather_object(parts, list(own))
+    total = sum(map(len, parts))
+    return [parts[place % count()][place // count()] for place in range(total)]
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _rank() -> int:
+    return dist.get_rank() if _several() else 0

@@ -1,0 +1,119 @@
+"""Parameters that others keep in pieces: FSDP2's DTensors and DeepSpeed ZeRO-3's partitions."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def is_partitioned(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 manages a parameter: it is empty except where it is in use."""
+    return hasattr(parameter, "ds_id")
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 or ZeRO-3 keeps parameters of a model in pieces, even if they are whole now."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(module, FSDPModule) for module in model.modules()) or any(
+        is_partitioned(parameter) for parameter in model.parameters()
+    )
+
+
+def unsharded_class(model: nn.Module) -> type:
+    """The class of a model, which `fully_shard` replaces by one derived from it."""
+    kind = type(model)
+    is_fsdp = kind.__module__.startswith("torch.") and kind.__name__.startswith("FSDP")
+    return kind.__bases__[-1] if is_fsdp else kind
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """A parameter's values in one piece, without gradient.
+
+    Those that are sharded just then are gathered: every process has to call this.
+    """
+    if _is_released(parameter):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    detached: Any = parameter.detach()
+    return detached.full_tensor() if hasattr(detached, "full_tensor") else detached
+
+
+@contextmanager
+def gathered(model: nn.Module, modules: Iterable[nn.Module], *, keep: bool) -> Iterator[None]:
+    """Lets a model's modules be used in one piece where their own forwards do not see to it.
+
+    Every process has to enter it. Free where nothing is sharded.
+
+    Args:
+        modules: of the model.
+        keep: whether FSDP2's are left whole, for a forward that is running and shards them again.
+
+    Raises:
+        RuntimeError: parameters that train are sharded just then: their gradients would be lost.
+    """
+    pieces = {
+        module: [p for p in module.parameters() if hasattr(p, "full_tensor") or _is_released(p)]
+        for module in modules
+    }
+    sharded = [p for found in pieces.values() for p in found]
+    if torch.is_grad_enabled() and any(p.requires_grad for p in sharded):
+        raise RuntimeError(
+            "the router's parameters are sharded, and a gradient must reach them: call this after "
+            "the model's forward and before the backward of the sum of the losses (FSDP2 keeps "
+            "the outermost module whole in between, unless it was given "
+            "reshard_after_forward=True; ZeRO-3 keeps what is smaller than "
+            "stage3_param_persistence_threshold)"
+        )
+    if any(map(is_partitioned, sharded)):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(sharded):
+            yield
+        return
+    owners = dict.fromkeys(_owner(model, module) for module, found in pieces.items() if found)
+    for owner in owners:
+        owner.unshard()
+    try:
+        yield
+    finally:
+        for owner in owners:
+            if not keep:
+                owner.reshard()
+
+
+def require_reduced(parameter: Tensor) -> None:
+    """Raises RuntimeError if a running DDP forward does not know a parameter that trains."""
+    ddp = DistributedDataParallel._active_ddp_module
+    if ddp is None or not (parameter.requires_grad and torch.is_grad_enabled()):
+        return
+    if all(parameter is not known for known in ddp._module_parameters):
+        raise RuntimeError(
+            "DistributedDataParallel wrapped the model before the last add_task and would leave "
+            "the new adapter's gradients as they are on each process: wrap the model again after "
+            "add_task"
+        )
+
+
+def _is_released(parameter: Any) -> bool:
+    return is_partitioned(parameter) and parameter.ds_status.name != "AVAILABLE"
+
+
+def _owner(model: nn.Module, module: nn.Module) -> Any:
+    """The FSDP2 module whose parameters those of a module are."""
+    from torch.distributed.fsdp import FSDPModule
+
+    path = next(name for name, found in model.named_modules() if found is module)
+    while True:
+        found = model.get_submodule(path)
+        if isinstance(found, FSDPModule) or not path:
+            return found
+        path = path.rpartition(".")[0]

@@ -1,0 +1,126 @@
+"""Two gloo processes give what one gives: DDP, FSDP2, saving and resuming."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from gloo_processes import Processes
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="torch was built without torch.distributed"
+)
+
+
+@pytest.fixture(scope="module")
+def processes():
+    with Processes() as running:
+        yield running
+
+
+def same(one: dict, other: dict) -> None:
+    """The two have equal losses and weights, and the weights are not all zero."""
+    torch.testing.assert_close(one["losses"], other["losses"], rtol=1e-6, atol=0)
+    assert one["state"].keys() == other["state"].keys()
+    for name, value in one["state"].items():
+        torch.testing.assert_close(other["state"][name], value, rtol=1e-9, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_two_tasks_in_turn(kind, processes, tmp_path):
+    processes.run("train", 1, tmp_path, kind=kind, how="plain")
+    one = torch.load(tmp_path / f"{kind}-plain.pt")
+    assert len(set(one["losses"])) == 4
+    for how in ("ddp", "fsdp"):
+        processes.run("train", 2, tmp_path, kind=kind, how=how)
+        same(one, torch.load(tmp_path / f"{kind}-{how}.pt"))
+
+
+@pytest.mark.parametrize("recompute", ["reentrant", "not reentrant"])
+def test_recomputed_activations(recompute, processes, tmp_path):
+    processes.run("train", 1, tmp_path, kind="t5", how="plain")
+    one = torch.load(tmp_path / "t5-plain.pt")
+    for how in ("ddp", "fsdp"):
+        processes.run("train", 2, tmp_path, kind="t5", how=how, recompute=recompute)
+        same(one, torch.load(tmp_path / f"t5-{how}.pt"))
+
+
+def test_peft_model(processes, tmp_path):
+    processes.run("train_peft", 1, tmp_path, kind="llama", how="plain")
+    one = torch.load(tmp_path / "llama-plain.pt")
+    for how in ("ddp", "fsdp"):
+        processes.run("train_peft", 2, tmp_path, kind="llama", how=how)
+        same(one, torch.load(tmp_path / f"llama-{how}.pt"))
+
+
+@pytest.mark.parametrize(("first", "second"), [(2, 1), (1, 2)])
+def test_resuming_with_another_number_of_processes(first, second, processes, tmp_path):
+    processes.run("resume", 1, tmp_path, kind="t5", part="whole")
+    processes.run("resume", first, tmp_path, kind="t5", part="first")
+    processes.run("resume", second, tmp_path, kind="t5", part="second")
+    one, two = (torch.load(tmp_path / f"{part}.pt") for part in ("whole", "second"))
+    same({**one, "losses": one["losses"][2:]}, two)
+
+
+def test_what_would_go_wrong_without_a_word_raises(processes, tmp_path):
+    processes.run("refusals", 2, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_a_sharded_model_saves_the_same_files(kind, processes, tmp_path):
+    written = []
+    for world in (1, 2):
+        folder = tmp_path / str(world)
+        folder.mkdir()
+        processes.run("save", world, folder, kind=kind)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        written.append({path.relative_to(folder): path.read_bytes() for path in files})
+    assert Path("tasks/task1/adapter_model.safetensors") in written[0]
+    assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_trainer(kind, processes, tmp_path):
+    """Losses, reflection and weights; resumed with the other number of processes as well."""
+    found = {}
+    for world in (1, 2):
+        folder = tmp_path / str(world)
+        folder.mkdir()
+        processes.run("run_trainer", world, folder, kind=kind)
+        found[world] = torch.load(folder / f"trainer-{world}-False.pt")
+        assert (folder / "saved" / "task2" / "adapter_model.safetensors").is_file()
+    close(found[1], found[2])
+    processes.run("run_trainer", 1, tmp_path / "2", kind=kind, resume=True)
+    close(found[1], torch.load(tmp_path / "2" / "trainer-1-True.pt"))
+
+
+def close(one: dict, other: dict) -> None:
+    """`same`, for float32."""
+    torch.testing.assert_close(
+        other["losses"][: len(one["losses"])], one["losses"], rtol=1e-4, atol=1e-5
+    )
+    for name, value in one["state"].items():
+        torch.testing.assert_close(other["state"][name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_continual_run(processes, tmp_path):
+    """Two processes, and two that are stopped and go on as one, come to what one comes to."""
+    processes.run("run_continual", 1, tmp_path, name="one")
+    processes.run("run_continual", 2, tmp_path, name="two")
+    processes.run("run_continual", 2, tmp_path, name="both", stop=1)
+    processes.run("run_continual", 1, tmp_path, name="both")
+    expected = json.loads((tmp_path / "one" / "results.json").read_text())
+    weights = torch.load(tmp_path / "one-weights.pt")["state"]
+    for name in ("two", "both"):
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        assert results["scores"] == expected["scores"]
+        found = torch.load(tmp_path / f"{name}-weights.pt")
+        assert found["losses"] == ([0, 1, 2] if name == "two" else [1, 2])
+        for path, value in weights.items():
+            torch.testing.assert_close(found["state"][path], value, rtol=1e-6, atol=1e-9)
+        files = {p.relative_to(tmp_path / name) for p in (tmp_path / name).rglob("*")}
+        assert files == {p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*")}
+
+
+def test_continual_runs_that_need_one_process(processes, tmp_path):
+    processes.run("refuse_continual", 2, tmp_path)

@@ -34,8 +34,8 @@ from sapt_fast.peft_format import (
     write_tensors,
 )
 from sapt_fast.prompt_format import outer_layers, read_prompt, write_prompt
-from sapt_fast.prompt_patching import PromptHandle
-from sapt_fast.prompt_routing import prompt_place
+from sapt_fast.prompts.patching import PromptHandle
+from sapt_fast.prompts.routing import prompt_place
 from sapt_fast.sharding import is_sharded, whole
 
 FORMAT_VERSION = 1

@@ -12,7 +12,7 @@ from sapt_fast.handle import SaptHandle
 from sapt_fast.layers import MIXED, InputGroup, MixedLinear
 from sapt_fast.methods.sapt import SaptConfig
 from sapt_fast.pool import AdapterPool
-from sapt_fast.prompt_patching import PromptHandle
+from sapt_fast.prompts.patching import PromptHandle
 from sapt_fast.report import PatchReport
 from sapt_fast.routing import Routing, require_unrouted
 from sapt_fast.sharding import is_sharded
@@ -52,7 +52,7 @@ def patch(model: _Model, config: SaptConfig | None = None, *, strict: bool = Fal
     before its embeddings, and masks, positions, labels and logits stay as long as its tokens.
 
     A PeftModel keeps its LoRA adapters: they are the pool, computed in one pass, and all that PEFT
-    does with them works on. Its `model.sapt`, a `peft_patching.PeftHandle`, takes weights or a
+    does with them works on. Its `model.sapt`, a `peft_models.patching.PeftHandle`, takes weights or a
     router; without either the active adapters are added up, as before. Its parameters stay where
     they are; unpatch before merge_and_unload, so that the merged model is rid of our hooks.
 
@@ -203,10 +203,10 @@ def _peft_functions(model: Any) -> tuple[Callable[..., None], Callable[..., None
     from peft.tuners.xlora import XLoraModel
 
     if isinstance(model.base_model, XLoraModel):
-        from sapt_fast.peft_xlora import patch_xlora, unpatch_xlora
+        from sapt_fast.peft_models.xlora import patch_xlora, unpatch_xlora
 
         return patch_xlora, unpatch_xlora
-    from sapt_fast.peft_patching import patch_peft, unpatch_peft
+    from sapt_fast.peft_models.patching import patch_peft, unpatch_peft
 
     return patch_peft, unpatch_peft
 

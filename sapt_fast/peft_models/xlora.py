@@ -15,9 +15,9 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.xlora.layer import XLoraLinearLayer
 from torch import Tensor, nn
 
-from sapt_fast.peft_layers import is_plain, mixed
+from sapt_fast.peft_models.layers import is_plain, mixed
+from sapt_fast.peft_models.xlora_generation import CachedGeneration
 from sapt_fast.report import PatchReport
-from sapt_fast.xlora_generation import CachedGeneration
 
 
 class XLoraHandle(nn.Module):

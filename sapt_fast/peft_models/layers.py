@@ -23,7 +23,7 @@ from sapt_fast.ops.mixed_lora import mix
 from sapt_fast.ops.own_lora import Adapter, add_own_lora_
 from sapt_fast.ops.projection import PooledProjection, Projection
 from sapt_fast.ops.rank_table import cached_table, rank_table
-from sapt_fast.peft_arrow import arrow_of, arrow_weights
+from sapt_fast.peft_models.arrow import arrow_of, arrow_weights
 
 if TYPE_CHECKING:
     from sapt_fast.routing import Routing

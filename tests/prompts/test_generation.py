@@ -13,7 +13,7 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from sapt_fast import routing
-from sapt_fast.prompt_routing import PromptRouting
+from sapt_fast.prompts.routing import PromptRouting
 
 NEW = 8
 GREEDY = {"do_sample": False}

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from sapt_fast.merging import Merged, static_weights
-from sapt_fast.peft_layers import Pooled, addend, is_plain, mixes_by_arrow, pooled_kind
+from sapt_fast.peft_models.layers import Pooled, addend, is_plain, mixes_by_arrow, pooled_kind
 from sapt_fast.report import PatchReport
 from sapt_fast.routing import Routing, require_unrouted
 

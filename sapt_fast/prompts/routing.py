@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import masking_utils
 
-from sapt_fast.prompt_pool import PromptPool
+from sapt_fast.prompts.pool import PromptPool
 from sapt_fast.routing import Routing, is_filled
 
 _ENCODER = {"input_ids", "inputs_embeds", "attention_mask"}

@@ -10,7 +10,7 @@ from peft import LoraConfig, XLoraConfig, get_peft_model
 from tiny_models import VOCABULARY, WIDTH, token_ids
 
 import sapt_fast
-from sapt_fast.xlora_generation import _CAUSAL_MODELS, PairedCache
+from sapt_fast.peft_models.xlora_generation import _CAUSAL_MODELS, PairedCache
 
 EXPERTS = 3
 SIZES = {

@@ -7,8 +7,8 @@ import threading
 import pytest
 import torch
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
-from test_peft import config, mixture, peft_model, pooled_layers, run
 from tiny_models import token_ids
+from tiny_peft import config, mixture, peft_model, pooled_layers, run
 
 import sapt_fast
 

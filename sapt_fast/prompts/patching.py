@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from sapt_fast.handle import SaptHandle
 from sapt_fast.methods.sapt import SaptConfig
-from sapt_fast.prompt_pool import PromptPool
-from sapt_fast.prompt_routing import PromptRouting, prompt_place
+from sapt_fast.prompts.pool import PromptPool
+from sapt_fast.prompts.routing import PromptRouting, prompt_place
 from sapt_fast.report import PatchReport
 
 

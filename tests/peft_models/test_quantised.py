@@ -11,7 +11,7 @@ from tiny_models import patched, settings, tiny, token_ids
 from torch import nn
 
 import sapt_fast
-from sapt_fast.peft_layers import Pooled
+from sapt_fast.peft_models.layers import Pooled
 
 NAMES = ["a2", "a0", "__base__"]
 

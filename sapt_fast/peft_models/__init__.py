@@ -1,0 +1,1 @@
+"""PEFT models whose adapters are computed as one pool: LoRA, X-LoRA and Arrow."""

@@ -52,9 +52,9 @@ def patch(model: _Model, config: SaptConfig | None = None, *, strict: bool = Fal
     before its embeddings, and masks, positions, labels and logits stay as long as its tokens.
 
     A PeftModel keeps its LoRA adapters: they are the pool, computed in one pass, and all that PEFT
-    does with them works on. Its `model.sapt`, a `peft_models.patching.PeftHandle`, takes weights or a
-    router; without either the active adapters are added up, as before. Its parameters stay where
-    they are; unpatch before merge_and_unload, so that the merged model is rid of our hooks.
+    does with them works on. Its `model.sapt`, a `peft_models.patching.PeftHandle`, takes weights
+    or a router; without either the active adapters are added up, as before. Its parameters stay
+    where they are; unpatch before merge_and_unload, so that the merged model is rid of our hooks.
 
     Args:
         model: a PreTrainedModel, or a PeftModel with LoRA adapters. Patching it again with an equal

@@ -89,9 +89,12 @@ def save_pretrained(
         ValueError: the model is not patched, has no task, or its targets do not fit its tasks; the
             directory cannot be replaced, or holds a sapt_config.json that is damaged.
         FileExistsError: a file that this function has not written is in the way.
+        RuntimeError: a mixture is merged into the base weights, by which the base model is known
+            again.
         OSError: it cannot be written; it is then as it was.
     """
     handle = _patched(model)
+    handle.routing.require_unmerged()
     _require_targets("targets", handle.targets, handle.tasks)
     state = handle.router.state_dict()
     router = {n: whole(t) for n, t in state.items() if not n.startswith("keys.")}

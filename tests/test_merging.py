@@ -71,7 +71,7 @@ def test_merged_logits_and_exact_unmerge(pool, dtype):
 
 
 @pytest.mark.parametrize("pool", ["sapt_llama", "peft_llama"])
-def test_while_merged(pool):
+def test_while_merged(pool, tmp_path):
     model = POOLS[pool]()
     model.sapt.merge(WEIGHTS)
     options = {"max_new_tokens": 3, "do_sample": False}
@@ -84,6 +84,7 @@ def test_while_merged(pool):
     ]
     if pool == "sapt_llama":
         refused.append(lambda: model.sapt.add_task("late"))
+        refused.append(lambda: model.sapt.save_pretrained(tmp_path))
     else:
         refused.append(lambda: model.merge_adapter())
     merged = run(model)
@@ -91,6 +92,7 @@ def test_while_merged(pool):
         with pytest.raises(RuntimeError, match=r"call model\.sapt\.unmerge\(\) first"):
             call()
         assert torch.equal(run(model), merged)
+    assert not any(tmp_path.iterdir())
     if pool == "peft_llama":
         with pytest.raises(RuntimeError, match="unmerge"):
             run(model, adapter_names=["a0", "a1", "a2"])

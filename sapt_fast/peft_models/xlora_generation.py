@@ -19,6 +19,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.utils import ModelOutput
 
 logger = logging.getLogger(__name__)
 
@@ -94,16 +95,11 @@ class CachedGeneration:
     Args:
         model: PeftModel with X-LoRA.
         all_pooled: whether every adapted layer is an expert layer that `patch` has taken.
-
-    Attributes:
-        obstacle: why this model generates as in PEFT; None if only a call's arguments decide.
     """
 
     def __init__(self, model: PeftModel, *, all_pooled: bool) -> None:
         self.model: Any = model
-        self.obstacle = _obstacle(model.get_base_model())
-        if self.obstacle is None and not all_pooled:
-            self.obstacle = "layers other than linear ones have experts"
+        self._all_pooled = all_pooled
         self._running = _Running()
         self._logged: set[str] = set()
         self._replaced: list[tuple[Any, str, Any]] = []
@@ -113,6 +109,13 @@ class CachedGeneration:
     def running(self) -> _Running:
         """This thread's."""
         return self._running
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why this model generates as in PEFT; None if only a call's arguments decide."""
+        if not self._all_pooled:
+            return "layers other than linear ones have experts"
+        return _obstacle(self.model.get_base_model())
 
     def install(self) -> None:
         """Replaces methods of the instance; `remove` restores them."""
@@ -147,18 +150,31 @@ class CachedGeneration:
             if reason not in self._logged:
                 self._logged.add(reason)
                 logger.warning("X-LoRA generates without a cache, as in PEFT: %s", reason)
-            return generate(*args, **kwargs)
-        running, before = self._running, vars(self._running).copy()
+            with self._within(None):
+                return generate(*args, **kwargs)
         inner = self.model.get_base_model()
-        cache = running.cache = PairedCache(inner.config.get_text_config(decoder=True))
+        cache = PairedCache(inner.config.get_text_config(decoder=True))
+        with self._within(cache):
+            output = generate(*args, **kwargs)
+        if (scalings := cache.scalings()) is not None:
+            self.model.base_model.internal_xlora_scalings = scalings
+        if isinstance(output, ModelOutput):  # no other call could go on with the cache
+            kept = {name: value for name, value in output.items() if value is not cache}
+            return type(output)(**kept)
+        return output
+
+    @contextmanager
+    def _within(self, cache: PairedCache | None) -> Iterator[None]:
+        """What another `generate` of this thread, which may be calling this one, was about to do
+        is set aside."""
+        running, before = vars(self._running), vars(self._running).copy()
+        running.clear()
+        running["cache"] = cache
         try:
-            return generate(*args, **kwargs)
+            yield
         finally:
-            vars(running).clear()
-            vars(running).update(before)
-            scalings = cache.scalings()
-            if scalings is not None:
-                self.model.base_model.internal_xlora_scalings = scalings
+            running.clear()
+            running.update(before)
 
     def _call_obstacle(self, args: tuple, kwargs: dict[str, Any]) -> str | None:
         xlora, config = self.model.base_model, self.model.base_model.xlora_config
@@ -214,7 +230,8 @@ class CachedGeneration:
             inputs = {**kwargs, "past_key_values": cache.scaling}
             inputs.update(output_hidden_states=True, return_dict=True)
             result = module.forward(*args, **inputs)
-        scalings = running.scalings = classifier(*args, result=result, **kwargs)
+        scalings = classifier(*args, result=result, **kwargs)
+        running.scalings = xlora.internal_xlora_scalings = scalings
         cache.append(scalings)
 
     @contextmanager

@@ -234,6 +234,69 @@ def test_a_forward_after_generation_and_unpatch(experts):
     assert lengths[2] == 8
 
 
+def test_a_config_that_changes_after_patch(experts):
+    models = pair(experts)
+    assert models[1].sapt.generation.obstacle is None
+    for model in models:
+        model.get_base_model().config.is_causal = False
+    lengths = steps(models[1])
+    assert torch.equal(*(generated(m).sequences for m in models))
+    assert lengths[2] == 8
+
+
+def test_a_second_turn(experts):
+    """PEFT returns no cache, so what it returned can be passed on."""
+    turns = []
+    for model in pair(experts):
+        first = generated(model)
+        text = torch.cat([first.sequences, token_ids(length=3, seed=4)], 1)
+        cache = first.past_key_values
+        turns.append(
+            model.generate(
+                text, past_key_values=cache, attention_mask=torch.ones_like(text), max_new_tokens=4
+            )
+        )
+        assert "past_key_values" not in first
+        assert len(first.logits) == 5
+    assert torch.equal(*turns)
+
+
+def test_scalings_while_it_runs_are_those_of_the_newest_tokens(experts):
+    _, ours = pair(experts)
+    shapes = []
+
+    class Looks(transformers.StoppingCriteria):
+        def __call__(self, input_ids, scores, **_):
+            shapes.append(ours.base_model.get_latest_scalings().shape[:2])
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    ours.generate(**padded(), stopping_criteria=[Looks()], max_new_tokens=3, do_sample=False)
+    assert shapes == [(3, 7), (3, 1), (3, 1)]
+    assert ours.base_model.get_latest_scalings().shape[:2] == (3, 9)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_generate_inside_a_generate(experts, cached):
+    models = pair(experts)
+    inner = []
+
+    class Asks(transformers.StoppingCriteria):
+        def __call__(self, input_ids, scores, **_):
+            options = {} if cached else {"use_cache": False}
+            inner.append(model.generate(input_ids, max_new_tokens=2, do_sample=False, **options))
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    outer = []
+    for model in models:
+        outer.append(
+            model.generate(
+                **padded(), stopping_criteria=[Asks()], max_new_tokens=4, do_sample=False
+            )
+        )
+    assert torch.equal(*outer)
+    assert all(map(torch.equal, inner[:4], inner[4:]))
+
+
 def test_an_error_inside_leaves_nothing_behind(experts):
     peft, ours = pair(experts)
 

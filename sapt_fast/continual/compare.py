@@ -28,6 +28,12 @@ __all__ = ["Cell", "Comparison", "compare", "settings_of_rows"]
 logger = logging.getLogger(__name__)
 
 ALONE_ROW = "alone"
+# Settings that no row has of its own, and what gives them.
+_SAID_ELSEWHERE = {
+    "strategy": "strategies, as NAME=METHOD",
+    "strategy_options": "the options by their own names",
+    "seed": "seeds",
+}
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,8 @@ def compare(
     """Runs every method on every seed and order, and reports them in one table.
 
     Killed at any point and called again with the same arguments, it goes on: runs that are
-    finished are read, one that is not is resumed. Methods, seeds and orders may be added later.
+    finished are read, one that is not is resumed. Methods, seeds, orders and FWT may be added
+    later.
 
     Args:
         source: the model and the tasks; its `tasks` and `seed` are those of each run.
@@ -125,14 +132,16 @@ def compare(
         here = replace(source, tasks=named[order], seed=seed)
         settings = replace(rows[row], seed=seed)
         path = folder / row / f"{order}-seed{seed}"
-        if not _finished(path / "results.json", here, settings):
+        done = path / "results.json"
+        # One that was finished without FWT is reported again, not trained.
+        if not _finished(done, here, settings) or (alone and read_json(done)["alone"] is None):
             model = here.load_model() if model is None else model
             scores = None
             if alone is not None:
                 single = replace(alone, strategy="single", strategy_options={}, seed=seed)
                 scores = _alone(model, here, single, folder / ALONE_ROW / f"seed{seed}")
             _run(model, here, settings, path, scores)
-        cell = Cell(row, order, seed, path, read_json(path / "results.json"))
+        cell = Cell(row, order, seed, path, read_json(done))
         cells[row, order, seed] = cell
         if tensorboard:
             from sapt_fast.continual.tensorboard import write_scalars
@@ -160,7 +169,8 @@ def settings_of_rows(
         defaults: of strategies, by name, where they are others than those of `base`.
 
     Raises:
-        ValueError: an unknown strategy, row or setting, a row twice, or a value that does not fit.
+        ValueError: an unknown strategy, row or setting, a row twice, a value that does not fit, or
+            the strategy or seed among the values: the names and `compare` say these.
 
     Example:
         >>> rows = settings_of_rows(
@@ -181,7 +191,9 @@ def settings_of_rows(
             f"{', '.join(STRATEGIES)}"
         )
     for name in values:
-        row, dot, _ = name.partition(".")
+        row, dot, own = name.partition(".")
+        if (place := _SAID_ELSEWHERE.get(own or name)) is not None:
+            raise ValueError(f"set: got {name!r}, expected it among {place}")
         if dot and row not in strategies:
             raise ValueError(
                 f"set: got {name!r}, but there is no row {row!r} among {[*strategies]}"

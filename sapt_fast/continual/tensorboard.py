@@ -38,7 +38,11 @@ def write_scalars(folder: Path, cell: Cell) -> None:
             count = index + 1
             seen = None if alone is None else alone[:count]
             metrics = continual_metrics(scores[:count, :count], seen).as_dict()
-            values = {f"metrics/{name}": value for name, value in metrics.items()}
+            values = {
+                f"metrics/{name}": value
+                for name, value in metrics.items()
+                if cell.results["metrics"][name] is not None  # as of a run without a sequence
+            }
             for task, value in zip(cell.results["tasks"], scores[index], strict=True):
                 values[f"scores/{task}"] = value
             for name, value in values.items():

@@ -135,6 +135,19 @@ def test_an_interrupted_comparison_goes_on(
         assert (ours.folder / last).read_bytes() == (theirs.folder / last).read_bytes()
 
 
+def test_fwt_is_added_to_runs_that_are_finished(source: Source, tmp_path: Path) -> None:
+    rows = rows_of("seqlora")
+    without = compare(source, rows, tmp_path, progress=False)
+    assert without.cells[0].results["metrics"]["FWT"] is None
+    added = compare(source, rows, tmp_path, alone=BASE, progress=False)
+    results = added.cells[0].results
+    diagonal = np.diag(added.cells[0].scores)
+    expected = np.mean(diagonal - results["alone"])
+    assert results["metrics"]["FWT"] == pytest.approx(expected)
+    for field in ("scores", "seconds", "resumed"):  # nothing was trained again
+        assert results[field] == without.cells[0].results[field]
+
+
 # --- the report, by hand ---
 
 
@@ -210,6 +223,11 @@ def test_scalars_for_tensorboard(tmp_path: Path) -> None:
     assert [e.value for e in events.Scalars("metrics/AP")] == [80, 75, 70]
     assert "metrics/FWT" not in events.Tags()["scalars"]
 
+    # Joint training has no sequence: nothing to forget.
+    write_scalars(tmp_path / "joint", made_once(tmp_path).cells[2])
+    tags = EventAccumulator(str(tmp_path / "joint")).Reload().Tags()["scalars"]
+    assert {tag for tag in tags if tag.startswith("metrics/")} == {"metrics/AP"}
+
 
 def made_once(tmp_path: Path) -> Comparison:
     folder = tmp_path / f"made{len(list(tmp_path.iterdir()))}"
@@ -260,7 +278,10 @@ def test_settings_of_rows() -> None:
         (["ewc"], {"lwf.strength": 1}, "there is no row 'lwf' among"),
         (["ewc"], {"strenght": 1}, "ewc: strategy_options: 'ewc' has no 'strenght'"),
         (["ewc"], {"ewc.rows": 0}, "ewc: strategy_options: ewc.rows: got 0, expected at least 1"),
+        (["ewc"], {"ewc.rows": float("inf")}, "ewc.rows: got inf, expected a whole number"),
         (["ewc"], {"steps": 0}, "ewc: steps: got 0"),
+        (["ewc"], {"strategy": "lwf"}, "set: got 'strategy', expected it among strategies"),
+        (["ewc"], {"ewc.seed": 3}, "set: got 'ewc.seed', expected it among seeds"),
         (["lfpt5"], {}, "lfpt5: replay: got 'real'"),
         (["replay"], {"replay": "none"}, "replay: replay: got 'none'"),
     ],

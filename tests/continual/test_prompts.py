@@ -62,9 +62,10 @@ def test_one_prompt_for_all_tasks(tmp_path: Path) -> None:
     assert len(model.sapt.prompts) == 1
 
 
-def test_o_lora_takes_no_prompts() -> None:
+@pytest.mark.parametrize("strategy", ["olora", "epi"])
+def test_what_takes_no_prompts_says_so(strategy: str) -> None:
     with pytest.raises(ValueError, match="adapter: got 'prompt', expected 'lora'"):
-        make_settings(sapt=CONFIG, strategy="olora")
+        make_settings(sapt=CONFIG, strategy=strategy)
 
 
 def test_by_name_and_from_the_command_line() -> None:

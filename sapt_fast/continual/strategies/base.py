@@ -160,7 +160,8 @@ def _like(default: Any, value: Any, name: str) -> Any:
     if isinstance(default, bool):
         fits, expected = isinstance(value, bool), "True or False"
     elif isinstance(default, int):
-        fits, expected = number and value == int(value), "a whole number"
+        fits = number and math.isfinite(value) and value == int(value)
+        expected = "a whole number"
     elif isinstance(default, float):
         fits, expected = number and math.isfinite(value), "a number"
     else:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sapt_fast.continual.data import TaskData
+from sapt_fast.continual.settings import ContinualSettings
 from sapt_fast.continual.strategies.base import Strategy, require
 from sapt_fast.continual.workbench import Workbench
 
@@ -48,6 +49,12 @@ class Epi(Strategy):
     _scatter: Tensor  # [D, D], summed over rows around the mean of their task
     _count: Tensor  # of rows
     _precision: Tensor | None
+
+    @classmethod
+    def check(cls, settings: ContinualSettings) -> None:
+        kind = settings.sapt.adapter
+        # A prompt is there even with weight zero, so features would not be the backbone's own.
+        require(kind == "lora", "adapter", kind, "'lora', without which the features are taken")
 
     def __init__(self, bench: Workbench, options: EpiOptions) -> None:
         super().__init__(bench, options)

@@ -76,7 +76,9 @@ class Epi(Strategy):
         """Squared Mahalanobis distances [B, K] of features [B, D] to the tasks' means."""
         if self._precision is None:
             covariance = self._scatter / self._count
-            spherical = covariance.diagonal().mean() * torch.eye(
+            scale = covariance.diagonal().mean()
+            # With one row for each task nothing varies, and the nearest mean is the answer.
+            spherical = torch.where(scale > 0, scale, 1.0) * torch.eye(
                 len(covariance), dtype=covariance.dtype, device=covariance.device
             )
             share = self.options.shrinkage

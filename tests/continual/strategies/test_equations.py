@@ -298,6 +298,10 @@ def test_epi_distances_by_hand() -> None:
     found = strategy.distances(torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
     expected = torch.tensor([[3.0, 5.0], [0.0, 8.0]], dtype=torch.float64) / 3.75
     torch.testing.assert_close(found, expected)
+    # One row for each task: no spread, so the distance is that of Euclid, over the shrinkage.
+    strategy._scatter, strategy._precision = torch.zeros(2, 2, dtype=torch.float64), None
+    found = strategy.distances(torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
+    assert found.tolist() == [[4.0, 4.0], [0.0, 8.0]]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -97,7 +97,8 @@ def static_weights(weights: Tensor | Sequence[float], tasks: Sequence[str]) -> T
 def _require_whole(addends: Mapping[str, Addend], model: nn.Module) -> None:
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
+        if type(parameter) is nn.Parameter:
+            names.setdefault(parameter.data_ptr(), []).append(name)
     for path, (layer, a, b, transposed) in addends.items():
         weight: Any = layer.weight
         if type(weight) is not nn.Parameter or not weight.is_floating_point():
@@ -112,8 +113,7 @@ def _require_whole(addends: Mapping[str, Addend], model: nn.Module) -> None:
                 f"{path}: its weight is not here as a whole (got {tuple(weight.shape)} on "
                 f"{weight.device}, expected {expected}): gather or load the model first"
             )
-        if len(names.get(id(weight), ())) > 1:
+        if len(tied := names.get(weight.data_ptr(), ())) > 1:
             raise ValueError(
-                f"{path}: its weight is also {names[id(weight)]}, which merging would change too; "
-                "untie it first"
+                f"{path}: its weight is also {tied}, which merging would change too; untie it first"
             )

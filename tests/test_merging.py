@@ -147,9 +147,10 @@ def test_weights_that_cannot_be_merged():
         now = quantised.get_submodule(quantised.sapt.report.patched[0]).base_layer.weight
         assert torch.equal(now, first), "a layer was merged before the error"
     last.weight = own
-    quantised.get_base_model().model.layers[0].mlp.tied = own
-    with pytest.raises(ValueError, match="which merging would change too"):
-        quantised.sapt.merge(WEIGHTS)
+    for tied in (own, torch.nn.Parameter(own.data, requires_grad=False)):
+        quantised.get_base_model().model.layers[0].mlp.tied = tied
+        with pytest.raises(ValueError, match="which merging would change too"):
+            quantised.sapt.merge(WEIGHTS)
 
 
 def test_adapters_that_peft_has_merged_or_that_cannot_be_mixed():

@@ -120,6 +120,8 @@ class PeftHandle(nn.Module):
             raise ValueError(f"not all layers can be mixed, so none is merged. {report}")
         for path in report.patched:
             layer: Any = self._model.get_submodule(path)
+            if not is_plain(layer):
+                raise ValueError(f"{path}: Arrow weighs its adapters per token: nothing is merged")
             if layer.merged:
                 raise RuntimeError(
                     f"{path}: adapters {layer.merged_adapters} are merged into the base weights: "

@@ -98,6 +98,17 @@ def test_an_adapter_that_comes_later_is_routed_to(folders):
     assert (got - before).abs().max() > 1e-3
 
 
+def test_weights_for_all_adapters_are_refused(folders):
+    """The router is an adapter, too, with matrices that Arrow never multiplies by."""
+    model = sapt_fast.patch(arrow(folders))
+    before = run(model)
+    with pytest.raises(ValueError, match="nothing is merged"):
+        model.sapt.merge(torch.ones(len(model.sapt.tasks)))
+    with pytest.raises(RuntimeError, match="cannot be mixed"):
+        run(model, mixture=torch.ones(len(model.sapt.tasks)))
+    assert torch.equal(run(model), before)
+
+
 def test_unpatch(folders):
     model = arrow(folders)
     before = run(model)

@@ -110,6 +110,39 @@ def train(folder: Path, kind: str, how: str, recompute: bool = False) -> None:
     keep(folder, f"{kind}-{how}", losses, model)
 
 
+def train_amp(folder: Path, kind: str, half: str) -> None:
+    """Autocast and a scaled loss, under DDP where there are several; the first step overflows."""
+    model = tiny(kind)
+    torch.manual_seed(0)
+    sapt_fast.patch(model, settings())
+    begin(model, 0)
+    begin(model, 1)
+    model.sapt.targets["task0"] = torch.ones(1)
+    called = wrap(model, kind, "ddp" if world() > 1 else "plain")
+    parameters = list(model.sapt.trainable_parameters())
+    before = [p.detach().clone() for p in parameters]
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-117)
+    for number in range(4):
+        optimizer.zero_grad()
+        ids = mine(token_ids(ROWS, 9, seed=number))
+        with torch.autocast("cpu", getattr(torch, half)):
+            loss = called(input_ids=ids, labels=ids).loss
+            loss = loss + 0.5 * model.sapt.reflection_loss(ids, model.sapt.targets["task0"])
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        unmoved = [torch.equal(p, old) for p, old in zip(parameters, before, strict=True)]
+        assert all(unmoved) if number == 0 else not any(unmoved)
+    for parameter in parameters if world() > 1 else ():
+        largest = parameter.detach().clone()
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        assert torch.equal(largest, parameter)
+    moved = [(p.detach() - old).flatten() for p, old in zip(parameters, before, strict=True)]
+    if rank() == 0:
+        torch.save(torch.cat(moved), folder / f"amp-{world()}.pt")
+
+
 def train_peft(folder: Path, kind: str, how: str) -> None:
     """Two PEFT adapters, both active, on a patched PeftModel."""
     config = LoraConfig(r=3, lora_alpha=6, target_modules=["q", "v", "q_proj", "v_proj"])

@@ -1,10 +1,14 @@
 """The example scripts run, and come to the same with and without sapt_fast's two lines."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from gloo_processes import free_port
 from safetensors.torch import load_file
 from tiny_tasks import save_byte_model
 
@@ -104,6 +108,44 @@ def test_an_earlier_adapter_stays_as_it_is_and_counts(run, tmp_path):
     for key, tensor in second[0].items():
         torch.testing.assert_close(second[1][key], tensor, rtol=1e-6, atol=1e-9)
         assert not torch.allclose(tensor, alone[key], rtol=1e-3)
+
+
+LAUNCHERS = {
+    "accelerate": [
+        "accelerate.commands.launch", "--config_file", FOLDER / "configs" / "ddp.yaml",
+        "--mixed_precision", "no", "--num_processes", 2, "--main_process_port",
+    ],
+    "torchrun": ["torch.distributed.run", "--nproc_per_node", 2, "--master_port"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_train_what_one_does(launcher, run, tmp_path):
+    """Each takes half of all rows in every step; the guide's way to start them on a CPU."""
+    common = ("--epochs", 3)
+    run("accelerate_loop", "after", *common, "--batch-size", 32)
+    command = [
+        sys.executable, "-m", *LAUNCHERS[launcher], free_port(), FOLDER / "accelerate_loop.py",
+        "--model", tmp_path / "model", "--output", tmp_path / "two", *common, "--batch-size", 16,
+    ]  # fmt: skip
+    environment = {
+        **os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(FOLDER.parent), *sys.path]),
+    }  # fmt: skip
+    done = subprocess.run(
+        [str(part) for part in command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert not done.returncode, done.stderr
+    assert done.stdout.count("held-out rows") == 1
+    for name in ADAPTERS["accelerate_loop"]:
+        one, two = (adapter(tmp_path / folder / name) for folder in ("after", "two"))
+        assert one.keys() == two.keys()
+        for key, tensor in one.items():
+            torch.testing.assert_close(two[key], tensor, rtol=1e-6, atol=1e-9, msg=key)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -45,6 +45,16 @@ def test_recomputed_activations(recompute, processes, tmp_path):
         same(one, torch.load(tmp_path / f"t5-{how}.pt"))
 
 
+@pytest.mark.parametrize("half", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_mixed_precision(kind, half, processes, tmp_path):
+    """An overflow skips the step of all processes; the others move as one process does."""
+    for world in (1, 2):
+        processes.run("train_amp", world, tmp_path, kind=kind, half=half)
+    one, two = (torch.load(tmp_path / f"amp-{world}.pt") for world in (1, 2))
+    assert (two - one).norm() <= {"bfloat16": 2e-2, "float16": 5e-3}[half] * one.norm()
+
+
 def test_peft_model(processes, tmp_path):
     processes.run("train_peft", 1, tmp_path, kind="llama", how="plain")
     one = torch.load(tmp_path / "llama-plain.pt")

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import sapt_fast
-from sapt_fast.sharding import whole
+from sapt_fast.sharding import is_sharded, whole
 
 ROWS = 4  # of a step, over all processes
 
@@ -141,6 +141,33 @@ def train_amp(folder: Path, kind: str, half: str) -> None:
     moved = [(p.detach() - old).flatten() for p, old in zip(parameters, before, strict=True)]
     if rank() == 0:
         torch.save(torch.cat(moved), folder / f"amp-{world()}.pt")
+
+
+def train_accelerate(folder: Path, kind: str) -> None:
+    """Two tasks; where there are several processes accelerate shards the model, as on GPUs."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.utils import DistributedType
+
+    model = build(kind)
+    begin(model, 0)
+    begin(model, 1)
+    model.sapt.targets["task0"] = torch.ones(1, dtype=torch.float64)
+    called, optimizer, name = model, adam(model), "plain"
+    if world() > 1:
+        accelerator = Accelerator(cpu=True)
+        # On CPUs it takes no plugin; examples/configs/fsdp2.yaml comes to this one.
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            cpu_ram_efficient_loading=False,
+        )
+        called, optimizer = accelerator.prepare(model, optimizer)
+        assert is_sharded(model)
+        name = "accelerate"
+    losses = [step(called, model, optimizer, number) for number in range(3)]
+    keep(folder, f"{kind}-{name}", losses, model)
+    model.sapt.save_pretrained(folder / name)
 
 
 def train_peft(folder: Path, kind: str, how: str) -> None:

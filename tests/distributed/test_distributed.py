@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from gloo_processes import Processes
+from safetensors.torch import load_file
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="torch was built without torch.distributed"
@@ -53,6 +54,16 @@ def test_mixed_precision(kind, half, processes, tmp_path):
         processes.run("train_amp", world, tmp_path, kind=kind, half=half)
     one, two = (torch.load(tmp_path / f"amp-{world}.pt") for world in (1, 2))
     assert (two - one).norm() <= {"bfloat16": 2e-2, "float16": 5e-3}[half] * one.norm()
+
+
+def test_accelerate_shards_a_model(processes, tmp_path):
+    for world in (1, 2):
+        processes.run("train_accelerate", world, tmp_path, kind="llama")
+    same(*(torch.load(tmp_path / f"llama-{name}.pt") for name in ("plain", "accelerate")))
+    for path in Path("task0", "adapter_model.safetensors"), Path("router.safetensors"):
+        one, two = (load_file(tmp_path / name / path) for name in ("plain", "accelerate"))
+        for name, tensor in one.items():
+            torch.testing.assert_close(two[name], tensor, rtol=1e-9, atol=1e-11, msg=name)
 
 
 def test_peft_model(processes, tmp_path):

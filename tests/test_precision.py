@@ -179,10 +179,8 @@ class TestEightBitAdam:
         self.steps(model, optimizer, [0, 1])
         learned = [pool.a.rows().clone() for pool in model.sapt.pools.values()]
         model.sapt.add_task("new", optimizer)
-        states = len(optimizer.state)
         self.steps(model, optimizer, [2, 3])
         pools = model.sapt.pools.values()
-        assert len(optimizer.state) == states + 4 * len(pools) // 2 + 1
         assert {id(p) for p in optimizer.state} == {id(p) for p in trainable(model).values()}
         for pool, rows in zip(pools, learned, strict=True):
             assert torch.equal(pool.adapter(0)[0], rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -132,7 +133,7 @@ def compare(
         here = replace(source, tasks=named[order], seed=seed)
         settings = replace(rows[row], seed=seed)
         path = folder / row / f"{order}-seed{seed}"
-        done = path / "results.json"
+        done, board = path / "results.json", folder / "tensorboard" / row / path.name
         # One that was finished without FWT is reported again, not trained.
         if not _finished(done, here, settings) or (alone and read_json(done)["alone"] is None):
             model = here.load_model() if model is None else model
@@ -141,12 +142,13 @@ def compare(
                 single = replace(alone, strategy="single", strategy_options={}, seed=seed)
                 scores = _alone(model, here, single, folder / ALONE_ROW / f"seed{seed}")
             _run(model, here, settings, path, scores)
+            shutil.rmtree(board, ignore_errors=True)  # of an earlier report
         cell = Cell(row, order, seed, path, read_json(done))
         cells[row, order, seed] = cell
         if tensorboard:
             from sapt_fast.continual.tensorboard import write_scalars
 
-            write_scalars(folder / "tensorboard" / row / f"{order}-seed{seed}", cell)
+            write_scalars(board, cell)
     ordered = [cells[row, order, seed] for row in rows for order in named for seed in seeds]
     comparison = Comparison(tuple(rows), tuple(ordered), folder)
     write_comparison(comparison)

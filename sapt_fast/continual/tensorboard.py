@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,9 @@ def write_scalars(folder: Path, cell: Cell) -> None:
     if folder.exists():
         return
     scores, alone = cell.scores, cell.results.get("alone")
-    with require_tensorboard()(str(folder)) as writer:
+    unfinished = folder.with_name(f".{folder.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    with require_tensorboard()(str(unfinished)) as writer:
         for index in range(len(scores)):
             count = index + 1
             seen = None if alone is None else alone[:count]
@@ -48,3 +51,4 @@ def write_scalars(folder: Path, cell: Cell) -> None:
             for name, value in values.items():
                 if not np.isnan(value):
                     writer.add_scalar(name, value, count)
+    unfinished.rename(folder)

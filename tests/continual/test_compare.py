@@ -139,7 +139,11 @@ def test_fwt_is_added_to_runs_that_are_finished(source: Source, tmp_path: Path) 
     rows = rows_of("seqlora")
     without = compare(source, rows, tmp_path, progress=False)
     assert without.cells[0].results["metrics"]["FWT"] is None
+    board = tmp_path / "tensorboard" / "seqlora" / "order-seed0"
+    board.mkdir(parents=True)
+    (board / "without").touch()
     added = compare(source, rows, tmp_path, alone=BASE, progress=False)
+    assert not board.exists()  # it had no FWT
     results = added.cells[0].results
     diagonal = np.diag(added.cells[0].scores)
     expected = np.mean(diagonal - results["alone"])
@@ -227,6 +231,31 @@ def test_scalars_for_tensorboard(tmp_path: Path) -> None:
     write_scalars(tmp_path / "joint", made_once(tmp_path).cells[2])
     tags = EventAccumulator(str(tmp_path / "joint")).Reload().Tags()["scalars"]
     assert {tag for tag in tags if tag.startswith("metrics/")} == {"metrics/AP"}
+
+
+def test_scalars_that_a_kill_cut_off_are_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from sapt_fast.continual import tensorboard
+
+    cell, metrics = made_once(tmp_path).cells[0], tensorboard.continual_metrics
+
+    def dying(scores: Any, alone: Any) -> Any:
+        if len(scores) == 2:
+            raise KeyboardInterrupt
+        return metrics(scores, alone)
+
+    monkeypatch.setattr(tensorboard, "continual_metrics", dying)
+    with pytest.raises(KeyboardInterrupt):
+        tensorboard.write_scalars(tmp_path / "board", cell)
+    monkeypatch.undo()
+    tensorboard.write_scalars(tmp_path / "board", cell)
+    events = EventAccumulator(str(tmp_path / "board")).Reload()
+    assert [e.step for e in events.Scalars("scores/a")] == [1, 2, 3]
+    assert len(list((tmp_path / "board").iterdir())) == 1
 
 
 def made_once(tmp_path: Path) -> Comparison:

@@ -170,7 +170,11 @@ def main(given: Sequence[str] | None = None) -> Path:
         "only": "real-encoder",
         "command": shlex.join(["python", *(sys.argv if given is None else given)]),
         "environment": measure.environment("cpu"),
-        "source": {**asdict(source), "model": Path(source.model).parent.name, "data": None},
+        "source": {
+            **asdict(source),
+            "model": PACKAGE if options.model is None else Path(options.model).name,
+            "data": None,
+        },
         "orders": orders,
         "rows": report(comparison, rows, found),
     }

@@ -23,6 +23,7 @@ def test_it_tunes_on_dev_compares_and_goes_on(tmp_path: Path) -> None:
     path = real_encoder.main(given)
     result = json.loads(path.read_text())
     assert path.name.endswith("-real-encoder.json")
+    assert result["source"]["model"] == "model"
     assert result["orders"] == [["copa", "qqp"], ["qqp", "copa"]]
     for name in ("sapt", "seqlora"):
         row = result["rows"][name]

@@ -73,6 +73,7 @@ def test_merged_logits_and_exact_unmerge(pool, dtype):
 @pytest.mark.parametrize("pool", ["sapt_llama", "peft_llama"])
 def test_while_merged(pool, tmp_path):
     model = POOLS[pool]()
+    before = run(model)
     model.sapt.merge(WEIGHTS)
     options = {"max_new_tokens": 3, "do_sample": False}
     assert model.generate(input_ids=token_ids(), **options).shape == (3, 12)
@@ -96,6 +97,9 @@ def test_while_merged(pool, tmp_path):
     if pool == "peft_llama":
         with pytest.raises(RuntimeError, match="unmerge"):
             run(model, adapter_names=["a0", "a1", "a2"])
+        assert torch.equal(run(model), merged)
+    model.sapt.unmerge()
+    assert torch.equal(run(model), before)
 
 
 def test_export_of_each_task_and_of_the_mixture_is_the_merged_model(tmp_path):

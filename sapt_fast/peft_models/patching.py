@@ -3,6 +3,7 @@
 import logging
 import operator
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -161,6 +162,26 @@ class PeftHandle(nn.Module):
         """`tasks` as a tuple."""
         return tuple(self.tasks)
 
+    def forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
+        """Stands in for PEFT's `_enable_peft_forward_hooks`, whose hooks outlive an error inside.
+
+        Raises:
+            ValueError: adapter_names as well as weights.
+            RuntimeError: adapter_names while a mixture is merged.
+        """
+        if kwargs.get("adapter_names") is not None:
+            self.routing.require_unmerged()
+            if kwargs.get("mixture") is not None or self.routing.pinned is not None:
+                raise ValueError(
+                    "adapter_names: got names as well as weights (mixture= or fixed), expected one "
+                    "of them"
+                )
+        tuner = self._model.base_model
+        hooks: AbstractContextManager[None] = type(tuner)._enable_peft_forward_hooks(
+            tuner, *args, **kwargs
+        )
+        return hooks
+
     def _route(self, **inputs: Tensor | None) -> Tensor:
         assert self.router is not None
         weights = self.router(**inputs)
@@ -211,6 +232,7 @@ def patch_peft(model: PeftModel, *, strict: bool) -> None:
         logger.warning("%s", note)
     handle.realign()
     model.sapt = handle
+    vars(model.base_model)["_enable_peft_forward_hooks"] = handle.forward_hooks
     handle.routing.install()
 
 
@@ -240,6 +262,7 @@ def unpatch_peft(model: PeftModel) -> None:
                 "there; undo first what another library did to the model since"
             )
     handle.routing.remove()
+    del vars(model.base_model)["_enable_peft_forward_hooks"]
     del model.sapt
     for layer in model.modules():
         if isinstance(layer, Pooled):

@@ -68,6 +68,26 @@ def test_an_adapter_that_is_not_there():
         run(model, adapter_names=["a0", "a1"])
 
 
+def test_names_as_well_as_weights():
+    model = sapt_fast.patch(peft_model())
+    before, names = run(model), ["a0", "a1", "__base__"]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="names as well as weights"):
+            run(model, adapter_names=names, mixture=torch.ones(2))
+        with pytest.raises(ValueError, match="names as well as weights"):
+            model.generate(token_ids(), adapter_names=names, mixture=torch.ones(2))
+        with (
+            model.sapt.fixed(torch.ones(2)),
+            pytest.raises(ValueError, match="names as well as weights"),
+        ):
+            run(model, adapter_names=names)
+        assert torch.equal(run(model), before)
+    model.sapt.router = Given(torch.ones(3, 2))
+    by_name = run(model, adapter_names=names)
+    model.sapt.router = None
+    assert torch.equal(by_name, run(model, adapter_names=names))
+
+
 BAD_WEIGHTS = {
     "too many adapters": torch.ones(3, 3),
     "too few": torch.ones(3, 1),

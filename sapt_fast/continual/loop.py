@@ -8,7 +8,7 @@ import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from hashlib import sha256
 from os import PathLike
 from pathlib import Path
@@ -16,25 +16,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from transformers import PrinterCallback, Seq2SeqTrainingArguments, TrainerState, set_seed
+from transformers import set_seed
 
 from sapt_fast import __version__
 from sapt_fast._files import is_folder_name
 from sapt_fast.checkpoint import load_pretrained
 from sapt_fast.continual import processes
-from sapt_fast.continual.collate import Collator
 from sapt_fast.continual.data import TaskData
 from sapt_fast.continual.evaluate import mean_attention, metric_of, score
 from sapt_fast.continual.memory import peak_memory, reset_peak_memory
-from sapt_fast.continual.metrics import ContinualMetrics, continual_metrics
+from sapt_fast.continual.metrics import continual_metrics
 from sapt_fast.continual.pseudo_samples import make_pseudo_samples, pseudo_sample_file
 from sapt_fast.continual.report import write_json, write_report
+from sapt_fast.continual.results import Results
 from sapt_fast.continual.settings import ContinualSettings, differences
-from sapt_fast.continual.state import TRAINER_STATE, RunFolder, last_checkpoint, read_json
+from sapt_fast.continual.state import RunFolder, read_json
 from sapt_fast.continual.strategies import STRATEGIES
 from sapt_fast.continual.strategies.base import Strategy
-from sapt_fast.continual.trainer import SaptTrainer
+from sapt_fast.continual.training import train_stage
 from sapt_fast.continual.workbench import Workbench
 from sapt_fast.handle import SaptHandle
 from sapt_fast.patching import patch, unpatch
@@ -45,51 +44,6 @@ logger = logging.getLogger(__name__)
 
 ALONE_NAME = "alone.json"
 _SPLITS = ("train", "dev", "test")
-
-
-@dataclass(frozen=True)
-class Results:
-    """What a run came to.
-
-    Attributes:
-        tasks: T names in learning order.
-        scores: [T, T] in percent, row i after learning task i; nan above the diagonal. Where all
-            tasks are learned at once every row is the last one.
-        alone: [T] scores of the tasks learned alone, None where they were not given.
-        metrics: AP, F.Ra, FWT, BWT.
-        training_attention: [T, T], row i: mean weights of task i's dev inputs when it was
-            learned, nan for later adapters; None unless there is one adapter per task.
-        testing_attention: [T, T], mean weights of each task's test inputs after the last task
-            (of its dev inputs where those are scored).
-        seconds: of training and evaluation, one for each stage (a task, or all at once).
-        trained_parameters: that a stage trains, at most.
-        peak_memory: bytes, at most over the stages: on a GPU of what torch allocated, on a CPU of
-            the whole process; None where it is not known.
-        resumed: whether the run was interrupted, so that seconds lack what was lost.
-        folder: where the run is.
-    """
-
-    tasks: tuple[str, ...]
-    scores: NDArray[np.float64]
-    alone: tuple[float, ...] | None
-    metrics: ContinualMetrics
-    training_attention: NDArray[np.float64] | None
-    testing_attention: NDArray[np.float64] | None
-    seconds: tuple[float, ...]
-    trained_parameters: int
-    peak_memory: int | None
-    resumed: bool
-    folder: Path
-
-    def deviation(self, stored: Mapping[str, Any]) -> float:
-        """Largest difference to the scores and metrics of a results.json."""
-        scores = np.array(stored["scores"], dtype=np.float64)
-        gaps = [np.nanmax(np.abs(self.scores - scores))]
-        for name, value in self.metrics.as_dict().items():
-            before = stored["metrics"][name]
-            if before is not None and not np.isnan(value):
-                gaps.append(abs(value - before))
-        return float(max(gaps))
 
 
 def run_continual(
@@ -307,7 +261,9 @@ class _Run:
         self._holds = None
         self.folder.trained.append(sum(p.numel() for p in sapt.trainable_parameters()))
         self.folder.write()
-        self._train(task, index, learned, seed)
+        train_stage(
+            self.bench, strategy, task, learned, self.folder.training(index), seed, self._steps()
+        )
         strategy.end_task(task)
         if strategy.routes:
             sapt.targets[task.name] = mean_attention(
@@ -383,77 +339,6 @@ class _Run:
         ]
 
     # --- training ---
-
-    def _train(self, task: TaskData, index: int, learned: Sequence[TaskData], seed: int) -> None:
-        settings, strategy, folder = self.settings, self.strategy, self.folder.training(index)
-        cache = self.model.config.use_cache
-        trainer = SaptTrainer(
-            self.model,
-            self._arguments(folder, seed),
-            train_dataset=self.bench.encode(task.train),
-            eval_dataset=self.bench.encode(task.dev),
-            data_collator=Collator(self.tokenizer.pad_token_id),
-            replay=strategy.reflection(learned),
-            replay_batch_size=settings.replay_batch_size,
-            pad_token_id=self.tokenizer.pad_token_id,
-            key_learning_rate=settings.key_learning_rate,
-            query_learning_rate=settings.query_learning_rate,
-            kl_per_micro_batch=settings.kl_per_micro_batch,
-            mixture=strategy.mixture,
-            objective=strategy.objective,
-            space=self.bench.space,
-        )
-        trainer.remove_callback(PrinterCallback)
-        with processes.first_goes_first():  # it deletes what is incomplete
-            checkpoint = last_checkpoint(folder)
-        try:
-            if settings.gradient_checkpointing:
-                _recompute_activations(self.model, True)
-            if checkpoint is None or not _finished(trainer, checkpoint):
-                trainer.train(None if checkpoint is None else str(checkpoint))
-        finally:
-            if settings.gradient_checkpointing:
-                _recompute_activations(self.model, False)
-            # The Trainer has turned the cache off and, for bf16, wrapped the model's forward.
-            self.model.config.use_cache = cache
-            trainer.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-
-    def _arguments(self, folder: Path, seed: int) -> Seq2SeqTrainingArguments:
-        settings = self.settings
-        save = settings.save_steps
-        arguments = Seq2SeqTrainingArguments(
-            output_dir=str(folder),
-            per_device_train_batch_size=settings.batch_size // processes.count(),
-            per_device_eval_batch_size=settings.eval_batch_size,
-            gradient_accumulation_steps=settings.accumulation,
-            num_train_epochs=settings.epochs,
-            max_steps=self._steps(),
-            learning_rate=settings.learning_rate,
-            lr_scheduler_type="constant",
-            weight_decay=settings.weight_decay,
-            max_grad_norm=settings.max_grad_norm,
-            bf16=settings.bf16,
-            seed=seed,
-            data_seed=seed,
-            save_strategy="steps",
-            save_steps=save if save < 1 else int(save),
-            save_total_limit=1,
-            eval_strategy="steps" if settings.load_best else "no",
-            eval_steps=(save if save < 1 else int(save)) if settings.load_best else None,
-            load_best_model_at_end=settings.load_best,
-            metric_for_best_model="loss" if settings.load_best else None,
-            greater_is_better=False if settings.load_best else None,
-            prediction_loss_only=True,
-            logging_steps=0.1,
-            report_to=[],
-            disable_tqdm=not settings.progress,
-            use_cpu=self.device.type == "cpu",
-            dataloader_pin_memory=self.device.type != "cpu",
-            remove_unused_columns=False,
-        )
-        # One GPU: on several the Trainer would take DataParallel, which cannot route.
-        arguments._n_gpu = min(arguments.n_gpu, 1)
-        return arguments
 
     def _steps(self) -> int:
         """Optimizer steps of a stage; -1 where epochs count."""
@@ -602,23 +487,3 @@ def _digest(task: TaskData) -> str:
         (row.prompt, row.output, *row.outputs) for split in _SPLITS for row in getattr(task, split)
     ]
     return sha256(json.dumps(rows).encode()).hexdigest()[:16]
-
-
-def _recompute_activations(model: Any, enable: bool) -> None:
-    # transformers 5.23 renamed gradient to activation checkpointing.
-    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    if enable:
-        getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
-    else:
-        getattr(model, f"{name}_checkpointing_disable")()
-        model.disable_input_require_grads()
-
-
-def _finished(trainer: SaptTrainer, checkpoint: Path) -> bool:
-    """Loads the outcome of a training that had come to its end; False if it had not."""
-    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
-    if state.global_step < state.max_steps:
-        return False
-    best = state.best_model_checkpoint
-    trainer._load_from_checkpoint(best if best and Path(best).is_dir() else str(checkpoint))
-    return True

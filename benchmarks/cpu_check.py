@@ -59,6 +59,7 @@ def main() -> int:
     step_ms = steps["ms"]
     targets = [
         target("layer forward+backward fp32: ours / base", under(train32, "base"), 1.08),
+        target("layer fp32: ours / base, both by oneDNN", under(train32, "base_onednn"), 1.08),
         target("layer fp32: released / ours", over(train32, "released"), 3.8, at_least=True),
         target("layer bf16: released / ours", over(train16, "released"), 12, at_least=True),
         target("layer fp32: PEFT loop / ours", over(train32, "peft"), 2.6, at_least=True),
@@ -75,6 +76,7 @@ def main() -> int:
             at_least=True,
         ),
         target("layer fp32: ours / stacked torch", under(train32, "stacked"), 1.0),
+        target("layer fp32: ours / stacked torch by oneDNN", under(train32, "stacked_onednn"), 1.0),
         target("layer bf16: ours / stacked torch", under(train16, "stacked"), 1.0),
         target("saved for backward / (M * R)", saved["elements"] / saved["rows_times_rank"], 1.001),
         target("T5 step: ours / PEFT with one LoRA", ratio(step_ms, "ours", "peft_one_lora"), 1.05),

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,20 @@ from sapt_fast import dispatch
 from sapt_fast.pool import AdapterPool
 
 FEW_ROWS = 64  # what the CUDA kernels are made for
+
+
+class OneDnnLinear(torch.autograd.Function):
+    """x W^T by oneDNN, which our float32 layers call on CPUs; F.linear calls torch's BLAS."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        return torch.ops.mkldnn._linear_pointwise(grad, weight.t(), None, "none", [], ""), None
 
 
 @dataclass(frozen=True)
@@ -88,6 +103,9 @@ class Providers:
             "peft_default": lambda: self._peft_default(self.x),
             "released": self.released,
         }
+        if self._has_onednn():
+            functions["base_onednn"] = lambda: OneDnnLinear.apply(self.x, self.weight)
+            functions["stacked_onednn"] = lambda: self.stacked(OneDnnLinear.apply)
         for backend in ("cpu", "triton", "cuda"):
             device_type = torch.device(self.layer.device).type
             interpreted = backend == "triton" and device_type == "cpu"
@@ -115,7 +133,12 @@ class Providers:
     def ours(self, backend: str) -> Tensor:
         return self._pool(self.x, self.weight, None, self.mixture, backend=backend)
 
-    def stacked(self) -> Tensor:
+    def _has_onednn(self) -> bool:
+        """Whether a float32 GEMM of torch's can be had from another library than F.linear's."""
+        on_cpu = self.layer.device == "cpu" and self.layer.dtype == torch.float32
+        return on_cpu and torch.backends.mkldnn.is_available()
+
+    def stacked(self, linear: Callable[[Tensor, Tensor], Tensor] = F.linear) -> Tensor:
         """The strongest plain torch: one skinny GEMM each way over the concatenated adapters."""
         a, b = self.all_a, self.all_b
         if self.leaves:  # the newest adapter trains
@@ -123,7 +146,7 @@ class Providers:
             b = torch.cat([self.frozen_b, self.lora_b[-1]])
         weights = self.mixture.repeat_interleave(self.layer.rank, 1).mul(self.scaling)
         h = F.linear(self.x, a) * weights.to(self.x.dtype)[:, None]
-        base = F.linear(self.x, self.weight)
+        base = linear(self.x, self.weight)
         rows = h.flatten(0, 1)
         return torch.addmm(base.flatten(0, 1), rows, b).view_as(base)
 

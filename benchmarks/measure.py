@@ -153,7 +153,7 @@ def machine_name(device: str) -> str:
 
 
 def save(result: dict[str, Any], out: Path) -> Path:
-    """Writes `<out>/<machine>/<date>-<commit>.json`, `...-<section>.json` for one section only."""
+    """Writes `<out>/<machine>/<date>-<commit>.json`, `...-<only>.json` for one part of it."""
     about = result["environment"]
     name = "-".join(filter(None, (about["date"], about["commit"], result.get("only"))))
     path = out / about["machine"] / f"{name}.json"

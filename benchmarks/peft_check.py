@@ -82,6 +82,7 @@ def main() -> int:
     rows = (trained, *mixed, generated)
     result = {
         "kind": "peft_check",
+        "only": "peft",
         "quick": options.quick,
         "environment": measure.environment(device),
         "correctness": {

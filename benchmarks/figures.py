@@ -31,7 +31,7 @@ def table(result: dict[str, Any]) -> str:
     for row in result["targets"]:
         sign = ">=" if row["at_least"] else "<="
         missed = "" if row["met"] else " (missed)"
-        value = "not measured" if row["value"] is None else f"{row['value']:.2f}{missed}"
+        value = "not measured" if row["value"] is None else f"{row['value']:.3g}{missed}"
         lines.append(f"| {row['what']} | {value} | {sign} {row['target']:g} |")
     return "\n".join(lines) + "\n"
 

@@ -302,9 +302,7 @@ class SaptHandle(nn.Module):
         Raises:
             ValueError: the model was converted to another dtype since; nothing has changed then.
         """
-        if self.routing.merged is not None:
-            self.routing.merged.restore()
-            self.routing.merged = None
+        self.routing.unmerge()
 
     def _has_tasks(self) -> bool:
         return bool(self.tasks)

@@ -184,6 +184,12 @@ class Routing:
             raise ValueError("weights: got non-finite or integer values, expected finite floats")
         return weights[None] if weights.dim() == 1 else weights
 
+    def unmerge(self) -> None:
+        """Takes a merged mixture out of the base weights, where there is one."""
+        if self.merged is not None:
+            self.merged.restore()
+            self.merged = None
+
     def require_unmerged(self) -> None:
         """Raises RuntimeError if a mixture is merged into the base weights."""
         if self.merged is not None:

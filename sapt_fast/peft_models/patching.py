@@ -137,9 +137,7 @@ class PeftHandle(nn.Module):
         Raises:
             ValueError: the model was converted to another dtype since; nothing has changed then.
         """
-        if self.routing.merged is not None:
-            self.routing.merged.restore()
-            self.routing.merged = None
+        self.routing.unmerge()
 
     def realign(self) -> None:
         """Lets the layers mix that PEFT made since: adapters may come with layers of their own."""

@@ -55,7 +55,9 @@ def answers(
 ) -> list[str]:
     """Greedy answers, in the order of `rows`; the model is left in evaluation mode.
 
-    Several processes divide the batches among them; all get all answers.
+    An encoder, which needs one forward, answers under the autocast it was trained under; for a
+    model that generates, autocast would cast all weights again at every token. Several processes
+    divide the batches among them; all get all answers.
 
     Args:
         mixture: gives the weights of the adapters for each batch; None for the router's.
@@ -67,7 +69,9 @@ def answers(
     for ids, mask in _batches(model, tokenizer, rows, settings, "answering"):
         weights = None if mixture is None else mixture(ids, mask)
         if space is not None:
-            hidden = model(input_ids=ids, attention_mask=mask, mixture=weights).last_hidden_state
+            with torch.autocast(ids.device.type, torch.bfloat16, enabled=settings.bf16):
+                outputs = model(input_ids=ids, attention_mask=mask, mixture=weights)
+            hidden = outputs.last_hidden_state
             texts.append([space.labels[best] for best in space(hidden, mask)[:, 0].argmax(-1)])
             continue
         generated = model.generate(

@@ -171,6 +171,8 @@ class _Generator:
         """Trains the LoRA, or loads what an interrupted call came to."""
         from transformers import PrinterCallback, Trainer, TrainingArguments
 
+        from sapt_fast.continual.trainer import model_given_back
+
         checkpoint = last_checkpoint(place)
         if checkpoint is not None:
             state = json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
@@ -196,7 +198,8 @@ class _Generator:
             remove_unused_columns=False,
         )
         arguments._n_gpu = min(arguments.n_gpu, 1)  # one GPU, as in the continual run
-        with torch.random.fork_rng(_devices(self.model)):  # the Trainer seeds it
+        seeds = torch.random.fork_rng(_devices(self.model))  # set by the Trainer
+        with seeds, model_given_back(self.model):
             trainer = Trainer(
                 self.model,
                 arguments,
@@ -205,7 +208,6 @@ class _Generator:
             )
             trainer.remove_callback(PrinterCallback)
             trainer.train(None if checkpoint is None else str(checkpoint))
-        trainer.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
 
     def rows(self, task: TaskData) -> list[dict[str, list[int]]]:
         """`input_ids` and `labels` of each training row of the task."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from sapt_fast.continual.objective import Step, forward, prompt_mask, token_loss
 from sapt_fast.handle import SaptHandle
 from sapt_fast.sharding import is_sharded, whole
 
-__all__ = ["Replay", "RowStream", "SaptTrainer"]
+__all__ = ["Replay", "RowStream", "SaptTrainer", "model_given_back"]
 
 STATE_NAME = "sapt_state.safetensors"
 
@@ -323,6 +324,26 @@ class SaptTrainer(Seq2SeqTrainer):
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+
+@contextmanager
+def model_given_back(model: Any) -> Iterator[None]:
+    """Undoes what a Trainer does to its model, once the one made inside is done.
+
+    It turns the cache off and, for bf16, puts autocast around `forward`. accelerate's own unwrapping
+    drops the decorators of `forward` too, and leaves the mark by which the next Trainer takes the
+    model for one that has its autocast.
+    """
+    cache, own = model.config.use_cache, vars(model)
+    names = ("forward", "_original_forward", "_is_accelerate_prepared")
+    before = {name: own[name] for name in names if name in own}
+    try:
+        yield
+    finally:
+        model.config.use_cache = cache
+        for name in names:
+            own.pop(name, None)
+        own.update(before)
 
 
 class RowStream:

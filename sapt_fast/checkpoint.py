@@ -116,8 +116,9 @@ def save_pretrained(
 def load_pretrained(model: PreTrainedModel, directory: str | os.PathLike[str]) -> PreTrainedModel:
     """Puts what `save_pretrained` saved into a model of the same base.
 
-    The last task is then the trainable one, as after training it. Weights take the dtype and
-    device of the model. Everything is read and checked before the model changes.
+    The last task is then the trainable one, as after training it. Weights take the device
+    of the model and the dtype that the stored config asks for on it. Everything is read and checked
+    before the model changes.
 
     Args:
         model: not patched (it gets the stored config), or patched with the stored config and

@@ -72,7 +72,7 @@ class SaptHandle(nn.Module):
             config,
             initializer_range=getattr(model.config, "initializer_range", 0.02),
             device=embedding.weight.device,
-            dtype=embedding.weight.dtype,
+            dtype=config.adapter_dtype(embedding.weight.dtype),
         )
         # Not a submodule: the handle is one of the model's.
         object.__setattr__(self, "_model", model)

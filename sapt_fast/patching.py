@@ -307,7 +307,7 @@ def _swap(module: Any, routing: Routing, config: SaptConfig) -> None:
         *layer_features(module),
         reserve=config.reserve_tasks * config.r,
         device=module.weight.device,
-        dtype=module.weight.dtype,
+        dtype=config.adapter_dtype(module.weight.dtype),
     )
     module.sapt_routing = routing
     module.sapt_dropout = config.lora_dropout

@@ -1,5 +1,6 @@
 """Checkpoints of the released implementation: recorded ones, and hostile or damaged ones."""
 
+import dataclasses
 import importlib.util
 import os
 import pickle
@@ -88,6 +89,20 @@ class TestRecorded:
         sapt_fast.load_official(model, folders(ORACLE / kind))
         assert model.sapt.config.kl_ratio == 7.0
         assert len(model.sapt.tasks) == 3
+
+
+def test_released_tasks_in_float32_on_a_bfloat16_model():
+    plain, _ = base_model("t5")
+    sapt_fast.load_official(plain, folders(ORACLE / "t5"))
+    model, _ = base_model("t5")
+    config = dataclasses.replace(plain.sapt.config, autocast_adapter_dtype=True)
+    sapt_fast.load_official(model.bfloat16(), folders(ORACLE / "t5"), config)
+    assert model.shared.weight.dtype == torch.bfloat16
+    for path, pool in model.sapt.pools.items():
+        for got, expected in zip(pool.adapter(2), plain.sapt.pools[path].adapter(2), strict=True):
+            assert torch.equal(got, expected)
+    for name, value in plain.sapt.router.state_dict().items():
+        assert torch.equal(model.sapt.router.state_dict()[name], value)
 
 
 class TestNames:

@@ -88,9 +88,7 @@ def test_an_overflow_skips_the_step(kind, half):
 @pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_float32_adapters_on_a_half_precision_model(kind, half, scaled):
-    model = sapt_fast.patch(tiny(kind).to(half), settings())
-    for part in (model.sapt.router, *model.sapt.pools.values()):
-        part.float()
+    model = sapt_fast.patch(tiny(kind).to(half), settings(autocast_adapter_dtype=True))
     for number in range(2):
         model.sapt.add_task(f"task{number}")
         for pool in model.sapt.pools.values():
@@ -103,6 +101,42 @@ def test_float32_adapters_on_a_half_precision_model(kind, half, scaled):
     assert_moved_alike(moved, expected, ROUNDING[half])
     assert {v.dtype for v in base.values()} == {half}
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in base.items())
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_float32_prompts_on_a_half_precision_model(half):
+    config = settings(adapter="prompt", autocast_adapter_dtype=True)
+    model = sapt_fast.patch(tiny("t5").to(half), config)
+    for number in range(2):
+        model.sapt.add_task(f"task{number}")
+    assert {p.dtype for p in trainable(model).values()} == {torch.float32}
+    expected = train(deepcopy(model).float())
+    assert_moved_alike(train(model), expected, ROUNDING[half])
+    assert model.shared.weight.dtype == half
+
+
+@pytest.mark.parametrize("adapter", ["lora", "prompt"])
+def test_adapters_of_a_float64_model_stay_float64(adapter):
+    config = settings(adapter=adapter, autocast_adapter_dtype=True)
+    model = sapt_fast.patch(tiny("t5").double(), config)
+    model.sapt.add_task("first")
+    assert {p.dtype for p in trainable(model).values()} == {torch.float64}
+
+
+@pytest.mark.parametrize("adapter", ["lora", "prompt"])
+def test_float32_adapters_keep_their_bits_through_a_checkpoint(adapter, tmp_path):
+    """Their values are between bfloat16 numbers, and so are those of a loaded model."""
+    config = settings(adapter=adapter, autocast_adapter_dtype=True)
+    model = sapt_fast.patch(tiny("t5").bfloat16(), config)
+    for number in range(2):
+        model.sapt.add_task(f"task{number}")
+    train(model)
+    model.sapt.save_pretrained(tmp_path)
+    again = sapt_fast.load_pretrained(tiny("t5").bfloat16(), tmp_path)
+    assert trainable(again).keys() == trainable(model).keys()
+    for name, parameter in trainable(model).items():
+        assert torch.equal(trainable(again)[name], parameter), name
+        assert not torch.equal(parameter, parameter.bfloat16().float()), name
 
 
 @pytest.mark.parametrize("half", HALVES)

@@ -311,8 +311,15 @@ class ContinualSettings:
 
 
 def differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
-    """What differs between two JSON-ready descriptions of a run, one line for each entry."""
+    """What differs between two JSON-ready descriptions of a run, one line for each entry.
+
+    A field of SaptConfig that the stored one lacks came later and had its default then.
+    """
     before, now = _flat(stored), _flat(asked)
+    for name, value in _flat({"sapt": SaptConfig().to_dict()}).items():
+        for place in (name, f"settings.{name}"):
+            if place in now:
+                before.setdefault(place, value)
     return [
         f"{name}: {before.get(name, 'absent')!r} there, {now.get(name, 'absent')!r} now"
         for name in {**before, **now}

@@ -60,6 +60,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "kl_ratio": _WEIGHT,
     "mask_padding": _FLAG,
     "grad_through_frozen": _FLAG,
+    "autocast_adapter_dtype": _FLAG,
     "top_k": (lambda v: v is None or _count(v), "an integer, at least 1, or None"),
     "threshold": (lambda v: v is None or (_number(v) and 0 <= v <= 1), "[0, 1] or None"),
     "reserve_tasks": _COUNT,
@@ -139,6 +140,14 @@ class SaptConfig:
         default=True,
         metadata={"help": "Let inputs receive gradient through earlier tasks' adapters."},
     )
+    autocast_adapter_dtype: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep adapters, keys and router in float32 where the model's weights are "
+            "float16 or bfloat16, as PEFT does by the option of this name; else they have the "
+            "weights' dtype."
+        },
+    )
     top_k: int | None = field(default=None, metadata={"help": "Keep the k largest weights only."})
     threshold: float | None = field(
         default=None, metadata={"help": "Weights below this become zero."}
@@ -196,6 +205,10 @@ class SaptConfig:
             mask_padding=False,
             grad_through_frozen=False,
         )
+
+    def adapter_dtype(self, base: torch.dtype) -> torch.dtype:
+        """The dtype of adapters, keys and router on weights of the floating-point dtype `base`."""
+        return torch.promote_types(base, torch.float32) if self.autocast_adapter_dtype else base
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict; `from_dict` gives the config back."""

@@ -53,7 +53,7 @@ class PromptHandle(SaptHandle):
             embedding.shape[1],
             reserve=config.reserve_tasks,
             device=embedding.device,
-            dtype=embedding.dtype,
+            dtype=config.adapter_dtype(embedding.dtype),
         )
         self.routing = PromptRouting(model, self.route, self._has_tasks, self._count, self.prompts)
 

@@ -270,6 +270,10 @@ def test_a_run_of_other_settings_is_named(tmp_path: Path) -> None:
 
     run()
     run(progress=True)
+    description = json.loads((tmp_path / "run.json").read_text())
+    del description["settings"]["sapt"]["autocast_adapter_dtype"]
+    (tmp_path / "run.json").write_text(json.dumps(description))
+    run()  # a run from before there was that field
     with pytest.raises(ValueError, match="eval_batch_size: 16 there, 3 now"):
         run(eval_batch_size=3)  # the padding of a batch may be pooled
     with pytest.raises(ValueError, match=r"settings\.learning_rate: 0\.01 there, 0\.5 now"):

@@ -27,6 +27,7 @@ from sapt_fast.methods.sapt import _FIELDS, SaptRouter
         ("key_init", None),
         ("own_key_loss", -1), ("kl_ratio", -1), ("kl_ratio", math.nan),
         ("mask_padding", "no"), ("standardize_query", 1), ("grad_through_frozen", None),
+        ("autocast_adapter_dtype", "float32"),
         ("top_k", 0), ("top_k", 1.5),
         ("threshold", 3), ("threshold", -0.5),
         ("reserve_tasks", 0),

@@ -1,9 +1,11 @@
 """merge and unmerge of a static mixture: the mixture's logits, then every bit as before."""
 
 import pytest
+import tiny_peft
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from tiny_models import patched, tiny, token_ids
+from tiny_peft import config, peft_model
 
 import sapt_fast
 
@@ -11,30 +13,14 @@ WEIGHTS = torch.tensor([0.7, -0.4, 1.2])
 
 
 def run(model, **extra):
-    if model.config.is_encoder_decoder:
-        extra["decoder_input_ids"] = token_ids(length=5)
-    with torch.no_grad():
-        return model(input_ids=token_ids(), **extra).logits
+    return tiny_peft.run(model, model.config.model_type, **extra)
 
 
-def peft_pool(family="llama", targets=("q_proj", "v_proj"), **changed):
+def peft_pool(family="llama", targets=("q_proj", "v_proj")):
     """Three adapters of different ranks, one of which leaves a layer out."""
-    model = tiny(family)
-    for k, rank in enumerate((4, 2, 7)):
-        names = list(targets) if k else list(targets)[:1]
-        config = LoraConfig(
-            r=rank, target_modules=names, fan_in_fan_out=family == "gpt2", **changed
-        )
-        if k:
-            model.add_adapter(f"a{k}", config)
-        else:
-            model = get_peft_model(model, config, adapter_name="a0")
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_" in name:
-                p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
-    return sapt_fast.patch(model.eval())
+    ranks = {4: targets[:1], 2: targets, 7: targets}
+    configs = [config(family, r=r, target_modules=list(names)) for r, names in ranks.items()]
+    return sapt_fast.patch(peft_model(family, configs))
 
 
 POOLS = {
@@ -88,6 +74,8 @@ def test_while_merged(pool, tmp_path):
         refused.append(lambda: model.sapt.save_pretrained(tmp_path))
     else:
         refused.append(lambda: model.merge_adapter())
+        refused.append(lambda: model.unload())
+        refused.append(lambda: model.merge_and_unload())
     merged = run(model)
     for call in refused:
         with pytest.raises(RuntimeError, match=r"call model\.sapt\.unmerge\(\) first"):
@@ -166,6 +154,27 @@ def test_adapters_that_peft_has_merged_or_that_cannot_be_mixed():
     model.add_adapter("dora", LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
     with pytest.raises(ValueError, match="not all layers can be mixed"):
         model.sapt.merge(torch.ones(4))
+
+
+def test_adapters_that_would_act_while_merged():
+    model = peft_pool()
+    before = run(model)
+    model.sapt.merge(WEIGHTS)
+    merged = run(model)
+    model.add_adapter("more", LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights=False))
+    model.set_adapter("more")
+    assert torch.equal(run(model), merged)  # a linear layer's, of which nothing is computed
+    embedding = LoraConfig(r=2, target_modules=["embed_tokens"], init_lora_weights=False)
+    model.add_adapter("late", embedding)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"embed_tokens: .* while a mixture is merged"):
+            run(model)
+    model.delete_adapter("late")
+    assert torch.equal(run(model), merged)
+    model.add_adapter("late", embedding)
+    model.sapt.unmerge()
+    model.base_model.set_adapter(["a0", "a1", "a2"])
+    torch.testing.assert_close(run(model), before)
 
 
 def test_prompts_cannot_be_merged():

@@ -2,8 +2,8 @@
 
 import logging
 import operator
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -140,7 +140,11 @@ class PeftHandle(nn.Module):
         self.routing.unmerge()
 
     def realign(self) -> None:
-        """Lets the layers mix that PEFT made since: adapters may come with layers of their own."""
+        """Lets the layers mix that PEFT made since: adapters may come with layers of their own.
+
+        Raises:
+            RuntimeError: a mixture is merged, and adapters have come that would act beside it.
+        """
         configs = list(self._model.peft_config.values())
         if len(configs) == len(self._configs) and not any(
             map(operator.is_not, configs, self._configs)
@@ -151,6 +155,8 @@ class PeftHandle(nn.Module):
                 "adapters have come since the last forward, maybe in layers that are not patched "
                 "yet: run the model once without torch.compile"
             )
+        if self.routing.merged is not None:
+            _require_no_others(self._model)
         for layer in list(self._model.modules()):
             if pooled_kind(type(layer)) is not None and "forward" not in vars(layer):
                 _swap(layer, self)
@@ -167,7 +173,8 @@ class PeftHandle(nn.Module):
             ValueError: adapter_names as well as weights.
             RuntimeError: adapter_names while a mixture is merged.
         """
-        if kwargs.get("adapter_names") is not None:
+        named = kwargs.get("adapter_names") is not None
+        if named:
             self.routing.require_unmerged()
             if kwargs.get("mixture") is not None or self.routing.pinned is not None:
                 raise ValueError(
@@ -178,7 +185,27 @@ class PeftHandle(nn.Module):
         hooks: AbstractContextManager[None] = type(tuner)._enable_peft_forward_hooks(
             tuner, *args, **kwargs
         )
-        return hooks
+        return _closed(hooks) if named else hooks
+
+    def _unload(self, *args: Any, **kwargs: Any) -> Any:
+        """PEFT's `unload`, unless a mixture is merged, which would stay in the base weights."""
+        self.routing.require_unmerged()
+        tuner = self._model.base_model
+        return type(tuner).unload(tuner, *args, **kwargs)
+
+    def _merge_and_unload(self, *args: Any, **kwargs: Any) -> Any:
+        """PEFT's `merge_and_unload`, unless a mixture is merged: then nothing changes."""
+        self.routing.require_unmerged()
+        tuner = self._model.base_model
+        return type(tuner).merge_and_unload(tuner, *args, **kwargs)
+
+    def stand_ins(self) -> dict[str, Callable[..., Any]]:
+        """By name, the methods that the model's tuner has in place of its own."""
+        return {
+            "_enable_peft_forward_hooks": self.forward_hooks,
+            "unload": self._unload,
+            "merge_and_unload": self._merge_and_unload,
+        }
 
     def _route(self, **inputs: Tensor | None) -> Tensor:
         assert self.router is not None
@@ -230,7 +257,7 @@ def patch_peft(model: PeftModel, *, strict: bool) -> None:
         logger.warning("%s", note)
     handle.realign()
     model.sapt = handle
-    vars(model.base_model)["_enable_peft_forward_hooks"] = handle.forward_hooks
+    vars(model.base_model).update(handle.stand_ins())
     handle.routing.install()
 
 
@@ -260,11 +287,37 @@ def unpatch_peft(model: PeftModel) -> None:
                 "there; undo first what another library did to the model since"
             )
     handle.routing.remove()
-    del vars(model.base_model)["_enable_peft_forward_hooks"]
+    for name in handle.stand_ins():
+        del vars(model.base_model)[name]
     del model.sapt
     for layer in model.modules():
         if isinstance(layer, Pooled):
             _restore(layer)
+
+
+@contextmanager
+def _closed(context: AbstractContextManager[None]) -> Iterator[None]:
+    """A context that ends as without an error even after one: PEFT's hooks go only then."""
+    context.__enter__()
+    try:
+        yield
+    finally:
+        context.__exit__(None, None, None)
+
+
+def _require_no_others(model: PeftModel) -> None:
+    """Raises RuntimeError if layers that cannot be pooled have adapters: these act when merged."""
+    for path, layer in model.named_modules():
+        if not isinstance(layer, BaseTunerLayer) or isinstance(layer, Pooled):
+            continue
+        if pooled_kind(type(layer)) is None and any(
+            len(getattr(layer, name, ())) for name in layer.adapter_layer_names
+        ):
+            raise RuntimeError(
+                f"{path}: {_why_not(layer)}, and has got adapters while a mixture is merged into "
+                "the base weights, beside which they would act: call model.sapt.unmerge() first, "
+                "or delete these adapters"
+            )
 
 
 _UNPATCHED = "not patched yet"

@@ -1,35 +1,20 @@
 """What a patched PeftModel refuses, before anything has changed."""
 
 import pytest
+import tiny_peft
 import torch
-from peft import LoraConfig, get_peft_model
-from tiny_models import VOCABULARY, tiny, token_ids
+from tiny_models import VOCABULARY, token_ids
+from tiny_peft import config, run
 from torch import nn
 
 import sapt_fast
 
 
 def peft_model(**bases):
-    model = tiny("llama")
-    for k in range(2):
-        config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
-        if k:
-            model.add_adapter("a1", config)
-        else:
-            model = get_peft_model(model, config, adapter_name="a0")
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_" in name:
-                p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+    model = tiny_peft.peft_model(configs=[config("llama"), config("llama")])
     for name, base in bases.items():
         model.peft_config[name].base_model_name_or_path = base
-    return model.eval()
-
-
-def run(model, **extra):
-    with torch.no_grad():
-        return model(input_ids=token_ids(), **extra).logits
+    return model
 
 
 def first_layer(model):
@@ -64,8 +49,27 @@ def test_an_adapter_that_is_not_there():
     with pytest.raises(ValueError, match="nope"):
         run(model, adapter_names=["a0", "nope", "a1"])
     assert torch.equal(run(model), before)
-    with pytest.raises(ValueError, match="adapter_names"):  # by PEFT, whose hooks then stay
+    with pytest.raises(ValueError, match="adapter_names"):  # by PEFT, inside the forward
         run(model, adapter_names=["a0", "a1"])
+    assert torch.equal(run(model), before)
+
+
+def broken(module, args):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("call", ["forward", "generate"])
+def test_an_error_inside_leaves_nothing_of_adapter_names(call):
+    model, names = sapt_fast.patch(peft_model()), ["a0", "a1", "__base__"]
+    before, by_name = run(model), run(model, adapter_names=names)
+    hooks = [dict(m._forward_pre_hooks) for m in model.modules()]
+    last = model.get_base_model().lm_head.register_forward_pre_hook(broken)
+    with pytest.raises(KeyboardInterrupt):
+        getattr(model, call)(input_ids=token_ids(), adapter_names=names)
+    last.remove()
+    assert [dict(m._forward_pre_hooks) for m in model.modules()] == hooks
+    assert torch.equal(run(model), before)
+    assert torch.equal(run(model, adapter_names=names), by_name)
 
 
 def test_names_as_well_as_weights():

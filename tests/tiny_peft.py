@@ -22,9 +22,12 @@ def config(family, r=4, **changed):
     )
 
 
-def peft_model(family="llama", configs=None, dtype=torch.float32, seed=0, **options):
-    """Three adapters of different ranks, all doing something, all active."""
-    base = tiny(family, seed).to(dtype)
+def peft_model(family="llama", configs=None, dtype=torch.float32, seed=0, base=None, **options):
+    """Three adapters of different ranks (or those of `configs`), all doing something, all active.
+
+    They are named a0, a1, ...; `base` is a model of the family to take in place of `tiny`.
+    """
+    base = tiny(family, seed).to(dtype) if base is None else base
     configs = configs or [
         config(family),
         config(family, r=2, use_rslora=True),

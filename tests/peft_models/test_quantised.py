@@ -5,9 +5,10 @@ import pickle
 import sys
 
 import pytest
+import tiny_peft
 import torch
-from peft import LoraConfig, get_peft_model
 from tiny_models import patched, settings, tiny, token_ids
+from tiny_peft import config, run
 from torch import nn
 
 import sapt_fast
@@ -58,25 +59,8 @@ def base(kind):
 
 
 def peft_model(kind):
-    model = base(kind)
-    for k, rank in enumerate((4, 2, 7)):
-        config = LoraConfig(r=rank, target_modules=["q_proj", "v_proj"])
-        if k:
-            model.add_adapter(f"a{k}", config)
-        else:
-            model = get_peft_model(model, config, adapter_name="a0")
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_" in name:
-                p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
-    model.base_model.set_adapter(["a0", "a1", "a2"])
-    return model.eval()
-
-
-def run(model, **extra):
-    with torch.no_grad():
-        return model(input_ids=token_ids(), **extra).logits
+    configs = [config("llama", r=rank) for rank in (4, 2, 7)]
+    return tiny_peft.peft_model(configs=configs, base=base(kind))
 
 
 def assert_same_gradients(peft, ours):

@@ -11,16 +11,22 @@ class PatchReport:
         patched: paths of the layers that mix adapters now.
         skipped: path of each layer that matched but was left alone, and why.
         unmatched: names in `target_modules` that no module of the model has.
+        prompted: paths of the modules that read prompts now (`adapter="prompt"`, where no layer is
+            patched).
         notes: what else works otherwise than one may expect.
     """
 
     patched: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     unmatched: list[str] = field(default_factory=list)
+    prompted: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [f"{len(self.patched)} layers patched, {len(self.skipped)} skipped"]
+        if self.prompted:
+            lines = [f"prompts are read by {', '.join(self.prompted)}; no layer is patched"]
+        else:
+            lines = [f"{len(self.patched)} layers patched, {len(self.skipped)} skipped"]
         lines += [f"  skipped {name}: {why}" for name, why in self.skipped.items()]
         lines += [f"  {name!r} matches nothing" for name in self.unmatched]
         return "\n".join(lines + [f"  {note}" for note in self.notes])

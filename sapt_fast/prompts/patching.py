@@ -46,7 +46,7 @@ class PromptHandle(SaptHandle):
         if model.config.is_encoder_decoder:
             places.append(model.get_decoder())  # its cross-attention sees the prompt
         paths = [next(n for n, m in model.named_modules() if m is place) for place in places]
-        super().__init__(model, config, PatchReport(patched=paths))
+        super().__init__(model, config, PatchReport(prompted=paths))
         embedding = model.get_input_embeddings().weight
         self.prompts = PromptPool(
             config.prompt_length,

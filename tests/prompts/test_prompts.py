@@ -300,8 +300,11 @@ def test_unpatch_restores_everything(family):
     prompted(model)
     model(ids, labels=ids).loss.backward()
     expected = {"encoder", "decoder"} if base.config.is_encoder_decoder else {"model"}
-    found = {path.rpartition(".")[2] for path in model.sapt.report.patched}
+    report = model.sapt.report
+    found = {path.rpartition(".")[2] for path in report.prompted}
     assert found == ({"transformer"} if family == "gpt2" else expected)
+    assert report.patched == []
+    assert str(report) == f"prompts are read by {', '.join(report.prompted)}; no layer is patched"
     sapt_fast.unpatch(model)
     assert {name: set(vars(m)) for name, m in model.named_modules()} == attributes
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

@@ -3,6 +3,7 @@
 import logging
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,13 +17,30 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_ADAPTERS, _TRAINING, _REPLAY, _DATA, _MACHINE = (
-    "Adapters and router", "Training", "Replay", "Data", "Machine",
-)  # fmt: skip
-
 
 def _option(help: str, *names: str, panel: str | None = None) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=panel, show_default=False)
+
+
+_data = partial(_option, panel="Data")
+_training = partial(_option, panel="Training")
+_adapters = partial(_option, panel="Adapters and router")
+_replay = partial(_option, panel="Replay")
+_machine = partial(_option, panel="Machine")
+
+# What several commands ask for.
+Model = Annotated[str, _option("Folder or name of a transformers model, or 'demo'.")]
+Benchmark = Annotated[str, _data("'superni', 'long_sequence', or 'demo' for generated tasks.")]
+Data = Annotated[Path | None, _data("Folder that holds SuperNI/ or Long_Sequence/.")]
+Dev = Annotated[
+    str | None, _data("'from_train' splits dev rows off (default); 'released': dev.json.")
+]
+MaxTrain = Annotated[int | None, _data("Training rows kept of a task.")]
+MaxEval = Annotated[int | None, _data("Dev and test rows kept of it.")]
+Fwt = Annotated[bool, _training("Learn every task alone first, for forward transfer.")]
+Device = Annotated[str | None, _machine("'cpu' or 'cuda' (a GPU where there is one).")]
+Dtype = Annotated[str, _machine("Type of the weights (float32).")]
+Progress = Annotated[bool, _machine("Progress bars (shown).")]
 
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -38,7 +56,7 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
 @app.command()
 def train(
     context: typer.Context,
-    model: Annotated[str, _option("Folder or name of a transformers model, or 'demo'.")],
+    model: Model,
     output: Annotated[Path, _option("Folder of the run; a run that is there goes on.")],
     config: Annotated[
         Path | None,
@@ -48,19 +66,13 @@ def train(
             is_eager=True,
         ),
     ] = None,
-    benchmark: Annotated[
-        str, _option("'superni', 'long_sequence', or 'demo' for generated tasks.", panel=_DATA)
-    ] = "superni",
-    data: Annotated[
-        Path | None, _option("Folder that holds SuperNI/ or Long_Sequence/.", panel=_DATA)
-    ] = None,
+    benchmark: Benchmark = "superni",
+    data: Data = None,
     order: Annotated[
-        str | None,
-        _option("A published order: superni-1 and -2, long_sequence-3 and -4.", panel=_DATA),
+        str | None, _data("A published order: superni-1 and -2, long_sequence-3 and -4.")
     ] = None,
     tasks: Annotated[
-        str | None,
-        _option("Task names separated by commas, in place of an order.", panel=_DATA),
+        str | None, _data("Task names separated by commas, in place of an order.")
     ] = None,
     kind: Annotated[
         str,
@@ -69,169 +81,121 @@ def train(
             "by the model's architecture.",
         ),
     ] = "auto",
-    dev: Annotated[
-        str | None,
-        _option("'from_train' splits dev rows off (default); 'released': dev.json.", panel=_DATA),
-    ] = None,
-    max_train: Annotated[int | None, _option("Training rows kept of a task.", panel=_DATA)] = None,
-    max_eval: Annotated[int | None, _option("Dev and test rows kept of it.", panel=_DATA)] = None,
+    dev: Dev = None,
+    max_train: MaxTrain = None,
+    max_eval: MaxEval = None,
     strategy: Annotated[
         str | None,
-        _option(
+        _training(
             "The method: sapt (default), sapt_prompt, seqlora, joint, replay, generative_replay, "
-            "ewc, lwf, olora, epi, lfpt5, l2p, progprompt, or single: each task alone.",
-            panel=_TRAINING,
+            "ewc, lwf, olora, epi, lfpt5, l2p, progprompt, or single: each task alone."
         ),
     ] = None,
     strategy_options: Annotated[
         list[str] | None,
-        _option(
+        _training(
             "NAME=VALUE, a setting of the method's own, such as strength=100; may be repeated.",
             "--strategy-option",
-            panel=_TRAINING,
         ),
     ] = None,
     preset: Annotated[
         str | None,
-        _option(
+        _training(
             "Released settings to start from: t5-superni, t5-long_sequence, llama-superni, "
-            "llama-long_sequence. They train under bfloat16 and take dev rows as released.",
-            panel=_TRAINING,
+            "llama-long_sequence. They train under bfloat16 and take dev rows as released."
         ),
     ] = None,
-    fwt: Annotated[
-        bool, _option("Learn every task alone first, for forward transfer.", panel=_TRAINING)
-    ] = False,
-    alone: Annotated[
-        Path | None, _option("alone.json of an earlier run, for the same.", panel=_TRAINING)
-    ] = None,
+    fwt: Fwt = False,
+    alone: Annotated[Path | None, _training("alone.json of an earlier run, for the same.")] = None,
     learning_rate: Annotated[
-        float | None, _option("Learning rate (3e-4).", "--learning-rate", "--lr", panel=_TRAINING)
+        float | None, _training("Learning rate (3e-4).", "--learning-rate", "--lr")
     ] = None,
-    key_learning_rate: Annotated[
-        float | None, _option("Of the key (learning rate).", panel=_TRAINING)
-    ] = None,
+    key_learning_rate: Annotated[float | None, _training("Of the key (learning rate).")] = None,
     query_learning_rate: Annotated[
-        float | None, _option("Of the query projection (learning rate).", panel=_TRAINING)
+        float | None, _training("Of the query projection (learning rate).")
     ] = None,
-    epochs: Annotated[float | None, _option("Passes over a task (10).", panel=_TRAINING)] = None,
-    steps: Annotated[
-        int | None, _option("Steps for each task, in place of epochs.", panel=_TRAINING)
-    ] = None,
+    epochs: Annotated[float | None, _training("Passes over a task (10).")] = None,
+    steps: Annotated[int | None, _training("Steps for each task, in place of epochs.")] = None,
     batch_size: Annotated[
-        int | None, _option("Rows of a micro-batch, over all processes (8).", panel=_TRAINING)
+        int | None, _training("Rows of a micro-batch, over all processes (8).")
     ] = None,
-    accumulation: Annotated[
-        int | None, _option("Micro-batches of a step (4).", panel=_TRAINING)
-    ] = None,
-    weight_decay: Annotated[float | None, _option("Weight decay (0).", panel=_TRAINING)] = None,
-    max_grad_norm: Annotated[
-        float | None, _option("Gradient clipping (1), 0 for none.", panel=_TRAINING)
-    ] = None,
-    max_source_length: Annotated[
-        int | None, _option("Tokens of a prompt (512).", panel=_TRAINING)
-    ] = None,
+    accumulation: Annotated[int | None, _training("Micro-batches of a step (4).")] = None,
+    weight_decay: Annotated[float | None, _training("Weight decay (0).")] = None,
+    max_grad_norm: Annotated[float | None, _training("Gradient clipping (1), 0 for none.")] = None,
+    max_source_length: Annotated[int | None, _training("Tokens of a prompt (512).")] = None,
     instruction_tokens: Annotated[
-        int | None, _option("Tokens of the instruction an encoder reads (all).", panel=_TRAINING)
+        int | None, _training("Tokens of the instruction an encoder reads (all).")
     ] = None,
     label_temperature: Annotated[
-        float | None,
-        _option("Divisor of an encoder's cosines with labels (0.05).", panel=_TRAINING),
+        float | None, _training("Divisor of an encoder's cosines with labels (0.05).")
     ] = None,
-    max_target_length: Annotated[
-        int | None, _option("Tokens of an answer (50).", panel=_TRAINING)
-    ] = None,
+    max_target_length: Annotated[int | None, _training("Tokens of an answer (50).")] = None,
     save_steps: Annotated[
-        float | None,
-        _option("Steps between checkpoints; below 1, a share of them (0.1).", panel=_TRAINING),
+        float | None, _training("Steps between checkpoints; below 1, a share of them (0.1).")
     ] = None,
     load_best: Annotated[
-        bool | None, _option("Keep the checkpoint with the least dev loss.", panel=_TRAINING)
+        bool | None, _training("Keep the checkpoint with the least dev loss.")
     ] = None,
     metric: Annotated[
-        str | None, _option("'rouge_l' or 'exact_match' (the benchmark's).", panel=_TRAINING)
+        str | None, _training("'rouge_l' or 'exact_match' (the benchmark's).")
     ] = None,
     scored: Annotated[
-        str | None,
-        _option("Rows that are scored: 'test' (default), 'dev' to choose by.", panel=_TRAINING),
+        str | None, _training("Rows that are scored: 'test' (default), 'dev' to choose by.")
     ] = None,
-    eval_batch_size: Annotated[
-        int | None, _option("Rows of a batch in evaluation (16).", panel=_TRAINING)
-    ] = None,
-    seed: Annotated[int, _option("Seed of everything that is drawn (0).", panel=_TRAINING)] = 0,
-    adapter: Annotated[
-        str | None, _option("'lora' (default) or 'prompt'.", panel=_ADAPTERS)
-    ] = None,
-    prompt_length: Annotated[int | None, _option("Rows of a prompt (10).", panel=_ADAPTERS)] = None,
-    r: Annotated[int | None, _option("Rank of an adapter (8).", "--r", panel=_ADAPTERS)] = None,
-    lora_alpha: Annotated[
-        float | None,
-        _option("Scaling is alpha / r (32).", "--alpha", panel=_ADAPTERS),
-    ] = None,
+    eval_batch_size: Annotated[int | None, _training("Rows of a batch in evaluation (16).")] = None,
+    seed: Annotated[int, _training("Seed of everything that is drawn (0).")] = 0,
+    adapter: Annotated[str | None, _adapters("'lora' (default) or 'prompt'.")] = None,
+    prompt_length: Annotated[int | None, _adapters("Rows of a prompt (10).")] = None,
+    r: Annotated[int | None, _adapters("Rank of an adapter (8).", "--r")] = None,
+    lora_alpha: Annotated[float | None, _adapters("Scaling is alpha / r (32).", "--alpha")] = None,
     lora_dropout: Annotated[
-        float | None, _option("Dropout before the adapters (0).", "--dropout", panel=_ADAPTERS)
+        float | None, _adapters("Dropout before the adapters (0).", "--dropout")
     ] = None,
     target_modules: Annotated[
-        str | None,
-        _option("Layers to adapt, separated by commas (query and value).", panel=_ADAPTERS),
+        str | None, _adapters("Layers to adapt, separated by commas (query and value).")
     ] = None,
     pooling: Annotated[
-        str | None, _option("'mean' (default) or 'max' of the embeddings.", panel=_ADAPTERS)
+        str | None, _adapters("'mean' (default) or 'max' of the embeddings.")
     ] = None,
     standardize_query: Annotated[
-        bool | None, _option("Standardise the pooled embedding.", panel=_ADAPTERS)
+        bool | None, _adapters("Standardise the pooled embedding.")
     ] = None,
     temperature: Annotated[
-        float | None, _option("Divisor of the scores (sqrt of the width).", panel=_ADAPTERS)
+        float | None, _adapters("Divisor of the scores (sqrt of the width).")
     ] = None,
-    key_init: Annotated[
-        str | None, _option("'uniform' (default) or 'mean_query'.", panel=_ADAPTERS)
-    ] = None,
-    own_key_loss: Annotated[
-        float | None, _option("Weight of the own-key loss (0).", panel=_ADAPTERS)
-    ] = None,
-    kl_ratio: Annotated[
-        float | None, _option("Weight of the reflection loss (0.5).", panel=_REPLAY)
-    ] = None,
+    key_init: Annotated[str | None, _adapters("'uniform' (default) or 'mean_query'.")] = None,
+    own_key_loss: Annotated[float | None, _adapters("Weight of the own-key loss (0).")] = None,
+    kl_ratio: Annotated[float | None, _replay("Weight of the reflection loss (0.5).")] = None,
     replay: Annotated[
         str | None,
-        _option(
+        _replay(
             "'real' (default), 'generated' (pseudo-samples by a generator for each task), 'none', "
             "or a folder of pseudo-samples.",
             "--replay",
             "--replay-source",
-            panel=_REPLAY,
         ),
     ] = None,
     generator: Annotated[
         list[str] | None,
-        _option(
-            "NAME=VALUE, a setting of the generators, such as steps=5000; may be repeated.",
-            panel=_REPLAY,
-        ),
+        _replay("NAME=VALUE, a setting of the generators, such as steps=5000; may be repeated."),
     ] = None,
     replay_share: Annotated[
-        float | None, _option("Share of the inputs kept, at least one (0.02).", panel=_REPLAY)
+        float | None, _replay("Share of the inputs kept, at least one (0.02).")
     ] = None,
     replay_batch_size: Annotated[
-        int | None, _option("Replayed rows of each task (batch size).", panel=_REPLAY)
+        int | None, _replay("Replayed rows of each task (batch size).")
     ] = None,
-    resume: Annotated[
-        bool, _option("Go on with the run in --output (default).", panel=_MACHINE)
-    ] = True,
-    device: Annotated[
-        str | None, _option("'cpu' or 'cuda' (a GPU where there is one).", panel=_MACHINE)
-    ] = None,
-    dtype: Annotated[str, _option("Type of the weights (float32).", panel=_MACHINE)] = "float32",
+    resume: Annotated[bool, _machine("Go on with the run in --output (default).")] = True,
+    device: Device = None,
+    dtype: Dtype = "float32",
     attention: Annotated[
-        str | None,
-        _option("Attention of transformers: 'eager', 'sdpa', ... (the model's).", panel=_MACHINE),
+        str | None, _machine("Attention of transformers: 'eager', 'sdpa', ... (the model's).")
     ] = None,
-    bf16: Annotated[bool | None, _option("Train under bfloat16 autocast.", panel=_MACHINE)] = None,
+    bf16: Annotated[bool | None, _machine("Train under bfloat16 autocast.")] = None,
     gradient_checkpointing: Annotated[
-        bool | None, _option("Recompute activations in the backward pass.", panel=_MACHINE)
+        bool | None, _machine("Recompute activations in the backward pass.")
     ] = None,
-    progress: Annotated[bool, _option("Progress bars (shown).", panel=_MACHINE)] = True,
+    progress: Progress = True,
 ) -> None:
     """Learn a sequence of tasks; writes checkpoints, metrics, a table and a heat map.
 
@@ -281,64 +245,46 @@ def train(
 
 @app.command()
 def compare(
-    model: Annotated[str, _option("Folder or name of a transformers model, or 'demo'.")],
+    model: Model,
     output: Annotated[Path, _option("Folder of the comparison; one that is there goes on.")],
-    benchmark: Annotated[
-        str, _option("'superni', 'long_sequence', or 'demo' for generated tasks.", panel=_DATA)
-    ] = "superni",
-    data: Annotated[
-        Path | None, _option("Folder that holds SuperNI/ or Long_Sequence/.", panel=_DATA)
-    ] = None,
+    benchmark: Benchmark = "superni",
+    data: Data = None,
     orders: Annotated[
         list[str] | None,
-        _option(
+        _data(
             "A published order or task names separated by commas; may be repeated (all tasks).",
             "--order",
-            panel=_DATA,
         ),
     ] = None,
     kind: Annotated[str, _option("Kind of model, as in `train`.")] = "auto",
-    dev: Annotated[
-        str | None,
-        _option("'from_train' splits dev rows off (default); 'released': dev.json.", panel=_DATA),
-    ] = None,
-    max_train: Annotated[int | None, _option("Training rows kept of a task.", panel=_DATA)] = None,
-    max_eval: Annotated[int | None, _option("Dev and test rows kept of it.", panel=_DATA)] = None,
+    dev: Dev = None,
+    max_train: MaxTrain = None,
+    max_eval: MaxEval = None,
     strategies: Annotated[
         str,
-        _option(
+        _training(
             "Methods of `train`, separated by commas; NAME=METHOD gives one another name, so that "
-            "it can stand there twice (sapt,seqlora,joint,replay,ewc,lwf,olora,epi).",
-            panel=_TRAINING,
+            "it can stand there twice (sapt,seqlora,joint,replay,ewc,lwf,olora,epi)."
         ),
     ] = "sapt,seqlora,joint,replay,ewc,lwf,olora,epi",
-    seeds: Annotated[str, _option("Seeds, separated by commas (0).", panel=_TRAINING)] = "0",
+    seeds: Annotated[str, _training("Seeds, separated by commas (0).")] = "0",
     preset: Annotated[
-        str | None, _option("Released settings to start from, as in `train`.", panel=_TRAINING)
+        str | None, _training("Released settings to start from, as in `train`.")
     ] = None,
     values: Annotated[
         list[str] | None,
-        _option(
+        _training(
             "NAME=VALUE for all methods, METHOD.NAME=VALUE for one: any setting of `train` "
             "(learning_rate, steps, r, ...) or option of the method; may be repeated.",
             "--set",
-            panel=_TRAINING,
         ),
     ] = None,
-    fwt: Annotated[
-        bool, _option("Learn every task alone first, for forward transfer.", panel=_TRAINING)
-    ] = True,
-    tensorboard: Annotated[
-        bool, _option("Write the scores for TensorBoard too.", panel=_MACHINE)
-    ] = False,
-    device: Annotated[
-        str | None, _option("'cpu' or 'cuda' (a GPU where there is one).", panel=_MACHINE)
-    ] = None,
-    dtype: Annotated[str, _option("Type of the weights (float32).", panel=_MACHINE)] = "float32",
-    attention: Annotated[
-        str | None, _option("Attention of transformers, as in `train`.", panel=_MACHINE)
-    ] = None,
-    progress: Annotated[bool, _option("Progress bars (shown).", panel=_MACHINE)] = True,
+    fwt: Fwt = True,
+    tensorboard: Annotated[bool, _machine("Write the scores for TensorBoard too.")] = False,
+    device: Device = None,
+    dtype: Dtype = "float32",
+    attention: Annotated[str | None, _machine("Attention of transformers, as in `train`.")] = None,
+    progress: Progress = True,
 ) -> None:
     """Several methods, seeds and orders: one table, score matrices, curves and heat maps.
 

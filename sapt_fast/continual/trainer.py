@@ -330,9 +330,9 @@ class SaptTrainer(Seq2SeqTrainer):
 def model_given_back(model: Any) -> Iterator[None]:
     """Undoes what a Trainer does to its model, once the one made inside is done.
 
-    It turns the cache off and, for bf16, puts autocast around `forward`. accelerate's own unwrapping
-    drops the decorators of `forward` too, and leaves the mark by which the next Trainer takes the
-    model for one that has its autocast.
+    It turns the cache off and, for bf16, puts autocast around `forward`. accelerate's own
+    unwrapping drops the decorators of `forward` too, and leaves the mark by which the next Trainer
+    takes the model for one that has its autocast.
     """
     cache, own = model.config.use_cache, vars(model)
     names = ("forward", "_original_forward", "_is_accelerate_prepared")

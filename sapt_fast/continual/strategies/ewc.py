@@ -22,7 +22,9 @@ __all__ = ["Ewc", "EwcOptions"]
 class EwcOptions:
     """Options of `Ewc`."""
 
-    strength: float = field(default=100.0, metadata={"help": "lambda of the penalty."})
+    strength: float = field(
+        default=100.0, metadata={"help": "lambda of the penalty; tune it on dev."}
+    )
     rows: int = field(default=64, metadata={"help": "Training rows the Fisher is taken over."})
 
     def __post_init__(self) -> None:
@@ -39,6 +41,9 @@ class Ewc(SeqLora):
     empirical Fisher information: the mean over the task's first rows of the squared gradient of
     log p(y | x), the sum over the answer's tokens, taken row by row at theta*_k with the rows' own
     answers (the paper leaves open whose).
+
+    F_k has the scale of squared gradients: it grows with the answers' length, is nearly zero for a
+    task learned to a loss near zero, and lambda has to make up for it, by powers of ten.
 
     A sum of quadratics is one quadratic, which is what is stored: F = sum F_k around the mean of
     theta*_k weighted by F_k, and a constant.

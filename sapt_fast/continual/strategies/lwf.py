@@ -23,7 +23,9 @@ __all__ = ["Lwf", "LwfOptions", "OldModel", "softened_kl"]
 class LwfOptions:
     """Options of `Lwf`."""
 
-    strength: float = field(default=1.0, metadata={"help": "lambda of the distillation."})
+    strength: float = field(
+        default=1.0, metadata={"help": "lambda of the distillation; tune it on dev."}
+    )
     temperature: float = field(default=2.0, metadata={"help": "T, which softens predictions."})
 
     def __post_init__(self) -> None:
@@ -40,6 +42,11 @@ class Lwf(SeqLora):
     tokens under teacher forcing, and the divergence is the mean over those of a micro-batch. The
     old model runs beside the new one, without dropout; the paper stores its predictions instead,
     which for a vocabulary would be far larger than the model.
+
+    Both terms are means over tokens and T^2 keeps the gradient's size, so lambda depends on no
+    batch, length or width. At T = 1 the least loss is at (y + lambda p_old) / (1 + lambda): from
+    lambda = 1 on, the paper's value and the default, a confident old prediction outweighs the
+    answer. Where the new task's answers are none of the old one's, smaller values learn more.
     """
 
     Options = LwfOptions

@@ -20,7 +20,9 @@ __all__ = ["OLora", "OLoraOptions"]
 class OLoraOptions:
     """Options of `OLora`."""
 
-    orthogonality: float = field(default=0.5, metadata={"help": "lambda_1, of the overlap."})
+    orthogonality: float = field(
+        default=0.5, metadata={"help": "lambda_1, of the overlap; tune it on dev."}
+    )
     norm: float = field(default=0.0, metadata={"help": "lambda_2, of the new adapter's norms."})
 
     def __post_init__(self) -> None:
@@ -36,6 +38,10 @@ class OLora(Strategy):
     y = W x + sum_{k<=t} (alpha / r) B_k A_k x: all adapters are added up for every input, the past
     ones frozen. The overlap is the sum of absolute values, not of squares. The released scripts
     differ in lambda_2; we take 0.
+
+    The overlap is a sum, not a mean: L layers and t - 1 tasks of rank r have L (t - 1) r^2 terms.
+    The default lambda_1 is the released one, for T5-Large and r 8; other models, ranks and lengths
+    of the sequence need another.
     """
 
     Options = OLoraOptions

@@ -154,6 +154,9 @@ def train(
     target_modules: Annotated[
         str | None, _adapters("Layers to adapt, separated by commas (query and value).")
     ] = None,
+    autocast_adapter_dtype: Annotated[
+        bool | None, _adapters("Keep adapters in float32 on half-precision weights.")
+    ] = None,
     pooling: Annotated[
         str | None, _adapters("'mean' (default) or 'max' of the embeddings.")
     ] = None,

@@ -112,7 +112,8 @@ def compare(
     Raises:
         ImportError: `tensorboard` is not installed and asked for.
         ValueError: no rows, orders or seeds, one twice, a row named as no folder can be; or
-            `output_dir` holds a run of that name with other settings.
+            `output_dir` holds a run of that name with other settings or on other data. Nothing
+            has run then.
         FileNotFoundError, ValueError: as `Source` and `run_continual`.
     """
     from sapt_fast.continual.comparison_report import write_comparison
@@ -124,27 +125,28 @@ def compare(
         from sapt_fast.continual.tensorboard import require_tensorboard
 
         require_tensorboard()
-    plan = [(order, seed, row) for order in named for seed in seeds for row in rows]
+    plan = [
+        _Planned(
+            row, order, seed, folder / row / f"{order}-seed{seed}",
+            replace(source, tasks=named[order], seed=seed), replace(rows[row], seed=seed),
+        )
+        for order in named for seed in seeds for row in rows
+    ]  # fmt: skip
+    singles = {} if alone is None else _singles(plan, alone, folder / ALONE_ROW)
+    _check_stored([*singles.values(), *plan])
     model = None
     cells: dict[tuple[str, str, int], Cell] = {}
     bar = tqdm(plan, desc="comparison", unit="run", disable=not progress)
-    for order, seed, row in bar:
-        bar.set_postfix_str(f"{row}, {order}, seed {seed}")
-        here = replace(source, tasks=named[order], seed=seed)
-        settings = replace(rows[row], seed=seed)
-        path = folder / row / f"{order}-seed{seed}"
-        done, board = path / "results.json", folder / "tensorboard" / row / path.name
+    for run in bar:
+        bar.set_postfix_str(f"{run.row}, {run.order}, seed {run.seed}")
+        board = folder / "tensorboard" / run.row / run.folder.name
         # One that was finished without FWT is reported again, not trained.
-        if not _finished(done, here, settings) or (alone and read_json(done)["alone"] is None):
-            model = here.load_model() if model is None else model
-            scores = None
-            if alone is not None:
-                single = replace(alone, strategy="single", strategy_options={}, seed=seed)
-                scores = _alone(model, here, single, folder / ALONE_ROW / f"seed{seed}")
-            _run(model, here, settings, path, scores)
+        if not run.done.is_file() or (singles and read_json(run.done)["alone"] is None):
+            model = source.load_model() if model is None else model
+            _run(model, run, _alone(model, singles[run.seed]) if singles else None)
             shutil.rmtree(board, ignore_errors=True)  # of an earlier report
-        cell = Cell(row, order, seed, path, read_json(done))
-        cells[row, order, seed] = cell
+        cell = Cell(run.row, run.order, run.seed, run.folder, read_json(run.done))
+        cells[run.row, run.order, run.seed] = cell
         if tensorboard:
             from sapt_fast.continual.tensorboard import write_scalars
 
@@ -259,43 +261,84 @@ def _check(
             raise ValueError(f"orders: got {order!r}, expected a name fit for a folder")
 
 
-def _finished(result: Path, source: Source, settings: ContinualSettings) -> bool:
-    """Whether the run is there with its result, and is the one that is asked for."""
-    if not result.is_file():
-        return False
-    run = read_json(result.parent / "run.json")
-    asked = {"settings": settings.to_dict(), "source": source.to_dict()}
-    if result.name == ALONE_NAME:  # where the order does not matter
-        asked["source"]["tasks"] = run["source"]["tasks"]
-    found = differences({name: run[name] for name in asked}, asked)
-    if found:
-        raise ValueError(
-            f"output_dir: {result.parent} holds a run with other settings: " + "; ".join(found)
+@dataclass(frozen=True)
+class _Planned:
+    """A run that is asked for."""
+
+    row: str
+    order: str
+    seed: int
+    folder: Path
+    source: Source
+    settings: ContinualSettings
+
+    @property
+    def done(self) -> Path:
+        """The file that is there once the run is finished."""
+        return self.folder / (ALONE_NAME if self.row == ALONE_ROW else "results.json")
+
+
+def _singles(
+    plan: Sequence[_Planned], alone: ContinualSettings, folder: Path
+) -> dict[int, _Planned]:
+    """The runs of tasks learned alone, by seed; any order's will do."""
+    alone = replace(alone, strategy="single", strategy_options={})
+    return {
+        run.seed: replace(
+            run,
+            row=ALONE_ROW,
+            folder=folder / f"seed{run.seed}",
+            settings=replace(alone, seed=run.seed),
         )
-    return True
+        for run in reversed(plan)
+    }
 
 
-def _alone(
-    model: tuple[Any, Any], source: Source, settings: ContinualSettings, path: Path
-) -> dict[str, float]:
-    """Scores of the tasks learned alone; any order's will do."""
-    if _finished(path / ALONE_NAME, source, settings):
-        return read_json(path / ALONE_NAME)
-    return run_alone(*model, source.load_tasks(), path, settings, source=source.to_dict())
+def _check_stored(runs: Sequence[_Planned]) -> None:
+    """Raises ValueError where a run is there, finished or not, that is not the one asked for."""
+    contents: dict[int, dict[str, Any]] = {}  # of the tasks, which depend on the seed alone
+    for run in runs:
+        file = run.folder / "run.json"
+        if not file.is_file() and not run.done.is_file():
+            continue
+        stored = read_json(file)
+        asked = {"settings": run.settings.to_dict(), "source": run.source.to_dict()}
+        if run.row == ALONE_ROW:  # where the order does not matter
+            asked["source"]["tasks"] = stored["source"].get("tasks")
+        found = differences({name: stored[name] for name in asked}, asked)
+        if found:
+            raise ValueError(
+                f"output_dir: {run.folder} holds a run with other settings: " + "; ".join(found)
+            )
+        if run.seed not in contents:
+            contents[run.seed] = {t.name: t.describe() for t in run.source.load_tasks()}
+        there = {
+            name: {n: v for n, v in task.items() if n not in ("position", "content")}
+            for name, task in stored["tasks"].items()
+        }
+        found = differences({"tasks": there}, {"tasks": contents[run.seed]})
+        if found:
+            raise ValueError(
+                f"output_dir: {run.folder} holds a run on other rows than the data has now: "
+                + "; ".join(found)
+            )
 
 
-def _run(
-    model: tuple[Any, Any],
-    source: Source,
-    settings: ContinualSettings,
-    path: Path,
-    alone: Mapping[str, float] | None,
-) -> None:
+def _alone(model: tuple[Any, Any], run: _Planned) -> dict[str, float]:
+    """Scores of the tasks learned alone."""
+    if run.done.is_file():
+        return read_json(run.done)
+    return run_alone(
+        *model, run.source.load_tasks(), run.folder, run.settings, source=run.source.to_dict()
+    )
+
+
+def _run(model: tuple[Any, Any], run: _Planned, alone: Mapping[str, float] | None) -> None:
     base, tokenizer = model
     try:
         run_continual(
-            base, tokenizer, source.load_tasks(), path, settings,
-            alone=alone, source=source.to_dict(),
+            base, tokenizer, run.source.load_tasks(), run.folder, run.settings,
+            alone=alone, source=run.source.to_dict(),
         )  # fmt: skip
     finally:
         if isinstance(getattr(base, "sapt", None), SaptHandle):

@@ -17,6 +17,7 @@ import os
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -84,6 +85,18 @@ class TaskData:
     dev: tuple[Example, ...]
     test: tuple[Example, ...]
     labels: tuple[str, ...] | None
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-ready: the benchmark, how many rows each split has, and a digest of all of it."""
+        splits = {name: getattr(self, name) for name in _SPLITS}
+        rows = [
+            [(row.input, row.prompt, row.output, *row.outputs) for row in split]
+            for split in splits.values()
+        ]
+        content = json.dumps([self.definition, self.labels, *rows])
+        digest = sha256(content.encode()).hexdigest()[:16]
+        counts = {name: len(split) for name, split in splits.items()}
+        return {"benchmark": self.benchmark, **counts, "digest": digest}
 
 
 def list_tasks(root: str | os.PathLike[str], benchmark: str) -> tuple[str, ...]:

@@ -183,7 +183,7 @@ class _Run:
             settings = replace(settings, progress=False)
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.bench = Workbench(model, tokenizer, settings)
-        self.tasks = self.bench.prepare(tasks)
+        self.given, self.tasks = tuple(tasks), self.bench.prepare(tasks)
         self.names = tuple(task.name for task in tasks)
         kind = STRATEGIES[settings.strategy]
         if kind.generates and self.bench.kind == "encoder":
@@ -216,11 +216,10 @@ class _Run:
             "tasks": {
                 task.name: {
                     "position": position,
-                    "benchmark": task.benchmark,
-                    **{split: len(getattr(task, split)) for split in _SPLITS},
+                    **given.describe(),
                     "content": _digest(task),
                 }
-                for position, task in enumerate(self.tasks)
+                for position, (given, task) in enumerate(zip(self.given, self.tasks, strict=True))
             },
             "model": {
                 "class": type(self.model).__name__,
@@ -490,6 +489,7 @@ def _check_alone(alone: Mapping[str, float], names: Sequence[str]) -> None:
 
 
 def _digest(task: TaskData) -> str:
+    """Of what the model reads and answers; `TaskData.describe` digests what the files hold."""
     rows = [
         (row.prompt, row.output, *row.outputs) for split in _SPLITS for row in getattr(task, split)
     ]

@@ -313,17 +313,20 @@ class ContinualSettings:
 def differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
     """What differs between two JSON-ready descriptions of a run, one line for each entry.
 
-    A field of SaptConfig that the stored one lacks came later and had its default then.
+    A field of SaptConfig that the stored one lacks came later and had its default then; a digest
+    that it lacks is not compared.
     """
     before, now = _flat(stored), _flat(asked)
     for name, value in _flat({"sapt": SaptConfig().to_dict()}).items():
         for place in (name, f"settings.{name}"):
             if place in now:
                 before.setdefault(place, value)
+    ignored = {name for name in {**before, **now} if name.split(".")[-1] in _FREE}
+    ignored |= {name for name in now if name.split(".")[-1] == "digest" and name not in before}
     return [
         f"{name}: {before.get(name, 'absent')!r} there, {now.get(name, 'absent')!r} now"
         for name in {**before, **now}
-        if before.get(name, ...) != now.get(name, ...) and name.split(".")[-1] not in _FREE
+        if before.get(name, ...) != now.get(name, ...) and name not in ignored
     ]
 
 

@@ -135,6 +135,69 @@ def test_an_interrupted_comparison_goes_on(
         assert (ours.folder / last).read_bytes() == (theirs.folder / last).read_bytes()
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_runs_on_other_rows_are_refused_before_anything_runs(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: bool
+) -> None:
+    rows, options = rows_of("seqlora"), {"orders": ORDERS, "progress": False}
+    compare(source, rows, tmp_path, **options)
+    last = tmp_path / "seqlora" / "order2-seed0"
+    if not finished:
+        (last / "results.json").unlink()
+    loads, load_tasks = [], Source.load_tasks
+
+    def changed(self: Source) -> Any:
+        loads.append(self.tasks)
+        first, second = load_tasks(self)
+        row = replace(first.train[0], outputs=("other",))  # as many rows, and the same prompts
+        return [replace(first, train=(row, *first.train[1:])), second]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Source, "load_tasks", changed)
+        started = counted(patched)
+        message = rf"order1-seed0 holds a run on other rows .* tasks\.{NAMES[0]}\.digest: '"
+        with pytest.raises(ValueError, match=message):
+            compare(source, rows_of("ewc", "seqlora"), tmp_path, **options)
+        assert started == []
+        assert loads == ORDERS[:1]
+
+        # A run of before there was a digest is taken at its word.
+        for file in tmp_path.rglob("run.json"):
+            run = json.loads(file.read_text())
+            for task in run["tasks"].values():
+                del task["digest"]
+            file.write_text(json.dumps(run))
+        compare(source, rows, tmp_path, **{**options, "orders": ORDERS[:1]})
+        assert started == []
+
+    for run_file in tmp_path.rglob("run.json"):  # but not one of other tasks
+        run = json.loads(run_file.read_text())
+        run["tasks"]["gone"] = run["tasks"].pop(NAMES[1])
+        run_file.write_text(json.dumps(run))
+    message = (
+        rf"tasks\.gone\.benchmark: 'demo' there, 'absent' now.*{NAMES[1]}\.benchmark: 'absent'"
+    )
+    with pytest.raises(ValueError, match=message):
+        compare(source, rows, tmp_path, **options)
+
+
+def test_tasks_learned_alone_on_other_rows_are_refused(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare(source, rows_of("seqlora"), tmp_path, alone=BASE, progress=False)
+    load_tasks = Source.load_tasks
+
+    def changed(self: Source) -> Any:
+        return [replace(task, test=task.test[:1]) for task in load_tasks(self)]
+
+    monkeypatch.setattr(Source, "load_tasks", changed)
+    with pytest.raises(
+        ValueError, match=r"alone/seed0 holds a run on other rows .*test: 2 there, 1"
+    ):
+        compare(source, rows_of("ewc"), tmp_path, alone=BASE, progress=False)
+    assert not (tmp_path / "ewc").exists()
+
+
 def test_fwt_is_added_to_runs_that_are_finished(source: Source, tmp_path: Path) -> None:
     rows = rows_of("seqlora")
     without = compare(source, rows, tmp_path, progress=False)

@@ -51,10 +51,18 @@ class Workbench:
         before adapters are there.
 
         Raises:
-            ValueError: an encoder with a head.
+            ValueError: an encoder with a head, or a prompt without tokens, of which a model can
+                tell nothing and which a decoder-only one cannot continue.
         """
-        if self.kind != "encoder":
-            return tuple(tasks)
+        prepared = tuple(tasks) if self.kind != "encoder" else self._as_encoder_reads(tasks)
+        for task in prepared:
+            for split in ("train", "dev", "test"):
+                self._require_tokens(
+                    getattr(task, split), f"tasks: {task.name!r} has a {split} row"
+                )
+        return prepared
+
+    def _as_encoder_reads(self, tasks: Sequence[TaskData]) -> tuple[TaskData, ...]:
         if self.model.base_model is not self.model:
             raise ValueError(
                 f"model: got {type(self.model).__name__}, which neither generates nor is an "
@@ -112,7 +120,7 @@ class Workbench:
         """What `settings.replay` keeps of an earlier task: real rows or pseudo-samples.
 
         Raises:
-            OSError, ValueError: pseudo-samples cannot be read.
+            OSError, ValueError: pseudo-samples cannot be read, or one has a prompt without tokens.
         """
         if self.settings.replay == "none":
             return []
@@ -123,10 +131,21 @@ class Workbench:
                     raise ValueError("replay: 'generated' has no folder outside of a run")
                 root = str(self.pseudo_samples)
             definition, rows = read_pseudo_samples(root, task.benchmark, task.name)
-            return self._plain(rows, definition) if self.kind == "encoder" else rows
+            rows = self._plain(rows, definition) if self.kind == "encoder" else rows
+            self._require_tokens(rows, f"pseudo-samples: {task.name!r} has a row")
+            return rows
         count = max(1, int(self.settings.replay_share * len(task.train)))
         draw = random.Random(f"{self.settings.seed}/{task.name}/replay")
         return [task.train[i] for i in sorted(draw.sample(range(len(task.train)), count))]
+
+    def _require_tokens(self, rows: Sequence[Example], what: str) -> None:
+        # Only blank texts can be without, and few are tokenized for it.
+        blank = [row for row in rows if not row.prompt.strip()]
+        if blank and not all(self.inputs(blank)):
+            raise ValueError(
+                f"{what} whose prompt has no tokens, expected at least one; give the row an input, "
+                "or take a tokenizer that adds a start token"
+            )
 
     def _plain(self, rows: Sequence[Example], definition: str) -> tuple[Example, ...]:
         return plain_prompts(rows, definition, self.tokenizer, self.settings.instruction_tokens)

@@ -249,6 +249,29 @@ def test_bad_tasks_are_named(tmp_path: Path) -> None:
         run_continual(model, tokenizer, tasks, tmp_path, make_settings(), alone={"last_first": 1.0})
 
 
+def test_a_prompt_without_tokens_is_named(tmp_path: Path) -> None:
+    """A decoder-only model without a start token has nothing to continue, nor EPI a feature."""
+    first, second = make_tasks(2, train=4, held_out=2)
+    tasks = [first, replace(second, dev=(replace(second.dev[0], prompt=""), second.dev[1]))]
+    settings, message = make_settings(strategy="epi"), f"'{second.name}' has a dev row whose prompt"
+    with pytest.raises(ValueError, match=f"tasks: {message} has no tokens, expected at least one"):
+        run_continual(make_model("llama"), CharTokenizer(), tasks, tmp_path, settings)
+    assert not list(tmp_path.iterdir())
+    loop._Run(make_model("t5"), CharTokenizer(), tasks, settings)  # its tokenizers end every text
+
+
+def test_a_pseudo_sample_without_tokens_is_named(tmp_path: Path) -> None:
+    tasks = make_tasks(2, train=4, held_out=1)
+    folder = tmp_path / tasks[0].benchmark / tasks[0].name
+    folder.mkdir(parents=True)
+    rows = [{"input": text, "output": ""} for text in ("ab", "")]
+    (folder / "train.json").write_text(json.dumps({"Definition": [], "Instances": rows}))
+    settings = make_settings(replay=str(tmp_path))
+    with pytest.raises(ValueError, match=f"pseudo-samples: '{tasks[0].name}' has a row whose"):
+        loop._Run(make_model("llama"), CharTokenizer(), tasks, settings)
+    loop._Run(make_model("t5"), CharTokenizer(), tasks, settings)
+
+
 def test_evaluating_other_tasks_or_models_is_refused(tmp_path: Path) -> None:
     tasks, tokenizer = make_tasks(1, train=4, held_out=1), CharTokenizer()
     options = make_settings(steps=1)
@@ -256,6 +279,14 @@ def test_evaluating_other_tasks_or_models_is_refused(tmp_path: Path) -> None:
     other = [replace(tasks[0], test=tasks[0].dev)]
     with pytest.raises(ValueError, match=r"tasks: not those of the run.*last_first\.content"):
         evaluate_run(make_model("t5"), tokenizer, other, tmp_path, options)
+    # Labels are no rows, but an encoder answers with them.
+    labelled = [replace(tasks[0], labels=("a", "b"))]
+    with pytest.raises(ValueError, match=r"last_first\.digest: '"):
+        evaluate_run(make_model("t5"), tokenizer, labelled, tmp_path, options)
+    stored = json.loads((tmp_path / "run.json").read_text())
+    del stored["tasks"]["last_first"]["digest"]  # which earlier versions did not write
+    (tmp_path / "run.json").write_text(json.dumps(stored))
+    evaluate_run(make_model("t5"), tokenizer, labelled, tmp_path, options)
     with pytest.raises(ValueError, match=r"model: not those of the run.*T5For.*LlamaFor"):
         evaluate_run(make_model("llama"), tokenizer, tasks, tmp_path, options)
 

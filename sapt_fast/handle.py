@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sapt_fast._files import is_folder_name
-from sapt_fast.layers import MIXED
+from sapt_fast.layers import Mixed
 from sapt_fast.methods.sapt import SaptConfig, SaptRouter
 from sapt_fast.ops.router import query, reflection_loss
 from sapt_fast.routing import Routing
@@ -149,7 +149,7 @@ class SaptHandle(nn.Module):
             except AttributeError:
                 raise ValueError(f"{path}: the model has no such layer any more") from None
             kind = type(layers[path])
-            if not isinstance(layers[path], tuple(MIXED.values())):
+            if not isinstance(layers[path], Mixed):
                 raise ValueError(
                     f"{path}: got {kind.__module__}.{kind.__name__}, expected the layer that patch "
                     "put there; undo what another library did to the model since (for PEFT, "

@@ -1,6 +1,7 @@
 """The layers that a patched model has in place of its own: the same module, another forward."""
 
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +14,16 @@ if TYPE_CHECKING:
     from sapt_fast.pool import AdapterPool
     from sapt_fast.routing import Routing
 
+    _Quantised = nn.Linear
+else:
+    _Quantised = object
+
 
 # Of each group: its input, that tensor's version, and the outputs not yet asked for.
 Waiting = dict["InputGroup", tuple[Tensor, int | None, dict["MixedLinear", Tensor]]]
 
 
-class _Mixed:
+class Mixed:
     """What every mixed layer has besides its base class's own attributes.
 
     Attributes:
@@ -47,7 +52,7 @@ class _Mixed:
         return pool(x, weight, bias, mixture, grad_through_frozen=through)
 
 
-class MixedLinear(_Mixed, nn.Linear):
+class MixedLinear(Mixed, nn.Linear):
     """`nn.Linear` plus the mixture of its pool.
 
     Attributes:
@@ -135,14 +140,79 @@ def is_torchao(weight: object) -> bool:
     return kind not in (Tensor, nn.Parameter) and kind.__module__.startswith("torchao.")
 
 
-class MixedConv1D(_Mixed, Conv1D):
+class MixedConv1D(Mixed, Conv1D):
     """GPT-2's `Conv1D` plus the mixture of its pool."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self._mixed(x, self.weight.t(), self.bias)
 
 
-MIXED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: MixedLinear, Conv1D: MixedConv1D}
+class MixedQuantised(Mixed, _Quantised):
+    """What a quantised layer gains: it is called as it is, and the mixture is added."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        pool = self.sapt_pool
+        if not len(pool):
+            return y
+        mixture = checked_mixture(self.sapt_routing.running, x, len(pool), type(self).__name__)
+        dropped = F.dropout(x, self.sapt_dropout, self.training and self.sapt_dropout > 0)
+        through = self.sapt_grad_through_frozen
+        return y + pool(dropped, None, None, mixture, grad_through_frozen=through).to(y.dtype)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """By the class underneath: this one exists only where a model was patched."""
+        reduced: Any = super().__reduce_ex__(2)
+        _, _, *state = reduced
+        return _unfilled, (base_kind(self),), *state
+
+
+_MIXED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: MixedLinear, Conv1D: MixedConv1D}
+
+
+def mixed_kind(layer: nn.Module) -> type[nn.Module] | None:
+    """The class that a layer gets when it is patched; None if it is no linear one that we know."""
+    kind: Any = type(layer)
+    if kind in _MIXED or packed_weight(layer) is None:
+        return _MIXED.get(kind)
+    return _mixed_quantised(kind)
+
+
+def base_kind(layer: nn.Module) -> type[Any]:
+    """The class that a mixed layer had before."""
+    return next(kind for kind in type(layer).__mro__ if not issubclass(kind, Mixed))
+
+
+def packed_weight(layer: nn.Module) -> Tensor | None:
+    """What a quantised linear layer of its own class keeps its weight in; None for other layers.
+
+    Known by in_features, out_features and integers (or 8-bit floats) in place of a `weight` in
+    floating point, as the layers of bitsandbytes, GPTQ, AWQ, HQQ, AQLM and EETQ have them.
+    """
+    if not all(isinstance(getattr(layer, n, None), int) for n in ("in_features", "out_features")):
+        return None
+    own: dict[str, Tensor | None] = {**layer._parameters, **layer._buffers}
+    named = own.get("weight")
+    candidates = own.values() if named is None else [named]
+    return next((t for t in candidates if t is not None and _is_packed(t)), None)
+
+
+def _is_packed(values: Tensor) -> bool:
+    dtype = values.dtype
+    if dtype.is_floating_point:
+        return dtype.itemsize == 1
+    return not dtype.is_complex and dtype != torch.bool
+
+
+@cache
+def _mixed_quantised(kind: type) -> type[nn.Module]:
+    attributes = {"__module__": __name__, "__doc__": f"`{kind.__name__}` plus a mixture."}
+    return type(f"Mixed{kind.__name__}", (MixedQuantised, kind), attributes)
+
+
+def _unfilled(kind: type) -> nn.Module:
+    made = _mixed_quantised(kind)
+    return made.__new__(made)
 
 
 def checked_mixture(weights: Tensor | None, x: Tensor, count: int, kind: str) -> Tensor:

@@ -100,11 +100,12 @@ def _require_whole(addends: Mapping[str, Addend], model: nn.Module) -> None:
         if type(parameter) is nn.Parameter:
             names.setdefault(parameter.data_ptr(), []).append(name)
     for path, (layer, a, b, transposed) in addends.items():
-        weight: Any = layer.weight
+        weight: Any = getattr(layer, "weight", None)
         if type(weight) is not nn.Parameter or not weight.is_floating_point():
+            kept = f", {weight.dtype}" if isinstance(weight, Tensor) else ""
             raise ValueError(
-                f"{path}: its weight is quantised or sharded ({type(weight).__name__}, "
-                f"{weight.dtype}), so a mixture cannot be merged into it"
+                f"{path}: its weight is quantised or sharded ({type(weight).__name__}{kept}), so a "
+                "mixture cannot be merged into it"
             )
         inputs, outputs = a.shape[1], b.shape[1]
         expected = (inputs, outputs) if transposed else (outputs, inputs)

@@ -5,11 +5,12 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from sapt_fast.handle import SaptHandle
-from sapt_fast.layers import MIXED, InputGroup, MixedLinear
+from sapt_fast.layers import InputGroup, MixedLinear, base_kind, mixed_kind, packed_weight
 from sapt_fast.methods.sapt import SaptConfig
 from sapt_fast.pool import AdapterPool
 from sapt_fast.prompts.patching import PromptHandle
@@ -126,6 +127,7 @@ def _patch_pretrained(model: Any, config: SaptConfig | None, strict: bool) -> An
 def _mix_layers(model: Any, config: SaptConfig, strict: bool) -> SaptHandle:
     """The handle of a model whose chosen layers mix their adapters from now on."""
     report = find_layers(model, config)
+    embedding_dtype = model.get_input_embeddings().weight.dtype
     if strict and (report.skipped or report.unmatched):
         raise ValueError(f"strict: not everything can be patched. {report}")
     if not report.patched:
@@ -136,7 +138,7 @@ def _mix_layers(model: Any, config: SaptConfig, strict: bool) -> SaptHandle:
     handle = SaptHandle(model, config, report)
     for name in report.patched:
         layer: Any = model.get_submodule(name)
-        _swap(layer, handle.routing, config)
+        _swap(layer, handle.routing, config, embedding_dtype)
         handle.routing.pools.append(layer.sapt_pool)
     _group_by_input(model, report.patched)
     if report.unmatched:
@@ -231,6 +233,8 @@ def require_pretrained(model: object) -> None:
 
 def layer_features(module: Any) -> tuple[int, int]:
     """(in_features, out_features) of a linear layer or a GPT-2 Conv1D."""
+    if packed_weight(module) is not None:
+        return module.in_features, module.out_features
     rows, columns = module.weight.shape
     return (columns, rows) if isinstance(module, nn.Linear) else (rows, columns)
 
@@ -285,7 +289,7 @@ def _matches(name: str, targets: Iterable[str] | str) -> bool:
 
 
 def _unpatchable(module: nn.Module) -> str | None:
-    if type(module) in MIXED:
+    if mixed_kind(module) is not None:
         own = _has_own_forward(module)
         return "its forward was replaced by another library" if own else None
     return f"{type(module).__module__}.{type(module).__name__} is not a plain linear layer"
@@ -299,21 +303,25 @@ def _has_own_forward(module: nn.Module) -> bool:
 
 
 def _linear_names(model: nn.Module) -> list[str]:
-    return sorted({n.rpartition(".")[2] for n, m in model.named_modules() if type(m) in MIXED})
+    return sorted({n.rpartition(".")[2] for n, m in model.named_modules() if mixed_kind(m)})
 
 
-def _swap(module: Any, routing: Routing, config: SaptConfig) -> None:
+def _swap(module: Any, routing: Routing, config: SaptConfig, embedding_dtype: torch.dtype) -> None:
+    packed = packed_weight(module)
+    weight, dtype = (
+        (module.weight, module.weight.dtype) if packed is None else (packed, embedding_dtype)
+    )
     module.sapt_pool = AdapterPool(
         *layer_features(module),
         reserve=config.reserve_tasks * config.r,
-        device=module.weight.device,
-        dtype=config.adapter_dtype(module.weight.dtype),
+        device=weight.device,
+        dtype=config.adapter_dtype(dtype),
     )
     module.sapt_routing = routing
     module.sapt_dropout = config.lora_dropout
     module.sapt_grad_through_frozen = config.grad_through_frozen
     vars(module).pop("forward", None)
-    module.__class__ = MIXED[type(module)]
+    module.__class__ = mixed_kind(module)
 
 
 def _group_by_input(model: PreTrainedModel, patched: Iterable[str]) -> None:
@@ -337,7 +345,7 @@ def _group_by_input(model: PreTrainedModel, patched: Iterable[str]) -> None:
 def _restore(module: Any) -> None:
     if not _has_own_forward(module):
         vars(module).pop("forward", None)
-    module.__class__ = next(base for base, mixed in MIXED.items() if type(module) is mixed)
+    module.__class__ = base_kind(module)
     for name in ("sapt_pool", "sapt_routing", "sapt_dropout", "sapt_grad_through_frozen"):
         delattr(module, name)
     vars(module).pop("sapt_group", None)

@@ -7,7 +7,8 @@ import sys
 import pytest
 import tiny_peft
 import torch
-from tiny_models import patched, settings, tiny, token_ids
+import torch.nn.functional as F
+from tiny_models import Oracle, patched, settings, tiny, token_ids
 from tiny_peft import config, run
 from torch import nn
 
@@ -44,18 +45,43 @@ def bitsandbytes(model, bits):
     return model
 
 
+class Packed(nn.Module):
+    """Stands in for layers like GPTQ's: rows of 8-bit integers and their scales, no `weight`."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scales = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("qweight", (linear.weight.detach() / scales).round().to(torch.int8))
+        self.register_buffer("scales", scales)
+
+    def forward(self, x):
+        return F.linear(x, self.qweight.to(x.dtype) * self.scales.to(x.dtype))
+
+
+def packed(model):
+    for name, linear in list(model.named_modules()):
+        if isinstance(linear, nn.Linear) and "lm_head" not in name:
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, Packed(linear))
+    return model
+
+
 KINDS = {
     "torchao": torchao,
     "bitsandbytes 8": lambda model: bitsandbytes(model, 8),
     "bitsandbytes 4": lambda model: bitsandbytes(model, 4),
 }
+KINDS_AND_PACKED = {**KINDS, "packed": packed}
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="torchao's wheels are for Linux")
 
 
-def base(kind):
-    # bitsandbytes packs blocks of 64
-    wide = {"hidden_size": 64, "intermediate_size": 64, "num_key_value_heads": 4, "head_dim": 16}
-    return KINDS[kind](tiny("llama", **wide))
+# bitsandbytes packs blocks of 64
+WIDE = {"hidden_size": 64, "intermediate_size": 64, "num_key_value_heads": 4, "head_dim": 16}
+
+
+def base(kind, dtype=torch.float32):
+    return KINDS_AND_PACKED[kind](tiny("llama", **WIDE).to(dtype)).eval()
 
 
 def peft_model(kind):
@@ -117,26 +143,91 @@ def test_copies_and_pickles():
     assert pickle.loads(pickle.dumps(kind)) is kind
 
 
-def test_sapt_over_quantised_layers():
-    model = base("torchao")
-    plain = run(model)
-    quantised = patched(model)
-    assert not torch.allclose(run(quantised), plain)
-    dequantised = tiny("llama", hidden_size=64, intermediate_size=64, num_key_value_heads=4,
-                       head_dim=16)  # fmt: skip
+@pytest.mark.parametrize("kind", ["torchao", "packed"])
+def test_sapt_over_quantised_layers(kind):
+    """The mixture and its gradients are those over the same weights in floating point."""
+    dequantised = tiny("llama", **WIDE)
     with torch.no_grad():
         for name, linear in dequantised.named_modules():
             if isinstance(linear, nn.Linear) and "lm_head" not in name:
-                linear.weight.copy_(base("torchao").get_submodule(name).weight.dequantize())
-    reference = patched(dequantised)
-    torch.testing.assert_close(run(quantised), run(reference), rtol=1e-4, atol=1e-5)
-    quantised(input_ids=token_ids(), labels=token_ids(seed=3)).loss.backward()
-    assert all(p.grad is not None for p in quantised.sapt.trainable_parameters())
+                linear.weight.copy_(base(kind).get_submodule(name)(torch.eye(64)).t())
+    models = [patched(model, grad_through_frozen=False) for model in (base(kind), dequantised)]
+    torch.testing.assert_close(*map(run, models), rtol=1e-4, atol=1e-5)
+    for model in models:
+        model(input_ids=token_ids(), labels=token_ids(seed=3)).loss.backward()
+    grads, expected = ([p.grad for p in m.sapt.trainable_parameters()] for m in models)
+    assert all(grad.any() for grad in expected)
+    torch.testing.assert_close(grads, expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sapt_against_one_peft_adapter_for_each_sample(kind):
+    model = patched(base(kind))
+    got = run(model)
+    reference = Oracle(model, base(kind))
+    for row, weights in enumerate(model.sapt.attention):
+        expected = run(reference.merged(weights))[row]
+        torch.testing.assert_close(got[row], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_checkpoint_of_the_base_before_it_was_quantised(tmp_path):
+    model = patched(tiny("llama", **WIDE))
+    model.sapt.save_pretrained(tmp_path)
+    loaded = sapt_fast.load_pretrained(base("packed"), tmp_path)
+    assert torch.equal(run(loaded), run(patched(base("packed"))))
+
+
+@pytest.mark.parametrize("kind", KINDS_AND_PACKED)
+def test_sapt_saves_copies_merges_and_leaves_quantised_layers(kind, tmp_path):
+    plain = base(kind)
+    before = run(plain)
+    layers = {path: type(layer) for path, layer in plain.named_modules()}
+    model = patched(plain)
+    expected = run(model)
+    assert not torch.allclose(expected, before)
+    assert torch.equal(run(copy.deepcopy(model)), expected)
+    model.sapt.save_pretrained(tmp_path)
+    assert torch.equal(run(sapt_fast.load_pretrained(base(kind), tmp_path)), expected)
+    with pytest.raises(ValueError, match="another base model"):
+        sapt_fast.load_pretrained(tiny("llama", **WIDE), tmp_path)
+    with pytest.raises(ValueError, match="another base model"):
+        sapt_fast.load_pretrained(KINDS_AND_PACKED[kind](tiny("llama", 1, **WIDE)), tmp_path)
     with pytest.raises(ValueError, match="quantised"):
-        quantised.sapt.merge(torch.ones(3))
+        model.sapt.merge(torch.ones(3))
+    assert torch.equal(run(model), expected)
+    sapt_fast.unpatch(model)
+    assert {path: type(layer) for path, layer in model.named_modules()} == layers
+    assert torch.equal(run(model), before)
 
 
-def test_sapt_reports_layers_that_it_skips():
-    model = bitsandbytes(tiny("llama"), 8)
-    with pytest.raises(ValueError, match="Linear8bitLt is not a plain linear layer"):
-        sapt_fast.patch(model, settings())
+@pytest.mark.parametrize("kind", ["torchao", "packed"])
+def test_dtype_of_a_pool_over_quantised_layers(kind):
+    for changed, dtype in [({}, torch.bfloat16), ({"autocast_adapter_dtype": True}, torch.float32)]:
+        model = patched(base(kind, torch.bfloat16), **changed)
+        assert {p.dtype for p in model.sapt.trainable_parameters()} == {dtype}
+        assert run(model).dtype == torch.bfloat16
+
+
+def test_a_layer_over_a_packed_weight_is_pickled():
+    model = patched(packed(tiny("llama")))
+    layer = model.get_submodule(model.sapt.report.patched[0])
+    with model.sapt.fixed(torch.ones(3)):
+        expected = run(model)
+    again = pickle.loads(pickle.dumps(model))
+    assert type(again.get_submodule(model.sapt.report.patched[0])) is type(layer)
+    with again.sapt.fixed(torch.ones(3)):
+        assert torch.equal(run(again), expected)
+
+
+def test_integers_beside_a_floating_point_weight_are_no_quantisation():
+    class Counting(nn.Linear):
+        def __init__(self):
+            super().__init__(32, 32, bias=False)
+            self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    model = tiny("llama")
+    model.model.layers[0].self_attn.q_proj = Counting()
+    report = sapt_fast.patch(model, settings()).sapt.report
+    [(path, reason)] = report.skipped.items()
+    assert path.endswith("0.self_attn.q_proj")
+    assert "Counting is not a plain linear layer" in reason

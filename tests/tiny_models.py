@@ -159,6 +159,22 @@ def token_ids(batch: int = 3, length: int = 9, seed: int = 11) -> Tensor:
     return torch.randint(3, VOCABULARY, (batch, length), generator=generator)
 
 
+def decoder_inputs(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
+    """What an encoder-decoder model needs besides its input: the same ids for the decoder."""
+    return {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+
+
+@torch.no_grad()
+def run(model: PreTrainedModel, ids: Tensor, **inputs) -> Tensor:
+    """The model's logits for ids [B, T]."""
+    return model(input_ids=ids, **decoder_inputs(model, ids), **inputs).logits
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    """How far one is from the other, relative to the norm of what is expected."""
+    return ((got - expected).norm() / expected.norm().clamp(min=1e-6)).item()
+
+
 class Oracle:
     """One sample's mixture, merged by PEFT: what that sample alone must give.
 

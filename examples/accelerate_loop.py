@@ -114,9 +114,10 @@ def main(arguments: list[str] | None = None) -> None:
     accelerator.print(
         f"accuracy on {held_out} held-out rows: {torch.cat(right).float().mean():.4f}"
     )
-    accelerator.wait_for_everyone()
+    state = accelerator.get_state_dict(model)  # which all processes gather if it is sharded
     if accelerator.is_main_process:
-        accelerator.unwrap_model(model).save_pretrained(options.output)
+        accelerator.unwrap_model(model).save_pretrained(options.output, state_dict=state)
+    accelerator.wait_for_everyone()
     accelerator.print(f"adapters {', '.join(names)} written to {options.output}")
 
 

@@ -82,10 +82,11 @@ def _samples(model: Any, paths: list[str]) -> dict[str, dict[str, Any]]:
             weights[path] = layer.weight
     samples = {}
     for name, weight in weights.items():
-        flat = whole(weight).reshape(-1)
+        held = whole(weight)
+        flat = held.reshape(-1)
         index = [i * (flat.numel() - 1) // (_SAMPLES - 1) for i in range(_SAMPLES)]
         values = flat[torch.tensor(index, device=flat.device)].double().tolist()
-        samples[name] = {"shape": list(weight.shape), "values": values}
+        samples[name] = {"shape": list(held.shape), "values": values}
     return samples
 
 

@@ -96,7 +96,7 @@ def save_pretrained(
     handle = _patched(model)
     handle.routing.require_unmerged()
     _require_targets("targets", handle.targets, handle.tasks)
-    state = handle.router.state_dict()
+    state = handle.router.state_dict(keep_vars=True)  # whole() asks whose they are
     router = {n: whole(t) for n, t in state.items() if not n.startswith("keys.")}
     router["keys"] = handle.router.keys.rows()
     for name, target in handle.targets.items():

@@ -294,6 +294,7 @@ def compare(
     Runs that are finished are not run again, so methods and seeds can be added. On the generated
     tasks (--benchmark demo) settings start from the demo's.
     """
+    from sapt_fast.continual import processes
     from sapt_fast.continual.compare import compare as compare_runs
     from sapt_fast.continual.compare import settings_of_rows
     from sapt_fast.continual.comparison_report import comparison_table
@@ -332,8 +333,9 @@ def compare(
             orders=orders or None, seeds=numbers, alone=base.but(**shared) if fwt else None,
             tensorboard=tensorboard, progress=progress,
         )  # fmt: skip
-    _show(comparison_table(comparison))
-    typer.echo(f"written to {output}")
+    if processes.is_first():
+        _show(comparison_table(comparison))
+        typer.echo(f"written to {output}")
 
 
 @app.command(name="eval")

@@ -314,9 +314,9 @@ class SaptHandle(nn.Module):
         """A context in which the router can run although FSDP2 or ZeRO-3 shards parameters."""
         if torch.compiler.is_compiling() or not (dist.is_available() and dist.is_initialized()):
             return nullcontext()
-        require_reduced(self.router.keys.trainable)
-        modules = (self.router, self._model.get_input_embeddings())
-        return gathered(self._model, modules, keep=self.routing.is_running)
+        require_reduced(self.router.keys)
+        embedding = self._model.get_input_embeddings()
+        return gathered(self._model, self.router, embedding, keep=self.routing.is_running)
 
     def _pooled(
         self,

@@ -1,6 +1,6 @@
 """Parameters that others keep in pieces: FSDP2's DTensors and DeepSpeed ZeRO-3's partitions."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,38 +48,37 @@ def whole(parameter: Tensor) -> Tensor:
 
 
 @contextmanager
-def gathered(model: nn.Module, modules: Iterable[nn.Module], *, keep: bool) -> Iterator[None]:
-    """Lets a model's modules be used in one piece where their own forwards do not see to it.
+def gathered(
+    model: nn.Module, router: nn.Module, embedding: nn.Module, *, keep: bool
+) -> Iterator[None]:
+    """Lets a router and the embedding it reads be used where their own forwards are not called.
 
-    Every process has to enter it. Free where nothing is sharded.
+    Every process has to enter it. Free where nothing is sharded. ZeRO-3 gathers an embedding that
+    is called; that is left to it.
 
     Args:
-        modules: of the model.
+        model: holds both.
         keep: whether FSDP2's are left whole, for a forward that is running and shards them again.
 
     Raises:
-        RuntimeError: parameters that train are sharded just then: their gradients would be lost.
+        RuntimeError: parameters that FSDP2 shards just then train: their gradients would be lost.
     """
-    pieces = {
-        module: [p for p in module.parameters() if hasattr(p, "full_tensor") or _is_released(p)]
-        for module in modules
-    }
-    sharded = [p for found in pieces.values() for p in found]
-    if torch.is_grad_enabled() and any(p.requires_grad for p in sharded):
-        raise RuntimeError(
-            "the router's parameters are sharded, and a gradient must reach them: call this after "
-            "the model's forward and before the backward of the sum of the losses (FSDP2 keeps "
-            "the outermost module whole in between, unless it was given "
-            "reshard_after_forward=True; ZeRO-3 keeps what is smaller than "
-            "stage3_param_persistence_threshold)"
-        )
-    if any(map(is_partitioned, sharded)):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters(sharded):
+    if any(map(is_partitioned, router.parameters())):
+        with _copies_in_place(router):
             yield
         return
-    owners = dict.fromkeys(_owner(model, module) for module, found in pieces.items() if found)
+    owners: dict[Any, None] = {}
+    for module in (router, embedding):
+        sharded = [p for p in module.parameters() if hasattr(p, "full_tensor")]
+        if torch.is_grad_enabled() and any(p.requires_grad for p in sharded):
+            raise RuntimeError(
+                "the router's parameters are sharded, and a gradient must reach them: call this "
+                "after the model's forward and before the backward of the sum of the losses (FSDP2 "
+                "keeps the outermost module whole in between, unless it was given "
+                "reshard_after_forward=True)"
+            )
+        if sharded:
+            owners[_owner(model, module)] = None
     for owner in owners:
         owner.unshard()
     try:
@@ -90,17 +89,58 @@ def gathered(model: nn.Module, modules: Iterable[nn.Module], *, keep: bool) -> I
                 owner.reshard()
 
 
-def require_reduced(parameter: Tensor) -> None:
+def require_reduced(module: nn.Module) -> None:
     """Raises RuntimeError if a running DDP forward does not know a parameter that trains."""
     ddp = DistributedDataParallel._active_ddp_module
-    if ddp is None or not (parameter.requires_grad and torch.is_grad_enabled()):
+    if ddp is None or not torch.is_grad_enabled():
         return
-    if all(parameter is not known for known in ddp._module_parameters):
+    known = set(map(id, ddp._module_parameters))
+    if any(p.requires_grad and id(p) not in known for p in module.parameters()):
         raise RuntimeError(
             "DistributedDataParallel wrapped the model before the last add_task and would leave "
             "the new adapter's gradients as they are on each process: wrap the model again after "
             "add_task"
         )
+
+
+@contextmanager
+def _copies_in_place(module: nn.Module) -> Iterator[None]:
+    """Whole copies stand in for the parameters that ZeRO-3 manages; gradients pass through them."""
+    places = [
+        (part._parameters, name, parameter)
+        for part in module.modules()
+        # Asked for by name, ZeRO-3 would gather a parameter for the module that is running.
+        for name, parameter in part._parameters.items()
+        if parameter is not None
+    ]
+    import deepspeed
+
+    own = [parameter for *_, parameter in places]
+    with deepspeed.zero.GatheredParameters([p for p in own if _is_released(p)]):
+        copies = _Copies.apply(*own)
+    for (parameters, name, _), copy in zip(places, copies, strict=True):
+        parameters[name] = copy
+    try:
+        yield
+    finally:
+        for parameters, name, parameter in places:
+            parameters[name] = parameter
+
+
+class _Copies(torch.autograd.Function):
+    """Copies of ZeRO-3's parameters, which are whole again when their gradients arrive."""
+
+    @staticmethod
+    def forward(ctx: Any, *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.parameters = parameters
+        return tuple(parameter.clone() for parameter in parameters)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        released = [p for p in ctx.parameters if p.requires_grad and _is_released(p)]
+        if released:
+            released[0].all_gather(released)  # until the optimizer's step
+        return gradients
 
 
 def _is_released(parameter: Any) -> bool:

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import cpu_accelerate
 import pytest
 import torch
 import torch.distributed as dist
@@ -84,7 +85,8 @@ def adam(model):
 
 def keep(folder: Path, name: str, losses, model) -> None:
     """Stores what rank 0 came to."""
-    trained = {n: t for n, t in model.state_dict().items() if "sapt" in n or "lora" in n}
+    state = model.state_dict(keep_vars=True)
+    trained = {n: t for n, t in state.items() if "sapt" in n or "lora" in n}
     state = {n: whole(t).clone() for n, t in trained.items()}
     if rank() == 0:
         torch.save({"losses": losses, "state": state}, folder / f"{name}.pt")
@@ -259,23 +261,50 @@ def save(folder: Path, kind: str) -> None:
     model.sapt.export_adapter([0.25, 0.75], folder / "mixture")
 
 
-def run_trainer(folder: Path, kind: str, resume: bool = False) -> None:
-    """SaptTrainer on a third task; rows of each process such that a step has eight."""
+def run_trainer(folder: Path, kind: str, resume: bool = False, how: str = "ddp") -> None:
+    """SaptTrainer on a third task; rows of each process such that a step has eight.
+
+    how: where there are several, "ddp", or as accelerate does it on GPUs "fsdp", "zero2", "zero3".
+    """
     from continual.test_trainer import patched, replays, trainer_of
 
-    model = patched(kind, own_key_loss=0.3)
     options = {
         "per_device_train_batch_size": 4 // world(), "gradient_accumulation_steps": 2,
         "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "data_seed": 1,
     }  # fmt: skip
+    if how != "ddp":
+        _accelerate(how)
+        options |= {"use_cpu": False, "accelerator_config": {"use_configured_state": True}}
+    # The first of the three with one row for both processes, one of which has none to replay.
+    replay = replays(count=1)[:1] + replays(count=3)[1:]
     trainer = trainer_of(
-        model, kind, folder / "training", data=32, replay=replays(count=3), options=options
-    )
+        patched(kind, own_key_loss=0.3), kind, folder / "training", data=32, replay=replay,
+        options=options,
+    )  # fmt: skip
     trainer.train(str(folder / "training" / "checkpoint-2") if resume else None)
     trainer.save_model(str(folder / "saved"))
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    assert is_sharded(model) == (how in ("fsdp", "zero3"))
     logs = [log for log in trainer.state.log_history if "loss" in log]
     losses = [log[name] for log in logs for name in ("loss", "kl")]
     keep(folder, f"trainer-{world()}-{resume}", losses, model)
+
+
+def _accelerate(how: str) -> None:
+    """What `accelerate launch` sets with examples/configs, and the CPU in place of a GPU."""
+    stage = {"zero2": "2", "zero3": "3"}.get(how)
+    os.environ |= (
+        {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": stage}
+        if stage
+        else {
+            "ACCELERATE_USE_FSDP": "true",
+            "FSDP_VERSION": "2",
+            "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+            "FSDP_RESHARD_AFTER_FORWARD": "true",
+            "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+        }
+    )
+    cpu_accelerate.act_as_on_gpus()
 
 
 def run_continual(folder: Path, name: str, stop: int | None = None) -> None:
@@ -303,6 +332,32 @@ def run_continual(folder: Path, name: str, stop: int | None = None) -> None:
     keep(folder, f"{name}-weights", calls, model)
 
 
+def run_comparison(folder: Path, name: str) -> None:
+    """Two methods on two tasks, with FWT and TensorBoard's files."""
+    _comparison(folder / name, "sapt", "seqlora")
+
+
+def _comparison(folder: Path, *rows: str) -> None:
+    from tiny_tasks import make_model, make_settings, make_tasks
+
+    from sapt_fast.continual.compare import compare, settings_of_rows
+    from sapt_fast.continual.sources import Source
+    from sapt_fast.demo.tasks import CharTokenizer
+
+    class Tiny(Source):
+        def load_tasks(self):
+            return make_tasks(2, train=8, held_out=2)
+
+        def load_model(self):
+            return make_model("t5").double(), CharTokenizer()
+
+    base = make_settings(steps=2, save_steps=1, accumulation=1)
+    compare(
+        Tiny(model="demo", benchmark="demo"), settings_of_rows(base, rows, {}), folder,
+        alone=base, tensorboard=True, progress=False,
+    )  # fmt: skip
+
+
 def refuse_continual(folder: Path) -> None:
     """What several processes cannot do as one would."""
     from tiny_tasks import make_model, make_settings, make_tasks
@@ -318,4 +373,6 @@ def refuse_continual(folder: Path) -> None:
             run_continual(
                 make_model("t5"), CharTokenizer(), make_tasks(), folder, make_settings(**options)
             )
+    with pytest.raises(ValueError, match="strategy: 'ewc' adds to the loss"):
+        _comparison(folder, "sapt", "ewc")
     assert not list(folder.iterdir())

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from sapt_fast._files import is_folder_name
-from sapt_fast.continual.loop import ALONE_NAME, run_alone, run_continual
+from sapt_fast.continual import processes
+from sapt_fast.continual.loop import ALONE_NAME, check_processes, run_alone, run_continual
 from sapt_fast.continual.orders import resolve_order
 from sapt_fast.continual.settings import ContinualSettings, differences
 from sapt_fast.continual.sources import Source
@@ -95,7 +96,7 @@ def compare(
 
     Killed at any point and called again with the same arguments, it goes on: runs that are
     finished are read, one that is not is resumed. Methods, seeds, orders and FWT may be added
-    later.
+    later. Several processes (torchrun) share the work of each run, and the first one reports.
 
     Args:
         source: the model and the tasks; its `tasks` and `seed` are those of each run.
@@ -112,8 +113,8 @@ def compare(
     Raises:
         ImportError: `tensorboard` is not installed and asked for.
         ValueError: no rows, orders or seeds, one twice, a row named as no folder can be; or
-            `output_dir` holds a run of that name with other settings or on other data. Nothing
-            has run then.
+            `output_dir` holds a run of that name with other settings or on other data; or there
+            are several processes and a method that runs in one only. Nothing has run then.
         FileNotFoundError, ValueError: as `Source` and `run_continual`.
     """
     from sapt_fast.continual.comparison_report import write_comparison
@@ -133,10 +134,14 @@ def compare(
         for order in named for seed in seeds for row in rows
     ]  # fmt: skip
     singles = {} if alone is None else _singles(plan, alone, folder / ALONE_ROW)
-    _check_stored([*singles.values(), *plan])
+    runs = [*singles.values(), *plan]
+    processes.start(plan[0].settings.device)
+    for run in runs:
+        check_processes(run.settings)
+    _check_stored(runs)
     model = None
     cells: dict[tuple[str, str, int], Cell] = {}
-    bar = tqdm(plan, desc="comparison", unit="run", disable=not progress)
+    bar = tqdm(plan, desc="comparison", unit="run", disable=not (progress and processes.is_first()))
     for run in bar:
         bar.set_postfix_str(f"{run.row}, {run.order}, seed {run.seed}")
         board = folder / "tensorboard" / run.row / run.folder.name
@@ -144,16 +149,19 @@ def compare(
         if not run.done.is_file() or (singles and read_json(run.done)["alone"] is None):
             model = source.load_model() if model is None else model
             _run(model, run, _alone(model, singles[run.seed]) if singles else None)
-            shutil.rmtree(board, ignore_errors=True)  # of an earlier report
+            if processes.is_first():
+                shutil.rmtree(board, ignore_errors=True)  # of an earlier report
         cell = Cell(run.row, run.order, run.seed, run.folder, read_json(run.done))
         cells[run.row, run.order, run.seed] = cell
-        if tensorboard:
+        if tensorboard and processes.is_first():
             from sapt_fast.continual.tensorboard import write_scalars
 
             write_scalars(board, cell)
     ordered = [cells[row, order, seed] for row in rows for order in named for seed in seeds]
     comparison = Comparison(tuple(rows), tuple(ordered), folder)
-    write_comparison(comparison)
+    if processes.is_first():
+        write_comparison(comparison)
+    processes.wait()
     return comparison
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import set_seed
 
 from sapt_fast import __version__
@@ -175,10 +174,7 @@ class _Run:
         if getattr(tokenizer, "pad_token_id", None) is None:
             raise ValueError("tokenizer: has no pad token; set tokenizer.pad_token")
         _check_tasks(tasks)
-        device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device: got 'cuda', but torch sees no GPU; use 'cpu'")
-        self.device = processes.start(device)
+        self.device = processes.start(settings.device)
         if not processes.is_first():
             settings = replace(settings, progress=False)
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
@@ -191,7 +187,7 @@ class _Run:
                 f"strategy: {settings.strategy!r} generates text, which {type(model).__name__} "
                 "cannot"
             )
-        _check_processes(kind, settings)
+        check_processes(settings)
         self.strategy = kind(
             self.bench, kind.options_of(settings.strategy, settings.strategy_options)
         )
@@ -459,9 +455,9 @@ def _merged(tasks: Sequence[TaskData]) -> TaskData:
     return replace(tasks[-1], definition="", labels=None, **rows)
 
 
-def _check_processes(kind: type[Strategy], settings: ContinualSettings) -> None:
+def check_processes(settings: ContinualSettings) -> None:
     """Raises ValueError unless several processes come to what one comes to."""
-    count = processes.count()
+    count, kind = processes.count(), STRATEGIES[settings.strategy]
     if settings.batch_size % count:
         raise ValueError(
             f"batch_size: got {settings.batch_size}, expected a multiple of {count}, the number of "

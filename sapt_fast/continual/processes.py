@@ -18,15 +18,21 @@ __all__ = ["count", "first_goes_first", "gathered", "is_first", "share", "start"
 _Item = TypeVar("_Item")
 
 
-def start(device: str) -> torch.device:
+def start(device: str | None) -> torch.device:
     """Joins the other processes, if there are any.
 
     Args:
-        device: "cpu" or "cuda".
+        device: "cpu", "cuda", or None for a GPU where there is one.
 
     Returns:
         This process's device.
+
+    Raises:
+        ValueError: there is no GPU.
     """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: got 'cuda', but torch sees no GPU; use 'cpu'")
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return torch.device(device)
     from accelerate import PartialState

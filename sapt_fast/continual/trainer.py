@@ -222,13 +222,13 @@ class SaptTrainer(Seq2SeqTrainer):
         for entry, stream in zip(self.replay, self._streams, strict=True):
             rows = stream.batch(number // world, min(size, len(entry.inputs)))
             mine = rows[own::world]
-            if not mine:
-                continue
+            share = len(mine) * world / len(rows)  # the mean over the processes is that of the rows
+            # Of a sharded model all processes gather the router: one without rows joins in.
+            mine = mine or rows[:1]
             ids, mask = pad_rows([entry.inputs[row] for row in mine], self._pad_token_id())
             ids, mask = ids.to(self.args.device), mask.to(self.args.device)
             kl = self.sapt.reflection_loss(ids, entry.target, mask)
-            # The mean over the processes is the mean over the rows.
-            total = total + kl * (len(mine) * world / len(rows))
+            total = total + kl * share
         return total
 
     def _next_micro_batch(self) -> int:
@@ -282,7 +282,8 @@ class SaptTrainer(Seq2SeqTrainer):
             )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        tensors = _sapt_tensors(state_dict or self.model.state_dict())
+        held = state_dict or self.model.state_dict(keep_vars=is_sharded(self.model))
+        tensors = _sapt_tensors(held)
         tensors = {name: whole(tensor).contiguous() for name, tensor in tensors.items()}
         if not self.args.should_save:
             return
@@ -323,7 +324,10 @@ class SaptTrainer(Seq2SeqTrainer):
             )
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+        if self.is_deepspeed_enabled:  # which keeps checkpoints of its own
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
 
 @contextmanager

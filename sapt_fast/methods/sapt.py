@@ -21,6 +21,7 @@ from sapt_fast.ops.router import (
     route_scores,
 )
 from sapt_fast.pool import RowStack
+from sapt_fast.sharding import is_partitioned
 
 
 def _count(value: Any) -> bool:
@@ -350,9 +351,12 @@ class SaptRouter(nn.Module):
 
 
 def _only_looks_up(embedding: nn.Embedding) -> bool:
-    """Whether its output is its table's rows: FSDP2's subclass adds nothing but sharding."""
+    """Whether its output is its table's rows, which are there without a call (not with ZeRO-3).
+
+    FSDP2's subclass adds nothing but sharding.
+    """
     own = [kind for kind in type(embedding).__mro__ if "forward" in vars(kind)]
-    return own[0] is nn.Embedding
+    return own[0] is nn.Embedding and not any(map(is_partitioned, embedding.parameters()))
 
 
 def _require(holds: bool, name: str, got: object, expected: str) -> None:

@@ -115,6 +115,34 @@ def test_trainer(kind, processes, tmp_path):
     close(found[1], torch.load(tmp_path / "2" / "trainer-1-True.pt"))
 
 
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        ("llama", "fsdp"),
+        *((kind, how) for kind in ("t5", "llama") for how in ("zero2", "zero3")),
+    ],
+)
+def test_trainer_that_shards(kind, how, processes, tmp_path):
+    """As one process: losses, reflection, weights, the saved files; resumed as well."""
+    if how != "fsdp":
+        pytest.importorskip("deepspeed")
+    found = {}
+    for world in (1, 2):
+        folder = tmp_path / str(world)
+        folder.mkdir()
+        options = {"how": how} if world > 1 else {}
+        processes.run("run_trainer", world, folder, timeout=240, kind=kind, **options)
+        found[world] = torch.load(folder / f"trainer-{world}-False.pt")
+    close(found[1], found[2])
+    for path in Path("task2", "adapter_model.safetensors"), Path("router.safetensors"):
+        one, two = (load_file(tmp_path / world / "saved" / path) for world in "12")
+        for name, tensor in one.items():
+            torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+    resumed = {"kind": kind, "how": how, "resume": True}
+    processes.run("run_trainer", 2, tmp_path / "2", timeout=240, **resumed)
+    close(found[1], torch.load(tmp_path / "2" / "trainer-2-True.pt"))
+
+
 def close(one: dict, other: dict) -> None:
     """`same`, for float32."""
     torch.testing.assert_close(
@@ -141,6 +169,27 @@ def test_continual_run(processes, tmp_path):
             torch.testing.assert_close(found["state"][path], value, rtol=1e-6, atol=1e-9)
         files = {p.relative_to(tmp_path / name) for p in (tmp_path / name).rglob("*")}
         assert files == {p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*")}
+
+
+def test_comparison(processes, tmp_path):
+    """Two processes come to the scores and weights of one and write the same files."""
+    written = []
+    for world in (1, 2):
+        processes.run("run_comparison", world, tmp_path, timeout=240, name=str(world))
+        folder = tmp_path / str(world)
+        report = json.loads((folder / "compare.json").read_text())
+        cells = {cell["row"]: (cell["scores"], cell["alone"]) for cell in report["cells"]}
+        files = {p.relative_to(folder) for p in folder.rglob("*") if "tfevents" not in p.name}
+        written.append((cells, files))
+        assert len(list(folder.glob("tensorboard/*/*/*tfevents*"))) == 2
+    assert written[0][0].keys() == {"sapt", "seqlora"}
+    assert written[0] == written[1]
+    paths = [path for path in written[0][1] if path.suffix == ".safetensors"]
+    assert len(paths) > 8
+    for path in paths:
+        one, two = (load_file(tmp_path / name / path) for name in "12")
+        for name, tensor in one.items():
+            torch.testing.assert_close(two[name], tensor, rtol=1e-6, atol=1e-9, msg=name)
 
 
 def test_continual_runs_that_need_one_process(processes, tmp_path):

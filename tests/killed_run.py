@@ -1,8 +1,9 @@
 """Kills continual runs in their second task, at several places, and resumes them.
 
 Run by tests in a process of its own: killed_run.py FOLDER RUN,... PLACE..., where a run is a kind
-of model and a strategy ("t5-sapt"). Every run is a forked child, the kills are SIGKILL. What the
-runs came to lies in <folder>/<run>/<place>, next to weights.safetensors.
+of model and a strategy ("t5-sapt"), with "-generated" if it generates pseudo-samples. Every run is
+a forked child, the kills are SIGKILL. What the runs came to lies in <folder>/<run>/<place>, next to
+weights.safetensors.
 """
 
 import json
@@ -12,10 +13,13 @@ import sys
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors.torch import save_file
 from tiny_tasks import make_model, make_settings, make_tasks, with_pseudo_samples
 
 from sapt_fast.continual.loop import run_continual
+from sapt_fast.continual.pseudo_samples import _Generator
+from sapt_fast.continual.settings import GeneratorSettings
 from sapt_fast.continual.trainer import SaptTrainer
 from sapt_fast.demo.tasks import CharTokenizer
 from sapt_fast.handle import SaptHandle
@@ -26,13 +30,21 @@ PLACES = {
     "checkpoint": (SaptTrainer, "_save_optimizer_and_scheduler", 2, False),
     "trained": (SaptHandle, "save_pretrained", 1, False),
     "saved": (SaptHandle, "save_pretrained", 1, True),
+    "generator": (transformers.Trainer, "training_step", 13, False),
+    "sample": (_Generator, "_draw", 2, False),
 }
+GENERATOR = GeneratorSettings(
+    steps=40, batch_size=4, learning_rate=1e-2, lora_dropout=0.1, top_k=2, repetition_penalty=1.0,
+    max_length=24, share=0.5,
+)  # fmt: skip
 
 
 def run(name, folder):
-    kind, strategy = name.split("-")
+    kind, strategy, *generated = name.split("-")
     model, tasks, options = make_model(kind, dropout=0.1), make_tasks(), {}
-    if strategy in ("generative_replay", "lfpt5"):
+    if generated:
+        tasks, options = tasks[:2], {"replay": "generated", "generator": GENERATOR}
+    elif strategy in ("generative_replay", "lfpt5"):
         tasks = with_pseudo_samples(folder.parent / "pseudo", tasks)
         options = {"replay": str(folder.parent / "pseudo"), "metric": "exact_match"}
     run_continual(

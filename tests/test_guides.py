@@ -65,7 +65,8 @@ def test_every_option_that_the_pages_give_to_a_command_exists():
     for page in sorted(DOCS.rglob("*.md")):
         text = page.read_text().replace("\\\n", " ")
         for name, rest in re.findall(r"^sapt-fast (\w+)(.*)$", text, re.MULTILINE):
-            known = {option for p in commands[name].params for option in [*p.opts, "--help"]}
+            options = [[*p.opts, *p.secondary_opts] for p in commands[name].params]
+            known = {"--help", *(option for names in options for option in names)}
             given = set(re.findall(r" (--[a-z0-9-]+)", rest.partition("#")[0]))
             assert given <= known, f"{page.name}: sapt-fast {name} has no {sorted(given - known)}"
 

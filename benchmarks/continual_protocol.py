@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import measure
 
 from sapt_fast.continual.compare import Comparison, compare
 from sapt_fast.continual.comparison_report import summary
@@ -97,6 +101,27 @@ def report(
         }
         for row, settings in rows.items()
     }
+
+
+def record(
+    only: str, given: Sequence[str] | None, comparison: Comparison, out: Path, **found: Any
+) -> Path:
+    """Saves what was found with the command and the machine, and says where it lies.
+
+    Args:
+        only: name of the experiment.
+        given: the script's arguments; None for those of the command line.
+        found: JSON-ready.
+    """
+    result = {
+        "only": only,
+        "command": shlex.join(["python", *(sys.argv if given is None else given)]),
+        "environment": measure.environment("cpu"),
+        **found,
+    }
+    path = measure.save(result, out)
+    print(f"{comparison.folder / 'compare.md'}\n{path}")
+    return path
 
 
 def _differences(settings: ContinualSettings, base: ContinualSettings) -> dict[str, Any]:

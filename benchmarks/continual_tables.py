@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -104,13 +104,12 @@ def tuning_table(rows: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def task_table(result: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """Score of each task after the last one, the mean over runs, and learned alone."""
+def task_table(result: Mapping[str, Any]) -> list[str]:
+    """Score of each task after the last one, the mean over runs."""
     tasks = result["orders"][0].split(",")
     lines = ["| | " + " | ".join(tasks) + " |", "|---" * (len(tasks) + 1) + "|"]
-    for name in names:
-        cells = result["rows"][name]["cells"]
-        last = [dict(zip(cell["tasks"], cell["scores"][-1], strict=True)) for cell in cells]
+    for name, row in result["rows"].items():
+        last = [dict(zip(c["tasks"], c["scores"][-1], strict=True)) for c in row["cells"]]
         scores = (fmean(scores[task] for scores in last) for task in tasks)
         lines.append(f"| {name} | " + " | ".join(f"{score:.0f}" for score in scores) + " |")
     return lines
@@ -126,7 +125,7 @@ def block(result: Mapping[str, Any]) -> str:
         *main_table(result["rows"]),
     ]
     if "ablations" in result:
-        lines += ["", *targets(result), "", *task_table(result, list(result["rows"]))]
+        lines += ["", *targets(result), "", *task_table(result)]
         lines += ["", *ablation_table(result)]
     return "\n".join([*lines, "", *tuning_table(result["rows"])]) + "\n"
 
@@ -154,7 +153,7 @@ def draw(result: Mapping[str, Any]) -> Path:
         curves = [
             [fmean(scores[: index + 1]) for index, scores in enumerate(cell["scores"])]
             for cell in row["cells"]
-            if cell["scores"][0][0] is not None and cell["strategy"] != "joint"
+            if cell["strategy"] != "joint"  # which has no first tasks
         ]
         if not curves:
             continue

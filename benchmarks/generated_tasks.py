@@ -12,14 +12,12 @@ folder under --work: a script that was killed goes on.
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import measure
-from continual_protocol import report, tune
+from continual_protocol import record, report, tune
 
 from sapt_fast.continual.compare import compare
 from sapt_fast.continual.pseudo_samples import make_pseudo_samples
@@ -90,17 +88,15 @@ def main(given: Sequence[str] | None = None) -> Path:
         seeds=[int(seed) for seed in options.seeds.split(",")],
         alone=rows.get("seqlora"),
     )  # fmt: skip
-    result = {
-        "only": "generated-tasks",
-        "command": shlex.join(["python", *(sys.argv if given is None else given)]),
-        "environment": measure.environment("cpu"),
-        "orders": orders,
-        "generator": asdict(generator),
-        "rows": report(comparison, rows, base, tuning),
-    }
-    path = measure.save(result, options.out)
-    print(f"{comparison.folder / 'compare.md'}\n{path}")
-    return path
+    return record(
+        "generated-tasks",
+        given,
+        comparison,
+        options.out,
+        orders=orders,
+        generator=asdict(generator),
+        rows=report(comparison, rows, base, tuning),
+    )
 
 
 if __name__ == "__main__":

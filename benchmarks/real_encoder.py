@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,7 +23,7 @@ from typing import Any
 import measure
 import torch
 import torch.nn.functional as F
-from continual_protocol import report, tune
+from continual_protocol import record, report, tune
 from torch import Tensor
 
 from sapt_fast import SaptConfig, unpatch
@@ -194,10 +192,7 @@ def main(given: Sequence[str] | None = None) -> Path:
         # Learned alone at the rate that suits one adapter for one task.
         alone=rows.get("epi"),
     )  # fmt: skip
-    result = {
-        "only": "real-encoder",
-        "command": shlex.join(["python", *(sys.argv if given is None else given)]),
-        "environment": measure.environment("cpu"),
+    found: dict[str, Any] = {
         "source": {
             **asdict(source),
             "model": PACKAGE if options.model is None else Path(options.model).name,
@@ -213,15 +208,13 @@ def main(given: Sequence[str] | None = None) -> Path:
         cells = compare(
             source, {**origins, **changed}, folder, orders=orders[: options.ablation_orders]
         )
-        result["ablations"] = report(cells, {**origins, **changed}, BASE)
-        result["other_weights"] = [
+        found["ablations"] = report(cells, {**origins, **changed}, BASE)
+        found["other_weights"] = [
             {"order": cell.order, "seed": cell.seed, **other_weights(source, rows["sapt"], cell)}
             for cell in (cells.of("sapt") if "sapt" in rows else [])
         ]
         write_comparison(comparison)  # the ablations' lay over it
-    path = measure.save(result, options.out)
-    print(f"{comparison.folder / 'compare.md'}\n{path}")
-    return path
+    return record("real-encoder", given, comparison, options.out, **found)
 
 
 if __name__ == "__main__":

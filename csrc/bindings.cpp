@@ -140,6 +140,8 @@ void own_lora(int dtype, int lora_dtype, Address y, Address x, const std::vector
         require(ranks[k] == 0 || (a[k] && b[k]), "a, b: null address");
         adapters.push_back({at(a[k]), at(b[k]), ranks[k], scales[k]});
     }
+    // Rows that share one read of their adapter, where enough blocks remain for the threads.
+    const std::int64_t most = rows >= threads * kOwnRows ? kOwnRows : kOwnRows / 4;
     std::vector<OwnRows> blocks;
     std::int64_t work = 0;
     for (std::int64_t row = 0; row < rows; ++row) {
@@ -148,7 +150,7 @@ void own_lora(int dtype, int lora_dtype, Address y, Address x, const std::vector
         if (adapter < 0) continue;
         work += ranks[adapter] * (inputs + outputs);
         const bool extends = !blocks.empty() && blocks.back().adapter == adapter &&
-                             blocks.back().count < kOwnRows &&
+                             blocks.back().count < most &&
                              blocks.back().first + blocks.back().count == row;
         if (extends) {
             ++blocks.back().count;

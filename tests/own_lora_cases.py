@@ -22,6 +22,20 @@ def make(shape, ranks, dtype=torch.float32, lora_dtype=None, outputs=7):
     return draw(*shape[:-1], outputs, of=dtype), draw(*shape, of=dtype), adapters
 
 
+def make_base(x, outputs=7, transposed=False):
+    """(weight [O, I], bias [O]) of x's dtype."""
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(outputs, x.shape[-1], generator=generator, dtype=torch.float64)
+    weight = weight.t().contiguous().t() if transposed else weight
+    bias = torch.randn(outputs, generator=generator, dtype=torch.float64)
+    return weight.to(x.dtype), bias.to(x.dtype)
+
+
+def expected_whole(x, weight, bias, adapters, owner):
+    y = x.double() @ weight.double().t()
+    return expected(y if bias is None else y + bias.double(), x, adapters, owner)
+
+
 def expected(y, x, adapters, owner):
     y = y.double().clone()
     for row, k in enumerate(owner):

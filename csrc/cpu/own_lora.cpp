@@ -16,24 +16,36 @@ inline vec_t<acc_t<T>> column_of(const L* b, int64_t rank, int64_t start, int64_
     return column;
 }
 
+// y [ROWS, kLanes] += h [ROWS, rank] . columns [rank]
+template <int ROWS, class T>
+inline __attribute__((always_inline)) void add_tile(T* y, int64_t y_stride, const acc_t<T>* h,
+                                                    const vec_t<acc_t<T>>* columns, int64_t rank) {
+    vec_t<acc_t<T>> sum[ROWS] = {};
+    for (int64_t j = 0; j < rank; ++j) {
+        for (int r = 0; r < ROWS; ++r) sum[r] += broadcast(h[r * rank + j]) * columns[j];
+    }
+    for (int r = 0; r < ROWS; ++r) store(y + r * y_stride, load(y + r * y_stride) + sum[r]);
+}
+
 // y [rows, outputs] += h [rows, rank] . b [outputs, rank]^T
-template <int ROWS, class T, class L>
-void add_outputs(T* y, const acc_t<T>* h, const L* b, int64_t rank, int64_t outputs) {
+template <class T, class L>
+void add_outputs(T* y, const acc_t<T>* h, int64_t rows, const L* b, int64_t rank,
+                 int64_t outputs) {
     typedef acc_t<T> A;
     int64_t o = 0;
     for (; o + kLanes<T> <= outputs; o += kLanes<T>) {
-        vec_t<A> sum[ROWS] = {};
-        for (int64_t j = 0; j < rank; ++j) {
-            const vec_t<A> column = column_of<T>(b, rank, o, j);
-            for (int r = 0; r < ROWS; ++r) sum[r] += broadcast(h[r * rank + j]) * column;
+        vec_t<A> columns[kMostOwnRanks];
+        for (int64_t j = 0; j < rank; ++j) columns[j] = column_of<T>(b, rank, o, j);
+        int64_t r = 0;
+        for (; r + 4 <= rows; r += 4) {
+            add_tile<4>(y + r * outputs + o, outputs, h + r * rank, columns, rank);
         }
-        for (int r = 0; r < ROWS; ++r) {
-            T* to = y + r * outputs + o;
-            store(to, load(to) + sum[r]);
+        for (; r < rows; ++r) {
+            add_tile<1>(y + r * outputs + o, outputs, h + r * rank, columns, rank);
         }
     }
     for (; o < outputs; ++o) {
-        for (int r = 0; r < ROWS; ++r) {
+        for (int64_t r = 0; r < rows; ++r) {
             A sum = to_acc(y[r * outputs + o]);
             for (int64_t j = 0; j < rank; ++j) {
                 sum += h[r * rank + j] * static_cast<A>(to_acc(b[o * rank + j]));
@@ -53,18 +65,8 @@ void add_block(const OwnLora& args, const OwnRows& rows) {
     multiply_transposed(h, rank, x, rows.count, static_cast<const L*>(adapter.a), rank,
                         args.inputs);
     for (int64_t i = 0; i < rows.count * rank; ++i) h[i] *= static_cast<A>(adapter.scale);
-    T* y = static_cast<T*>(args.y) + rows.first * args.outputs;
-    const L* b = static_cast<const L*>(adapter.b);
-    switch (rows.count) {
-        case 4:
-            return add_outputs<4>(y, h, b, rank, args.outputs);
-        case 3:
-            return add_outputs<3>(y, h, b, rank, args.outputs);
-        case 2:
-            return add_outputs<2>(y, h, b, rank, args.outputs);
-        default:
-            return add_outputs<1>(y, h, b, rank, args.outputs);
-    }
+    add_outputs(static_cast<T*>(args.y) + rows.first * args.outputs, h, rows.count,
+                static_cast<const L*>(adapter.b), rank, args.outputs);
 }
 
 template <class T, class L>

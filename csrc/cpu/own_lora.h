@@ -16,7 +16,7 @@ struct OwnAdapter {
     double scale;
 };
 
-// Consecutive rows of one adapter; at most four.
+// Consecutive rows of one adapter; at most kOwnRows.
 struct OwnRows {
     int64_t first;
     int64_t count;
@@ -36,7 +36,7 @@ struct OwnLora {
 };
 
 constexpr int64_t kMostOwnRanks = 256;  // their products are held on the stack
-constexpr int64_t kOwnRows = 4;
+constexpr int64_t kOwnRows = 16;
 
 struct OwnLoraKernels {
     // y += scale (x a^T) b^T, each block of rows with its adapter

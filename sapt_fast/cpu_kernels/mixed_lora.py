@@ -5,26 +5,22 @@ The contract of both functions is that of the reference in ``sapt_fast.ops.mixed
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sapt_fast import _C
 from sapt_fast.cpu_kernels.common import CODES
+from sapt_fast.cpu_kernels.gemm import is_few, linear, multiply_tn, two_products
 from sapt_fast.ops.projection import Projection
 
 _Table = tuple[Tensor, Tensor, Tensor]
 
-# Up to so many rows reading the weights bounds the time: one call does the whole layer ...
-_WHOLE_ROWS = {torch.float32: 8, torch.bfloat16: 1, torch.float16: 32, torch.float64: 8}
-# ... or, with more rows, all but the base product.
+# Up to so many rows reading the adapters bounds the time: one call does all but the base product,
+# or the whole layer where `gemm.is_few`.
 _DECODE_ROWS = {torch.float32: 64, torch.bfloat16: 32, torch.float16: 32, torch.float64: 64}
 # Up to so many trained ranks their gradient is one pass of our own; with more it is a GEMM.
 _FACTOR_RANKS = {torch.float32: 16, torch.bfloat16: 8, torch.float16: 16, torch.float64: 0}
-# Multiplications below which a direct call of oneDNN, dear at a new shape, gains too little.
-_ONEDNN_WORK = 1 << 26
 
 
 def mixed_lora_fwd(
@@ -42,9 +38,9 @@ def mixed_lora_fwd(
 
 def _forward(x: Tensor, mixture: Tensor, projection: Projection) -> tuple[Tensor, Tensor]:
     weight, bias, lora_a, lora_b, row_adapter, row_scale = projection
-    h = _multiply_nt(x, lora_a.to(x.dtype))
+    h = linear(x, lora_a.to(x.dtype))
     hw = _weighted(h, _table(mixture, row_adapter, row_scale))
-    return _two_products(x, _transposed(weight), bias, hw, lora_b.to(x.dtype)), h
+    return two_products(x, _transposed(weight), bias, hw, lora_b.to(x.dtype)), h
 
 
 def empty_h(x: Tensor, total_rank: int) -> Tensor:
@@ -75,7 +71,7 @@ def mixed_lora_bwd(
     for dy, projection, h, spans in zip(dys, projections, hs, train_rows, strict=True):
         weight, _, lora_a, lora_b, row_adapter, row_scale = projection
         dy = dy.contiguous()
-        g = _multiply_nt(dy, lora_b.to(x.dtype))
+        g = linear(dy, lora_b.to(x.dtype))
         if h is None:  # nothing but x wants a gradient
             h = g
         table = _table(mixture, row_adapter, row_scale)
@@ -83,7 +79,7 @@ def mixed_lora_bwd(
         if own is not None:
             d_mixture = own if d_mixture is None else d_mixture.add_(own)
         if needs_x and grad_through_frozen:
-            dx = _two_products(dy, weight, None, g, lora_a.to(x.dtype), dx)
+            dx = two_products(dy, weight, None, g, lora_a.to(x.dtype), dx)
         elif needs_x:
             dx = _through_trained(dy, weight, packed_g, lora_a, spans, dx)
         d_a = d_b = None
@@ -150,8 +146,8 @@ def _decode(x: Tensor, mixture: Tensor, projection: Projection) -> tuple[Tensor,
     lora_a, lora_b = lora_a.contiguous(), lora_b.contiguous()
     h = x.new_empty(rows, ranks)
     accumulate = False
-    if weight is not None and (rows > _WHOLE_ROWS[x.dtype] or not weight.is_contiguous()):
-        y = F.linear(x, weight, bias)
+    if weight is not None and not is_few(x, weight):
+        y = linear(x, weight, bias)
         weight, bias, accumulate = None, None, True
     else:
         y = x.new_empty(rows, outputs)
@@ -167,82 +163,17 @@ def _decode(x: Tensor, mixture: Tensor, projection: Projection) -> tuple[Tensor,
     return y, h
 
 
-def _find_onednn() -> Any:
-    if not torch.backends.mkldnn.is_available():
-        return None
-    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-
-
-# oneDNN's GEMM x . w^T; None in builds of torch without it.
-_ONEDNN = _find_onednn()
-
-
-def _uses_onednn(x: Tensor, columns: int) -> bool:
-    """Whether oneDNN is called directly for x [M, I] times [I, columns].
-
-    torch.mm gives float32 to a BLAS, which is slower here; the 16-bit types reach oneDNN by it.
-    """
-    return (
-        _ONEDNN is not None
-        and x.dtype == torch.float32
-        and x.numel() * columns >= _ONEDNN_WORK
-        and bool(torch.backends.mkldnn.enabled)
-    )
-
-
-def _multiply_nt(x: Tensor, rows: Tensor) -> Tensor:
-    """x [M, I] . rows [R, I]^T"""
-    if _uses_onednn(x, rows.shape[0]):
-        return _ONEDNN(x, rows, None, "none", [], "")
-    return torch.mm(x, rows.t())
-
-
 def _factor_grad(packed: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """packed [M, Rt]^T . x [M, I]"""
     ranks, columns = packed.shape[1], x.shape[1]
     if ranks > _FACTOR_RANKS[x.dtype]:
-        return _multiply_tn(packed, x).to(dtype)
+        return multiply_tn(packed, x).to(dtype)
     out = x.new_empty(ranks, columns, dtype=dtype)
     _C.factor_grad(
         CODES[x.dtype], CODES[dtype], out.data_ptr(), packed.data_ptr(), x.data_ptr(),
         x.shape[0], ranks, columns, torch.get_num_threads(),
     )  # fmt: skip
     return out
-
-
-def _multiply_tn(packed: Tensor, x: Tensor) -> Tensor:
-    """packed [M, R]^T . x [M, I]"""
-    if _uses_onednn(x, packed.shape[1]):
-        return _ONEDNN(packed.t(), x.t(), None, "none", [], "")
-    return torch.mm(packed.t().contiguous(), x)
-
-
-def _two_products(
-    x: Tensor,
-    matrix: Tensor | None,
-    bias: Tensor | None,
-    ranks: Tensor,
-    rows: Tensor,
-    onto: Tensor | None = None,
-) -> Tensor:
-    """x [M, I] . matrix [I, O] + bias + ranks [M, R] . rows [R, O], or the last alone.
-
-    Args:
-        onto: [M, O] to add to, in place.
-    """
-    # In place onto the large product: a product of its own would cost the page faults of a new
-    # [M, O] tensor, which on CPUs is more than reading y once more.
-    if matrix is None:
-        return torch.mm(ranks, rows) if onto is None else onto.addmm_(ranks, rows)
-    if onto is not None:
-        y = onto.addmm_(x, matrix)
-    elif _uses_onednn(x, matrix.shape[1]):
-        y = _ONEDNN(x, matrix.t(), bias, "none", [], "")
-    elif bias is None:
-        y = torch.mm(x, matrix)
-    else:
-        y = torch.addmm(bias, x, matrix)
-    return y.addmm_(ranks, rows)
 
 
 def _transposed(weight: Tensor | None) -> Tensor | None:
@@ -261,7 +192,7 @@ def _through_trained(
     spans = list(zip(train_rows[::2], train_rows[1::2], strict=True))
     parts = packed_g.split([stop - start for start, stop in spans], dim=1) if spans else (packed_g,)
     rows = [lora_a[start:stop].to(dy.dtype) for start, stop in spans] or [lora_a[:0].to(dy.dtype)]
-    dx = _two_products(dy, weight, None, parts[0], rows[0], onto)
+    dx = two_products(dy, weight, None, parts[0], rows[0], onto)
     for part, row in zip(parts[1:], rows[1:], strict=True):
         dx.addmm_(part, row)
     return dx

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sapt_fast import _C
 from sapt_fast.cpu_kernels.common import CODES
+from sapt_fast.cpu_kernels.gemm import linear
 from sapt_fast.ops import own_lora as reference
 
 if TYPE_CHECKING:
@@ -20,16 +21,21 @@ if TYPE_CHECKING:
 _FEW_ROWS = 32
 
 
-def own_lora_fwd(y: Tensor, x: Tensor, adapters: "Sequence[Adapter]", owner: Sequence[int]) -> None:
-    """Adds each sample's adapter of x [M, I] to y [M, O]."""
+def own_lora_fwd(
+    x: Tensor,
+    base: "tuple[Tensor, Tensor | None] | Tensor",
+    adapters: "Sequence[Adapter]",
+    owner: Sequence[int],
+) -> Tensor:
+    """The base output of x [M, I], [M, O], plus each sample's adapter."""
+    x = x.contiguous()
+    y = base if isinstance(base, Tensor) else linear(x, *base)
     rows = x.shape[0]
     ranks = [a.shape[0] for a, _, _ in adapters]
     lora_dtype = adapters[0].a.dtype if adapters else x.dtype
     widens = x.dtype == torch.float64 != lora_dtype
     if widens or rows > _FEW_ROWS * len(owner) or max(ranks, default=0) > _C.MOST_OWN_RANKS:
-        reference.own_lora_fwd(y, x, adapters, owner)
-        return
-    x = x.contiguous()
+        return reference.own_lora_fwd(x, y, adapters, owner)
     kept = [(a.contiguous(), b.contiguous()) for a, b, _ in adapters]
     _C.own_lora(
         CODES[x.dtype], CODES[lora_dtype], y.data_ptr(), x.data_ptr(),
@@ -37,3 +43,4 @@ def own_lora_fwd(y: Tensor, x: Tensor, adapters: "Sequence[Adapter]", owner: Seq
         ranks, [scaling for _, _, scaling in adapters], list(owner),
         rows, x.shape[1], y.shape[1], torch.get_num_threads(),
     )  # fmt: skip
+    return y

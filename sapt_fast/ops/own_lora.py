@@ -1,6 +1,6 @@
-"""One LoRA per sample, each another one, added to a layer's output: serving many adapters at once.
+"""One LoRA per sample, each another one: serving many adapters at once.
 
-    y[s] += scaling[k] (x[s] A_k^T) B_k^T,    k = owner[s]
+    y[s] = x[s] W^T + bias + scaling[k] (x[s] A_k^T) B_k^T,    k = owner[s]
 
 The adapters are read where they lie, in PEFT's layout, and only by the samples that own them: the
 arithmetic is that of one adapter for the batch, however many there are.
@@ -10,9 +10,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sapt_fast import dispatch
+
+# What an output starts from: the weight [O, I] and bias [O] of a linear layer, or its output.
+Base = tuple[Tensor, Tensor | None] | Tensor
 
 
 class Adapter(NamedTuple):
@@ -26,6 +30,53 @@ class Adapter(NamedTuple):
     a: Tensor
     b: Tensor
     scaling: float
+
+
+def own_lora(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    adapters: Sequence[Adapter],
+    owner: Sequence[int],
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """A linear layer in which each sample has its own adapter; not differentiable.
+
+    Args:
+        x: [B, ..., I]; float32, float16, bfloat16 or float64.
+        weight: [O, I] in x's dtype. bias: [O], likewise, or None.
+        adapters: of any ranks, all of one dtype.
+        owner: of each of the B samples the index of its adapter, -1 for none.
+        backend: as in `dispatch.resolve`.
+
+    Returns:
+        [B, ..., O] in x's dtype.
+
+    Raises:
+        ValueError, TypeError: a shape, index or dtype does not fit, or something wants a gradient.
+        dispatch.BackendError: the named backend cannot run here.
+
+    Example:
+        >>> import torch
+        >>> from sapt_fast.ops.own_lora import Adapter, own_lora
+        >>> adapters = [Adapter(torch.ones(2, 3), torch.ones(4, 2), 0.5)]
+        >>> own_lora(torch.ones(2, 3), torch.ones(4, 3), None, adapters, [0, -1])
+        tensor([[6., 6., 6., 6.],
+                [3., 3., 3., 3.]])
+    """
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected [O, {x.shape[-1]}]")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected [{weight.shape[0]}]")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {x.dtype} (that of x)")
+    outputs = weight.shape[0]
+    _check(x, outputs, adapters, owner, [weight] if bias is None else [weight, bias])
+    rows = x.reshape(-1, x.shape[-1])
+    y = _run(rows, (weight, bias), adapters, owner, backend)
+    return y.view(*x.shape[:-1], outputs)
 
 
 def add_own_lora_(
@@ -60,45 +111,67 @@ def add_own_lora_(
         tensor([[3., 3., 3., 3.],
                 [0., 0., 0., 0.]])
     """
-    _check(y, x, adapters, owner)
-    chosen = dispatch.resolve("own_lora", x.device, backend, x.dtype)
-    rows_y, rows_x = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
-    dispatch.kernels("own_lora", chosen).own_lora_fwd(rows_y, rows_x, adapters, owner)
-    return y
-
-
-def _check(y: Tensor, x: Tensor, adapters: Sequence[Adapter], owner: Sequence[int]) -> None:
-    if x.dim() < 2 or y.shape[:-1] != x.shape[:-1] or not y.is_contiguous():
+    if y.shape[:-1] != x.shape[:-1] or not y.is_contiguous():
         raise ValueError(
             f"y: got shape {tuple(y.shape)}, strides {y.stride()}, expected contiguous "
             f"{[*x.shape[:-1], 'O']}"
         )
     if y.dtype != x.dtype:
         raise TypeError(f"x: got dtype {x.dtype}, expected {y.dtype} (that of y)")
+    _check(x, y.shape[-1], adapters, owner, [y])
+    _run(x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]), adapters, owner, backend)
+    return y
+
+
+def _run(
+    x: Tensor, base: Base, adapters: Sequence[Adapter], owner: Sequence[int], backend: str | None
+) -> Tensor:
+    chosen = dispatch.resolve("own_lora", x.device, backend, x.dtype)
+    y: Tensor = dispatch.kernels("own_lora", chosen).own_lora_fwd(x, base, adapters, owner)
+    return y
+
+
+def _check(
+    x: Tensor,
+    outputs: int,
+    adapters: Sequence[Adapter],
+    owner: Sequence[int],
+    others: Sequence[Tensor],
+) -> None:
+    if x.dim() < 2:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, ..., I]")
     if len(owner) != x.shape[0]:
         raise ValueError(f"owner: got {len(owner)} samples, expected {x.shape[0]} (those of x)")
     if owner and not -1 <= min(owner) <= max(owner) < len(adapters):
         raise ValueError(f"owner: got {list(owner)}, expected -1 to {len(adapters) - 1}")
+    inputs = x.shape[-1]
+    for k, (a, b, _) in enumerate(adapters):
+        if a.dim() != 2 or a.shape[1] != inputs or b.shape != (outputs, a.shape[0]):
+            raise ValueError(
+                f"adapters[{k}]: got A {tuple(a.shape)} and B {tuple(b.shape)}, expected "
+                f"[r, {inputs}] and [{outputs}, r]"
+            )
     dtypes = {tensor.dtype for a, b, _ in adapters for tensor in (a, b)}
     if len(dtypes) > 1 or not dtypes <= {x.dtype, torch.float32}:
         raise TypeError(f"adapters: got {dtypes}, expected one of {x.dtype} or torch.float32")
-    for k, (a, b, _) in enumerate(adapters):
-        if a.shape[1:] != x.shape[-1:] or b.shape != (y.shape[-1], a.shape[0]):
-            raise ValueError(
-                f"adapters[{k}]: got A {tuple(a.shape)} and B {tuple(b.shape)}, expected "
-                f"[r, {x.shape[-1]}] and [{y.shape[-1]}, r]"
-            )
     if torch.is_grad_enabled():
-        tensors = [y, x, *(t for a, b, _ in adapters for t in (a, b))]
+        tensors = [x, *others, *(t for a, b, _ in adapters for t in (a, b))]
         if any(t.requires_grad for t in tensors):
-            raise ValueError("add_own_lora_: got tensors that require gradients; it has none")
+            raise ValueError("own_lora: got tensors that require gradients; it has none")
 
 
-def own_lora_fwd(y: Tensor, x: Tensor, adapters: Sequence[Adapter], owner: Sequence[int]) -> None:
-    """The specification: y [M, O] += each sample's adapter of x [M, I]; B divides M."""
+def own_lora_fwd(
+    x: Tensor, base: Base, adapters: Sequence[Adapter], owner: Sequence[int]
+) -> Tensor:
+    """The specification: the base output of x [M, I] plus each sample's adapter; B divides M.
+
+    Args:
+        base: an output [M, O] is added to in place.
+    """
+    y = base if isinstance(base, Tensor) else F.linear(x, *base)
     samples = len(owner)
     if not samples:
-        return
+        return y
     count = x.shape[0] // samples
     start = 0
     while start < samples:
@@ -116,3 +189,4 @@ def own_lora_fwd(y: Tensor, x: Tensor, adapters: Sequence[Adapter], owner: Seque
             else:
                 y[rows] += (h @ b.t() * scaling).to(y.dtype)
         start = stop
+    return y

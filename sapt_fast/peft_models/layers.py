@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from sapt_fast.layers import checked_mixture, is_torchao
 from sapt_fast.merging import Addend
 from sapt_fast.ops.mixed_lora import mix
-from sapt_fast.ops.own_lora import Adapter, add_own_lora_
+from sapt_fast.ops.own_lora import Adapter, add_own_lora_, own_lora
 from sapt_fast.ops.projection import PooledProjection, Projection
 from sapt_fast.ops.rank_table import cached_table, rank_table
 from sapt_fast.peft_models.arrow import arrow_of, arrow_weights
@@ -157,28 +157,37 @@ def _own(layer: Any, x: Tensor, names: Sequence[str]) -> Tensor | None:
         return None
     if torch.is_autocast_enabled("cpu") or layer.lora_variant or any(layer.lora_bias.values()):
         return None
-    lora_a, lora_b, scaling = layer.lora_A, layer.lora_B, layer.scaling
+    # nn.Module's own lookups would cost more than the adapters' arithmetic
+    linears_a, linears_b = layer.lora_A._modules, layer.lora_B._modules
+    scaling = layer.scaling
     index: dict[str, int] = {}
     adapters: list[Adapter] = []
+    dtypes = set()
     for name in dict.fromkeys(names):
-        if name not in lora_a:  # "__base__", or an adapter of other layers
+        linear_a = linears_a.get(name)
+        if linear_a is None:  # "__base__", or an adapter of other layers
             continue
-        linear_a, linear_b = lora_a[name], lora_b[name]
-        a, b = linear_a.weight, linear_b.weight
+        linear_b = linears_b[name]
         if type(linear_a) is not nn.Linear or type(linear_b) is not nn.Linear:
             return None
+        a, b = linear_a._parameters.get("weight"), linear_b._parameters.get("weight")
         if type(a) is not nn.Parameter or type(b) is not nn.Parameter or not a.is_cpu:
             return None
-        if a.dtype != b.dtype or a.dtype not in (x.dtype, torch.float32):
-            return None
-        if adapters and a.dtype != adapters[0].a.dtype:
-            return None
+        dtypes.add(a.dtype)
+        dtypes.add(b.dtype)
         index[name] = len(adapters)
         adapters.append(Adapter(a, b, float(scaling[name])))
-    y = layer.base_layer(x).contiguous()
+    if len(dtypes) > 1 or not dtypes <= {x.dtype, torch.float32}:
+        return None
+    owner = [index.get(name, -1) for name in names]
+    base = layer.base_layer
+    if _is_plain_base(base) and base.weight.dtype == x.dtype and base.weight.is_cpu:
+        weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
+        return own_lora(x, weight, base.bias, adapters, owner)
+    y = base(x).contiguous()
     if y.dtype != x.dtype:
         return None
-    return add_own_lora_(y, x, adapters, [index.get(name, -1) for name in names])
+    return add_own_lora_(y, x, adapters, owner)
 
 
 def mixed(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 _C = pytest.importorskip("sapt_fast._C", reason="built without native kernels")
+from sapt_fast.cpu_kernels import gemm  # noqa: E402
 from sapt_fast.cpu_kernels import mixed_lora as kernel  # noqa: E402
 from sapt_fast.ops.projection import Projection  # noqa: E402
 
@@ -174,7 +175,7 @@ def route(request, monkeypatch):
     """The three ways of the forward, whatever the number of rows."""
     decode, whole = {"gemms": (-1, -1), "accumulate": (999, -1), "whole": (999, 999)}[request.param]
     monkeypatch.setattr(kernel, "_DECODE_ROWS", dict.fromkeys(DTYPES, decode))
-    monkeypatch.setattr(kernel, "_WHOLE_ROWS", dict.fromkeys(DTYPES, whole))
+    monkeypatch.setattr(gemm, "_FEW_ROWS", dict.fromkeys(DTYPES, whole))
     return request.param
 
 
@@ -199,7 +200,7 @@ class TestEveryInstructionSetAndRoute:
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 9])
 def test_every_row_block_of_the_decode(rows, monkeypatch):
-    monkeypatch.setitem(kernel._WHOLE_ROWS, torch.float32, 99)
+    monkeypatch.setitem(gemm._FEW_ROWS, torch.float32, 99)
     check(make_case(1, rows, 40, 77, (3, 2)), [3, 5])
 
 
@@ -281,7 +282,7 @@ def test_factor_gradients_over_several_blocks(dtype, trained, threads):
 
 @pytest.mark.parametrize("weight", ["plain", "transposed", "none"])
 def test_sizes_that_use_onednn(weight, monkeypatch):
-    monkeypatch.setattr(kernel, "_ONEDNN_WORK", 1)
+    monkeypatch.setattr(gemm, "_ONEDNN_WORK", 1)
     case = make_case(2, 70, 48, 80, (4,) * 5)
     if weight == "transposed":
         case = case._replace(weight=case.weight.t().contiguous().t())

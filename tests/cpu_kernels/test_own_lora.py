@@ -2,10 +2,18 @@
 
 import pytest
 import torch
-from own_lora_cases import TOLERANCE, assert_right, expected, make
+from own_lora_cases import (
+    TOLERANCE,
+    assert_right,
+    expected,
+    expected_whole,
+    make,
+    make_base,
+)
 
 _C = pytest.importorskip("sapt_fast._C", reason="built without native kernels")
-from sapt_fast.ops.own_lora import add_own_lora_  # noqa: E402
+from sapt_fast.cpu_kernels import gemm  # noqa: E402
+from sapt_fast.ops.own_lora import add_own_lora_, own_lora  # noqa: E402
 
 # (shape of x, ranks, outputs, owner)
 CASES = [
@@ -29,6 +37,22 @@ def test_every_instruction_set(capability, dtype, lora_dtype, poisoned_memory):
         assert_right(add_own_lora_(y, x, adapters, owner, backend="cpu"), want, dtype)
 
 
+@pytest.mark.parametrize("product", ["ours", "oneDNN", "BLAS"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_with_the_base_product(dtype, product, poisoned_memory, monkeypatch):
+    few = dict.fromkeys(TOLERANCE, 99 if product == "ours" else 0)
+    monkeypatch.setattr(gemm, "_FEW_ROWS", few)
+    monkeypatch.setattr(gemm, "_ONEDNN_WORK", 1 if product == "oneDNN" else 1 << 60)
+    for shape, ranks, outputs, owner in CASES:
+        _, x, adapters = make(shape, ranks, dtype, None, outputs)
+        for transposed in (False, True):
+            weight, bias = make_base(x, outputs, transposed)
+            for given in (bias, None):
+                want = expected_whole(x, weight, given, adapters, owner)
+                got = own_lora(x, weight, given, adapters, owner, backend="cpu")
+                assert_right(got, want, dtype)
+
+
 def test_any_number_of_threads_gives_the_same(with_threads):
     def run():
         y, x, adapters = make((16, 1, 512), (8,) * 16, outputs=512)
@@ -36,6 +60,15 @@ def test_any_number_of_threads_gives_the_same(with_threads):
 
     results = [with_threads(count, run) for count in (1, 2, 3)]
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_blocks_of_rows_do_not_change_the_result(with_threads):
+    def run():
+        y, x, adapters = make((3, 27, 64), (8, 3), outputs=40)
+        return add_own_lora_(y, x, adapters, [1, 0, 1])
+
+    # 3 threads share one read of an adapter among 16 rows, 9 among 4
+    assert torch.equal(with_threads(3, run), with_threads(9, run))
 
 
 def test_layouts_of_x_and_of_the_adapters():

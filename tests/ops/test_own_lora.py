@@ -2,9 +2,16 @@
 
 import pytest
 import torch
-from own_lora_cases import TOLERANCE, assert_right, expected, make
+from own_lora_cases import (
+    TOLERANCE,
+    assert_right,
+    expected,
+    expected_whole,
+    make,
+    make_base,
+)
 
-from sapt_fast.ops.own_lora import Adapter, add_own_lora_
+from sapt_fast.ops.own_lora import Adapter, add_own_lora_, own_lora
 
 
 @pytest.mark.parametrize("lora_dtype", [None, torch.float32], ids=["same", "float32"])
@@ -16,6 +23,35 @@ def test_reference(dtype, lora_dtype):
     got = add_own_lora_(y, x, adapters, owner, backend="reference")
     assert got is y
     assert_right(got, want, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_reference_with_the_base_product(dtype):
+    _, x, adapters = make((4, 3, 5), (2, 3, 1), dtype)
+    weight, bias = make_base(x)
+    owner = [2, -1, 0, 0]
+    want = expected_whole(x, weight, bias, adapters, owner)
+    got = own_lora(x, weight, bias, adapters, owner, backend="reference")
+    assert got.shape == (4, 3, 7)
+    assert got.dtype == dtype
+    assert_right(got, want, dtype)
+
+
+def test_bad_base():
+    _, x, adapters = make((4, 3, 5), (2, 3))
+    weight, bias = make_base(x)
+    owner = [0, 1, 0, -1]
+    for error, match, given in [
+        (ValueError, r"weight: got shape \(5, 7\), expected \[O, 5\]", (x, weight.t(), bias)),
+        (ValueError, r"bias: got shape \(6,\), expected \[7\]", (x, weight, bias[:6])),
+        (TypeError, r"weight: got dtype", (x, weight.half(), bias)),
+        (TypeError, r"bias: got dtype", (x, weight, bias.half())),
+        (ValueError, r"adapters\[0\]: got A", (x, weight[:6], None)),
+        (ValueError, r"x: got shape \(5,\)", (x[0, 0], weight, bias)),
+        (ValueError, "require gradients", (x, weight.clone().requires_grad_(), bias)),
+    ]:
+        with pytest.raises(error, match=match):
+            own_lora(*given, adapters, owner)
 
 
 def test_bad_input_changes_nothing():
@@ -52,6 +88,7 @@ def test_bad_input_changes_nothing():
 def test_no_samples_and_no_adapters():
     y, x, adapters = make((0, 3, 5), (2,))
     assert add_own_lora_(y, x, adapters, []).shape == (0, 3, 7)
+    assert own_lora(x, *make_base(x), adapters, []).shape == (0, 3, 7)
     y, x, _ = make((2, 3, 5), ())
     before = y.clone()
     assert torch.equal(add_own_lora_(y, x, [], [-1, -1]), before)

@@ -1,0 +1,93 @@
+"""Products on the CPU, each by what is fastest for its size: a BLAS, oneDNN or one call of ours."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sapt_fast import _C
+from sapt_fast.cpu_kernels.common import CODES
+
+# Up to so many rows reading the weight bounds the time, and our kernels need no packing.
+_FEW_ROWS = {torch.float32: 8, torch.bfloat16: 1, torch.float16: 32, torch.float64: 8}
+# Multiplications below which a direct call of oneDNN, dear at a new shape, gains too little.
+_ONEDNN_WORK = 1 << 24
+
+
+def _find_onednn() -> Any:
+    if not torch.backends.mkldnn.is_available():
+        return None
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+# oneDNN's GEMM x . w^T; None in builds of torch without it.
+_ONEDNN = _find_onednn()
+
+
+def is_few(x: Tensor, weight: Tensor) -> bool:
+    """Whether our kernels multiply x [M, I] with the weight [O, I] faster than a library."""
+    return x.shape[0] <= _FEW_ROWS[x.dtype] and weight.is_contiguous()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [M, I] . weight [O, I]^T + bias [O], a new tensor; x is contiguous."""
+    if is_few(x, weight):
+        return _few_rows(x, weight, bias)
+    if _uses_onednn(x, weight.shape[0]):
+        return _ONEDNN(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def multiply_tn(packed: Tensor, x: Tensor) -> Tensor:
+    """packed [M, R]^T . x [M, I]"""
+    if _uses_onednn(x, packed.shape[1]):
+        return _ONEDNN(packed.t(), x.t(), None, "none", [], "")
+    return torch.mm(packed.t().contiguous(), x)
+
+
+def two_products(
+    x: Tensor,
+    matrix: Tensor | None,
+    bias: Tensor | None,
+    ranks: Tensor,
+    rows: Tensor,
+    onto: Tensor | None = None,
+) -> Tensor:
+    """x [M, I] . matrix [I, O] + bias + ranks [M, R] . rows [R, O], or the last alone.
+
+    Args:
+        onto: [M, O] to add to, in place.
+    """
+    # In place onto the large product: a product of its own would cost the page faults of a new
+    # [M, O] tensor, which on CPUs is more than reading y once more.
+    if matrix is None:
+        return torch.mm(ranks, rows) if onto is None else onto.addmm_(ranks, rows)
+    y = linear(x, matrix.t(), bias) if onto is None else onto.addmm_(x, matrix)
+    return y.addmm_(ranks, rows)
+
+
+def _uses_onednn(x: Tensor, columns: int) -> bool:
+    """Whether oneDNN is called directly for x [M, I] times [I, columns].
+
+    torch.mm gives float32 to a BLAS, which is slower here; the 16-bit types reach oneDNN by it.
+    """
+    return (
+        _ONEDNN is not None
+        and x.dtype == torch.float32
+        and x.numel() * columns >= _ONEDNN_WORK
+        and bool(torch.backends.mkldnn.enabled)
+    )
+
+
+def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    rows, inputs = x.shape
+    y = x.new_empty(rows, weight.shape[0])
+    if bias is not None:
+        bias = bias.contiguous()
+    _C.mixed_lora_decode(
+        CODES[x.dtype], CODES[x.dtype], y.data_ptr(), 0, x.data_ptr(),
+        weight.data_ptr(), 0 if bias is None else bias.data_ptr(), 0, 0, 0, 0, 0,
+        rows, inputs, weight.shape[0], 1, 1, 0, False, torch.get_num_threads(),
+    )  # fmt: skip
+    return y

@@ -53,7 +53,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     set_seed(options.seed)
-    accelerator = Accelerator()
     with options.data.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     labels = sorted({row["label"] for row in rows})
@@ -89,6 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
         for name, rate in zip(names, options.learning_rates, strict=True)
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    accelerator = Accelerator()  # not before the model is loaded: ZeRO-3 would load it in pieces
     model, optimizer, train, test = accelerator.prepare(model, optimizer, train, test)
 
     progress = tqdm(total=options.epochs * len(train), disable=not accelerator.is_main_process)

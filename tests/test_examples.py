@@ -121,6 +121,13 @@ LAUNCHERS = {
         "--fsdp_transformer_layer_cls_to_wrap", "BertLayer",
         "--mixed_precision", "no", "--num_processes", 2, "--main_process_port",
     ],
+    **{
+        stage: [
+            "accelerate.commands.launch", "--config_file", FOLDER / "configs" / f"{stage}.yaml",
+            "--mixed_precision", "no", "--num_processes", 2, "--main_process_port",
+        ]
+        for stage in ("zero2", "zero3")
+    },
     "torchrun": ["torch.distributed.run", "--nproc_per_node", 2, "--master_port"],
 }  # fmt: skip
 
@@ -131,9 +138,11 @@ def test_two_processes_train_what_one_does(launcher, run, tmp_path):
 
     There accelerate shards nothing by itself: cpu_accelerate.py has it take the CPU for a GPU.
     """
+    if launcher.startswith("zero"):
+        pytest.importorskip("deepspeed")
     common = ("--epochs", 3)
     run("accelerate_loop", "after", *common, "--batch-size", 32)
-    shards = launcher == "fsdp2"
+    shards = launcher in ("fsdp2", "zero2", "zero3")
     script = [Path(__file__).parent / "cpu_accelerate.py"] * shards + [
         FOLDER / "accelerate_loop.py"
     ]

@@ -238,12 +238,11 @@ def train(
     )
     if settings.strategy == "single":
         scores = runs.train_alone(source, settings, output, resume=resume)
-        for name, value in scores.items():
-            typer.echo(f"{name}: {value:.2f}")
+        _show(*(f"{name}: {value:.2f}" for name, value in scores.items()))
     else:
         results = runs.train(source, settings, output, resume=resume, alone=alone or fwt)
         _show(results_table(results.tasks, results.scores, results.alone, metrics=results.metrics))
-    typer.echo(f"written to {output}")
+    _show(f"written to {output}")
 
 
 @app.command()
@@ -294,7 +293,6 @@ def compare(
     Runs that are finished are not run again, so methods and seeds can be added. On the generated
     tasks (--benchmark demo) settings start from the demo's.
     """
-    from sapt_fast.continual import processes
     from sapt_fast.continual.compare import compare as compare_runs
     from sapt_fast.continual.compare import settings_of_rows
     from sapt_fast.continual.comparison_report import comparison_table
@@ -333,9 +331,7 @@ def compare(
             orders=orders or None, seeds=numbers, alone=base.but(**shared) if fwt else None,
             tensorboard=tensorboard, progress=progress,
         )  # fmt: skip
-    if processes.is_first():
-        _show(comparison_table(comparison))
-        typer.echo(f"written to {output}")
+    _show(comparison_table(comparison), f"written to {output}")
 
 
 @app.command(name="eval")
@@ -360,7 +356,7 @@ def evaluate(
         progress=progress,
     )
     _show(results_table(results.tasks, results.scores, results.alone, metrics=results.metrics))
-    typer.echo(f"largest deviation from results.json: {results.deviation(stored):.3g}")
+    _show(f"largest deviation from results.json: {results.deviation(stored):.3g}")
 
 
 @app.command()
@@ -373,9 +369,7 @@ def demo(
     from sapt_fast.demo.run import demo_tables, run_demo
 
     results = run_demo(output, seed=seed, progress=progress)
-    for table in demo_tables(results):
-        _show(table)
-    typer.echo(f"attention heat map: {output / 'sapt' / 'attention.png'}")
+    _show(*demo_tables(results), f"attention heat map: {output / 'sapt' / 'attention.png'}")
 
 
 bench_app = typer.Typer(invoke_without_command=True)
@@ -434,8 +428,7 @@ def tune(
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
     path, measurements = record_routes(grid, gpu, output)
-    _show(routes_table(measurements))
-    typer.echo(f"written to {path}")
+    _show(routes_table(measurements), f"written to {path}")
 
 
 @app.command()
@@ -443,8 +436,7 @@ def doctor() -> None:
     """Show what this machine has and which backend each op will use, and why."""
     from sapt_fast.doctor import backend_table, environment_table
 
-    _show(environment_table())
-    _show(backend_table())
+    _show(environment_table(), backend_table())
 
 
 def _is_from_file(context: typer.Context, name: str) -> bool:
@@ -452,10 +444,18 @@ def _is_from_file(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "DEFAULT_MAP"
 
 
-def _show(table: Any) -> None:
+def _show(*results: Any) -> None:
+    """Prints lines and tables; of several processes, the first one does."""
     from rich.console import Console
 
-    Console().print(table)
+    from sapt_fast.continual import processes
+
+    if processes.is_first():
+        for result in results:
+            if isinstance(result, str):
+                typer.echo(result)
+            else:
+                Console().print(result)
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """What the tests run in one process and in two, with the same rows in every step."""
 
+import json
 import os
 from pathlib import Path
 
@@ -356,6 +357,31 @@ def _comparison(folder: Path, *rows: str) -> None:
         Tiny(model="demo", benchmark="demo"), settings_of_rows(base, rows, {}), folder,
         alone=base, tensorboard=True, progress=False,
     )  # fmt: skip
+
+
+def run_commands(folder: Path) -> None:
+    """What this process prints of `train`, `eval` and `compare`."""
+    from typer.testing import CliRunner
+
+    from sapt_fast import cli
+
+    common = ("--model", "demo", "--benchmark", "demo", "--device", "cpu", "--no-progress")
+    short = (*common, "--max-train", "8", "--max-eval", "4")
+    steps = ("--steps", "1", "--max-target-length", "2")
+    train = ("train", *short, "--tasks", "last_first", *steps)
+    compare = ("compare", *short, "--order", "last_first", "--set", "steps=1", "--no-fwt")
+    commands = {
+        "single": (*train, "--strategy", "single", "--output", str(folder / "alone")),
+        "train": (*train, "--strategy", "seqlora", "--output", str(folder / "run")),
+        "eval": ("eval", str(folder / "run"), "--no-progress"),
+        "compare": (*compare, "--strategies", "seqlora", "--output", str(folder / "compare")),
+    }
+    printed = {}
+    for name, command in commands.items():
+        result = CliRunner().invoke(cli.app, list(command), catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        printed[name] = result.stdout
+    (folder / f"printed-{rank()}.json").write_text(json.dumps(printed))
 
 
 def refuse_continual(folder: Path) -> None:

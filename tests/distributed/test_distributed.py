@@ -194,3 +194,18 @@ def test_comparison(processes, tmp_path):
 
 def test_continual_runs_that_need_one_process(processes, tmp_path):
     processes.run("refuse_continual", 2, tmp_path)
+
+
+def test_commands_print_in_the_first_process_alone(processes, tmp_path):
+    processes.run("run_commands", 2, tmp_path, timeout=240)
+    first, second = (
+        json.loads((tmp_path / f"printed-{rank}.json").read_text()) for rank in range(2)
+    )
+    assert second == dict.fromkeys(first, "")
+    for command, text in (
+        ("single", "last_first: "),
+        ("train", "AP"),
+        ("eval", "largest deviation from results.json: 0"),
+        ("compare", "seqlora"),
+    ):
+        assert text in first[command]

@@ -1,4 +1,4 @@
-"""The bytes of `benchmarks/roofline.py` are those that the kernels move, tensor by tensor."""
+"""The bytes of `benchmarks/traffic` are those that the kernels move, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -15,8 +15,20 @@ import torch
 import triton
 import triton.language as tl
 from kernel_traffic import SCRATCH, Traffic, counted
-from roofline import Experts, Member, MixedLora, Pass, Prompts, Router, Search
 from torch import Tensor
+from traffic.keys import Search, nearest_key, topk_keys
+from traffic.mix_experts import Experts, experts_backward, experts_forward
+from traffic.mix_prompts import Prompts, prompts_backward, prompts_forward
+from traffic.mixed_lora import (
+    Member,
+    MixedLora,
+    base_linear,
+    mixed_lora_backward,
+    mixed_lora_forward,
+    padded,
+)
+from traffic.passes import Device, Pass, bound, total_bytes, total_flops, total_seconds
+from traffic.router import Router, head_forward, pool_backward, pool_forward
 
 from sapt_fast.ops.mix_experts import pair_groups
 from sapt_fast.ops.projection import Projection
@@ -79,8 +91,8 @@ def _check(
     expected_reads, expected_writes = _expected(passes, named)
     assert reads == dict(expected_reads)
     assert writes == dict(expected_writes)
-    for name, bound in rereads.items():
-        assert traffic.reads[name].total <= bound * traffic.reads[name].unique, name
+    for name, most in rereads.items():
+        assert traffic.reads[name].total <= most * traffic.reads[name].unique, name
     return traffic
 
 
@@ -146,7 +158,7 @@ def test_mixed_lora_forward(name, route):
         }
 
     # Tiles of 16 x 32: a row tile of x meets every tile of rank columns, and of columns of y.
-    widths = [roofline.padded(m.r) for m in c.members]
+    widths = [padded(m.r) for m in c.members]
     block = 16 if max(widths) <= 16 else 32
     meets = sum(_tiles(w, block) for w in widths)
     own = 1
@@ -160,7 +172,7 @@ def test_mixed_lora_forward(name, route):
         rereads[f"b{j}"] = tiles_m
         if route == "fused":
             rereads[f"weight{j}"] = tiles_m
-    _check(call, inputs, roofline.mixed_lora_forward(c, route), rereads)
+    _check(call, inputs, mixed_lora_forward(c, route), rereads)
 
 
 @pytest.mark.parametrize("through_frozen", [True, False], ids=["all", "trained"])
@@ -189,7 +201,7 @@ def test_mixed_lora_backward(name, route, through_frozen):
     # dy meets the tiles of rank columns, those of trained columns for dB, and those of dx.
     rereads: Bound = {"x": max(_tiles(m.window[1] - m.window[0], 16) for m in c.members)}
     for j, m in enumerate(c.members):
-        rank = roofline.padded(m.r)
+        rank = padded(m.r)
         block = 16 if rank <= 16 else 32
         meets, own = _tiles(rank, block) + _tiles(m.window[1] - m.window[0], 16), 2
         if route == "fused":
@@ -197,7 +209,7 @@ def test_mixed_lora_backward(name, route, through_frozen):
             rereads[f"weight{j}"] = _tiles(c.m, 16)
         rereads[f"dy{j}"] = meets / own
         rereads[f"h{j}"] = 1
-    _check(call, inputs, roofline.mixed_lora_backward(c, route, through_frozen), rereads)
+    _check(call, inputs, mixed_lora_backward(c, route, through_frozen), rereads)
 
 
 # --- router ------------------------------------------------------------------------------------
@@ -223,7 +235,7 @@ def test_pool_tokens(pooling, masked):
         )
 
     # The winners' ids are read once more, for a column each.
-    _check(forward, inputs, roofline.pool_forward(c, keep), {"table": taken.numel() / c.rows})
+    _check(forward, inputs, pool_forward(c, keep), {"table": taken.numel() / c.rows})
 
     dy, winner = torch.randn(b, d).half(), forward()["winner"]
     inputs = {"dy": dy, **({"winner": winner} if keep else {})}
@@ -233,7 +245,7 @@ def test_pool_tokens(pooling, masked):
     _check(
         lambda: {"d_table": pool_tokens_bwd(dy, ids, mask, winner, vocabulary, pooling)},
         inputs,
-        roofline.pool_backward(c, pooling, places),
+        pool_backward(c, pooling, places),
         # A sample's columns compare the winners of all samples; a token adds the row of its own.
         {"dy": b if keep else t},
     )
@@ -254,7 +266,7 @@ def test_pool_tokens_in_splits(monkeypatch):
             pooled, winner = pool_tokens_fwd(ids, table, None, pooling, keep)
             return {"pooled": pooled, "winner": winner}
 
-        passes = roofline.pool_forward(c, keep)
+        passes = pool_forward(c, keep)
         _check(forward, {"ids": ids, "table": table}, passes, {"table": 2 * 29 / c.rows})
 
 
@@ -276,7 +288,7 @@ def test_router_head(keys, top_k):
     once_per_sample = dict.fromkeys(("down", "up", "norm_weight", "norm_bias", "keys"), b)
     rereads = {"pooled": _tiles(hidden, 16), **once_per_sample}
     ranked = top_k is not None and top_k < keys
-    _check(forward, inputs, roofline.head_forward(c, ranked), rereads)
+    _check(forward, inputs, head_forward(c, ranked), rereads)
 
 
 # --- prompts, keys, experts --------------------------------------------------------------------
@@ -297,7 +309,7 @@ def test_mix_prompts(from_ids):
     _check(
         lambda: {"y": mix_prompts_fwd(prompts, mixture, source, ids)},
         inputs,
-        roofline.prompts_forward(c),
+        prompts_forward(c),
         {"prompts": b, name: b * t / rows if from_ids else 1},
     )
     dy = torch.randn(b, length + t, d).half()
@@ -310,7 +322,7 @@ def test_mix_prompts(from_ids):
             )
         ),
         {"dy": dy, "prompts": prompts, "mixture": mixture},
-        roofline.prompts_backward(c),
+        prompts_backward(c),
         # 4 prompts share a read of dy, in either pass; dy's samples each read the prompts.
         {"dy": _tiles(count, 4), "prompts": b * _tiles(count, 4) * 4 / count},
     )
@@ -326,7 +338,7 @@ def test_topk_keys(k, metric):
     _check(
         lambda: dict(zip(("scores", "index"), topk_keys_fwd(query, keys, k, metric), strict=True)),
         {"query": query, "keys": keys},
-        roofline.topk_keys(c),
+        topk_keys(c),
         {"keys": _tiles(m, 2) * _tiles(n, block) * block / n, "query": _tiles(n, block)},
     )
 
@@ -340,7 +352,7 @@ def test_nearest_key():
             zip(("distance", "index", "nearest"), nearest_key_fwd(query, keys, radius), strict=True)
         ),
         {"query": query, "keys": keys, "radius": radius},
-        roofline.nearest_key(Search(m, n, d, found=found)),
+        nearest_key(Search(m, n, d, found=found)),
         {"keys": _tiles(m, 2) * _tiles(n, 16) * 16 / n, "query": _tiles(n, 16)},
     )
 
@@ -357,14 +369,14 @@ def test_searches_in_splits(monkeypatch):
             zip(("distance", "index", "nearest"), nearest_key_fwd(query, keys, radius), strict=True)
         ),
         inputs,
-        roofline.nearest_key(Search(m, n, d, splits=3, found=found)),
+        nearest_key(Search(m, n, d, splits=3, found=found)),
         {},
     )
     c = Search(m, n, d, 3, kept=8, splits=3)
     _check(
         lambda: dict(zip(("scores", "index"), topk_keys_fwd(query, keys, 3, "dot"), strict=True)),
         {"query": query, "keys": keys},
-        roofline.topk_keys(c),
+        topk_keys(c),
         {},
     )
 
@@ -388,7 +400,7 @@ def test_mix_experts(crowded, monkeypatch):
     rereads: Bound = {"bank_a": per_pair, "bank_b": per_pair, "x": k}
     if crowded:
         rereads = {"bank_a": 2, "bank_b": 2, "x": k}
-    _check(forward, {"x": x, **inputs}, roofline.experts_forward(c, crowded), rereads)
+    _check(forward, {"x": x, **inputs}, experts_forward(c, crowded), rereads)
 
     h, groups = forward()["h"], pair_groups(index, n, True)
 
@@ -398,7 +410,7 @@ def test_mix_experts(crowded, monkeypatch):
         )
         return dict(zip(("dx", "d_weights", "d_a", "d_b"), grads, strict=True))
 
-    passes = roofline.experts_backward(c, crowded)
+    passes = experts_backward(c, crowded)
     _check(backward, {"x": x, "dy": dy, "h": h, **inputs}, passes, rereads | {"dy": k, "x": k})
 
 
@@ -435,7 +447,7 @@ def test_a_stored_product_of_every_adapter_is_seen():
         return mixed_lora_fwd(x, mixture, projections)
 
     call, inputs = _forward(c, forward)
-    passes = roofline.mixed_lora_forward(c, "fused")
+    passes = mixed_lora_forward(c, "fused")
     for extra in ([], [Pass("a launch that stores nothing", {}, {})]):
         with pytest.raises(AssertionError):
             _check(call, inputs, [*passes, *extra], {})
@@ -451,7 +463,7 @@ def test_a_shrink_for_each_projection_is_seen():
         return [mixed_lora_fwd(x, mixture, [p])[0] for p in projections]
 
     call, inputs = _forward(c, forward)
-    passes = roofline.mixed_lora_forward(c, "fused")
+    passes = mixed_lora_forward(c, "fused")
     again = {"mixture": c.mixture}
     for extra in ([], [Pass("a shrink without x", again, {})]):
         with pytest.raises(AssertionError):
@@ -464,7 +476,7 @@ def test_reading_more_often_than_the_tiles_explain_is_seen():
     c = MIXED["one, descriptors"]
     call, inputs = _forward(c, mixed_lora_fwd)
     with pytest.raises(AssertionError, match=r"^x"):
-        _check(call, inputs, roofline.mixed_lora_forward(c, "fused"), {"x": 1})
+        _check(call, inputs, mixed_lora_forward(c, "fused"), {"x": 1})
 
 
 def test_an_unread_byte_is_seen():
@@ -477,39 +489,37 @@ def test_an_unread_byte_is_seen():
             return {"pooled": pool_tokens_fwd(ids, table, None, "max")[0]}
 
         if fits:
-            _check(call, {"ids": ids, "table": table}, roofline.pool_forward(c), {})
+            _check(call, {"ids": ids, "table": table}, pool_forward(c), {})
         else:
             with pytest.raises(AssertionError, match="table"):
-                _check(call, {"ids": ids, "table": table}, roofline.pool_forward(c), {})
+                _check(call, {"ids": ids, "table": table}, pool_forward(c), {})
 
 
 # --- formulas and table ------------------------------------------------------------------------
 
 
 def test_time_is_the_longer_of_bytes_and_flops():
-    device = roofline.Device("toy", bandwidth=10.0, flops=100.0)
+    device = Device("toy", bandwidth=10.0, flops=100.0)
     copy = Pass("copy", {"x": 30}, {"y": 20}, flops=10)
     product = Pass("product", {"x": 10}, {"y": 10}, flops=1000)
     assert (copy.seconds(device), product.seconds(device)) == (5.0, 10.0)
-    assert roofline.total_seconds([copy, product], device) == 15.0
-    assert roofline.bound([copy, product], device) == "arithmetic"
-    assert roofline.bound([copy, copy, copy, product], device) == "memory"
+    assert total_seconds([copy, product], device) == 15.0
+    assert bound([copy, product], device) == "arithmetic"
+    assert bound([copy, copy, copy, product], device) == "memory"
 
 
 def test_the_formulas_give_the_known_sizes():
     """At d 4096, R 60: base product and rank products in FLOPs, and M R 4 bytes for h."""
     c = MixedLora(8192, 4096, 16, 15, (Member(4096, 60, (56, 60)),))
-    forward = roofline.mixed_lora_forward(c, "fused")
-    assert roofline.total_flops(roofline.base_linear(c)) == 2 * 8192 * 4096 * 4096
-    assert roofline.total_flops(forward) == 2 * 8192 * 4096 * (4096 + 60 + 60)
+    forward = mixed_lora_forward(c, "fused")
+    assert total_flops(base_linear(c)) == 2 * 8192 * 4096 * 4096
+    assert total_flops(forward) == 2 * 8192 * 4096 * (4096 + 60 + 60)
     assert forward[0].writes["h0"] == 8192 * 64 * 4
-    extra = roofline.total_bytes(roofline.mixed_lora_forward(c, "expand first"))
-    assert extra - roofline.total_bytes(forward) == 2 * 8192 * 4096 * 2
+    extra = total_bytes(mixed_lora_forward(c, "expand first"))
+    assert extra - total_bytes(forward) == 2 * 8192 * 4096 * 2
     for through, most in ((True, 1.0), (False, 0.999)):
-        exact = roofline.total_bytes(roofline.mixed_lora_backward(c, "fused"))
-        assert (
-            roofline.total_bytes(roofline.mixed_lora_backward(c, "fused", through)) <= most * exact
-        )
+        exact = total_bytes(mixed_lora_backward(c, "fused"))
+        assert total_bytes(mixed_lora_backward(c, "fused", through)) <= most * exact
 
 
 def test_the_table_prints_every_op():

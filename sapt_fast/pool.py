@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
-from sapt_fast.ops.mixed_lora import RankTable, mix, rank_table
+from sapt_fast.ops.mixed_lora import mix
 from sapt_fast.ops.projection import PooledProjection, Projection
+from sapt_fast.ops.rank_table import RankTable, rank_table
 from sapt_fast.sharding import is_partitioned, whole
 
 

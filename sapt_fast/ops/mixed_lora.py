@@ -8,13 +8,12 @@ rank. Everything the mixture adds lives in rank space, [M, R]: no adapter's outp
 and the gradient of the weights is `sum over rows and ranks of (dy B^T) * (x A^T)`.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from sapt_fast import dispatch
+from sapt_fast.ops._mixed_lora_ops import differentiable, kernel
 from sapt_fast.ops.projection import PooledProjection, Projection
 from sapt_fast.ops.rank_table import (
     RankTable,
@@ -24,7 +23,6 @@ from sapt_fast.ops.rank_table import (
     trained_rows,
 )
 
-_OP = "mixed_lora"
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -164,19 +162,10 @@ def mix(
     rows = x if x.dim() == 2 else x.flatten(0, -2)
     computed = [_in_dtype(given.projection, dtype, accumulate) for given in projections]
     if _eager_inference(x):
-        forward = _kernel("mixed_lora_fwd", backend, rows, rows.shape[0])
+        forward = kernel("mixed_lora_fwd", backend, rows, rows.shape[0])
         ys = [y for y, _ in forward(rows, mixture, computed)]
     else:
-        ys = _forward_op(
-            rows,
-            mixture,
-            *_flattened(computed),
-            [t for given in projections for t in given.train_a],
-            [t for given in projections for t in given.train_b],
-            [v for i, given in enumerate(projections) for v in _triples(i, given.train_rows)],
-            grad_through_frozen,
-            backend or "",
-        )[: len(projections)]
+        ys = differentiable(rows, mixture, computed, projections, grad_through_frozen, backend)
     return ys if x.dim() == 2 else [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
 
 
@@ -193,55 +182,11 @@ def _in_dtype(given: Projection, dtype: torch.dtype, accumulate: torch.dtype) ->
     return Projection(weight, bias, lora_a, lora_b, row_adapter, row_scale)
 
 
-def _flattened(projections: Sequence[Projection]) -> list[list[Any]]:
-    """How the registered ops take projections: a list of each field, empty where it is None."""
-    fields = zip(*projections, strict=True)
-    return [[t for t in field if t is not None] for field in fields]
-
-
-def _projections(count: int, *fields: Sequence[Tensor]) -> list[Projection]:
-    """The inverse of `_flattened`."""
-    filled: list[Sequence[Any]] = [field or [None] * count for field in fields]
-    return [Projection(*values) for values in zip(*filled, strict=True)]
-
-
-def _triples(index: int, train_rows: list[int]) -> list[int]:
-    """[index, start, stop] of each range, flattened: how the registered ops take them."""
-    spans = zip(train_rows[::2], train_rows[1::2], strict=True)
-    return [value for start, stop in spans for value in (index, start, stop)]
-
-
-def _rows_of(index: int, triples: Sequence[int]) -> list[int]:
-    """The ranges [start, stop, ...] of one projection."""
-    return [
-        value
-        for owner, *span in zip(triples[::3], triples[1::3], triples[2::3], strict=True)
-        for value in span
-        if owner == index
-    ]
-
-
 def _compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of the products: x's, or autocast's, which leaves float64 alone."""
     if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
-
-
-def _kernel(
-    name: str, backend: str | None, x: Tensor, rows: int | None = None
-) -> Callable[..., Any]:
-    """A kernel of the backend that dispatch chooses; autocast does not reach into it."""
-    chosen = dispatch.resolve(_OP, x.device, backend, x.dtype, rows)
-    function = getattr(dispatch.kernels(_OP, chosen), name)
-    if not torch.is_autocast_enabled(x.device.type):
-        return function
-
-    def without_autocast(*arguments: Any) -> Any:
-        with torch.autocast(x.device.type, enabled=False):
-            return function(*arguments)
-
-    return without_autocast
 
 
 def _eager_inference(x: Tensor) -> bool:
@@ -403,6 +348,11 @@ def mixed_lora_bwd(
     return dx, d_mixture, factors
 
 
+def empty_h(x: Tensor, total_rank: int) -> Tensor:
+    """An uninitialised h as `mixed_lora_fwd` returns it, for the fake kernel."""
+    return x.new_empty(x.shape[0], total_rank)
+
+
 def _weighted(h: Tensor, mixture: Tensor, row_adapter: Tensor, row_scale: Tensor) -> Tensor:
     """`h * w` with every rank column times its adapter's weight and scaling, in h's dtype."""
     samples = mixture.shape[0]
@@ -421,196 +371,3 @@ def _selected(train_rows: list[int], device: torch.device) -> Tensor:
     return torch.tensor(
         [j for i, k in spans for j in range(i, k)], dtype=torch.int64, device=device
     )
-
-
-# --- registered ops ----------------------------------------------------------------------------
-
-
-@torch.library.custom_op("sapt_fast::mixed_lora_fwd", mutates_args=())
-def _forward_op(
-    x: Tensor,
-    mixture: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    row_adapter: Sequence[Tensor],
-    row_scale: Sequence[Tensor],
-    train_a: Sequence[Tensor],
-    train_b: Sequence[Tensor],
-    train_rows: Sequence[int],
-    grad_through_frozen: bool,
-    backend: str,
-) -> list[Tensor]:
-    """y of each projection, then h of each; `train_rows` are triples, see `_triples`."""
-    projections = _projections(len(lora_a), weights, biases, lora_a, lora_b, row_adapter, row_scale)
-    results = _kernel("mixed_lora_fwd", backend, x)(x, mixture, projections)
-    return [y for y, _ in results] + [h for _, h in results]
-
-
-@torch.library.custom_op("sapt_fast::mixed_lora_bwd", mutates_args=())
-def _backward_op(
-    dys: Sequence[Tensor],
-    x: Tensor,
-    mixture: Tensor,
-    weights: Sequence[Tensor],
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    row_adapter: Sequence[Tensor],
-    row_scale: Sequence[Tensor],
-    hs: Sequence[Tensor | None],
-    train_rows: Sequence[int],
-    needs_x: bool,
-    needs_mixture: bool,
-    grad_through_frozen: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-    """`mixed_lora_bwd` of the backend, with empty tensors in place of None."""
-    projections = _projections(len(dys), weights, (), lora_a, lora_b, row_adapter, row_scale)
-    dx, d_mixture, factors = _kernel("mixed_lora_bwd", backend, x)(
-        dys, x, mixture, projections, hs, [_rows_of(i, train_rows) for i in range(len(dys))],
-        needs_x, needs_mixture, grad_through_frozen,
-    )  # fmt: skip
-    nothing = x.new_empty
-    return (
-        nothing(0) if dx is None else dx,
-        nothing(0) if d_mixture is None else d_mixture,
-        [nothing(0) if d_a is None else d_a for d_a, _ in factors],
-        [nothing(0) if d_b is None else d_b for _, d_b in factors],
-    )
-
-
-@_forward_op.register_fake
-def _forward_fake(
-    x: Tensor,
-    mixture: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    *others: Any,
-) -> list[Tensor]:
-    empty_h = _kernel("empty_h", others[-1], x)
-    ys = [x.new_empty(x.shape[0], b.shape[1]) for b in lora_b]
-    return ys + [empty_h(x, a.shape[0]) for a in lora_a]
-
-
-@_backward_op.register_fake
-def _backward_fake(
-    dys: Sequence[Tensor],
-    x: Tensor,
-    mixture: Tensor,
-    weights: Sequence[Tensor],
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    row_adapter: Sequence[Tensor],
-    row_scale: Sequence[Tensor],
-    hs: Sequence[Tensor | None],
-    train_rows: Sequence[int],
-    needs_x: bool,
-    needs_mixture: bool,
-    *others: Any,
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-    def trained(stack: Tensor, index: int) -> Tensor:
-        spans = _rows_of(index, train_rows)
-        rows = sum(spans[1::2]) - sum(spans[::2])
-        return stack.new_empty(rows, stack.shape[1]) if rows else x.new_empty(0)
-
-    return (
-        x.new_empty(x.shape) if needs_x else x.new_empty(0),
-        mixture.new_empty(mixture.shape) if needs_mixture else x.new_empty(0),
-        [trained(a, i) for i, a in enumerate(lora_a)],
-        [trained(b, i) for i, b in enumerate(lora_b)],
-    )
-
-
-def empty_h(x: Tensor, total_rank: int) -> Tensor:
-    """An uninitialised h as `mixed_lora_fwd` returns it, for the fake kernel."""
-    return x.new_empty(x.shape[0], total_rank)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    (x, mixture, weights, biases, lora_a, lora_b, row_adapter, row_scale, train_a, train_b,
-     train_rows, grad_through_frozen, backend) = inputs  # fmt: skip
-    ctx.count = count = len(lora_a)
-    ctx.weights = len(weights)
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[count:])
-    ctx.needs_a = [t.requires_grad for t in train_a]
-    ctx.needs_b = [t.requires_grad for t in train_b]
-    ctx.needs_x, ctx.needs_mixture = x.requires_grad, mixture.requires_grad
-    ctx.needs_weight = [w.requires_grad for w in weights]
-    ctx.needs_bias = [b.requires_grad for b in biases]
-    ctx.train_rows, ctx.grad_through_frozen, ctx.backend = train_rows, grad_through_frozen, backend
-    hs = [
-        h if ctx.needs_mixture or i in train_rows[::3] else None
-        for i, h in enumerate(output[count:])
-    ]
-    # The last two share lora_a's and lora_b's memory; saved, they tell if it was changed since.
-    ctx.save_for_backward(
-        x, mixture, *weights, *lora_a, *lora_b, *row_adapter, *row_scale, *hs, *train_a, *train_b
-    )
-
-
-def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    # Projections that the loss does not depend on have no dy and take no part.
-    dys = {i: dy for i, dy in enumerate(grads[: ctx.count]) if dy is not None}
-    x, mixture, *saved = ctx.saved_tensors
-    weights = saved[: ctx.weights]
-    fields = [weights, *_chunks(saved[ctx.weights :], ctx.count)[:5]]
-    dx = d_mixture = None
-    d_a: dict[int, Tensor] = {}
-    d_b: dict[int, Tensor] = {}
-    if dys:
-        rows = [v for at, i in enumerate(dys) for v in _triples(at, _rows_of(i, ctx.train_rows))]
-        dx, d_mixture, *factors = _backward_op(
-            list(dys.values()), x, mixture, *([f[i] for i in dys] if f else [] for f in fields),
-            rows, ctx.needs_x, ctx.needs_mixture, ctx.grad_through_frozen, ctx.backend,
-        )  # fmt: skip
-        d_a, d_b = (dict(zip(dys, grad, strict=True)) for grad in factors)
-    nothing = [None] * ctx.count
-    return (
-        dx if ctx.needs_x else None,
-        d_mixture if ctx.needs_mixture else None,
-        [
-            _weight_grad(dys[i], x) if needed and i in dys else None
-            for i, needed in enumerate(ctx.needs_weight)
-        ],
-        [dys[i].sum(0) if needed and i in dys else None for i, needed in enumerate(ctx.needs_bias)],
-        nothing,
-        nothing,
-        nothing,
-        nothing,
-        _by_range(d_a, ctx.train_rows, ctx.needs_a),
-        _by_range(d_b, ctx.train_rows, ctx.needs_b),
-        # An empty list of ints counts as a list of tensors, whose gradient is a list.
-        None if ctx.train_rows else [],
-        None,
-        None,
-    )
-
-
-def _chunks(values: Sequence[Any], size: int) -> list[Sequence[Any]]:
-    return [values[i : i + size] for i in range(0, len(values), size)]
-
-
-def _weight_grad(dy: Tensor, x: Tensor) -> Tensor:
-    with torch.autocast(x.device.type, enabled=False):
-        return dy.t() @ x
-
-
-def _by_range(
-    grads: dict[int, Tensor], train_rows: Sequence[int], needed: list[bool]
-) -> list[Tensor | None]:
-    """The gradient of each range of rows, which is an input of its own."""
-    parts: list[Tensor | None] = []
-    done: dict[int, int] = {}
-    triples = _chunks(train_rows, 3)
-    for (owner, start, stop), need in zip(triples, needed, strict=True):
-        first = done.get(owner, 0)
-        done[owner] = last = first + stop - start
-        parts.append(grads[owner][first:last] if need and owner in grads else None)
-    return parts
-
-
-_forward_op.register_autograd(_backward, setup_context=_setup_context)

@@ -7,8 +7,9 @@ import torch
 
 from sapt_fast import dispatch
 from sapt_fast.ops import mixed_lora, mixed_lora_linear
+from sapt_fast.ops.rank_table import rank_table
 
-op = importlib.import_module("sapt_fast.ops.mixed_lora")
+registered = importlib.import_module("sapt_fast.ops._mixed_lora_ops")
 
 BACKENDS = ["reference", "cpu", "triton"]
 GPU = "cuda" if torch.cuda.is_available() else "cpu"  # Triton interprets on the CPU
@@ -301,7 +302,7 @@ def _op_arguments(backend, dtype=torch.float32):
     x, weight, bias, a, b, mixture = (
         *_leaves(_inputs((6, 12), 8, (2, 0, 3), dtype), backend).values(),
     )
-    table = op.rank_table((2, 0, 3), [1.0, 2.0, 3.0], x.device)
+    table = rank_table((2, 0, 3), [1.0, 2.0, 3.0], x.device)
     return x, weight, bias, a, b, mixture, table
 
 
@@ -319,7 +320,7 @@ def test_opcheck_forward(backend, trained):
         [a.detach(), second[0]], [b.detach(), second[1]],
         *([t, t] for t in table), train_a, train_b, [0, *trained, 1, *trained], True, backend,
     )  # fmt: skip
-    torch.library.opcheck(op._forward_op, arguments)
+    torch.library.opcheck(registered._forward_op, arguments)
 
 
 @pytest.mark.parametrize("through", [True, False])
@@ -328,14 +329,14 @@ def test_opcheck_backward(backend, through):
         t.detach() if isinstance(t, torch.Tensor) else t for t in _op_arguments(backend)
     )
     stacks = [a, a * 2], [b, b * 2], *([t, t] for t in table)
-    _, _, *hs = op._forward_op(
+    _, _, *hs = registered._forward_op(
         x, mixture, [weight, weight], [bias, bias], *stacks, [], [], [0, 2, 5], through, backend
     )
     dys = [torch.randn(6, 8, device=x.device) for _ in hs]
     arguments = (
         dys, x, mixture, [weight, weight], *stacks, hs, [0, 2, 5], True, True, through, backend,
     )  # fmt: skip
-    torch.library.opcheck(op._backward_op, arguments)
+    torch.library.opcheck(registered._backward_op, arguments)
 
 
 def test_fullgraph_compile_forward_and_backward(backend):

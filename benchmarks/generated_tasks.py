@@ -25,7 +25,7 @@ from sapt_fast.continual.settings import ContinualSettings, GeneratorSettings
 from sapt_fast.continual.sources import DEMO, Source
 from sapt_fast.demo.run import demo_settings
 
-LORA_RATES, PROMPT_RATES = (1e-3, 3e-3, 1e-2), (0.1, 0.3, 1.0)
+LORA_RATES, PROMPT_RATES = (1e-3, 3e-3, 1e-2), (0.1, 0.3, 1.0, 3.0)
 PROMPTS = ("sapt_prompt", "progprompt", "l2p")
 PSEUDO_SAMPLES = ("sapt_pseudo_samples", "generative_replay", "lfpt5")
 ROWS = "sapt,sapt_pseudo_samples,sapt_prompt,progprompt,l2p,generative_replay,lfpt5,seqlora"

@@ -154,10 +154,12 @@ class CachedGeneration:
                 return generate(*args, **kwargs)
         inner = self.model.get_base_model()
         cache = PairedCache(inner.config.get_text_config(decoder=True))
-        with self._within(cache):
-            output = generate(*args, **kwargs)
-        if (scalings := cache.scalings()) is not None:
-            self.model.base_model.internal_xlora_scalings = scalings
+        try:
+            with self._within(cache):
+                output = generate(*args, **kwargs)
+        finally:  # what PEFT has as well after an error: those of all tokens so far
+            if (scalings := cache.scalings()) is not None:
+                self.model.base_model.internal_xlora_scalings = scalings
         if isinstance(output, ModelOutput):  # no other call could go on with the cache
             kept = {name: value for name, value in output.items() if value is not cache}
             return type(output)(**kept)

@@ -297,18 +297,68 @@ def test_a_generate_inside_a_generate(experts, cached):
     assert all(map(torch.equal, inner[:4], inner[4:]))
 
 
-def test_an_error_inside_leaves_nothing_behind(experts):
-    peft, ours = pair(experts)
+ERRORS = {
+    "layer": lambda model: model.get_base_model().model.layers[1].self_attn.q_proj.base_layer,
+    "classifier": lambda model: model.base_model.internal_xlora_classifier,
+    "head": lambda model: model.get_base_model().lm_head,
+}
 
-    class Broken(transformers.LogitsProcessor):
-        def __call__(self, input_ids, scores):
-            raise KeyError("broken")
 
-    with pytest.raises(KeyError, match="broken"):
-        ours.generate(**padded(), logits_processor=[Broken()])
+def left(model):
+    """What a forward or `generate` could leave in a model."""
+    xlora, layers = model.base_model, list(model.modules())
+    return {
+        "hooks": [[*m._forward_pre_hooks.values(), *m._forward_hooks.values()] for m in layers],
+        "disabled": [getattr(m, "_disable_adapters", None) for m in layers] + [xlora.disabled],
+        "training": [m.training for m in layers],
+        "trainable": [p.requires_grad for p in model.parameters()],
+        "use_cache": model.get_base_model().config.use_cache,
+        "running": dict(vars(model.sapt.generation.running)) if hasattr(model, "sapt") else {},
+    }
+
+
+@pytest.mark.parametrize("call", ["forward", "generate", "generate without a cache"])
+@pytest.mark.parametrize("where", ERRORS)
+def test_an_error_inside_leaves_what_peft_leaves(experts, where, call):
+    """In the scaling pass, between the passes, in the mixed pass, and later in a generation."""
+    ids, models = token_ids(), pair(experts)
+    generates = {"max_new_tokens": 3, "do_sample": False}
+    options = {
+        "forward": {},
+        "generate": generates,
+        "generate without a cache": {**generates, "use_cache": False},
+    }[call]
     with torch.no_grad():
-        logits = [model(input_ids=token_ids()).logits for model in (peft, ours)]
-    torch.testing.assert_close(*logits)
+        expected = [(m(ids).logits, m.generate(ids, **generates)) for m in models]
+    raised = []
+    for count in range(1, 5):
+        scalings = []
+        for model, (logits, tokens) in zip(models, expected, strict=True):
+            before, calls = left(model), []
+
+            def broken(*_, calls=calls, count=count):
+                calls.append(1)
+                if len(calls) == count:
+                    raise KeyboardInterrupt
+
+            model.base_model.internal_xlora_scalings = None
+            hook = ERRORS[where](model).register_forward_pre_hook(broken)
+            run = model.forward if call == "forward" else model.generate
+            try:
+                run(input_ids=ids, **options)
+            except KeyboardInterrupt:
+                raised.append(count)
+            hook.remove()
+            assert left(model) == before
+            latest = model.base_model.get_latest_scalings()
+            scalings.append(torch.zeros(0) if latest is None else latest)
+            with torch.no_grad():
+                assert torch.equal(model(ids).logits, logits)
+            assert torch.equal(model.generate(ids, **generates), tokens)
+        torch.testing.assert_close(*scalings, rtol=1e-4, atol=1e-4)
+    passes = 1 if where == "classifier" else 2
+    expected_errors = passes if call == "forward" else min(3 * passes, 4)
+    assert raised == [count for count in range(1, expected_errors + 1) for _ in models]
 
 
 def test_the_model_called_inside_its_own_generate(experts):

@@ -25,6 +25,7 @@ __all__ = [
     "BENCHMARKS",
     "Example",
     "TaskData",
+    "digest",
     "list_tasks",
     "read_pseudo_samples",
     "read_split",
@@ -93,10 +94,14 @@ class TaskData:
             [(row.input, row.prompt, row.output, *row.outputs) for row in split]
             for split in splits.values()
         ]
-        content = json.dumps([self.definition, self.labels, *rows])
-        digest = sha256(content.encode()).hexdigest()[:16]
         counts = {name: len(split) for name, split in splits.items()}
-        return {"benchmark": self.benchmark, **counts, "digest": digest}
+        content = digest([self.definition, self.labels, *rows])
+        return {"benchmark": self.benchmark, **counts, "digest": content}
+
+
+def digest(content: Any) -> str:
+    """The first 16 hex digits of the SHA-256 of JSON-ready content; runs resume by it."""
+    return sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def list_tasks(root: str | os.PathLike[str], benchmark: str) -> tuple[str, ...]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from hashlib import sha256
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from sapt_fast import __version__
 from sapt_fast._files import is_folder_name
 from sapt_fast.checkpoint import load_pretrained
 from sapt_fast.continual import processes
-from sapt_fast.continual.data import TaskData
+from sapt_fast.continual.data import TaskData, digest
 from sapt_fast.continual.evaluate import Mixture, mean_attention, metric_of, score
 from sapt_fast.continual.memory import peak_memory, reset_peak_memory
 from sapt_fast.continual.metrics import continual_metrics
@@ -489,4 +487,4 @@ def _digest(task: TaskData) -> str:
     rows = [
         (row.prompt, row.output, *row.outputs) for split in _SPLITS for row in getattr(task, split)
     ]
-    return sha256(json.dumps(rows).encode()).hexdigest()[:16]
+    return digest(rows)

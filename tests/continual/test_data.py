@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from sapt_fast.continual.data import list_tasks, read_split, read_task
+from sapt_fast.continual.data import Example, TaskData, list_tasks, read_split, read_task
+from sapt_fast.continual.loop import _digest
 from sapt_fast.continual.orders import ORDERS, resolve_order
 
 DATA = Path(__file__).parents[1] / "data"
@@ -366,3 +367,15 @@ class TestOrders:
     def test_types(self, order):
         with pytest.raises(TypeError, match="order must"):
             resolve_order(order)
+
+
+def test_digests_stay_what_they_were():
+    """Runs of earlier versions resume by them."""
+    first = Example("task", "h\u00e9llo", "Input: h\u00e9llo\nOutput: ", "a", ("b", "a"))
+    second = Example("task", 'x "y"', "p", "c", ("c",))
+    task = TaskData(
+        "task", "SuperNI", "Say it.", (first, second), (first,), (second,), labels=("a", "b")
+    )
+    counts = {"benchmark": "SuperNI", "train": 2, "dev": 1, "test": 1}
+    assert task.describe() == {**counts, "digest": "827a7530460bc0de"}
+    assert _digest(task) == "218f97d94d9ec23d"

@@ -69,7 +69,7 @@ def answers(
     for ids, mask in _batches(model, tokenizer, rows, settings, "answering"):
         weights = None if mixture is None else mixture(ids, mask)
         if space is not None:
-            with torch.autocast(ids.device.type, torch.bfloat16, enabled=settings.bf16):
+            with settings.autocast(ids.device):
                 outputs = model(input_ids=ids, attention_mask=mask, mixture=weights)
             hidden = outputs.last_hidden_state
             texts.append([space.labels[best] for best in space(hidden, mask)[:, 0].argmax(-1)])

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+import torch
+
 from sapt_fast.methods.sapt import SaptConfig
 
 __all__ = ["PRESETS", "ContinualSettings", "GeneratorSettings", "differences", "parse_values"]
@@ -290,6 +292,10 @@ class ContinualSettings:
         router = {f.name for f in fields(SaptConfig)}
         config = replace(self.sapt, **{n: v for n, v in given.items() if n in router})
         return replace(self, sapt=config, **{n: v for n, v in given.items() if n not in router})
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """The context, bfloat16 autocast or none, that forwards outside of training need."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.bf16)
 
     @classmethod
     def names(cls) -> list[str]:

@@ -147,6 +147,20 @@ def test_every_strategy_that_needs_no_text(strategy: str, tmp_path: Path) -> Non
     assert results.scores[0, 0] > 75  # one of four labels, right by chance in a quarter
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_features_and_answers_are_computed_as_training_was(bf16: bool, tmp_path: Path) -> None:
+    model = make_encoder()
+    options = settings(strategy="epi", steps=1, bf16=bf16)
+    run = loop._Run(model, TOKENIZER, word_tasks()[:2], options)
+    seen = set()
+    model.get_input_embeddings().register_forward_hook(
+        lambda module, *_: seen.add((module.training, torch.is_autocast_enabled("cpu")))
+    )
+    run.open(tmp_path, None, resume=True)
+    run.learn_all()
+    assert seen == {(True, bf16), (False, bf16)}
+
+
 def test_heads_and_strategies_that_generate_are_refused(tmp_path: Path) -> None:
     options = settings(strategy="lfpt5", replay=str(tmp_path))
     with pytest.raises(ValueError, match="'lfpt5' generates text, which BertModel cannot"):

@@ -94,10 +94,7 @@ class Epi(Strategy):
         ids, mask = self.bench.pad(rows)
         backbone = model.get_encoder() if self.bench.kind == "seq2seq" else model.base_model
         none = torch.zeros(len(model.sapt.tasks), device=ids.device)
-        precision = torch.autocast(
-            ids.device.type, torch.bfloat16, enabled=self.bench.settings.bf16
-        )
-        with model.sapt.fixed(none), precision:
+        with model.sapt.fixed(none), self.bench.settings.autocast(ids.device):
             hidden = backbone(input_ids=ids, attention_mask=mask).last_hidden_state
         weight = mask[..., None].float()
         return (hidden.float() * weight).sum(1) / weight.sum(1)

@@ -1,92 +1,40 @@
 """Every way of generating with a patched model, against one merged model per sample."""
 
 import copy
+from functools import cache
 
 import pytest
 import torch
+from generation_cases import BEAMS, GREEDY, MODES, NEW, Setting, on, repeated
 from tiny_models import oracle, patched, tiny, token_ids
 from torch import Tensor
-from torch._dynamo.utils import counters
-from transformers import CompileConfig, DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 from transformers.modeling_outputs import BaseModelOutput
 
 from sapt_fast import routing
 from sapt_fast.routing import Routing
 
-NEW = 8
-GREEDY = {"do_sample": False}
-BEAMS = {"do_sample": False, "num_beams": 4}
-FOLLOWED = ("do_sample", "num_beams", "num_return_sequences")  # options the oracle also gets
 
-
-class Setting:
-    """A patched model, its oracle, a batch of prompts of unequal length and their weights."""
+class Adapters(Setting):
+    """Of a model that mixes adapters."""
 
     def __init__(self, family: str) -> None:
-        self.family = family
-        self.model = patched(family)
+        super().__init__(family, patched(family))
         self.oracle = oracle(self.model, family)
-        self.encodes = self.model.config.is_encoder_decoder
-        ids = token_ids()
-        lengths = (9, 6, 7)
-        self.prompts = [row[:length] for row, length in zip(ids, lengths, strict=True)]
-        self.ids, self.mask = torch.zeros_like(ids), torch.zeros_like(ids)
-        for row, prompt in enumerate(self.prompts):
-            where = slice(None, len(prompt)) if self.encodes else slice(-len(prompt), None)
-            self.ids[row, where], self.mask[row, where] = prompt, 1
-        with torch.no_grad():
-            self.weights = torch.cat([self.model.sapt.route(p[None]) for p in self.prompts])
 
-    def expected(self, row: int, **options) -> Tensor:
-        """[returned, length], what the row's own model generates."""
-        options = {k: v for k, v in options.items() if k in FOLLOWED}
-        prompt = self.prompts[row][None]
-        merged = self.oracle.merged(self.weights[row])
-        tokens = merged.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW, **options
-        )
-        return tokens if self.encodes else tokens[:, prompt.shape[1] :]
-
-    def generated(self, rows: int, **options) -> Tensor:
-        """[rows, returned, length]"""
-        inputs = {"input_ids": self.ids[:rows], "attention_mask": self.mask[:rows], **options}
-        tokens = self.model.generate(**inputs, max_new_tokens=NEW)
-        tokens = tokens if self.encodes else tokens[:, self.ids.shape[1] :]
-        return tokens.view(rows, -1, tokens.shape[1])
-
-    def check(self, rows: int = 3, **options) -> None:
-        got = self.generated(rows, **options)
-        for row in range(rows):
-            expected = self.expected(row, **options)
-            length = expected.shape[1]
-            assert got[row, :, :length].tolist() == expected.tolist(), f"row {row}"
-            assert not got[row, :, length:].any(), f"row {row} goes on after its end"
+    def alone(self, text: Tensor, weights: Tensor, **options) -> Tensor:
+        mask = torch.ones_like(text)
+        tokens = self.oracle.merged(weights).generate(text, attention_mask=mask, **options)
+        return tokens if self.encodes else tokens[:, text.shape[1] :]
 
 
-_SETTINGS: dict[str, Setting] = {}
+_made = cache(Adapters)
 
 
 @pytest.fixture
-def setting(request) -> Setting:
+def setting(request) -> Adapters:
     """One `Setting` per family, made once."""
-    if request.param not in _SETTINGS:
-        _SETTINGS[request.param] = Setting(request.param)
-    return _SETTINGS[request.param]
-
-
-def on(*families: str):
-    return pytest.mark.parametrize("setting", families, indirect=True)
-
-
-MODES = {
-    "greedy": GREEDY,
-    "beams": BEAMS,
-    "several_returned": {**BEAMS, "num_return_sequences": 3},
-    "static_cache": {**GREEDY, "cache_implementation": "static"},
-    "static_cache_beams": {**BEAMS, "cache_implementation": "static"},
-    "no_cache": {**GREEDY, "use_cache": False},
-    "no_cache_beams": {**BEAMS, "use_cache": False},
-}
+    return _made(request.param)
 
 
 @on("t5", "llama")
@@ -129,20 +77,7 @@ def test_chunked_prefill(setting, mode):
 
 @on("t5", "llama")
 def test_compiled_static_cache(setting):
-    """generate() compiles the decoding step; further prompts run in the same graphs."""
-    config = CompileConfig(backend="eager", fullgraph=True, mode=None)
-    config._compile_all_devices = True  # not on accelerators alone
-    torch._dynamo.reset()  # what other tests compiled
-    counters["stats"].clear()
-    graphs = []
-    for ids in (setting.ids, token_ids(seed=4), token_ids(seed=5)):
-        options = {"input_ids": ids, "attention_mask": None, **GREEDY}
-        got = setting.generated(3, **options, cache_implementation="static", compile_config=config)
-        assert got.tolist() == setting.generated(3, **options).tolist()
-        graphs.append(counters["stats"]["unique_graphs"])
-    # The second prompt may show dynamo what is dynamic, the third nothing new.
-    assert graphs[2] == graphs[1] > 0
-    assert graphs[1] - graphs[0] <= 1
+    setting.check_compiled()
 
 
 @on("t5", "llama")
@@ -150,20 +85,20 @@ def test_compiled_static_cache(setting):
 def test_sampling_draws_from_the_merged_model(setting, options):
     torch.manual_seed(5)
     out = setting.model.generate(
-        setting.ids, attention_mask=setting.mask, max_new_tokens=NEW, do_sample=True,
+        setting.batch.ids, attention_mask=setting.batch.mask, max_new_tokens=NEW, do_sample=True,
         output_logits=True, return_dict_in_generate=True, **options,
     )  # fmt: skip
     logits = torch.stack(out.logits, 1)  # [rows * returned, steps, vocabulary]
     copies, steps = logits.shape[0] // 3, logits.shape[1]
     for i, (tokens, drawn_from) in enumerate(zip(out.sequences, logits, strict=True)):
         merged = setting.oracle.merged(setting.weights[i // copies])
-        prompt = setting.prompts[i // copies]
+        text = setting.batch.texts[i // copies]
         with torch.no_grad():
             if setting.encodes:
-                expected = merged(prompt[None], decoder_input_ids=tokens[None, :steps]).logits[0]
+                expected = merged(text, decoder_input_ids=tokens[None, :steps]).logits[0]
             else:
-                whole = torch.cat([prompt, tokens[setting.ids.shape[1] :]])
-                expected = merged(whole[None]).logits[0, len(prompt) - 1 : len(prompt) - 1 + steps]
+                whole = torch.cat([text, tokens[None, setting.batch.ids.shape[1] :]], 1)
+                expected = merged(whole).logits[0, text.shape[1] - 1 :][:steps]
         alive = (tokens[-steps:] != 0).sum()  # what follows the end token is padding
         torch.testing.assert_close(drawn_from[:alive], expected[:alive], atol=1e-4, rtol=1e-4)
 
@@ -172,7 +107,7 @@ def test_sampling_draws_from_the_merged_model(setting, options):
 @pytest.mark.parametrize("mode", ["greedy", "beams", "several_returned"])
 def test_encoder_outputs_by_hand(setting, mode):
     with torch.no_grad():
-        outputs = setting.model.get_encoder()(setting.ids, attention_mask=setting.mask)
+        outputs = setting.model.get_encoder()(setting.batch.ids, attention_mask=setting.batch.mask)
         setting.model.sapt.routing.weights = None  # they must come from the outputs
     setting.check(**MODES[mode], encoder_outputs=outputs)
 
@@ -182,8 +117,8 @@ def test_encoder_outputs_of_two_batches_do_not_mix(setting):
     model, other = setting.model, token_ids(seed=3)
     labels = token_ids(length=4)
     with torch.no_grad():
-        expected = model(setting.ids, labels=labels).logits
-        first = model.get_encoder()(setting.ids)
+        expected = model(setting.batch.ids, labels=labels).logits
+        first = model.get_encoder()(setting.batch.ids)
         model.get_encoder()(other)
         assert torch.equal(model(encoder_outputs=first, labels=labels).logits, expected)
 
@@ -213,8 +148,8 @@ def test_decoding_by_hand_keeps_each_caches_weights(setting, chunks):
 def test_a_second_turn_goes_on_with_the_weights_of_the_first(setting):
     """What the cache holds of the first turn was computed with them."""
     model, cache = setting.model, DynamicCache(config=setting.model.config)
-    first = model.generate(setting.ids[:1], max_new_tokens=3, past_key_values=cache, **GREEDY)
-    weights = model.sapt.route(setting.ids[:1])
+    first = model.generate(setting.batch.ids[:1], max_new_tokens=3, past_key_values=cache, **GREEDY)
+    weights = model.sapt.route(setting.batch.ids[:1])
     whole = torch.cat([first, token_ids(batch=1, length=4, seed=8)], 1)
     assert (model.sapt.route(whole) - weights).abs().max() > 1e-3
     got = model.generate(whole, max_new_tokens=NEW, past_key_values=cache, **GREEDY)
@@ -224,7 +159,7 @@ def test_a_second_turn_goes_on_with_the_weights_of_the_first(setting):
 
 @on("llama")
 def test_a_cache_of_another_batch_is_refused(setting):
-    cache = setting.model(setting.ids[:2], use_cache=True).past_key_values
+    cache = setting.model(setting.batch.ids[:2], use_cache=True).past_key_values
     cache.batch_repeat_interleave(2)
     with pytest.raises(RuntimeError, match="for 2 samples, but the model's input has 4 rows"):
         setting.model(token_ids(batch=4, length=1), past_key_values=cache)
@@ -249,7 +184,7 @@ def test_padding_mask_is_inferred_as_generate_does(setting):
 @on("llama")
 def test_no_padding_mask_where_the_pad_token_ends_the_text(setting):
     """Padded with the end token, generate() takes padding for text, and so does the router."""
-    model, ids = setting.model, setting.ids
+    model, ids = setting.model, setting.batch.ids
     whole, masked = model.sapt.route(ids), setting.weights
     assert (whole - masked)[1:].abs().min(1).values.max() > 1e-3
     for options in ({"eos_token_id": 0}, {"generation_config": GenerationConfig(eos_token_id=0)}):
@@ -263,9 +198,9 @@ def test_no_padding_mask_where_the_pad_token_ends_the_text(setting):
 
 @on("llama")
 def test_inputs_embeds(setting):
-    embeds = setting.model.get_input_embeddings()(setting.ids)
+    embeds = setting.model.get_input_embeddings()(setting.batch.ids)
     tokens = setting.model.generate(
-        inputs_embeds=embeds, attention_mask=setting.mask, max_new_tokens=NEW, **BEAMS
+        inputs_embeds=embeds, attention_mask=setting.batch.mask, max_new_tokens=NEW, **BEAMS
     )
     assert tokens.tolist() == setting.generated(3, **BEAMS)[:, 0].tolist()
 
@@ -295,14 +230,10 @@ def test_nothing_stays_pinned_after_a_failed_call():
 # --- negative controls: a wrong match of rows to samples must show ---
 
 
-def _repeated(weights: Tensor, rows: int) -> Tensor:
-    return weights.repeat(rows // weights.shape[0], 1)
-
-
 @on("llama", "gpt2")
 @pytest.mark.parametrize("mode", ["beams", "several_returned", "no_cache_beams"])
 def test_wrong_order_of_beams_is_noticed(setting, mode, monkeypatch):
-    monkeypatch.setattr(routing, "_for_rows", lambda w, rows, _: _repeated(w, rows))
+    monkeypatch.setattr(routing, "_for_rows", lambda w, rows, _: repeated(w, rows))
     with pytest.raises(AssertionError, match="row"):
         setting.check(**MODES[mode])
     setting.check(**GREEDY)  # one row per sample: the same either way
@@ -315,7 +246,7 @@ def test_wrong_order_of_beams_is_noticed_in_encoder_outputs(setting, mode, monke
 
     def wrong(self, outputs):
         weights = own(self, outputs)
-        return _repeated(weights[:: weights.shape[0] // 3], weights.shape[0])
+        return repeated(weights[:: weights.shape[0] // 3], weights.shape[0])
 
     monkeypatch.setattr(Routing, "_from_encoder_outputs", wrong)
     with pytest.raises(AssertionError, match="row"):
@@ -331,7 +262,7 @@ def test_data_parallel_raises(setting):
     model = copy.deepcopy(setting.model)
     replica = model._replicate_for_data_parallel()
     with pytest.raises(RuntimeError, match="DistributedDataParallel"):
-        replica(input_ids=setting.ids)
+        replica(input_ids=setting.batch.ids)
 
 
 @on("llama")
@@ -346,13 +277,13 @@ def test_continuous_batching_raises(setting, method):
 @on("t5")
 @pytest.mark.parametrize("kind", ["tuple", "without_weights"])
 def test_encoder_outputs_without_weights_raise(setting, kind):
-    outputs = setting.model.get_encoder()(setting.ids)
+    outputs = setting.model.get_encoder()(setting.batch.ids)
     hidden = outputs.last_hidden_state
     outputs = (hidden,) if kind == "tuple" else BaseModelOutput(last_hidden_state=hidden)
     with pytest.raises(RuntimeError, match=r"encoder_outputs: got .* without routing_weights"):
-        setting.model(encoder_outputs=outputs, labels=setting.ids)
+        setting.model(encoder_outputs=outputs, labels=setting.batch.ids)
     with setting.model.sapt.fixed(setting.weights):
-        setting.model(encoder_outputs=outputs, labels=setting.ids)
+        setting.model(encoder_outputs=outputs, labels=setting.batch.ids)
 
 
 @on("llama")
@@ -361,4 +292,4 @@ def test_a_batch_that_the_weights_do_not_divide_raises(setting):
         setting.model.sapt.fixed(setting.weights[:2]),
         pytest.raises(RuntimeError, match="2 samples"),
     ):
-        setting.model(setting.ids)
+        setting.model(setting.batch.ids)

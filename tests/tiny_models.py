@@ -159,6 +159,20 @@ def token_ids(batch: int = 3, length: int = 9, seed: int = 11) -> Tensor:
     return torch.randint(3, VOCABULARY, (batch, length), generator=generator)
 
 
+class Padded:
+    """Texts of unequal length, alone and as one padded batch."""
+
+    def __init__(self, encodes: bool, left: bool = True, seed: int = 11) -> None:
+        ids = token_ids(seed=seed)
+        self.texts = [row[:length][None] for row, length in zip(ids, (9, 6, 7), strict=True)]
+        self.ids, self.mask = torch.zeros_like(ids), torch.zeros_like(ids)
+        self.where = []
+        for row, text in enumerate(self.texts):
+            count = text.shape[1]
+            self.where.append(slice(9 - count, 9) if left and not encodes else slice(0, count))
+            self.ids[row, self.where[-1]], self.mask[row, self.where[-1]] = text[0], 1
+
+
 def decoder_inputs(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
     """What an encoder-decoder model needs besides its input: the same ids for the decoder."""
     return {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}

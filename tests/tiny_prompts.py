@@ -2,7 +2,7 @@
 prompts and the embeddings by hand."""
 
 import torch
-from tiny_models import WIDTH, tiny, token_ids
+from tiny_models import WIDTH, tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -10,7 +10,6 @@ import sapt_fast
 
 LENGTH = 5
 ENCODER_DECODER = ("t5", "t5_narrow", "bart")
-CAUSAL = ("llama", "qwen2", "mistral", "gemma", "gpt2")
 
 
 def prompt_settings(**changed) -> sapt_fast.SaptConfig:
@@ -45,20 +44,6 @@ def prompted(
         rows = model.sapt.prompts.rows.rows()
         rows.copy_(torch.randn(rows.shape, generator=torch.Generator().manual_seed(7)))
     return model
-
-
-class Padded:
-    """Texts of unequal length, alone and as one padded batch."""
-
-    def __init__(self, encodes: bool, left: bool = True, seed: int = 11) -> None:
-        ids = token_ids(seed=seed)
-        self.texts = [row[:length][None] for row, length in zip(ids, (9, 6, 7), strict=True)]
-        self.ids, self.mask = torch.zeros_like(ids), torch.zeros_like(ids)
-        self.where = []
-        for row, text in enumerate(self.texts):
-            count = text.shape[1]
-            self.where.append(slice(9 - count, 9) if left and not encodes else slice(0, count))
-            self.ids[row, self.where[-1]], self.mask[row, self.where[-1]] = text[0], 1
 
 
 class PromptOracle:

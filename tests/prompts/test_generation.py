@@ -2,82 +2,41 @@
 time, given the mixed prompt as embeddings."""
 
 import copy
+from functools import cache
 
 import pytest
 import torch
+from generation_cases import BEAMS, GREEDY, MODES, NEW, Setting, on, repeated
 from tiny_models import patched, tiny, token_ids
-from tiny_prompts import LENGTH, Padded, prompt_oracle, prompted
+from tiny_prompts import LENGTH, prompt_oracle, prompted
 from torch import Tensor
-from torch._dynamo.utils import counters
-from transformers import CompileConfig, DynamicCache, StaticCache
+from transformers import DynamicCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from sapt_fast import routing
 from sapt_fast.prompts.routing import PromptRouting
 
-NEW = 8
-GREEDY = {"do_sample": False}
-BEAMS = {"do_sample": False, "num_beams": 4}
-FOLLOWED = ("do_sample", "num_beams", "num_return_sequences")  # options the oracle also gets
-MODES = {
-    "greedy": GREEDY,
-    "beams": BEAMS,
-    "several_returned": {**BEAMS, "num_return_sequences": 3},
-    "static_cache": {**GREEDY, "cache_implementation": "static"},
-    "static_cache_beams": {**BEAMS, "cache_implementation": "static"},
-    "no_cache": {**GREEDY, "use_cache": False},
-    "no_cache_beams": {**BEAMS, "use_cache": False},
-}
 
+class Prompts(Setting):
+    """Of a model that mixes prompts."""
 
-class Setting:
-    """A model with prompts, its oracle and a padded batch."""
+    last_fill = 1  # beams are filled up with the end token, since the pad token is 0
 
     def __init__(self, family: str) -> None:
-        self.family = family
-        self.model = prompted(family)
+        super().__init__(family, prompted(family))
         self.oracle = prompt_oracle(self.model, family)
-        self.encodes = self.oracle.encodes
-        self.batch = Padded(self.encodes)
-        with torch.no_grad():
-            self.weights = torch.cat([self.model.sapt.route(text) for text in self.batch.texts])
 
-    def expected(self, row: int, **options) -> Tensor:
-        options = {k: v for k, v in options.items() if k in FOLLOWED}
-        text, weights = self.batch.texts[row], self.weights[row]
-        return self.oracle.generate(text, weights, max_new_tokens=NEW, **options)
-
-    def generated(self, rows: int = 3, **options) -> Tensor:
-        """[rows, returned, length]"""
-        ids, mask = self.batch.ids[:rows], self.batch.mask[:rows]
-        inputs = {"input_ids": ids, "attention_mask": mask, **options}
-        tokens = self.model.generate(**inputs, max_new_tokens=NEW)
-        tokens = tokens if self.encodes else tokens[:, ids.shape[1] :]
-        return tokens.view(rows, -1, tokens.shape[1])
-
-    def check(self, rows: int = 3, **options) -> None:
-        got = self.generated(rows, **options)
-        for row in range(rows):
-            expected = self.expected(row, **options)
-            length = expected.shape[1]
-            assert got[row, :, :length].tolist() == expected.tolist(), f"row {row}"
-            # Beams are filled up with the end token, 1, since the pad token is 0.
-            assert (got[row, :, length:] <= 1).all(), f"row {row} goes on after its end"
+    def alone(self, text: Tensor, weights: Tensor, **options) -> Tensor:
+        return self.oracle.generate(text, weights, **options)
 
 
-_SETTINGS: dict[str, Setting] = {}
+_made = cache(Prompts)
 
 
 @pytest.fixture
-def setting(request) -> Setting:
+def setting(request) -> Prompts:
     """One `Setting` per family, made once."""
-    if request.param not in _SETTINGS:
-        _SETTINGS[request.param] = Setting(request.param)
-    return _SETTINGS[request.param]
-
-
-def on(*families: str):
-    return pytest.mark.parametrize("setting", families, indirect=True)
+    return _made(request.param)
 
 
 @on("t5", "llama")
@@ -133,17 +92,7 @@ def test_chunked_prefill(setting, mode):
 
 @on("t5", "llama")
 def test_compiled_static_cache(setting):
-    """generate() compiles the decoding step; a second batch runs in the same graph."""
-    config = CompileConfig(backend="eager", fullgraph=True, mode=None)
-    config._compile_all_devices = True  # not on accelerators alone
-    counters["stats"].clear()
-    graphs = []
-    for ids in (setting.batch.ids, token_ids(seed=4)):
-        options = {"input_ids": ids, "attention_mask": None, **GREEDY}
-        got = setting.generated(**options, cache_implementation="static", compile_config=config)
-        assert got.tolist() == setting.generated(**options).tolist()
-        graphs.append(counters["stats"]["unique_graphs"])
-    assert graphs[1] == graphs[0] > 0
+    setting.check_compiled()
 
 
 @on("t5", "llama")
@@ -299,14 +248,10 @@ def test_inputs_embeds(setting):
 # --- negative controls: a wrong match of rows to samples must show ---
 
 
-def _repeated(weights: Tensor, rows: int) -> Tensor:
-    return weights.repeat(rows // weights.shape[0], 1)
-
-
 @on("llama", "gpt2")
 @pytest.mark.parametrize("mode", ["beams", "several_returned", "no_cache_beams"])
 def test_wrong_order_of_beams_is_noticed(setting, mode, monkeypatch):
-    monkeypatch.setattr(routing, "_for_rows", lambda w, rows, _: _repeated(w, rows))
+    monkeypatch.setattr(routing, "_for_rows", lambda w, rows, _: repeated(w, rows))
     with pytest.raises(AssertionError, match="row"):
         # As many beams as samples: the first beam of each, from which all go on, is a wrong one.
         setting.check(**{**MODES[mode], "num_beams": 3})

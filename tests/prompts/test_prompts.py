@@ -9,12 +9,10 @@ import torch
 import torch.nn.functional as F
 import transformers
 from peft import PromptTuningConfig, get_peft_model
-from tiny_models import VOCABULARY, WIDTH, checkpointed, tiny, token_ids
+from tiny_models import CAUSAL, VOCABULARY, WIDTH, Padded, checkpointed, tiny, token_ids
 from tiny_prompts import (
-    CAUSAL,
     ENCODER_DECODER,
     LENGTH,
-    Padded,
     PromptOracle,
     bare,
     prompt_oracle,

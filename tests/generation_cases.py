@@ -1,0 +1,96 @@
+"""Ways to generate with a patched model, against what each sample's own model gives."""
+
+import pytest
+import torch
+from tiny_models import Padded, token_ids
+from torch import Tensor
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, PreTrainedModel
+
+NEW = 8
+GREEDY = {"do_sample": False}
+BEAMS = {"do_sample": False, "num_beams": 4}
+FOLLOWED = ("do_sample", "num_beams", "num_return_sequences")  # options the oracle also gets
+MODES = {
+    "greedy": GREEDY,
+    "beams": BEAMS,
+    "several_returned": {**BEAMS, "num_return_sequences": 3},
+    "static_cache": {**GREEDY, "cache_implementation": "static"},
+    "static_cache_beams": {**BEAMS, "cache_implementation": "static"},
+    "no_cache": {**GREEDY, "use_cache": False},
+    "no_cache_beams": {**BEAMS, "use_cache": False},
+}
+
+
+class Setting:
+    """A patched model, a padded batch of prompts and the weights that each of them gets.
+
+    Args:
+        family: of the model.
+        model: patched.
+    """
+
+    last_fill = 0  # of the tokens that may follow an end; those up to it
+
+    def __init__(self, family: str, model: PreTrainedModel) -> None:
+        self.family = family
+        self.model = model
+        self.encodes = model.config.is_encoder_decoder
+        self.batch = Padded(self.encodes)
+        with torch.no_grad():
+            self.weights = torch.cat([model.sapt.route(text) for text in self.batch.texts])
+
+    def alone(self, text: Tensor, weights: Tensor, **options) -> Tensor:
+        """[returned, length], what the own model of a text [1, T] with weights [K] generates."""
+        raise NotImplementedError
+
+    def expected(self, row: int, **options) -> Tensor:
+        """`alone` of a row of the batch."""
+        options = {k: v for k, v in options.items() if k in FOLLOWED}
+        text, weights = self.batch.texts[row], self.weights[row]
+        return self.alone(text, weights, max_new_tokens=NEW, **options)
+
+    def generated(self, rows: int = 3, **options) -> Tensor:
+        """[rows, returned, length]"""
+        ids, mask = self.batch.ids[:rows], self.batch.mask[:rows]
+        inputs = {"input_ids": ids, "attention_mask": mask, **options}
+        tokens = self.model.generate(**inputs, max_new_tokens=NEW)
+        tokens = tokens if self.encodes else tokens[:, ids.shape[1] :]
+        return tokens.view(rows, -1, tokens.shape[1])
+
+    def check(self, rows: int = 3, **options) -> None:
+        """Each row of the batch gets what its own model generates."""
+        got = self.generated(rows, **options)
+        for row in range(rows):
+            expected = self.expected(row, **options)
+            length = expected.shape[1]
+            assert got[row, :, :length].tolist() == expected.tolist(), f"row {row}"
+            fill = got[row, :, length:]
+            assert (fill <= self.last_fill).all(), f"row {row} goes on after its end"
+
+    def check_compiled(self) -> None:
+        """generate() compiles the decoding step; further prompts run in the same graphs."""
+        config = CompileConfig(backend="eager", fullgraph=True, mode=None)
+        config._compile_all_devices = True  # not on accelerators alone
+        compiles = {"cache_implementation": "static", "compile_config": config}
+        torch._dynamo.reset()  # what other tests compiled
+        counters["stats"].clear()
+        graphs = []
+        for ids in (self.batch.ids, token_ids(seed=4), token_ids(seed=5)):
+            options = {"input_ids": ids, "attention_mask": None, **GREEDY}
+            got = self.generated(**options, **compiles)
+            assert got.tolist() == self.generated(**options).tolist()
+            graphs.append(counters["stats"]["unique_graphs"])
+        # The second prompt may show dynamo what is dynamic, the third nothing new.
+        assert graphs[2] == graphs[1] > 0
+        assert graphs[1] - graphs[0] <= 1
+
+
+def on(*families: str):
+    """The fixture `setting` of these families."""
+    return pytest.mark.parametrize("setting", families, indirect=True)
+
+
+def repeated(weights: Tensor, rows: int) -> Tensor:
+    """Weights for `rows` rows in a wrong order: all samples, then all again."""
+    return weights.repeat(rows // weights.shape[0], 1)

@@ -98,9 +98,11 @@ void decode(int dtype, int lora_dtype, Address y, Address h, Address x, Address 
     require(inputs == 0 || x, "x: null address");
     require(ranks == 0 || (h && lora_a && lora_b), "h, lora_a, lora_b: null address");
     const std::unique_ptr<char[]> hw = scratch(rows * ranks, type);
-    const Decode args = {at(y),      at(h),    at(x),  at(weight), at(bias),   at(lora_a),
-                         at(lora_b), hw.get(), inputs, outputs,    accumulate, type,
-                         lora_type};
+    const bool packs = weight && packs_rows(type, rows);
+    const std::unique_ptr<char[]> packed = packs ? scratch(inputs * kLaneRows, type) : nullptr;
+    const Decode args = {at(y),      at(h),      at(x),        at(weight), at(bias),
+                         at(lora_a), at(lora_b), hw.get(),     packed.get(),
+                         inputs,     outputs,    accumulate,   type,       lora_type};
     mixed_lora().decode(args, weights, threads);
 }
 

@@ -1,6 +1,9 @@
 #include "cpu/mixed_lora.h"
 
+#include <type_traits>
+
 #include "cpu/dots.h"
+#include "cpu/lanes.h"
 #include "cpu/vec.h"
 
 namespace sapt_fast {
@@ -191,19 +194,51 @@ void expand_rows(A* tile, int64_t tile_stride, const A* hw, int64_t ranks, const
     }
 }
 
-// The outputs [start, stop), at most TILE of them, of kRowBlock rows or fewer.
+// tile [rows, TILE] += hw [rows, ranks] . b [ranks, ...], rows in blocks that share a read of b.
+template <int64_t TILE, class A, class L>
+void expand_blocks(A* tile, int64_t rows, const A* hw, int64_t ranks, const L* b, int64_t b_stride,
+                   int64_t columns) {
+    for (int64_t r = 0; r < rows; r += kRowBlock, tile += kRowBlock * TILE, hw += kRowBlock * ranks) {
+        switch (smaller(rows - r, kRowBlock)) {
+            case 4:
+                expand_rows<4>(tile, TILE, hw, ranks, b, b_stride, columns);
+                break;
+            case 3:
+                expand_rows<3>(tile, TILE, hw, ranks, b, b_stride, columns);
+                break;
+            case 2:
+                expand_rows<2>(tile, TILE, hw, ranks, b, b_stride, columns);
+                break;
+            default:
+                expand_rows<1>(tile, TILE, hw, ranks, b, b_stride, columns);
+        }
+    }
+}
+
+// x [rows, inputs] . the weight's rows [start, stop), into tile.
+template <int64_t TILE, class T>
+void base_tile(acc_t<T>* tile, const Decode& args, int64_t row, int64_t rows, int64_t start,
+               int64_t stop) {
+    const T* weight = static_cast<const T*>(args.weight) + start * args.inputs;
+    if constexpr (std::is_same_v<T, float>) {
+        if (args.packed != nullptr) {
+            return multiply_lanes(tile, TILE, static_cast<const float*>(args.packed), rows, weight,
+                                  stop - start, args.inputs);
+        }
+    }
+    multiply_transposed(tile, TILE, static_cast<const T*>(args.x) + row * args.inputs, rows, weight,
+                        stop - start, args.inputs);
+}
+
+// The outputs [start, stop), at most TILE of them, of kLaneRows rows or fewer.
 template <int64_t TILE, class T, class L>
 void decode_tile(const Decode& args, const RankWeights& weights, int64_t row, int64_t rows,
                  int64_t start, int64_t stop) {
     typedef acc_t<T> A;
     const int64_t columns = stop - start;
     T* y = static_cast<T*>(args.y) + row * args.outputs + start;
-    A tile[kRowBlock * TILE] = {};
-    if (args.weight != nullptr) {
-        multiply_transposed(tile, TILE, static_cast<const T*>(args.x) + row * args.inputs, rows,
-                            static_cast<const T*>(args.weight) + start * args.inputs, columns,
-                            args.inputs);
-    }
+    A tile[kLaneRows * TILE] = {};
+    if (args.weight != nullptr) base_tile<TILE, T>(tile, args, row, rows, start, stop);
     for (int64_t r = 0; r < rows; ++r) {
         for (int64_t c = 0; c < columns; ++c) {
             A& value = tile[r * TILE + c];
@@ -211,21 +246,9 @@ void decode_tile(const Decode& args, const RankWeights& weights, int64_t row, in
             if (args.accumulate) value += to_acc(y[r * args.outputs + c]);
         }
     }
-    const A* hw = static_cast<const A*>(args.hw) + row * weights.ranks;
-    const L* b = static_cast<const L*>(args.lora_b) + start;
-    switch (rows) {
-        case 4:
-            expand_rows<4>(tile, TILE, hw, weights.ranks, b, args.outputs, columns);
-            break;
-        case 3:
-            expand_rows<3>(tile, TILE, hw, weights.ranks, b, args.outputs, columns);
-            break;
-        case 2:
-            expand_rows<2>(tile, TILE, hw, weights.ranks, b, args.outputs, columns);
-            break;
-        default:
-            expand_rows<1>(tile, TILE, hw, weights.ranks, b, args.outputs, columns);
-    }
+    expand_blocks<TILE>(tile, rows, static_cast<const A*>(args.hw) + row * weights.ranks,
+                        weights.ranks, static_cast<const L*>(args.lora_b) + start, args.outputs,
+                        columns);
     for (int64_t r = 0; r < rows; ++r) {
         T* to = y + r * args.outputs;
         int64_t c = 0;
@@ -261,10 +284,18 @@ template <class T, class L>
 void decode(const Decode& args, const RankWeights& weights, int threads) {
     constexpr int64_t kTile = 4 * kLanes<T>;
     constexpr int64_t kRanks = 4;
+    constexpr int64_t kPacked = 64;
     const int64_t rank_tasks = (weights.ranks + kRanks - 1) / kRanks;
     const int64_t tiles = (args.outputs + kTile - 1) / kTile;
+    const int64_t pack_tasks = args.packed == nullptr ? 0 : (args.inputs + kPacked - 1) / kPacked;
 #pragma omp parallel num_threads(threads)
     {
+#pragma omp for schedule(static) nowait
+        for (int64_t task = 0; task < pack_tasks; ++task) {
+            pack_lanes(static_cast<float*>(args.packed), static_cast<const float*>(args.x),
+                       weights.rows, args.inputs, task * kPacked,
+                       smaller((task + 1) * kPacked, args.inputs));
+        }
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < rank_tasks; ++task) {
             decode_ranks<T, L>(args, weights, task * kRanks,
@@ -272,9 +303,9 @@ void decode(const Decode& args, const RankWeights& weights, int threads) {
         }
 #pragma omp for schedule(static)
         for (int64_t tile = 0; tile < tiles; ++tile) {
-            for (int64_t row = 0; row < weights.rows; row += kRowBlock) {
+            for (int64_t row = 0; row < weights.rows; row += kLaneRows) {
                 decode_tile<kTile, T, L>(args, weights, row,
-                                         smaller(weights.rows - row, kRowBlock), tile * kTile,
+                                         smaller(weights.rows - row, kLaneRows), tile * kTile,
                                          smaller((tile + 1) * kTile, args.outputs));
             }
         }

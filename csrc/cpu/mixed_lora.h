@@ -41,12 +41,21 @@ struct Decode {
     const void* lora_a;  // [ranks, inputs]
     const void* lora_b;  // [ranks, outputs]
     void* hw;            // scratch, [rows, ranks] of float or double
+    void* packed;        // scratch, [inputs, kLaneRows] of float; null: x is read as it lies
     int64_t inputs;
     int64_t outputs;
     bool accumulate;  // add to what y holds; else y is overwritten
     DType dtype;
     DType lora_dtype;  // dtype or float32
 };
+
+// Decode packs the rows of float if there are more than dots of a few rows take, and no more than
+// these.
+constexpr int64_t kLaneRows = 16;
+
+inline bool packs_rows(DType dtype, int64_t rows) {
+    return dtype == DType::float32 && rows > kLaneRows / 2 && rows <= kLaneRows;
+}
 
 // The gradient of the trained rows of one factor.
 struct FactorGrad {

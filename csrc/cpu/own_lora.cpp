@@ -1,19 +1,26 @@
 #include "cpu/own_lora.h"
 
+#include <type_traits>
+
 #include "cpu/dots.h"
 #include "cpu/vec.h"
 
 namespace sapt_fast {
 namespace {
 
-// The outputs [start, start + kLanes) of b: one vector per rank.
+// columns [rank] of the outputs [start, start + kLanes) of b [outputs, rank]
 template <class T, class L>
-inline vec_t<acc_t<T>> column_of(const L* b, int64_t rank, int64_t start, int64_t j) {
-    vec_t<acc_t<T>> column;
-    for (int lane = 0; lane < kLanes<T>; ++lane) {
-        column[lane] = static_cast<acc_t<T>>(to_acc(b[(start + lane) * rank + j]));
+inline void load_columns(vec_t<acc_t<T>>* columns, const L* b, int64_t rank, int64_t start) {
+    typedef acc_t<T> A;
+    int64_t j = 0;
+    if constexpr (std::is_same_v<L, float> && kTransposes) {
+        for (; j + 4 <= rank; j += 4) load_transposed(columns + j, b + start * rank + j, rank);
     }
-    return column;
+    for (; j < rank; ++j) {
+        for (int lane = 0; lane < kLanes<T>; ++lane) {
+            columns[j][lane] = static_cast<A>(to_acc(b[(start + lane) * rank + j]));
+        }
+    }
 }
 
 // y [ROWS, kLanes] += h [ROWS, rank] . columns [rank]
@@ -35,7 +42,7 @@ void add_outputs(T* y, const acc_t<T>* h, int64_t rows, const L* b, int64_t rank
     int64_t o = 0;
     for (; o + kLanes<T> <= outputs; o += kLanes<T>) {
         vec_t<A> columns[kMostOwnRanks];
-        for (int64_t j = 0; j < rank; ++j) columns[j] = column_of<T>(b, rank, o, j);
+        load_columns<T>(columns, b, rank, o);
         int64_t r = 0;
         for (; r + 4 <= rows; r += 4) {
             add_tile<4>(y + r * outputs + o, outputs, h + r * rank, columns, rank);

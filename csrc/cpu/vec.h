@@ -196,6 +196,48 @@ inline __attribute__((always_inline)) A sum_of(vec_t<A> value) {
     return parts[0];
 }
 
+// Four columns of a matrix of as many rows as lanes: columns[j][lane] = from[lane * stride + j].
+#if defined(__AVX512F__) || defined(__AVX2__)
+constexpr bool kTransposes = true;
+inline __attribute__((always_inline)) void load_transposed(vec_t<float>* columns, const float* from,
+                                                           int64_t stride) {
+#if defined(__AVX512F__)
+    __m512 rows[4];  // of four numbers each: lane l of rows[k] is row 4 l + k
+    for (int k = 0; k < 4; ++k) {
+        rows[k] = _mm512_zextps128_ps512(_mm_loadu_ps(from + k * stride));
+        rows[k] = _mm512_insertf32x4(rows[k], _mm_loadu_ps(from + (4 + k) * stride), 1);
+        rows[k] = _mm512_insertf32x4(rows[k], _mm_loadu_ps(from + (8 + k) * stride), 2);
+        rows[k] = _mm512_insertf32x4(rows[k], _mm_loadu_ps(from + (12 + k) * stride), 3);
+    }
+    // maskz: GCC 12 warns of the uninitialised register in the unmasked intrinsics
+    const __m512 low01 = _mm512_maskz_unpacklo_ps(0xffff, rows[0], rows[1]);
+    const __m512 high01 = _mm512_maskz_unpackhi_ps(0xffff, rows[0], rows[1]);
+    const __m512 low23 = _mm512_maskz_unpacklo_ps(0xffff, rows[2], rows[3]);
+    const __m512 high23 = _mm512_maskz_unpackhi_ps(0xffff, rows[2], rows[3]);
+    columns[0] = _mm512_shuffle_ps(low01, low23, 0x44);
+    columns[1] = _mm512_shuffle_ps(low01, low23, 0xee);
+    columns[2] = _mm512_shuffle_ps(high01, high23, 0x44);
+    columns[3] = _mm512_shuffle_ps(high01, high23, 0xee);
+#else
+    __m256 rows[4];  // of four numbers each: lane l of rows[k] is row 4 l + k
+    for (int k = 0; k < 4; ++k) {
+        rows[k] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from + k * stride)),
+                                       _mm_loadu_ps(from + (4 + k) * stride), 1);
+    }
+    const __m256 low01 = _mm256_unpacklo_ps(rows[0], rows[1]);
+    const __m256 high01 = _mm256_unpackhi_ps(rows[0], rows[1]);
+    const __m256 low23 = _mm256_unpacklo_ps(rows[2], rows[3]);
+    const __m256 high23 = _mm256_unpackhi_ps(rows[2], rows[3]);
+    columns[0] = _mm256_shuffle_ps(low01, low23, 0x44);
+    columns[1] = _mm256_shuffle_ps(low01, low23, 0xee);
+    columns[2] = _mm256_shuffle_ps(high01, high23, 0x44);
+    columns[3] = _mm256_shuffle_ps(high01, high23, 0xee);
+#endif
+}
+#else
+constexpr bool kTransposes = false;
+#endif
+
 template <class A>
 inline __attribute__((always_inline)) vec_t<A> broadcast(A value) {
     return value - vec_t<A>{};

@@ -10,7 +10,7 @@ from sapt_fast import _C
 from sapt_fast.cpu_kernels.common import CODES
 
 # Up to so many rows reading the weight bounds the time, and our kernels need no packing.
-_FEW_ROWS = {torch.float32: 8, torch.bfloat16: 1, torch.float16: 32, torch.float64: 8}
+_FEW_ROWS = {torch.float32: 16, torch.bfloat16: 1, torch.float16: 32, torch.float64: 8}
 # Multiplications below which a direct call of oneDNN, dear at a new shape, gains too little.
 _ONEDNN_WORK = 1 << 24
 

@@ -204,6 +204,13 @@ def test_every_row_block_of_the_decode(rows, monkeypatch):
     check(make_case(1, rows, 40, 77, (3, 2)), [3, 5])
 
 
+@pytest.mark.parametrize("rows", [9, 13, 16, 17, 31])
+def test_rows_in_the_lanes_and_beyond(rows, capability, monkeypatch):
+    """More inputs than one sum takes, and an odd number of outputs."""
+    monkeypatch.setitem(gemm._FEW_ROWS, torch.float32, 99)
+    check(make_case(1, rows, 600, 77, (3, 2)), [3, 5])
+
+
 @pytest.mark.usefixtures("route")
 class TestShapes:
     @pytest.mark.parametrize("ranks", [(0, 4, 0, 2), (4,), (0, 0), (1,) * 9])

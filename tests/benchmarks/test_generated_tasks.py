@@ -16,7 +16,7 @@ def test_it_makes_pseudo_samples_tunes_compares_and_goes_on(tmp_path: Path) -> N
     assert result["orders"] == ["last_first,vowel_label", "vowel_label,last_first"]
     assert list(result["rows"]) == ["sapt_pseudo_samples", "l2p"]
     tried = {name: set(row["dev_ap"]["learning_rate"]) for name, row in result["rows"].items()}
-    assert tried["l2p"] == {"0.1", "0.3", "1.0"}
+    assert tried["l2p"] == {"0.1", "0.3", "1.0", "3.0"}
     assert tried["sapt_pseudo_samples"] == {"0.001", "0.003", "0.01"}
     made = sorted((tmp_path / "work" / "pseudo_samples").rglob("train.json"))
     assert len(made) == 2

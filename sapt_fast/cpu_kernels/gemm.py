@@ -32,6 +32,8 @@ def is_few(x: Tensor, weight: Tensor) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [M, I] . weight [O, I]^T + bias [O], a new tensor; x is contiguous."""
+    if bias is not None:
+        bias = bias.contiguous()  # oneDNN and our kernels read it without strides
     if is_few(x, weight):
         return _few_rows(x, weight, bias)
     if _uses_onednn(x, weight.shape[0]):
@@ -83,8 +85,6 @@ def _uses_onednn(x: Tensor, columns: int) -> bool:
 def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows, inputs = x.shape
     y = x.new_empty(rows, weight.shape[0])
-    if bias is not None:
-        bias = bias.contiguous()
     _C.mixed_lora_decode(
         CODES[x.dtype], CODES[x.dtype], y.data_ptr(), 0, x.data_ptr(),
         weight.data_ptr(), 0 if bias is None else bias.data_ptr(), 0, 0, 0, 0, 0,

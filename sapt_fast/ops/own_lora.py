@@ -6,14 +6,16 @@ The adapters are read where they lie, in PEFT's layout, and only by the samples 
 arithmetic is that of one adapter for the batch, however many there are.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sapt_fast import dispatch
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 # What an output starts from: the weight [O, I] and bias [O] of a linear layer, or its output.
 Base = tuple[Tensor, Tensor | None] | Tensor
@@ -54,7 +56,8 @@ def own_lora(
         [B, ..., O] in x's dtype.
 
     Raises:
-        ValueError, TypeError: a shape, index or dtype does not fit, or something wants a gradient.
+        ValueError, TypeError: a shape, index, dtype or device does not fit, or something wants a
+            gradient.
         dispatch.BackendError: the named backend cannot run here.
 
     Example:
@@ -73,7 +76,7 @@ def own_lora(
         if tensor is not None and tensor.dtype != x.dtype:
             raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {x.dtype} (that of x)")
     outputs = weight.shape[0]
-    _check(x, outputs, adapters, owner, [weight] if bias is None else [weight, bias])
+    _check(x, outputs, adapters, owner, {"weight": weight, "bias": bias})
     rows = x.reshape(-1, x.shape[-1])
     y = _run(rows, (weight, bias), adapters, owner, backend)
     return y.view(*x.shape[:-1], outputs)
@@ -100,7 +103,8 @@ def add_own_lora_(
         y.
 
     Raises:
-        ValueError, TypeError: a shape, index or dtype does not fit, or something wants a gradient.
+        ValueError, TypeError: a shape, index, dtype or device does not fit, or something wants a
+            gradient.
         dispatch.BackendError: the named backend cannot run here.
 
     Example:
@@ -118,7 +122,7 @@ def add_own_lora_(
         )
     if y.dtype != x.dtype:
         raise TypeError(f"x: got dtype {x.dtype}, expected {y.dtype} (that of y)")
-    _check(x, y.shape[-1], adapters, owner, [y])
+    _check(x, y.shape[-1], adapters, owner, {"y": y})
     _run(x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]), adapters, owner, backend)
     return y
 
@@ -127,8 +131,12 @@ def _run(
     x: Tensor, base: Base, adapters: Sequence[Adapter], owner: Sequence[int], backend: str | None
 ) -> Tensor:
     chosen = dispatch.resolve("own_lora", x.device, backend, x.dtype)
-    y: Tensor = dispatch.kernels("own_lora", chosen).own_lora_fwd(x, base, adapters, owner)
-    return y
+    function = dispatch.kernels("own_lora", chosen).own_lora_fwd
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):  # which would give y another dtype
+            return cast(Tensor, function(x, base, adapters, owner))
+    return cast(Tensor, function(x, base, adapters, owner))
 
 
 def _check(
@@ -136,26 +144,37 @@ def _check(
     outputs: int,
     adapters: Sequence[Adapter],
     owner: Sequence[int],
-    others: Sequence[Tensor],
+    others: Mapping[str, Tensor | None],
 ) -> None:
     if x.dim() < 2:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, ..., I]")
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"x: got dtype {x.dtype}, expected one of {_FLOATS}")
     if len(owner) != x.shape[0]:
         raise ValueError(f"owner: got {len(owner)} samples, expected {x.shape[0]} (those of x)")
     if owner and not -1 <= min(owner) <= max(owner) < len(adapters):
         raise ValueError(f"owner: got {list(owner)}, expected -1 to {len(adapters) - 1}")
-    inputs = x.shape[-1]
+    inputs, device = x.shape[-1], x.device
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name}: got device {tensor.device}, expected {device} (that of x)")
     for k, (a, b, _) in enumerate(adapters):
         if a.dim() != 2 or a.shape[1] != inputs or b.shape != (outputs, a.shape[0]):
             raise ValueError(
                 f"adapters[{k}]: got A {tuple(a.shape)} and B {tuple(b.shape)}, expected "
                 f"[r, {inputs}] and [{outputs}, r]"
             )
+        if a.device != device or b.device != device:
+            raise ValueError(
+                f"adapters[{k}]: got A on {a.device} and B on {b.device}, expected {device} "
+                "(that of x)"
+            )
     dtypes = {tensor.dtype for a, b, _ in adapters for tensor in (a, b)}
     if len(dtypes) > 1 or not dtypes <= {x.dtype, torch.float32}:
         raise TypeError(f"adapters: got {dtypes}, expected one of {x.dtype} or torch.float32")
     if torch.is_grad_enabled():
-        tensors = [x, *others, *(t for a, b, _ in adapters for t in (a, b))]
+        given = [t for t in others.values() if t is not None]
+        tensors = [x, *given, *(t for a, b, _ in adapters for t in (a, b))]
         if any(t.requires_grad for t in tensors):
             raise ValueError("own_lora: got tensors that require gradients; it has none")
 

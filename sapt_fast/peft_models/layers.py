@@ -184,10 +184,11 @@ def _own(layer: Any, x: Tensor, names: Sequence[str]) -> Tensor | None:
     if _is_plain_base(base) and base.weight.dtype == x.dtype and base.weight.is_cpu:
         weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
         return own_lora(x, weight, base.bias, adapters, owner)
-    y = base(x).contiguous()
+    y = base(x)
     if y.dtype != x.dtype:
-        return None
-    return add_own_lora_(y, x, adapters, owner)
+        delta = add_own_lora_(x.new_zeros(y.shape), x, adapters, owner)
+        return y + delta.to(y.dtype)
+    return add_own_lora_(y.contiguous(), x, adapters, owner)
 
 
 def mixed(
@@ -284,8 +285,9 @@ def mixes_by_arrow(layer: Any) -> bool:
 
 def _is_plain_base(base: nn.Module) -> bool:
     """Whether calling the base layer is its product and nothing else."""
-    plain = type(base) in (nn.Linear, Conv1D) and not is_torchao(base.weight)
-    return plain and "forward" not in vars(base) and not _hooked(base)
+    if type(base) not in (nn.Linear, Conv1D) or is_torchao(base.weight):
+        return False
+    return base.weight.layout is torch.strided and "forward" not in vars(base) and not _hooked(base)
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -49,9 +49,23 @@ def test_bad_base():
         (ValueError, r"adapters\[0\]: got A", (x, weight[:6], None)),
         (ValueError, r"x: got shape \(5,\)", (x[0, 0], weight, bias)),
         (ValueError, "require gradients", (x, weight.clone().requires_grad_(), bias)),
+        (TypeError, r"x: got dtype", (x.int(), weight.int(), bias.int())),
+        (ValueError, "weight: got device meta, expected cpu", (x, weight.to("meta"), bias)),
+        (ValueError, "bias: got device meta, expected cpu", (x, weight, bias.to("meta"))),
     ]:
         with pytest.raises(error, match=match):
             own_lora(*given, adapters, owner)
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_autocast_changes_nothing(backend):
+    y, x, adapters = make((20, 5), (2, 3))
+    base, owner = make_base(x), [0, 1] * 10
+    want = own_lora(x, *base, adapters, owner, backend=backend)
+    added = add_own_lora_(y.clone(), x, adapters, owner, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(own_lora(x, *base, adapters, owner, backend=backend), want)
+        assert torch.equal(add_own_lora_(y, x, adapters, owner, backend=backend), added)
 
 
 def test_bad_input_changes_nothing():
@@ -59,6 +73,7 @@ def test_bad_input_changes_nothing():
     before = y.clone()
     owner = [0, 1, 0, -1]
     swapped = Adapter(adapters[0].b, adapters[0].a, 1.0)
+    elsewhere = [adapters[0], adapters[1]._replace(a=adapters[1].a.to("meta"))]
     narrow = Adapter(adapters[0].a.half(), adapters[0].b.half(), 1.0)
     for error, match, given in [
         (ValueError, r"owner: got 3 samples, expected 4", (y, x, adapters, [0, 1, 0])),
@@ -79,6 +94,8 @@ def test_bad_input_changes_nothing():
             (y, x, [narrow], [0] * 4),
         ),
         (ValueError, "require gradients", (y, x.clone().requires_grad_(), adapters, owner)),
+        (ValueError, "y: got device meta", (y.to("meta"), x, adapters, owner)),
+        (ValueError, r"adapters\[1\]: got A on meta and B on cpu", (y, x, elsewhere, owner)),
     ]:
         with pytest.raises(error, match=match):
             add_own_lora_(*given)

@@ -182,6 +182,38 @@ def test_adapter_names_of_a_mixed_batch(names):
     assert torch.equal(*generated)
 
 
+def doubled(base, calls):
+    base.register_forward_hook(lambda module, inputs, y: calls.append(1) or y * 2)
+
+
+def widened(base, calls):
+    base.register_forward_hook(lambda module, inputs, y: calls.append(1) or y.double())
+
+
+def sparse(base, calls):
+    base.weight = nn.Parameter(base.weight.detach().to_sparse_csr(), requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [("gpt2", None), ("bert", None), ("llama", doubled), ("llama", widened), ("llama", sparse)],
+)
+def test_adapter_names_over_every_base_layer(family, change):
+    outputs, calls = [], ([], [])
+    for seen, patches in zip(calls, (False, True), strict=True):
+        model = peft_model(family)
+        if patches:
+            sapt_fast.patch(model)
+        layer = next(m for m in model.modules() if isinstance(m, lora.Linear))
+        if change is not None:
+            change(layer.base_layer, seen)
+        x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            outputs.append(layer(x, adapter_names=["a2", "__base__", "a0"]))
+    torch.testing.assert_close(*reversed(outputs), rtol=1e-5, atol=1e-5)
+    assert calls[1] == calls[0]
+
+
 # --- what PEFT does with its adapters ---
 
 

@@ -58,8 +58,8 @@ def patch(model: _Model, config: SaptConfig | None = None, *, strict: bool = Fal
     where they are; unpatch before merge_and_unload, so that the merged model is rid of our hooks.
 
     Args:
-        model: a PreTrainedModel, or a PeftModel with LoRA adapters. Patching it again with an equal
-            config (or none) changes nothing.
+        model: a PreTrainedModel, or a PeftModel of one with LoRA adapters. Patching it again with
+            an equal config (or none) changes nothing.
         config: None for `SaptConfig()`; a PeftModel takes none, its adapters have theirs.
         strict: raise if any layer that matches `target_modules` cannot be patched, or a name in
             it matches nothing.
@@ -90,6 +90,7 @@ def patch(model: _Model, config: SaptConfig | None = None, *, strict: bool = Fal
         raise ValueError(
             "config: got one for a PeftModel, whose adapters have theirs; expected None"
         )
+    require_pretrained(given.get_base_model())
     _refuse_hooked(given)
     patch_peft, _ = _peft_functions(given)
     patch_peft(given, strict=strict)
@@ -227,7 +228,7 @@ def require_pretrained(model: object) -> None:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"model: got {type(model).__name__}, expected a transformers PreTrainedModel or a "
-            "PeftModel"
+            "PeftModel of one"
         )
 
 

@@ -3,6 +3,7 @@
 import pytest
 import tiny_peft
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny_models import VOCABULARY, token_ids
 from tiny_peft import config, run
 from torch import nn
@@ -33,6 +34,16 @@ def test_an_adapter_whose_matrices_are_of_another_base():
     assert not hasattr(model, "sapt")
     layer.lora_A["a1"] = own
     sapt_fast.patch(model)
+
+
+def test_a_base_that_is_not_of_transformers():
+    base = nn.Sequential(nn.Linear(4, 4))
+    model = get_peft_model(base, LoraConfig(target_modules=["0"], init_lora_weights=False))
+    kinds = [type(m) for m in model.modules()]
+    with pytest.raises(TypeError, match="got Sequential, expected a transformers PreTrainedModel"):
+        sapt_fast.patch(model)
+    assert [type(m) for m in model.modules()] == kinds
+    assert not hasattr(model, "sapt")
 
 
 def test_adapters_that_name_several_bases(caplog):

@@ -294,7 +294,7 @@ class ContinualSettings:
         return replace(self, sapt=config, **{n: v for n, v in given.items() if n not in router})
 
     def autocast(self, device: torch.device) -> torch.autocast:
-        """Training's bfloat16 autocast, or none, for forwards outside of it that do not generate."""
+        """The bfloat16 autocast of training, or none, for forwards that are not of generation."""
         return torch.autocast(device.type, torch.bfloat16, enabled=self.bf16)
 
     @classmethod

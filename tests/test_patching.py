@@ -400,6 +400,22 @@ def test_to_another_dtype(family, dtype):
     assert error > 10 * tolerance or dtype != torch.float64  # the new key takes its share
 
 
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_on_meta_tensors(family, gradient):
+    """Shapes without numbers, as those ask for who estimate memory."""
+    model = patched(family).to("meta")
+    ids = token_ids().to("meta")
+    inputs = {"decoder_input_ids": ids} if family == "t5" else {}
+    with torch.set_grad_enabled(gradient):
+        logits = model(input_ids=ids, **inputs).logits
+        assert logits.device == ids.device
+        assert logits.shape[:2] == ids.shape
+        if gradient:
+            logits.sum().backward()
+            assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
 def test_half():
     model = patched("llama").half()
     assert run(model).dtype == torch.float16

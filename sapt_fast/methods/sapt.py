@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sapt_fast.ops._autocast import without_autocast
 from sapt_fast.ops.router import (
     POOLINGS,
     QueryProjection,
@@ -303,7 +304,7 @@ class SaptRouter(nn.Module):
 
     def scores(self, pooled: Tensor) -> Tensor:
         """Attention scores [B, K] of pooled embeddings; the projection and the newest key train."""
-        with torch.autocast(pooled.device.type, enabled=False):
+        with without_autocast(pooled.device):
             return route_scores(
                 pooled, self._all_keys(), self.projection, temperature=self.config.temperature
             )
@@ -311,7 +312,7 @@ class SaptRouter(nn.Module):
     def weights(self, pooled: Tensor) -> Tensor:
         """The mixture [B, K] of pooled embeddings."""
         config = self.config
-        with torch.autocast(pooled.device.type, enabled=False):
+        with without_autocast(pooled.device):
             return route(
                 pooled,
                 self._all_keys(),

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from sapt_fast.ops._autocast import autocasts
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Queries and keys of which a reference holds all pairs at a time.
 ROW_CHUNK = 1024
@@ -24,7 +26,7 @@ def checked_query(query: Tensor, keys: Tensor) -> Tensor:
     for name, tensor in (("query", query), ("keys", keys)):
         if tensor.dtype not in FLOATS:
             raise TypeError(f"{name}: got dtype {tensor.dtype}, expected one of {FLOATS}")
-    if torch.is_autocast_enabled(query.device.type):
+    if autocasts(query.device):
         query = query.to(keys.dtype)
     if keys.dtype != query.dtype:
         raise TypeError(f"keys: got dtype {keys.dtype}, expected {query.dtype} (that of query)")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sapt_fast import dispatch
+from sapt_fast.ops._autocast import autocasts, without_autocast
 from sapt_fast.ops.projection import PooledProjection, Projection
 
 _OP = "mixed_lora"
@@ -49,14 +50,14 @@ def kernel(
     """A kernel of the backend that dispatch chooses; autocast does not reach into it."""
     chosen = dispatch.resolve(_OP, x.device, backend, x.dtype, rows)
     function = getattr(dispatch.kernels(_OP, chosen), name)
-    if not torch.is_autocast_enabled(x.device.type):
+    if not autocasts(x.device):
         return function
 
-    def without_autocast(*arguments: Any) -> Any:
-        with torch.autocast(x.device.type, enabled=False):
+    def guarded(*arguments: Any) -> Any:
+        with without_autocast(x.device):
             return function(*arguments)
 
-    return without_autocast
+    return guarded
 
 
 def _flattened(projections: Sequence[Projection]) -> list[list[Any]]:
@@ -251,7 +252,7 @@ def _chunks(values: Sequence[Any], size: int) -> list[Sequence[Any]]:
 
 
 def _weight_grad(dy: Tensor, x: Tensor) -> Tensor:
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         return dy.t() @ x
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sapt_fast import dispatch
+from sapt_fast.ops._autocast import autocasts, without_autocast
 
 _OP = "mix_experts"
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -79,7 +80,7 @@ def mix_experts(
         >>> mix_experts(x, bank_a, bank_b, index, torch.rand(2, 2)).shape
         torch.Size([2, 6])
     """
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+    if x.dtype != torch.float64 and autocasts(x.device):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     _check(x, bank_a, bank_b, index, weights)
     compiling = torch.compiler.is_compiling()
@@ -222,7 +223,7 @@ def _weights_of_chosen(index: Tensor, weights: Tensor, scaling: float) -> Tensor
 
 
 def _einsum(equation: str, a: Tensor, b: Tensor) -> Tensor:
-    with torch.autocast(a.device.type, enabled=False):
+    with without_autocast(a.device):
         return torch.einsum(equation, a, b)
 
 

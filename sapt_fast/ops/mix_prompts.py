@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sapt_fast import dispatch
+from sapt_fast.ops._autocast import without_autocast
 
 _OP = "mix_prompts"
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -137,7 +138,7 @@ def mix_prompts_fwd(
         source: the embeddings [B, T, D], or with `input_ids` the table [V, D] of their rows.
         input_ids: [B, T] int32 or int64, or None.
     """
-    with torch.autocast(source.device.type, enabled=False):
+    with without_autocast(source.device):
         mixed = mixture @ prompts.to(mixture.dtype).flatten(1)
     embeds = source if input_ids is None else torch.nn.functional.embedding(input_ids, source)
     mixed = mixed.view(mixture.shape[0], *prompts.shape[1:]).to(source.dtype)
@@ -155,7 +156,7 @@ def mix_prompts_bwd(
     """
     d_mixed = dy[:, : prompts.shape[1]].flatten(1).to(mixture.dtype)
     d_prompts = d_mixture = None
-    with torch.autocast(dy.device.type, enabled=False):
+    with without_autocast(dy.device):
         if needs_prompts:
             d_prompts = (mixture.t() @ d_mixed).view(prompts.shape).to(prompts.dtype)
         if needs_mixture:

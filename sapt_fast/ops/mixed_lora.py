@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sapt_fast.ops._autocast import autocasts
 from sapt_fast.ops._mixed_lora_ops import differentiable, kernel
 from sapt_fast.ops.projection import PooledProjection, Projection
 from sapt_fast.ops.rank_table import (
@@ -184,7 +185,7 @@ def _in_dtype(given: Projection, dtype: torch.dtype, accumulate: torch.dtype) ->
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of the products: x's, or autocast's, which leaves float64 alone."""
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+    if x.dtype != torch.float64 and autocasts(x.device):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sapt_fast import dispatch
+from sapt_fast.ops._autocast import autocasts, without_autocast
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -132,9 +133,8 @@ def _run(
 ) -> Tensor:
     chosen = dispatch.resolve("own_lora", x.device, backend, x.dtype)
     function = dispatch.kernels("own_lora", chosen).own_lora_fwd
-    kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        with torch.autocast(kind, enabled=False):  # which would give y another dtype
+    if autocasts(x.device):
+        with without_autocast(x.device):  # which would give y another dtype
             return cast(Tensor, function(x, base, adapters, owner))
     return cast(Tensor, function(x, base, adapters, owner))
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sapt_fast import dispatch
+from sapt_fast.ops._autocast import without_autocast
 from sapt_fast.ops.pool_tokens import (
     POOLINGS,
     check_devices,
@@ -192,7 +193,7 @@ def reflection_loss(scores: Tensor, target: Tensor) -> Tensor:
         raise ValueError(
             f"target: got shape {shape}, expected [K'] or [{batch}, K'], K' <= {count}"
         )
-    with torch.autocast(scores.device.type, enabled=False):
+    with without_autocast(scores.device):
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         target = F.pad(target.to(scores), (0, count - shape[-1])).expand(batch, count)
         return F.kl_div(F.log_softmax(scores, -1), target, reduction="batchmean")
@@ -255,7 +256,7 @@ def route_scores_bwd(
     """
     wide = torch.promote_types(pooled.dtype, torch.float32)
     grads: list[Tensor | None] = [None] * 6
-    with torch.autocast(pooled.device.type, enabled=False):
+    with without_autocast(pooled.device):
         scaled, e = d_scores.to(wide) / divisor, pooled.to(wide)
         d_query = scaled @ keys.to(wide)
         if projection is None:
@@ -316,7 +317,7 @@ def _scores(
     pooled: Tensor, keys: Tensor, projection: QueryProjection | None, divisor: float, backend: str
 ) -> Tensor:
     if backend == "reference":
-        with torch.autocast(pooled.device.type, enabled=False):
+        with without_autocast(pooled.device):
             return route_scores_fwd(pooled, keys, projection, divisor)
     return _scores_op(pooled, keys, *_flat(projection), divisor, backend)
 

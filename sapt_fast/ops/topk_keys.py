@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sapt_fast import dispatch
+from sapt_fast.ops._autocast import without_autocast
 from sapt_fast.ops._keys import (
     KEY_CHUNK,
     ROW_CHUNK,
@@ -149,7 +150,7 @@ def _all_scores(query: Tensor, keys: Tensor, metric: str) -> Tensor:
         return -pairwise_distance(query, keys).square()
     if metric == "cosine":
         query, keys = query * inverse_norm(query), keys * inverse_norm(keys)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         return query @ keys.t()
 
 

@@ -171,6 +171,15 @@ def test_weights_per_token():
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_on_meta_tensors():
+    model = sapt_fast.patch(peft_model()).to("meta")
+    ids = token_ids().to("meta")
+    logits = model(input_ids=ids).logits
+    assert logits.device == ids.device
+    logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
 @pytest.mark.parametrize("names", [["a0", "a1", "a2"], ["a2", "__base__", "a2"]])
 def test_adapter_names_of_a_mixed_batch(names):
     models = [peft_model() for _ in range(2)]

@@ -96,7 +96,8 @@ void decode(int dtype, int lora_dtype, Address y, Address h, Address x, Address 
     if (rows == 0) return;
     require(outputs == 0 || y, "y: null address");
     require(inputs == 0 || x, "x: null address");
-    require(ranks == 0 || (h && lora_a && lora_b), "h, lora_a, lora_b: null address");
+    require(ranks == 0 || (h && (inputs == 0 || lora_a) && (outputs == 0 || lora_b)),
+            "h, lora_a, lora_b: null address");
     const std::unique_ptr<char[]> hw = scratch(rows * ranks, type);
     const bool packs = weight && packs_rows(type, rows);
     const std::unique_ptr<char[]> packed = packs ? scratch(inputs * kLaneRows, type) : nullptr;
@@ -139,7 +140,7 @@ void own_lora(int dtype, int lora_dtype, Address y, Address x, const std::vector
     std::vector<OwnAdapter> adapters;
     for (std::int64_t k = 0; k < count; ++k) {
         require(ranks[k] >= 0 && ranks[k] <= kMostOwnRanks, "ranks: negative or too many");
-        require(ranks[k] == 0 || (a[k] && b[k]), "a, b: null address");
+        require(ranks[k] == 0 || ((inputs == 0 || a[k]) && b[k]), "a, b: null address");
         adapters.push_back({at(a[k]), at(b[k]), ranks[k], scales[k]});
     }
     // Rows that share one read of their adapter, where enough blocks remain for the threads.

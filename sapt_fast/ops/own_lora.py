@@ -78,8 +78,7 @@ def own_lora(
             raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {x.dtype} (that of x)")
     outputs = weight.shape[0]
     _check(x, outputs, adapters, owner, {"weight": weight, "bias": bias})
-    rows = x.reshape(-1, x.shape[-1])
-    y = _run(rows, (weight, bias), adapters, owner, backend)
+    y = _run(x.flatten(0, -2), (weight, bias), adapters, owner, backend)
     return y.view(*x.shape[:-1], outputs)
 
 
@@ -124,7 +123,7 @@ def add_own_lora_(
     if y.dtype != x.dtype:
         raise TypeError(f"x: got dtype {x.dtype}, expected {y.dtype} (that of y)")
     _check(x, y.shape[-1], adapters, owner, {"y": y})
-    _run(x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]), adapters, owner, backend)
+    _run(x.flatten(0, -2), y.flatten(0, -2), adapters, owner, backend)
     return y
 
 

@@ -211,6 +211,12 @@ def test_rows_in_the_lanes_and_beyond(rows, capability, monkeypatch):
     check(make_case(1, rows, 600, 77, (3, 2)), [3, 5])
 
 
+@pytest.mark.parametrize("rows", [3, 12, 100])
+@pytest.mark.parametrize(("inputs", "outputs"), [(0, 5), (5, 0)])
+def test_layers_without_width(inputs, outputs, rows):
+    check(make_case(1, rows, inputs, outputs, (3, 2)), [3, 5])
+
+
 @pytest.mark.usefixtures("route")
 class TestShapes:
     @pytest.mark.parametrize("ranks", [(0, 4, 0, 2), (4,), (0, 0), (1,) * 9])

@@ -293,7 +293,7 @@ def pool_tokens_fwd(
                 splits,
                 MEAN=mean,
                 BLOCK_D=merge_d,
-                num_warps=2,
+                num_warps=4,
             )
     return pooled, winner
 

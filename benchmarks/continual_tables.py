@@ -18,17 +18,11 @@ from typing import Any
 from figures import BLOCK, IMAGES
 from measure import ROOT
 
+from sapt_fast.continual.comparison_report import with_deviation
+
 PAGE = ROOT / "docs" / "guides" / "experiments.md"
 # Neither replays inputs of earlier tasks nor keeps a private adapter for each.
 WITHOUT_REPLAY = ("seqlora", "ewc", "lwf", "olora")
-
-
-def spread(metric: Mapping[str, Any]) -> str:
-    """Mean and deviation, "-" for what is not defined."""
-    if metric["mean"] is None:
-        return "-"
-    deviation = "" if metric["deviation"] is None else f" ± {metric['deviation']:.1f}"
-    return f"{metric['mean']:.1f}{deviation}"
 
 
 def main_table(rows: Mapping[str, Any]) -> list[str]:
@@ -37,7 +31,7 @@ def main_table(rows: Mapping[str, Any]) -> list[str]:
     lines = ["| | AP | F.Ra | FWT | BWT | runs |", "|---|---|---|---|---|---|"]
     for name in ordered:
         metrics = rows[name]["metrics"]
-        cells = " | ".join(spread(metrics[m]) for m in ("AP", "F.Ra", "FWT", "BWT"))
+        cells = " | ".join(with_deviation(metrics[m]) for m in ("AP", "F.Ra", "FWT", "BWT"))
         lines.append(f"| {name} | {cells} | {rows[name]['runs']} |")
     return lines
 
@@ -80,15 +74,14 @@ def ablation_table(result: Mapping[str, Any]) -> list[str]:
         origin = rows["replay" if name.startswith("replay") else "sapt"]
         change = mean(row, "AP") - mean(origin, "AP")
         shown = "" if row is origin else f"{change:+.1f}"
-        lines.append(
-            f"| {name} | {spread(row['metrics']['AP'])} | {spread(row['metrics']['F.Ra'])} "
-            f"| {shown} |"
-        )
+        ap, forgetting = (with_deviation(row["metrics"][metric]) for metric in ("AP", "F.Ra"))
+        lines.append(f"| {name} | {ap} | {forgetting} | {shown} |")
     for name in ("uniform", "hardest_wrong"):
         cells = [cell[name] for cell in result["other_weights"]]
-        ap, forgetting = (fmean(cell[metric] for cell in cells) for metric in ("AP", "F.Ra"))
-        change = ap - mean(rows["sapt"], "AP")
-        lines.append(f"| sapt, {name} weights | {ap:.1f} | {forgetting:.1f} | {change:+.1f} |")
+        means = {metric: fmean(cell[metric] for cell in cells) for metric in ("AP", "F.Ra")}
+        change = means["AP"] - mean(rows["sapt"], "AP")
+        shown = " | ".join(f"{value:.1f}" for value in means.values())
+        lines.append(f"| sapt, {name} weights | {shown} | {change:+.1f} |")
     return lines
 
 
@@ -130,14 +123,21 @@ def block(result: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", *tuning_table(result["rows"])]) + "\n"
 
 
+def recorded(path: Path | str) -> dict[str, Any]:
+    """A file of benchmarks/results, named from the project's folder."""
+    result: dict[str, Any] = json.loads((ROOT / path).read_text())
+    return result
+
+
 def rendered(page: str, files: Mapping[str, Path] | None = None) -> str:
     """The page with the blocks of its files, or of those given by the experiment's name."""
 
     def one(match: re.Match[str]) -> str:
         path = Path(match.group(2))
-        result = json.loads((ROOT / path).read_text())
-        path = (files or {}).get(result["only"], path)
-        result = json.loads((ROOT / path).read_text())
+        result = recorded(path)
+        if files and result["only"] in files:
+            path = files[result["only"]]
+            result = recorded(path)
         return f"<!-- results: {path.as_posix()} -->\n\n{block(result)}\n{match.group(3)}"
 
     return BLOCK.sub(one, page)
@@ -175,10 +175,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path, nargs="*", help="files under benchmarks/results")
     given = [path.resolve().relative_to(ROOT) for path in parser.parse_args().results]
-    files = {json.loads((ROOT / path).read_text())["only"]: path for path in given}
+    files = {recorded(path)["only"]: path for path in given}
     PAGE.write_text(rendered(PAGE.read_text(), files))
     for match in BLOCK.finditer(PAGE.read_text()):
-        image = draw(json.loads((ROOT / match.group(2)).read_text()))
+        image = draw(recorded(match.group(2)))
         print(f"drew {image.relative_to(ROOT)}")
 
 

@@ -110,26 +110,22 @@ def test_an_earlier_adapter_stays_as_it_is_and_counts(run, tmp_path):
         assert not torch.allclose(tensor, alone[key], rtol=1e-3)
 
 
+def accelerate_launch(config: str, *options: str) -> list:
+    """To be followed by a port and the script."""
+    return [
+        "accelerate.commands.launch", "--config_file", FOLDER / "configs" / config, *options,
+        "--mixed_precision", "no", "--num_processes", 2, "--main_process_port",
+    ]  # fmt: skip
+
+
 LAUNCHERS = {
-    "accelerate": [
-        "accelerate.commands.launch", "--config_file", FOLDER / "configs" / "ddp.yaml",
-        "--mixed_precision", "no", "--num_processes", 2, "--main_process_port",
-    ],
-    "fsdp2": [
-        "accelerate.commands.launch", "--config_file", FOLDER / "configs" / "fsdp2.yaml",
-        # Of itself accelerate takes BERT's embeddings too, which it then shards once more.
-        "--fsdp_transformer_layer_cls_to_wrap", "BertLayer",
-        "--mixed_precision", "no", "--num_processes", 2, "--main_process_port",
-    ],
-    **{
-        stage: [
-            "accelerate.commands.launch", "--config_file", FOLDER / "configs" / f"{stage}.yaml",
-            "--mixed_precision", "no", "--num_processes", 2, "--main_process_port",
-        ]
-        for stage in ("zero2", "zero3")
-    },
+    "accelerate": accelerate_launch("ddp.yaml"),
+    # Of itself accelerate takes BERT's embeddings too, which it then shards once more.
+    "fsdp2": accelerate_launch("fsdp2.yaml", "--fsdp_transformer_layer_cls_to_wrap", "BertLayer"),
+    "zero2": accelerate_launch("zero2.yaml"),
+    "zero3": accelerate_launch("zero3.yaml"),
     "torchrun": ["torch.distributed.run", "--nproc_per_node", 2, "--master_port"],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
@@ -219,14 +219,15 @@ def _line(row: str, found: dict[str, Any]) -> list[str]:
     return [
         row,
         str(found["runs"]),
-        *(_with_deviation(found["metrics"][name]) for name in METRICS),
+        *(with_deviation(found["metrics"][name]) for name in METRICS),
         f"{found['trained_parameters']:,}",
         f"{found['seconds']:.0f} s{'*' if found['resumed'] else ''}",
         "-" if memory is None else f"{memory / 2**20:,.0f} MiB",
     ]
 
 
-def _with_deviation(spread: dict[str, Any]) -> str:
+def with_deviation(spread: Mapping[str, Any]) -> str:
+    """Mean and deviation of a metric of `summary`, "-" for what is not defined."""
     if spread["mean"] is None:
         return "-"
     text = f"{spread['mean']:.1f}"

@@ -15,7 +15,7 @@ from sapt_fast.cpu_kernels.gemm import linear
 from sapt_fast.ops import own_lora as reference
 
 if TYPE_CHECKING:
-    from sapt_fast.ops.own_lora import Adapter
+    from sapt_fast.ops.own_lora import Adapter, Base
 
 # Up to so many rows per sample reading the adapters bounds the time, not the arithmetic.
 _FEW_ROWS = 32
@@ -23,7 +23,7 @@ _FEW_ROWS = 32
 
 def own_lora_fwd(
     x: Tensor,
-    base: "tuple[Tensor, Tensor | None] | Tensor",
+    base: "Base",
     adapters: "Sequence[Adapter]",
     owner: Sequence[int],
 ) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sapt_fast.ops._autocast import without_autocast
+from sapt_fast.ops._common import without_autocast
 from sapt_fast.ops.router import (
     POOLINGS,
     QueryProjection,

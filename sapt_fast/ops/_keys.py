@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from sapt_fast.ops._autocast import autocasts
+from sapt_fast.ops._common import FLOATS, autocasts
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Queries and keys of which a reference holds all pairs at a time.
 ROW_CHUNK = 1024
 KEY_CHUNK = 4096

@@ -4,14 +4,13 @@ A registered op takes tensors, numbers and lists of them. So projections come as
 field, and the rows that train as triples (index of the projection, start, stop) in one list.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sapt_fast import dispatch
-from sapt_fast.ops._autocast import autocasts, without_autocast
+from sapt_fast.ops._common import kernel, without_autocast
 from sapt_fast.ops.projection import PooledProjection, Projection
 
 _OP = "mixed_lora"
@@ -42,22 +41,6 @@ def differentiable(
         grad_through_frozen,
         backend or "",
     )[: len(pooled)]
-
-
-def kernel(
-    name: str, backend: str | None, x: Tensor, rows: int | None = None
-) -> Callable[..., Any]:
-    """A kernel of the backend that dispatch chooses; autocast does not reach into it."""
-    chosen = dispatch.resolve(_OP, x.device, backend, x.dtype, rows)
-    function = getattr(dispatch.kernels(_OP, chosen), name)
-    if not autocasts(x.device):
-        return function
-
-    def guarded(*arguments: Any) -> Any:
-        with without_autocast(x.device):
-            return function(*arguments)
-
-    return guarded
 
 
 def _flattened(projections: Sequence[Projection]) -> list[list[Any]]:
@@ -106,7 +89,7 @@ def _forward_op(
 ) -> list[Tensor]:
     """y of each projection, then h of each; `train_rows` are triples, see `_triples`."""
     projections = _projections(len(lora_a), weights, biases, lora_a, lora_b, row_adapter, row_scale)
-    results = kernel("mixed_lora_fwd", backend, x)(x, mixture, projections)
+    results = kernel(_OP, "mixed_lora_fwd", backend, x)(x, mixture, projections)
     return [y for y, _ in results] + [h for _, h in results]
 
 
@@ -129,7 +112,7 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
     """`mixed_lora_bwd` of the backend, with empty tensors in place of None."""
     projections = _projections(len(dys), weights, (), lora_a, lora_b, row_adapter, row_scale)
-    dx, d_mixture, factors = kernel("mixed_lora_bwd", backend, x)(
+    dx, d_mixture, factors = kernel(_OP, "mixed_lora_bwd", backend, x)(
         dys, x, mixture, projections, hs, [_rows_of(i, train_rows) for i in range(len(dys))],
         needs_x, needs_mixture, grad_through_frozen,
     )  # fmt: skip
@@ -152,7 +135,7 @@ def _forward_fake(
     lora_b: Sequence[Tensor],
     *others: Any,
 ) -> list[Tensor]:
-    empty_h = kernel("empty_h", others[-1], x)
+    empty_h = kernel(_OP, "empty_h", others[-1], x)
     ys = [x.new_empty(x.shape[0], b.shape[1]) for b in lora_b]
     return ys + [empty_h(x, a.shape[0]) for a in lora_a]
 

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from sapt_fast import dispatch
-from sapt_fast.ops._autocast import autocasts, without_autocast
+from sapt_fast.ops._common import FLOATS, autocasts, without_autocast
 
 _OP = "mix_experts"
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Elements of gathered experts that the reference holds at a time.
 _GATHER_CHUNK = 1 << 22
 
@@ -118,8 +117,8 @@ def _check(x: Tensor, bank_a: Tensor, bank_b: Tensor, index: Tensor, weights: Te
             f"weights: got shape {tuple(weights.shape)}, expected {tuple(index.shape)}"
             " (that of index)"
         )
-    if x.dtype not in _FLOATS:
-        raise TypeError(f"x: got dtype {x.dtype}, expected one of {_FLOATS}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"x: got dtype {x.dtype}, expected one of {FLOATS}")
     if bank_a.dtype not in (x.dtype, torch.float32):
         raise TypeError(
             f"bank_a: got dtype {bank_a.dtype}, expected {x.dtype} (that of x) or torch.float32"

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from sapt_fast import dispatch
-from sapt_fast.ops._autocast import without_autocast
+from sapt_fast.ops._common import FLOATS, without_autocast
 
 _OP = "mix_prompts"
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def mix_prompts(
@@ -98,8 +97,8 @@ def _checked(
 ) -> Tensor:
     batch = (source if input_ids is None else input_ids).shape[0]
     width = source.shape[-1]
-    if source.dtype not in _FLOATS:
-        raise TypeError(f"{source_name}: got dtype {source.dtype}, expected one of {_FLOATS}")
+    if source.dtype not in FLOATS:
+        raise TypeError(f"{source_name}: got dtype {source.dtype}, expected one of {FLOATS}")
     if prompts.dim() != 3 or prompts.shape[2] != width:
         raise ValueError(f"prompts: got shape {tuple(prompts.shape)}, expected [K, P, {width}]")
     if prompts.dtype not in (source.dtype, torch.float32):

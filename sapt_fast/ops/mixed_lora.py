@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sapt_fast.ops._autocast import autocasts
-from sapt_fast.ops._mixed_lora_ops import differentiable, kernel
+from sapt_fast.ops._common import FLOATS, autocasts, kernel
+from sapt_fast.ops._mixed_lora_ops import differentiable
 from sapt_fast.ops.projection import PooledProjection, Projection
 from sapt_fast.ops.rank_table import (
     RankTable,
@@ -24,7 +24,6 @@ from sapt_fast.ops.rank_table import (
     trained_rows,
 )
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -163,7 +162,7 @@ def mix(
     rows = x if x.dim() == 2 else x.flatten(0, -2)
     computed = [_in_dtype(given.projection, dtype, accumulate) for given in projections]
     if _eager_inference(x):
-        forward = kernel("mixed_lora_fwd", backend, rows, rows.shape[0])
+        forward = kernel("mixed_lora", "mixed_lora_fwd", backend, rows, rows.shape[0])
         ys = [y for y, _ in forward(rows, mixture, computed)]
     else:
         ys = differentiable(rows, mixture, computed, projections, grad_through_frozen, backend)
@@ -198,8 +197,8 @@ def _eager_inference(x: Tensor) -> bool:
 def _check_x(x: Tensor) -> None:
     if x.dim() not in (2, 3):
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, T, I] or [M, I]")
-    if x.dtype not in _FLOATS:
-        raise TypeError(f"x: got dtype {x.dtype}, expected one of {_FLOATS}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"x: got dtype {x.dtype}, expected one of {FLOATS}")
 
 
 def _checked(
@@ -232,7 +231,7 @@ def _checked(
         if name.startswith("lora"):
             allowed = (x.dtype, torch.float32)
         if _compute_dtype(x) != x.dtype:
-            allowed = _FLOATS
+            allowed = FLOATS
         if tensor is not None and tensor.dtype not in allowed:
             raise TypeError(
                 f"{name}: got dtype {tensor.dtype}, expected {' or '.join(map(str, allowed))}"

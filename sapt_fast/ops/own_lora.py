@@ -13,10 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sapt_fast import dispatch
-from sapt_fast.ops._autocast import autocasts, without_autocast
-
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+from sapt_fast.ops._common import FLOATS, kernel
 
 # What an output starts from: the weight [O, I] and bias [O] of a linear layer, or its output.
 Base = tuple[Tensor, Tensor | None] | Tensor
@@ -130,12 +127,7 @@ def add_own_lora_(
 def _run(
     x: Tensor, base: Base, adapters: Sequence[Adapter], owner: Sequence[int], backend: str | None
 ) -> Tensor:
-    chosen = dispatch.resolve("own_lora", x.device, backend, x.dtype)
-    function = dispatch.kernels("own_lora", chosen).own_lora_fwd
-    if autocasts(x.device):
-        with without_autocast(x.device):  # which would give y another dtype
-            return cast(Tensor, function(x, base, adapters, owner))
-    return cast(Tensor, function(x, base, adapters, owner))
+    return cast(Tensor, kernel("own_lora", "own_lora_fwd", backend, x)(x, base, adapters, owner))
 
 
 def _check(
@@ -147,8 +139,8 @@ def _check(
 ) -> None:
     if x.dim() < 2:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, ..., I]")
-    if x.dtype not in _FLOATS:
-        raise TypeError(f"x: got dtype {x.dtype}, expected one of {_FLOATS}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"x: got dtype {x.dtype}, expected one of {FLOATS}")
     if len(owner) != x.shape[0]:
         raise ValueError(f"owner: got {len(owner)} samples, expected {x.shape[0]} (those of x)")
     if owner and not -1 <= min(owner) <= max(owner) < len(adapters):

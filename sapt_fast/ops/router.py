@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sapt_fast import dispatch
-from sapt_fast.ops._autocast import without_autocast
+from sapt_fast.ops._common import without_autocast
 from sapt_fast.ops.pool_tokens import (
     POOLINGS,
     check_devices,

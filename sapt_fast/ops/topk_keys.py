@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sapt_fast import dispatch
-from sapt_fast.ops._autocast import without_autocast
+from sapt_fast.ops._common import without_autocast
 from sapt_fast.ops._keys import (
     KEY_CHUNK,
     ROW_CHUNK,

@@ -1,0 +1,40 @@
+"""What several ops share: the dtypes they take, and how autocast concerns them."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sapt_fast import dispatch
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for tensors of that device; torch raises when asked for meta's."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Leaves the dtypes inside alone."""
+    if device.type == "meta":
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def kernel(
+    op: str, name: str, backend: str | None, x: Tensor, rows: int | None = None
+) -> Callable[..., Any]:
+    """A kernel of the backend that dispatch chooses; autocast does not reach into it."""
+    chosen = dispatch.resolve(op, x.device, backend, x.dtype, rows)
+    function = getattr(dispatch.kernels(op, chosen), name)
+    if not autocasts(x.device):
+        return function
+
+    def guarded(*arguments: Any) -> Any:
+        with without_autocast(x.device):
+            return function(*arguments)
+
+    return guarded

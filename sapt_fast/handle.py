@@ -1,7 +1,7 @@
 """model.sapt: what a user holds of a patched model."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,6 +15,14 @@ from sapt_fast.layers import Mixed
 from sapt_fast.methods.sapt import SaptConfig, SaptRouter
 from sapt_fast.ops.router import query, reflection_loss
 from sapt_fast.routing import Routing
+from sapt_fast.saved_modules import (
+    TaskModules,
+    WriteCounts,
+    base_tensors,
+    find_modules,
+    require_present,
+    trained_tensors,
+)
 from sapt_fast.sharding import gathered, require_reduced
 
 if TYPE_CHECKING:
@@ -36,6 +44,8 @@ class SaptHandle(nn.Module):
         targets: by task name, the mean attention [k] over that task's inputs once it was learned
             (k = 1 + its index; learning order): what the reflection loss holds it to. Filled by
             whoever trains; saved and loaded with the adapters.
+        task_modules: each task's own copies of `config.modules_to_save`, with
+            `config.modules_per_task`.
         routing: the running weights.
 
     Example:
@@ -67,6 +77,10 @@ class SaptHandle(nn.Module):
         self.tasks = []
         self.targets = {}
         self.unfrozen_before: list[str] = []
+        saved = find_modules(model, config.modules_to_save or (), report.patched)
+        self.task_modules = TaskModules(model, saved if config.modules_per_task else ())
+        self._in_place = [] if config.modules_per_task else saved
+        self._counts = WriteCounts(model)
         self.router = SaptRouter(
             width,
             config,
@@ -98,11 +112,18 @@ class SaptHandle(nn.Module):
             _require_held(optimizer, before)
         self._add_adapters()
         self.router.add_key()
+        self.task_modules.add()
         self._task_added(name)
         if optimizer is not None:
             _follow(optimizer, before, list(self._growing()))
 
-    def restore_task(self, name: str, adapters: Any, key: Tensor) -> None:
+    def restore_task(
+        self,
+        name: str,
+        adapters: Any,
+        key: Tensor,
+        modules: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """`add_task` with weights that exist already, as a checkpoint has them.
 
         Args:
@@ -110,6 +131,8 @@ class SaptHandle(nn.Module):
             adapters: by the path of each patched layer, A [r, in_features], B [r, out_features]
                 and the scaling; copied, ranks may differ.
             key: [D].
+            modules: the task's copies of `modules_to_save`, by their names in the base model; None
+                for the base model's own.
 
         Raises:
             ValueError: as `add_task`; adapters lacks a layer, names another, or holds a matrix of
@@ -129,10 +152,12 @@ class SaptHandle(nn.Module):
                 pool.require_fits(a.shape[0], (a, b))
             except ValueError as error:
                 raise ValueError(f"adapters: {path}: {error}") from None
+        self.task_modules.require_fits(modules)
         self.router.add_key(key)
         for path, pool in pools.items():
             a, b, scaling = adapters[path]
             pool.add(a.shape[0], scaling, (a, b))
+        self.task_modules.add(modules)
         self._task_added(name)
 
     @property
@@ -235,8 +260,38 @@ class SaptHandle(nn.Module):
         return self.routing.pin(weights.to(self.router.norm.weight.device))
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """What training a task updates: the newest adapter, its key and the query projection."""
+        """What training a task updates.
+
+        The newest adapter, its key, the query projection and `config.modules_to_save`.
+        """
         return (p for p in self._model.parameters() if p.requires_grad)
+
+    def trained_tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold of the base model itself, by name.
+
+        The modules that all tasks train, and whatever else of the base model requires a gradient or
+        was written to since `patch`.
+        """
+        return trained_tensors(self._model, self._in_place, self._counts)
+
+    def restore_trained(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copies trained tensors into the base model, whose parameters among them train again.
+
+        Args:
+            tensors: as `trained_tensors` returned them.
+
+        Raises:
+            ValueError: if the model has no such tensor, or one of another shape; nothing has
+                changed then.
+        """
+        require_present("tensors", tensors, self._model)
+        own = base_tensors(self._model)
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                own[name].copy_(tensor)
+        for name in tensors:
+            if isinstance(own[name], nn.Parameter):
+                own[name].requires_grad_(True)
 
     @torch.no_grad()
     def init_key(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
@@ -294,7 +349,9 @@ class SaptHandle(nn.Module):
             addends[path] = Addend(layer, a, b, isinstance(layer, Conv1D))
         if not addends:
             raise ValueError("merge: prompts are inputs, which no base weight can hold")
-        self.routing.merged = Merged(addends, self._model)
+        with self._counts.ignoring(self._model):
+            self.routing.merged = Merged(addends, self._model)
+        self.task_modules.static = weights
 
     def unmerge(self) -> None:
         """Gives the base weights the bits that they had before `merge`; without it, does nothing.
@@ -302,7 +359,35 @@ class SaptHandle(nn.Module):
         Raises:
             ValueError: the model was converted to another dtype since; nothing has changed then.
         """
-        self.routing.unmerge()
+        with self._counts.ignoring(self._model):
+            self.routing.unmerge()
+        self.task_modules.static = None
+
+    def install(self) -> None:
+        """Adds the hooks and lets the shared `modules_to_save` train; called by `patch`."""
+        self.routing.install()
+        self.task_modules.install(self.routing)
+        for path in self._in_place:
+            self._model.get_submodule(path).requires_grad_(True)
+        self._hooks = [
+            self._model.register_load_state_dict_pre_hook(self._before_load),
+            self._model.register_load_state_dict_post_hook(self._after_load),
+        ]
+
+    def remove(self) -> None:
+        """Takes the hooks away; called by `unpatch`."""
+        self.routing.remove()
+        self.task_modules.remove()
+        for hook in self._hooks:
+            hook.remove()
+
+    # What a state_dict brings is as the base model was, not trained here.
+
+    def _before_load(self, *args: Any) -> None:
+        self._counts.settle(self._model)
+
+    def _after_load(self, *args: Any) -> None:
+        self._counts.restart(self._model)
 
     def _has_tasks(self) -> bool:
         return bool(self.tasks)
@@ -369,6 +454,7 @@ class SaptHandle(nn.Module):
         for pool in self.pools.values():
             yield from (pool.a.trainable, pool.b.trainable)
         yield self.router.keys.trainable
+        yield from self.task_modules.newest()
 
     def extra_repr(self) -> str:
         return f"tasks={self.tasks}, layers={len(self.report.patched)}"
@@ -383,9 +469,11 @@ def _require_held(optimizer: torch.optim.Optimizer, parameters: list[nn.Paramete
 def _follow(
     optimizer: torch.optim.Optimizer, before: list[nn.Parameter], after: list[nn.Parameter]
 ) -> None:
-    successor = {id(old): new for old, new in zip(before, after, strict=True)}
+    successor = {id(old): new for old, new in zip(before, after, strict=False)}
     for group in optimizer.param_groups:
         for old in group["params"]:
             if id(old) in successor:
                 optimizer.state.pop(old, None)
         group["params"] = [successor.pop(id(p), p) for p in group["params"]]
+    # The first task's copies of modules follow none.
+    optimizer.param_groups[0]["params"] += after[len(before) :]

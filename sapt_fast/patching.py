@@ -16,6 +16,7 @@ from sapt_fast.pool import AdapterPool
 from sapt_fast.prompts.patching import PromptHandle
 from sapt_fast.report import PatchReport
 from sapt_fast.routing import Routing, require_unrouted
+from sapt_fast.saved_modules import heads
 from sapt_fast.sharding import is_sharded
 
 logger = logging.getLogger(__name__)
@@ -119,8 +120,15 @@ def _patch_pretrained(model: Any, config: SaptConfig | None, strict: bool) -> An
     for _, parameter in model.named_parameters():
         parameter.requires_grad_(False)
     handle.unfrozen_before = frozen
+    unsaved = [path for path in heads(model) if path not in (config.modules_to_save or ())]
+    if unsaved:
+        handle.report.notes.append(
+            f"{', '.join(unsaved)} stays as it is: it is frozen now; to train a head and save it "
+            f"with the tasks, name it in SaptConfig(modules_to_save={unsaved})"
+        )
+        logger.warning("%s: %s", type(model).__name__, handle.report.notes[-1])
     model.sapt = handle
-    handle.routing.install()
+    handle.install()
     logger.info("%s: %s", type(model).__name__, str(handle.report).splitlines()[0])
     return model
 
@@ -176,7 +184,7 @@ def unpatch(model: _Model) -> _Model:
         unpatch_peft(given)
         return model
     layers = handle.layers
-    handle.routing.remove()
+    handle.remove()
     del given.sapt
     for layer in layers.values():
         _restore(layer)

@@ -283,7 +283,8 @@ class SaptTrainer(Seq2SeqTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         held = state_dict or self.model.state_dict(keep_vars=is_sharded(self.model))
-        tensors = _sapt_tensors(held)
+        trained = self.sapt.trained_tensors().keys()
+        tensors = _sapt_tensors(held) | {n: t for n, t in held.items() if n in trained}
         tensors = {name: whole(tensor).contiguous() for name, tensor in tensors.items()}
         if not self.args.should_save:
             return

@@ -50,6 +50,8 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lora_alpha": (lambda v: _number(v) and v > 0, "a positive number"),
     "lora_dropout": (lambda v: _number(v) and 0 <= v < 1, "[0, 1)"),
     "target_modules": (_names, "names, one regular expression, or None"),
+    "modules_to_save": (_names, "names, or None"),
+    "modules_per_task": _FLAG,
     "adapter": (lambda v: v in _ADAPTERS, f"one of {_ADAPTERS}"),
     "prompt_length": _COUNT,
     "query_hidden_dim": _COUNT,
@@ -94,6 +96,20 @@ class SaptConfig:
         metadata={
             "help": "Names (last parts of the path) of the linear layers to adapt, or one regular "
             "expression for the whole path; None takes query and value as PEFT does."
+        },
+    )
+    modules_to_save: Sequence[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names (last parts of the path) of modules that train in full and are saved "
+            "with the adapters, such as a classification head; None for no such module."
+        },
+    )
+    modules_per_task: bool = field(
+        default=False,
+        metadata={
+            "help": "Give each task its own copy of modules_to_save and mix the copies' outputs as "
+            "the adapters are mixed; otherwise all tasks train one."
         },
     )
     adapter: str = field(
@@ -174,6 +190,13 @@ class SaptConfig:
                 _require(value == without, name, value, f"{without} with adapter='prompt'")
         if self.target_modules is not None and not isinstance(self.target_modules, str):
             self.target_modules = list(self.target_modules)
+        if self.modules_to_save is not None:
+            named = self.modules_to_save
+            self.modules_to_save = [named] if isinstance(named, str) else list(named)
+        _require(
+            not self.modules_per_task or self.modules_to_save is not None,
+            "modules_per_task", True, "False without modules_to_save",
+        )  # fmt: skip
 
     @classmethod
     def official(cls, model: str, benchmark: str) -> "SaptConfig":

@@ -1,6 +1,6 @@
 """Prompts in place of LoRA: the handle of a model whose tasks are prompts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -57,21 +57,30 @@ class PromptHandle(SaptHandle):
         )
         self.routing = PromptRouting(model, self.route, self._has_tasks, self._count, self.prompts)
 
-    def restore_task(self, name: str, adapters: Tensor, key: Tensor) -> None:
+    def restore_task(
+        self,
+        name: str,
+        adapters: Tensor,
+        key: Tensor,
+        modules: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """`add_task` with a prompt that exists already, as a checkpoint has it.
 
         Args:
             name: as in `add_task`.
             adapters: the prompt [P, D]; copied.
             key: [D].
+            modules: as in `SaptHandle.restore_task`.
 
         Raises:
             ValueError: as `add_task`, or a shape does not fit. Nothing has changed then.
         """
         self._require_new(name)
         self.prompts.require_fits(adapters)
+        self.task_modules.require_fits(modules)
         self.router.add_key(key)
         self.prompts.add(adapters)
+        self.task_modules.add(modules)
         self._task_added(name)
 
     @property
@@ -90,6 +99,7 @@ class PromptHandle(SaptHandle):
 
     def _growing(self) -> Iterator[nn.Parameter]:
         yield from (self.prompts.rows.trainable, self.router.keys.trainable)
+        yield from self.task_modules.newest()
 
     def extra_repr(self) -> str:
         return f"tasks={self.tasks}"

@@ -1,0 +1,307 @@
+"""What a task needs besides its adapter: modules that train in full, as a classification head does.
+
+PEFT calls them `modules_to_save`. A SAPT model trains them in place, one for all tasks, or gives
+each task a copy. Any other parameter of the base model that was trained is found here too, so that
+a checkpoint is never saved without it.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sapt_fast.layers import Mixed
+from sapt_fast.routing import Routing
+from sapt_fast.sharding import is_sharded
+
+
+class TaskModules(nn.Module):
+    """Each task's own copies of some modules; their outputs are mixed by the adapters' weights.
+
+        output[b] = sum_k mixture[b, k] copy_k(inputs)[b]
+
+    Until there is a copy a module computes what it did. The module itself and its path stay.
+
+    Args:
+        model: holds the modules; nothing in it changes before `install`.
+        paths: of the modules, whose outputs are tensors with the batch first.
+
+    Attributes:
+        static: weights [K] while a mixture is merged into the base weights, else None.
+    """
+
+    _model: Any
+
+    def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
+        super().__init__()
+        object.__setattr__(self, "_model", model)
+        self.paths = list(paths)
+        self.static: Tensor | None = None
+        self.copies = nn.ModuleList(nn.ModuleList() for _ in paths)
+        self._hooks: list[Any] = []
+
+    def install(self, routing: Routing) -> None:
+        """Lets the modules compute with the copies, until `remove`.
+
+        Args:
+            routing: where the running weights are.
+        """
+        for path, copies in zip(self.paths, self.copies, strict=True):
+            hook = _Mixture(self, copies, path, routing)
+            module = self._model.get_submodule(path)
+            self._hooks.append(module.register_forward_hook(hook, with_kwargs=True))
+
+    def remove(self) -> None:
+        """Takes the hooks away."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def add(self, tensors: Mapping[str, Tensor] | None = None) -> None:
+        """A trainable copy of each module as it is in the base model; the earlier copies freeze.
+
+        Args:
+            tensors: values to copy into it, by their names in the base model; None for its own.
+        """
+        self.require_fits(tensors)
+        for path, copies in zip(self.paths, self._stacks(), strict=True):
+            copies.requires_grad_(False)
+            own = _unhooked(self._model.get_submodule(path)).requires_grad_(True)
+            if tensors is not None:
+                start = f"{path}."
+                own.load_state_dict(
+                    {n[len(start) :]: t for n, t in tensors.items() if n.startswith(start)}
+                )
+            copies.append(own)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor of one task's copies, by its name in the base model."""
+        return {
+            f"{path}.{name}": tuple(tensor.shape)
+            for path in self.paths
+            for name, tensor in self._model.get_submodule(path).state_dict().items()
+        }
+
+    def require_fits(self, tensors: Mapping[str, Tensor] | None) -> None:
+        """Raises ValueError unless `tensors` are one task's copies, or None."""
+        if tensors is None:
+            return
+        got, expected = {n: tuple(t.shape) for n, t in tensors.items()}, self.shapes()
+        if got != expected:
+            raise ValueError(f"modules: got shapes {got}, expected {expected}")
+
+    def newest(self) -> Iterator[nn.Parameter]:
+        """The parameters of the newest task's copies."""
+        for copies in self._stacks():
+            if len(copies):
+                yield from copies[-1].parameters()
+
+    def tensors(self, task: int) -> dict[str, Tensor]:
+        """Parameters and buffers of one task's copies, by their names in the base model."""
+        return {
+            f"{path}.{name}": tensor
+            for path, copies in zip(self.paths, self._stacks(), strict=True)
+            for name, tensor in copies[task].state_dict(keep_vars=True).items()
+        }
+
+    def _stacks(self) -> list[Any]:
+        return list(self.copies)
+
+    def extra_repr(self) -> str:
+        return f"paths={self.paths}"
+
+
+class _Mixture:
+    """Forward hook of a module: the mixture of its copies' outputs in place of its own."""
+
+    def __init__(self, owner: TaskModules, copies: Any, path: str, routing: Routing) -> None:
+        self.owner, self.copies, self.path, self.routing = owner, copies, path, routing
+
+    def __call__(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
+    ) -> Tensor | None:
+        copies = self.copies
+        if not len(copies):
+            return None
+        static = self.owner.static
+        weights = self.routing.running if static is None else static
+        if weights is None:
+            raise RuntimeError(
+                f"no mixture weights for {self.path}: call the patched model itself, or run its "
+                "parts inside model.sapt.fixed(weights)"
+            )
+        weights = weights[None] if weights.dim() == 1 else weights
+        self._require_fits(weights, output)
+        mixed = None
+        for k, own in enumerate(copies):
+            weight = weights[..., k].to(output.device, output.dtype)
+            weight = weight.reshape(*weight.shape, *[1] * (output.dim() - weight.dim()))
+            # A weight of exactly zero means that the task is absent, whatever its copy computes.
+            part = torch.where(weight == 0, 0, weight * own(*args, **kwargs))
+            mixed = part if mixed is None else mixed + part
+        return mixed
+
+    def _require_fits(self, weights: Tensor, output: Any) -> None:
+        if not isinstance(output, Tensor):
+            raise RuntimeError(
+                f"{self.path}: got an output of type {type(output).__name__}, expected a tensor: "
+                "its copies cannot be mixed; use modules_to_save with modules_per_task=False"
+            )
+        samples = tuple(weights.shape[:-1])
+        if samples != (1,) and tuple(output.shape[: len(samples)]) != samples:
+            raise RuntimeError(
+                f"{self.path}: got an output of shape {tuple(output.shape)} for weights of shape "
+                f"{tuple(weights.shape)}, expected {[*samples, '...']}"
+            )
+
+
+def find_modules(model: nn.Module, names: Sequence[str], patched: Sequence[str]) -> list[str]:
+    """The paths of the modules that `modules_to_save` names.
+
+    Args:
+        names: last parts of paths, or whole paths.
+        patched: paths of the layers that get adapters.
+
+    Raises:
+        ValueError: if a name matches no module with parameters, or a module that has adapters.
+    """
+    paths = []
+    for name in names:
+        found = [
+            path
+            for path, module in model.named_modules()
+            if (path == name or path.endswith("." + name)) and _has_parameters(module)
+        ]
+        if not found:
+            raise ValueError(
+                f"modules_to_save: {name!r} matches no module with parameters in "
+                f"{type(model).__name__}; its heads are named {heads(model)}"
+            )
+        paths += found
+    for path in paths:
+        inside = [other for other in patched if f"{other}.".startswith(f"{path}.")]
+        if inside:
+            raise ValueError(
+                f"modules_to_save: {path} would train in full and contains {inside[0]}, which gets "
+                "adapters; leave it out here or in target_modules"
+            )
+    return list(dict.fromkeys(paths))
+
+
+def heads(model: Any) -> list[str]:
+    """Paths of what stands on the base model and predicts no tokens, as classification heads do."""
+    if model.base_model is model or model.get_output_embeddings() is not None:
+        return []
+    return [
+        name
+        for name, module in model.named_children()
+        if module is not model.base_model and name != "sapt" and _has_parameters(module)
+    ]
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of the model itself, by name: no adapter's, no router's."""
+    ours = {
+        path
+        for path, module in model.named_modules()
+        if path == "sapt" or path.endswith(".sapt_pool")
+    }
+    return {
+        name: tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if isinstance(tensor, Tensor) and not any(name.startswith(f"{path}.") for path in ours)
+    }
+
+
+class WriteCounts:
+    """Which tensors of a base model were written to, to tell later what was trained.
+
+    Optimizers, `nn.init` and `copy_` write in place, and torch counts that. Writes to `p.data` are
+    not counted, nor is anything while the model is sharded.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._written: set[str] = set()
+        self._counts = _counts(model)
+
+    def written(self, model: nn.Module) -> set[str]:
+        """Names of the parameters and buffers that were written to."""
+        new = {n for n, count in _counts(model).items() if count > self._counts.get(n, count)}
+        return self._written | new
+
+    @contextmanager
+    def ignoring(self, model: nn.Module) -> Iterator[None]:
+        """A context whose writes do not count: merging, and loading a state_dict."""
+        self.settle(model)
+        try:
+            yield
+        finally:
+            self.restart(model)
+
+    def settle(self, model: nn.Module) -> None:
+        """Keeps in mind what was written to so far."""
+        self._written = self.written(model)
+
+    def restart(self, model: nn.Module) -> None:
+        """Forgets what was written to since `settle`."""
+        self._counts = _counts(model)
+
+
+def trained_tensors(
+    model: nn.Module, paths: Sequence[str], counts: WriteCounts
+) -> dict[str, Tensor]:
+    """What a checkpoint must hold of the base model itself.
+
+    Args:
+        paths: of modules that train in full; with their buffers.
+        counts: as they were when the model was patched.
+
+    Returns:
+        by name, the parameters that train or were written to since, and everything in `paths`.
+    """
+    written = counts.written(model)
+    return {
+        name: tensor
+        for name, tensor in base_tensors(model).items()
+        if tensor.requires_grad
+        or name in written
+        or any(name.startswith(f"{path}.") for path in paths)
+    }
+
+
+def require_present(source: str, tensors: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Raises ValueError unless the model has all these tensors, in these shapes."""
+    own = base_tensors(model)
+    for name, tensor in tensors.items():
+        here = own.get(name)
+        if here is None or here.shape != tensor.shape:
+            found = "none" if here is None else f"shape {tuple(here.shape)}"
+            raise ValueError(
+                f"{source}: {name} has shape {tuple(tensor.shape)}, the model has {found}: it "
+                "belongs to another base model"
+            )
+
+
+def _counts(model: nn.Module) -> dict[str, int]:
+    if is_sharded(model):
+        return {}
+    tensors = base_tensors(model).items()
+    return {name: t._version for name, t in tensors if not t.is_inference()}
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None and not isinstance(module, Mixed)
+
+
+def _unhooked(module: nn.Module) -> nn.Module:
+    """A copy of a module without the hook of these copies."""
+    own = copy.copy(module)
+    own._forward_hooks = type(module._forward_hooks)(
+        (number, hook)
+        for number, hook in module._forward_hooks.items()
+        if not isinstance(hook, _Mixture)
+    )
+    return copy.deepcopy(own)

@@ -361,9 +361,10 @@ class SaptHandle(nn.Module):
             )
         causal = self._model.can_generate() and not self._model.config.is_encoder_decoder
         if labels is not None and causal:
-            prompt, given = labels == -100, attention_mask
-            same = isinstance(given, Tensor) and given.shape == labels.shape
-            real = given != 0 if same else torch.ones_like(prompt)
+            prompt = labels == -100
+            real = torch.ones_like(prompt)
+            if isinstance(attention_mask, Tensor) and attention_mask.shape == labels.shape:
+                real = attention_mask.to(torch.bool)
             # By their labels alone, neither padding nor the first token, which nothing predicts,
             # are a prompt. A row without one (plain language modelling) is pooled whole.
             later = real & (real.cumsum(1) > 1)

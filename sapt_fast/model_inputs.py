@@ -27,7 +27,7 @@ def row_counts(module: nn.Module, inputs: Mapping[str, Any]) -> tuple[int, int] 
                 return None
             rows = value.shape[0]
             return rows, rows * (value.shape[1] if _has_choices(module, value, after) else 1)
-    main = getattr(module, "main_input_name", None)  # pixel_values, input_features, ...
+    main: str = getattr(module, "main_input_name", "")  # pixel_values, input_features, ...
     for name in (*_OTHERS, main):
         value = inputs.get(name)
         if isinstance(value, Tensor) and value.dim():

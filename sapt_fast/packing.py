@@ -7,6 +7,7 @@ needs padding and the weights are those of the text alone, whatever the router c
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -83,11 +84,11 @@ class Segments:
         self, inputs: Mapping[str, Any]
     ) -> Iterator[tuple[list[int], Tensor, dict[str, Tensor | None]]]:
         """Texts of one length after the other: which, where their tokens are [n, L], the inputs."""
-        flat = {}
+        flat: dict[str, Tensor | None] = dict.fromkeys(_PER_TOKEN)
         for name in _PER_TOKEN:
             value = inputs.get(name)
-            fits = isinstance(value, Tensor) and value.shape[:2] == self.shape
-            flat[name] = value.flatten(0, 1) if fits else None
+            if isinstance(value, Tensor) and value.shape[:2] == self.shape:
+                flat[name] = value.flatten(0, 1)
         device = next(value.device for value in flat.values() if value is not None)
         texts: dict[int, list[int]] = {}
         for text, length in enumerate(self.lengths):
@@ -190,7 +191,7 @@ def _starts(begins: Tensor) -> list[int]:
 
 def _from_lengths(name: str, lengths: Any, rows: int, columns: int) -> list[int]:
     ends = torch.as_tensor(lengths).flatten().tolist()
-    ordered = all(a <= b for a, b in zip(ends, ends[1:], strict=False))
+    ordered = all(a <= b for a, b in pairwise(ends))
     if not ends or ends[0] != 0 or ends[-1] != rows * columns or not ordered:
         raise RuntimeError(
             f"{name}: got {ends}, expected the ends of texts from 0 to {rows * columns}, the "

@@ -14,7 +14,6 @@ alike; beams need not, they stay within their sample. Weights per token are not 
 nothing about the tokens that follow.
 """
 
-import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -507,9 +506,7 @@ class Routing:
         cache = named.get("past_key_values")
         if is_filled(cache):
             return self._from_cache(cache)
-        prompt, main = dict(named), self.model.main_input_name
-        if prompt.get(main) is None:
-            prompt[main] = named.get("inputs")
+        prompt = self._prompt_of(named)
         ids = prompt.get("input_ids")
         if ids is None and prompt.get("inputs_embeds") is None:
             return None
@@ -526,6 +523,13 @@ class Routing:
                 "generate would continue as one text per row: give it a padded batch"
             )
         return weights
+
+    def _prompt_of(self, named: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of `generate` with `inputs` under the name that the model's forward has."""
+        prompt, main = dict(named), self.model.main_input_name
+        if prompt.get(main) is None:
+            prompt[main] = named.get("inputs")
+        return prompt
 
     def _refuse_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
         raise RuntimeError(

@@ -31,7 +31,8 @@ def row_counts(module: nn.Module, inputs: Mapping[str, Any]) -> tuple[int, int] 
     for name in (*_OTHERS, main):
         value = inputs.get(name)
         if isinstance(value, Tensor) and value.dim():
-            return value.shape[0], value.shape[0]
+            # A row for each codebook of a sample, whose sum the layers see.
+            return None if _codebooks(module) else (value.shape[0], value.shape[0])
     return None
 
 
@@ -75,6 +76,9 @@ def unreadable(module: nn.Module, inputs: Mapping[str, Any]) -> str:
 
 def _has_choices(module: nn.Module, value: Tensor, after: int) -> bool:
     """Whether tokens are [B, C, T]; a third dimension of audio models is that of their codes."""
-    if value.dim() != 3 + after:
-        return False
-    return not hasattr(getattr(module, "config", None), "num_codebooks")
+    return value.dim() == 3 + after and not _codebooks(module)
+
+
+def _codebooks(module: nn.Module) -> bool:
+    config = getattr(module, "config", None)
+    return any(hasattr(c, "num_codebooks") for c in (config, getattr(config, "decoder", None)))

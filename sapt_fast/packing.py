@@ -122,10 +122,12 @@ def find_segments(inputs: Mapping[str, Any], causal: Callable[[], bool]) -> Segm
     name = next((name for name in _LENGTHS if inputs.get(name) is not None), None)
     if positions is None and index is None and name is None:
         return None
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or (
+        source.is_cuda and torch.cuda.is_current_stream_capturing()
+    ):
         raise RuntimeError(
             "position_ids: whether they restart, as those of packed texts do, cannot be looked at "
-            "in a compiled forward: leave position_ids (and cu_seq_lens_q, seq_idx) out if each "
+            "in a compiled or captured forward: leave position_ids (and cu_seq_lens_q, seq_idx) out if each "
             f"row is one text, {_INSTEAD}, as an uncompiled model.sapt.route(..., position_ids=...)"
             " returns them"
         )

@@ -10,14 +10,15 @@ not know of) finds none and raises.
 A decoder-only model keeps the weights of a text's first forward in its cache, `routing_weights`
 [B, K], and uses them for as long as the cache is used, by hand or in another `generate`. Whoever
 moves a cache's rows to other samples (`reorder_cache`, `batch_select_indices`) must move these
-alike; beams need not, they stay within their sample. Weights per token are not kept: they say
-nothing about the tokens that follow.
+alike; beams need not, they stay within their sample. A cache with weights per token [B, T, K] is of
+no further use: they say nothing about the tokens that follow.
 """
 
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -161,6 +162,11 @@ class Routing:
         return getattr(self._thread, "pinned", None)
 
     @property
+    def is_generating(self) -> bool:
+        """Whether the model's `generate` runs in this thread."""
+        return getattr(self._thread, "generating", False)
+
+    @property
     def _forward(self) -> _Forward | None:
         """The innermost forward of this thread, maybe one that was interrupted."""
         return getattr(self._thread, "forward", None)
@@ -239,7 +245,8 @@ class Routing:
             decoder = model.get_decoder()
             self._hooks.append(decoder.register_forward_pre_hook(self._enter_decoder))
         if hasattr(model, "generate"):
-            self._replace("generate", StandIn(self._generate, model.generate))
+            own = partial(self._own, "generate")
+            self._replace("generate", StandIn(self._generate, model.generate, own))
         for name in _CONTINUOUS_BATCHING:
             if hasattr(model, name):
                 self._replace(name, self._refuse_continuous_batching)
@@ -323,7 +330,10 @@ class Routing:
             return None if encoder_outputs is None else self._from_encoder_outputs(encoder_outputs)
         if is_filled(cache):
             return self._from_cache(cache)
-        return self._from_inputs(self.model, inputs)
+        weights = self._from_inputs(self.model, inputs)
+        if weights is not None and self.is_generating:
+            self._thread.pinned = weights  # `generate` was given no text to route by
+        return weights
 
     def _leave_model(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
@@ -331,9 +341,14 @@ class Routing:
         forward = self._forward
         cache = self._named(module, args, kwargs).get("past_key_values")
         cache = getattr(output, "past_key_values", None) if cache is None else cache
-        if cache is not None and forward is not None and not self._is_encoder_decoder:
-            per_token = forward.per_row is not None and forward.per_row.dim() == 3
-            cache.routing_weights = None if per_token else forward.per_row
+        failed = output is None
+        if (
+            not failed
+            and cache is not None
+            and forward is not None
+            and not self._is_encoder_decoder
+        ):
+            cache.routing_weights = forward.per_row
         self._end(module)
 
     def _enter_encoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -382,7 +397,7 @@ class Routing:
         if weights is None or counts is None:
             return
         samples, rows = counts
-        generating = getattr(self._thread, "generating", False)
+        generating = self.is_generating
         if weights.shape[0] not in (1, rows) and not generating:
             if weights.shape[0] == samples:  # its choices have a sample's weights
                 weights = weights.repeat_interleave(rows // samples, 0)
@@ -418,12 +433,14 @@ class Routing:
         return weights
 
     def _from_cache(self, cache: Any) -> Tensor | None:
-        weights = getattr(cache, "routing_weights", None)
-        if weights is None and self._routes:
+        weights: Tensor | None = getattr(cache, "routing_weights", None)
+        per_token = weights is not None and weights.dim() == 3 and self.merged is None
+        if per_token or (weights is None and self._routes):
+            why = "filled with packed rows or weights per token" if per_token else "did not fill"
             raise RuntimeError(
-                f"past_key_values: got a {type(cache).__name__} that this model did not fill, or "
-                "filled with packed rows or weights per token, so the weights of the tokens that "
-                "follow are unknown; run the whole input, or run inside model.sapt.fixed(weights)"
+                f"past_key_values: got a {type(cache).__name__} that this model {why}, so the "
+                "weights of the tokens that follow are unknown; run the whole input, or run inside "
+                "model.sapt.fixed(weights)"
             )
         return weights
 
@@ -484,7 +501,7 @@ class Routing:
             with self.pin(self.checked(mixture)):
                 return self._generate(*args, **kwargs)
         generate = self._own("generate")
-        before = getattr(self._thread, "generating", False)
+        before, pinned = self.is_generating, self.pinned
         self._thread.generating = True
         try:
             weights = self._of_prompt(generation_arguments(generate, args, kwargs))
@@ -493,7 +510,7 @@ class Routing:
             with self.pin(weights):
                 return generate(*args, **kwargs)
         finally:
-            self._thread.generating = before
+            self._thread.generating, self._thread.pinned = before, pinned
 
     def _of_prompt(self, named: Mapping[str, Any]) -> Tensor | None:
         """The weights for a whole call of `generate`; None where its forwards choose theirs.

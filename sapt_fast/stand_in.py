@@ -1,6 +1,5 @@
 """A method of ours in a model's place: it takes what the model's own takes, by the same names."""
 
-import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,20 +10,30 @@ _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_O
 
 
 class StandIn:
-    """Calls `method`, and shows the name, the docstring and the signature of `own`.
+    """Calls `method`, and shows the name, the docstring and the signature of another.
 
     Not a plain function: a copied model has to call the method of its own copy.
 
     Args:
         method: what is called; a bound method.
-        own: the model's own method.
+        shown: what it looks like, the model's own method.
+        own: gives `shown` again, later and in a copy. (Its signature alone cannot be pickled.)
     """
 
-    def __init__(self, method: Callable[..., Any], own: Callable[..., Any]) -> None:
-        functools.update_wrapper(self, own, updated=())
-        del self.__dict__["__wrapped__"]  # through which callers would pass us by
-        self.__signature__ = inspect.signature(own)
+    def __init__(
+        self,
+        method: Callable[..., Any],
+        shown: Callable[..., Any],
+        own: Callable[[], Callable[..., Any]],
+    ) -> None:
+        for name in ("__module__", "__name__", "__qualname__", "__doc__"):
+            setattr(self, name, getattr(shown, name, None))
         self._method = method
+        self._own = own
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._own())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._method(*args, **kwargs)

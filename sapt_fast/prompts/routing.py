@@ -97,7 +97,7 @@ class PromptRouting(Routing):
             return False
         ours = getattr(cache, "routing_weights", None) is not None
         # To look into a static cache waits for the GPU, and breaks a graph.
-        if torch.compiler.is_compiling() or (ours and self._thread.generating):
+        if torch.compiler.is_compiling() or (ours and self.is_generating):
             return ours
         return is_filled(cache)
 
@@ -122,7 +122,7 @@ class PromptRouting(Routing):
                 mask = self._extended(mask)
             positions = self._positions(inputs.get("position_ids"), mask, tokens)
             return (), {**inputs, "attention_mask": mask, "position_ids": positions}
-        if not self._thread.generating:  # which has looked at what it was given
+        if not self.is_generating:  # which has looked at what it was given
             self._refuse_packed(inputs)
         self._require_room(inputs, tokens)
         mixed = self.pool(forward.per_row, module.get_input_embeddings(), ids, embeds)

@@ -90,7 +90,7 @@ class SaptHandle(nn.Module):
         )
         # Not a submodule: the handle is one of the model's.
         object.__setattr__(self, "_model", model)
-        self.routing = Routing(model, self.route, self._has_tasks, self._count)
+        self.routing = Routing(model, self._route, self._has_tasks, self._count)
         if config.standardize_query:
             self.router.standardize(embedding, embedding.weight.shape[0])
 
@@ -191,7 +191,9 @@ class SaptHandle(nn.Module):
     def attention(self) -> Tensor | None:
         """Weights [B, K] of this thread's last forward, detached; None before the first.
 
-        In generation with beams or several returned sequences B counts these.
+        In generation with beams or several returned sequences B counts these, and where samples
+        have C choices [B, C, T] it counts all B * C choices. Of packed rows, in which several texts
+        follow each other, the weights are those of every token, [B, T, K].
         """
         weights = self.routing.weights
         return None if weights is None else weights.detach()
@@ -203,22 +205,37 @@ class SaptHandle(nn.Module):
         *,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
         """The router's weights [B, K] for these inputs, with gradient.
 
         Args:
-            input_ids: [B, T]; or inputs_embeds [B, T, D].
+            input_ids: [B, T] (or [B, C, T], B * C samples); or inputs_embeds [B, T, D].
             attention_mask: [B, T], 1 where there is a token; any other shape raises ValueError
                 (used, and looked at, when config.mask_padding).
-            labels: [B, T] of a decoder-only model: only tokens whose label is -100 are pooled.
+            labels: [B, T] of a decoder-only model: only tokens whose label is -100 are pooled. A
+                text's first token predicts nothing, so its label alone marks no prompt.
+            position_ids: [B, T]; where they restart and there is no mask, a row is packed, and
+                each of its texts is routed alone: the weights are those of each token, [B, T, K].
 
         Raises:
-            RuntimeError: there is no task yet.
+            RuntimeError: there is no task yet; or it cannot be told from position_ids where texts
+                end.
         """
         self._require_task()
+        inputs = {
+            "input_ids": input_ids,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "labels": labels,
+            "position_ids": position_ids,
+        }
+        return self.routing.routed(inputs)[0]
+
+    def _route(self, **inputs: Tensor | None) -> Tensor:
+        """[B, K] for texts in rows of their own."""
         with self._in_one_piece():
-            pooled = self._pooled(input_ids, inputs_embeds, attention_mask, labels)
-            return self.router.weights(pooled)
+            return self.router.weights(self._pooled(**inputs))
 
     def reflection_loss(
         self,
@@ -226,12 +243,14 @@ class SaptHandle(nn.Module):
         target: Tensor,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
-        """KL(target || prediction) on inputs of an earlier task, the mean over the batch.
+        """KL(target || prediction) on inputs of an earlier task, the mean over the texts.
 
         Args:
-            input_ids, attention_mask, labels: as in `route`.
-            target: [K'] or [B, K'] in learning order; newer tasks count as zeros.
+            input_ids, attention_mask, labels, position_ids: as in `route`.
+            target: [K'] or [B, K'] in learning order, of packed rows a row for each text; newer
+                tasks count as zeros.
 
         Raises:
             RuntimeError: there is no task yet; or the router is sharded, as it is by FSDP2 except
@@ -240,8 +259,14 @@ class SaptHandle(nn.Module):
         self._require_task()
         if not torch.isfinite(target).all() or (target < 0).any():
             raise ValueError("target: got negative or non-finite values, expected weights")
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "labels": labels,
+            "position_ids": position_ids,
+        }
         with self._in_one_piece():
-            pooled = self._pooled(input_ids, None, attention_mask, labels)
+            pooled = self.routing.of_texts(self._pooled, inputs)
             return reflection_loss(self.router.scores(pooled), target.to(pooled.device))
 
     def fixed(self, weights: Tensor) -> AbstractContextManager[None]:
@@ -249,7 +274,9 @@ class SaptHandle(nn.Module):
 
         Args:
             weights: [K] or [1, K] for every input, [B, K] per sample or (of LoRAs) [B, T, K] per
-                token. A forward whose batch is another than B raises RuntimeError.
+                token. Where samples have choices [B, C, T], [B, K] is for all choices of a sample;
+                of packed rows, [S, K] is for their S texts. A forward whose batch is another than
+                B raises RuntimeError.
 
         Raises:
             ValueError: the shape does not fit, or weights are not finite.
@@ -297,7 +324,7 @@ class SaptHandle(nn.Module):
     def init_key(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
         """Sets the newest key to the mean query of these inputs (`key_init="mean_query"`)."""
         self._require_task()
-        pooled = self._pooled(input_ids, None, attention_mask, None)
+        pooled = self._pooled(input_ids, None, attention_mask)
         queries = query(pooled, self.router.projection)
         self.router.keys.trainable.copy_(queries.mean(0, keepdim=True))
 
@@ -408,7 +435,7 @@ class SaptHandle(nn.Module):
         input_ids: Tensor | None,
         inputs_embeds: Tensor | None,
         attention_mask: Tensor | None,
-        labels: Tensor | None,
+        labels: Tensor | None = None,
     ) -> Tensor:
         mask = attention_mask if self.config.mask_padding else None
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
@@ -419,10 +446,15 @@ class SaptHandle(nn.Module):
             )
         causal = self._model.can_generate() and not self._model.config.is_encoder_decoder
         if labels is not None and causal:
-            prompt = (labels == -100).to(torch.int64)
-            # A row without a prompt (plain language modelling) is pooled whole.
-            prompt = torch.where(prompt.any(1, keepdim=True), prompt, torch.ones_like(prompt))
-            mask = prompt if mask is None else prompt * mask
+            prompt = labels == -100
+            real = torch.ones_like(prompt)
+            if isinstance(attention_mask, Tensor) and attention_mask.shape == labels.shape:
+                real = attention_mask.to(torch.bool)
+            # By their labels alone, neither padding nor the first token, which nothing predicts,
+            # are a prompt. A row without one (plain language modelling) is pooled whole.
+            later = real & (real.cumsum(1) > 1)
+            chosen = prompt | ~(prompt & later).any(1, keepdim=True)
+            mask = chosen.to(torch.int64) if mask is None else chosen * mask
         embedding = self._model.get_input_embeddings()
         return self.router.pool(embedding, input_ids, inputs_embeds, mask)
 

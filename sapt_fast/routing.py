@@ -10,14 +10,15 @@ not know of) finds none and raises.
 A decoder-only model keeps the weights of a text's first forward in its cache, `routing_weights`
 [B, K], and uses them for as long as the cache is used, by hand or in another `generate`. Whoever
 moves a cache's rows to other samples (`reorder_cache`, `batch_select_indices`) must move these
-alike; beams need not, they stay within their sample.
+alike; beams need not, they stay within their sample. A cache with weights per token [B, T, K] is of
+no further use: they say nothing about the tokens that follow.
 """
 
-import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,17 +26,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sapt_fast.model_inputs import for_router, row_counts, unreadable
+from sapt_fast.packing import Segments, find_segments
+from sapt_fast.stand_in import StandIn, generation_arguments, positional_names
+
 if TYPE_CHECKING:
     from sapt_fast.layers import Waiting
     from sapt_fast.merging import Merged
 
-_BATCH_FIRST = (
-    "input_ids",
-    "inputs_embeds",
-    "decoder_input_ids",
-    "decoder_inputs_embeds",
-    "labels",
-)
+_ROUTED_BY = ("input_ids", "inputs_embeds", "attention_mask", "labels")
 # Arguments of a patched model's forward that the model itself does not see. A decoder-only model's
 # `routing_labels` [B, T] tell the router what is prompt, as labels would.
 _OURS = ("mixture", "routing_labels")
@@ -65,6 +64,7 @@ class _Forward:
         given: the caller's weights, which stand in for the router's.
         weights: what its layers mix by: [B, K], [B, T, K], or [1, K] for all samples alike.
         per_row: the same with a row for each of the B samples.
+        segments: the texts of packed rows, where weights are those of each text; or None.
         waiting: outputs of layers that were computed with another one of the same input.
         inserted: whether a prompt stands before its tokens and has to be taken out again.
     """
@@ -78,6 +78,7 @@ class _Forward:
         self.given: Tensor | None = None
         self.weights: Tensor | None = None
         self.per_row: Tensor | None = None
+        self.segments: Segments | None = None
         self.waiting: Waiting = {}
         self.inserted = False
 
@@ -95,7 +96,7 @@ class Routing:
     Args:
         model: the transformers model (inside any wrapper).
         route: computes weights [B, K] from keyword arguments input_ids, inputs_embeds,
-            attention_mask and labels.
+            attention_mask and labels of texts in rows of their own.
         active: whether there is anything to mix; if not, nothing is routed.
         count: K, of the weights that a caller may give.
 
@@ -133,6 +134,12 @@ class Routing:
         self._thread.weights = value
 
     @property
+    def weights_of_texts(self) -> Tensor | None:
+        """`weights`, of packed rows one row [K] for each text."""
+        weights, segments = self.weights, getattr(self._thread, "segments", None)
+        return weights if weights is None or segments is None else segments.of_texts(weights)
+
+    @property
     def running(self) -> Tensor | None:
         """What a layer mixes by: the weights of the forward that it runs in, else the pinned."""
         forward = self._forward
@@ -153,6 +160,11 @@ class Routing:
     def pinned(self) -> Tensor | None:
         """Weights that stand in for the router's until released, in this thread."""
         return getattr(self._thread, "pinned", None)
+
+    @property
+    def is_generating(self) -> bool:
+        """Whether the model's `generate` runs in this thread."""
+        return getattr(self._thread, "generating", False)
 
     @property
     def _forward(self) -> _Forward | None:
@@ -233,7 +245,8 @@ class Routing:
             decoder = model.get_decoder()
             self._hooks.append(decoder.register_forward_pre_hook(self._enter_decoder))
         if hasattr(model, "generate"):
-            self._replace("generate", self._generate)
+            own = partial(self._own, "generate")
+            self._replace("generate", StandIn(self._generate, model.generate, own))
         for name in _CONTINUOUS_BATCHING:
             if hasattr(model, name):
                 self._replace(name, self._refuse_continuous_batching)
@@ -274,7 +287,7 @@ class Routing:
     def _hook(
         self, module: nn.Module, enter: Callable[..., Any], leave: Callable[..., None]
     ) -> None:
-        self._argument_names[type(module)] = tuple(inspect.signature(module.forward).parameters)
+        self._argument_names[type(module)] = positional_names(module.forward)
         self._hooks += [
             module.register_forward_pre_hook(enter, with_kwargs=True),
             module.register_forward_hook(leave, with_kwargs=True, always_call=True),
@@ -315,7 +328,12 @@ class Routing:
             return weights
         if self._is_encoder_decoder:
             return None if encoder_outputs is None else self._from_encoder_outputs(encoder_outputs)
-        return self._from_cache(cache) if is_filled(cache) else self._from_inputs(inputs)
+        if is_filled(cache):
+            return self._from_cache(cache)
+        weights = self._from_inputs(self.model, inputs)
+        if weights is not None and self.is_generating:
+            self._thread.pinned = weights  # `generate` was given no text to route by
+        return weights
 
     def _leave_model(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
@@ -323,7 +341,13 @@ class Routing:
         forward = self._forward
         cache = self._named(module, args, kwargs).get("past_key_values")
         cache = getattr(output, "past_key_values", None) if cache is None else cache
-        if cache is not None and forward is not None and not self._is_encoder_decoder:
+        failed = output is None
+        if (
+            not failed
+            and cache is not None
+            and forward is not None
+            and not self._is_encoder_decoder
+        ):
             cache.routing_weights = forward.per_row
         self._end(module)
 
@@ -333,7 +357,8 @@ class Routing:
             forward = self._begin(module)
         inputs = self._named(module, args, kwargs)
         given = self.pinned if forward.given is None else forward.given
-        self._set(forward, self._from_inputs(inputs) if given is None else given, inputs)
+        weights = self._from_inputs(module, inputs) if given is None else given
+        self._set(forward, weights, inputs)
 
     def _leave_encoder(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
@@ -366,18 +391,29 @@ class Routing:
         return forward
 
     def _set(self, forward: _Forward, weights: Tensor | None, inputs: dict[str, Any]) -> None:
-        rows = next((inputs[n].shape[0] for n in _BATCH_FIRST if inputs.get(n) is not None), None)
-        generating = getattr(self._thread, "generating", False)
         forward.weights = forward.per_row = weights
-        if weights is not None and rows is not None:
-            forward.per_row = _for_rows(weights, rows, generating)
-            if weights.dim() == 3 or weights.shape[0] > 1:
-                forward.weights = forward.per_row
+        assert forward.module is not None
+        counts = None if weights is None else row_counts(forward.module, inputs)
+        if weights is None or counts is None:
+            return
+        samples, rows = counts
+        generating = self.is_generating
+        if weights.shape[0] not in (1, rows) and not generating:
+            if weights.shape[0] == samples:  # its choices have a sample's weights
+                weights = weights.repeat_interleave(rows // samples, 0)
+            elif weights.dim() == 2:
+                segments = find_segments(for_router(forward.module, inputs), self._is_causal)
+                if segments is not None and len(segments) == weights.shape[0]:
+                    forward.segments, weights = segments, segments.spread(weights)
+        forward.per_row = _for_rows(weights, rows, generating)
+        if weights.dim() == 3 or weights.shape[0] > 1:
+            forward.weights = forward.per_row
 
     def _end(self, module: nn.Module) -> None:
         forward = self._forward
         if forward is not None and forward.module is module:
             self.weights = forward.per_row
+            self._thread.segments = forward.segments
             self._forward = forward.outer
 
     def _named(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -397,68 +433,120 @@ class Routing:
         return weights
 
     def _from_cache(self, cache: Any) -> Tensor | None:
-        weights = getattr(cache, "routing_weights", None)
-        if weights is None and self._routes:
+        weights: Tensor | None = getattr(cache, "routing_weights", None)
+        per_token = weights is not None and weights.dim() == 3 and self.merged is None
+        if per_token or (weights is None and self._routes):
+            why = "filled with packed rows or weights per token" if per_token else "did not fill"
             raise RuntimeError(
-                f"past_key_values: got a {type(cache).__name__} that this model did not fill, so "
-                "the weights of its tokens are unknown; run the whole input, or run inside "
+                f"past_key_values: got a {type(cache).__name__} that this model {why}, so the "
+                "weights of the tokens that follow are unknown; run the whole input, or run inside "
                 "model.sapt.fixed(weights)"
             )
         return weights
 
-    def _from_inputs(self, inputs: dict[str, Any]) -> Tensor | None:
+    def _from_inputs(self, module: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
         if not self._routes:
             return None
-        return self.route(
-            input_ids=inputs.get("input_ids"),
-            inputs_embeds=inputs.get("inputs_embeds"),
-            attention_mask=inputs.get("attention_mask"),
-            labels=None if self._is_encoder_decoder else inputs.get("labels"),
+        if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is None:
+            try:
+                return self.route(**dict.fromkeys(_ROUTED_BY))
+            except Exception as error:
+                raise ValueError(unreadable(module, inputs)) from error
+        if self._is_encoder_decoder:
+            inputs = {**inputs, "labels": None}
+        weights, segments = self.routed(inputs)
+        if self._forward is not None:
+            self._forward.segments = segments
+        return weights
+
+    def routed(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Segments | None]:
+        """The router's weights for the inputs of a forward.
+
+        Args:
+            inputs: input_ids [B, T] or inputs_embeds [B, T, D], attention_mask, labels,
+                position_ids and whatever else the forward is given, by name.
+
+        Returns:
+            weights [B, K], of packed rows [B, T, K] and with them their texts.
+
+        Raises:
+            ValueError, RuntimeError: as `for_router` and `find_segments`.
+        """
+        inputs = for_router(self.model, inputs)
+        segments = find_segments(inputs, self._is_causal)
+        if segments is not None:
+            return segments.weights(self.route, inputs), segments
+        return self.route(**{name: inputs.get(name) for name in _ROUTED_BY}), None
+
+    def of_texts(self, function: Callable[..., Tensor], inputs: Mapping[str, Any]) -> Tensor:
+        """[S, D], what `function` returns for each text; arguments and errors as in `routed`."""
+        inputs = for_router(self.model, inputs)
+        segments = find_segments(inputs, self._is_causal)
+        if segments is not None:
+            return segments.rows(function, inputs)
+        return function(**{name: inputs.get(name) for name in _ROUTED_BY})
+
+    def _is_causal(self) -> bool:
+        """Whether the model is decoder-only."""
+        model = self.model
+        return not self._is_encoder_decoder and (
+            bool(model.can_generate())
+            or any(getattr(module, "is_causal", False) for module in model.modules())
         )
 
     # --- methods that stand in for the model's own ---
 
-    def _generate(
-        self,
-        inputs: Tensor | None = None,
-        *args: Any,
-        mixture: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
+    def _generate(self, *args: Any, mixture: Tensor | None = None, **kwargs: Any) -> Any:
         if mixture is not None:
             with self.pin(self.checked(mixture)):
-                return self._generate(inputs, *args, **kwargs)
+                return self._generate(*args, **kwargs)
         generate = self._own("generate")
-        before = getattr(self._thread, "generating", False)
+        before, pinned = self.is_generating, self.pinned
         self._thread.generating = True
         try:
-            weights = self._of_prompt(inputs, args, kwargs)
+            weights = self._of_prompt(generation_arguments(generate, args, kwargs))
             if weights is None:
-                return generate(inputs, *args, **kwargs)
+                return generate(*args, **kwargs)
             with self.pin(weights):
-                return generate(inputs, *args, **kwargs)
+                return generate(*args, **kwargs)
         finally:
-            self._thread.generating = before
+            self._thread.generating, self._thread.pinned = before, pinned
 
-    def _of_prompt(
-        self, inputs: Tensor | None, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> Tensor | None:
-        """The weights for a whole call of `generate`; None where its forwards choose theirs."""
-        ids, embeds = kwargs.get("input_ids", inputs), kwargs.get("inputs_embeds")
-        cache = kwargs.get("past_key_values")
+    def _of_prompt(self, named: Mapping[str, Any]) -> Tensor | None:
+        """The weights for a whole call of `generate`; None where its forwards choose theirs.
+
+        Args:
+            named: the arguments of the call, by name.
+        """
         if self._is_encoder_decoder or self.pinned is not None or not self._routes:
             return None
+        cache = named.get("past_key_values")
         if is_filled(cache):
             return self._from_cache(cache)
-        if ids is None and embeds is None:
+        prompt = self._prompt_of(named)
+        ids = prompt.get("input_ids")
+        if ids is None and prompt.get("inputs_embeds") is None:
             return None
-        mask = kwargs.get("attention_mask")
-        if mask is None and ids is not None:
-            config = kwargs.get("generation_config", next(iter(args), None))
+        if prompt.get("attention_mask") is None and ids is not None:
+            config = named.get("generation_config")
             own = vars(self.model.generation_config)
-            mask = _padding_mask(ids, [kwargs, vars(config) if config else {}, own])
+            settings = [named, vars(config) if config else {}, own]
+            prompt["attention_mask"] = _padding_mask(ids, settings)
         with torch.no_grad():
-            return self.route(input_ids=ids, inputs_embeds=embeds, attention_mask=mask)
+            weights, segments = self.routed(prompt)
+        if segments is not None:
+            raise RuntimeError(
+                f"position_ids: got {len(segments)} texts in {segments.shape[0]} rows, which "
+                "generate would continue as one text per row: give it a padded batch"
+            )
+        return weights
+
+    def _prompt_of(self, named: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of `generate` with `inputs` under the name that the model's forward has."""
+        prompt, main = dict(named), self.model.main_input_name
+        if prompt.get(main) is None:
+            prompt[main] = named.get("inputs")
+        return prompt
 
     def _refuse_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
         raise RuntimeError(
@@ -515,7 +603,7 @@ def require_unrouted(model: nn.Module) -> None:
 def _thread_state() -> threading.local:
     state = threading.local()
     # Present from the start: a compiled forward is compiled again where one appears.
-    state.forward = state.pinned = None
+    state.forward = state.pinned = state.segments = None
     state.generating = False
     return state
 

@@ -208,7 +208,7 @@ class SaptTrainer(Seq2SeqTrainer):
         return total * scale / num_items_in_batch
 
     def _own_key_loss(self) -> Tensor | float:
-        ratio, weights = self.sapt.config.own_key_loss, self.sapt.routing.weights
+        ratio, weights = self.sapt.config.own_key_loss, self.sapt.routing.weights_of_texts
         if not ratio or weights is None:
             return 0.0
         own = weights[..., -1].clamp(min=torch.finfo(weights.dtype).tiny)

@@ -21,6 +21,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.utils import ModelOutput
 
+from sapt_fast.stand_in import generation_arguments
+
 logger = logging.getLogger(__name__)
 
 # Text models whose attention is causal and whose cache is complete; each is tested.
@@ -189,10 +191,11 @@ class CachedGeneration:
             return "the scalings are being logged"
         if config.top_k_lora is not None and classifier.override_scaling_pass_value != 0:
             return "the top k of equal scalings in the scaling pass are ambiguous"
-        if kwargs.get("use_cache", True) is False:
+        named = generation_arguments(self.model.get_base_model().generate, args, kwargs)
+        if named.get("use_cache", True) is False:
             return "use_cache=False was given"
-        given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
-        settings = [kwargs, vars(given) if given else {}, vars(self.model.generation_config)]
+        given = named.get("generation_config")
+        settings = [named, vars(given) if given else {}, vars(self.model.generation_config)]
         for name in _PLAIN_SETTINGS:
             value = next((s[name] for s in settings if s.get(name) is not None), None)
             if value is not None and value is not False and _NEUTRAL.get(name) != value:

@@ -55,7 +55,7 @@ class PromptHandle(SaptHandle):
             device=embedding.device,
             dtype=config.adapter_dtype(embedding.dtype),
         )
-        self.routing = PromptRouting(model, self.route, self._has_tasks, self._count, self.prompts)
+        self.routing = PromptRouting(model, self._route, self._has_tasks, self._count, self.prompts)
 
     def restore_task(
         self,

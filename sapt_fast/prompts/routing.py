@@ -8,15 +8,17 @@ encoder's output, the cache, and the keys' side of attention maps.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import masking_utils
 
+from sapt_fast.packing import find_segments
 from sapt_fast.prompts.pool import PromptPool
 from sapt_fast.routing import Routing, is_filled
+from sapt_fast.stand_in import generation_arguments, positional_names
 
 _ENCODER = {"input_ids", "inputs_embeds", "attention_mask"}
 _DECODER = {*_ENCODER, "position_ids", "past_key_values"}
@@ -52,13 +54,11 @@ class PromptRouting(Routing):
         """Adds the hooks; `remove` takes them away again."""
         super().install()
         place: Any = prompt_place(self.model)
-        self._argument_names[type(place)] = tuple(inspect.signature(place.forward).parameters)
+        self._argument_names[type(place)] = positional_names(place.forward)
         self._hooks.append(place.register_forward_pre_hook(self._insert, with_kwargs=True))
         if self._is_encoder_decoder:
             decoder = self.model.get_decoder()
-            self._argument_names[type(decoder)] = tuple(
-                inspect.signature(decoder.forward).parameters
-            )
+            self._argument_names[type(decoder)] = positional_names(decoder.forward)
             hook = decoder.register_forward_pre_hook(self._extend_cross_mask, with_kwargs=True)
             self._hooks.append(hook)
             return
@@ -97,7 +97,7 @@ class PromptRouting(Routing):
             return False
         ours = getattr(cache, "routing_weights", None) is not None
         # To look into a static cache waits for the GPU, and breaks a graph.
-        if torch.compiler.is_compiling() or (ours and self._thread.generating):
+        if torch.compiler.is_compiling() or (ours and self.is_generating):
             return ours
         return is_filled(cache)
 
@@ -122,6 +122,8 @@ class PromptRouting(Routing):
                 mask = self._extended(mask)
             positions = self._positions(inputs.get("position_ids"), mask, tokens)
             return (), {**inputs, "attention_mask": mask, "position_ids": positions}
+        if not self.is_generating:  # which has looked at what it was given
+            self._refuse_packed(inputs)
         self._require_room(inputs, tokens)
         mixed = self.pool(forward.per_row, module.get_input_embeddings(), ids, embeds)
         mask = None if mask is None else self._extended(mask)
@@ -198,6 +200,15 @@ class PromptRouting(Routing):
             return None
         return (mask.long().cumsum(1) - 1)[:, -count:]
 
+    def _refuse_packed(self, inputs: Mapping[str, Any]) -> None:
+        segments = find_segments(inputs, self._is_causal)
+        if segments is not None:
+            raise RuntimeError(
+                f"position_ids: got {len(segments)} texts in {segments.shape[0]} rows, but a "
+                "prompt can only be written before a whole row, not before each text in it: give "
+                "each text a row of its own, with an attention_mask where it is padded"
+            )
+
     def _require_room(self, inputs: dict[str, Any], tokens: int) -> None:
         for name, value in inputs.items():
             long = isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == tokens
@@ -220,20 +231,22 @@ class PromptRouting(Routing):
 
     # --- methods that stand in for the model's own ---
 
-    def _generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
         if not self._is_encoder_decoder and self.active():
-            config = kwargs.get("generation_config", next(iter(args), None))
-            if getattr(config, "is_assistant", None):
+            named = generation_arguments(self._own("generate"), args, kwargs)
+            if getattr(named.get("generation_config"), "is_assistant", None):
                 raise RuntimeError(
                     f"this {type(self.model).__name__} mixes prompts and cannot draft for another "
                     "or, by early exit, for itself: the drafting counts a cache's tokens and finds "
                     "the prompt's among them; use a model without prompts as assistant_model, or "
                     "prompt_lookup_num_tokens"
                 )
-            cache = kwargs.get("past_key_values")
-            if cache is not None and not is_filled(cache):
-                cache.routing_weights = None  # of a text before its reset()
-        return super()._generate(inputs, *args, **kwargs)
+            cache = named.get("past_key_values")
+            if not is_filled(cache):
+                self._refuse_packed(self._prompt_of(named))
+                if cache is not None:
+                    cache.routing_weights = None  # of a text before its reset()
+        return super()._generate(*args, **kwargs)
 
     def _prefill(
         self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any,

@@ -1,0 +1,84 @@
+"""What a forward was given: how many rows its layers will see, and what a router can read of it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+_TOKENS = {"input_ids": 0, "inputs_embeds": 1}  # and their dimensions after the tokens'
+_OTHERS = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
+_PER_TOKEN = ("attention_mask", "position_ids", "labels")
+
+
+def row_counts(module: nn.Module, inputs: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(samples, rows) of a forward; None if its inputs do not say.
+
+    They differ where every sample has several choices, [B, C, T], which the model lays one below
+    the other.
+
+    Args:
+        module: whose forward it is.
+        inputs: its arguments by name.
+    """
+    for name, after in _TOKENS.items():
+        value = inputs.get(name)
+        if value is not None:
+            if value.dim() < 2 + after:
+                return None
+            rows = value.shape[0]
+            return rows, rows * (value.shape[1] if _has_choices(module, value, after) else 1)
+    main: str = getattr(module, "main_input_name", "")  # pixel_values, input_features, ...
+    for name in (*_OTHERS, main):
+        value = inputs.get(name)
+        if isinstance(value, Tensor) and value.dim():
+            # A row for each codebook of a sample, whose sum the layers see.
+            return None if _codebooks(module) else (value.shape[0], value.shape[0])
+    return None
+
+
+def for_router(module: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The inputs with a row for each choice; they themselves where samples have no choices.
+
+    Raises:
+        ValueError: input_ids or inputs_embeds has other dimensions than [B, T] and [B, C, T]
+            (with D behind, for embeddings).
+    """
+    for name, after in _TOKENS.items():
+        value = inputs.get(name)
+        if value is None or value.dim() == 2 + after:
+            continue
+        width = ", D" if after else ""
+        if not _has_choices(module, value, after):
+            raise ValueError(
+                f"{name}: got shape {tuple(value.shape)}, expected [B, T{width}] (or [B, C, "
+                f"T{width}], C choices per sample), from which the router learns the weights; or "
+                "run inside model.sapt.fixed(weights)"
+            )
+        leading = value.shape[:3]
+        flat = {name: value.flatten(0, 1)}
+        for other in _PER_TOKEN:
+            beside = inputs.get(other)
+            if isinstance(beside, Tensor) and beside.shape == leading:
+                flat[other] = beside.flatten(0, 1)
+        inputs = {**inputs, **flat}
+    return inputs
+
+
+def unreadable(module: nn.Module, inputs: Mapping[str, Any]) -> str:
+    """What to say of a forward without input_ids and inputs_embeds, which routers read."""
+    given = [name for name, value in inputs.items() if isinstance(value, Tensor)]
+    return (
+        f"input_ids: got None and no inputs_embeds, which the router reads ({type(module).__name__}"
+        f" was given {', '.join(given) or 'no tensor'}): run inside model.sapt.fixed(weights), or "
+        "give mixture=weights to the model or its generate"
+    )
+
+
+def _has_choices(module: nn.Module, value: Tensor, after: int) -> bool:
+    """Whether tokens are [B, C, T]; a third dimension of audio models is that of their codes."""
+    return value.dim() == 3 + after and not _codebooks(module)
+
+
+def _codebooks(module: nn.Module) -> bool:
+    config = getattr(module, "config", None)
+    return any(hasattr(c, "num_codebooks") for c in (config, getattr(config, "decoder", None)))

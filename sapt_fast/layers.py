@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from sapt_fast.devices import is_wrapped_by_accelerate
 from sapt_fast.ops.mixed_lora import mix
 
 if TYPE_CHECKING:
@@ -192,15 +193,21 @@ def mixed_kind(layer: nn.Module) -> type[nn.Module] | None:
     return _mixed_other(kind) if linear else None
 
 
-def become(layer: Any, kind: type[nn.Module]) -> None:
-    """Gives a layer another class; the forward that accelerate's hooks call is then that one's."""
-    own = vars(layer)
-    before = getattr(type(layer), "forward", None)
+def runs_its_class(layer: nn.Module) -> bool:
+    """Whether a layer runs its class's forward, if within accelerate's hook, and no other."""
+    name = "_old_forward" if is_wrapped_by_accelerate(layer) else "forward"
+    forward = vars(layer).get(name)  # a hook, once removed, leaves the class's own behind
+    return forward is None or getattr(forward, "__func__", None) is type(layer).forward
+
+
+def become(layer: Any, kind: type) -> None:
+    """Gives a layer another class; accelerate's hooks then run that one's forward."""
+    own, before = vars(layer), type(layer).forward
+    layer.__class__ = kind  # first: other threads may be running the layer
     if getattr(own.get("forward"), "__func__", None) is before:
-        del own["forward"]  # left behind by a hook that was removed
+        del own["forward"]
     if getattr(own.get("_old_forward"), "__func__", None) is before:
-        own["_old_forward"] = kind.forward.__get__(layer)
-    layer.__class__ = kind
+        own["_old_forward"] = kind.forward.__get__(layer)  # type: ignore[attr-defined]
 
 
 def base_kind(layer: nn.Module) -> type[Any]:

@@ -9,13 +9,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from sapt_fast.devices import (
-    execution_device,
-    is_wrapped_by_accelerate,
-    require_dispatch_by_layer,
-)
+from sapt_fast.devices import execution_device, require_dispatch_by_layer
 from sapt_fast.handle import SaptHandle
-from sapt_fast.layers import InputGroup, MixedLinear, base_kind, become, mixed_kind, packed_weight
+from sapt_fast.layers import (
+    InputGroup,
+    MixedLinear,
+    base_kind,
+    become,
+    mixed_kind,
+    packed_weight,
+    runs_its_class,
+)
 from sapt_fast.linear_layers import all_linear, bypass, layer_features, linear_names, obstacle
 from sapt_fast.methods.sapt import SaptConfig
 from sapt_fast.pool import AdapterPool
@@ -301,17 +305,9 @@ def _matches(name: str, targets: Iterable[str] | str) -> bool:
 
 def _unpatchable(module: nn.Module, parent: nn.Module, name: str) -> str | None:
     reason = obstacle(module, parent, name)
-    if reason is None and _has_own_forward(module):
+    if reason is None and not runs_its_class(module):
         return "its forward was replaced by another library"
     return reason
-
-
-def _has_own_forward(module: nn.Module) -> bool:
-    """Whether the forward that runs is another than the class's (accelerate's hooks, once removed,
-    leave the class's behind on the instance)."""
-    name = "_old_forward" if is_wrapped_by_accelerate(module) else "forward"
-    forward = vars(module).get(name)
-    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
 
 
 def _swap(module: Any, routing: Routing, config: SaptConfig, embedding_dtype: torch.dtype) -> None:

@@ -15,7 +15,6 @@ from torch._subclasses.fake_tensor import (
     UnsupportedFakeTensorException,
     UnsupportedOperatorException,
 )
-from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -29,7 +28,6 @@ _READ_BY_TORCH: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
 )
 # What may be asked of a weight without multiplying by it.
 _PROPERTIES = ("device", "dtype", "ndim", "requires_grad", "shape", "size", "data")
-_FUSED = "cuda_kernels_forward"  # of Mamba's layers: kernels that take the weights themselves
 _HEADS = ("score", "classifier")  # of models without output embeddings
 # A child, and the attributes of its parent that must be true where its weight is read.
 Reading = tuple[str, tuple[str, ...]]
@@ -93,8 +91,6 @@ def _of_weight(module: Any) -> str | None:
     if is_parametrized(module):
         return "it is parametrised (torch.nn.utils.parametrize), which sets its class itself"
     weight = module.weight
-    if is_lazy(weight):
-        return "its weight is not initialised yet: run the model once before patch"
     inputs, outputs = layer_features(module)
     expected = (inputs, outputs) if isinstance(module, Conv1D) else (outputs, inputs)
     shape = tuple(getattr(weight, "shape", ()))
@@ -155,7 +151,7 @@ def _never_called_by(parent: nn.Module, name: str) -> str | None:
             return kind.__name__
     reader = bypass(parent, name)
     called = any(name in calls for *_, calls in _uses(parent))
-    return reader if not called or hasattr(parent, _FUSED) else None
+    return None if called else reader
 
 
 def _uses(parent: nn.Module) -> Iterator[tuple[type, Readings, frozenset[str]]]:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from transformers import PreTrainedModel
 
 from sapt_fast.devices import execution_device, require_dispatch_by_layer
@@ -82,7 +83,7 @@ def patch(model: _Model, config: SaptConfig | None = None, *, strict: bool = Fal
         TypeError: model is neither of them, or config is no SaptConfig.
         ValueError: nothing matches, the model is patched with another config, its layers do not
             see the batch first, it has no table of token embeddings, it cannot take prompts, it is
-            sharded or dispatched with `preload_module_classes`; a PeftModel has no LoRA adapters
+            sharded, not initialised (LazyLinear) or dispatched with `preload_module_classes`; a PeftModel has no LoRA adapters
             or is given a config; the hooks of an earlier patch are still there; and what `strict`
             adds.
 
@@ -204,6 +205,11 @@ def unpatch(model: _Model) -> _Model:
 
 def _require_placement(model: PreTrainedModel) -> None:
     require_dispatch_by_layer(model)
+    lazy = next((name for name, p in model.named_parameters() if is_lazy(p)), None)
+    if lazy is not None:
+        raise ValueError(
+            f"model: {lazy} is not initialised yet; run the model once before sapt_fast.patch"
+        )
     if is_sharded(model):
         raise ValueError(
             "model: its parameters are sharded (fully_shard or ZeRO-3); patch, load and add tasks "
@@ -253,6 +259,7 @@ def find_layers(model: PreTrainedModel, config: SaptConfig) -> PatchReport:
             "as long as its texts would mix the wrong ones; expected another model type"
         )
     report, targets = PatchReport(), _targets(model, config)
+    bypassed: dict[str, None] = {}
     for name, module in model.named_modules():
         if not _matches(name, targets):
             continue
@@ -264,14 +271,16 @@ def find_layers(model: PreTrainedModel, config: SaptConfig) -> PatchReport:
             continue
         report.patched.append(name)
         if reader := bypass(parent, last):
-            report.notes.append(
-                f"{name}: {reader} also reads its weight without calling it in some cases, in "
-                "which the adapters do nothing"
-            )
+            bypassed[f"{reader}.{last}"] = None
     if not isinstance(targets, str):
         found = [*report.patched, *report.skipped]
         report.unmatched = [t for t in targets if not any(_matches(name, [t]) for name in found)]
         report.notes += tower_notes(model, report.patched)
+    if bypassed:
+        report.notes.append(
+            f"target_modules: the model also reads the weights of {', '.join(bypassed)} without "
+            "calling these layers, in some cases; their adapters then do nothing"
+        )
     return report
 
 

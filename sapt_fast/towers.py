@@ -1,5 +1,7 @@
 """What a model consists of: its table of token embeddings, and the models that it is built from."""
 
+import re
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -30,28 +32,28 @@ def token_embedding(model: Any) -> Any:
 
 
 def tower_notes(model: PreTrainedModel, patched: Iterable[str]) -> list[str]:
-    """A note for each layer name that was patched in several of a model's towers.
+    """A note, if layers of one name were patched in several of a model's towers; else none.
 
     Args:
         patched: paths of layers, relative to the model.
     """
     towers = _towers(model)
-    counts: dict[str, dict[str, int]] = {}
+    counts: dict[str, Counter[str]] = {}
     for path in patched:
         tower = next((t for t in towers if path.startswith(f"{t}.")), "")
-        by_tower = counts.setdefault(path.rpartition(".")[2], {})
-        by_tower[tower] = by_tower.get(tower, 0) + 1
-    notes = []
-    for name, by_tower in counts.items():
-        if len(by_tower) > 1:
-            where = ", ".join(f"{t or 'the rest'} ({n})" for t, n in by_tower.items())
-            pattern = rf"{max(by_tower)}\..*\.{name}"
-            notes.append(
-                f"target_modules: layers named {name!r} were patched in several parts of the "
-                f"model: {where}. To patch one part only, give target_modules as a regular "
-                f"expression for the whole path, such as {pattern!r}"
-            )
-    return notes
+        counts.setdefault(path.rpartition(".")[2], Counter())[tower] += 1
+    several = {name: by_tower for name, by_tower in counts.items() if len(by_tower) > 1}
+    if not several:
+        return []
+    total = sum(several.values(), Counter[str]())
+    where = ", ".join(f"{tower or 'the rest'} ({count})" for tower, count in total.items())
+    name = min(several)
+    tower = re.escape(next(reversed(several[name])))
+    return [
+        f"target_modules: layers named {', '.join(sorted(several))} were patched in several parts "
+        f"of the model: {where}. To patch one part only, give a regular expression for the whole "
+        f"path, such as target_modules=r'{tower}\\..*\\.{name}'"
+    ]
 
 
 def _towers(model: PreTrainedModel) -> list[str]:

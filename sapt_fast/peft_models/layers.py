@@ -17,7 +17,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from sapt_fast.devices import present_weight
+from sapt_fast.devices import is_offloaded, present_weight
 from sapt_fast.layers import checked_mixture, is_torchao
 from sapt_fast.merging import Addend
 from sapt_fast.ops.mixed_lora import mix
@@ -234,7 +234,7 @@ def _pooled(
     present = [name for name in adapters if name in layer.lora_A]
     a = [layer.lora_A[name].weight for name in present]
     b = [layer.lora_B[name].weight.t() for name in present]
-    if a[0].is_meta:
+    if a[0].is_meta and is_offloaded(layer.lora_A[present[0]]):
         a, b = _brought(layer, present, x.device)
     rows_a, rows_b = torch.cat(a), torch.cat(b)
     train_a, train_b, train_rows = [], [], []

@@ -30,7 +30,8 @@ class PeftHandle(nn.Module):
     active or not. Adapters that PEFT adds, loads, swaps or deletes join and leave by themselves.
 
     Attributes:
-        router: a module that gives the weights; None for the sum of the active adapters.
+        router: a module or function that gives the weights; None for the sum of the active
+            adapters. A function is kept inside a module; anything else raises TypeError.
             `router(input_ids=, inputs_embeds=, attention_mask=, labels=)` returns [1, K], [B, K]
             or, per token, [B, T, K].
         routing: the running weights.
@@ -61,6 +62,16 @@ class PeftHandle(nn.Module):
         self.routing.pools.append(self)
         self._configs: list[Any] = []
         self.register_module("router", None)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "router" and not (value is None or isinstance(value, nn.Module)):
+            if not callable(value):
+                raise TypeError(
+                    f"router: got {type(value).__name__}, expected a module or a function that "
+                    "returns weights, or None"
+                )
+            value = _FunctionRouter(value)
+        super().__setattr__(name, value)
 
     @property
     def tasks(self) -> list[str]:
@@ -233,6 +244,17 @@ class PeftHandle(nn.Module):
         return f"tasks={self.tasks}"
 
 
+class _FunctionRouter(nn.Module):
+    """A router that is a plain function."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, **inputs: Tensor | None) -> Tensor:
+        return self.function(**inputs)
+
+
 def patch_peft(model: PeftModel, *, strict: bool) -> None:
     """`patch` of a PEFT model; see there."""
     present = getattr(model, "sapt", None)
@@ -259,9 +281,9 @@ def patch_peft(model: PeftModel, *, strict: bool) -> None:
         raise ValueError(f"model: no LoRA layer can be computed in one pass: {refused}")
     if strict and refused:
         raise ValueError(f"strict: not everything can be patched: {refused}")
-    for note in report.notes:
-        logger.warning("%s", note)
     handle.realign()
+    for note in handle.report.notes:
+        logger.warning("%s", note)
     model.sapt = handle
     vars(model.base_model).update(handle.stand_ins())
     handle.routing.install()

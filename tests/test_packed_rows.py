@@ -317,6 +317,28 @@ def test_what_cannot_be_told_raises(case, peft):
     assert "fixed" in str(caught.value) or "expected" in str(caught.value)
 
 
+GAPS = {
+    "left_padding": [1, 1, 1, 0, 1, 2, 3],
+    "right_padding_of_roberta": [2, 3, 4, 5, 1, 1, 1],
+    "a_jump": [0, 1, 2, 3, 9, 10, 11],
+    "steps_of_several_texts": [7, 12, 3, 9, 7, 8, 2],
+}
+
+
+@pytest.mark.parametrize("case", GAPS)
+def test_texts_that_begin_elsewhere_raise(case):
+    """Without a mask transformers takes such rows apart, into what are not whole texts."""
+    model = patched("llama")
+    with pytest.raises(RuntimeError, match="position_ids: the . texts in 1 rows begin at"):
+        model(input_ids=ROW[:, :7], position_ids=torch.tensor([GAPS[case]]))
+
+
+def test_a_paged_cache_raises():
+    model = patched("llama")
+    with pytest.raises(RuntimeError, match="continuous batching"):
+        model(input_ids=ROW, position_ids=POSITIONS, write_index=[torch.arange(17)])
+
+
 def test_padding_inside_a_mask_does_not_hide_a_restart():
     model = patched("llama")
     mask = ones(1, 17)
@@ -352,7 +374,7 @@ def test_the_cache_of_packed_rows_is_not_used_on(peft):
         with torch.no_grad():
             cache = model(**inputs, past_key_values=cache, use_cache=True).past_key_values
         for length in (1, 17):
-            with pytest.raises(RuntimeError, match="past_key_values: got .* packed rows"):
+            with pytest.raises(RuntimeError, match=r"past_key_values: got .* packed rows"):
                 model(input_ids=ROW[:, :length], past_key_values=cache)
 
 

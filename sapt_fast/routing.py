@@ -451,9 +451,8 @@ class Routing:
                 return self.route(**dict.fromkeys(_ROUTED_BY))
             except Exception as error:
                 raise ValueError(unreadable(module, inputs)) from error
-        if (
-            inputs.get("write_index") is not None
-        ):  # of a paged cache, which has the texts' beginnings
+        # A paged cache holds the beginnings of the texts.
+        if inputs.get("write_index") is not None:
             raise RuntimeError(_NO_CONTINUOUS_BATCHING)
         if self._is_encoder_decoder:
             inputs = {**inputs, "labels": None}
@@ -526,7 +525,7 @@ class Routing:
         cache = named.get("past_key_values")
         if is_filled(cache):
             return self._from_cache(cache)
-        prompt = self._prompt_of(named)
+        prompt = {**self._prompt_of(named), "labels": None}
         ids = prompt.get("input_ids")
         if ids is None and prompt.get("inputs_embeds") is None:
             return None

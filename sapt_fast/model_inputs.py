@@ -23,8 +23,8 @@ def row_counts(module: nn.Module, inputs: Mapping[str, Any]) -> tuple[int, int] 
     for name, after in _TOKENS.items():
         value = inputs.get(name)
         if value is not None:
-            if value.dim() < 2 + after:
-                return None
+            if not isinstance(value, Tensor) or value.dim() < 2 + after:
+                return None  # the model has a word for that
             rows = value.shape[0]
             return rows, rows * (value.shape[1] if _has_choices(module, value, after) else 1)
     main: str = getattr(module, "main_input_name", "")  # pixel_values, input_features, ...
@@ -45,14 +45,16 @@ def for_router(module: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any
     """
     for name, after in _TOKENS.items():
         value = inputs.get(name)
-        if value is None or value.dim() == 2 + after:
+        tensor = isinstance(value, Tensor)
+        if value is None or (tensor and value.dim() == 2 + after):
             continue
-        width = ", D" if after else ""
-        if not _has_choices(module, value, after):
+        if not tensor or not _has_choices(module, value, after):
+            got = f"shape {tuple(value.shape)}" if tensor else type(value).__name__
+            width = ", D" if after else ""
             raise ValueError(
-                f"{name}: got shape {tuple(value.shape)}, expected [B, T{width}] (or [B, C, "
-                f"T{width}], C choices per sample), from which the router learns the weights; or "
-                "run inside model.sapt.fixed(weights)"
+                f"{name}: got {got}, expected [B, T{width}] (or [B, C, T{width}], C choices per "
+                "sample), from which the router learns the weights; or run inside "
+                "model.sapt.fixed(weights)"
             )
         leading = value.shape[:3]
         flat = {name: value.flatten(0, 1)}

@@ -110,7 +110,8 @@ def find_segments(inputs: Mapping[str, Any], causal: Callable[[], bool]) -> Segm
         causal: whether the model is decoder-only. Others are not known to keep texts apart.
 
     Raises:
-        RuntimeError: the inputs do not agree on where texts end, or it cannot be told.
+        RuntimeError: the inputs do not agree on where texts end, the texts do not all begin at
+            one position, or it cannot be told.
     """
     source = inputs.get("input_ids")
     source = inputs.get("inputs_embeds") if source is None else source
@@ -122,14 +123,12 @@ def find_segments(inputs: Mapping[str, Any], causal: Callable[[], bool]) -> Segm
     name = next((name for name in _LENGTHS if inputs.get(name) is not None), None)
     if positions is None and index is None and name is None:
         return None
-    if torch.compiler.is_compiling() or (
-        source.is_cuda and torch.cuda.is_current_stream_capturing()
-    ):
+    if _is_traced(source):
         raise RuntimeError(
             "position_ids: whether they restart, as those of packed texts do, cannot be looked at "
-            "in a compiled or captured forward: leave position_ids (and cu_seq_lens_q, seq_idx) out if each "
-            f"row is one text, {_INSTEAD}, as an uncompiled model.sapt.route(..., position_ids=...)"
-            " returns them"
+            "in a compiled or captured forward: leave position_ids (and cu_seq_lens_q, seq_idx) "
+            f"out if each row is one text, {_INSTEAD}, as an uncompiled "
+            "model.sapt.route(..., position_ids=...) returns them"
         )
     mask, told = inputs.get("attention_mask"), {}
     if positions is not None:
@@ -158,7 +157,22 @@ def find_segments(inputs: Mapping[str, Any], causal: Callable[[], bool]) -> Segm
             f"{first}: got several texts in a row as well as an attention_mask; leave the mask "
             f"out, {_INSTEAD}"
         )
+    if positions is not None:
+        begin = positions.flatten()[torch.tensor(told[first], device=positions.device)]
+        if (begin != begin[0]).any():
+            raise RuntimeError(
+                f"position_ids: the {len(begin)} texts in {rows} rows begin at positions "
+                f"{sorted(set(begin.tolist()))}, expected one for all; for padded rows give an "
+                f"attention_mask, for parts of texts their whole texts, {_INSTEAD}"
+            )
     return Segments(told[first], (rows, columns))
+
+
+def _is_traced(source: Tensor) -> bool:
+    """Whether values cannot be looked at, since a graph is made of what runs."""
+    if torch.compiler.is_compiling():
+        return True
+    return source.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _two_dimensional(value: Any, rows: int, columns: int) -> Tensor | None:

@@ -43,6 +43,10 @@ _CONTINUOUS_BATCHING = (
     "init_continuous_batching",
     "continuous_batching_context_manager",
 )
+_NO_CONTINUOUS_BATCHING = (
+    "continuous batching packs all requests into one row, where weights per sample have no "
+    "meaning: use generate() with a padded batch, or model.sapt.export_adapter"
+)
 
 
 class Aligned(Protocol):
@@ -342,12 +346,7 @@ class Routing:
         cache = self._named(module, args, kwargs).get("past_key_values")
         cache = getattr(output, "past_key_values", None) if cache is None else cache
         failed = output is None
-        if (
-            not failed
-            and cache is not None
-            and forward is not None
-            and not self._is_encoder_decoder
-        ):
+        if cache is not None and forward is not None and not (failed or self._is_encoder_decoder):
             cache.routing_weights = forward.per_row
         self._end(module)
 
@@ -452,6 +451,9 @@ class Routing:
                 return self.route(**dict.fromkeys(_ROUTED_BY))
             except Exception as error:
                 raise ValueError(unreadable(module, inputs)) from error
+        # A paged cache holds the beginnings of the texts.
+        if inputs.get("write_index") is not None:
+            raise RuntimeError(_NO_CONTINUOUS_BATCHING)
         if self._is_encoder_decoder:
             inputs = {**inputs, "labels": None}
         weights, segments = self.routed(inputs)
@@ -523,7 +525,7 @@ class Routing:
         cache = named.get("past_key_values")
         if is_filled(cache):
             return self._from_cache(cache)
-        prompt = self._prompt_of(named)
+        prompt = {**self._prompt_of(named), "labels": None}
         ids = prompt.get("input_ids")
         if ids is None and prompt.get("inputs_embeds") is None:
             return None
@@ -549,10 +551,7 @@ class Routing:
         return prompt
 
     def _refuse_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
-        raise RuntimeError(
-            "continuous batching packs all requests into one row, where weights per sample have no "
-            "meaning: use generate() with a padded batch, or model.sapt.export_adapter"
-        )
+        raise RuntimeError(_NO_CONTINUOUS_BATCHING)
 
     def _set_gradient_checkpointing(
         self,

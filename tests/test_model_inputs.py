@@ -165,6 +165,8 @@ def test_other_dimensions_are_refused_in_words(family, shape):
         model(input_ids=ids, **extra)
     with pytest.raises(ValueError, match=r"input_ids: got shape \(.*expected \[B, T\]"):
         model.sapt.route(ids)
+    with pytest.raises(ValueError, match=r"input_ids: got list, expected \[B, T\]"):
+        model(input_ids=ids.tolist(), **extra)
     embeds = torch.randn(7, 32)
     with pytest.raises(ValueError, match=r"inputs_embeds: got shape \(7, 32\), expected \[B, T, D"):
         model(inputs_embeds=embeds, **extra)

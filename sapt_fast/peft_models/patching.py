@@ -33,7 +33,8 @@ class PeftHandle(nn.Module):
         router: a module or function that gives the weights; None for the sum of the active
             adapters. A function is kept inside a module; anything else raises TypeError.
             `router(input_ids=, inputs_embeds=, attention_mask=, labels=)` returns [1, K], [B, K]
-            or, per token, [B, T, K].
+            or, per token, [B, T, K]. Of packed rows it is given texts of equal length together,
+            each in a row of its own, without a mask.
         routing: the running weights.
 
     Example:
@@ -100,7 +101,10 @@ class PeftHandle(nn.Module):
 
     @property
     def attention(self) -> Tensor | None:
-        """Weights of this thread's last forward, detached; None if it had none."""
+        """Weights of this thread's last forward, detached; None if it had none.
+
+        [B, K], or per token [B, T, K], as for packed rows; samples with choices count C times.
+        """
         weights = self.routing.weights
         return None if weights is None else weights.detach()
 
@@ -108,7 +112,9 @@ class PeftHandle(nn.Module):
         """A context in which these weights stand in for the router's, in this thread.
 
         Args:
-            weights: [K] or [1, K] for every input, [B, K] per sample or [B, T, K] per token.
+            weights: [K] or [1, K] for every input, [B, K] per sample or [B, T, K] per token. Where
+                samples have choices [B, C, T], [B, K] is for all choices of a sample; of packed
+                rows, [S, K] is for their S texts.
 
         Raises:
             ValueError: the shape does not fit, or weights are not finite.

@@ -1,6 +1,7 @@
 """X-LoRA generation with caches: PEFT's tokens, logits and scalings, or PEFT's own way."""
 
 import copy
+import inspect
 import threading
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import transformers
 from peft import LoraConfig, XLoraConfig, get_peft_model
 from tiny_models import VOCABULARY, WIDTH, token_ids
+from transformers import GenerationConfig, GenerationMixin
 
 import sapt_fast
 from sapt_fast.peft_models.xlora_generation import _CAUSAL_MODELS, PairedCache
@@ -193,6 +195,17 @@ def test_what_is_left_to_peft(experts, case, caplog):
         assert torch.equal(*(generated(m, **options).sequences for m in models))
     assert not {1} & set(lengths[:4])
     assert sum("without a cache" in record.message for record in caplog.records) == 1
+
+
+def test_settings_that_are_given_by_position(experts):
+    ours = pair(experts)[1].sapt.generation
+    ids, config = padded()["input_ids"], GenerationConfig(prompt_lookup_num_tokens=2)
+    assert ours._call_obstacle((ids, config), {}) == "prompt_lookup_num_tokens was given"
+    assert ours._call_obstacle((ids, GenerationConfig()), {}) is None
+    names = list(inspect.signature(GenerationMixin.generate).parameters)[1:]
+    values = [object() if name == "assistant_model" else None for name in names]
+    count = names.index("assistant_model") + 1
+    assert ours._call_obstacle((ids, *values[1:count]), {}) == "assistant_model was given"
 
 
 def test_training_mode_disabled_adapters_and_logging(experts):

@@ -106,8 +106,8 @@ def _of_output(module: Any) -> str | None:
         return None  # kernels that fake tensors know nothing of
     weight: Tensor = module.weight
     inputs, outputs = layer_features(module)
-    kind = type(module)
-    probe: Any = kind.__new__(kind)
+    kind: Any = type(module)
+    probe = kind.__new__(kind)
     vars(probe).update(vars(module))
     try:
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from transformers import PreTrainedModel
 
-from sapt_fast.devices import execution_device, require_dispatch_by_layer
+from sapt_fast.devices import execution_device, require_supported_hooks
 from sapt_fast.handle import SaptHandle
 from sapt_fast.layers import (
     InputGroup,
@@ -83,9 +83,9 @@ def patch(model: _Model, config: SaptConfig | None = None, *, strict: bool = Fal
         TypeError: model is neither of them, or config is no SaptConfig.
         ValueError: nothing matches, the model is patched with another config, its layers do not
             see the batch first, it has no table of token embeddings, it cannot take prompts, it is
-            sharded, not initialised (LazyLinear) or dispatched with `preload_module_classes`; a PeftModel has no LoRA adapters
-            or is given a config; the hooks of an earlier patch are still there; and what `strict`
-            adds.
+            sharded, not initialised (LazyLinear), or accelerate's hooks would change adapters; a
+            PeftModel has no LoRA adapters or is given a config; the hooks of an earlier patch are
+            still there; and what `strict` adds.
 
     Example:
         >>> import sapt_fast, transformers
@@ -204,7 +204,7 @@ def unpatch(model: _Model) -> _Model:
 
 
 def _require_placement(model: PreTrainedModel) -> None:
-    require_dispatch_by_layer(model)
+    require_supported_hooks(model)
     lazy = next((name for name, p in model.named_parameters() if is_lazy(p)), None)
     if lazy is not None:
         raise ValueError(

@@ -269,9 +269,7 @@ def test_layers_that_are_read_but_not_called(caplog):
     assert "Reader.both" in note
     assert note in caplog.text
     with pytest.raises(ValueError, match=r"(?s)strict: .*Its linear layers are named: \["):
-        sapt_fast.patch(
-            sapt_fast.unpatch(model), settings(target_modules=names), strict=True
-        )
+        sapt_fast.patch(sapt_fast.unpatch(model), settings(target_modules=names), strict=True)
 
 
 # --- which layers ---

@@ -124,7 +124,8 @@ class PromptRouting(Routing):
             return (), {**inputs, "attention_mask": mask, "position_ids": positions}
         self._require_room(inputs, tokens)
         # The model's own hook may have moved the pool since the weights were computed.
-        weights = forward.per_row.to(self.pool.rows.trainable.device)
+        weights: Any = forward.per_row
+        weights = weights.to(self.pool.rows.trainable.device)
         mixed = self.pool(weights, module.get_input_embeddings(), ids, embeds)
         mask = None if mask is None else self._extended(mask)
         inputs = {**inputs, "input_ids": None, "inputs_embeds": mixed, "attention_mask": mask}

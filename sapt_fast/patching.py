@@ -273,8 +273,9 @@ def find_layers(model: PreTrainedModel, config: SaptConfig) -> PatchReport:
         if reader := bypass(parent, last):
             bypassed[f"{reader}.{last}"] = None
     if not isinstance(targets, str):
-        found = [*report.patched, *report.skipped]
-        report.unmatched = [t for t in targets if not any(_matches(name, [t]) for name in found)]
+        if not isinstance(targets, frozenset):
+            found = [*report.patched, *report.skipped]
+            report.unmatched = [t for t in targets if not any(_matches(n, [t]) for n in found)]
         report.notes += tower_notes(model, report.patched)
     if bypassed:
         report.notes.append(
@@ -285,8 +286,10 @@ def find_layers(model: PreTrainedModel, config: SaptConfig) -> PatchReport:
 
 
 def _targets(model: PreTrainedModel, config: SaptConfig) -> Iterable[str] | str:
+    """Names or a regular expression, or the whole paths of all linear layers as a frozenset."""
     targets = config.target_modules
-    if isinstance(targets, str) and targets.lower() == "all-linear":
+    names = [targets] if isinstance(targets, str) else list(targets or ())
+    if [name.lower() for name in names] == ["all-linear"]:
         return all_linear(model)
     if targets is not None:
         return targets
@@ -309,6 +312,8 @@ def _matches(name: str, targets: Iterable[str] | str) -> bool:
             raise ValueError(
                 f"target_modules: {targets!r} is no regular expression: {error}"
             ) from None
+    if isinstance(targets, frozenset):
+        return name in targets
     return any(name == target or name.endswith("." + target) for target in targets)
 
 

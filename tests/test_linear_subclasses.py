@@ -286,8 +286,10 @@ def test_all_linear_is_what_peft_means():
             for name, module in theirs.named_modules()
             if hasattr(module, "lora_A")
         }
-        sapt_fast.patch(model, settings(target_modules="all-linear"), strict=True)
-        assert set(model.sapt.report.patched) == expected
+        for targets in ("all-linear", ["All-Linear"]):
+            sapt_fast.patch(model, settings(target_modules=targets), strict=True)
+            assert set(model.sapt.report.patched) == expected
+            sapt_fast.unpatch(model)
 
 
 def test_the_hint_names_subclasses():

@@ -49,24 +49,31 @@ def is_wrapped_by_accelerate(module: nn.Module) -> bool:
     )
 
 
-def require_dispatch_by_layer(model: nn.Module) -> None:
-    """Raises ValueError if a hook loads all weights of a block at once, the block's layers included.
+def require_supported_hooks(model: nn.Module) -> None:
+    """Raises ValueError if a hook treats adapters inside a layer or block as base weights.
 
-    It would take the adapters for weights of the base model and put its own copies in their place.
+    One that loads a block's weights at once would put its own copies in the place of what trains,
+    and one that casts a layer's weights for each forward would round them.
     """
     for name, module in model.named_modules():
-        if next(module.children(), None) is None:
-            continue
-        if any(_loads_whole_block(hook) for hook in _hooks(module)):
-            raise ValueError(
-                f"model: accelerate loads all weights below {name or 'the model'} at once "
-                "(preload_module_classes), adapters included, which would lose what is trained; "
-                "dispatch the model without preload_module_classes"
-            )
+        for hook in _hooks(module):
+            if getattr(hook, "storage_dtype", None) is not None:
+                raise ValueError(
+                    f"model: accelerate casts {name or 'the model'} to {hook.storage_dtype} after "
+                    "each forward, and would round adapters inside it as well; remove that hook, "
+                    "or quantise the base model"
+                )
+            whole = getattr(hook, "offload", False) and getattr(hook, "place_submodules", False)
+            if whole and next(module.children(), None) is not None:
+                raise ValueError(
+                    f"model: accelerate loads all weights below {name or 'the model'} at once "
+                    "(preload_module_classes), adapters included, which would lose what is "
+                    "trained; dispatch the model without preload_module_classes"
+                )
 
 
 class Resident(nn.Module):
-    """A module whose parameters accelerate may move to another device, but neither hook nor offload.
+    """A module whose parameters accelerate may move to another device, but not offload.
 
     They are read without calling the module, so no hook would bring them back. They also stay the
     same objects, which an optimizer may hold already.
@@ -113,7 +120,3 @@ def _parts(hook: Any) -> Iterator[Any]:
         return
     for part in inner:
         yield from _parts(part)
-
-
-def _loads_whole_block(hook: Any) -> bool:
-    return bool(getattr(hook, "offload", False) and getattr(hook, "place_submodules", False))

@@ -160,7 +160,7 @@ class MixedOther(Mixed, _Other):
         pool = self.sapt_pool
         if not len(pool) or self.sapt_routing.merged is not None:
             return y
-        x = args[0] if args else kwargs[_first_argument(type(self))]
+        x = args[0] if args else kwargs[_first_argument(base_kind(self))]
         if not isinstance(y, Tensor) or y.shape != (*x.shape[:-1], pool.b.width):
             raise RuntimeError(
                 f"{base_kind(self).__name__}: its forward gave {_described(y)} for an input of "
@@ -200,14 +200,14 @@ def runs_its_class(layer: nn.Module) -> bool:
     return forward is None or getattr(forward, "__func__", None) is type(layer).forward
 
 
-def become(layer: Any, kind: type) -> None:
+def become(layer: Any, kind: type[nn.Module]) -> None:
     """Gives a layer another class; accelerate's hooks then run that one's forward."""
     own, before = vars(layer), type(layer).forward
     layer.__class__ = kind  # first: other threads may be running the layer
     if getattr(own.get("forward"), "__func__", None) is before:
         del own["forward"]
     if getattr(own.get("_old_forward"), "__func__", None) is before:
-        own["_old_forward"] = kind.forward.__get__(layer)  # type: ignore[attr-defined]
+        own["_old_forward"] = kind.forward.__get__(layer)
 
 
 def base_kind(layer: nn.Module) -> type[Any]:
@@ -247,11 +247,9 @@ def _unfilled(kind: type) -> nn.Module:
     return made.__new__(made)
 
 
-@cache
-def _first_argument(kind: type) -> str:
-    """How a mixed layer's own forward calls its input."""
-    own = next(k for k in kind.__mro__ if not issubclass(k, Mixed))
-    return list(inspect.signature(own.forward).parameters)[1]
+def _first_argument(kind: type[Any]) -> str:
+    """How a layer's forward calls its input."""
+    return list(inspect.signature(kind.forward).parameters)[1]
 
 
 def _described(output: object) -> str:

@@ -56,7 +56,7 @@ def linear_names(model: nn.Module) -> list[str]:
     return sorted({n.rpartition(".")[2] for n, m in model.named_modules() if is_linear(m)})
 
 
-def all_linear(model: PreTrainedModel) -> list[str]:
+def all_linear(model: PreTrainedModel) -> frozenset[str]:
     """The paths of all linear layers but the output head, as PEFT's "all-linear" chooses them.
 
     The head is the output embeddings or, without them, `score` or `classifier`.
@@ -64,7 +64,7 @@ def all_linear(model: PreTrainedModel) -> list[str]:
     head: Any = model.get_output_embeddings()
     if head is None:
         head = next((getattr(model, n) for n in _HEADS if hasattr(model, n)), None)
-    return [n for n, m in model.named_modules() if is_linear(m) and m is not head]
+    return frozenset(n for n, m in model.named_modules() if is_linear(m) and m is not head)
 
 
 def obstacle(module: Any, parent: nn.Module, name: str) -> str | None:
@@ -106,8 +106,8 @@ def _of_output(module: Any) -> str | None:
         return None  # kernels that fake tensors know nothing of
     weight: Tensor = module.weight
     inputs, outputs = layer_features(module)
-    kind = type(module)
-    probe: Any = kind.__new__(kind)
+    kind: Any = type(module)
+    probe = kind.__new__(kind)
     vars(probe).update(vars(module))
     try:
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):

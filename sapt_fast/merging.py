@@ -38,7 +38,8 @@ class Merged:
 
     Raises:
         ValueError: a weight is quantised, sharded, elsewhere (offloaded) or shared with another
-            module, or its layer does more than multiply by it. Nothing has changed then, nor after any other error.
+            module, or its layer does more than multiply by it. Nothing has changed then, nor after
+            any other error.
     """
 
     def __init__(self, addends: Mapping[str, Addend], model: nn.Module) -> None:

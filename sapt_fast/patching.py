@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from transformers import PreTrainedModel
 
-from sapt_fast.devices import execution_device, require_dispatch_by_layer
+from sapt_fast.devices import execution_device, require_supported_hooks
 from sapt_fast.handle import SaptHandle
 from sapt_fast.layers import (
     InputGroup,
@@ -84,9 +84,9 @@ def patch(model: _Model, config: SaptConfig | None = None, *, strict: bool = Fal
         TypeError: model is neither of them, or config is no SaptConfig.
         ValueError: nothing matches, the model is patched with another config, its layers do not
             see the batch first, it has no table of token embeddings, it cannot take prompts, it is
-            sharded, not initialised (LazyLinear) or dispatched with `preload_module_classes`; a PeftModel has no LoRA adapters
-            or is given a config; the hooks of an earlier patch are still there; and what `strict`
-            adds.
+            sharded, not initialised (LazyLinear), or accelerate's hooks would change adapters; a
+            PeftModel has no LoRA adapters or is given a config; the hooks of an earlier patch are
+            still there; and what `strict` adds.
 
     Example:
         >>> import sapt_fast, transformers
@@ -212,7 +212,7 @@ def unpatch(model: _Model) -> _Model:
 
 
 def _require_placement(model: PreTrainedModel) -> None:
-    require_dispatch_by_layer(model)
+    require_supported_hooks(model)
     lazy = next((name for name, p in model.named_parameters() if is_lazy(p)), None)
     if lazy is not None:
         raise ValueError(
@@ -281,8 +281,9 @@ def find_layers(model: PreTrainedModel, config: SaptConfig) -> PatchReport:
         if reader := bypass(parent, last):
             bypassed[f"{reader}.{last}"] = None
     if not isinstance(targets, str):
-        found = [*report.patched, *report.skipped]
-        report.unmatched = [t for t in targets if not any(_matches(name, [t]) for name in found)]
+        if not isinstance(targets, frozenset):
+            found = [*report.patched, *report.skipped]
+            report.unmatched = [t for t in targets if not any(_matches(n, [t]) for n in found)]
         report.notes += tower_notes(model, report.patched)
     if bypassed:
         report.notes.append(
@@ -293,8 +294,10 @@ def find_layers(model: PreTrainedModel, config: SaptConfig) -> PatchReport:
 
 
 def _targets(model: PreTrainedModel, config: SaptConfig) -> Iterable[str] | str:
+    """Names or a regular expression, or the whole paths of all linear layers as a frozenset."""
     targets = config.target_modules
-    if isinstance(targets, str) and targets.lower() == "all-linear":
+    names = [targets] if isinstance(targets, str) else list(targets or ())
+    if [name.lower() for name in names] == ["all-linear"]:
         return all_linear(model)
     if targets is not None:
         return targets
@@ -317,6 +320,8 @@ def _matches(name: str, targets: Iterable[str] | str) -> bool:
             raise ValueError(
                 f"target_modules: {targets!r} is no regular expression: {error}"
             ) from None
+    if isinstance(targets, frozenset):
+        return name in targets
     return any(name == target or name.endswith("." + target) for target in targets)
 
 

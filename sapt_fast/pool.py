@@ -117,7 +117,7 @@ class RowStack(Resident):
             self._move(self._memory.shape[0])
 
     def _require_present(self) -> None:
-        """Raises RuntimeError if accelerate offloads the rows, which a block's hook does unasked."""
+        """Raises RuntimeError if accelerate offloads the rows, as a block's hook does."""
         if self.trainable.is_meta and not self._memory.is_meta:
             raise RuntimeError(
                 "accelerate offloaded the adapters with the block that they are in "
@@ -126,8 +126,12 @@ class RowStack(Resident):
 
     def realign(self) -> None:
         """Puts moved rows back side by side; leaves alone what others put in their place."""
-        if not torch.compiler.is_compiling() and self._has_own_parts():
+        if torch.compiler.is_compiling():
+            return
+        if self._has_own_parts():
             self.rows()
+        else:
+            self._require_present()
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool

@@ -269,9 +269,7 @@ def test_layers_that_are_read_but_not_called(caplog):
     assert "Reader.both" in note
     assert note in caplog.text
     with pytest.raises(ValueError, match=r"(?s)strict: .*Its linear layers are named: \["):
-        sapt_fast.patch(
-            sapt_fast.unpatch(model), settings(target_modules=names), strict=True
-        )
+        sapt_fast.patch(sapt_fast.unpatch(model), settings(target_modules=names), strict=True)
 
 
 # --- which layers ---
@@ -288,8 +286,10 @@ def test_all_linear_is_what_peft_means():
             for name, module in theirs.named_modules()
             if hasattr(module, "lora_A")
         }
-        sapt_fast.patch(model, settings(target_modules="all-linear"), strict=True)
-        assert set(model.sapt.report.patched) == expected
+        for targets in ("all-linear", ["All-Linear"]):
+            sapt_fast.patch(model, settings(target_modules=targets), strict=True)
+            assert set(model.sapt.report.patched) == expected
+            sapt_fast.unpatch(model)
 
 
 def test_the_hint_names_subclasses():

@@ -63,7 +63,7 @@ def test_models_without_token_embeddings(name, changed):
     model = build(name)
     kinds = [(type(m), sorted(vars(m))) for m in model.modules()]
     trains = [p.requires_grad for p in model.parameters()]
-    with pytest.raises(ValueError, match="expected a table of token embeddings|got 'prompt'") as e:
+    with pytest.raises(ValueError, match=r"expected a table of token embeddings|got 'prompt'") as e:
         sapt_fast.patch(model, settings(**changed))
     assert type(model).__name__ in str(e.value)
     assert kinds == [(type(m), sorted(vars(m))) for m in model.modules()]
@@ -130,7 +130,9 @@ def test_names_that_several_towers_have(name, targets, towers, kind, caplog):
     if kind == "sapt":
         report = sapt_fast.patch(model, settings(target_modules=targets)).sapt.report
     else:
-        report = sapt_fast.patch(get_peft_model(model, LoraConfig(target_modules=targets))).sapt.report
+        report = sapt_fast.patch(
+            get_peft_model(model, LoraConfig(target_modules=targets))
+        ).sapt.report
     [note] = report.notes
     assert all(tower in note for tower in towers)
     assert f"layers named {targets[0]} were" in note

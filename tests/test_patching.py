@@ -7,7 +7,12 @@ import pickle
 import pytest
 import torch
 import transformers
-from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, remove_hook_from_module
+from accelerate.hooks import (
+    AlignDevicesHook,
+    ModelHook,
+    add_hook_to_module,
+    remove_hook_from_module,
+)
 from peft import LoraConfig, get_peft_model
 from tiny_models import FAMILIES, checkpointed, fill, patched, settings, tiny, token_ids
 from torch import nn

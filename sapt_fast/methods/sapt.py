@@ -95,8 +95,9 @@ class SaptConfig:
     target_modules: Sequence[str] | str | None = field(
         default=None,
         metadata={
-            "help": "Names (last parts of the path) of the linear layers to adapt, or one regular "
-            "expression for the whole path; None takes query and value as PEFT does."
+            "help": "Names (last parts of the path) of the linear layers to adapt, one regular "
+            "expression for the whole path, or 'all-linear' for all but the output head; None "
+            "takes query and value as PEFT does."
         },
     )
     modules_to_save: Sequence[str] | None = field(

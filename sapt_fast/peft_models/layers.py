@@ -221,7 +221,8 @@ def addend(layer: Any, adapters: Sequence[str], weights: Tensor) -> Addend:
     """
     present = [(k, name) for k, name in enumerate(adapters) if name in layer.lora_A]
     scaled = [
-        present_weight(layer.lora_B[name]).detach().t().double() * (float(weights[k]) * layer.scaling[name])
+        present_weight(layer.lora_B[name]).detach().t().double()
+        * (float(weights[k]) * layer.scaling[name])
         for k, name in present
     ]
     a = torch.cat([present_weight(layer.lora_A[name]).detach() for _, name in present])

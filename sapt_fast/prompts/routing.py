@@ -126,7 +126,8 @@ class PromptRouting(Routing):
             self._refuse_packed(inputs)
         self._require_room(inputs, tokens)
         # The model's own hook may have moved the pool since the weights were computed.
-        weights = forward.per_row.to(self.pool.rows.trainable.device)
+        weights: Any = forward.per_row
+        weights = weights.to(self.pool.rows.trainable.device)
         mixed = self.pool(weights, module.get_input_embeddings(), ids, embeds)
         mask = None if mask is None else self._extended(mask)
         inputs = {**inputs, "input_ids": None, "inputs_embeds": mixed, "attention_mask": mask}

@@ -81,8 +81,8 @@ def _products(values: Tensor, bank: Tensor, index: Tensor) -> Tensor:
     bank = _whole_experts(bank)
     out = values.new_empty((*index.shape, bank.shape[1]), dtype=wide)
     _C.experts_dot(
-        CODES[values.dtype], CODES[bank.dtype], out.data_ptr(), values.data_ptr(),
-        *_chosen(bank, index), torch.get_num_threads(),
+        CODES[values.dtype], CODES[bank.dtype], out, values, bank, index, *index.shape,
+        torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -92,8 +92,8 @@ def _mixture(x: Tensor, coefficients: Tensor, bank: Tensor, index: Tensor) -> Te
     bank, coefficients = _whole_experts(bank), coefficients.contiguous()
     out = x.new_empty(x.shape[0], bank.shape[2])
     _C.experts_sum(
-        CODES[x.dtype], CODES[bank.dtype], out.data_ptr(), coefficients.data_ptr(),
-        *_chosen(bank, index), torch.get_num_threads(),
+        CODES[x.dtype], CODES[bank.dtype], out, coefficients, bank, index, *index.shape,
+        torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -104,15 +104,10 @@ def _bank_grad(coefficients: Tensor, values: Tensor, groups: PairGroups, bank: T
     order, target = groups.order.contiguous(), groups.target.contiguous()
     out = bank.new_zeros((groups.rows, *bank.shape[1:]))
     _C.experts_grad(
-        CODES[values.dtype], CODES[bank.dtype], out.data_ptr(), coefficients.data_ptr(),
-        values.data_ptr(), order.data_ptr(), target.data_ptr(), len(order), groups.rows,
-        M, k, rank, bank.shape[2], torch.get_num_threads(),
+        CODES[values.dtype], CODES[bank.dtype], out, coefficients, values, order, target,
+        len(order), groups.rows, M, k, rank, bank.shape[2], torch.get_num_threads(),
     )  # fmt: skip
     return out
-
-
-def _chosen(bank: Tensor, index: Tensor) -> tuple[int, ...]:
-    return bank.data_ptr(), index.data_ptr(), bank.stride(0), *index.shape, *bank.shape
 
 
 def _whole_experts(bank: Tensor) -> Tensor:

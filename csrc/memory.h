@@ -120,6 +120,7 @@ struct type_caster<sapt_fast::Memory> {
         static const sapt_fast::Name nbytes("nbytes");
         static const sapt_fast::Name is_contiguous("is_contiguous");
         if (source.is_none()) return true;
+        if (PyLong_Check(source.ptr())) return false;
         if (PyTuple_Check(source.ptr())) {
             const auto pair = reinterpret_borrow<tuple>(source);
             value = {static_cast<sapt_fast::Address>(sapt_fast::integer(pair[0])),
@@ -141,7 +142,7 @@ struct type_caster<sapt_fast::Strided> {
         static const sapt_fast::Name element_size("element_size");
         static const sapt_fast::Name shape("shape");
         static const sapt_fast::Name stride("stride");
-        if (source.is_none()) return false;
+        if (source.is_none() || PyLong_Check(source.ptr())) return false;
         const auto sizes = shape.attribute(source).cast<tuple>();
         const auto strides = stride.call(source).cast<tuple>();
         sapt_fast::require(sizes.size() <= sapt_fast::kMostDims, "got more than 3 dimensions");

@@ -14,6 +14,7 @@ from torch import Tensor
 from sapt_fast import dispatch
 from sapt_fast.ops._common import FLOATS, autocasts, without_autocast
 from sapt_fast.ops._presence import without_undefined
+from sapt_fast.ops._scalars import number
 
 _OP = "mix_experts"
 # Elements of gathered experts that the reference holds at a time.
@@ -92,16 +93,17 @@ def mix_experts(
             raise ValueError(
                 f"index: got values from {least} to {most}, expected -1 to {bank_a.shape[0] - 1}"
             )
+    scaling = number("scaling", scaling)
     weights = weights.to(torch.promote_types(x.dtype, torch.float32))
     if torch.is_grad_enabled() or compiling:
         if sparse_grad and compiling:
             raise ValueError("sparse_grad: got True under torch.compile, expected False")
         delta, _ = _forward_op(
-            x, bank_a, bank_b, index, weights, float(scaling), sparse_grad, backend or ""
+            x, bank_a, bank_b, index, weights, scaling, sparse_grad, backend or ""
         )
         return delta
     kernel = dispatch.kernels(_OP, dispatch.resolve(_OP, x.device, backend, x.dtype))
-    delta, _ = kernel.mix_experts_fwd(x, bank_a, bank_b, index, weights, float(scaling))
+    delta, _ = kernel.mix_experts_fwd(x, bank_a, bank_b, index, weights, scaling)
     return delta
 
 

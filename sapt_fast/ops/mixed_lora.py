@@ -9,6 +9,7 @@ and the gradient of the weights is `sum over rows and ranks of (dy B^T) * (x A^T
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from sapt_fast.ops._presence import (
     rank_weights,
     without_undefined,
 )
+from sapt_fast.ops._scalars import number
 from sapt_fast.ops.projection import PooledProjection, Projection
 from sapt_fast.ops.rank_table import (
     RankTable,
@@ -60,7 +62,8 @@ def mixed_lora_linear(
             that sample: an infinity or a NaN in it reaches neither y nor a gradient. The weight's
             own gradient is then 0 if it is not finite.
         ranks: rank of every adapter, or a sequence of K ranks (0 allowed) whose sum is R.
-        scaling: alpha / r for all adapters, or a tensor [K]; not differentiated.
+        scaling: alpha / r for all adapters, or a tensor or array [K]; not differentiated. Infinities
+            and NaN are multiplied by as any number is.
         grad_through_frozen: False keeps gradients from reaching x through adapters that are not
             in `trainable`, as the released SAPT does.
         trainable: indices of the adapters whose rows get a gradient; None for all of them.
@@ -301,9 +304,7 @@ def _checked(
     count = mixture.shape[-1]
     layout = rank_layout(ranks, count, lora_a.shape[0])
     trains = lora_a.requires_grad or lora_b.requires_grad
-    shape = tuple(scaling.shape) if isinstance(scaling, Tensor) else ()
-    if shape not in ((), (count,)) or not isinstance(scaling, (int, float, Tensor)):
-        raise ValueError(f"scaling: got {scaling!r}, expected a number or a tensor [{count}]")
+    scaling = _scaling(scaling, count)
     train_rows = trained_rows(layout, trainable)
     if grad_through_frozen and not trains:
         train_rows = []
@@ -318,6 +319,19 @@ def _checked(
         train_rows,
     )
     return mix(x, mixture.reshape(-1, count), [pooled], grad_through_frozen, backend)[0]
+
+
+def _scaling(scaling: Any, count: int) -> float | Tensor:
+    """A float or a tensor of one or of `count` numbers."""
+    if not isinstance(scaling, Tensor) and getattr(scaling, "ndim", 0) > 0:
+        scaling = torch.as_tensor(scaling)
+    if not isinstance(scaling, Tensor):
+        return number("scaling", scaling)
+    if tuple(scaling.shape) not in ((), (count,)):
+        raise ValueError(f"scaling: got {scaling!r}, expected a number or a tensor [{count}]")
+    if scaling.is_complex() or scaling.dtype == torch.bool:
+        raise TypeError(f"scaling: got dtype {scaling.dtype}, expected real numbers")
+    return scaling
 
 
 def _table(layout: tuple[int, ...], scaling: float | Tensor, x: Tensor) -> RankTable:

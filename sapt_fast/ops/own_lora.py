@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sapt_fast.ops._common import FLOATS, kernel
+from sapt_fast.ops._scalars import integers, number
 
 # What an output starts from: the weight [O, I] and bias [O] of a linear layer, or its output.
 Base = tuple[Tensor, Tensor | None] | Tensor
@@ -66,8 +67,12 @@ def own_lora(
         tensor([[6., 6., 6., 6.],
                 [3., 3., 3., 3.]])
     """
-    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
-        raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected [O, {x.shape[-1]}]")
+    if weight.dim() != 2:
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected [O, I]")
+    if x.dim() < 2:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, ..., I]")
+    if weight.shape[1] != x.shape[-1]:
+        raise ValueError(f"x: got width {x.shape[-1]}, expected {weight.shape[1]} (that of weight)")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected [{weight.shape[0]}]")
     for name, tensor in (("weight", weight), ("bias", bias)):
@@ -127,6 +132,13 @@ def add_own_lora_(
 def _run(
     x: Tensor, base: Base, adapters: Sequence[Adapter], owner: Sequence[int], backend: str | None
 ) -> Tensor:
+    if any(type(k) is not int for k in owner):
+        owner = integers("owner", owner)
+    if any(type(adapter.scaling) is not float for adapter in adapters):
+        adapters = [
+            adapter._replace(scaling=number(f"adapters[{k}].scaling", adapter.scaling))
+            for k, adapter in enumerate(adapters)
+        ]
     return cast(Tensor, kernel("own_lora", "own_lora_fwd", backend, x)(x, base, adapters, owner))
 
 

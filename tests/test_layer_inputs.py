@@ -161,8 +161,9 @@ def test_an_input_without_a_batch(sapt_layers, grad):
 @pytest.mark.parametrize("module", ["linear", "conv"])
 @pytest.mark.parametrize("grad", [True, False])
 def test_an_input_without_a_batch_and_peft(module, grad):
-    config = peft.LoraConfig(r=2, target_modules=[module], init_lora_weights=False,
-                             fan_in_fan_out=module == "conv")
+    config = peft.LoraConfig(
+        r=2, target_modules=[module], init_lora_weights=False, fan_in_fan_out=module == "conv"
+    )
     tuner = peft.tuners.lora.LoraModel(_Layers().eval(), {"a": config}, "a")
     layer, x = getattr(tuner.model, module), torch.randn(32)
     plain = layer(x.unsqueeze(0))[0].detach()

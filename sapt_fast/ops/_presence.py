@@ -40,9 +40,7 @@ def rank_weights(mixture: Tensor, row_adapter: Tensor, row_scale: Tensor) -> Ten
     return torch.where(w == 0, 0.0, w * row_scale)
 
 
-def present_ranks(
-    mixture: Tensor, row_adapter: Tensor, row_scale: Tensor, rows: int
-) -> Tensor:
+def present_ranks(mixture: Tensor, row_adapter: Tensor, row_scale: Tensor, rows: int) -> Tensor:
     """[M, R], boolean: which rank rows have weight in each of `rows` rows."""
     present = rank_weights(mixture, row_adapter, row_scale) != 0
     return present.repeat_interleave(rows // max(len(mixture), 1), 0)

@@ -190,9 +190,7 @@ def mix(
     return ys if dims == 2 else [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
 
 
-def _check_sizes(
-    rows: Tensor, mixture: Tensor, projections: Sequence[PooledProjection]
-) -> None:
+def _check_sizes(rows: Tensor, mixture: Tensor, projections: Sequence[PooledProjection]) -> None:
     """Raises ValueError where the sizes of a layer's input do not fit the layer's tensors."""
     count, width = rows.shape
     samples = mixture.shape[0]

@@ -78,7 +78,7 @@ def own_lora(
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != x.dtype:
             raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {x.dtype} (that of x)")
-    outputs = weight.shape[0]
+    outputs, owner = weight.shape[0], _owners(owner)
     _check(x, outputs, adapters, owner, {"weight": weight, "bias": bias})
     y = _run(x.flatten(0, -2), (weight, bias), adapters, owner, backend)
     return y.view(*x.shape[:-1], outputs)
@@ -124,6 +124,7 @@ def add_own_lora_(
         )
     if y.dtype != x.dtype:
         raise TypeError(f"x: got dtype {x.dtype}, expected {y.dtype} (that of y)")
+    owner = _owners(owner)
     _check(x, y.shape[-1], adapters, owner, {"y": y})
     _run(x.flatten(0, -2), y.flatten(0, -2), adapters, owner, backend)
     return y
@@ -132,14 +133,16 @@ def add_own_lora_(
 def _run(
     x: Tensor, base: Base, adapters: Sequence[Adapter], owner: Sequence[int], backend: str | None
 ) -> Tensor:
-    if any(type(k) is not int for k in owner):
-        owner = integers("owner", owner)
     if any(type(adapter.scaling) is not float for adapter in adapters):
         adapters = [
             adapter._replace(scaling=number(f"adapters[{k}].scaling", adapter.scaling))
             for k, adapter in enumerate(adapters)
         ]
     return cast(Tensor, kernel("own_lora", "own_lora_fwd", backend, x)(x, base, adapters, owner))
+
+
+def _owners(owner: Sequence[int]) -> Sequence[int]:
+    return owner if all(type(k) is int for k in owner) else integers("owner", owner)
 
 
 def _check(

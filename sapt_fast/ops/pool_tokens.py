@@ -82,7 +82,9 @@ def pool_embeds(embeds: Tensor, *, mask: Tensor | None = None, pooling: str = "m
         return embeds.amax(1) if pooling == "max" else embeds.mean(1)
     keep = (mask != 0).unsqueeze(-1)
     if pooling == "mean":
-        total = embeds.masked_fill(~keep, 0.0).sum(1, dtype=torch.promote_types(embeds.dtype, torch.float32))
+        total = embeds.masked_fill(~keep, 0.0).sum(
+            1, dtype=torch.promote_types(embeds.dtype, torch.float32)
+        )
         return (total / keep.sum(1).clamp(min=1)).to(embeds.dtype)
     pooled = embeds.masked_fill(~keep, float("-inf")).amax(1)
     return torch.where(keep.any(1), pooled, 0.0)

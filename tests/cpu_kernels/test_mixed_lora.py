@@ -332,7 +332,17 @@ def test_conversions_match_torch(dtype, columns, factor):
     one, adapter = torch.ones(1), torch.zeros(columns, dtype=torch.int32)
     scale = torch.full((columns,), factor)
     _C.weight_ranks(
-        kernel.CODES[dtype], out, every, one, adapter, scale, len(every) // columns, 1, 1, columns, 1
+        kernel.CODES[dtype],
+        out,
+        every,
+        one,
+        adapter,
+        scale,
+        len(every) // columns,
+        1,
+        1,
+        columns,
+        1,
     )
     assert torch.equal(out.isnan(), every.isnan())
     want = (every.float() * factor).to(dtype)

@@ -102,7 +102,7 @@ def _add_mixtures(
     x: Tensor, mixture: Tensor, projections: Sequence[Projection], ys: Sequence[Tensor]
 ) -> None:
     native = common.native()
-    members = []  # hold copies too: none may be freed, and its memory taken again, before the launch
+    members = []  # of copies too: none may be freed, and its memory taken again, before the launch
     for projection, y in zip(projections, ys, strict=True):
         tensors = [t.contiguous() for t in projection[2:] if t is not None]
         adds = not _has_no_base(projection)
@@ -114,5 +114,6 @@ def _add_mixtures(
     with torch.cuda.device_of(x):
         native.cuda_mixed_lora_decode(
             common.dtype_code(x.dtype), common.dtype_code(projections[0].lora_a.dtype),
-            x, mixture, members, workspace, rows, inputs, samples, adapters, common.stream(x.device),
+            x, mixture, members, workspace, rows, inputs, samples, adapters,
+            common.stream(x.device),
         )  # fmt: skip

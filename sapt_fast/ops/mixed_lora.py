@@ -62,8 +62,8 @@ def mixed_lora_linear(
             that sample: an infinity or a NaN in it reaches neither y nor a gradient. The weight's
             own gradient is then 0 if it is not finite.
         ranks: rank of every adapter, or a sequence of K ranks (0 allowed) whose sum is R.
-        scaling: alpha / r for all adapters, or a tensor or array [K]; not differentiated. Infinities
-            and NaN are multiplied by as any number is.
+        scaling: alpha / r for all adapters, or a tensor or array [K]; not differentiated. An
+            infinity or a NaN multiplies as any number does.
         grad_through_frozen: False keeps gradients from reaching x through adapters that are not
             in `trainable`, as the released SAPT does.
         trainable: indices of the adapters whose rows get a gradient; None for all of them.

@@ -108,7 +108,7 @@ def _check_pooling(pooling: str, mask: Tensor | None, shape: torch.Size) -> None
 
 
 def pool_tokens_fwd(input_ids: Tensor, table: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
-    """`pool_embeds(table[input_ids])`, a few samples at a time, or by embedding bags for the mean."""
+    """`pool_embeds(table[input_ids])`: a few samples at a time, the mean by embedding bags."""
     if input_ids.numel() == 0:
         return table.new_zeros(input_ids.shape[0], table.shape[1])
     keep = None if mask is None else mask != 0

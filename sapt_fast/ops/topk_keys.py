@@ -32,8 +32,8 @@ def topk_keys(
     """The k keys with the largest scores, best first.
 
     Equal scores: the lower index first; equal keys have equal scores. A NaN score ranks below every
-    other, minus infinity included, and of several NaN the lower index comes first. Scores are differentiable in `query` and `keys` through the chosen pairs; the index
-    is not.
+    other, minus infinity included, and of several NaN the lower index comes first.
+    Scores are differentiable in `query` and `keys` through the chosen pairs; the index is not.
 
     Args:
         query: [M, D]; float32, float16 or bfloat16, on a CPU also float64.

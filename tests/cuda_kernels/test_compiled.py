@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 KERNELS = sorted(p for p in (ROOT / "csrc/cuda").glob("*.cu") if p.stem != "runtime")

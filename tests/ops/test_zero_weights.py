@@ -260,3 +260,49 @@ def test_prompts_without_weight(backend, value):
     assert mixture.grad[0, 1] == 0
     assert mixture.grad[2, 1] == 0
     assert mixture.grad[0, [0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("route", ["fused", "fused_pointers", "expand_first"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("weight", [True, False])
+def test_every_route_of_the_products(route, dtype, weight):
+    """Forward, and the gradient of x of two projections, the second added to the first's."""
+    from sapt_fast.ops.projection import Projection
+    from sapt_fast.triton_kernels import routes
+    from sapt_fast.triton_kernels.mixed_lora import mixed_lora_bwd, mixed_lora_fwd
+
+    device = _device("triton")
+    generator = torch.Generator().manual_seed(3)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype).to(device)
+
+    x, mixture = normal(96, 32), torch.tensor(MIXTURE, device=device)
+    owners = torch.tensor([0] * 8 + [1] * 8 + [2] * 4, dtype=torch.int32, device=device)
+    scale = torch.ones(20, device=device)
+    clean, broken = [], []
+    for _ in range(2):
+        parts = normal(64, 32) / 4 if weight else None, None, normal(20, 32) / 4, normal(20, 64) / 4
+        clean.append(Projection(*parts, owners, scale))
+        a, b = parts[2].clone(), parts[3].clone()
+        a[9, 3], b[10, 40] = INF, NAN
+        broken.append(Projection(*parts[:2], a, b, owners, scale))
+    dys = [normal(96, 64), normal(96, 64)]
+    results = []
+    with routes.forced(route):
+        for projections in (clean, broken):
+            made = mixed_lora_fwd(x, mixture, projections)
+            dx, _, factors = mixed_lora_bwd(
+                dys, x, mixture, projections, [h for _, h in made], [[0, 20], [16, 20]],
+                True, True, True,
+            )  # fmt: skip
+            results.append((*(y for y, _ in made), dx, factors))
+    others = [*range(32), *range(64, 96)]  # not the rows of sample 1
+    limit = TOLERANCE[dtype] * 3
+    for got, want in zip(results[1][:3], results[0][:3], strict=True):
+        assert not got[32:64].isfinite().all()
+        torch.testing.assert_close(got[others], want[others], rtol=limit, atol=limit)
+    for got, want in zip(results[1][3], results[0][3], strict=True):
+        for factor, exact in zip(got, want, strict=True):
+            trained = [*range(8), *range(16, 20)] if len(exact) == 20 else [*range(4)]
+            torch.testing.assert_close(factor[trained], exact[trained], rtol=limit, atol=limit)

@@ -1,5 +1,5 @@
-// The module sapt_fast._C. Tensors come as addresses and sizes: no torch headers, no ABI to match.
-// The caller has checked shapes, dtypes and contiguity; here only what would read out of bounds.
+// The module sapt_fast._C. No torch headers, no ABI to match: of each tensor its address and its size
+// are asked, and compared with what a kernel is going to read or write.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -17,6 +17,7 @@
 #include "cuda/runtime.h"
 #endif
 #include "lookup_bindings.h"
+#include "memory.h"
 #include "threads.h"
 
 namespace py = pybind11;
@@ -26,42 +27,59 @@ namespace {
 
 const MixedLoraKernels& mixed_lora() { return SAPT_FAST_PICK(mixed_lora_kernels); }
 
-RankWeights rank_weights(Address mixture, Address row_adapter, Address row_scale, std::int64_t rows,
-                         std::int64_t samples, std::int64_t adapters, std::int64_t ranks) {
+RankWeights rank_weights(DType dtype, const Memory& mixture, const Memory& row_adapter,
+                         const Memory& row_scale, std::int64_t rows, std::int64_t samples,
+                         std::int64_t adapters, std::int64_t ranks) {
     require(rows >= 0 && ranks >= 0 && adapters > 0, "rows, ranks, adapters: negative or zero");
     require(rows == 0 || (samples > 0 && rows % samples == 0), "samples: does not divide rows");
-    const bool empty = rows == 0 || ranks == 0;
-    require(empty || (mixture && row_adapter && row_scale), "mixture: null address");
+    if (rows > 0 && ranks > 0) {
+        const std::int64_t acc = acc_size(dtype);
+        require_holds("mixture", mixture, {samples, adapters}, acc);
+        require_holds("row_adapter", row_adapter, {ranks}, sizeof(std::int32_t));
+        require_holds("row_scale", row_scale, {ranks}, acc);
+        const auto* owners = at<const std::int32_t>(row_adapter);
+        bool known = true;
+        for (std::int64_t j = 0; j < ranks; ++j) known &= owners[j] >= 0 && owners[j] < adapters;
+        require(known, "row_adapter: not an adapter");
+    }
     return {at(mixture), at<const std::int32_t>(row_adapter), at(row_scale), rows, samples,
             adapters,    ranks};
 }
 
-std::size_t acc_size(DType dtype) { return dtype == DType::float64 ? sizeof(double) : sizeof(float); }
-
 std::unique_ptr<char[]> scratch(std::int64_t count, DType dtype) {
-    return std::unique_ptr<char[]>(new char[static_cast<std::size_t>(count) * acc_size(dtype)]);
+    return std::unique_ptr<char[]>(new char[static_cast<std::size_t>(count * acc_size(dtype))]);
 }
 
-void weight_ranks(int dtype, Address out, Address h, Address mixture, Address row_adapter,
-                  Address row_scale, std::int64_t rows, std::int64_t samples, std::int64_t adapters,
-                  std::int64_t ranks, int threads) {
+template <class A>
+bool holds_zero(const Memory& mixture, std::int64_t count) {
+    const A* values = at<const A>(mixture);
+    bool zero = false;
+    for (std::int64_t i = 0; i < count; ++i) zero |= values[i] == 0;
+    return zero;
+}
+
+void weight_ranks(int dtype, const Memory& out, const Memory& h, const Memory& mixture,
+                  const Memory& row_adapter, const Memory& row_scale, std::int64_t rows,
+                  std::int64_t samples, std::int64_t adapters, std::int64_t ranks, int threads) {
     const DType type = dtype_of(dtype);
     const RankWeights weights =
-        rank_weights(mixture, row_adapter, row_scale, rows, samples, adapters, ranks);
+        rank_weights(type, mixture, row_adapter, row_scale, rows, samples, adapters, ranks);
     threads = team(rows * ranks, threads);
     if (rows == 0 || ranks == 0) return;
-    require(out && h, "out, h: null address");
+    require_holds("out", out, {rows, ranks}, size_of(type));
+    require_holds("h", h, {rows, ranks}, size_of(type));
     mixed_lora().weight_ranks(type, at(out), at(h), weights, threads);
 }
 
-void weight_ranks_backward(int dtype, Address g, Address h, Address d_mixture, Address packed_g,
-                           Address packed_h, const std::vector<std::int64_t>& ranges, Address mixture,
-                           Address row_adapter, Address row_scale, std::int64_t rows,
+void weight_ranks_backward(int dtype, const Memory& g, const Memory& h, const Memory& d_mixture,
+                           const Memory& packed_g, const Memory& packed_h,
+                           const std::vector<std::int64_t>& ranges, const Memory& mixture,
+                           const Memory& row_adapter, const Memory& row_scale, std::int64_t rows,
                            std::int64_t samples, std::int64_t adapters, std::int64_t ranks,
                            int threads) {
     const DType type = dtype_of(dtype);
     const RankWeights weights =
-        rank_weights(mixture, row_adapter, row_scale, rows, samples, adapters, ranks);
+        rank_weights(type, mixture, row_adapter, row_scale, rows, samples, adapters, ranks);
     threads = team(rows * ranks, threads);
     require(ranges.size() % 2 == 0, "ranges: an odd number of bounds");
     std::int64_t before = 0;
@@ -69,8 +87,14 @@ void weight_ranks_backward(int dtype, Address g, Address h, Address d_mixture, A
         require(bound >= before && bound <= ranks, "ranges: not ascending within the ranks");
         before = bound;
     }
+    std::int64_t packed = 0;
+    for (std::size_t i = 0; i < ranges.size(); i += 2) packed += ranges[i + 1] - ranges[i];
     if (rows == 0) return;
-    require(ranks == 0 || (g && h), "g, h: null address");
+    require_holds("g", g, {rows, ranks}, size_of(type));
+    require_holds("h", h, {rows, ranks}, size_of(type));
+    if (d_mixture) require_holds("d_mixture", d_mixture, {samples, adapters}, acc_size(type));
+    if (packed_g) require_holds("packed_g", packed_g, {rows, packed}, size_of(type));
+    if (packed_h) require_holds("packed_h", packed_h, {rows, packed}, size_of(type));
     const std::int64_t chunks = chunks_per_sample(weights);
     std::unique_ptr<char[]> partial;
     if (d_mixture && chunks > 1) partial = scratch(samples * chunks * ranks, type);
@@ -80,51 +104,62 @@ void weight_ranks_backward(int dtype, Address g, Address h, Address d_mixture, A
     mixed_lora().weight_ranks_backward(type, args, weights, threads);
 }
 
-void decode(int dtype, int lora_dtype, Address y, Address h, Address x, Address weight,
-            Address bias, Address lora_a, Address lora_b, Address mixture, Address row_adapter,
-            Address row_scale, std::int64_t rows, std::int64_t inputs, std::int64_t outputs,
-            std::int64_t samples, std::int64_t adapters, std::int64_t ranks, bool accumulate,
-            int threads) {
+void decode(int dtype, int lora_dtype, const Memory& y, const Memory& h, const Memory& x,
+            const Memory& weight, const Memory& bias, const Memory& lora_a, const Memory& lora_b,
+            const Memory& mixture, const Memory& row_adapter, const Memory& row_scale,
+            std::int64_t rows, std::int64_t inputs, std::int64_t outputs, std::int64_t samples,
+            std::int64_t adapters, std::int64_t ranks, bool accumulate, int threads) {
     const DType type = dtype_of(dtype);
     const DType lora_type = dtype_of(lora_dtype);
     require(lora_type == type || (lora_type == DType::float32 && type != DType::float64),
             "lora_dtype: neither dtype nor float32");
     const RankWeights weights =
-        rank_weights(mixture, row_adapter, row_scale, rows, samples, adapters, ranks);
+        rank_weights(type, mixture, row_adapter, row_scale, rows, samples, adapters, ranks);
     require(inputs >= 0 && outputs >= 0, "inputs, outputs: negative");
     threads = team(rows * (weight ? inputs * outputs : ranks * (inputs + outputs)), threads);
     if (rows == 0) return;
-    require(outputs == 0 || y, "y: null address");
-    require(inputs == 0 || x, "x: null address");
-    require(ranks == 0 || (h && (inputs == 0 || lora_a) && (outputs == 0 || lora_b)),
-            "h, lora_a, lora_b: null address");
+    require_holds("y", y, {rows, outputs}, size_of(type));
+    require_holds("x", x, {rows, inputs}, size_of(type));
+    if (weight) require_holds("weight", weight, {outputs, inputs}, size_of(type));
+    if (bias) require_holds("bias", bias, {outputs}, size_of(type));
+    if (ranks > 0) {
+        require_holds("h", h, {rows, ranks}, size_of(type));
+        require_holds("lora_a", lora_a, {ranks, inputs}, size_of(lora_type));
+        require_holds("lora_b", lora_b, {ranks, outputs}, size_of(lora_type));
+    }
     const std::unique_ptr<char[]> hw = scratch(rows * ranks, type);
     const bool packs = weight && packs_rows(type, rows);
     const std::unique_ptr<char[]> packed = packs ? scratch(inputs * kLaneRows, type) : nullptr;
-    const Decode args = {at(y),      at(h),      at(x),        at(weight), at(bias),
-                         at(lora_a), at(lora_b), hw.get(),     packed.get(),
-                         inputs,     outputs,    accumulate,   type,       lora_type};
+    const std::int64_t given = ranks > 0 ? samples * adapters : 0;
+    const bool skips = type == DType::float64 ? holds_zero<double>(mixture, given)
+                                              : holds_zero<float>(mixture, given);
+    const Decode args = {at(y),      at(h),      at(x),      at(weight), at(bias),
+                         at(lora_a), at(lora_b), hw.get(),   packed.get(), inputs,
+                         outputs,    accumulate, skips,      type,       lora_type};
     mixed_lora().decode(args, weights, threads);
 }
 
-void factor_grad(int dtype, int factor_dtype, Address out, Address g, Address x, std::int64_t rows,
-                 std::int64_t ranks, std::int64_t columns, int threads) {
+void factor_grad(int dtype, int factor_dtype, const Memory& out, const Memory& g, const Memory& x,
+                 std::int64_t rows, std::int64_t ranks, std::int64_t columns, int threads) {
     const DType type = dtype_of(dtype);
     const DType factor_type = dtype_of(factor_dtype);
     require(factor_type == type || (factor_type == DType::float32 && type != DType::float64),
             "factor_dtype: neither dtype nor float32");
     require(rows >= 0 && columns >= 0, "rows, columns: negative");
     require(ranks >= 0 && ranks <= kFewRanks, "ranks: more than FEW_RANKS");
+    require_holds("out", out, {ranks, columns}, size_of(factor_type));
+    require_holds("g", g, {rows, ranks}, size_of(type));
+    require_holds("x", x, {rows, columns}, size_of(type));
     if (ranks == 0 || columns == 0) return;
-    require(out && (rows == 0 || (g && x)), "out, g, x: null address");
     const FactorGrad args = {at(out), at(g), at(x), rows, ranks, columns, type, factor_type};
     mixed_lora().factor_grad(args, team(rows * ranks * columns, threads));
 }
 
-void own_lora(int dtype, int lora_dtype, Address y, Address x, const std::vector<Address>& a,
-              const std::vector<Address>& b, const std::vector<std::int64_t>& ranks,
-              const std::vector<double>& scales, const std::vector<std::int64_t>& owner,
-              std::int64_t rows, std::int64_t inputs, std::int64_t outputs, int threads) {
+void own_lora(int dtype, int lora_dtype, const Memory& y, const Memory& x,
+              const std::vector<Memory>& a, const std::vector<Memory>& b,
+              const std::vector<std::int64_t>& ranks, const std::vector<double>& scales,
+              const std::vector<std::int64_t>& owner, std::int64_t rows, std::int64_t inputs,
+              std::int64_t outputs, int threads) {
     const DType type = dtype_of(dtype);
     const DType lora_type = dtype_of(lora_dtype);
     require(lora_type == type || (lora_type == DType::float32 && type != DType::float64),
@@ -135,14 +170,16 @@ void own_lora(int dtype, int lora_dtype, Address y, Address x, const std::vector
     const std::int64_t samples = static_cast<std::int64_t>(owner.size());
     require(rows >= 0 && inputs >= 0 && outputs >= 0, "rows, inputs, outputs: negative");
     require(rows == 0 || (samples > 0 && rows % samples == 0), "owner: does not divide rows");
-    if (rows == 0 || outputs == 0) return;
-    require(y && (inputs == 0 || x), "y, x: null address");
+    require_holds("y", y, {rows, outputs}, size_of(type));
+    require_holds("x", x, {rows, inputs}, size_of(type));
     std::vector<OwnAdapter> adapters;
     for (std::int64_t k = 0; k < count; ++k) {
         require(ranks[k] >= 0 && ranks[k] <= kMostOwnRanks, "ranks: negative or too many");
-        require(ranks[k] == 0 || ((inputs == 0 || a[k]) && b[k]), "a, b: null address");
+        require_holds("a", a[k], {ranks[k], inputs}, size_of(lora_type));
+        require_holds("b", b[k], {outputs, ranks[k]}, size_of(lora_type));
         adapters.push_back({at(a[k]), at(b[k]), ranks[k], scales[k]});
     }
+    if (rows == 0 || outputs == 0) return;
     // Rows that share one read of their adapter, where enough blocks remain for the threads.
     const std::int64_t most = rows >= threads * kOwnRows ? kOwnRows : kOwnRows / 4;
     std::vector<OwnRows> blocks;
@@ -217,7 +254,7 @@ PYBIND11_MODULE(_C, m) {
     using namespace sapt_fast;
     using py::arg;
     init_capability();
-    m.doc() = "Native kernels of sapt_fast; tensors are passed as addresses and sizes.";
+    m.doc() = "Native kernels of sapt_fast.";
     m.attr("FLOAT32") = static_cast<int>(DType::float32);
     m.attr("BFLOAT16") = static_cast<int>(DType::bfloat16);
     m.attr("FLOAT16") = static_cast<int>(DType::float16);

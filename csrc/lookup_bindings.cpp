@@ -12,6 +12,7 @@
 #include "cpu/key_search.h"
 #include "cpu/mix_experts.h"
 #include "cpu/pool_tokens.h"
+#include "memory.h"
 #include "threads.h"
 
 namespace py = pybind11;
@@ -116,25 +117,26 @@ void search_keys(const KeySearch& given, int threads, A* scores, int64_t* index)
     }
 }
 
-KeySearch key_search(int dtype, int metric, Address query, Address keys, int64_t queries,
-                     int64_t key_count, int64_t width, int64_t query_stride, int64_t key_stride,
+KeySearch key_search(DType dtype, int metric, const Strided& query, const Strided& keys,
                      int64_t k) {
     require(metric >= 0 && metric <= static_cast<int>(Metric::l2), "metric: not a known code");
-    require(queries >= 0 && key_count >= 0 && width > 0, "queries, key_count, width: negative");
-    require(k >= 1 && k <= key_count, "k: not 1 to key_count");
-    require(queries == 0 || (query && keys), "query, keys: null address");
-    return {at(query),    at(keys),   queries, key_count,                   width,
-            query_stride, key_stride, k,       static_cast<Metric>(metric), dtype_of(dtype)};
+    require_rows("query", query, 2, size_of(dtype));
+    require_rows("keys", keys, 2, size_of(dtype));
+    require(query.sizes[1] > 0, "query: no columns");
+    require(query.sizes[1] == keys.sizes[1], "keys: not as wide as query");
+    require(k >= 1 && k <= keys.sizes[0], "k: not 1 to the number of keys");
+    return {at(query.address), at(keys.address), query.sizes[0],   keys.sizes[0],
+            query.sizes[1],    query.strides[0], keys.strides[0],  k,
+            static_cast<Metric>(metric), dtype};
 }
 
-void topk_keys(int dtype, int metric, Address query, Address keys, Address scores, Address index,
-               int64_t queries, int64_t key_count, int64_t width, int64_t query_stride,
-               int64_t key_stride, int64_t k, int threads) {
-    const KeySearch search = key_search(dtype, metric, query, keys, queries, key_count, width,
-                                        query_stride, key_stride, k);
-    threads = team(queries * key_count * width, threads);
-    if (queries == 0) return;
-    require(scores && index, "scores, index: null address");
+void topk_keys(int dtype, int metric, const Strided& query, const Strided& keys,
+               const Memory& scores, const Memory& index, int64_t k, int threads) {
+    const KeySearch search = key_search(dtype_of(dtype), metric, query, keys, k);
+    threads = team(search.queries * search.key_count * search.width, threads);
+    require_holds("scores", scores, {search.queries, k}, acc_size(search.dtype));
+    require_holds("index", index, {search.queries, k}, sizeof(int64_t));
+    if (search.queries == 0) return;
     if (search.dtype == DType::float64) {
         search_keys(search, threads, at<double>(scores), at<int64_t>(index));
     } else {
@@ -157,14 +159,17 @@ void find_nearest(const KeySearch& search, const A* radius, A* distance, int64_t
     }
 }
 
-void nearest_key(int dtype, Address query, Address keys, Address radius, Address distance,
-                 Address index, Address nearest, int64_t queries, int64_t key_count, int64_t width,
-                 int64_t query_stride, int64_t key_stride, int threads) {
-    const KeySearch search = key_search(dtype, static_cast<int>(Metric::l2), query, keys, queries,
-                                        key_count, width, query_stride, key_stride, 1);
-    threads = team(queries * key_count * width, threads);
-    if (queries == 0) return;
-    require(radius && distance && index && nearest, "radius, distance, index: null address");
+void nearest_key(int dtype, const Strided& query, const Strided& keys, const Memory& radius,
+                 const Memory& distance, const Memory& index, const Memory& nearest, int threads) {
+    const KeySearch search =
+        key_search(dtype_of(dtype), static_cast<int>(Metric::l2), query, keys, 1);
+    threads = team(search.queries * search.key_count * search.width, threads);
+    const int64_t acc = acc_size(search.dtype);
+    require_holds("radius", radius, {search.key_count}, acc);
+    require_holds("distance", distance, {search.queries}, acc);
+    require_holds("index", index, {search.queries}, sizeof(int64_t));
+    require_holds("nearest", nearest, {search.queries}, sizeof(int64_t));
+    if (search.queries == 0) return;
     if (search.dtype == DType::float64) {
         find_nearest(search, at<const double>(radius), at<double>(distance), at<int64_t>(index),
                      at<int64_t>(nearest), threads);
@@ -174,23 +179,30 @@ void nearest_key(int dtype, Address query, Address keys, Address radius, Address
     }
 }
 
-void pool_tokens_max(int dtype, Address pooled, Address winner, Address ids, Address mask,
-                     Address table, int64_t samples, int64_t tokens, int64_t width,
-                     int64_t row_stride, int64_t vocabulary, int threads) {
+void pool_tokens_max(int dtype, const Memory& pooled, const Memory& winner, const Memory& ids,
+                     const Memory& mask, const Strided& table, int64_t samples, int64_t tokens,
+                     int threads) {
+    const DType type = dtype_of(dtype);
+    require_rows("table", table, 2, size_of(type));
+    const int64_t vocabulary = table.sizes[0];
+    const int64_t width = table.sizes[1];
     const PoolTokens args = {at(pooled),
                              at<std::int32_t>(winner),
                              at<const int64_t>(ids),
                              at<const std::uint8_t>(mask),
-                             at(table),
+                             at(table.address),
                              samples,
                              tokens,
                              width,
-                             row_stride,
-                             dtype_of(dtype)};
-    require(samples >= 0 && tokens >= 0 && width >= 0, "samples, tokens, width: negative");
+                             table.strides[0],
+                             type};
+    require(samples >= 0 && tokens >= 0, "samples, tokens: negative");
     threads = team(samples * tokens * width, threads);
+    require_holds("pooled", pooled, {samples, width}, size_of(type));
+    require_holds("ids", ids, {samples, tokens}, sizeof(int64_t));
+    if (mask) require_holds("mask", mask, {samples, tokens}, sizeof(std::uint8_t));
+    if (winner) require_holds("winner", winner, {samples, width}, sizeof(std::int32_t));
     if (samples == 0 || width == 0) return;
-    require(pooled && (tokens == 0 || (ids && table)), "pooled, ids, table: null address");
     require(!winner || vocabulary <= std::numeric_limits<std::int32_t>::max(),
             "vocabulary: too large for winners of 32 bits");
     for (int64_t i = 0; i < samples * tokens; ++i) {
@@ -205,52 +217,43 @@ void require_bank_dtype(DType dtype, DType bank_dtype) {
             "bank_dtype: neither dtype nor float32");
 }
 
-ChosenExperts chosen_experts(int dtype, int bank_dtype, Address bank, Address index,
-                             int64_t expert_stride, int64_t rows, int64_t k, int64_t experts,
-                             int64_t rank, int64_t width) {
-    const ChosenExperts chosen = {at(bank),
-                                  at<const int64_t>(index),
-                                  expert_stride,
-                                  rows,
-                                  k,
-                                  experts,
-                                  rank,
-                                  width,
-                                  dtype_of(dtype),
-                                  dtype_of(bank_dtype)};
-    require_bank_dtype(chosen.dtype, chosen.bank_dtype);
-    require(rows >= 0 && k >= 0 && experts >= 0 && rank >= 0 && width >= 0,
-            "rows, k, experts, rank, width: negative");
-    require(rows * k == 0 || index, "index: null address");
-    require(experts * rank * width == 0 || bank, "bank: null address");
-    return chosen;
+ChosenExperts chosen_experts(int dtype, int bank_dtype, const Strided& bank, const Memory& index,
+                             int64_t rows, int64_t k) {
+    const DType type = dtype_of(dtype);
+    const DType bank_type = dtype_of(bank_dtype);
+    require_bank_dtype(type, bank_type);
+    require_rows("bank", bank, 3, size_of(bank_type));
+    require(bank.sizes[1] <= 1 || bank.strides[1] == bank.sizes[2],
+            "bank: gaps between the rows of an expert");
+    require_holds("index", index, {rows, k}, sizeof(int64_t));
+    return {at(bank.address), at<const int64_t>(index), bank.strides[0], rows, k,
+            bank.sizes[0],    bank.sizes[1],            bank.sizes[2],   type, bank_type};
 }
 
-void experts_dot(int dtype, int bank_dtype, Address out, Address values, Address bank,
-                 Address index, int64_t expert_stride, int64_t rows, int64_t k, int64_t experts,
-                 int64_t rank, int64_t width, int threads) {
-    const ChosenExperts chosen = chosen_experts(dtype, bank_dtype, bank, index, expert_stride,
-                                                rows, k, experts, rank, width);
-    threads = team(rows * k * rank * width, threads);
-    if (rows * k * rank == 0) return;
-    require(out && (width == 0 || values), "out, values: null address");
+void experts_dot(int dtype, int bank_dtype, const Memory& out, const Memory& values,
+                 const Strided& bank, const Memory& index, int64_t rows, int64_t k, int threads) {
+    const ChosenExperts chosen = chosen_experts(dtype, bank_dtype, bank, index, rows, k);
+    threads = team(rows * k * chosen.rank * chosen.width, threads);
+    require_holds("out", out, {rows, k, chosen.rank}, acc_size(chosen.dtype));
+    require_holds("values", values, {rows, chosen.width}, size_of(chosen.dtype));
+    if (rows * k * chosen.rank == 0) return;
     SAPT_FAST_PICK(mix_experts_kernels).dot(chosen, at(out), at(values), threads);
 }
 
-void experts_sum(int dtype, int bank_dtype, Address out, Address coefficients, Address bank,
-                 Address index, int64_t expert_stride, int64_t rows, int64_t k, int64_t experts,
-                 int64_t rank, int64_t width, int threads) {
-    const ChosenExperts chosen = chosen_experts(dtype, bank_dtype, bank, index, expert_stride,
-                                                rows, k, experts, rank, width);
-    threads = team(rows * k * rank * width, threads);
-    if (rows * width == 0) return;
-    require(out && (k * rank == 0 || coefficients), "out, coefficients: null address");
+void experts_sum(int dtype, int bank_dtype, const Memory& out, const Memory& coefficients,
+                 const Strided& bank, const Memory& index, int64_t rows, int64_t k, int threads) {
+    const ChosenExperts chosen = chosen_experts(dtype, bank_dtype, bank, index, rows, k);
+    threads = team(rows * k * chosen.rank * chosen.width, threads);
+    require_holds("out", out, {rows, chosen.width}, size_of(chosen.dtype));
+    require_holds("coefficients", coefficients, {rows, k, chosen.rank}, acc_size(chosen.dtype));
+    if (rows * chosen.width == 0) return;
     SAPT_FAST_PICK(mix_experts_kernels).sum(chosen, at(out), at(coefficients), threads);
 }
 
-void experts_grad(int dtype, int bank_dtype, Address out, Address coefficients, Address values,
-                  Address order, Address target, int64_t pairs, int64_t out_rows, int64_t rows,
-                  int64_t k, int64_t rank, int64_t width, int threads) {
+void experts_grad(int dtype, int bank_dtype, const Memory& out, const Memory& coefficients,
+                  const Memory& values, const Memory& order, const Memory& target, int64_t pairs,
+                  int64_t out_rows, int64_t rows, int64_t k, int64_t rank, int64_t width,
+                  int threads) {
     const ExpertGrad args = {at(out),
                              at(coefficients),
                              at(values),
@@ -264,10 +267,13 @@ void experts_grad(int dtype, int bank_dtype, Address out, Address coefficients, 
                              dtype_of(dtype),
                              dtype_of(bank_dtype)};
     require_bank_dtype(args.dtype, args.bank_dtype);
-    require(pairs >= 0 && out_rows >= 0 && rank >= 0 && width >= 0, "pairs, out_rows: negative");
+    require_holds("out", out, {out_rows, rank, width}, size_of(args.bank_dtype));
+    require_holds("coefficients", coefficients, {rows, k, rank}, acc_size(args.dtype));
+    require_holds("values", values, {rows, width}, size_of(args.dtype));
+    require_holds("order", order, {pairs}, sizeof(int64_t));
+    require_holds("target", target, {pairs}, sizeof(int64_t));
     threads = team(pairs * rank * width, threads);
     if (pairs * out_rows * rank * width == 0) return;
-    require(out && coefficients && values && order && target, "out, order, target: null address");
     for (int64_t p = 0; p < pairs; ++p) {
         require(args.order[p] >= 0 && args.order[p] < rows * k, "order: not a pair");
     }
@@ -282,26 +288,22 @@ void bind_lookups(py::module_& m) {
     m.attr("METRIC_COSINE") = static_cast<int>(Metric::cosine);
     m.attr("METRIC_L2") = static_cast<int>(Metric::l2);
     m.def("topk_keys", &topk_keys, arg("dtype"), arg("metric"), arg("query"), arg("keys"),
-          arg("scores"), arg("index"), arg("queries"), arg("key_count"), arg("width"),
-          arg("query_stride"), arg("key_stride"), arg("k"), arg("threads"),
+          arg("scores"), arg("index"), arg("k"), arg("threads"),
           py::call_guard<py::gil_scoped_release>(), "The k best keys of every query.");
     m.def("nearest_key", &nearest_key, arg("dtype"), arg("query"), arg("keys"), arg("radius"),
-          arg("distance"), arg("index"), arg("nearest"), arg("queries"), arg("key_count"),
-          arg("width"), arg("query_stride"), arg("key_stride"), arg("threads"),
+          arg("distance"), arg("index"), arg("nearest"), arg("threads"),
           py::call_guard<py::gil_scoped_release>(),
           "The nearest key of every query, and whether it lies within its radius.");
     m.def("pool_tokens_max", &pool_tokens_max, arg("dtype"), arg("pooled"), arg("winner"),
-          arg("ids"), arg("mask"), arg("table"), arg("samples"), arg("tokens"), arg("width"),
-          arg("row_stride"), arg("vocabulary"), arg("threads"),
+          arg("ids"), arg("mask"), arg("table"), arg("samples"), arg("tokens"), arg("threads"),
           py::call_guard<py::gil_scoped_release>(),
           "The maximum of the embeddings of every sample's tokens.");
     m.def("experts_dot", &experts_dot, arg("dtype"), arg("bank_dtype"), arg("out"), arg("values"),
-          arg("bank"), arg("index"), arg("expert_stride"), arg("rows"), arg("k"), arg("experts"),
-          arg("rank"), arg("width"), arg("threads"), py::call_guard<py::gil_scoped_release>(),
+          arg("bank"), arg("index"), arg("rows"), arg("k"), arg("threads"),
+          py::call_guard<py::gil_scoped_release>(),
           "Products of every row with the rows of its experts.");
     m.def("experts_sum", &experts_sum, arg("dtype"), arg("bank_dtype"), arg("out"),
-          arg("coefficients"), arg("bank"), arg("index"), arg("expert_stride"), arg("rows"),
-          arg("k"), arg("experts"), arg("rank"), arg("width"), arg("threads"),
+          arg("coefficients"), arg("bank"), arg("index"), arg("rows"), arg("k"), arg("threads"),
           py::call_guard<py::gil_scoped_release>(), "The weighted sum of every row's experts.");
     m.def("experts_grad", &experts_grad, arg("dtype"), arg("bank_dtype"), arg("out"),
           arg("coefficients"), arg("values"), arg("order"), arg("target"), arg("pairs"),

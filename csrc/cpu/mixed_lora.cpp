@@ -12,20 +12,34 @@ namespace {
 
 constexpr int kRankBlock = 512;  // ranks whose weights are held on the stack
 
+// A weight of exactly 0 leaves nothing, not even of an infinity or a NaN.
+template <class A>
+inline A weighted(A value, A by) {
+    return by == 0 ? A(0) : value * by;
+}
+
+template <class A>
+inline vec_t<A> weighted_lanes(vec_t<A> value, vec_t<A> by) {
+    return by == vec_t<A>{} ? vec_t<A>{} : value * by;
+}
+
 template <class A>
 void fill_weights(A* out, const RankWeights& weights, int64_t sample, int64_t start, int64_t stop) {
     const A* mixture = static_cast<const A*>(weights.mixture) + sample * weights.adapters;
     const A* scale = static_cast<const A*>(weights.row_scale);
     for (int64_t j = start; j < stop; ++j) {
-        out[j - start] = mixture[weights.row_adapter[j]] * scale[j];
+        out[j - start] = weighted(scale[j], mixture[weights.row_adapter[j]]);
     }
 }
 
 template <class T>
 inline void multiply_row(T* out, const T* in, const acc_t<T>* by, int64_t count) {
+    typedef acc_t<T> A;
     int64_t j = 0;
-    for (; j + kLanes<T> <= count; j += kLanes<T>) store(out + j, load(in + j) * load(by + j));
-    for (; j < count; ++j) out[j] = from_acc<T>(to_acc(in[j]) * by[j]);
+    for (; j + kLanes<T> <= count; j += kLanes<T>) {
+        store(out + j, weighted_lanes<A>(load(in + j), load(by + j)));
+    }
+    for (; j < count; ++j) out[j] = from_acc<T>(weighted<A>(to_acc(in[j]), by[j]));
 }
 
 template <class T>
@@ -57,12 +71,12 @@ inline void backward_row(T* g, const T* h, const acc_t<T>* by, acc_t<T>* sum, in
     for (; j + kLanes<T> <= count; j += kLanes<T>) {
         const vec_t<acc_t<T>> value = load(g + j);
         store(sum + j, load(sum + j) + value * load(h + j));
-        store(g + j, value * load(by + j));
+        store(g + j, weighted_lanes<acc_t<T>>(value, load(by + j)));
     }
     for (; j < count; ++j) {
         const acc_t<T> value = to_acc(g[j]);
         sum[j] += value * to_acc(h[j]);
-        g[j] = from_acc<T>(value * by[j]);
+        g[j] = from_acc<T>(weighted(value, by[j]));
     }
 }
 
@@ -91,7 +105,18 @@ void add_to_adapters(A* d_mixture, const A* sum, const RankWeights& weights, int
                      int64_t stop) {
     const A* scale = static_cast<const A*>(weights.row_scale);
     for (int64_t j = start; j < stop; ++j) {
-        d_mixture[weights.row_adapter[j]] += scale[j] * sum[j - start];
+        d_mixture[weights.row_adapter[j]] += weighted(sum[j - start], scale[j]);
+    }
+}
+
+// Of an adapter without weight, a gradient that is not finite is 0.
+template <class A>
+void drop_undefined(A* d_mixture, const RankWeights& weights, int64_t sample) {
+    const A* mixture = static_cast<const A*>(weights.mixture) + sample * weights.adapters;
+    A* row = d_mixture + sample * weights.adapters;
+    for (int64_t k = 0; k < weights.adapters; ++k) {
+        const bool finite = row[k] - row[k] == 0;
+        if (mixture[k] == 0 && !finite) row[k] = 0;
     }
 }
 
@@ -139,6 +164,7 @@ void weight_ranks_backward(const RankBackward& args, const RankWeights& weights,
                 add_to_adapters(d_mixture + sample * weights.adapters, sum, weights, start, stop);
             }
         }
+        if (partial == nullptr && d_mixture != nullptr) drop_undefined(d_mixture, weights, sample);
     }
     if (d_mixture == nullptr || partial == nullptr) return;
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -148,11 +174,12 @@ void weight_ranks_backward(const RankBackward& args, const RankWeights& weights,
             for (int64_t j = 0; j < ranks; ++j) total[j] += total[chunk * ranks + j];
         }
         add_to_adapters(d_mixture + sample * weights.adapters, total, weights, 0, ranks);
+        drop_undefined(d_mixture, weights, sample);
     }
 }
 
-// tile [ROWS, VECS vectors] += hw [ROWS, ranks] . b [ranks, ...]
-template <int ROWS, int VECS, class A, class L>
+// tile [ROWS, VECS vectors] += hw [ROWS, ranks] . b [ranks, ...]; SKIPS leaves out what hw is 0 for
+template <int ROWS, int VECS, bool SKIPS, class A, class L>
 inline __attribute__((always_inline)) void expand(A* tile, int64_t tile_stride, const A* hw,
                                                   int64_t ranks, const L* b, int64_t b_stride) {
     constexpr int kStep = kLanes<A>;
@@ -164,6 +191,7 @@ inline __attribute__((always_inline)) void expand(A* tile, int64_t tile_stride, 
         vec_t<A> column[VECS];
         for (int v = 0; v < VECS; ++v) column[v] = load(b + j * b_stride + v * kStep);
         for (int r = 0; r < ROWS; ++r) {
+            if (SKIPS && hw[r * ranks + j] == 0) continue;
             const vec_t<A> by = broadcast(hw[r * ranks + j]);
             for (int v = 0; v < VECS; ++v) sum[r][v] += by * column[v];
         }
@@ -173,21 +201,22 @@ inline __attribute__((always_inline)) void expand(A* tile, int64_t tile_stride, 
     }
 }
 
-template <int ROWS, class A, class L>
+template <int ROWS, bool SKIPS, class A, class L>
 void expand_rows(A* tile, int64_t tile_stride, const A* hw, int64_t ranks, const L* b,
                  int64_t b_stride, int64_t columns) {
     constexpr int kStep = kLanes<A>;
     int64_t c = 0;
     for (; c + 4 * kStep <= columns; c += 4 * kStep) {
-        expand<ROWS, 4>(tile + c, tile_stride, hw, ranks, b + c, b_stride);
+        expand<ROWS, 4, SKIPS>(tile + c, tile_stride, hw, ranks, b + c, b_stride);
     }
     for (; c + kStep <= columns; c += kStep) {
-        expand<ROWS, 1>(tile + c, tile_stride, hw, ranks, b + c, b_stride);
+        expand<ROWS, 1, SKIPS>(tile + c, tile_stride, hw, ranks, b + c, b_stride);
     }
     for (; c < columns; ++c) {
         for (int r = 0; r < ROWS; ++r) {
             A sum = tile[r * tile_stride + c];
             for (int64_t j = 0; j < ranks; ++j) {
+                if (SKIPS && hw[r * ranks + j] == 0) continue;
                 sum += hw[r * ranks + j] * static_cast<A>(to_acc(b[j * b_stride + c]));
             }
             tile[r * tile_stride + c] = sum;
@@ -196,22 +225,22 @@ void expand_rows(A* tile, int64_t tile_stride, const A* hw, int64_t ranks, const
 }
 
 // tile [rows, TILE] += hw [rows, ranks] . b [ranks, ...], rows in blocks that share a read of b.
-template <int64_t TILE, class A, class L>
+template <int64_t TILE, bool SKIPS, class A, class L>
 void expand_blocks(A* tile, int64_t rows, const A* hw, int64_t ranks, const L* b, int64_t b_stride,
                    int64_t columns) {
     for (int64_t r = 0; r < rows; r += kRowBlock, tile += kRowBlock * TILE, hw += kRowBlock * ranks) {
         switch (smaller(rows - r, kRowBlock)) {
             case 4:
-                expand_rows<4>(tile, TILE, hw, ranks, b, b_stride, columns);
+                expand_rows<4, SKIPS>(tile, TILE, hw, ranks, b, b_stride, columns);
                 break;
             case 3:
-                expand_rows<3>(tile, TILE, hw, ranks, b, b_stride, columns);
+                expand_rows<3, SKIPS>(tile, TILE, hw, ranks, b, b_stride, columns);
                 break;
             case 2:
-                expand_rows<2>(tile, TILE, hw, ranks, b, b_stride, columns);
+                expand_rows<2, SKIPS>(tile, TILE, hw, ranks, b, b_stride, columns);
                 break;
             default:
-                expand_rows<1>(tile, TILE, hw, ranks, b, b_stride, columns);
+                expand_rows<1, SKIPS>(tile, TILE, hw, ranks, b, b_stride, columns);
         }
     }
 }
@@ -247,9 +276,11 @@ void decode_tile(const Decode& args, const RankWeights& weights, int64_t row, in
             if (args.accumulate) value += to_acc(y[r * args.outputs + c]);
         }
     }
-    expand_blocks<TILE>(tile, rows, static_cast<const A*>(args.hw) + row * weights.ranks,
-                        weights.ranks, static_cast<const L*>(args.lora_b) + start, args.outputs,
-                        columns);
+    const A* hw = static_cast<const A*>(args.hw) + row * weights.ranks;
+    const L* b = static_cast<const L*>(args.lora_b) + start;
+    const auto expand_all = args.skips ? expand_blocks<TILE, true, A, L>
+                                       : expand_blocks<TILE, false, A, L>;
+    expand_all(tile, rows, hw, weights.ranks, b, args.outputs, columns);
     for (int64_t r = 0; r < rows; ++r) {
         T* to = y + r * args.outputs;
         int64_t c = 0;
@@ -276,7 +307,7 @@ void decode_ranks(const Decode& args, const RankWeights& weights, int64_t start,
         for (int64_t j = start; j < stop; ++j) {
             A& value = hw[row * ranks + j - start];
             h[row * ranks + j - start] = from_acc<T>(value);
-            value *= mixture[weights.row_adapter[j]] * scale[j];
+            value = weighted(value, weighted(scale[j], mixture[weights.row_adapter[j]]));
         }
     }
 }

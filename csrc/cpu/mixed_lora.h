@@ -10,7 +10,8 @@
 namespace sapt_fast {
 
 // The weight of rank j in row m: mixture[m / (rows / samples), row_adapter[j]] * row_scale[j].
-// mixture and row_scale are float, or double where the ranks are double.
+// mixture and row_scale are float, or double where the ranks are double. Where mixture is 0, the
+// weight is 0 whatever the scale, and so is every product with it.
 struct RankWeights {
     const void* mixture;         // [samples, adapters]
     const int32_t* row_adapter;  // [ranks]
@@ -45,6 +46,7 @@ struct Decode {
     int64_t inputs;
     int64_t outputs;
     bool accumulate;  // add to what y holds; else y is overwritten
+    bool skips;       // a weight is 0: ranks whose weighted h is 0 are left out
     DType dtype;
     DType lora_dtype;  // dtype or float32
 };

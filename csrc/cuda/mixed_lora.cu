@@ -50,12 +50,15 @@ struct Arguments {
     bool aligned_x;
 };
 
+// 0 where the mixture is, at any scale; NaN for an adapter that there is not.
 __device__ inline float weight_of(const Arguments& arguments, const Projection& projection,
                                   int64_t row, int64_t rank) {
     if (row >= arguments.rows || rank >= projection.ranks) return 0.0f;
+    const int64_t adapter = projection.row_adapter[rank];
+    if (adapter < 0 || adapter >= arguments.adapters) return __uint_as_float(0x7fc00000u);
     const int64_t sample = row / arguments.rows_per_sample;
-    return arguments.mixture[sample * arguments.adapters + projection.row_adapter[rank]] *
-           projection.row_scale[rank];
+    const float weight = arguments.mixture[sample * arguments.adapters + adapter];
+    return weight == 0.0f ? 0.0f : weight * projection.row_scale[rank];
 }
 
 // h[split, row, rank] for kShrinkRanks ranks and ROWS rows; grid (ranks, splits, rows).
@@ -256,6 +259,8 @@ __global__ void __launch_bounds__(kExpandThreads)
 #pragma unroll
                 for (int m = 0; m < ROWS; ++m) {
                     const float factor = shared.factors[at][m];
+                    // A row without weight takes nothing from B, whatever it holds.
+                    if (factor == 0.0f) continue;
 #pragma unroll
                     for (int e = 0; e < kVector; ++e) {
                         sums[m * kVector + e] += factor * values[e];

@@ -86,8 +86,7 @@ def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows, inputs = x.shape
     y = x.new_empty(rows, weight.shape[0])
     _C.mixed_lora_decode(
-        CODES[x.dtype], CODES[x.dtype], y.data_ptr(), 0, x.data_ptr(),
-        weight.data_ptr(), 0 if bias is None else bias.data_ptr(), 0, 0, 0, 0, 0,
+        CODES[x.dtype], CODES[x.dtype], y, None, x, weight, bias, None, None, None, None, None,
         rows, inputs, weight.shape[0], 1, 1, 0, False, torch.get_num_threads(),
     )  # fmt: skip
     return y

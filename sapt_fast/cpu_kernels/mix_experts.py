@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sapt_fast import _C
 from sapt_fast.cpu_kernels.common import CODES
+from sapt_fast.ops._presence import without_undefined
 
 if TYPE_CHECKING:
     from sapt_fast.ops.mix_experts import PairGroups
@@ -36,7 +37,7 @@ def mix_experts_fwd(
     """
     x, index = x.contiguous(), index.contiguous()
     h = _products(x, bank_a, index)
-    return _mixture(x, h * (weights * scaling).unsqueeze(-1), bank_b, index), h
+    return _mixture(x, h * (weights * scaling).unsqueeze(-1), bank_b, _present(index, weights)), h
 
 
 def mix_experts_bwd(
@@ -66,34 +67,41 @@ def mix_experts_bwd(
     x, dy, index = x.contiguous(), dy.contiguous(), index.contiguous()
     by = (weights * scaling).unsqueeze(-1)
     g = _products(dy, bank_b, index)
-    d_weights = (g * h).sum(-1).mul_(scaling) if needs_weights else None
+    d_weights = None
+    if needs_weights:
+        d_weights = without_undefined((g * h).sum(-1).mul_(scaling), weights)
     gw = g.mul_(by)
-    dx = _mixture(x, gw, bank_a, index) if needs_x else None
+    dx = _mixture(x, gw, bank_a, _present(index, weights)) if needs_x else None
     if groups is None:
         return dx, d_weights, None, None
     d_a, d_b = _bank_grad(gw, x, groups, bank_a), _bank_grad(h * by, dy, groups, bank_b)
     return dx, d_weights, d_a, d_b
 
 
+def _present(index: Tensor, weights: Tensor) -> Tensor:
+    """The index, -1 where the weight is exactly 0: that expert is not there."""
+    return index.masked_fill(weights == 0, -1)
+
+
 def _products(values: Tensor, bank: Tensor, index: Tensor) -> Tensor:
     """[M, k, r], the products of values [M, D] with the rows of the chosen experts [N, r, D]."""
     wide = torch.promote_types(values.dtype, torch.float32)
-    bank = _whole_experts(bank)
+    bank = _whole_experts(bank, values.dtype)
     out = values.new_empty((*index.shape, bank.shape[1]), dtype=wide)
     _C.experts_dot(
-        CODES[values.dtype], CODES[bank.dtype], out.data_ptr(), values.data_ptr(),
-        *_chosen(bank, index), torch.get_num_threads(),
+        CODES[values.dtype], CODES[bank.dtype], out, values, bank, index, *index.shape,
+        torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
 def _mixture(x: Tensor, coefficients: Tensor, bank: Tensor, index: Tensor) -> Tensor:
     """[M, D] in x's dtype, the sum of coefficients [M, k, r] times the chosen experts' rows."""
-    bank, coefficients = _whole_experts(bank), coefficients.contiguous()
+    bank, coefficients = _whole_experts(bank, x.dtype), coefficients.contiguous()
     out = x.new_empty(x.shape[0], bank.shape[2])
     _C.experts_sum(
-        CODES[x.dtype], CODES[bank.dtype], out.data_ptr(), coefficients.data_ptr(),
-        *_chosen(bank, index), torch.get_num_threads(),
+        CODES[x.dtype], CODES[bank.dtype], out, coefficients, bank, index, *index.shape,
+        torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -102,19 +110,21 @@ def _bank_grad(coefficients: Tensor, values: Tensor, groups: PairGroups, bank: T
     M, k, rank = coefficients.shape
     coefficients = coefficients.contiguous()
     order, target = groups.order.contiguous(), groups.target.contiguous()
-    out = bank.new_zeros((groups.rows, *bank.shape[1:]))
+    dtype = _bank_dtype(bank, values.dtype)
+    out = bank.new_zeros((groups.rows, *bank.shape[1:]), dtype=dtype)
     _C.experts_grad(
-        CODES[values.dtype], CODES[bank.dtype], out.data_ptr(), coefficients.data_ptr(),
-        values.data_ptr(), order.data_ptr(), target.data_ptr(), len(order), groups.rows,
-        M, k, rank, bank.shape[2], torch.get_num_threads(),
+        CODES[values.dtype], CODES[dtype], out, coefficients, values, order, target,
+        len(order), groups.rows, M, k, rank, bank.shape[2], torch.get_num_threads(),
     )  # fmt: skip
-    return out
+    return out.to(bank.dtype)
 
 
-def _chosen(bank: Tensor, index: Tensor) -> tuple[int, ...]:
-    return bank.data_ptr(), index.data_ptr(), bank.stride(0), *index.shape, *bank.shape
+def _bank_dtype(bank: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """What the kernels read the bank in: its own dtype, or float64 beside float64."""
+    return dtype if dtype == torch.float64 else bank.dtype
 
 
-def _whole_experts(bank: Tensor) -> Tensor:
+def _whole_experts(bank: Tensor, dtype: torch.dtype) -> Tensor:
+    bank = bank.to(_bank_dtype(bank, dtype))
     side_by_side = bank.stride(2) == 1 and bank.stride(1) == bank.shape[2]
     return bank if side_by_side else bank.contiguous()

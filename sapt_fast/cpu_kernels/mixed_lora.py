@@ -12,6 +12,7 @@ from torch import Tensor
 from sapt_fast import _C
 from sapt_fast.cpu_kernels.common import CODES
 from sapt_fast.cpu_kernels.gemm import is_few, linear, multiply_tn, two_products
+from sapt_fast.ops._presence import present_product, present_ranks
 from sapt_fast.ops.projection import Projection
 
 _Table = tuple[Tensor, Tensor, Tensor]
@@ -39,8 +40,14 @@ def mixed_lora_fwd(
 def _forward(x: Tensor, mixture: Tensor, projection: Projection) -> tuple[Tensor, Tensor]:
     weight, bias, lora_a, lora_b, row_adapter, row_scale = projection
     h = linear(x, lora_a.to(x.dtype))
-    hw = _weighted(h, _table(mixture, row_adapter, row_scale))
-    return two_products(x, _transposed(weight), bias, hw, lora_b.to(x.dtype)), h
+    table = _table(mixture, row_adapter, row_scale)
+    hw, lora_b = _weighted(h, table), lora_b.to(x.dtype)
+    if not _has_absent(mixture) or _is_finite(lora_b):
+        return two_products(x, _transposed(weight), bias, hw, lora_b), h
+    y = present_product(hw, present_ranks(*table, x.shape[0]), lora_b)
+    if weight is not None:
+        y += linear(x, weight, bias)
+    return y, h
 
 
 def empty_h(x: Tensor, total_rank: int) -> Tensor:
@@ -67,6 +74,7 @@ def mixed_lora_bwd(
     """
     x, mixture = x.contiguous(), mixture.contiguous()
     dx = d_mixture = None
+    absent = _has_absent(mixture)
     factors: list[tuple[Tensor | None, Tensor | None]] = []
     for dy, projection, h, spans in zip(dys, projections, hs, train_rows, strict=True):
         weight, _, lora_a, lora_b, row_adapter, row_scale = projection
@@ -78,14 +86,27 @@ def mixed_lora_bwd(
         own, packed_g, packed_h = _weighted_backward(g, h.contiguous(), table, spans, needs_mixture)
         if own is not None:
             d_mixture = own if d_mixture is None else d_mixture.add_(own)
-        if needs_x and grad_through_frozen:
+        present = None
+        if absent:
+            present = present_ranks(*table, x.shape[0])
+        if needs_x and present is not None and not _is_finite(lora_a):
+            through = slice(None)
+            if not grad_through_frozen:
+                g, through = packed_g, _selected(spans)
+            term = present_product(g, present[:, through], lora_a[through].to(x.dtype))
+            if weight is not None:
+                term.addmm_(dy, weight)
+            dx = term if dx is None else dx.add_(term)
+        elif needs_x and grad_through_frozen:
             dx = two_products(dy, weight, None, g, lora_a.to(x.dtype), dx)
         elif needs_x:
             dx = _through_trained(dy, weight, packed_g, lora_a, spans, dx)
         d_a = d_b = None
         if spans:
-            d_a = _factor_grad(packed_g, x, lora_a.dtype)
-            d_b = _factor_grad(packed_h, dy, lora_b.dtype)
+            if present is not None:
+                present = present[:, _selected(spans)]
+            d_a = _factor_grad(packed_g, x, lora_a.dtype, present)
+            d_b = _factor_grad(packed_h, dy, lora_b.dtype, present)
         factors.append((d_a, d_b))
     return dx, d_mixture, factors
 
@@ -95,16 +116,12 @@ def _table(mixture: Tensor, row_adapter: Tensor, row_scale: Tensor) -> _Table:
     return mixture, row_adapter.contiguous(), row_scale.contiguous()
 
 
-def _addresses(table: _Table) -> tuple[int, int, int]:
-    return table[0].data_ptr(), table[1].data_ptr(), table[2].data_ptr()
-
-
 def _weighted(h: Tensor, table: _Table) -> Tensor:
     """h times the weight of every rank, a new tensor."""
     rows, ranks = h.shape
     out = torch.empty_like(h)
     _C.weight_ranks(
-        CODES[h.dtype], out.data_ptr(), h.data_ptr(), *_addresses(table),
+        CODES[h.dtype], out, h, *table,
         rows, *table[0].shape, ranks, torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -127,10 +144,8 @@ def _weighted_backward(
         make = torch.empty if rows else torch.zeros
         d_mixture = make(*table[0].shape, dtype=table[0].dtype)
     _C.weight_ranks_backward(
-        CODES[g.dtype], g.data_ptr(), h.data_ptr(),
-        0 if d_mixture is None else d_mixture.data_ptr(),
-        0 if packed_g is g or not count else packed_g.data_ptr(),
-        packed_h.data_ptr(), train_rows, *_addresses(table),
+        CODES[g.dtype], g, h, d_mixture, None if packed_g is g else packed_g, packed_h, train_rows,
+        *table,
         rows, *table[0].shape, ranks, torch.get_num_threads(),
     )  # fmt: skip
     return d_mixture, packed_g, packed_h
@@ -154,26 +169,48 @@ def _decode(x: Tensor, mixture: Tensor, projection: Projection) -> tuple[Tensor,
     if bias is not None:
         bias = bias.contiguous()
     _C.mixed_lora_decode(
-        CODES[x.dtype], CODES[lora_a.dtype], y.data_ptr(), h.data_ptr(), x.data_ptr(),
-        0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr(),
-        lora_a.data_ptr(), lora_b.data_ptr(), *_addresses(table),
-        rows, inputs, outputs, *table[0].shape, ranks, accumulate,
-        torch.get_num_threads(),
+        CODES[x.dtype], CODES[lora_a.dtype], y, h, x, weight, bias, lora_a, lora_b, *table,
+        rows, inputs, outputs, *table[0].shape, ranks, accumulate, torch.get_num_threads(),
     )  # fmt: skip
     return y, h
 
 
-def _factor_grad(packed: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """packed [M, Rt]^T . x [M, I]"""
+def _has_absent(mixture: Tensor) -> bool:
+    """Whether a weight is exactly 0."""
+    return bool((mixture == 0).any())
+
+
+def _is_finite(values: Tensor) -> bool:
+    """In one pass; may say no of finite values of the largest size."""
+    if not values.numel():
+        return True
+    least, most = values.aminmax()
+    return bool((most - least).isfinite())
+
+
+def _factor_grad(packed: Tensor, x: Tensor, dtype: torch.dtype, present: Tensor | None) -> Tensor:
+    """packed [M, Rt]^T . x [M, I]; over the pairs that are `present` [M, Rt], if given."""
+    out = _plain_factor_grad(packed, x, dtype)
+    if present is None or _is_finite(out):
+        return out
+    return present_product(packed.t(), present.t(), x).to(dtype)
+
+
+def _plain_factor_grad(packed: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     ranks, columns = packed.shape[1], x.shape[1]
     if ranks > _FACTOR_RANKS[x.dtype]:
         return multiply_tn(packed, x).to(dtype)
     out = x.new_empty(ranks, columns, dtype=dtype)
     _C.factor_grad(
-        CODES[x.dtype], CODES[dtype], out.data_ptr(), packed.data_ptr(), x.data_ptr(),
-        x.shape[0], ranks, columns, torch.get_num_threads(),
+        CODES[x.dtype], CODES[dtype], out, packed, x, x.shape[0], ranks, columns,
+        torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+def _selected(train_rows: list[int]) -> Tensor:
+    spans = zip(train_rows[::2], train_rows[1::2], strict=True)
+    return torch.tensor([j for i, k in spans for j in range(i, k)], dtype=torch.int64)
 
 
 def _transposed(weight: Tensor | None) -> Tensor | None:

@@ -24,15 +24,13 @@ def nearest_key_fwd(query: Tensor, keys: Tensor, radius: Tensor) -> tuple[Tensor
     """
     query, keys = with_unit_column_stride(query), with_unit_column_stride(keys)
     radius = radius.contiguous()
-    M, D = query.shape
+    M = query.shape[0]
     distance = query.new_empty((M,), dtype=radius.dtype)
     index = query.new_empty((M,), dtype=torch.int64)
     nearest = torch.empty_like(index)
     if keys.shape[0] == 0:
         return distance.fill_(float("inf")), index.fill_(-1), nearest.fill_(-1)
     _C.nearest_key(
-        CODES[query.dtype], query.data_ptr(), keys.data_ptr(), radius.data_ptr(),
-        distance.data_ptr(), index.data_ptr(), nearest.data_ptr(), M, keys.shape[0], D,
-        query.stride(0), keys.stride(0), torch.get_num_threads(),
-    )  # fmt: skip
+        CODES[query.dtype], query, keys, radius, distance, index, nearest, torch.get_num_threads()
+    )
     return distance, index, nearest

@@ -38,8 +38,7 @@ def own_lora_fwd(
         return reference.own_lora_fwd(x, y, adapters, owner)
     kept = [(a.contiguous(), b.contiguous()) for a, b, _ in adapters]
     _C.own_lora(
-        CODES[x.dtype], CODES[lora_dtype], y.data_ptr(), x.data_ptr(),
-        [a.data_ptr() for a, _ in kept], [b.data_ptr() for _, b in kept],
+        CODES[x.dtype], CODES[lora_dtype], y, x, [a for a, _ in kept], [b for _, b in kept],
         ranks, [scaling for _, _, scaling in adapters], list(owner),
         rows, x.shape[1], y.shape[1], torch.get_num_threads(),
     )  # fmt: skip

@@ -34,16 +34,14 @@ def pool_tokens_fwd(
     """
     if pooling == "mean":
         return pooled_by_torch(input_ids, table, mask, pooling), None
-    (B, T), (V, D) = input_ids.shape, table.shape
+    (B, T), D = input_ids.shape, table.shape[1]
     pooled = table.new_empty(B, D)
     winner = table.new_empty((B, D), dtype=torch.int32) if keep_winner else None
     table, ids = with_unit_column_stride(table), input_ids.to(torch.int64).contiguous()
     kept = None if mask is None else (mask != 0).contiguous()
     _C.pool_tokens_max(
-        CODES[table.dtype], pooled.data_ptr(), 0 if winner is None else winner.data_ptr(),
-        ids.data_ptr(), 0 if kept is None else kept.data_ptr(), table.data_ptr(),
-        B, T, D, table.stride(0), V, torch.get_num_threads(),
-    )  # fmt: skip
+        CODES[table.dtype], pooled, winner, ids, kept, table, B, T, torch.get_num_threads()
+    )
     return pooled, winner
 
 

@@ -32,12 +32,11 @@ def topk_keys_fwd(query: Tensor, keys: Tensor, k: int, metric: str) -> tuple[Ten
         scores `[M, k]` in float32, float64 for float64, and index `[M, k]` int64.
     """
     query, keys = with_unit_column_stride(query), with_unit_column_stride(keys)
-    M, D = query.shape
+    M = query.shape[0]
     scores = query.new_empty((M, k), dtype=accumulation_dtype(query.dtype))
     index = query.new_empty((M, k), dtype=torch.int64)
     _C.topk_keys(
-        CODES[query.dtype], _METRICS[metric], query.data_ptr(), keys.data_ptr(),
-        scores.data_ptr(), index.data_ptr(), M, keys.shape[0], D, query.stride(0), keys.stride(0),
-        k, torch.get_num_threads(),
+        CODES[query.dtype], _METRICS[metric], query, keys, scores, index, k,
+        torch.get_num_threads(),
     )  # fmt: skip
     return scores, index

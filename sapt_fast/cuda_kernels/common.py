@@ -88,13 +88,13 @@ def dtype_code(dtype: torch.dtype) -> int:
     return int(getattr(native(), str(dtype).removeprefix("torch.").upper()))
 
 
-def typed(tensor: torch.Tensor) -> tuple[int, int]:
-    """A tensor's address and dtype.
+def typed(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """A tensor and the code of its dtype.
 
     Raises:
         TypeError: the compiled module has no kernels for the dtype.
     """
-    return tensor.data_ptr(), dtype_code(tensor.dtype)
+    return tensor, dtype_code(tensor.dtype)
 
 
 def unrecorded(op: str) -> str | None:

@@ -40,11 +40,9 @@ def mix_prompts_fwd(
     ids = None if input_ids is None else input_ids.contiguous()
     with torch.cuda.device_of(source):
         common.native().cuda_mix_prompts(
-            common.typed(prompts), mixture.data_ptr(), common.typed(source),
-            0 if ids is None else ids.data_ptr(), ids is not None and ids.dtype == torch.int64,
-            out.data_ptr(), samples, adapters, length, tokens, width,
-            0 if ids is None else source.shape[0], source.stride(0) if ids is None else 0,
-            source.stride(-2), common.stream(source.device),
+            common.typed(prompts), mixture, source, common.dtype_code(source.dtype),
+            ids, ids is not None and ids.dtype == torch.int64,
+            out, samples, adapters, length, tokens, width, common.stream(source.device),
         )  # fmt: skip
     return out
 

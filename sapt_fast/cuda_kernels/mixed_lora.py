@@ -102,17 +102,11 @@ def _add_mixtures(
     x: Tensor, mixture: Tensor, projections: Sequence[Projection], ys: Sequence[Tensor]
 ) -> None:
     native = common.native()
-    members, kept = [], []
+    members = []  # of copies too: none may be freed, and its memory taken again, before the launch
     for projection, y in zip(projections, ys, strict=True):
         tensors = [t.contiguous() for t in projection[2:] if t is not None]
-        kept += tensors  # a copy must not be freed, and its memory taken again, before the launch
-        a, b, row_adapter, row_scale = (t.data_ptr() for t in tensors)
-        members.append(
-            (
-                *(y.data_ptr(), a, b, row_adapter, row_scale),
-                *(*projection.lora_b.shape, not _has_no_base(projection)),
-            )
-        )
+        adds = not _has_no_base(projection)
+        members.append((y, *tensors, *projection.lora_b.shape, adds))
     (rows, inputs), (samples, adapters) = x.shape, mixture.shape
     total = sum(projection.lora_a.shape[0] for projection in projections)
     size = native.cuda_mixed_lora_workspace(rows, inputs, total)
@@ -120,6 +114,6 @@ def _add_mixtures(
     with torch.cuda.device_of(x):
         native.cuda_mixed_lora_decode(
             common.dtype_code(x.dtype), common.dtype_code(projections[0].lora_a.dtype),
-            x.data_ptr(), mixture.data_ptr(), members, workspace.data_ptr(), size,
-            rows, inputs, samples, adapters, common.stream(x.device),
+            x, mixture, members, workspace, rows, inputs, samples, adapters,
+            common.stream(x.device),
         )  # fmt: skip

@@ -40,8 +40,7 @@ def nearest_key_fwd(query: Tensor, keys: Tensor, radius: Tensor) -> tuple[Tensor
     workspace = query.new_empty(size, dtype=torch.int64)
     with torch.cuda.device_of(query):
         native.cuda_nearest_key(
-            common.dtype_code(query.dtype), query.data_ptr(), keys.data_ptr(), radius.data_ptr(),
-            distance.data_ptr(), index.data_ptr(), nearest.data_ptr(), workspace.data_ptr(), size,
-            queries, count, query.shape[1], common.stream(query.device),
+            common.dtype_code(query.dtype), query, keys, radius, distance, index, nearest,
+            workspace, queries, count, query.shape[1], common.stream(query.device),
         )  # fmt: skip
     return distance, index, nearest

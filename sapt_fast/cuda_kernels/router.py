@@ -94,7 +94,6 @@ def _launch(
     with torch.cuda.device_of(pooled):
         common.native().cuda_route(
             common.typed(pooled), [common.typed(part) for part in parts], common.typed(keys),
-            workspace.data_ptr(), workspace_size, scores.data_ptr(),
-            0 if weights is None else weights.data_ptr(), samples, width, hidden, keys.shape[0],
+            workspace, scores, weights, samples, width, hidden, keys.shape[0],
             top_k, eps, divisor, threshold, common.stream(pooled.device),
         )  # fmt: skip

@@ -44,8 +44,7 @@ def topk_keys_fwd(query: Tensor, keys: Tensor, k: int, metric: str) -> tuple[Ten
     workspace = query.new_empty(size, dtype=torch.int64)
     with torch.cuda.device_of(query):
         native.cuda_topk_keys(
-            common.dtype_code(query.dtype), _METRICS[metric], query.data_ptr(), keys.data_ptr(),
-            scores.data_ptr(), index.data_ptr(), workspace.data_ptr(), size,
+            common.dtype_code(query.dtype), _METRICS[metric], query, keys, scores, index, workspace,
             queries, count, query.shape[1], k, common.stream(query.device),
         )  # fmt: skip
     return scores, index

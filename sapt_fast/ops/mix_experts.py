@@ -13,6 +13,8 @@ from torch import Tensor
 
 from sapt_fast import dispatch
 from sapt_fast.ops._common import FLOATS, autocasts, without_autocast
+from sapt_fast.ops._presence import without_undefined
+from sapt_fast.ops._scalars import number
 
 _OP = "mix_experts"
 # Elements of gathered experts that the reference holds at a time.
@@ -57,7 +59,9 @@ def mix_experts(
             (as `nearest_key` returns it). May name an expert twice. Values are checked on the CPU
             only: elsewhere that would wait for the device, and the kernels skip those out of
             range.
-        weights: [M, k], any floating-point dtype.
+        weights: [M, k], any floating-point dtype. A weight of exactly 0 means that the expert is
+            not there for that row: an infinity or a NaN in it reaches neither delta nor a
+            gradient. The weight's own gradient is then 0 if it is not finite.
         scaling: alpha / r, for all experts.
         sparse_grad: gradients of the banks as `torch.sparse_coo` tensors over the chosen experts,
             each once and in ascending order, for torch.optim.SparseAdam; this waits for the
@@ -89,16 +93,17 @@ def mix_experts(
             raise ValueError(
                 f"index: got values from {least} to {most}, expected -1 to {bank_a.shape[0] - 1}"
             )
+    scaling = number("scaling", scaling)
     weights = weights.to(torch.promote_types(x.dtype, torch.float32))
     if torch.is_grad_enabled() or compiling:
         if sparse_grad and compiling:
             raise ValueError("sparse_grad: got True under torch.compile, expected False")
         delta, _ = _forward_op(
-            x, bank_a, bank_b, index, weights, float(scaling), sparse_grad, backend or ""
+            x, bank_a, bank_b, index, weights, scaling, sparse_grad, backend or ""
         )
         return delta
     kernel = dispatch.kernels(_OP, dispatch.resolve(_OP, x.device, backend, x.dtype))
-    delta, _ = kernel.mix_experts_fwd(x, bank_a, bank_b, index, weights, float(scaling))
+    delta, _ = kernel.mix_experts_fwd(x, bank_a, bank_b, index, weights, scaling)
     return delta
 
 
@@ -150,11 +155,12 @@ def mix_experts_fwd(
     delta = x.new_zeros(x.shape[0], bank_b.shape[2])
     h = weights.new_zeros(*index.shape, bank_a.shape[1])
     chosen = _weights_of_chosen(index, weights, scaling)
+    present = _present(index, weights)
     for rows in _row_chunks(index, bank_a, bank_b):
         h[rows] = _einsum("mi,mkri->mkr", x[rows].to(h), _gather(bank_a, index[rows], h))
         h[rows].masked_fill_((index[rows] < 0).unsqueeze(-1), 0.0)
-        hw = h[rows] * chosen[rows].unsqueeze(-1)
-        delta[rows] = _einsum("mkr,mkro->mo", hw, _gather(bank_b, index[rows], h)).to(x)
+        hw = _weighted(h[rows], chosen[rows])
+        delta[rows] = _einsum("mkr,mkro->mo", hw, _gather(bank_b, present[rows], h)).to(x)
     return delta, h
 
 
@@ -176,19 +182,22 @@ def mix_experts_bwd(
     d_a [rows, r, I] and d_b [rows, r, O] are asked for by `groups`. Sums run in a fixed order.
     """
     chosen = _weights_of_chosen(index, weights, scaling)
+    present = _present(index, weights)
     g = torch.zeros_like(h)
     dx = x.new_zeros(x.shape) if needs_x else None
     for rows in _row_chunks(index, bank_a, bank_b):
         g[rows] = _einsum("mo,mkro->mkr", dy[rows].to(h), _gather(bank_b, index[rows], h))
         if dx is not None:
-            gw = g[rows] * chosen[rows].unsqueeze(-1)
-            dx[rows] = _einsum("mkr,mkri->mi", gw, _gather(bank_a, index[rows], h)).to(x)
-    d_weights = (g * h).sum(-1) * scaling if needs_weights else None
+            gw = _weighted(g[rows], chosen[rows])
+            dx[rows] = _einsum("mkr,mkri->mi", gw, _gather(bank_a, present[rows], h)).to(x)
+    d_weights = None
+    if needs_weights:
+        d_weights = without_undefined((g * h).sum(-1) * scaling, weights)
     if groups is None:
         return dx, d_weights, None, None
-    chosen = chosen.unsqueeze(-1)
-    d_a = _bank_grad((g * chosen).flatten(0, 1), x, groups, index.shape[1]).to(bank_a.dtype)
-    d_b = _bank_grad((h * chosen).flatten(0, 1), dy, groups, index.shape[1]).to(bank_b.dtype)
+    gw, hw = _weighted(g, chosen).flatten(0, 1), _weighted(h, chosen).flatten(0, 1)
+    d_a = _bank_grad(gw, x, groups, index.shape[1]).to(bank_a.dtype)
+    d_b = _bank_grad(hw, dy, groups, index.shape[1]).to(bank_b.dtype)
     return dx, d_weights, d_a, d_b
 
 
@@ -210,15 +219,27 @@ def _bank_grad(coefficients: Tensor, rows: Tensor, groups: PairGroups, k: int) -
     step = max(1, _GATHER_CHUNK // max(1, r * width))
     for start in range(0, len(groups.order) if groups.rows else 0, step):
         pairs, target = groups.order[start : start + step], groups.target[start : start + step]
-        share = coefficients[pairs].masked_fill((target < 0).unsqueeze(1), 0.0)
+        share = coefficients[pairs]
         product = share.unsqueeze(2) * rows[pairs // k].to(share).unsqueeze(1)
+        product.masked_fill_((target < 0)[:, None, None], 0.0)
         # index_put sorts the indices on a GPU: the same sum every time, unlike index_add.
         out.index_put_((target.clamp(min=0),), product, accumulate=True)
     return out
 
 
 def _weights_of_chosen(index: Tensor, weights: Tensor, scaling: float) -> Tensor:
-    return torch.where(index >= 0, weights * scaling, 0.0)
+    return torch.where((index >= 0) & (weights != 0), weights * scaling, 0.0)
+
+
+def _present(index: Tensor, weights: Tensor) -> Tensor:
+    """The index, -1 where the weight is exactly 0: that expert is not there."""
+    return index.masked_fill(weights == 0, -1)
+
+
+def _weighted(h: Tensor, chosen: Tensor) -> Tensor:
+    """h [.., k, r] times chosen [.., k]; 0 where that is, even of an infinity or a NaN."""
+    chosen = chosen.unsqueeze(-1)
+    return torch.where(chosen == 0, 0.0, h * chosen)
 
 
 def _einsum(equation: str, a: Tensor, b: Tensor) -> Tensor:
@@ -227,7 +248,8 @@ def _einsum(equation: str, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _gather(bank: Tensor, index: Tensor, like: Tensor) -> Tensor:
-    return bank[index.clamp(min=0)].to(like)
+    absent = (index < 0)[..., None, None]
+    return bank[index.clamp(min=0)].to(like).masked_fill_(absent, 0.0)
 
 
 def _row_chunks(index: Tensor, bank_a: Tensor, bank_b: Tensor) -> list[slice]:
@@ -272,7 +294,9 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Dense gradients of x, weights and (together) the banks, empty where `needs` says no."""
     kernel = dispatch.kernels(_OP, dispatch.resolve(_OP, x.device, backend, x.dtype))
-    groups = pair_groups(index, bank_a.shape[0], False) if needs[2] else None
+    groups = None
+    if needs[2]:
+        groups = pair_groups(_present(index, weights), bank_a.shape[0], False)
     grads = kernel.mix_experts_bwd(
         dy, x, bank_a, bank_b, index, weights, h, scaling, groups, needs[0], needs[1]
     )
@@ -334,7 +358,7 @@ def _sparse_backward(
     """The backward with gradients of the banks over the chosen experts only."""
     x, bank_a, bank_b, index, weights, h = ctx.saved_tensors
     kernel = dispatch.kernels(_OP, dispatch.resolve(_OP, x.device, ctx.backend, x.dtype))
-    groups = pair_groups(index, bank_a.shape[0], True)
+    groups = pair_groups(_present(index, weights), bank_a.shape[0], True)
     dx, d_weights, d_a, d_b = kernel.mix_experts_bwd(
         dy, x, bank_a, bank_b, index, weights, h, ctx.scaling, groups, needs_x, needs_weights
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sapt_fast import dispatch
 from sapt_fast.ops._common import FLOATS, without_autocast
+from sapt_fast.ops._presence import present_product, without_undefined
 
 _OP = "mix_prompts"
 
@@ -24,7 +25,10 @@ def mix_prompts(
 
     Args:
         prompts: [K, P, D] in embeds' dtype or float32.
-        mixture: [B, K], one weight per sample and prompt, any floating-point dtype.
+        mixture: [B, K], one weight per sample and prompt, any floating-point dtype. A weight of
+            exactly 0 means that the prompt is not there for that sample: an infinity or a NaN in
+            it reaches neither the result nor a gradient. The weight's own gradient is then 0 if it
+            is not finite.
         embeds: [B, T, D]; float32, float16 or bfloat16 (float64 in the reference).
         backend: "reference" or "triton"; None lets dispatch choose (float64: the reference).
 
@@ -138,7 +142,8 @@ def mix_prompts_fwd(
         input_ids: [B, T] int32 or int64, or None.
     """
     with without_autocast(source.device):
-        mixed = mixture @ prompts.to(mixture.dtype).flatten(1)
+        flat = prompts.to(mixture.dtype).flatten(1)
+        mixed = present_product(mixture, mixture != 0, flat)
     embeds = source if input_ids is None else torch.nn.functional.embedding(input_ids, source)
     mixed = mixed.view(mixture.shape[0], *prompts.shape[1:]).to(source.dtype)
     return torch.cat([mixed, embeds], 1)
@@ -157,9 +162,11 @@ def mix_prompts_bwd(
     d_prompts = d_mixture = None
     with without_autocast(dy.device):
         if needs_prompts:
-            d_prompts = (mixture.t() @ d_mixed).view(prompts.shape).to(prompts.dtype)
+            d_prompts = present_product(mixture.t(), mixture.t() != 0, d_mixed)
+            d_prompts = d_prompts.view(prompts.shape).to(prompts.dtype)
         if needs_mixture:
             d_mixture = d_mixed @ prompts.to(mixture.dtype).flatten(1).t()
+            d_mixture = without_undefined(d_mixture, mixture)
     return d_prompts, d_mixture
 
 

@@ -9,12 +9,20 @@ and the gradient of the weights is `sum over rows and ranks of (dy B^T) * (x A^T
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sapt_fast.ops._common import FLOATS, autocasts, kernel
 from sapt_fast.ops._mixed_lora_ops import differentiable
+from sapt_fast.ops._presence import (
+    present_product,
+    present_ranks,
+    rank_weights,
+    without_undefined,
+)
+from sapt_fast.ops._scalars import number
 from sapt_fast.ops.projection import PooledProjection, Projection
 from sapt_fast.ops.rank_table import (
     RankTable,
@@ -50,9 +58,12 @@ def mixed_lora_linear(
         lora_a: [R, I], the adapters stacked one after the other; x's dtype or float32.
         lora_b: [R, O], likewise.
         mixture: [B, K] one weight per sample and adapter, or [B, T, K] per token; for a
-            two-dimensional x [M, K].
+            two-dimensional x [M, K]. A weight of exactly 0 means that the adapter is not there for
+            that sample: an infinity or a NaN in it reaches neither y nor a gradient. The weight's
+            own gradient is then 0 if it is not finite.
         ranks: rank of every adapter, or a sequence of K ranks (0 allowed) whose sum is R.
-        scaling: alpha / r for all adapters, or a tensor [K]; not differentiated.
+        scaling: alpha / r for all adapters, or a tensor or array [K]; not differentiated. An
+            infinity or a NaN multiplies as any number does.
         grad_through_frozen: False keeps gradients from reaching x through adapters that are not
             in `trainable`, as the released SAPT does.
         trainable: indices of the adapters whose rows get a gradient; None for all of them.
@@ -143,34 +154,72 @@ def mix(
     grad_through_frozen: bool = True,
     backend: str | None = None,
 ) -> list[Tensor]:
-    """The op on pools that are already laid out; arguments are trusted (used by `pool`).
+    """The op on pools that are already laid out (used by `pool`).
+
+    Of the arguments only the sizes are checked, which kernels read by.
 
     Args:
-        x: [..., I], the input of all projections; its rows are grouped by sample.
+        x: [..., I] or [I], the input of all projections; its rows are grouped by sample.
         projections: all of them have a weight or none has; likewise for the bias.
         mixture: [S, K]; S divides the number of rows of x. Every pool has K adapters.
 
     Returns:
         y [..., O] of each projection.
+
+    Raises:
+        ValueError: x is not as wide as a projection's lora_a, S does not divide its rows, or the
+            sizes of weight, bias and lora_b differ. RuntimeError: x has no dimensions.
     """
+    dims = x.dim()
+    if dims == 0:
+        raise RuntimeError("x: got a tensor without dimensions, expected [..., I]")
     dtype = _compute_dtype(x)
     if dtype != x.dtype:
         x = x.to(dtype)
     accumulate = torch.promote_types(dtype, torch.float32)
     if mixture.dtype != accumulate:
         mixture = mixture.to(accumulate)
-    rows = x if x.dim() == 2 else x.flatten(0, -2)
+    rows = x if dims == 2 else x.flatten(0, -2) if dims > 2 else x.unsqueeze(0)
+    _check_sizes(rows, mixture, projections)
     computed = [_in_dtype(given.projection, dtype, accumulate) for given in projections]
     if _eager_inference(x):
         forward = kernel("mixed_lora", "mixed_lora_fwd", backend, rows, rows.shape[0])
         ys = [y for y, _ in forward(rows, mixture, computed)]
     else:
         ys = differentiable(rows, mixture, computed, projections, grad_through_frozen, backend)
-    return ys if x.dim() == 2 else [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
+    return ys if dims == 2 else [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
+
+
+def _check_sizes(rows: Tensor, mixture: Tensor, projections: Sequence[PooledProjection]) -> None:
+    """Raises ValueError where the sizes of a layer's input do not fit the layer's tensors."""
+    count, width = rows.shape
+    samples = mixture.shape[0]
+    if count % samples if samples else count:
+        raise ValueError(
+            f"mixture: got weights of {samples} samples, expected as many as divide the {count} "
+            "rows of x"
+        )
+    for (weight, bias, lora_a, lora_b, _, _), *_ in projections:
+        inputs, outputs = lora_a.shape[1], lora_b.shape[1]
+        if inputs != width:
+            raise ValueError(f"x: got width {width}, expected {inputs} (that of lora_a)")
+        if weight is not None and weight.shape != (outputs, width):
+            raise ValueError(
+                f"weight: got shape {tuple(weight.shape)}, expected [{outputs}, {width}]"
+            )
+        if bias is not None and bias.shape[0] != outputs:
+            raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected [{outputs}]")
 
 
 def _in_dtype(given: Projection, dtype: torch.dtype, accumulate: torch.dtype) -> Projection:
     weight, bias, lora_a, lora_b, row_adapter, row_scale = given
+    if (
+        (weight is None or weight.dtype == dtype)
+        and (bias is None or bias.dtype == dtype)
+        and lora_a.dtype in (dtype, torch.float32)
+        and row_scale.dtype == accumulate
+    ):
+        return given
     if weight is not None and weight.dtype != dtype:
         weight = weight.to(dtype)
     if bias is not None and bias.dtype != dtype:
@@ -253,9 +302,7 @@ def _checked(
     count = mixture.shape[-1]
     layout = rank_layout(ranks, count, lora_a.shape[0])
     trains = lora_a.requires_grad or lora_b.requires_grad
-    shape = tuple(scaling.shape) if isinstance(scaling, Tensor) else ()
-    if shape not in ((), (count,)) or not isinstance(scaling, (int, float, Tensor)):
-        raise ValueError(f"scaling: got {scaling!r}, expected a number or a tensor [{count}]")
+    scaling = _scaling(scaling, count)
     train_rows = trained_rows(layout, trainable)
     if grad_through_frozen and not trains:
         train_rows = []
@@ -270,6 +317,19 @@ def _checked(
         train_rows,
     )
     return mix(x, mixture.reshape(-1, count), [pooled], grad_through_frozen, backend)[0]
+
+
+def _scaling(scaling: Any, count: int) -> float | Tensor:
+    """A float or a tensor of one or of `count` numbers."""
+    if not isinstance(scaling, Tensor) and getattr(scaling, "ndim", 0) > 0:
+        scaling = torch.as_tensor(scaling)
+    if not isinstance(scaling, Tensor):
+        return number("scaling", scaling)
+    if tuple(scaling.shape) not in ((), (count,)):
+        raise ValueError(f"scaling: got {scaling!r}, expected a number or a tensor [{count}]")
+    if scaling.is_complex() or scaling.dtype == torch.bool:
+        raise TypeError(f"scaling: got dtype {scaling.dtype}, expected real numbers")
+    return scaling
 
 
 def _table(layout: tuple[int, ...], scaling: float | Tensor, x: Tensor) -> RankTable:
@@ -292,7 +352,9 @@ def mixed_lora_fwd(
     results = []
     for weight, bias, lora_a, lora_b, row_adapter, row_scale in projections:
         h = x @ lora_a.to(x.dtype).t()
-        y = _weighted(h, mixture, row_adapter, row_scale) @ lora_b.to(x.dtype)
+        hw = _weighted(h, mixture, row_adapter, row_scale)
+        present = present_ranks(mixture, row_adapter, row_scale, x.shape[0])
+        y = present_product(hw, present, lora_b.to(x.dtype))
         if weight is not None:
             y = torch.addmm(y, x, weight.t())
         results.append((y if bias is None else y + bias, h))
@@ -329,20 +391,24 @@ def mixed_lora_bwd(
         lora_a_x, lora_b_x = lora_a.to(x.dtype), lora_b.to(x.dtype)
         g = dy @ lora_b_x.t()
         if d_mixture is not None and h is not None:
-            product = g.to(mixture.dtype) * h.to(mixture.dtype) * row_scale
+            product = g.to(mixture.dtype) * h.to(mixture.dtype)
+            product = torch.where(row_scale == 0, 0.0, product * row_scale)
             samples = mixture.shape[0]
             per_sample = _by_sample(product, samples).sum(1) if samples else product
-            d_mixture.index_add_(1, row_adapter.long(), per_sample)
+            own = torch.zeros_like(mixture).index_add_(1, row_adapter.long(), per_sample)
+            d_mixture += without_undefined(own, mixture)
+        present = present_ranks(mixture, row_adapter, row_scale, x.shape[0])
         gw = _weighted(g, mixture, row_adapter, row_scale)
         rows = _selected(spans, x.device)
         d_a = d_b = None
         if spans and h is not None:
             hw = _weighted(h[:, rows], mixture, row_adapter[rows], row_scale[rows])
-            d_a = (gw[:, rows].t() @ x).to(lora_a.dtype)
-            d_b = (hw.t() @ dy).to(lora_b.dtype)
+            d_a = present_product(gw[:, rows].t(), present[:, rows].t(), x).to(lora_a.dtype)
+            d_b = present_product(hw.t(), present[:, rows].t(), dy).to(lora_b.dtype)
         factors.append((d_a, d_b))
         if dx is not None:
-            dx += gw @ lora_a_x if grad_through_frozen else gw[:, rows] @ lora_a_x[rows]
+            through = slice(None) if grad_through_frozen else rows
+            dx += present_product(gw[:, through], present[:, through], lora_a_x[through])
             if weight is not None:
                 dx = torch.addmm(dx, dy, weight)
     return dx, d_mixture, factors
@@ -358,8 +424,8 @@ def _weighted(h: Tensor, mixture: Tensor, row_adapter: Tensor, row_scale: Tensor
     samples = mixture.shape[0]
     if samples == 0:
         return h
-    w = mixture.index_select(1, row_adapter) * row_scale
-    return (_by_sample(h, samples) * w.unsqueeze(1)).to(h.dtype).view_as(h)
+    w = rank_weights(mixture, row_adapter, row_scale).unsqueeze(1)
+    return torch.where(w == 0, 0.0, _by_sample(h, samples) * w).to(h.dtype).view_as(h)
 
 
 def _by_sample(rows: Tensor, samples: int) -> Tensor:

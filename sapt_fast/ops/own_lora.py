@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sapt_fast.ops._common import FLOATS, kernel
+from sapt_fast.ops._scalars import integers, number
 
 # What an output starts from: the weight [O, I] and bias [O] of a linear layer, or its output.
 Base = tuple[Tensor, Tensor | None] | Tensor
@@ -66,14 +67,18 @@ def own_lora(
         tensor([[6., 6., 6., 6.],
                 [3., 3., 3., 3.]])
     """
-    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
-        raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected [O, {x.shape[-1]}]")
+    if weight.dim() != 2:
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected [O, I]")
+    if x.dim() < 2:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, ..., I]")
+    if weight.shape[1] != x.shape[-1]:
+        raise ValueError(f"x: got width {x.shape[-1]}, expected {weight.shape[1]} (that of weight)")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected [{weight.shape[0]}]")
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != x.dtype:
             raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {x.dtype} (that of x)")
-    outputs = weight.shape[0]
+    outputs, owner = weight.shape[0], _owners(owner)
     _check(x, outputs, adapters, owner, {"weight": weight, "bias": bias})
     y = _run(x.flatten(0, -2), (weight, bias), adapters, owner, backend)
     return y.view(*x.shape[:-1], outputs)
@@ -119,6 +124,7 @@ def add_own_lora_(
         )
     if y.dtype != x.dtype:
         raise TypeError(f"x: got dtype {x.dtype}, expected {y.dtype} (that of y)")
+    owner = _owners(owner)
     _check(x, y.shape[-1], adapters, owner, {"y": y})
     _run(x.flatten(0, -2), y.flatten(0, -2), adapters, owner, backend)
     return y
@@ -127,7 +133,16 @@ def add_own_lora_(
 def _run(
     x: Tensor, base: Base, adapters: Sequence[Adapter], owner: Sequence[int], backend: str | None
 ) -> Tensor:
+    if any(type(adapter.scaling) is not float for adapter in adapters):
+        adapters = [
+            adapter._replace(scaling=number(f"adapters[{k}].scaling", adapter.scaling))
+            for k, adapter in enumerate(adapters)
+        ]
     return cast(Tensor, kernel("own_lora", "own_lora_fwd", backend, x)(x, base, adapters, owner))
+
+
+def _owners(owner: Sequence[int]) -> Sequence[int]:
+    return owner if all(type(k) is int for k in owner) else integers("owner", owner)
 
 
 def _check(

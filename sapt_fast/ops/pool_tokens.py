@@ -7,9 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sapt_fast import dispatch
+from sapt_fast.ops._scalars import require_float
 
 _OP = "pool_tokens"
 POOLINGS = ("max", "mean")
+# Elements of gathered embeddings that the reference holds at a time.
+_GATHER_CHUNK = 1 << 22
 
 
 def pool_tokens(
@@ -25,10 +28,12 @@ def pool_tokens(
     Args:
         input_ids: [B, T] int64 or int32, each in [0, V). The Triton kernel gives NaN for others;
             on a CPU they are an error.
-        table: [V, D], the embedding matrix; differentiable.
+        table: [V, D], the embedding matrix; differentiable. float32, float16 or bfloat16, on a CPU
+            also float64.
         mask: [B, T], zero where a token takes no part; None lets all of them. A row without any
             token gives zeros.
-        pooling: "max" or "mean".
+        pooling: "max" or "mean". A NaN is the maximum wherever it stands in the sequence. The
+            gradient of a maximum goes to the first token that has it (of several NaN the first).
         backend: as in `dispatch.resolve`.
 
     Returns:
@@ -54,6 +59,7 @@ def pool_tokens(
         raise TypeError(f"input_ids: got dtype {input_ids.dtype}, expected int32 or int64")
     if table.dim() != 2:
         raise ValueError(f"table: got shape {tuple(table.shape)}, expected [V, D]")
+    require_float("table", table)
     _check_pooling(pooling, mask, input_ids.shape)
     check_devices(table, input_ids=input_ids, mask=mask)
     chosen = dispatch.resolve(_OP, table.device, backend, table.dtype)
@@ -70,12 +76,15 @@ def pool_embeds(embeds: Tensor, *, mask: Tensor | None = None, pooling: str = "m
     """Pools embeddings [B, T, D] over the sequence to [B, D]; the rest as in `pool_tokens`."""
     if embeds.dim() != 3:
         raise ValueError(f"embeds: got shape {tuple(embeds.shape)}, expected [B, T, D]")
+    require_float("embeds", embeds)
     _check_pooling(pooling, mask, embeds.shape[:2])
     if mask is None:
         return embeds.amax(1) if pooling == "max" else embeds.mean(1)
     keep = (mask != 0).unsqueeze(-1)
     if pooling == "mean":
-        total = (embeds * keep).sum(1, dtype=torch.promote_types(embeds.dtype, torch.float32))
+        total = embeds.masked_fill(~keep, 0.0).sum(
+            1, dtype=torch.promote_types(embeds.dtype, torch.float32)
+        )
         return (total / keep.sum(1).clamp(min=1)).to(embeds.dtype)
     pooled = embeds.masked_fill(~keep, float("-inf")).amax(1)
     return torch.where(keep.any(1), pooled, 0.0)
@@ -99,19 +108,41 @@ def _check_pooling(pooling: str, mask: Tensor | None, shape: torch.Size) -> None
 
 
 def pool_tokens_fwd(input_ids: Tensor, table: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
-    """`pool_embeds(table[input_ids])` by embedding bags, which gather and reduce in one pass."""
+    """`pool_embeds(table[input_ids])`: a few samples at a time, the mean by embedding bags."""
     if input_ids.numel() == 0:
         return table.new_zeros(input_ids.shape[0], table.shape[1])
-    if mask is None:
-        return F.embedding_bag(input_ids, table, mode=pooling)
-    keep = mask != 0
-    if pooling == "mean":
-        share = keep.to(table.dtype) / keep.sum(1, keepdim=True).clamp(min=1).to(table.dtype)
-        return F.embedding_bag(input_ids, table, mode="sum", per_sample_weights=share)
-    # A masked position repeats a token that is kept, which leaves the maximum as it is.
+    keep = None if mask is None else mask != 0
+    if pooling == "max":
+        return _maximum(input_ids, table, keep)
+    if keep is None:
+        return F.embedding_bag(input_ids, table, mode="mean")
+    share = keep.to(table.dtype) / keep.sum(1, keepdim=True).clamp(min=1).to(table.dtype)
+    # A masked position repeats a token that is kept: a NaN elsewhere is not read.
     kept_id = input_ids.gather(1, keep.to(torch.uint8).argmax(1, keepdim=True))
-    pooled = F.embedding_bag(torch.where(keep, input_ids, kept_id), table, mode="max")
+    ids = torch.where(keep, input_ids, kept_id)
+    pooled = F.embedding_bag(ids, table, mode="sum", per_sample_weights=share)
     return torch.where(keep.any(1, keepdim=True), pooled, 0.0)
+
+
+def _maximum(input_ids: Tensor, table: Tensor, keep: Tensor | None) -> Tensor:
+    """[B, D] by `torch.max`, which takes a NaN for the largest and the first of equals."""
+    samples, tokens = input_ids.shape
+    step = samples
+    if not torch.compiler.is_compiling():
+        step = max(1, _GATHER_CHUNK // max(1, tokens * table.shape[1]))
+    pooled = []
+    for start in range(0, samples, step):
+        rows = slice(start, start + step)
+        if keep is None:
+            pooled.append(F.embedding(input_ids[rows], table).max(1).values)
+            continue
+        kept = keep[rows]
+        # Ids of masked tokens may be anything.
+        ids = input_ids[rows].masked_fill(~kept, 0)
+        embeds = F.embedding(ids, table).masked_fill(~kept.unsqueeze(-1), float("-inf"))
+        some = kept.any(1, keepdim=True)
+        pooled.append(torch.where(some, embeds.max(1).values, 0.0))
+    return torch.cat(pooled)
 
 
 # --- registered ops ----------------------------------------------------------------------------

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sapt_fast.ops._scalars import integer, integers
+
 
 class RankTable(NamedTuple):
     """What each of the R rank rows of a stacked pool belongs to.
@@ -35,10 +37,10 @@ def rank_table(
 
 def rank_layout(ranks: int | Sequence[int], count: int, total: int) -> tuple[int, ...]:
     """The rank of each of `count` adapters; raises unless they sum to `total` rows."""
-    given = (ranks,) if isinstance(ranks, int) else tuple(ranks)
-    if not all(isinstance(rank, int) for rank in given):
+    if isinstance(ranks, (str, bytes)):
         raise TypeError(f"ranks: got {ranks!r}, expected an int or a sequence of ints")
-    layout = (ranks,) * count if isinstance(ranks, int) else given
+    several = isinstance(ranks, Sequence) or getattr(ranks, "ndim", 0) > 0
+    layout = integers("ranks", ranks) if several else (integer("ranks", ranks),) * count
     if len(layout) != count:
         raise ValueError(f"ranks: got {len(layout)} ranks, expected {count} (the K of mixture)")
     if any(r < 0 for r in layout) or sum(layout) != total:
@@ -52,9 +54,9 @@ def rank_layout(ranks: int | Sequence[int], count: int, total: int) -> tuple[int
 def trained_rows(layout: tuple[int, ...], trainable: Sequence[int] | None) -> list[int]:
     """Row ranges [start, stop, start, stop, ...] of the adapters that train, neighbours merged."""
     count = len(layout)
-    if trainable is not None and any(isinstance(k, bool) for k in trainable):
-        raise TypeError(f"trainable: got {list(trainable)}, expected indices of adapters")
-    chosen = range(count) if trainable is None else sorted(set(trainable))
+    chosen: Sequence[int] = range(count)
+    if trainable is not None:
+        chosen = sorted(set(integers("trainable", trainable)))
     if chosen and (chosen[0] < 0 or chosen[-1] >= count):
         raise ValueError(f"trainable: got {list(chosen)}, expected indices in [0, {count})")
     starts = [sum(layout[:k]) for k in range(count)]

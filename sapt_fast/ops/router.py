@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sapt_fast import dispatch
 from sapt_fast.ops._common import without_autocast
+from sapt_fast.ops._scalars import integer, number, require_float
 from sapt_fast.ops.pool_tokens import (
     POOLINGS,
     check_devices,
@@ -110,7 +111,7 @@ def route(
         >>> route(embeds, keys, None, pooling="max", temperature=1.0, top_k=1)
         tensor([[1., 0.]])
     """
-    _check_sparsity(top_k, threshold)
+    top_k, threshold = _checked_sparsity(top_k, threshold)
     pooled, divisor, chosen = _prepare(
         embeds, keys, projection, mask, pooling, temperature, backend
     )
@@ -151,7 +152,7 @@ def sparsify(
     weights: Tensor, *, top_k: int | None = None, threshold: float | None = None
 ) -> Tensor:
     """Drops small weights [B, K] as `route` describes; the kept ones sum to 1 in every row."""
-    _check_sparsity(top_k, threshold)
+    top_k, threshold = _checked_sparsity(top_k, threshold)
     count = weights.shape[-1]
     if (top_k is None or top_k >= count) and not threshold:
         return weights
@@ -187,6 +188,11 @@ def reflection_loss(scores: Tensor, target: Tensor) -> Tensor:
         >>> reflection_loss(torch.zeros(1, 2), torch.tensor([1.0]))  # log 2: half of it went astray
         tensor(0.6931)
     """
+    if scores.dim() != 2:
+        raise ValueError(f"scores: got shape {tuple(scores.shape)}, expected [B, K]")
+    require_float("scores", scores)
+    if target.is_complex():
+        raise TypeError(f"target: got dtype {target.dtype}, expected real numbers")
     batch, count = scores.shape
     shape = tuple(target.shape)
     if target.dim() not in (1, 2) or shape[-1] > count or (len(shape) == 2 and shape[0] != batch):
@@ -302,12 +308,15 @@ def _prepare(
     """The pooled embeddings, the scores' divisor and the backend, of checked arguments."""
     if keys.dim() != 2 or keys.shape[1] != embeds.shape[-1]:
         raise ValueError(f"keys: got shape {tuple(keys.shape)}, expected [K, {embeds.shape[-1]}]")
+    temperature = None if temperature is None else number("temperature", temperature)
     if temperature is not None and not temperature > 0:
         raise ValueError(f"temperature: got {temperature}, expected a positive number or None")
     parts = _projection_parts(projection, keys.shape[1])
+    for name, tensor in {"embeds": embeds, "keys": keys, **parts}.items():
+        require_float(name, tensor)
     check_devices(embeds, keys=keys, mask=mask, **parts)
     pooled = embeds if embeds.dim() == 2 else pool_embeds(embeds, mask=mask, pooling=pooling)
-    divisor = math.sqrt(keys.shape[1]) if temperature is None else float(temperature)
+    divisor = math.sqrt(keys.shape[1]) if temperature is None else temperature
     eager = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
     rows = pooled.shape[0] if eager else None
     return pooled, divisor, dispatch.resolve(_OP, pooled.device, backend, pooled.dtype, rows)
@@ -322,11 +331,16 @@ def _scores(
     return _scores_op(pooled, keys, *_flat(projection), divisor, backend)
 
 
-def _check_sparsity(top_k: int | None, threshold: float | None) -> None:
+def _checked_sparsity(
+    top_k: int | None, threshold: float | None
+) -> tuple[int | None, float | None]:
+    top_k = None if top_k is None else integer("top_k", top_k)
     if top_k is not None and not top_k >= 1:
         raise ValueError(f"top_k: got {top_k}, expected at least 1 or None")
+    threshold = None if threshold is None else number("threshold", threshold)
     if threshold is not None and not 0 <= threshold <= 1:
         raise ValueError(f"threshold: got {threshold}, expected a number in [0, 1] or None")
+    return top_k, threshold
 
 
 def _projection_parts(projection: QueryProjection | None, width: int) -> dict[str, Tensor]:

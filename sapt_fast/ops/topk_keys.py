@@ -4,14 +4,12 @@ The look-up of prompt pools (L2P, CVPR 2022) and of banks of experts. The M x N 
 stored, only a running top k.
 """
 
-import operator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sapt_fast import dispatch
-from sapt_fast.ops._common import without_autocast
 from sapt_fast.ops._keys import (
     KEY_CHUNK,
     ROW_CHUNK,
@@ -19,6 +17,7 @@ from sapt_fast.ops._keys import (
     checked_query,
     pairwise_distance,
 )
+from sapt_fast.ops._scalars import integer
 
 _OP = "topk_keys"
 _MAX_K_FEW_ROWS = 32  # of the kernels for few rows
@@ -32,9 +31,9 @@ def topk_keys(
 ) -> tuple[Tensor, Tensor]:
     """The k keys with the largest scores, best first.
 
-    Equal scores: the lower index first. A NaN score ranks below every other, minus infinity
-    included. Scores are differentiable in `query` and `keys` through the chosen pairs; the index
-    is not.
+    Equal scores: the lower index first; equal keys have equal scores. A NaN score ranks below every
+    other, minus infinity included, and of several NaN the lower index comes first.
+    Scores are differentiable in `query` and `keys` through the chosen pairs; the index is not.
 
     Args:
         query: [M, D]; float32, float16 or bfloat16, on a CPU also float64.
@@ -62,10 +61,7 @@ def topk_keys(
     query = checked_query(query, keys)
     if metric not in METRICS:
         raise ValueError(f"metric: got {metric!r}, expected one of {METRICS}")
-    try:
-        k = operator.index(k)
-    except TypeError:
-        raise TypeError(f"k: got {type(k).__name__}, expected an int") from None
+    k = integer("k", k)
     if not 1 <= k <= keys.shape[0]:
         raise ValueError(f"k: got {k}, expected 1 to {keys.shape[0]} (the number of keys)")
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -150,8 +146,9 @@ def _all_scores(query: Tensor, keys: Tensor, metric: str) -> Tensor:
         return -pairwise_distance(query, keys).square()
     if metric == "cosine":
         query, keys = query * inverse_norm(query), keys * inverse_norm(keys)
-    with without_autocast(query.device):
-        return query @ keys.t()
+    # A matrix product may round equal keys differently, by their places in its blocks.
+    step = max(1, _GATHER_CHUNK // max(1, keys.numel()))
+    return torch.cat([(rows.unsqueeze(1) * keys).sum(-1) for rows in query.split(step)])
 
 
 # --- registered ops ----------------------------------------------------------------------------

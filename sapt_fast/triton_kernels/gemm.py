@@ -37,6 +37,54 @@ def _tile_of(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: t
     return first + within % height, within // height
 
 
+@triton.jit
+def _any_undefined(tile):
+    return tl.max(tl.max((tile != tile).to(tl.int32), axis=1), axis=0) > 0
+
+
+@triton.jit
+def _write_present(
+    y_ptr,
+    p_ptr,
+    q_ptr,
+    first_row,
+    first_col,
+    M,
+    N,
+    start,
+    stop,
+    stride_pm,
+    stride_qr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """A tile of y = [y +] p[:, start:stop] q[start:stop] over the p that are not 0.
+
+    By 16 columns at a time and through memory, for which there are registers in any kernel.
+    """
+    rows = first_row + tl.arange(0, BLOCK_M)
+    safe_rows = tl.where(rows < M, rows, 0).to(tl.int64)
+    for col in tl.range(first_col, first_col + BLOCK_N, 16, num_stages=1):
+        cols = col + tl.arange(0, 16)
+        y_ptrs = y_ptr + safe_rows[:, None] * N + cols[None, :]
+        mask = (rows < M)[:, None] & (cols < N)[None, :]
+        acc = tl.zeros((BLOCK_M, 16), tl.float32)
+        if ACCUMULATE:
+            acc += tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
+        p_ptrs = p_ptr + safe_rows * stride_pm + start
+        q_ptrs = q_ptr + start.to(tl.int64) * stride_qr + cols
+        for _ in tl.range(start, stop, num_stages=1):
+            p = tl.load(p_ptrs).to(tl.float32)[:, None]
+            q = tl.load(q_ptrs, mask=cols < N, other=0.0).to(COMPUTE).to(tl.float32)[None, :]
+            acc += tl.where(p == 0, 0.0, p * q)
+            p_ptrs += 1
+            q_ptrs += stride_qr
+        tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.debug_barrier()  # what one thread has written another reads
+
+
 @triton.jit(do_not_specialize=["M", "R", "rank_lo", "rank_hi"])
 def _gemm_kernel(
     a_ptr,
@@ -68,7 +116,9 @@ def _gemm_kernel(
     """One tile of y[M, N] = [y +] a[M, K] b[K, N] + p[M, lo:hi] q[lo:hi, N] + bias, by pointers.
 
     Absent sources are None. `rank_lo` and `rank_hi` count groups of 16 rank columns; p is zero
-    in the columns that pad R.
+    in the columns that pad R. A p of 0 means that the adapter is not there, so that an infinity in
+    its q is not seen: a tile that got a NaN from the rank term computes this term once more. That
+    term comes first, so that nothing else has to be.
     """
     tile_m, tile_n = _tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -78,6 +128,30 @@ def _gemm_kernel(
     safe_rows = tl.where(rows < M, rows, 0).to(tl.int64)
     in_cols = (cols < N)[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+
+    if p_ptr is not None:
+        lo, hi = rank_lo * 16, rank_hi * 16
+        tl.assume(hi > lo)
+        offs_r = tl.arange(0, BLOCK_R)
+        p_ptrs = p_ptr + safe_rows[:, None] * stride_pm + (lo + offs_r)[None, :]
+        q_ptrs = q_ptr + (lo + offs_r).to(tl.int64)[:, None] * stride_qr + cols[None, :]
+        for r in range(lo, hi, BLOCK_R):
+            p = tl.load(p_ptrs, mask=offs_r[None, :] < hi - r, other=0.0)
+            in_rank = offs_r[:, None] < min(hi, R) - r
+            q = tl.load(q_ptrs, mask=in_rank & in_cols, other=0.0)
+            acc = tl.dot(p.to(COMPUTE), q.to(COMPUTE), acc, input_precision="ieee")
+            p_ptrs += BLOCK_R
+            q_ptrs += BLOCK_R * stride_qr
+        if _any_undefined(acc):
+            _write_present(
+                y_ptr, p_ptr, q_ptr, tile_m * BLOCK_M, tile_n * BLOCK_N, M, N, lo, min(hi, R),
+                stride_pm, stride_qr, BLOCK_M, BLOCK_N, ACCUMULATE, COMPUTE,
+            )  # fmt: skip
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            if not ACCUMULATE:
+                acc += tl.load(y_ptr + safe_rows[:, None] * N + cols[None, :], mask=in_cols).to(
+                    tl.float32
+                )
 
     if a_ptr is not None:
         tl.assume(K > 0)
@@ -95,20 +169,6 @@ def _gemm_kernel(
             a_ptrs += BLOCK_K
             b_ptrs += BLOCK_K * stride_bk
 
-    if p_ptr is not None:
-        lo, hi = rank_lo * 16, rank_hi * 16
-        tl.assume(hi > lo)
-        offs_r = tl.arange(0, BLOCK_R)
-        p_ptrs = p_ptr + safe_rows[:, None] * stride_pm + (lo + offs_r)[None, :]
-        q_ptrs = q_ptr + (lo + offs_r).to(tl.int64)[:, None] * stride_qr + cols[None, :]
-        for r in range(lo, hi, BLOCK_R):
-            p = tl.load(p_ptrs, mask=offs_r[None, :] < hi - r, other=0.0)
-            in_rank = offs_r[:, None] < min(hi, R) - r
-            q = tl.load(q_ptrs, mask=in_rank & in_cols, other=0.0)
-            acc = tl.dot(p.to(COMPUTE), q.to(COMPUTE), acc, input_precision="ieee")
-            p_ptrs += BLOCK_R
-            q_ptrs += BLOCK_R * stride_qr
-
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + cols, mask=cols < N, other=0.0)
         acc += bias.to(tl.float32)[None, :]
@@ -119,19 +179,25 @@ def _gemm_kernel(
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["M", "rank_lo", "rank_hi"])
+@triton.jit(do_not_specialize=["M", "R", "rank_lo", "rank_hi"])
 def _gemm_tma_kernel(
     a_desc,
     b_desc,
     p_desc,
     q_desc,
+    p_ptr,
+    q_ptr,
     bias_ptr,
+    y_ptr,
     y_desc,
     M,
     N,
     K,
+    R,
     rank_lo,
     rank_hi,
+    stride_pm,
+    stride_qr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -161,6 +227,20 @@ def _gemm_tma_kernel(
             acc = y_desc.load([row, col]).to(tl.float32)
         else:
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if p_desc is not None:
+            for r in range(lo, hi, BLOCK_R):
+                p = p_desc.load([row, r])
+                q = q_desc.load([r, col])
+                acc = tl.dot(p.to(COMPUTE), q.to(COMPUTE), acc, input_precision="ieee")
+            if _any_undefined(acc):
+                _write_present(
+                    y_ptr, p_ptr, q_ptr, row, col, M, N, lo, min(hi, R), stride_pm, stride_qr,
+                    BLOCK_M, BLOCK_N, ACCUMULATE, COMPUTE,
+                )  # fmt: skip
+                rows = row + tl.arange(0, BLOCK_M)
+                y_ptrs = y_ptr + tl.where(rows < M, rows, 0).to(tl.int64)[:, None] * N
+                cols = col + tl.arange(0, BLOCK_N)
+                acc = tl.load(y_ptrs + cols[None, :], mask=(cols < N)[None, :]).to(tl.float32)
         if a_desc is not None:
             for k in range(0, K, BLOCK_K):
                 a = a_desc.load([row, k])
@@ -169,11 +249,6 @@ def _gemm_tma_kernel(
                 else:
                     b = b_desc.load([k, col])
                 acc = tl.dot(a.to(COMPUTE), b.to(COMPUTE), acc, input_precision="ieee")
-        if p_desc is not None:
-            for r in range(lo, hi, BLOCK_R):
-                p = p_desc.load([row, r])
-                q = q_desc.load([r, col])
-                acc = tl.dot(p.to(COMPUTE), q.to(COMPUTE), acc, input_precision="ieee")
         if bias_ptr is not None:
             cols = col + tl.arange(0, BLOCK_N)
             bias = tl.load(bias_ptr + cols, mask=cols < N, other=0.0)
@@ -237,6 +312,8 @@ def two_source_gemm(
 ) -> Tensor:
     """Write a @ b + p[:, lo:hi] @ q[lo:hi] + bias into `y` and return it.
 
+    What p is exactly 0 for takes no part, whatever q holds there.
+
     Args:
         a: Of shape `[M, K]`, unit column stride, or None to leave out the first product.
         b: Of shape `[K, N]`, either stride 1, in a's dtype; None with `a`.
@@ -282,13 +359,19 @@ def two_source_gemm(
             tiles = cdiv(M, tile.m) * cdiv(N, tile.n)
             _gemm_tma_kernel[(min(tiles, traits.num_sms),)](
                 *operands,
+                p,
+                q,
                 bias,
+                y,
                 _descriptor(y, (M, N), tile.m, tile.n),
                 M,
                 N,
                 K,
+                0 if q is None else q.shape[0],
                 lo,
                 hi,
+                0 if p is None else p.stride(0),
+                0 if q is None else q.stride(0),
                 **tile.launch_options(),
                 **meta,
                 B_IS_NK=b_is_nk,

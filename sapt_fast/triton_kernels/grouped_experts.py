@@ -169,6 +169,7 @@ def _grouped_out_of_ranks_kernel(
 def _sum_choices_kernel(
     products_ptr,
     index_ptr,
+    weights_ptr,
     out_ptr,
     k,
     N,
@@ -177,7 +178,7 @@ def _sum_choices_kernel(
     width,
     BLOCK_N: tl.constexpr,
 ):
-    """out[row, columns] = sum over j of products[row, j], one after the other."""
+    """out[row, columns] = sum over j of products[row, j] with weight, one after the other."""
     row = tl.program_id(0).to(tl.int64)
     local = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = first + local
@@ -185,7 +186,8 @@ def _sum_choices_kernel(
     for j in range(k):
         pair = row * k + j
         expert = tl.load(index_ptr + pair)
-        last = tl.where((expert >= 0) & (expert < N), D, 0)
+        weight = tl.load(weights_ptr + pair)
+        last = tl.where((expert >= 0) & (expert < N) & (weight != 0), D, 0)
         acc += tl.load(products_ptr + pair * width + local, mask=columns < last, other=0.0)
     tl.store(out_ptr + row * D + columns, acc.to(out_ptr.dtype.element_ty), mask=columns < D)
 
@@ -300,6 +302,7 @@ def grouped_out_of_ranks(
             _sum_choices_kernel[(M, tiles)](
                 products,
                 index,
+                weights,
                 out,
                 k,
                 N,

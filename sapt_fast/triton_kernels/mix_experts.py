@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sapt_fast.ops._presence import without_undefined
 from sapt_fast.triton_kernels import common
 from sapt_fast.triton_kernels.common import cdiv, with_unit_column_stride
 from sapt_fast.triton_kernels.grouped_experts import (
@@ -91,9 +92,9 @@ def _out_of_ranks_kernel(
     for j in range(k):
         pair = row * k + j
         expert = tl.load(index_ptr + pair)
-        weight = tl.load(weights_ptr + pair) * scaling
-        # Nothing is read for a pair without an expert: its ranks are all masked.
-        last = tl.where((expert >= 0) & (expert < N), R, 0)
+        weight = tl.load(weights_ptr + pair)
+        # Nothing is read for a pair without an expert or weight: its ranks are all masked.
+        last = tl.where((expert >= 0) & (expert < N) & (weight != 0), R, 0)
         for r in range(0, R, BLOCK_R):
             ranks = r + tl.arange(0, BLOCK_R)
             h = tl.load(h_ptr + pair * R + ranks, mask=ranks < last, other=0.0)
@@ -105,7 +106,7 @@ def _out_of_ranks_kernel(
                 mask=(ranks < last)[:, None] & (columns < D)[None, :],
                 other=0.0,
             )
-            acc += (h * weight)[:, None] * b.to(tl.float32)
+            acc += (h * weight * scaling)[:, None] * b.to(tl.float32)
     out = tl.sum(acc, axis=0).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * D + columns, out, mask=columns < D)
 
@@ -231,7 +232,7 @@ def mix_experts_bwd(
     if needs_x:
         dx = _out_of_ranks(g, bank_a, index, weights, order, scaling, x.dtype)
     if needs_weights:
-        d_weights = (g * h).sum(-1) * scaling
+        d_weights = without_undefined((g * h).sum(-1) * scaling, weights)
     if groups is not None:
         segments = _segments(groups)
         d_a = _bank_grad(g, weights, x, groups, segments, scaling, bank_a.dtype)

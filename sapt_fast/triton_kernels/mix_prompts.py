@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sapt_fast.ops._presence import without_undefined
 from sapt_fast.triton_kernels import common
 from sapt_fast.triton_kernels.common import cdiv, round_up, with_unit_column_stride
 from sapt_fast.triton_kernels.row_reduction import sum_parts
@@ -58,7 +59,8 @@ def _mix_prompts_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in tl.range(0, K, loop_unroll_factor=4):
             prompt = tl.load(prompt_ptrs, mask=mask, other=0.0)
-            acc += tl.load(mixture_ptr + k) * prompt.to(tl.float32)
+            weight = tl.load(mixture_ptr + k)
+            acc += tl.where(weight == 0, 0.0, weight * prompt.to(tl.float32))
             prompt_ptrs += P.to(tl.int64) * D
         tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)
     else:
@@ -105,7 +107,7 @@ def _prompt_grad_kernel(
     for _ in tl.range(start, stop, loop_unroll_factor=2):
         dy = tl.load(dy_ptrs, mask=cols < N, other=0.0).to(tl.float32)
         weights = tl.load(mixture_ptrs, mask=ks < K, other=0.0)
-        acc += weights[:, None] * dy[None, :]
+        acc += tl.where((weights == 0)[:, None], 0.0, weights[:, None] * dy[None, :])
         dy_ptrs += stride_b
         mixture_ptrs += K
     out_ptrs = out_ptr + (part.to(tl.int64) * K + ks)[:, None] * N + cols[None, :]
@@ -228,6 +230,7 @@ def mix_prompts_bwd(
                 _fill_prompt_grad(d_mixed, mixture, d_prompts)
             if d_mixture is not None:
                 _fill_mixture_grad(d_mixed, prompts, d_mixture)
+                d_mixture = without_undefined(d_mixture, mixture)
     return d_prompts, d_mixture
 
 

@@ -24,6 +24,7 @@ from sapt_fast.triton_kernels.gemm import RANK_ALIGN
 def _mixture_grad_kernel(
     partial_ptr,
     row_adapter_ptr,
+    mixture_ptr,
     d_mixture_ptr,
     S,
     T,
@@ -39,7 +40,8 @@ def _mixture_grad_kernel(
 ):
     """d_mixture[s, k] = [d_mixture[s, k] +] the sum of partial over tiles and ranks.
 
-    The tiles are those that meet sample s, the ranks those of adapter k.
+    The tiles are those that meet sample s, the ranks those of adapter k. Where mixture[s, k] is
+    exactly 0, a sum that is not finite counts as 0.
 
     Tile t covers rows t * tile_rows and on; its segment i, row t * segments + i of partial,
     belongs to sample t * tile_rows // T + i. The order of the sum is fixed.
@@ -70,6 +72,9 @@ def _mixture_grad_kernel(
             acc += tl.sum(values, axis=2)
     d_mixture_ptrs = d_mixture_ptr + samples.to(tl.int64) * K + k
     total = tl.sum(acc, axis=1)
+    weights = tl.load(mixture_ptr + samples.to(tl.int64) * K + k, mask=samples < S, other=0.0)
+    finite = tl.abs(total) < float("inf")
+    total = tl.where((weights == 0) & (finite == 0), 0.0, total)
     if ACCUMULATE:
         total += tl.load(d_mixture_ptrs, mask=samples < S, other=0.0)
     tl.store(d_mixture_ptrs, total, mask=samples < S)
@@ -93,7 +98,7 @@ def _factor_grad_kernel(
     BLOCK_K: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """Part s = program axis 2 of out[s, stop - start, N] = p[:, start:stop]^T x.
+    """Part s = program axis 2 of out[s, stop - start, N] = p[:, start:stop]^T x, over p not 0.
 
     The tile is [features, ranks]: the matrix instruction wants 64 rows, and the features have
     them where a single adapter has 4 ranks. Columns of p are read from `first_group` * 16 <=
@@ -119,8 +124,21 @@ def _factor_grad_kernel(
         acc = tl.dot(x.to(COMPUTE).T, p.to(COMPUTE), acc, input_precision="ieee")
         p_ptrs += BLOCK_K * stride_pm
         x_ptrs += BLOCK_K * stride_xm
+    in_range = (ranks >= start) & (ranks < stop)
+    undefined = ((acc != acc) & in_range[None, :]).to(tl.int32)
+    if tl.max(tl.max(undefined, axis=1), axis=0) > 0:
+        # Once more without the rows whose p is 0: an infinity there is not part of the sum.
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        p_row = p_ptr + m_start.to(tl.int64) * stride_pm + ranks
+        x_row = x_ptr + m_start.to(tl.int64) * stride_xm + features
+        for _ in tl.range(m_start, m_stop, num_stages=1):
+            p = tl.load(p_row, mask=in_range, other=0.0).to(tl.float32)[None, :]
+            x = tl.load(x_row, mask=features < N, other=0.0).to(tl.float32)[:, None]
+            acc += tl.where(p == 0, 0.0, x * p)
+            p_row += stride_pm
+            x_row += stride_xm
     out_rows = (part.to(tl.int64) * (stop - start) + ranks - start) * N
-    mask = ((ranks >= start) & (ranks < stop))[None, :] & (features < N)[:, None]
+    mask = in_range[None, :] & (features < N)[:, None]
     out_ptrs = out_ptr + out_rows[None, :] + features[:, None]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -175,6 +193,7 @@ def mixture_grad(
     _mixture_grad_kernel[(cdiv(S, block_s) * K,)](
         partial,
         mixing.row_adapter,
+        mixing.mixture,
         d_mixture,
         S,
         T,

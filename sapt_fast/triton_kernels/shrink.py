@@ -204,7 +204,7 @@ def _shrink_bwd_kernel(
                 hw_ptr + offsets, hw.to(hw_ptr.dtype.element_ty), mask=in_rows & trains[None, :]
             )
         if partial_ptr is not None:
-            product = g * h * scales[None, :]
+            product = tl.where((scales == 0)[None, :], 0.0, g * h * scales[None, :])
             if SEGMENTS == 0:
                 tl.store(partial_ptr + offsets, product, mask=mask)
             else:

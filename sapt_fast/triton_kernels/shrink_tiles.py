@@ -88,17 +88,28 @@ def tile_product(
 
 
 @triton.jit
+def _product_or_zero(value, by):
+    """value * by; 0 where `by` is, even of an infinity or a NaN."""
+    return tl.where(by == 0, 0.0, value * by)
+
+
+@triton.jit
 def weighted(tile, mixture_ptr, adapters, scales, samples, first, S, K, SEGMENTS: tl.constexpr):
-    """tile * mixture[sample, adapter] * scale; SEGMENTS = 0 gathers, else samples per tile."""
+    """tile * mixture[sample, adapter] * scale; SEGMENTS = 0 gathers, else samples per tile.
+
+    Where the mixture is exactly 0 so is the result, whatever tile and scale hold.
+    """
     if SEGMENTS == 0:
         offsets = samples.to(tl.int64)[:, None] * K + adapters[None, :]
-        return tile * (tl.load(mixture_ptr + offsets) * scales[None, :])
-    weights = tl.load(mixture_ptr + first.to(tl.int64) * K + adapters) * scales
-    result = tile * weights[None, :]
+        weights = _product_or_zero(scales[None, :], tl.load(mixture_ptr + offsets))
+        return _product_or_zero(tile, weights)
+    weights = tl.load(mixture_ptr + first.to(tl.int64) * K + adapters)
+    result = _product_or_zero(tile, _product_or_zero(scales, weights)[None, :])
     for i in tl.static_range(1, SEGMENTS):
         sample = tl.minimum(first + i, S - 1)
-        weights = tl.load(mixture_ptr + sample.to(tl.int64) * K + adapters) * scales
-        result = tl.where((samples == first + i)[:, None], tile * weights[None, :], result)
+        weights = tl.load(mixture_ptr + sample.to(tl.int64) * K + adapters)
+        own = _product_or_zero(tile, _product_or_zero(scales, weights)[None, :])
+        result = tl.where((samples == first + i)[:, None], own, result)
     return result
 
 

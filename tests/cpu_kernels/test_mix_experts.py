@@ -168,22 +168,23 @@ def test_the_number_of_threads_changes_nothing(with_threads):
 
 
 def test_bad_arguments():
-    t = torch.zeros(4, 4, dtype=torch.int64)
-    common = {"dtype": _C.FLOAT32, "bank_dtype": _C.FLOAT32, "out": t.data_ptr(), "threads": 1}
-    chosen = {
-        "bank": t.data_ptr(), "index": t.data_ptr(), "expert_stride": 4, "rows": 1, "k": 1,
-        "experts": 1, "rank": 1, "width": 4,
-    }  # fmt: skip
-    for change in ({"bank_dtype": _C.FLOAT16}, {"index": 0}, {"bank": 0}, {"rank": -1}):
-        with pytest.raises(ValueError):
-            _C.experts_dot(**{**common, **chosen, "values": t.data_ptr(), **change})
-        with pytest.raises(ValueError):
-            _C.experts_sum(**{**common, **chosen, "coefficients": t.data_ptr(), **change})
+    index = torch.zeros(3, 2, dtype=torch.int64)
+    common = {"dtype": _C.FLOAT32, "bank_dtype": _C.FLOAT32, "threads": 1, "rows": 3, "k": 2}
+    chosen = {**common, "bank": torch.zeros(5, 2, 4), "index": index}
+    dot = {**chosen, "out": torch.zeros(3, 2, 2), "values": torch.zeros(3, 4)}
+    total = {**chosen, "out": torch.zeros(3, 4), "coefficients": torch.zeros(3, 2, 2)}
     grad = {
-        "coefficients": t.data_ptr(), "values": t.data_ptr(), "order": t.data_ptr(),
-        "target": t.data_ptr(), "pairs": 1, "out_rows": 1, "rows": 1, "k": 1, "rank": 1,
-        "width": 4,
+        **common, "out": torch.zeros(5, 2, 4), "coefficients": torch.zeros(3, 2, 2),
+        "values": torch.zeros(3, 4), "order": index.flatten(), "target": index.flatten(),
+        "pairs": 6, "out_rows": 5, "rank": 2, "width": 4,
     }  # fmt: skip
-    for change in ({"order": 0}, {"rows": 0}, {"pairs": -1}, {"bank_dtype": _C.FLOAT64}):
-        with pytest.raises(ValueError):
-            _C.experts_grad(**{**common, **grad, **change})
+    wrong = torch.zeros(3, 5)
+    for call, good, changes in (
+        (_C.experts_dot, dot, {"values": wrong, "index": index[:2], "bank": dot["bank"][..., ::2]}),
+        (_C.experts_sum, total, {"coefficients": wrong, "out": None, "bank": wrong, "rows": -1}),
+        (_C.experts_grad, grad, {"order": index[0], "pairs": -1, "values": wrong, "target": None}),
+    ):
+        call(**good)
+        for name, bad in {**changes, "bank_dtype": _C.FLOAT16, "threads": 0, "k": 3}.items():
+            with pytest.raises(ValueError, match=":"):
+                call(**{**good, name: bad})

@@ -332,9 +332,18 @@ def test_conversions_match_torch(dtype, columns, factor):
     one, adapter = torch.ones(1), torch.zeros(columns, dtype=torch.int32)
     scale = torch.full((columns,), factor)
     _C.weight_ranks(
-        kernel.CODES[dtype], out.data_ptr(), every.data_ptr(), one.data_ptr(),
-        adapter.data_ptr(), scale.data_ptr(), len(every) // columns, 1, 1, columns, 1,
-    )  # fmt: skip
+        kernel.CODES[dtype],
+        out,
+        every,
+        one,
+        adapter,
+        scale,
+        len(every) // columns,
+        1,
+        1,
+        columns,
+        1,
+    )
     assert torch.equal(out.isnan(), every.isnan())
     want = (every.float() * factor).to(dtype)
     assert torch.equal(out[~every.isnan()], want[~every.isnan()])
@@ -346,7 +355,7 @@ def test_conversions_match_torch(dtype, columns, factor):
         ({"dtype": 9}, "dtype"),
         ({"samples": 4}, "samples"),
         ({"threads": 0}, "threads"),
-        ({"mixture": 0}, "mixture"),
+        ({"mixture": None}, "mixture: got no memory"),
         ({"rows": -1}, "rows"),
     ],
 )
@@ -354,10 +363,9 @@ def test_bad_arguments(change, message):
     good = make_case()
     h = torch.ones(15, 12)
     arguments = {
-        "dtype": _C.FLOAT32, "out": h.data_ptr(), "h": h.data_ptr(),
-        "mixture": good.mixture.data_ptr(), "row_adapter": good.row_adapter.data_ptr(),
-        "row_scale": good.row_scale.data_ptr(), "rows": 15, "samples": 3, "adapters": 3,
-        "ranks": 12, "threads": 1,
+        "dtype": _C.FLOAT32, "out": h, "h": h, "mixture": good.mixture,
+        "row_adapter": good.row_adapter, "row_scale": good.row_scale, "rows": 15, "samples": 3,
+        "adapters": 3, "ranks": 12, "threads": 1,
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         _C.weight_ranks(**{**arguments, **change})

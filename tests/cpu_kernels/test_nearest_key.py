@@ -135,12 +135,22 @@ def test_the_number_of_threads_changes_nothing(with_threads):
 
 
 def test_bad_arguments():
-    t = torch.zeros(5, 5)
-    arguments = {
-        "dtype": _C.FLOAT32, "query": t.data_ptr(), "keys": t.data_ptr(), "radius": t.data_ptr(),
-        "distance": t.data_ptr(), "index": t.data_ptr(), "nearest": t.data_ptr(), "queries": 1,
-        "key_count": 5, "width": 5, "query_stride": 5, "key_stride": 5, "threads": 1,
+    index = torch.zeros(3, dtype=torch.int64)
+    good = {
+        "dtype": _C.FLOAT32, "query": torch.zeros(3, 5), "keys": torch.zeros(4, 5),
+        "radius": torch.zeros(4), "distance": torch.zeros(3), "index": index, "nearest": index,
+        "threads": 1,
     }  # fmt: skip
-    for name in ("dtype", "keys", "radius", "nearest", "threads", "key_count"):
-        with pytest.raises(ValueError):
-            _C.nearest_key(**{**arguments, name: 0 if name != "dtype" else 9})
+    _C.nearest_key(**good)
+    for name, bad in {
+        "dtype": 9,
+        "threads": 0,
+        "query": torch.zeros(3, 6),
+        "keys": torch.zeros(4, 5, dtype=torch.float64),
+        "radius": torch.zeros(3),
+        "distance": torch.zeros(2),
+        "index": index[:2],
+        "nearest": None,
+    }.items():
+        with pytest.raises(ValueError, match="keys" if name == "query" else name):
+            _C.nearest_key(**{**good, name: bad})

@@ -84,10 +84,15 @@ def test_layouts_of_x_and_of_the_adapters():
 
 
 def test_the_binding_checks_what_would_read_out_of_bounds():
-    def call(ranks=(1,), owner=(0,), a=(8,), rows=1, lora=_C.FLOAT32):
+    one = torch.ones(1)
+
+    def call(ranks=(1,), owner=(0,), a=(one,), rows=1, lora=_C.FLOAT32, inputs=1):
         _C.own_lora(
-            _C.FLOAT32, lora, 8, 8, list(a), [8], list(ranks), [1.0], list(owner), rows, 1, 1, 1
+            *(_C.FLOAT32, lora, one.clone(), one, list(a), [one], list(ranks), [1.0]),
+            *(list(owner), rows, inputs, 1, 1),
         )
+
+    call()
 
     for bad in (
         {"ranks": (_C.MOST_OWN_RANKS + 1,)},
@@ -96,7 +101,9 @@ def test_the_binding_checks_what_would_read_out_of_bounds():
         {"owner": (-2,)},
         {"owner": (0, 0)},
         {"owner": ()},
-        {"a": (0,)},
+        {"a": (None,)},
+        {"inputs": 4_000_000},
+        {"rows": 2, "owner": (0, 0)},
         {"a": ()},
         {"rows": -1},
         {"lora": _C.BFLOAT16},

@@ -223,19 +223,22 @@ def test_out_of_memory_is_an_error_that_says_what_to_do():
         ({"metric": 3}, "metric"),
         ({"k": 6}, "k: not"),
         ({"k": 0}, "k: not"),
-        ({"keys": 0}, "keys: null"),
-        ({"scores": 0}, "scores, index: null"),
-        ({"width": 0}, "width"),
+        ({"keys": torch.zeros(4, 5, dtype=torch.float64)}, "keys: got 2 dimensions"),
+        ({"keys": torch.zeros(5, 4).t()}, "last stride 4"),
+        ({"keys": torch.zeros(4, 6)}, "keys: not as wide"),
+        ({"keys": torch.zeros(5)}, "keys: got 1 dimensions"),
+        ({"scores": None}, "scores: got no memory"),
+        ({"scores": torch.zeros(2, 1)}, r"scores: got 8 bytes, expected 4 for each of \[3, 1\]"),
+        ({"index": torch.zeros(3, 1)}, r"index: got 12 bytes, expected 8 for each"),
         ({"threads": 0}, "threads"),
     ],
 )
 def test_bad_arguments(change, message):
-    query, keys, scores, index = (torch.zeros(5, 5) for _ in range(4))
     arguments = {
-        "dtype": _C.FLOAT32, "metric": _C.METRIC_DOT, "query": query.data_ptr(),
-        "keys": keys.data_ptr(), "scores": scores.data_ptr(), "index": index.data_ptr(),
-        "queries": 1, "key_count": 5, "width": 5, "query_stride": 5, "key_stride": 5, "k": 1,
-        "threads": 1,
+        "dtype": _C.FLOAT32, "metric": _C.METRIC_DOT, "query": torch.zeros(3, 5),
+        "keys": torch.zeros(4, 5), "scores": torch.zeros(3, 1),
+        "index": torch.zeros(3, 1, dtype=torch.int64), "k": 1, "threads": 1,
     }  # fmt: skip
+    _C.topk_keys(**arguments)
     with pytest.raises(ValueError, match=message):
         _C.topk_keys(**{**arguments, **change})

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 KERNELS = sorted(p for p in (ROOT / "csrc/cuda").glob("*.cu") if p.stem != "runtime")
@@ -52,8 +53,9 @@ def test_a_launch_without_a_device():
         pytest.skip("built without CUDA")
     if not report["error"]:
         pytest.skip("there is a device")
-    projection = (16, 16, 16, 16, 16, 1, 1, True)
-    arguments = (0, 0, 16, 16, [projection], 16, 9, 1, 1, 1, 1, 0)
+    one, adapter = torch.ones(1), torch.zeros(1, dtype=torch.int32)
+    projection = (one, one, one, adapter, one, 1, 1, True)
+    arguments = (0, 0, one, one, [projection], torch.ones(9), 1, 1, 1, 1, 0)
     for _ in range(2):
         with pytest.raises(RuntimeError, match=re.escape(report["error"])):
             native.cuda_mixed_lora_decode(*arguments)

@@ -210,6 +210,40 @@ class TestZeroWeights:
             group.projections[i] = p._replace(weight=None)
         check(group)
 
+    @pytest.mark.parametrize("where", ["a", "b"])
+    @pytest.mark.parametrize("value", [float("inf"), float("nan")])
+    @pytest.mark.parametrize("samples", [2, 3, 9])
+    def test_factors_that_only_another_row_has_weight_for(self, cuda, where, value, samples):
+        """They share a block with rows for which the adapter is not there."""
+        group = Group(samples=samples, ranks=(4, 3, 5), dtype=torch.bfloat16)
+        group.mixture[:, 1] = 0
+        group.mixture[1, 1] = 0.5
+        for p in group.projections:
+            (p.lora_a if where == "a" else p.lora_b)[5, 2] = value
+        results = cuda("mixed_lora").mixed_lora_fwd(group.x, group.mixture, group.projections)
+        others = torch.arange(samples) != 1
+        for (y, _), exact in zip(results, group.expected(), strict=True):
+            assert not y[1].isfinite().all()
+            assert y[others].isfinite().all()
+            torch.testing.assert_close(y[others].double(), exact[others], rtol=0, atol=0.05)
+
+    def test_scaling_that_is_infinite(self, cuda):
+        group = Group(samples=2)
+        group.mixture[0, 1] = 0
+        for p in group.projections:
+            p.row_scale[p.row_adapter == 1] = float("inf")
+        for y, _ in cuda("mixed_lora").mixed_lora_fwd(group.x, group.mixture, group.projections):
+            assert y[0].isfinite().all()
+            assert not y[1].isfinite().any()
+
+    def test_an_adapter_that_there_is_not(self, cuda):
+        """A number of an adapter beyond the mixture reads nothing and gives NaN."""
+        group = Group(samples=2)
+        for p in group.projections:
+            p.row_adapter[-1] = 1 << 30
+        for y, _ in cuda("mixed_lora").mixed_lora_fwd(group.x, group.mixture, group.projections):
+            assert y.isnan().all()
+
     def test_no_weight_at_all(self, check):
         group = Group()
         group.mixture[:] = 0
@@ -247,6 +281,16 @@ def test_inputs_are_left_alone(check):
     assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
 
 
+def _member(**change) -> tuple:
+    """What the binding takes of a projection with 3 ranks, 5 inputs and 4 outputs."""
+    good = {
+        "y": torch.ones(2, 4, dtype=torch.bfloat16), "a": torch.ones(3, 5), "b": torch.ones(3, 4),
+        "row_adapter": torch.zeros(3, dtype=torch.int32), "row_scale": torch.ones(3), "ranks": 3,
+        "outputs": 4, "accumulate": False,
+    }  # fmt: skip
+    return tuple({**good, **change}.values())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -256,20 +300,31 @@ def test_inputs_are_left_alone(check):
         ({"rows": -1}, "rows"),
         ({"samples": 3}, "samples: does not divide rows"),
         ({"adapters": 0}, "adapters"),
-        ({"mixture": 0}, "mixture: null"),
-        ({"x": 0}, "x: null"),
-        ({"workspace_size": 1}, "workspace: too small"),
-        ({"projections": [(0,) * 7 + (False,)] * 9}, "MAX_PROJECTIONS"),
-        ({"projections": [(0, 1, 1, 1, 1, 1, 1, False)]}, "y: null"),
-        ({"projections": [(1, 1, 1, 1, 1, -1, 1, False)]}, "ranks"),
+        ({"mixture": None}, "mixture: got no memory"),
+        ({"x": None}, "x: got no memory"),
+        ({"x": torch.ones(2, 6)}, r"x: got 48 bytes, expected 2 for each of \[2, 5\] elements"),
+        ({"inputs": 4_000_000}, "x: got 20 bytes"),
+        ({"adapters": 2}, "mixture: got 4 bytes"),
+        ({"workspace": torch.ones(1)}, "workspace: too small"),
+        ({"projections": [_member()] * 9}, "MAX_PROJECTIONS"),
+        ({"projections": [_member(y=None)]}, "y: got no memory"),
+        ({"projections": [_member(a=torch.ones(3, 6))]}, "lora_a: got 72 bytes"),
+        ({"projections": [_member(b=torch.ones(3, 5))]}, "lora_b: got 60 bytes"),
+        ({"projections": [_member(row_adapter=torch.zeros(2))]}, "row_adapter: got 8 bytes"),
+        ({"projections": [_member(row_scale=None)]}, "row_scale: got no memory"),
+        ({"projections": [_member(ranks=-1)]}, "lora_a"),
+        ({"projections": [_member(outputs=5)]}, "y: got 16 bytes"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_bad_arguments(emulated_module, change, message):
     arguments = {
-        "dtype": emulated_module.BFLOAT16, "lora_dtype": emulated_module.FLOAT32, "x": 16,
-        "mixture": 16, "projections": [(16,) * 5 + (1, 1, True)], "workspace": 16,
-        "workspace_size": 99, "rows": 2, "inputs": 1, "samples": 1, "adapters": 1, "stream": 0,
+        "dtype": emulated_module.BFLOAT16, "lora_dtype": emulated_module.FLOAT32,
+        "x": torch.ones(2, 5, dtype=torch.bfloat16), "mixture": torch.ones(1, 1),
+        "projections": [_member()], "workspace": torch.ones(99), "rows": 2, "inputs": 5,
+        "samples": 1, "adapters": 1, "stream": 0,
     }  # fmt: skip
+    emulated_module.cuda_mixed_lora_decode(**arguments)
+    emulated_module.synchronize()
     with pytest.raises(ValueError, match=message):
         emulated_module.cuda_mixed_lora_decode(**{**arguments, **change})

@@ -128,16 +128,21 @@ def test_non_contiguous(check):
         ({"queries": -1}, "queries"),
         ({"count": 0}, "count"),
         ({"count": 1 << 32}, "count"),
-        ({"keys": 0}, "keys"),
-        ({"index": 0}, "index"),
-        ({"workspace_size": 1}, "workspace"),
+        ({"keys": None}, "keys: got no memory"),
+        ({"keys": torch.ones(1, 4)}, r"keys: got 16 bytes, expected 4 for each of \[1, 3\]"),
+        ({"width": 4_000_000}, "query"),
+        ({"radius": torch.ones(2)}, "radius"),
+        ({"index": torch.ones(2)}, "index: got 8 bytes, expected 8 for each"),
+        ({"workspace": torch.ones(1)}, "workspace: too small"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_bad_arguments(emulated_module, change, message):
-    tensors = ("query", "keys", "radius", "distance", "index", "nearest", "workspace")
-    arguments = dict.fromkeys(tensors, 16) | {
-        "dtype": 0, "workspace_size": 9, "queries": 2, "count": 1, "width": 1, "stream": 0,
+    index = torch.zeros(2, dtype=torch.int64)
+    arguments = {
+        "dtype": 0, "query": torch.ones(2, 3), "keys": torch.ones(1, 3), "radius": torch.ones(1),
+        "distance": torch.ones(2), "index": index, "nearest": index, "workspace": torch.ones(99),
+        "queries": 2, "count": 1, "width": 3, "stream": 0,
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         emulated_module.cuda_nearest_key(**{**arguments, **change})

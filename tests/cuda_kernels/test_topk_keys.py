@@ -158,16 +158,20 @@ def test_no_queries(cuda):
         ({"k": 33}, "MAX_TOP_K"),
         ({"k": 41}, "k: "),
         ({"count": 0}, "count"),
-        ({"keys": 0}, "keys"),
-        ({"workspace_size": 1}, "workspace"),
+        ({"keys": None}, "keys: got no memory"),
+        ({"keys": torch.ones(40, 2)}, r"keys: got 320 bytes, expected 4 for each of \[40, 3\]"),
+        ({"width": 4_000_000}, "query"),
+        ({"scores": torch.ones(2, 3)}, "scores"),
+        ({"index": torch.ones(2, 2)}, "index"),
+        ({"workspace": torch.ones(1)}, "workspace: too small"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_bad_arguments(emulated_module, change, message):
-    tensors = ("query", "keys", "scores", "index", "workspace")
-    arguments = dict.fromkeys(tensors, 16) | {
-        "dtype": 0, "metric": 0, "workspace_size": 99, "queries": 2, "count": 40, "width": 1,
-        "k": 2, "stream": 0,
+    arguments = {
+        "dtype": 0, "metric": 0, "query": torch.ones(2, 3), "keys": torch.ones(40, 3),
+        "scores": torch.ones(2, 2), "index": torch.zeros(2, 2, dtype=torch.int64),
+        "workspace": torch.ones(9999), "queries": 2, "count": 40, "width": 3, "k": 2, "stream": 0,
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         emulated_module.cuda_topk_keys(**{**arguments, **change})

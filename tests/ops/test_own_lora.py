@@ -42,7 +42,8 @@ def test_bad_base():
     weight, bias = make_base(x)
     owner = [0, 1, 0, -1]
     for error, match, given in [
-        (ValueError, r"weight: got shape \(5, 7\), expected \[O, 5\]", (x, weight.t(), bias)),
+        (ValueError, r"weight: got shape \(5,\), expected \[O, I\]", (x, weight[0], bias)),
+        (ValueError, r"x: got width 5, expected 7 \(that of weight\)", (x, weight.t(), bias)),
         (ValueError, r"bias: got shape \(6,\), expected \[7\]", (x, weight, bias[:6])),
         (TypeError, r"weight: got dtype", (x, weight.half(), bias)),
         (TypeError, r"bias: got dtype", (x, weight, bias.half())),

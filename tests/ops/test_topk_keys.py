@@ -255,7 +255,7 @@ BAD = {
     "device": ({"keys": torch.zeros(5, 4, device="meta")}, ValueError, "keys: got device"),
     "k": ({"k": 6}, ValueError, "k: got 6, expected 1 to 5"),
     "no k": ({"k": 0}, ValueError, "k: got 0"),
-    "k type": ({"k": 1.5}, TypeError, "k: got float"),
+    "k type": ({"k": 1.5}, TypeError, "k: got 1.5"),
     "metric": ({"metric": "manhattan"}, ValueError, "metric: got 'manhattan'"),
     "backend": ({"backend": "rocket"}, ValueError, "rocket"),
     "no such kernel": ({"backend": "cuda"}, dispatch.BackendError, "cuda"),

@@ -48,7 +48,7 @@ from sapt_fast.demo.backbone import load_backbone
 KINDS = ("save", "train", "compare", "race", "disk")
 SHARES = {"save": 0.6, "train": 0.25, "compare": 0.15}  # of the kills
 PATIENCE = 120.0
-NOT_THE_OUTCOME = {"peaks", "resumed", "seconds", "output", "folder", "path"}
+NOT_THE_OUTCOME = {"peak_memory", "peaks", "resumed", "seconds", "output", "folder", "path"}
 TINY = (
     "--model", "demo", "--benchmark", "demo", "--device", "cpu", "--no-progress",
 )  # fmt: skip

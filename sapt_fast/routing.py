@@ -103,6 +103,7 @@ class Routing:
         merged: the layers whose weights hold a mixture by now, so that nothing is routed; or None.
         pools: of the layers; a forward that is not compiled itself makes sure that their rows are
             in place for layers that are.
+        admit: looks at the weights of a forward before its layers run; raises if they cannot.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class Routing:
         self.count = count
         self.merged: Merged | None = None
         self.pools: list[Aligned] = []
+        self.admit: Callable[[Tensor], None] | None = None
         self._thread = _thread_state()
         self._hooks: list[Any] = []
         self._replaced: dict[str, Any] = {}
@@ -373,6 +375,8 @@ class Routing:
             forward.per_row = _for_rows(weights, rows, generating)
             if weights.dim() == 3 or weights.shape[0] > 1:
                 forward.weights = forward.per_row
+        if forward.weights is not None and self.admit is not None:
+            self.admit(forward.weights)
 
     def _end(self, module: nn.Module) -> None:
         forward = self._forward

@@ -15,7 +15,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.xlora.layer import XLoraLinearLayer
 from torch import Tensor, nn
 
-from sapt_fast.peft_models.layers import is_plain, mixed
+from sapt_fast.peft_models.layers import mixed
+from sapt_fast.peft_models.parts import drop_rate, why_not_plain
 from sapt_fast.peft_models.xlora_generation import CachedGeneration
 from sapt_fast.report import PatchReport
 
@@ -67,9 +68,10 @@ class PooledExperts:
             scalings = running.scalings
         if running.base_only or (layer.disable_adapters and self._scales_by_zero()):
             return layer.base_layer(x, *args, **kwargs)
-        drops = layer.training and any(getattr(d, "p", 0.0) for d in layer.lora_dropout.values())
-        off = loop.adapters_disabled or layer.merged or drops or not is_plain(layer)
-        if scalings is None or args or kwargs or off or x.dim() != 3:
+        drops = any(drop_rate(dropout) for dropout in layer.lora_dropout.values())
+        off = loop.adapters_disabled or layer.merged or drops
+        others = args or kwargs or x.dim() != 3
+        if scalings is None or others or off or why_not_plain(layer) is not None:
             return loop.forward(x, *args, scalings=scalings, **kwargs)
         weights = loop.get_maybe_topk_scalings(scalings) * loop.config.global_scaling_weight
         adapters = tuple(layer.active_adapters)

@@ -44,6 +44,8 @@ _CONTINUOUS_BATCHING = (
     "init_continuous_batching",
     "continuous_batching_context_manager",
 )
+# Methods by which transformers puts PEFT's layers inside a model.
+_ADAPTERS_INSIDE = ("add_adapter", "load_adapter")
 
 
 class Aligned(Protocol):
@@ -239,6 +241,9 @@ class Routing:
         for name in _CONTINUOUS_BATCHING:
             if hasattr(model, name):
                 self._replace(name, self._refuse_continuous_batching)
+        for name in _ADAPTERS_INSIDE:
+            if hasattr(model, name):
+                self._replace(name, self._refuse_adapters_inside)
         self._replace("_set_gradient_checkpointing", self._set_gradient_checkpointing)
         for module in model.modules():
             function = getattr(module, "_gradient_checkpointing_func", None)
@@ -470,6 +475,13 @@ class Routing:
             "meaning: use generate() with a padded batch, or model.sapt.export_adapter"
         )
 
+    def _refuse_adapters_inside(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(
+            "this model is patched: an adapter that transformers adds inside of it would act beside "
+            "the mixture. For a PeftModel call add_adapter or load_adapter of the PeftModel itself; "
+            "else model.sapt.add_task(name), or sapt_fast.unpatch(model) first"
+        )
+
     def _set_gradient_checkpointing(
         self,
         enable: bool = True,
@@ -511,8 +523,8 @@ def require_unrouted(model: nn.Module) -> None:
     method = vars(model).get("_set_gradient_checkpointing")
     if isinstance(getattr(method, "__self__", None), Routing):
         raise ValueError(
-            f"model: this {type(model).__name__} still has the hooks of an earlier patch, as after "
-            "merge_and_unload() of a patched PeftModel; call sapt_fast.unpatch before that"
+            f"model: this {type(model).__name__} still has the hooks of an earlier patch, whose "
+            "handle is on the model that was patched then: call sapt_fast.unpatch on that one first"
         )
 
 

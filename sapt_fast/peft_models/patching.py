@@ -22,6 +22,7 @@ from sapt_fast.peft_models.switched import (
     choice,
     owners_of,
     require_mergeable,
+    require_unmerged,
     switched_parts,
     why_switched,
 )
@@ -136,14 +137,9 @@ class PeftHandle(nn.Module):
         require_mergeable(self._parts, set(adapters))
         addends = {}
         for path, layer in self._parts:
-            if getattr(layer, "token_adapter", layer).merged_adapters:
-                raise RuntimeError(
-                    f"{path}: adapters {layer.merged_adapters} are merged into the base weights: "
-                    "call model.unmerge_adapter() first"
-                )
-            if isinstance(layer, Pooled) and any(
-                name in layer.sapt_adapters() for name in adapters
-            ):
+            require_unmerged(path, layer)
+            held = layer.sapt_adapters() if isinstance(layer, Pooled) else {}
+            if any(name in held for name in adapters):
                 try:
                     addends[path] = layer.sapt_addend(adapters, kept)
                 except ValueError as error:

@@ -121,8 +121,8 @@ def pefts_kind(kind: type) -> type:
 def already_merged(layer: Any) -> str:
     """What to do about adapters that PEFT has merged."""
     return (
-        f"mixture weights for adapters {layer.merged_adapters} that are merged into the base "
-        "weights: call model.unmerge_adapter() first"
+        f"weights for adapters {layer.merged_adapters} that are merged into the base weights: call "
+        "model.unmerge_adapter() first"
     )
 
 

@@ -40,7 +40,7 @@ def switched_parts(model: PeftModel) -> list[tuple[str, Any]]:
         for path, module in model.base_model.named_modules(prefix="base_model")
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
     ]
-    inside = {id(getattr(part, "token_adapter", None)) for _, part in parts}
+    inside = {id(part._modules.get("token_adapter")) for _, part in parts}
     return [(path, part) for path, part in parts if id(part) not in inside]
 
 
@@ -117,16 +117,18 @@ def _obstacles(parts: list[tuple[str, Any]], samples: int) -> Iterator[Obstacle]
     for path, part in parts:
         if not isinstance(part, Pooled):
             if not part.disable_adapters and owners_of(part):
-                _require_unmerged(path, getattr(part, "token_adapter", part))
+                require_unmerged(path, part)
                 yield Obstacle(path, part, why_switched(part))
         elif not part._disable_adapters:
-            _require_unmerged(path, part)
+            require_unmerged(path, part)
             reason = _why_not_mixed(path, part, None, samples)
             if reason is not None:
                 yield Obstacle(path, part, reason)
 
 
-def _require_unmerged(path: str, layer: Any) -> None:
+def require_unmerged(path: str, part: Any) -> None:
+    """Raises RuntimeError if PEFT has merged adapters of this part into the base weights."""
+    layer = part._modules.get("token_adapter", part)
     if layer.merged_adapters:
         raise RuntimeError(f"{path}: {already_merged(layer)}")
 
@@ -154,8 +156,9 @@ def _admit(
     elif isinstance(part, Pooled):
         why = _why_not_mixed(path, part, acting, weights.shape[0]) if acting else None
         if why is not None:
+            alone = [n for n in acting if _why_not_mixed(path, part, [n], weights.shape[0])]
             raise RuntimeError(
-                f"{path}: mixture weights for adapters {acting} that cannot be mixed (variants "
+                f"{path}: mixture weights for adapters {alone or acting} that cannot be mixed (variants "
                 f"like DoRA, a bias, several dtypes, parts with hooks): {why}. Give them weight 0, "
                 "delete them (model.delete_adapter), or run without weights"
             )

@@ -477,9 +477,9 @@ class Routing:
 
     def _refuse_adapters_inside(self, *args: Any, **kwargs: Any) -> None:
         raise RuntimeError(
-            "this model is patched: an adapter that transformers adds inside of it would act beside "
-            "the mixture. For a PeftModel call add_adapter or load_adapter of the PeftModel itself; "
-            "else model.sapt.add_task(name), or sapt_fast.unpatch(model) first"
+            "this model is patched: an adapter that transformers adds inside of it would act "
+            "beside the mixture. For a PeftModel, call add_adapter or load_adapter of the "
+            "PeftModel itself; else model.sapt.add_task(name), or sapt_fast.unpatch(model) first"
         )
 
     def _set_gradient_checkpointing(

@@ -158,9 +158,9 @@ def _admit(
         if why is not None:
             alone = [n for n in acting if _why_not_mixed(path, part, [n], weights.shape[0])]
             raise RuntimeError(
-                f"{path}: mixture weights for adapters {alone or acting} that cannot be mixed (variants "
-                f"like DoRA, a bias, several dtypes, parts with hooks): {why}. Give them weight 0, "
-                "delete them (model.delete_adapter), or run without weights"
+                f"{path}: mixture weights for adapters {alone or acting} that cannot be mixed "
+                f"(variants like DoRA, a bias, several dtypes, parts with hooks): {why}. Give them "
+                "weight 0, delete them (model.delete_adapter), or run without weights"
             )
     elif acting or (others := sorted(owners_of(part).intersection(part.active_adapters))):
         state = f"{acting} have weight" if acting else f"{others} are active"

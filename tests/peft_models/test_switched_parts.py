@@ -1,6 +1,7 @@
 """Weights own all that an adapter brings, as PEFT's active adapter does, or refuse to run."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import tiny_peft
@@ -148,15 +149,11 @@ def test_a_mixture_of_heads_is_refused_before_anything_runs(case, given):
     model.get_input_embeddings().register_forward_pre_hook(lambda *_: calls.append(1))
     weights = MIXED[case]
     message = r"score: modules_to_save of adapters \['a0', 'a1', 'a2'\].*weight exactly 1"
-    with pytest.raises(RuntimeError, match=message):
-        if given == "mixture":
-            logits(model, mixture=weights)
-        elif given == "fixed":
-            with model.sapt.fixed(weights):
-                logits(model)
-        else:
-            model.sapt.router = Given(weights if weights.dim() == 2 else weights[None])
-            logits(model)
+    per_row = weights if weights.dim() == 2 else weights[None]
+    model.sapt.router = Given(per_row) if given == "router" else None
+    pinned = model.sapt.fixed(weights) if given == "fixed" else nullcontext()
+    with pinned, pytest.raises(RuntimeError, match=message):
+        logits(model, mixture=weights if given == "mixture" else None)
     assert not calls
     model.sapt.router = None
     assert torch.equal(logits(model), before)
@@ -438,7 +435,7 @@ def test_a_table_of_relative_positions_has_no_samples():
     ids = IDS[:, :3]  # as many tokens as samples
     extra = {"decoder_input_ids": ids}
     logits(model, ids, mixture=torch.tensor([0.3, 0.7]), **extra)
-    with pytest.raises(RuntimeError, match="relative_attention_bias: .*relative positions"):
+    with pytest.raises(RuntimeError, match=r"relative_attention_bias: .*relative positions"):
         logits(model, ids, mixture=torch.rand(3, 2), **extra)
 
 

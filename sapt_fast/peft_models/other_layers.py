@@ -123,10 +123,11 @@ class _PooledConv(Pooled):
             )
         batched = x.dim() == self._kernel_dim
         samples = x.shape[0] if batched else 1
-        if weights.shape[0] not in (1, samples):
+        if weights.shape[0] not in (1, samples) or weights.shape[1] != len(adapters):
             raise RuntimeError(
                 f"{self._get_name()}: got an input of shape {tuple(x.shape)} for mixture weights "
-                f"of {weights.shape[0]} samples, expected the samples first"
+                f"of shape {tuple(weights.shape)}, expected [{len(adapters)}] or "
+                f"[{samples}, {len(adapters)}], the samples first"
             )
         y: Tensor = self.base_layer(x, *args, **kwargs)
         inputs, start = (x, y) if batched else (x[None], y[None])

@@ -194,11 +194,19 @@ class PeftHandle(nn.Module):
         looks = can_be_read(weights) or (self._any_obstacle and not is_traced(weights))
         return weigh(weights.detach(), names) if looks else Weighed(names, weights)
 
-    def owners(self, part: Any, weights: Tensor) -> list[str | None]:
-        """Whose copy of a wrapped module runs: one entry for each sample, or one for all."""
-        owners = None
-        if not (weights.requires_grad and torch.is_grad_enabled()):
-            owners = choice(part, weights, self.names())
+    @torch.compiler.disable(reason="the values of the weights decide whose copy runs")
+    def owners(self, part: Any) -> list[str | None] | None:
+        """Whose copy of a wrapped module runs: one entry for each sample, or one for all.
+
+        None without weights, when PEFT decides.
+        """
+        if self.routing.merged is not None:
+            return [None]
+        weights = None if self._seen.named else self.routing.running
+        if weights is None:
+            return None
+        trains = weights.requires_grad and torch.is_grad_enabled()
+        owners = None if trains else choice(part, weights, self.names())
         if owners is None:
             raise RuntimeError(f"mixture weights for a module that has none: {why_switched(part)}")
         return owners
@@ -438,7 +446,8 @@ def _is_ours(part: Any) -> bool:
 
 
 def _swap(part: Any, handle: PeftHandle) -> None:
-    kind = _own_kind(type(part))
+    """Gives a layer or wrapper its class; one of ours that PEFT has copied, this model's handle."""
+    kind = type(part) if isinstance(part, (Pooled, Chosen)) else _own_kind(type(part))
     if kind is None:
         return
     part.sapt_routing = handle.routing

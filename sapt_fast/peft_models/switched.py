@@ -35,7 +35,7 @@ class Obstacle(NamedTuple):
 
 def switched_parts(model: PeftModel) -> list[tuple[str, Any]]:
     """(path, module) of all that PEFT switches by the active adapter, in the model's order."""
-    parts = [
+    parts: list[tuple[str, Any]] = [
         (path, module)
         for path, module in model.base_model.named_modules(prefix="base_model")
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
@@ -74,17 +74,22 @@ def admit(parts: list[tuple[str, Any]], weights: Tensor, names: tuple[str, ...])
     found = list(_obstacles(parts, weights.shape[0]))
     if not found or len(names) != weights.shape[-1]:  # else the layers say what is wrong
         return bool(found)
+    _admit_all(found, weights, names)
+    return True
+
+
+@torch.compiler.disable(reason="the values of the weights decide what runs")
+def _admit_all(found: list[Obstacle], weights: Tensor, names: tuple[str, ...]) -> None:
     if is_traced(weights):
         raise RuntimeError(
             f"{found[0].path}: {found[0].reason}, so what runs depends on the values of the "
-            "weights: run this model without torch.compile and transforms"
+            "weights, which are not known while a model is traced"
         )
     trains = weights.requires_grad and torch.is_grad_enabled()
     some = (weights.detach() != 0).reshape(-1, len(names)).any(0).tolist()
     weighted = {name for name, any_weight in zip(names, some, strict=True) if any_weight or trains}
     for obstacle in found:
         _admit(obstacle, weights, names, weighted, trains)
-    return True
 
 
 def choice(part: Chosen, weights: Tensor, names: tuple[str, ...]) -> list[str | None] | None:

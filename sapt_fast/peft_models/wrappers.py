@@ -27,24 +27,22 @@ class Chosen(_Wrapper):
     """What a wrapper gains: with weights it runs the copy of the adapter that has all of them.
 
     Attributes:
-        sapt_owners: gives for the running weights, for each sample or once for all, the adapter
-            whose copy runs, None for the module without adapters; RuntimeError where no copy can.
-        sapt_routing: where the running weights are.
+        sapt_owners: for each sample, or once for all, the adapter whose copy runs, or None for the
+            module without adapters; None in place of the list where PEFT decides; RuntimeError
+            where the weights choose no copy.
+        sapt_routing: of the model.
     """
 
-    sapt_owners: Callable[[nn.Module, Tensor], list[str | None]]
+    sapt_owners: Callable[["Chosen"], list[str | None] | None]
     sapt_routing: "Routing"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("adapter_names") is not None or self.disable_adapters:
             return super().forward(*args, **kwargs)
         kwargs.pop("adapter_names", None)
-        if self.sapt_routing.merged is not None:
-            return self._forward_as(None, *args, **kwargs)
-        weights = self.sapt_routing.running
-        if weights is None:
+        owners = self.sapt_owners(self)
+        if owners is None:
             return super().forward(*args, **kwargs)
-        owners = self.sapt_owners(self, weights)
         if len(owners) == 1:
             return self._forward_as(owners[0], *args, **kwargs)
         return self._by_sample(owners, *args, **kwargs)
@@ -75,19 +73,20 @@ class Chosen(_Wrapper):
     def __getattr__(self, name: str) -> Any:
         """An attribute of the copy that runs: models read weights of modules that they wrap."""
         own = self.__dict__
-        if "sapt_routing" in own and name not in own["_modules"]:
-            routing = own["sapt_routing"]
-            weights = routing.running if routing.is_running else None
-            if (weights is not None or routing.merged is not None) and not own["_disable_adapters"]:
-                return self._read(name, weights)
+        if "sapt_owners" in own and own["sapt_routing"].is_running and not own["_disable_adapters"]:
+            try:
+                return nn.Module.__getattr__(self, name)
+            except AttributeError:
+                return self._read(name)
         return super().__getattr__(name)
 
-    def _read(self, name: str, weights: Tensor | None) -> Any:
-        try:
-            return nn.Module.__getattr__(self, name)
-        except AttributeError:
-            pass
-        owners = [None] if weights is None else self.sapt_owners(self, weights)
+    def _read(self, name: str) -> Any:
+        own = getattr(self.original_module, name)
+        if not isinstance(own, (Tensor, nn.Module)):  # copies differ in these alone
+            return own
+        owners = self.sapt_owners(self)
+        if owners is None:
+            return super().__getattr__(name)
         if len(owners) > 1:
             raise RuntimeError(
                 f"{self._get_name()}: the model reads {name!r} of a module of which the samples "

@@ -37,6 +37,11 @@ def is_traced(weights: Tensor) -> bool:
     )
 
 
+def version_of(weights: Tensor) -> int | None:
+    """How often the weights were written to; None where torch does not count."""
+    return None if torch.compiler.is_compiling() or weights.is_inference() else weights._version
+
+
 def weigh(weights: Tensor, names: tuple[str, ...]) -> Weighed:
     """Leaves out the adapters whose weight is exactly 0 in every sample and token.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sapt_fast.merging import Merged, static_weights
 from sapt_fast.peft_models.layers import OnePass, mixes_by_arrow, pooled_kind
-from sapt_fast.peft_models.looks import Weighed, can_be_read, is_traced, weigh
+from sapt_fast.peft_models.looks import Weighed, can_be_read, is_traced, version_of, weigh
 from sapt_fast.peft_models.parts import why_not_plain
 from sapt_fast.peft_models.pooled import Pooled, pefts_kind
 from sapt_fast.peft_models.switched import (
@@ -188,11 +188,20 @@ class PeftHandle(nn.Module):
         Args:
             weights: the running ones, [.., K].
         """
-        seen, names = self._seen, self.names()
-        if seen.weights is weights and self.routing.is_running and seen.weighed is not None:
+        seen = self._seen
+        if seen.weights is weights and seen.weighed is not None and self.routing.is_running:
             return seen.weighed
-        looks = can_be_read(weights) or (self._any_obstacle and not is_traced(weights))
-        return weigh(weights.detach(), names) if looks else Weighed(names, weights)
+        names, version = self.names(), version_of(weights)
+        if seen.weights is weights and seen.at == (version, names) and seen.weighed is not None:
+            return seen.weighed
+        train = weights.requires_grad and torch.is_grad_enabled()
+        waits = self._any_obstacle and not train and not is_traced(weights)
+        if not can_be_read(weights) and not waits:
+            return Weighed(names, weights)
+        weighed = weigh(weights, names)
+        if version is not None:
+            seen.weights, seen.at, seen.weighed = weights, (version, names), weighed
+        return weighed
 
     @torch.compiler.disable(reason="the values of the weights decide whose copy runs")
     def owners(self, part: Any) -> list[str | None] | None:
@@ -214,12 +223,11 @@ class PeftHandle(nn.Module):
     def _admit(self, weights: Tensor) -> None:
         """Before a forward: raises RuntimeError if its weights do not reach all that they must."""
         seen = self._seen
-        seen.weights = seen.weighed = None
+        seen.weights = seen.at = seen.weighed = None  # their values may have changed in place
         if seen.named:  # names go before a router
             return
         self._any_obstacle = admit(self._parts, weights, self.names())
-        seen.weighed = self.weighed(weights)
-        seen.weights = weights
+        seen.weights, seen.weighed = weights, self.weighed(weights)
 
     def forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         """Stands in for PEFT's `_enable_peft_forward_hooks`, whose hooks outlive an error inside.
@@ -368,11 +376,13 @@ class _Seen(threading.local):
     """What this thread's forward found in its weights.
 
     Attributes:
-        weights: those looked at. weighed: the adapters that have any.
+        weights: those looked at. at: their version and the adapters then. weighed: the adapters
+            that have any.
         named: whether `adapter_names` run, which go before a router.
     """
 
     weights: Tensor | None = None
+    at: tuple[int, tuple[str, ...]] | None = None
     weighed: Weighed | None = None
     named: bool = False
 

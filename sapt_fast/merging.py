@@ -18,7 +18,8 @@ class Addend(NamedTuple):
     """What is to be added to the weight of one layer.
 
     Attributes:
-        layer: its `weight` is [O, I], or [I, O] if transposed.
+        layer: its `weight` is [O, I], or [I, O] if transposed; of a convolution [O, ...], I the
+            product of the other sizes.
         a: [R, I]. b: [R, O], times weight and scaling.
         transposed: how the layer keeps its weight.
     """
@@ -58,7 +59,7 @@ class Merged:
         wide = torch.promote_types(layer.weight.dtype, torch.float32)
         a, b = (t.to(layer.weight.device, wide) for t in (addend.a, addend.b))
         delta = a.t() @ b if addend.transposed else b.t() @ a
-        merged = (layer.weight.to(wide) + delta).to(layer.weight.dtype)
+        merged = (layer.weight.to(wide) + delta.view(layer.weight.shape)).to(layer.weight.dtype)
         self._before.append((layer, layer.weight.detach().to("cpu", copy=True)))
         layer.weight.copy_(merged)
 
@@ -113,7 +114,7 @@ def _require_whole(addends: Mapping[str, Addend], model: nn.Module) -> None:
             )
         inputs, outputs = a.shape[1], b.shape[1]
         expected = (inputs, outputs) if transposed else (outputs, inputs)
-        if tuple(weight.shape) != expected or weight.is_meta:
+        if weight.is_meta or weight.dim() < 2 or tuple(weight.flatten(1).shape) != expected:
             raise ValueError(
                 f"{path}: its weight is not here as a whole (got {tuple(weight.shape)} on "
                 f"{weight.device}, expected {expected}): gather or load the model first"

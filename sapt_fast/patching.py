@@ -68,7 +68,7 @@ def patch(model: _Model, config: SaptConfig | None = None, *, strict: bool = Fal
     A PeftModel keeps its LoRA adapters: they are the pool, computed in one pass, and all that PEFT
     does with them works on. Its `model.sapt`, a `peft_models.patching.PeftHandle`, takes weights
     or a router; without either the active adapters are added up, as before. Its parameters stay
-    where they are; unpatch before merge_and_unload, so that the merged model is rid of our hooks.
+    where they are; its `unload` and `merge_and_unload` take our hooks off with the adapters.
 
     Args:
         model: a PreTrainedModel, or a PeftModel of one with LoRA adapters. Patching it again with
@@ -85,8 +85,8 @@ def patch(model: _Model, config: SaptConfig | None = None, *, strict: bool = Fal
         ValueError: nothing matches, the model is patched with another config, its layers do not
             see the batch first, it has no table of token embeddings, it cannot take prompts, it is
             sharded, not initialised (LazyLinear), or accelerate's hooks would change adapters; a
-            PeftModel has no LoRA adapters or is given a config; the hooks of an earlier patch are
-            still there; and what `strict` adds.
+            PeftModel has no LoRA adapters or is given a config; PEFT's layers are in a model that
+            is no PeftModel; the hooks of an earlier patch are still there; and what `strict` adds.
 
     Example:
         >>> import sapt_fast, transformers
@@ -118,6 +118,7 @@ def _patch_pretrained(model: Any, config: SaptConfig | None, strict: bool) -> An
     handle = getattr(model, "sapt", None)
     if handle is None:
         require_unrouted(model)
+        _refuse_adapters_inside(model)
     if isinstance(handle, SaptHandle):
         if config is not None and config != handle.config:
             raise ValueError(
@@ -209,6 +210,34 @@ def unpatch(model: _Model) -> _Model:
     for name, parameter in given.named_parameters():
         parameter.requires_grad_(name in handle.unfrozen_before)
     return model
+
+
+def _refuse_adapters_inside(model: PreTrainedModel) -> None:
+    """Raises ValueError if PEFT's layers are in a model that no PeftModel wraps, as given here."""
+    inside = (name for name, module in model.named_modules() if _is_adapted(module))
+    first = next(inside, None)
+    if first is None:
+        return
+    if getattr(model, "_hf_peft_config_loaded", False):
+        adapters = list(getattr(model, "peft_config", ()))
+        raise ValueError(
+            f"model: transformers put adapters {adapters} inside this {type(model).__name__} "
+            "(add_adapter or load_adapter); expected a PeftModel, which keeps them together. Save "
+            "each: model.set_adapter(name); model.save_pretrained(folder). Then load the base "
+            "model anew, load the first by model = peft.PeftModel.from_pretrained(base, folder, "
+            "adapter_name=name) and others by model.load_adapter(folder, name), and patch that"
+        )
+    raise ValueError(
+        f"model: {first} of this {type(model).__name__} is a layer of PEFT's; pass the PeftModel "
+        "around it (what peft.get_peft_model or PeftModel.from_pretrained returned). Adapters that "
+        "were injected without one have to be loaded into one by PeftModel.from_pretrained"
+    )
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    """Whether it is a layer or wrapper of PEFT's; PEFT is not loaded for that."""
+    names = {kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("peft.")}
+    return not names.isdisjoint(("BaseTunerLayer", "AuxiliaryTrainingWrapper"))
 
 
 def _require_placement(model: PreTrainedModel) -> None:

@@ -47,6 +47,8 @@ _NO_CONTINUOUS_BATCHING = (
     "continuous batching packs all requests into one row, where weights per sample have no "
     "meaning: use generate() with a padded batch, or model.sapt.export_adapter"
 )
+# Methods by which transformers puts PEFT's layers inside a model.
+_ADAPTERS_INSIDE = ("add_adapter", "load_adapter")
 
 
 class Aligned(Protocol):
@@ -108,6 +110,7 @@ class Routing:
         merged: the layers whose weights hold a mixture by now, so that nothing is routed; or None.
         pools: of the layers; a forward that is not compiled itself makes sure that their rows are
             in place for layers that are.
+        admit: looks at the weights of a forward before its layers run; raises if they cannot.
     """
 
     def __init__(
@@ -123,6 +126,7 @@ class Routing:
         self.count = count
         self.merged: Merged | None = None
         self.pools: list[Aligned] = []
+        self.admit: Callable[[Tensor], None] | None = None
         self._thread = _thread_state()
         self._hooks: list[Any] = []
         self._replaced: dict[str, Any] = {}
@@ -254,6 +258,9 @@ class Routing:
         for name in _CONTINUOUS_BATCHING:
             if hasattr(model, name):
                 self._replace(name, self._refuse_continuous_batching)
+        for name in _ADAPTERS_INSIDE:
+            if hasattr(model, name):
+                self._replace(name, self._refuse_adapters_inside)
         self._replace("_set_gradient_checkpointing", self._set_gradient_checkpointing)
         for module in model.modules():
             function = getattr(module, "_gradient_checkpointing_func", None)
@@ -391,9 +398,15 @@ class Routing:
 
     def _set(self, forward: _Forward, weights: Tensor | None, inputs: dict[str, Any]) -> None:
         forward.weights = forward.per_row = weights
+        if weights is not None:
+            self._set_rows(forward, weights, inputs)
+        if forward.weights is not None and self.admit is not None:
+            self.admit(forward.weights)
+
+    def _set_rows(self, forward: _Forward, weights: Tensor, inputs: dict[str, Any]) -> None:
         assert forward.module is not None
-        counts = None if weights is None else row_counts(forward.module, inputs)
-        if weights is None or counts is None:
+        counts = row_counts(forward.module, inputs)
+        if counts is None:
             return
         samples, rows = counts
         generating = self.is_generating
@@ -553,6 +566,13 @@ class Routing:
     def _refuse_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
         raise RuntimeError(_NO_CONTINUOUS_BATCHING)
 
+    def _refuse_adapters_inside(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(
+            "this model is patched: an adapter that transformers adds inside of it would act "
+            "beside the mixture. For a PeftModel, call add_adapter or load_adapter of the "
+            "PeftModel itself; else model.sapt.add_task(name), or sapt_fast.unpatch(model) first"
+        )
+
     def _set_gradient_checkpointing(
         self,
         enable: bool = True,
@@ -594,8 +614,8 @@ def require_unrouted(model: nn.Module) -> None:
     method = vars(model).get("_set_gradient_checkpointing")
     if isinstance(getattr(method, "__self__", None), Routing):
         raise ValueError(
-            f"model: this {type(model).__name__} still has the hooks of an earlier patch, as after "
-            "merge_and_unload() of a patched PeftModel; call sapt_fast.unpatch before that"
+            f"model: this {type(model).__name__} still has the hooks of an earlier patch, whose "
+            "handle is on the model that was patched then: call sapt_fast.unpatch on that one first"
         )
 
 

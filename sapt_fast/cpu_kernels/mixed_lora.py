@@ -90,7 +90,7 @@ def mixed_lora_bwd(
         if absent:
             present = present_ranks(*table, x.shape[0])
         if needs_x and present is not None and not _is_finite(lora_a):
-            through = slice(None)
+            through: slice | Tensor = slice(None)
             if not grad_through_frozen:
                 g, through = packed_g, _selected(spans)
             term = present_product(g, present[:, through], lora_a[through].to(x.dtype))

@@ -7,9 +7,10 @@ cannot be computed in one pass goes to PEFT's forward.
 """
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +26,15 @@ from sapt_fast.ops.own_lora import Adapter, add_own_lora_, own_lora
 from sapt_fast.ops.projection import PooledProjection, Projection
 from sapt_fast.ops.rank_table import cached_table, rank_table
 from sapt_fast.peft_models.arrow import arrow_of, arrow_weights
-
-if TYPE_CHECKING:
-    from sapt_fast.routing import Routing
-
-    _LoraLayer = lora.Linear
-else:
-    _LoraLayer = object
+from sapt_fast.peft_models.other_layers import OTHER_KINDS
+from sapt_fast.peft_models.parts import (
+    all_modules_are_hooked,
+    drop_rate,
+    is_bare,
+    is_hooked,
+    why_not_plain,
+)
+from sapt_fast.peft_models.pooled import Pooled
 
 # PEFT's layers over quantised ones, which are called as they are; those that run on a CPU are
 # tested.
@@ -47,88 +50,90 @@ _QUANTISED = {
 }
 
 
-class Pooled(_LoraLayer):
-    """What a LoRA layer of PEFT gains: it computes all its adapters in one pass.
+class OnePass(Pooled):
+    """What a LoRA layer over a linear one gains: all its adapters in one pass.
 
-    With weights (`model.sapt.fixed`, `mixture=`, a router) it mixes all of the model's adapters by
-    them; with `adapter_names=` each sample takes its own; else it adds up the active adapters, as
-    PEFT does, or mixes what its Arrow router chooses. Disabled or merged adapters, other arguments,
-    other variants (DoRA, aLoRA) and adapters with a bias or of several dtypes are PEFT's.
-
-    Attributes:
-        sapt_names: gives the names of the model's LoRA adapters, in the order of the weights.
-        sapt_routing: where the running weights are.
+    Also without weights: with `adapter_names=` each sample takes its own adapter; else the active
+    adapters are added up, as PEFT does, or an Arrow router's choice is mixed. Merged adapters,
+    other arguments, other variants (DoRA, aLoRA), and adapters with a bias, of several dtypes or
+    with parts that are hooked or replaced are PEFT's.
     """
 
-    sapt_names: Callable[[], tuple[str, ...]]
-    sapt_routing: "Routing"
+    def sapt_adapters(self) -> Mapping[str, Any]:
+        stack: Any = self._modules["lora_A"]
+        return cast(Mapping[str, Any], stack._modules)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        names = kwargs.get("adapter_names")
-        others = any(value is not None for key, value in kwargs.items() if key != "adapter_names")
-        if self.sapt_routing.merged is not None:
-            if names is not None or self.disable_adapters:
-                self.sapt_routing.require_unmerged()
-            return self.base_layer(x, *args)
-        weights = self.sapt_routing.running
-        if weights is not None and self.merged and not self.disable_adapters:
-            raise RuntimeError(
-                f"mixture weights for adapters {self.merged_adapters} that are merged into the "
-                "base weights: call model.unmerge_adapter() first"
-            )
-        if names is not None and not (args or others or self.disable_adapters or self.merged):
-            self._check_forward_args(x, adapter_names=names)
-            y = _own(self, x, names)
-            if y is not None:
-                return y
-        if names is None and weights is None and not (args or others) and mixes_by_arrow(self):
-            arrow = arrow_of(self)
-            assert arrow is not None
-            return mixed(self, x, arrow.experts, arrow_weights(self, arrow, x))
-        plain = is_plain(self)
-        if weights is not None and not (plain or self.disable_adapters):
-            raise RuntimeError(
-                "mixture weights for a layer whose adapters cannot be mixed (variants like DoRA, "
-                "a bias, several dtypes): model.sapt.report names such layers; delete these "
-                "adapters, or run without weights"
-            )
-        if args or others or self.disable_adapters or self.merged or not plain:
-            return super().forward(x, *args, **kwargs)
-        adapters = self.sapt_names()
-        if names is not None:
-            weights = _kept(_one_hot, x)(tuple(names), adapters, x.device)
-        if weights is None:
-            adapters = tuple(name for name in self.active_adapters if name in self.lora_A)
-        present = [name for name in adapters if name in self.lora_A]
-        if not present:
-            return self.base_layer(x)
-        rates = {getattr(self.lora_dropout[n], "p", 0.0) for n in present if self.training}
-        if weights is None:
-            if rates - {0.0} and len(present) > 1:
-                return super().forward(x)  # one mask for each adapter
-            weights = _kept(_ones, x)(len(present), x.device)
+    def sapt_why_not(self, adapters: Sequence[str] | None = None) -> str | None:
+        return why_not_plain(self, adapters)
+
+    def sapt_addend(self, adapters: Sequence[str], weights: Tensor) -> Addend:
+        return addend(self, adapters, weights)
+
+    def _weighted(
+        self,
+        x: Tensor,
+        adapters: tuple[str, ...],
+        weights: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        dropouts: Any = self._modules["lora_dropout"]
+        rates = {drop_rate(dropouts[name]) for name in adapters if name in dropouts}
         if len(rates) > 1:
             raise RuntimeError(
                 f"lora_dropout: got {sorted(rates)}, expected one rate for all adapters that are "
                 "mixed, which share the mask; set it in their configs, or call model.eval()"
             )
-        mixture = checked_mixture(weights, x, len(adapters), type(self).__name__)
-        return mixed(self, x, adapters, mixture, dropout=max(rates, default=0.0))
+        mixture = checked_mixture(weights, x, len(adapters), self._get_name())
+        rate = max(rates, default=0.0)
+        return mixed(self, x, adapters, mixture, dropout=rate, args=args, kwargs=kwargs)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """PEFT's, unless a mixture is merged by `model.sapt.merge`: then RuntimeError."""
-        self.sapt_routing.require_unmerged()
-        super().merge(safe_merge, adapter_names)
+    def _unweighted(
+        self, x: Tensor, names: Sequence[str] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        others = any(v is not None for key, v in kwargs.items() if key != "adapter_names")
+        if args or others or self.merged_adapters:
+            return self._as_peft(x, *args, **kwargs)
+        held = self.sapt_adapters()
+        if names is not None:
+            self._check_forward_args(x, adapter_names=names)
+            y = _own(self, x, names)
+            if y is not None:
+                return y
+            adapters = tuple(name for name in dict.fromkeys(names) if name in held)
+        elif mixes_by_arrow(self):
+            arrow = arrow_of(self)
+            assert arrow is not None
+            return mixed(self, x, arrow.experts, arrow_weights(self, arrow, x))
+        else:
+            adapters = tuple(name for name in self.active_adapters if name in held)
+        if not adapters:
+            return self.base_layer(x)
+        if why_not_plain(self, adapters) is not None:
+            return self._as_peft(x, **kwargs)
+        dropouts: Any = self._modules["lora_dropout"]
+        rates = {drop_rate(dropouts[name]) for name in adapters}
+        if rates != {0.0} and (len(adapters) > 1 or names is not None):
+            return self._as_peft(x, **kwargs)  # one mask for each adapter
+        if names is None:
+            weights = _kept(_ones, x)(len(adapters), x.device)
+        else:
+            weights = _kept(_one_hot, x)(tuple(names), adapters, x.device)
+        mixture = checked_mixture(weights, x, len(adapters), self._get_name())
+        return mixed(self, x, adapters, mixture, dropout=max(rates))
 
 
-class PooledLinear(Pooled, lora.Linear):
+class PooledLinear(OnePass, lora.Linear):
     """`peft.tuners.lora.Linear`, pooled."""
+
+
+_KINDS: dict[type, type[Pooled]] = {lora.Linear: PooledLinear, **OTHER_KINDS}
 
 
 def pooled_kind(kind: type) -> type[Pooled] | None:
     """The class that a layer of PEFT's class `kind` gets; None if its adapters cannot be pooled."""
-    if kind is lora.Linear:
-        return PooledLinear
+    if kind in _KINDS:
+        return _KINDS[kind]
     name = f"Pooled{kind.__name__}"
     known = name in _QUANTISED and kind.__module__ == f"peft.tuners.lora.{_QUANTISED[name]}"
     return _pooled_quantised(kind) if known else None
@@ -137,7 +142,7 @@ def pooled_kind(kind: type) -> type[Pooled] | None:
 @cache
 def _pooled_quantised(kind: type) -> type[Pooled]:
     attributes = {"__module__": __name__, "__doc__": f"PEFT's `{kind.__name__}`, pooled."}
-    return type(f"Pooled{kind.__name__}", (Pooled, kind), attributes)
+    return type(f"Pooled{kind.__name__}", (OnePass, kind), attributes)
 
 
 def __getattr__(name: str) -> Any:
@@ -154,12 +159,14 @@ def _own(layer: Any, x: Tensor, names: Sequence[str]) -> Tensor | None:
     A GPU's mixture skips adapters without weight by itself, and is a single launch.
     """
     traced = torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter)
-    if x.device.type != "cpu" or traced or layer.training or torch.is_grad_enabled():
+    if x.device.type != "cpu" or traced or torch.is_grad_enabled():
         return None
-    if torch.is_autocast_enabled("cpu") or layer.lora_variant or any(layer.lora_bias.values()):
+    if torch.is_autocast_enabled("cpu") or all_modules_are_hooked():
         return None
     # nn.Module's own lookups would cost more than the adapters' arithmetic
-    linears_a, linears_b = layer.lora_A._modules, layer.lora_B._modules
+    modules, variants, biased = layer._modules, layer.lora_variant, layer.lora_bias
+    linears_a, linears_b = modules["lora_A"]._modules, modules["lora_B"]._modules
+    dropouts = modules["lora_dropout"]._modules
     scaling = layer.scaling
     index: dict[str, int] = {}
     adapters: list[Adapter] = []
@@ -168,8 +175,12 @@ def _own(layer: Any, x: Tensor, names: Sequence[str]) -> Tensor | None:
         linear_a = linears_a.get(name)
         if linear_a is None:  # "__base__", or an adapter of other layers
             continue
-        linear_b = linears_b[name]
+        linear_b, dropout = linears_b[name], dropouts[name]
         if type(linear_a) is not nn.Linear or type(linear_b) is not nn.Linear:
+            return None
+        if name in variants or biased.get(name) or not _passes_through(dropout):
+            return None
+        if not is_bare(linear_a) or not is_bare(linear_b):
             return None
         a, b = linear_a._parameters.get("weight"), linear_b._parameters.get("weight")
         if type(a) is not nn.Parameter or type(b) is not nn.Parameter or not a.is_cpu:
@@ -192,29 +203,43 @@ def _own(layer: Any, x: Tensor, names: Sequence[str]) -> Tensor | None:
     return add_own_lora_(y.contiguous(), x, adapters, owner)
 
 
+def _passes_through(dropout: nn.Module) -> bool:
+    """Whether PEFT's dropout module gives back its input."""
+    plain = type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.training)
+    return plain and is_bare(dropout)
+
+
 def mixed(
-    layer: Any, x: Tensor, adapters: Sequence[str], mixture: Tensor, *, dropout: float = 0.0
+    layer: Any,
+    x: Tensor,
+    adapters: Sequence[str],
+    mixture: Tensor,
+    *,
+    dropout: float = 0.0,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] = MappingProxyType({}),
 ) -> Tensor:
     """A PEFT layer's base output plus the mixture of its adapters.
 
     Args:
-        layer: `peft.tuners.lora.Linear`, for which `is_plain` holds.
+        layer: `peft.tuners.lora.Linear`, whose adapters are plain (`why_not_plain`).
         adapters: the K adapters that the weights are for; the layer may lack some, not all.
         mixture: [S, K]; S divides the rows of x.
         dropout: rate on the adapters' input, with one mask for all.
+        args, kwargs: more arguments of the base layer.
     """
     base: Any = layer.base_layer
-    if dropout or not _is_plain_base(base):
+    if dropout or args or kwargs or not _is_plain_base(base):
         dropped = F.dropout(x, dropout) if dropout else x
         [delta] = mix(dropped, mixture, [_pooled(layer, x, adapters, None, None)])
-        y: Tensor = base(x)
+        y: Tensor = base(x, *args, **kwargs)
         return y + delta.to(y.dtype)
     weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
     return mix(x, mixture, [_pooled(layer, x, adapters, weight, base.bias)])[0]
 
 
 def addend(layer: Any, adapters: Sequence[str], weights: Tensor) -> Addend:
-    """The static mixture of a PEFT layer's adapters, to be merged; `is_plain` holds.
+    """The static mixture of a PEFT layer's adapters, all plain, to be merged.
 
     Args:
         weights: [K], one for each of `adapters`; the layer may lack some.
@@ -281,41 +306,23 @@ def _kept(make: Any, x: Tensor) -> Callable[..., Any]:
     return make.__wrapped__ if traced else make
 
 
-def is_plain(layer: Any, adapters: Sequence[str] | None = None) -> bool:
-    """Whether every adapter, or each of those, is y = scaling B A x, and all have one dtype."""
-    names = list(layer.lora_A) if adapters is None else adapters
-    linears = [stack[name] for stack in (layer.lora_A, layer.lora_B) for name in names]
-    return (
-        not any(name in layer.lora_variant or layer.lora_bias.get(name) for name in names)
-        and all(type(linear) is nn.Linear for linear in linears)
-        and len({linear.weight.dtype for linear in linears}) <= 1
-    )
-
-
 def mixes_by_arrow(layer: Any) -> bool:
     """Whether Arrow chooses the layer's experts now and they can be computed in one pass."""
     if not layer.lora_variant or layer.disable_adapters or layer.merged:
         return False
     arrow = arrow_of(layer)
-    if arrow is None or not is_plain(layer, arrow.experts):
+    if arrow is None or why_not_plain(layer, arrow.experts) is not None:
         return False
     [router] = layer.active_adapters
-    return not (layer.training and getattr(layer.lora_dropout[router], "p", 0.0))
+    return is_bare(arrow.router) and _passes_through(layer.lora_dropout[router])
 
 
 def _is_plain_base(base: nn.Module) -> bool:
     """Whether calling the base layer is its product and nothing else."""
     if type(base) not in (nn.Linear, Conv1D) or is_torchao(base.weight):
         return False
-    return base.weight.layout is torch.strided and "forward" not in vars(base) and not _hooked(base)
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_pre_hooks
-        or module._backward_hooks
+    return (
+        base.weight.layout is torch.strided and "forward" not in vars(base) and not is_hooked(base)
     )
 
 

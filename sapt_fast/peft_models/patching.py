@@ -2,6 +2,7 @@
 
 import logging
 import operator
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -14,7 +15,20 @@ from torch import Tensor, nn
 from sapt_fast.devices import is_offloaded
 from sapt_fast.layers import become, runs_its_class
 from sapt_fast.merging import Merged, static_weights
-from sapt_fast.peft_models.layers import Pooled, addend, is_plain, mixes_by_arrow, pooled_kind
+from sapt_fast.peft_models.layers import OnePass, mixes_by_arrow, pooled_kind
+from sapt_fast.peft_models.looks import Weighed, can_be_read, is_traced, version_of, weigh
+from sapt_fast.peft_models.parts import why_not_plain
+from sapt_fast.peft_models.pooled import Pooled, pefts_kind
+from sapt_fast.peft_models.switched import (
+    admit,
+    choice,
+    owners_of,
+    require_mergeable,
+    require_unmerged,
+    switched_parts,
+    why_switched,
+)
+from sapt_fast.peft_models.wrappers import CHOSEN_KINDS, Chosen, wrapped_kind
 from sapt_fast.report import PatchReport
 from sapt_fast.routing import Routing, require_unrouted
 from sapt_fast.towers import tower_notes
@@ -61,7 +75,11 @@ class PeftHandle(nn.Module):
         inner = model.get_base_model()
         self.routing = Routing(inner, self._route, self._has_router, self._count)
         self.routing.pools.append(self)
+        self.routing.admit = self._admit
         self._configs: list[Any] = []
+        self._parts: list[tuple[str, Any]] = []
+        self._any_obstacle = False
+        self._seen = _Seen()
         self.register_module("router", None)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -82,15 +100,13 @@ class PeftHandle(nn.Module):
 
     @property
     def report(self) -> PatchReport:
-        """The layers that mix now, and those left to PEFT and why."""
+        """The layers that mix now, and what of the adapters is left to PEFT and why."""
         report = PatchReport()
-        for path, layer in self._model.named_modules():
-            if not isinstance(layer, BaseTunerLayer):
-                continue
-            if isinstance(layer, Pooled) and _can_mix(layer):
+        for path, part in switched_parts(self._model):
+            if isinstance(part, Pooled) and _can_mix(part):
                 report.patched.append(path)
-            else:
-                report.skipped[path] = _why_not(layer)
+            elif isinstance(part, BaseTunerLayer) or owners_of(part):
+                report.skipped[path] = _why_not(part)
         bases = _bases(self._model)
         inner = self._model.get_base_model()
         prefix = f"{_path_of(inner, self._model)}."
@@ -132,26 +148,25 @@ class PeftHandle(nn.Module):
             weights: [K], finite, one for each of `tasks`.
 
         Raises:
-            ValueError: the weights do not fit, a layer's adapters cannot be mixed, or its weight
-                is quantised, sharded, not here or shared; nothing has changed then.
+            ValueError: the weights do not fit; an adapter with weight has parts that cannot be
+                merged (another variant, `modules_to_save`); or a layer's weight is quantised,
+                sharded, not here or shared; nothing has changed then.
             RuntimeError: adapters are merged already, by this or by PEFT.
         """
         self.routing.require_unmerged()
         weights = static_weights(weights, self.tasks)
         self.realign()
-        report, addends = self.report, {}
-        if report.skipped:
-            raise ValueError(f"not all layers can be mixed, so none is merged. {report}")
-        for path in report.patched:
-            layer: Any = self._model.get_submodule(path)
-            if not is_plain(layer):
-                raise ValueError(f"{path}: Arrow weighs its adapters per token: nothing is merged")
-            if layer.merged:
-                raise RuntimeError(
-                    f"{path}: adapters {layer.merged_adapters} are merged into the base weights: "
-                    "call model.unmerge_adapter() first"
-                )
-            addends[path] = addend(layer, self.tasks, weights)
+        adapters, kept = weigh(weights, self.names())
+        require_mergeable(self._parts, set(adapters))
+        addends = {}
+        for path, layer in self._parts:
+            require_unmerged(path, layer)
+            held = layer.sapt_adapters() if isinstance(layer, Pooled) else {}
+            if any(name in held for name in adapters):
+                try:
+                    addends[path] = layer.sapt_addend(adapters, kept)
+                except ValueError as error:
+                    raise ValueError(f"{path}: {error}; nothing is merged") from None
         self.routing.merged = Merged(addends, self._model)
 
     def unmerge(self) -> None:
@@ -180,14 +195,62 @@ class PeftHandle(nn.Module):
             )
         if self.routing.merged is not None:
             _require_no_others(self._model)
-        for layer in list(self._model.modules()):
-            if pooled_kind(type(layer)) is not None and runs_its_class(layer):
-                _swap(layer, self)
+        self._parts = switched_parts(self._model)
+        for _, part in self._parts:
+            if runs_its_class(part):
+                _swap(part, self)
         self._configs = configs
 
     def names(self) -> tuple[str, ...]:
         """`tasks` as a tuple."""
         return tuple(self.tasks)
+
+    def weighed(self, weights: Tensor) -> Weighed:
+        """The adapters with any weight and their columns; all of them where a look would wait.
+
+        Args:
+            weights: the running ones, [.., K].
+        """
+        seen = self._seen
+        if seen.weights is weights and seen.weighed is not None and self.routing.is_running:
+            return seen.weighed
+        names, version = self.names(), version_of(weights)
+        if seen.weights is weights and seen.at == (version, names) and seen.weighed is not None:
+            return seen.weighed
+        train = weights.requires_grad and torch.is_grad_enabled()
+        waits = self._any_obstacle and not train and not is_traced(weights)
+        if not can_be_read(weights) and not waits:
+            return Weighed(names, weights)
+        weighed = weigh(weights, names)
+        if version is not None:
+            seen.weights, seen.at, seen.weighed = weights, (version, names), weighed
+        return weighed
+
+    @torch.compiler.disable(reason="the values of the weights decide whose copy runs")
+    def owners(self, part: Any) -> list[str | None] | None:
+        """Whose copy of a wrapped module runs: one entry for each sample, or one for all.
+
+        None without weights, when PEFT decides.
+        """
+        if self.routing.merged is not None:
+            return [None]
+        weights = None if self._seen.named else self.routing.running
+        if weights is None:
+            return None
+        trains = weights.requires_grad and torch.is_grad_enabled()
+        owners = None if trains else choice(part, weights, self.names())
+        if owners is None:
+            raise RuntimeError(f"mixture weights for a module that has none: {why_switched(part)}")
+        return owners
+
+    def _admit(self, weights: Tensor) -> None:
+        """Before a forward: raises RuntimeError if its weights do not reach all that they must."""
+        seen = self._seen
+        seen.weights = seen.at = seen.weighed = None  # their values may have changed in place
+        if seen.named:  # names go before a router
+            return
+        self._any_obstacle = admit(self._parts, weights, self.names())
+        seen.weights, seen.weighed = weights, self.weighed(weights)
 
     def forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         """Stands in for PEFT's `_enable_peft_forward_hooks`, whose hooks outlive an error inside.
@@ -208,19 +271,39 @@ class PeftHandle(nn.Module):
         hooks: AbstractContextManager[None] = type(tuner)._enable_peft_forward_hooks(
             tuner, *args, **kwargs
         )
-        return _closed(hooks) if named else hooks
+        return self._seen.by_name(hooks) if named else hooks
 
     def _unload(self, *args: Any, **kwargs: Any) -> Any:
-        """PEFT's `unload`, unless a mixture is merged, which would stay in the base weights."""
+        """PEFT's `unload`, after which nothing of ours is left.
+
+        Raises:
+            RuntimeError: a mixture is merged, which would stay in the base weights.
+        """
         self.routing.require_unmerged()
         tuner = self._model.base_model
-        return type(tuner).unload(tuner, *args, **kwargs)
+        model = type(tuner).unload(tuner, *args, **kwargs)
+        self.leave()
+        return model
 
     def _merge_and_unload(self, *args: Any, **kwargs: Any) -> Any:
-        """PEFT's `merge_and_unload`, unless a mixture is merged: then nothing changes."""
+        """PEFT's `merge_and_unload`, after which nothing of ours is left.
+
+        Raises:
+            RuntimeError: a mixture is merged; nothing has changed then.
+        """
         self.routing.require_unmerged()
         tuner = self._model.base_model
-        return type(tuner).merge_and_unload(tuner, *args, **kwargs)
+        model = type(tuner).merge_and_unload(tuner, *args, **kwargs)
+        self.leave()
+        return model
+
+    def leave(self) -> None:
+        """Takes hooks, stand-ins and this handle off the model, and gives layers their classes."""
+        self.routing.remove()
+        for name in self.stand_ins():
+            del vars(self._model.base_model)[name]
+        del self._model.sapt
+        _restore_all(self._model)
 
     def stand_ins(self) -> dict[str, Callable[..., Any]]:
         """By name, the methods that the model's tuner has in place of its own."""
@@ -275,20 +358,18 @@ def patch_peft(model: PeftModel, *, strict: bool) -> None:
     if not handle.tasks:
         kinds = sorted({str(config.peft_type) for config in model.peft_config.values()})
         raise ValueError(f"model: got a PeftModel with adapters {kinds}, expected LoRA among them")
-    report = handle.report
-    plain = [
-        layer
-        for layer in model.modules()
-        if pooled_kind(type(layer)) and runs_its_class(layer) and _can_mix(layer)
-    ]
     _require_fitting(model)
-    refused = {path: why for path, why in report.skipped.items() if why != _UNPATCHED}
-    if not plain:
-        raise ValueError(f"model: no LoRA layer can be computed in one pass: {refused}")
-    if strict and refused:
-        raise ValueError(f"strict: not everything can be patched: {refused}")
     handle.realign()
-    for note in handle.report.notes:
+    report = handle.report
+    try:
+        if not any(_has_poolable(part) for _, part in switched_parts(model)):
+            raise ValueError(f"model: no LoRA layer can be computed in one pass: {report.skipped}")
+        if strict and report.skipped:
+            raise ValueError(f"strict: not everything can be patched: {report.skipped}")
+    except ValueError:
+        _restore_all(model)
+        raise
+    for note in report.notes:
         logger.warning("%s", note)
     model.sapt = handle
     vars(model.base_model).update(handle.stand_ins())
@@ -296,12 +377,14 @@ def patch_peft(model: PeftModel, *, strict: bool) -> None:
 
 
 def _require_fitting(model: PeftModel) -> None:
-    """Raises ValueError if an adapter's matrices do not fit its layer's inputs and outputs."""
-    for path, layer in model.named_modules():
-        if pooled_kind(type(layer)) is None:
+    """Raises ValueError if a plain adapter's matrices do not fit its layer over a linear one."""
+    for path, layer in switched_parts(model):
+        if not issubclass(pooled_kind(type(layer)) or object, OnePass):
             continue
         inputs, outputs = layer.in_features, layer.out_features
         for name in layer.lora_A:
+            if why_not_plain(layer, [name]) is not None:
+                continue  # PEFT's own: block-diagonal matrices, say, have other shapes
             if any(
                 stack[name].weight.is_meta and not is_offloaded(stack[name])
                 for stack in (layer.lora_A, layer.lora_B)
@@ -322,40 +405,50 @@ def _require_fitting(model: PeftModel) -> None:
 def unpatch_peft(model: PeftModel) -> None:
     """`unpatch` of a PEFT model; see there."""
     handle = model.sapt
-    for path, layer in model.named_modules():
+    for path, layer in model.base_model.named_modules():
         if "sapt_routing" in vars(layer) and not _is_ours(layer):
             kind = type(layer)
             raise ValueError(
                 f"{path}: got {kind.__module__}.{kind.__name__}, expected the layer that patch put "
                 "there; undo first what another library did to the model since"
             )
-    handle.routing.remove()
-    for name in handle.stand_ins():
-        del vars(model.base_model)[name]
-    del model.sapt
-    for layer in model.modules():
-        if isinstance(layer, Pooled):
-            _restore(layer)
+    handle.leave()
 
 
-@contextmanager
-def _closed(context: AbstractContextManager[None]) -> Iterator[None]:
-    """A context that ends as without an error even after one: PEFT's hooks go only then."""
-    context.__enter__()
-    try:
-        yield
-    finally:
-        context.__exit__(None, None, None)
+class _Seen(threading.local):
+    """What this thread's forward found in its weights.
+
+    Attributes:
+        weights: those looked at. at: their version and the adapters then. weighed: the adapters
+            that have any.
+        named: whether `adapter_names` run, which go before a router.
+    """
+
+    weights: Tensor | None = None
+    at: tuple[int, tuple[str, ...]] | None = None
+    weighed: Weighed | None = None
+    named: bool = False
+
+    @contextmanager
+    def by_name(self, hooks: AbstractContextManager[None]) -> Iterator[None]:
+        """PEFT's hooks for `adapter_names`, which are taken off even after an error."""
+        hooks.__enter__()
+        before, self.named = self.named, True
+        try:
+            yield
+        finally:
+            self.named = before
+            hooks.__exit__(None, None, None)
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(self), ()
 
 
 def _require_no_others(model: PeftModel) -> None:
     """Raises RuntimeError if layers that cannot be pooled have adapters: these act when merged."""
-    for path, layer in model.named_modules():
-        if not isinstance(layer, BaseTunerLayer) or isinstance(layer, Pooled):
-            continue
-        if pooled_kind(type(layer)) is None and any(
-            len(getattr(layer, name, ())) for name in layer.adapter_layer_names
-        ):
+    for path, layer in switched_parts(model):
+        owned = isinstance(layer, (Pooled, Chosen)) or _own_kind(type(layer)) is not None
+        if not owned and owners_of(layer):
             raise RuntimeError(
                 f"{path}: {_why_not(layer)}, and has got adapters while a mixture is merged into "
                 "the base weights, beside which they would act: call model.sapt.unmerge() first, "
@@ -364,6 +457,7 @@ def _require_no_others(model: PeftModel) -> None:
 
 
 _UNPATCHED = "not patched yet"
+_REPLACED = "its forward was replaced by another library"
 
 
 def _bases(model: PeftModel) -> list[str]:
@@ -377,38 +471,61 @@ def _path_of(module: nn.Module, model: nn.Module) -> str:
 
 
 def _can_mix(layer: Any) -> bool:
-    return is_plain(layer) or mixes_by_arrow(layer)
+    return layer.sapt_why_not() is None or _by_arrow(layer)
 
 
-def _is_ours(layer: Any) -> bool:
-    """Whether the layer is as `_swap` left it, and another library has not swapped it again."""
-    kinds = [kind for kind in type(layer).__bases__ if kind is not Pooled]
-    return isinstance(layer, Pooled) and pooled_kind(kinds[0]) is type(layer)
+def _by_arrow(layer: Any) -> bool:
+    return isinstance(layer, OnePass) and mixes_by_arrow(layer)
 
 
-def _swap(layer: Any, handle: PeftHandle) -> None:
-    layer.sapt_routing = handle.routing
-    layer.sapt_names = handle.names
-    kind = pooled_kind(type(layer))
-    assert kind is not None
-    become(layer, kind)  # last: other threads may be running the layer
+def _has_poolable(part: Any) -> bool:
+    """Whether it is a pooled layer, and some of its adapters can be computed in one pass."""
+    if not isinstance(part, Pooled):
+        return False
+    return _by_arrow(part) or any(
+        part.sapt_why_not([name]) is None for name in part.sapt_adapters()
+    )
 
 
-def _restore(layer: Any) -> None:
-    become(layer, next(k for k in type(layer).__bases__ if k is not Pooled))
-    del layer.sapt_names, layer.sapt_routing
+def _own_kind(kind: type) -> type | None:
+    """The class that a layer or wrapper of PEFT's class `kind` gets; None if it keeps that."""
+    return pooled_kind(kind) or CHOSEN_KINDS.get(kind)
 
 
-def _why_not(layer: Any) -> str:
-    kind = type(layer)
-    if not (issubclass(kind, Pooled) or pooled_kind(kind)):
-        return f"{kind.__module__}.{kind.__name__} is not PEFT's LoRA layer over a linear one"
-    if not runs_its_class(layer):
-        return "its forward was replaced by another library"
-    if _can_mix(layer):
-        return _UNPATCHED
-    if layer.lora_variant:
-        return f"adapters with variants ({sorted(layer.lora_variant)}) are left to PEFT"
-    if any(layer.lora_bias.values()):
-        return "adapters with a bias are left to PEFT"
-    return "its adapters have several dtypes"
+def _before(kind: type) -> type:
+    return wrapped_kind(kind) if issubclass(kind, Chosen) else pefts_kind(kind)
+
+
+def _is_ours(part: Any) -> bool:
+    """Whether it is as `_swap` left it, and another library has not swapped it again."""
+    kind = type(part)
+    return isinstance(part, (Pooled, Chosen)) and _own_kind(_before(kind)) is kind
+
+
+def _swap(part: Any, handle: PeftHandle) -> None:
+    """Gives a layer or wrapper its class; one of ours that PEFT has copied, this model's handle."""
+    kind = type(part) if isinstance(part, (Pooled, Chosen)) else _own_kind(type(part))
+    if kind is None:
+        return
+    part.sapt_routing = handle.routing
+    if issubclass(kind, Chosen):
+        part.sapt_owners = handle.owners
+    else:
+        part.sapt_weighed = handle.weighed
+    become(part, kind)  # last: other threads may be running the layer
+
+
+def _restore_all(model: PeftModel) -> None:
+    for part in model.base_model.modules():
+        if isinstance(part, (Pooled, Chosen)):
+            become(part, _before(type(part)))
+            for name in ("sapt_routing", "sapt_owners", "sapt_weighed"):
+                vars(part).pop(name, None)
+
+
+def _why_not(part: Any) -> str:
+    if not isinstance(part, (Pooled, Chosen)) and _own_kind(type(part)) is not None:
+        return _UNPATCHED if runs_its_class(part) else _REPLACED
+    if not isinstance(part, Pooled):
+        return why_switched(part)
+    return part.sapt_why_not() or _REPLACED

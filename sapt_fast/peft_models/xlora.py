@@ -13,9 +13,12 @@ from peft import PeftModel
 from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
 from peft.tuners.xlora.layer import XLoraLinearLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from sapt_fast.peft_models.layers import is_plain, mixed
+from sapt_fast.peft_models.layers import mixed
+from sapt_fast.peft_models.parts import drop_rate, why_not_plain
+from sapt_fast.peft_models.switched import switched_parts, why_switched
 from sapt_fast.peft_models.xlora_generation import CachedGeneration
 from sapt_fast.report import PatchReport
 
@@ -38,7 +41,13 @@ class XLoraHandle(nn.Module):
             if type(layer) is lora.Linear and _loop_of(layer) is not None:
                 self.report.patched.append(path)
             else:
-                self.report.skipped[path] = f"{type(layer).__name__}: not an expert layer of X-LoRA"
+                kind = repr(layer).partition("(")[0]
+                self.report.skipped[path] = f"{kind} runs its experts as in PEFT"
+        self.report.notes += [
+            f"{path}: {why_switched(part)}; PEFT takes the active adapter's, whatever X-LoRA scales"
+            for path, part in switched_parts(model)
+            if isinstance(part, AuxiliaryTrainingWrapper)
+        ]
         self.generation = CachedGeneration(model, all_pooled=not self.report.skipped)
         if self.generation.obstacle is not None:
             note = f"generation without a cache, as in PEFT: {self.generation.obstacle}"
@@ -67,9 +76,10 @@ class PooledExperts:
             scalings = running.scalings
         if running.base_only or (layer.disable_adapters and self._scales_by_zero()):
             return layer.base_layer(x, *args, **kwargs)
-        drops = layer.training and any(getattr(d, "p", 0.0) for d in layer.lora_dropout.values())
-        off = loop.adapters_disabled or layer.merged or drops or not is_plain(layer)
-        if scalings is None or args or kwargs or off or x.dim() != 3:
+        drops = any(drop_rate(dropout) for dropout in layer.lora_dropout.values())
+        off = loop.adapters_disabled or layer.merged or drops
+        others = args or kwargs or x.dim() != 3
+        if scalings is None or others or off or why_not_plain(layer) is not None:
             return loop.forward(x, *args, scalings=scalings, **kwargs)
         weights = loop.get_maybe_topk_scalings(scalings) * loop.config.global_scaling_weight
         adapters = tuple(layer.active_adapters)

@@ -125,7 +125,8 @@ def _obstacles(parts: list[tuple[str, Any]], samples: int) -> Iterator[Obstacle]
                 require_unmerged(path, part)
                 yield Obstacle(path, part, why_switched(part))
         elif not part._disable_adapters:
-            require_unmerged(path, part)
+            if part.merged_adapters:
+                require_unmerged(path, part)
             reason = _why_not_mixed(path, part, None, samples)
             if reason is not None:
                 yield Obstacle(path, part, reason)

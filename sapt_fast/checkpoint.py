@@ -2,13 +2,12 @@
 
 In a saved directory, `<task>/` is a folder that PEFT loads by itself, router.safetensors holds the
 query projection, keys [K, D] and targets.<task> [k], and sapt_config.json the SaptConfig, the tasks
-in learning order and what tells the base model from others.
+in learning order, what tells the base model from others and digests (see `sapt_fast.description`).
 """
 
 import json
-import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,26 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from sapt_fast import __version__
 from sapt_fast._base_model import describe_base, require_base, require_model_type
-from sapt_fast._files import replace_directory, whole_directory
+from sapt_fast._files import atomic_write_text, read_directory, replace_directory
+from sapt_fast.adapter_config import require_lora_config, require_prompt_config
+from sapt_fast.description import (
+    CONFIG_FILE,
+    ROUTER_FILE,
+    STRATEGY_FILE,
+    check_description,
+    describe,
+    is_sealed,
+    per_layer,
+    read_description,
+    require_routed,
+    require_sealed,
+    seal,
+    stated_files,
+    strategy_of,
+)
 from sapt_fast.handle import Adapter, SaptHandle
 from sapt_fast.merging import static_weights
 from sapt_fast.methods.sapt import SaptConfig, SaptRouter
@@ -28,21 +43,23 @@ from sapt_fast.peft_format import (
     LORA_FILES,
     read_lora,
     read_metadata,
-    read_tensors,
     require_shapes,
+    task_mark,
     write_lora,
-    write_tensors,
 )
+from sapt_fast.pool import RowStack
 from sapt_fast.prompt_format import outer_layers, read_prompt, write_prompt
 from sapt_fast.prompts.patching import PromptHandle
 from sapt_fast.prompts.routing import prompt_place
 from sapt_fast.sharding import is_sharded, whole
+from sapt_fast.stored_files import (
+    StoredFiles,
+    digest_of_file,
+    read_tensors,
+    require_finite,
+    write_tensors,
+)
 
-FORMAT_VERSION = 1
-
-_CONFIG_FILE = "sapt_config.json"
-_ROUTER_FILE = "router.safetensors"
-_FIELDS = {"format_version", "sapt_fast_version", "config", "tasks", "base_model"}
 _EXPORT_MARK = {"sapt_fast": "export_adapter"}
 
 
@@ -73,17 +90,23 @@ def save_pretrained(
     directory: str | os.PathLike[str],
     *,
     is_main_process: bool | None = None,
+    state: Mapping[str, Tensor] | None = None,
+    strategy_state: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Saves the tasks, the router and the settings of a patched model.
 
     The folder is replaced as a whole: a kill at any point leaves the old or the new one, which
-    `load_pretrained` finds (see `sapt_fast._files.replace_directory`).
+    `load_pretrained` finds, and several processes take turns (see
+    `sapt_fast._files.replace_directory`). sapt_config.json holds digests of all files.
 
     Args:
         model: patched, with at least one task.
         directory: what an earlier call wrote there is replaced, other files stay.
         is_main_process: whether this process writes; only one may at a time. None: if it calls,
             but of a sharded model, for which all processes must call, rank 0 alone.
+        state: the model's state_dict, whose values are saved in place of those that it has now.
+        strategy_state: what a continual strategy remembers beside the adapters; for
+            `read_strategy_state`.
 
     Raises:
         ValueError: the model is not patched, has no task, or its targets do not fit its tasks; the
@@ -91,26 +114,27 @@ def save_pretrained(
         FileExistsError: a file that this function has not written is in the way.
         RuntimeError: a mixture is merged into the base weights, by which the base model is known
             again.
+        TimeoutError: another process keeps the folder locked.
         OSError: it cannot be written; it is then as it was.
     """
     handle = _patched(model)
     handle.routing.require_unmerged()
     _require_targets("targets", handle.targets, handle.tasks)
-    state = handle.router.state_dict(keep_vars=True)  # whole() asks whose they are
-    router = {n: whole(t) for n, t in state.items() if not n.startswith("keys.")}
-    router["keys"] = handle.router.keys.rows()
+    router = _router_tensors(handle, state)
     for name, target in handle.targets.items():
         router[f"targets.{name}"] = target.float()
-    adapters = _adapters(handle)
-    text = json.dumps(_description(model, handle), indent=2, default=sorted)
+    adapters = _adapters(handle, state)
+    description = _description(model, handle, state)
     if not _writes(model, is_main_process):
         return
     with replace_directory(directory, _written) as folder:
         write = write_prompt if isinstance(handle, PromptHandle) else write_lora
         for name, adapter in zip(handle.tasks, adapters, strict=True):
-            write(folder / name, model, adapter)
-        write_tensors(folder / _ROUTER_FILE, router)
-        (folder / _CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+            write(folder / name, model, adapter, task_mark(name))
+        write_tensors(folder / ROUTER_FILE, router)
+        if strategy_state:
+            write_tensors(folder / STRATEGY_FILE, strategy_state)
+        _write_description(folder, description)
 
 
 def load_pretrained(model: PreTrainedModel, directory: str | os.PathLike[str]) -> PreTrainedModel:
@@ -123,7 +147,7 @@ def load_pretrained(model: PreTrainedModel, directory: str | os.PathLike[str]) -
     Args:
         model: not patched (it gets the stored config), or patched with the stored config and
             still without tasks.
-        directory: written by `save_pretrained`.
+        directory: written by `save_pretrained`, of `model.sapt` or of the model itself.
 
     Returns:
         model.
@@ -131,8 +155,11 @@ def load_pretrained(model: PreTrainedModel, directory: str | os.PathLike[str]) -
     Raises:
         TypeError: model is not a PreTrainedModel.
         FileNotFoundError: a file is missing.
-        ValueError: the model has tasks or another config, is another base model, or a file is
-            damaged or does not fit the others.
+        ValueError: the model has tasks or another config, is another base model; a file is
+            damaged, hostile or not the one that was saved, does not fit the others, holds values
+            that are not finite or a scaling above 2**30, or an adapter_config.json tells PEFT
+            something else; or a continual strategy whose predictions are not those of SAPT's
+            router trained the tasks.
 
     Example:
         >>> import sapt_fast, tempfile
@@ -145,13 +172,116 @@ def load_pretrained(model: PreTrainedModel, directory: str | os.PathLike[str]) -
         ['first']
     """
     handle = _without_tasks(model)
-    folder = whole_directory(directory, _CONFIG_FILE)
-    source = folder / _CONFIG_FILE
-    description = _read_description(source)
+    description, files = read_directory(directory, CONFIG_FILE, _read_files)
+    require_routed(strategy_of(description, files.folder), files.folder)
+    return _put_in(model, _checked(model, handle, description, files))
+
+
+def load_of_strategy(
+    model: PreTrainedModel, directory: str | os.PathLike[str], strategy: str
+) -> PreTrainedModel:
+    """`load_pretrained` for the continual strategy that trained the tasks.
+
+    Raises:
+        ValueError: as `load_pretrained`, or another strategy trained them.
+    """
+    handle = _without_tasks(model)
+    description, files = read_directory(directory, CONFIG_FILE, _read_files)
+    stored = strategy_of(description, files.folder)
+    if stored not in (None, strategy):
+        raise ValueError(
+            f"{files.folder}: holds the adapters of strategy {stored!r}, expected {strategy!r}"
+        )
+    _put_in(model, _checked(model, handle, description, files))
+    model.sapt.strategy = strategy
+    return model
+
+
+def read_strategy_state(directory: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The `strategy_state` of a saved folder; empty if there is none.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_pretrained`.
+    """
+    description, files = read_directory(directory, CONFIG_FILE, _read_files)
+    if STRATEGY_FILE in files.digests:
+        require_sealed(description, files)
+        return files.tensors(STRATEGY_FILE)[0]
+    if not is_sealed(description) and (files.folder / STRATEGY_FILE).is_file():
+        return read_tensors(files.folder / STRATEGY_FILE)[0]
+    return {}
+
+
+def restore_values(handle: SaptHandle, directory: str | os.PathLike[str]) -> None:
+    """Gives the tasks that a patched model has the values that they have in a saved folder.
+
+    Args:
+        handle: with the tasks and the config of the folder.
+        directory: written by `save_pretrained`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_pretrained`, or it holds other tasks.
+    """
+    model = handle._model
+    description, files = read_directory(directory, CONFIG_FILE, _read_files)
+    stored = _checked(model, handle, description, files)
+    if stored.names != handle.tasks:
+        raise ValueError(
+            f"{files.folder}: holds the tasks {stored.names}, but the model has {handle.tasks}"
+        )
+    with torch.no_grad():
+        for k, adapters in enumerate(stored.adapters):
+            if isinstance(adapters, Tensor):
+                assert isinstance(handle, PromptHandle)
+                handle.prompts.prompt(k).copy_(adapters)
+                continue
+            for path, pool in handle.pools.items():
+                for own, value in zip(pool.adapter(k), adapters[path][:2], strict=True):
+                    own.copy_(value)
+        handle.router.keys.rows().copy_(stored.keys)
+        handle.router.load_state_dict(stored.router, strict=False)
+    handle.targets.clear()
+    handle.targets.update({name: target.clone() for name, target in stored.targets.items()})
+
+
+def renew_digests(directory: str | os.PathLike[str]) -> None:
+    """Notes the digests of a saved folder's files anew, after they were edited on purpose.
+
+    Args:
+        directory: written by `save_pretrained`.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: sapt_config.json is damaged.
+    """
+    description, files = read_directory(directory, CONFIG_FILE, _read_files)
+    if not is_sealed(description):
+        raise ValueError(f"{files.folder}: an earlier version saved it, which has no digests")
+    digests = {name: files.digests[name] for name in stated_files(description)}
+    atomic_write_text(files.folder / CONFIG_FILE, seal(description, digests))
+
+
+def _read_files(folder: Path) -> tuple[dict[str, Any], StoredFiles]:
+    files = StoredFiles(folder)
+    files.take(CONFIG_FILE)
+    description = check_description(files.json(CONFIG_FILE), folder / CONFIG_FILE)
+    for name in stated_files(description):
+        files.take(name)
+    return description, files
+
+
+def _checked(
+    model: PreTrainedModel,
+    handle: SaptHandle | None,
+    description: dict[str, Any],
+    files: StoredFiles,
+) -> StoredTasks:
+    """The content of a saved folder, parsed and checked by itself and against the model."""
+    folder, source = files.folder, files.folder / CONFIG_FILE
     require_model_type(model, description["base_model"], source)
     try:
         config = SaptConfig.from_dict(description["config"])
-    except (TypeError, ValueError) as error:
+    except (OverflowError, TypeError, ValueError) as error:
         raise ValueError(f"{source}: config: {error}") from error
     layers = _layers(model, handle, config, source)
     require_base(model, layers, description["base_model"], source)
@@ -160,19 +290,49 @@ def load_pretrained(model: PreTrainedModel, directory: str | os.PathLike[str]) -
     adapters: list[dict[str, Adapter] | Tensor] = []
     for task in description["tasks"]:
         if config.adapter == "prompt":
-            adapters.append(read_prompt(folder / task["name"], config.prompt_length, _width(model)))
+            length, width = config.prompt_length, _width(model)
+            adapters.append(read_prompt(files, task["name"], length, width))
             continue
         where = f"{source}: task {task['name']!r}"
-        ranks = _per_layer(task["rank"], layers, _is_rank, f"{where}: rank")
-        scaling = _per_layer(task["scaling"], layers, _is_finite, f"{where}: scaling")
+        ranks = per_layer(task, "rank", layers, where)
+        scaling = per_layer(task, "scaling", layers, where)
         shapes = {path: (ranks[path], *layers[path]) for path in layers}
-        weights = read_lora(folder / task["name"], shapes)
+        weights = read_lora(files, task["name"], shapes)
         adapters.append({path: (*weights[path], float(scaling[path])) for path in layers})
-    router = read_tensors(folder / _ROUTER_FILE)
+    router, _ = files.tensors(ROUTER_FILE)
     targets = {n.removeprefix("targets."): t for n, t in router.items() if n.startswith("targets.")}
     router = {n: t for n, t in router.items() if not n.startswith("targets.")}
     keys = router.pop("keys", torch.empty(0))
-    return install(model, StoredTasks(str(folder), config, names, adapters, keys, router, targets))
+    stored = StoredTasks(str(folder), config, names, adapters, keys, router, targets)
+    _require_fits(model, handle, stored)
+    _require_same_in_peft(model, stored, files, is_sealed(description))
+    require_sealed(description, files)
+    return stored
+
+
+def _require_same_in_peft(
+    model: PreTrainedModel, stored: StoredTasks, files: StoredFiles, sealed: bool
+) -> None:
+    """Raises ValueError if PEFT would compute something else from a task's folder."""
+    modules = [n for n, _ in model.named_modules() if not n.startswith("sapt.")]
+    modules = [name for name in modules if ".sapt_pool" not in name]
+    for name, adapters in zip(stored.names, stored.adapters, strict=True):
+        path = files.folder / name / LORA_FILES[0]
+        values = files.json(f"{name}/{LORA_FILES[0]}")
+        if isinstance(adapters, Tensor):
+            length, width = adapters.shape
+            require_prompt_config(path, values, length, width, sealed=sealed)
+            continue
+        present = {layer: (len(a), scaling) for layer, (a, _, scaling) in adapters.items() if len(a)}
+        require_lora_config(
+            path,
+            values,
+            present,
+            modules,
+            transposed=any(isinstance(model.get_submodule(layer), Conv1D) for layer in present),
+            dropout=stored.config.lora_dropout,
+            sealed=sealed,
+        )
 
 
 def export_adapter(
@@ -232,7 +392,11 @@ def install(model: Any, stored: StoredTasks) -> PreTrainedModel:
     Raises:
         TypeError, ValueError: as `load_pretrained`; the model is then unchanged.
     """
-    handle = _without_tasks(model)
+    _require_fits(model, _without_tasks(model), stored)
+    return _put_in(model, stored)
+
+
+def _require_fits(model: Any, handle: SaptHandle | None, stored: StoredTasks) -> None:
     layers = _layers(model, handle, stored.config, stored.source)
     for name, adapters in zip(stored.names, stored.adapters, strict=True):
         tensors: dict[str, Tensor] = {}
@@ -258,7 +422,25 @@ def install(model: Any, stored: StoredTasks) -> PreTrainedModel:
     shapes |= {"keys": (len(stored.names), width)}
     require_shapes(f"{stored.source}, router", {**stored.router, "keys": stored.keys}, shapes)
     _require_targets(f"{stored.source}, targets", stored.targets, stored.names)
+    _require_values(model, stored)
 
+
+def _require_values(model: Any, stored: StoredTasks) -> None:
+    """Raises ValueError if a value is not finite, in the dtype that it will have."""
+    dtype = stored.config.adapter_dtype(model.get_input_embeddings().weight.dtype)
+    for name, adapters in zip(stored.names, stored.adapters, strict=True):
+        source = f"{stored.source}, task {name!r}"
+        if isinstance(adapters, Tensor):
+            require_finite(source, {"prompt": adapters.to(dtype)})
+            continue
+        for path, (a, b, _) in adapters.items():
+            require_finite(source, {f"{path} A": a.to(dtype), f"{path} B": b.to(dtype)})
+    tensors = {**stored.router, "keys": stored.keys, **stored.targets}
+    require_finite(f"{stored.source}, router", {n: t.to(dtype) for n, t in tensors.items()})
+
+
+def _put_in(model: Any, stored: StoredTasks) -> PreTrainedModel:
+    handle = _without_tasks(model)
     if handle is None:
         patch(model, stored.config)
     try:
@@ -273,7 +455,7 @@ def install(model: Any, stored: StoredTasks) -> PreTrainedModel:
 
 def _fill(handle: SaptHandle, stored: StoredTasks) -> None:
     for name, adapters, key in zip(stored.names, stored.adapters, stored.keys, strict=True):
-        handle.restore_task(name, adapters, key)
+        handle.put_task(name, adapters, key)
     handle.router.load_state_dict(stored.router, strict=False)
     handle.targets.update({name: target.clone() for name, target in stored.targets.items()})
 
@@ -299,9 +481,23 @@ def _without_tasks(model: Any) -> SaptHandle | None:
     return handle
 
 
-def _stacks(handle: SaptHandle) -> dict[str, tuple[Tensor, Tensor]]:
-    """A and B of all tasks, by layer; gathers what is sharded."""
-    return {path: (pool.a.rows(), pool.b.rows()) for path, pool in handle.pools.items()}
+def _rows(path: str, stack: RowStack, state: Mapping[str, Tensor] | None) -> Tensor:
+    """All rows of a stack, from the model's state_dict if there is one; gathers what is sharded."""
+    if state is None:
+        return stack.rows()
+    return torch.cat([state[f"{path}.frozen"], state[f"{path}.trainable"]])
+
+
+def _router_tensors(
+    handle: SaptHandle, state: Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """The router's state_dict, with all keys [K, D] as one."""
+    held = handle.router.state_dict(keep_vars=True)  # whole() asks whose they are
+    if state is not None:
+        held = {name: state[f"sapt.router.{name}"] for name in held}
+    router = {n: whole(t) for n, t in held.items() if not n.startswith("keys.")}
+    router["keys"] = _rows("sapt.router.keys", handle.router.keys, state)
+    return router
 
 
 def _writes(model: PreTrainedModel, is_main_process: bool | None) -> bool:
@@ -310,13 +506,19 @@ def _writes(model: PreTrainedModel, is_main_process: bool | None) -> bool:
     return is_main_process
 
 
-def _adapters(handle: SaptHandle) -> list[Any]:
-    """What each task's adapter is written from; gathers what is sharded."""
+def _adapters(handle: SaptHandle, state: Mapping[str, Tensor] | None) -> list[Any]:
+    """What each task's adapter is written from."""
+    count = len(handle.tasks)
     if isinstance(handle, PromptHandle):
-        return [handle.prompts.prompt(index) for index in range(len(handle.tasks))]
-    stacks, pools = _stacks(handle), handle.pools
+        rows = _rows("sapt.prompts.rows", handle.prompts.rows, state)
+        return list(rows.reshape(count, -1, rows.shape[1]))
+    pools = handle.pools
+    stacks = {
+        path: tuple(_rows(f"{path}.sapt_pool.{side}", getattr(pool, side), state) for side in "ab")
+        for path, pool in pools.items()
+    }
     adapters = []
-    for index in range(len(handle.tasks)):
+    for index in range(count):
         own = {}
         for path, (a, b) in stacks.items():
             start = sum(pools[path].ranks[:index])
@@ -378,7 +580,9 @@ def _require_targets(source: str, targets: Mapping[str, Tensor], names: list[str
 # --- sapt_config.json ---
 
 
-def _description(model: PreTrainedModel, handle: SaptHandle) -> dict[str, Any]:
+def _description(
+    model: PreTrainedModel, handle: SaptHandle, state: Mapping[str, Tensor] | None
+) -> dict[str, Any]:
     tasks: list[dict[str, Any]] = []
     for index, name in enumerate(handle.tasks):
         if isinstance(handle, PromptHandle):
@@ -388,67 +592,18 @@ def _description(model: PreTrainedModel, handle: SaptHandle) -> dict[str, Any]:
         scaling = {path: pool.scaling[index] for path, pool in handle.pools.items()}
         tasks.append({"name": name, "rank": _uniform(ranks), "scaling": _uniform(scaling)})
     layers = _layers(model, handle, handle.config, "")
-    return {
-        "format_version": FORMAT_VERSION,
-        "sapt_fast_version": __version__,
-        "config": handle.config.to_dict(),
-        "tasks": tasks,
-        "base_model": describe_base(model, layers),
-    }
+    base = describe_base(model, layers, state)
+    return describe(handle.config.to_dict(), tasks, base, handle.strategy)
 
 
 def _uniform(values: dict[str, Any]) -> Any:
     return next(iter(values.values())) if len(set(values.values())) == 1 else values
 
 
-def _per_layer(
-    value: Any, layers: Mapping[str, Any], valid: Callable[[Any], bool], source: str
-) -> dict[str, Any]:
-    values = value if isinstance(value, dict) else dict.fromkeys(layers, value)
-    if set(values) != set(layers) or not all(valid(number) for number in values.values()):
-        raise ValueError(
-            f"{source}: got {value!r}, expected a number or one for each of {sorted(layers)}"
-        )
-    return values
-
-
-def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_finite(value: Any) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and math.isfinite(value)
-
-
-def _read_description(path: Path) -> dict[str, Any]:
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: truncated or no JSON ({error})") from error
-    version = description.get("format_version") if isinstance(description, dict) else None
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{path}: format_version is {version!r}, expected {FORMAT_VERSION}")
-    if set(description) != _FIELDS:
-        raise ValueError(f"{path}: fields {sorted(description)}, expected {sorted(_FIELDS)}")
-    tasks = description["tasks"]
-    config = description["config"]
-    prompts = isinstance(config, dict) and config.get("adapter") == "prompt"
-    fields = {"name"} if prompts else {"name", "rank", "scaling"}
-    if not isinstance(tasks, list) or any(
-        not isinstance(t, dict) or set(t) != fields or not isinstance(t["name"], str) for t in tasks
-    ):
-        raise ValueError(f"{path}: tasks: expected a list of objects with {sorted(fields)}")
-    names = [task["name"] for task in tasks]
-    for name in names:
-        folder = os.path.basename(name) == name and name not in ("", ".", "..")
-        if not folder or names.count(name) > 1:
-            raise ValueError(
-                f"{path}: tasks: {name!r} is no folder name or stands twice in {names}"
-            )
-    if not names:
-        raise ValueError(f"{path}: tasks: got none")
-    return description
+def _write_description(folder: Path, description: Mapping[str, Any]) -> None:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    digests = {path.relative_to(folder).as_posix(): digest_of_file(path) for path in files}
+    (folder / CONFIG_FILE).write_text(seal(description, digests), encoding="utf-8")
 
 
 # --- which files are ours ---
@@ -456,14 +611,9 @@ def _read_description(path: Path) -> dict[str, Any]:
 
 def _written(folder: Path) -> list[str]:
     """The files of this folder that `save_pretrained` wrote."""
-    if not (folder / _CONFIG_FILE).is_file():
+    if not (folder / CONFIG_FILE).is_file():
         return []
-    names = [task["name"] for task in _read_description(folder / _CONFIG_FILE)["tasks"]]
-    return [
-        _CONFIG_FILE,
-        _ROUTER_FILE,
-        *(f"{name}/{file}" for name in names for file in LORA_FILES),
-    ]
+    return [CONFIG_FILE, *stated_files(read_description(folder / CONFIG_FILE))]
 
 
 def _exported(folder: Path) -> list[str]:

@@ -1,7 +1,7 @@
 """model.sapt: what a user holds of a patched model."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from sapt_fast._files import is_folder_name
+from sapt_fast._names import require_folder_name
 from sapt_fast.layers import Mixed
 from sapt_fast.methods.sapt import SaptConfig, SaptRouter
 from sapt_fast.ops.router import query, reflection_loss
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 Adapter = tuple[Tensor, Tensor, float]  # A [r, in_features], B [r, out_features], alpha / r
 
-_RESERVED_NAMES = ("router.safetensors", "sapt_config.json")  # files beside the tasks' folders
-
 
 class SaptHandle(nn.Module):
     """The tasks, the router and the losses of a patched model.
@@ -36,6 +34,8 @@ class SaptHandle(nn.Module):
         targets: by task name, the mean attention [k] over that task's inputs once it was learned
             (k = 1 + its index; learning order): what the reflection loss holds it to. Filled by
             whoever trains; saved and loaded with the adapters.
+        strategy: the continual strategy that trains the tasks, None outside of a run; saved, so
+            that a folder of one that does not predict by SAPT's router is not taken for SAPT's.
         routing: the running weights.
 
     Example:
@@ -66,6 +66,7 @@ class SaptHandle(nn.Module):
         self.report = report
         self.tasks = []
         self.targets = {}
+        self.strategy: str | None = None
         self.unfrozen_before: list[str] = []
         self.router = SaptRouter(
             width,
@@ -89,7 +90,8 @@ class SaptHandle(nn.Module):
                 parameter groups, with fresh state.
 
         Raises:
-            ValueError: name is empty, taken, or no folder name; the optimizer holds none of the
+            ValueError: name is taken or cannot be a folder on every file system (it is empty, too
+                long, differs from another in case alone, ...); the optimizer holds none of the
                 parameters to follow; or a layer is no longer ours. Nothing has changed then.
         """
         self._require_new(name)
@@ -116,6 +118,10 @@ class SaptHandle(nn.Module):
                 another shape; or key has another shape. Nothing has changed then.
         """
         self._require_new(name)
+        self.put_task(name, adapters, key)
+
+    def put_task(self, name: str, adapters: Any, key: Tensor) -> None:
+        """`restore_task` whatever the name, since earlier versions took some that it refuses."""
         pools = self.pools
         if adapters.keys() != pools.keys():
             missing, others = pools.keys() - adapters.keys(), adapters.keys() - pools.keys()
@@ -124,9 +130,9 @@ class SaptHandle(nn.Module):
                 "those of the patched layers"
             )
         for path, pool in pools.items():
-            a, b, _ = adapters[path]
+            a, b, scaling = adapters[path]
             try:
-                pool.require_fits(a.shape[0], (a, b))
+                pool.require_fits(a.shape[0], (a, b), scaling)
             except ValueError as error:
                 raise ValueError(f"adapters: {path}: {error}") from None
         self.router.add_key(key)
@@ -247,7 +253,11 @@ class SaptHandle(nn.Module):
         self.router.keys.trainable.copy_(queries.mean(0, keepdim=True))
 
     def save_pretrained(
-        self, directory: str | os.PathLike[str], *, is_main_process: bool | None = None
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        is_main_process: bool | None = None,
+        strategy_state: Mapping[str, Tensor] | None = None,
     ) -> None:
         """One PEFT adapter folder per task, router.safetensors and sapt_config.json; atomic.
 
@@ -255,7 +265,12 @@ class SaptHandle(nn.Module):
         """
         from sapt_fast.checkpoint import save_pretrained
 
-        save_pretrained(self._model, directory, is_main_process=is_main_process)
+        save_pretrained(
+            self._model,
+            directory,
+            is_main_process=is_main_process,
+            strategy_state=strategy_state,
+        )
 
     def export_adapter(
         self,
@@ -347,11 +362,7 @@ class SaptHandle(nn.Module):
 
     def _require_new(self, name: str) -> None:
         self.routing.require_unmerged()
-        if not is_folder_name(name) or name in self.tasks or name in _RESERVED_NAMES:
-            raise ValueError(
-                f"name: got {name!r}, expected a new name without path separators "
-                f"(there are {self.tasks})"
-            )
+        require_folder_name("name", name, self.tasks)
 
     def _task_added(self, name: str) -> None:
         if not self.tasks:

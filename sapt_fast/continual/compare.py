@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from sapt_fast._files import is_folder_name
+from sapt_fast._names import require_folder_name
 from sapt_fast.continual import processes
 from sapt_fast.continual.loop import ALONE_NAME, check_processes, run_alone, run_continual
 from sapt_fast.continual.orders import resolve_order
@@ -30,6 +30,7 @@ __all__ = ["Cell", "Comparison", "compare", "settings_of_rows"]
 logger = logging.getLogger(__name__)
 
 ALONE_ROW = "alone"
+_APPENDED = 40  # bytes at most that a run's folder adds to the name of its order
 # Settings that no row has of its own, and what gives them.
 _SAID_ELSEWHERE = {
     "strategy": "strategies, as NAME=METHOD",
@@ -259,14 +260,14 @@ def _check(
         raise ValueError(f"{'seeds' if rows else 'rows'}: got none, expected at least one")
     if len(set(seeds)) != len(seeds):
         raise ValueError(f"seeds: got {list(seeds)}, expected distinct ones")
+    names = [ALONE_ROW, "tensorboard"]
     for row, settings in rows.items():
-        if not is_folder_name(row) or row == ALONE_ROW:
-            raise ValueError(f"rows: got {row!r}, expected a name fit for a folder")
+        require_folder_name("rows", row, names)
+        names.append(row)
         if STRATEGIES[settings.strategy].alone:
             raise ValueError(f"rows: {row!r} is 'single', which has no sequence to compare")
-    for order in orders:
-        if not is_folder_name(order):
-            raise ValueError(f"orders: got {order!r}, expected a name fit for a folder")
+    for place, order in enumerate(orders):
+        require_folder_name("orders", order, [*orders][:place], appended=_APPENDED)
 
 
 @dataclass(frozen=True)
@@ -309,7 +310,7 @@ def _check_stored(runs: Sequence[_Planned]) -> None:
         file = run.folder / "run.json"
         if not file.is_file() and not run.done.is_file():
             continue
-        stored = read_json(file)
+        stored = read_json(file, "settings", "source", "tasks")
         asked = {"settings": run.settings.to_dict(), "source": run.source.to_dict()}
         if run.row == ALONE_ROW:  # where the order does not matter
             asked["source"]["tasks"] = stored["source"].get("tasks")

@@ -90,12 +90,15 @@ def evaluate(
     for name in ("run.json", "results.json"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no finished run: there is no {name}")
-    run = read_json(folder / "run.json")
+    run = read_json(folder / "run.json", "settings")
     if not run.get("source"):
         raise ValueError(f"{folder / 'run.json'} notes no source; use evaluate_run from Python")
-    source = Source(**run["source"])
+    try:
+        source = Source(**run["source"])
+        settings = ContinualSettings.from_dict(run["settings"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / 'run.json'} is damaged ({error})") from error
     source = replace(source, model=model or source.model, data=data or source.data)
-    settings = ContinualSettings.from_dict(run["settings"])
     settings = replace(
         settings,
         device=device or settings.device,

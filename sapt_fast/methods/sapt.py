@@ -4,7 +4,7 @@ Zhao et al., "SAPT: A Shared Attention Framework for Parameter-Efficient Continu
 Large Language Models", ACL 2024.
 """
 
-import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -26,11 +26,12 @@ from sapt_fast.sharding import is_partitioned
 
 
 def _count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MOST_COUNT
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max  # neither NaN nor an integer beyond floats
 
 
 def _names(value: Any) -> bool:
@@ -42,7 +43,8 @@ def _names(value: Any) -> bool:
 _INITS, _KEY_INITS = ("linear", "normal"), ("uniform", "mean_query")
 _ADAPTERS = ("lora", "prompt")
 _FLAG = (lambda v: isinstance(v, bool), "True or False")
-_COUNT = (_count, "an integer, at least 1")
+_MOST_COUNT = 2**16  # memory is reserved by these
+_COUNT = (_count, f"an integer, at least 1 and at most {_MOST_COUNT}")
 _WEIGHT = (lambda v: _number(v) and v >= 0, "a number, at least 0")
 # What each field may be, and the words for it.
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -81,7 +83,7 @@ class SaptConfig:
         'mean'
         >>> SaptConfig(r=0)
         Traceback (most recent call last):
-        ValueError: r: got 0, expected an integer, at least 1
+        ValueError: r: got 0, expected an integer, at least 1 and at most 65536
     """
 
     r: int = field(default=8, metadata={"help": "Rank of each new adapter."})

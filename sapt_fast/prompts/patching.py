@@ -69,6 +69,10 @@ class PromptHandle(SaptHandle):
             ValueError: as `add_task`, or a shape does not fit. Nothing has changed then.
         """
         self._require_new(name)
+        self.put_task(name, adapters, key)
+
+    def put_task(self, name: str, adapters: Tensor, key: Tensor) -> None:
+        """`restore_task` whatever the name."""
         self.prompts.require_fits(adapters)
         self.router.add_key(key)
         self.prompts.add(adapters)

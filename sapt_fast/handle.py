@@ -14,6 +14,7 @@ from sapt_fast._names import require_folder_name
 from sapt_fast.layers import Mixed
 from sapt_fast.methods.sapt import SaptConfig, SaptRouter
 from sapt_fast.ops.router import query, reflection_loss
+from sapt_fast.pretrained_files import PretrainedFiles
 from sapt_fast.routing import Routing
 from sapt_fast.sharding import gathered, require_reduced
 
@@ -78,6 +79,7 @@ class SaptHandle(nn.Module):
         # Not a submodule: the handle is one of the model's.
         object.__setattr__(self, "_model", model)
         self.routing = Routing(model, self.route, self._has_tasks, self._count)
+        self.files = PretrainedFiles(self)
         if config.standardize_query:
             self.router.standardize(embedding, embedding.weight.shape[0])
 

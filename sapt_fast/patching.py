@@ -121,6 +121,7 @@ def _patch_pretrained(model: Any, config: SaptConfig | None, strict: bool) -> An
     handle.unfrozen_before = frozen
     model.sapt = handle
     handle.routing.install()
+    handle.files.install()
     logger.info("%s: %s", type(model).__name__, str(handle.report).splitlines()[0])
     return model
 
@@ -177,6 +178,7 @@ def unpatch(model: _Model) -> _Model:
         return model
     layers = handle.layers
     handle.routing.remove()
+    handle.files.remove()
     del given.sapt
     for layer in layers.values():
         _restore(layer)

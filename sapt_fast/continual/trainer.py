@@ -21,6 +21,7 @@ from sapt_fast.continual.objective import Step, forward, prompt_mask, token_loss
 from sapt_fast._files import atomic_write_bytes
 from sapt_fast._reading import parse_json
 from sapt_fast.handle import SaptHandle
+from sapt_fast.pretrained_files import is_ours
 from sapt_fast.sharding import is_sharded, whole
 from sapt_fast.stored_files import read_tensors, require_finite, tensor_bytes
 
@@ -389,7 +390,7 @@ def _sapt_tensors(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {
         name: tensor
         for name, tensor in state_dict.items()
-        if ".sapt_pool." in name or name.startswith("sapt.") or ".sapt." in name
+        if is_ours(name)
     }
 
 

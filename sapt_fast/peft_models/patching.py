@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sapt_fast.merging import Merged, static_weights
 from sapt_fast.peft_models.layers import Pooled, addend, is_plain, mixes_by_arrow, pooled_kind
+from sapt_fast.pretrained_files import PeftFiles
 from sapt_fast.report import PatchReport
 from sapt_fast.routing import Routing, require_unrouted
 
@@ -56,6 +57,7 @@ class PeftHandle(nn.Module):
         inner = model.get_base_model()
         self.routing = Routing(inner, self._route, self._has_router, self._count)
         self.routing.pools.append(self)
+        self.files = PeftFiles(self)
         self._configs: list[Any] = []
         self.register_module("router", None)
 
@@ -259,6 +261,7 @@ def patch_peft(model: PeftModel, *, strict: bool) -> None:
     model.sapt = handle
     vars(model.base_model).update(handle.stand_ins())
     handle.routing.install()
+    handle.files.install()
 
 
 def _require_fitting(model: PeftModel) -> None:
@@ -287,6 +290,7 @@ def unpatch_peft(model: PeftModel) -> None:
                 "there; undo first what another library did to the model since"
             )
     handle.routing.remove()
+    handle.files.remove()
     for name in handle.stand_ins():
         del vars(model.base_model)[name]
     del model.sapt

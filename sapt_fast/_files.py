@@ -265,9 +265,7 @@ def _is_still(folder: Path, descriptor: int) -> bool:
         return False
 
 
-def _put_in_place(
-    fresh: Path, target: Path, replaces: Callable[[Path], Iterable[str]]
-) -> None:
+def _put_in_place(fresh: Path, target: Path, replaces: Callable[[Path], Iterable[str]]) -> None:
     if not target.exists():
         os.rename(fresh, target)
         _sync(target.parent)

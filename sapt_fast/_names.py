@@ -26,12 +26,12 @@ _RESERVED = frozenset(
 
 
 def require_folder_name(
-    argument: str, name: object, others: Iterable[str] = (), *, appended: int = 0
+    said: str, name: object, others: Iterable[str] = (), *, appended: int = 0
 ) -> None:
     """Raises ValueError unless `name` can be a new folder beside `others`, wherever it is copied.
 
     Args:
-        argument: what the name was given as, for the message.
+        said: how the message begins, such as "name: got".
         name: the name.
         others: names that are taken. File systems exist that see no difference between upper and
             lower case, or between two spellings of one accented letter; neither do we.
@@ -48,8 +48,7 @@ def require_folder_name(
             problem = f"is the same folder as {same!r} on file systems that ignore case or spelling"
     if problem is not None:
         raise ValueError(
-            f"{argument}: got {_shown(name)}, which {problem}; expected a new name that can be a "
-            "folder, without path separators"
+            f"{said} {_shown(name)}, expected a name fit for a folder: this one {problem}"
         )
 
 

@@ -197,8 +197,14 @@ class SaptHandle(nn.Module):
 
         Raises:
             RuntimeError: there is no task yet.
+            ValueError: a continual strategy trained the tasks whose predictions are not those of
+                the router.
         """
         self._require_task()
+        if self.strategy is not None:
+            from sapt_fast.description import require_routed
+
+            require_routed(self.strategy, "model")
         with self._in_one_piece():
             pooled = self._pooled(input_ids, inputs_embeds, attention_mask, labels)
             return self.router.weights(pooled)
@@ -364,7 +370,7 @@ class SaptHandle(nn.Module):
 
     def _require_new(self, name: str) -> None:
         self.routing.require_unmerged()
-        require_folder_name("name", name, self.tasks)
+        require_folder_name("name: got", name, self.tasks)
 
     def _task_added(self, name: str) -> None:
         if not self.tasks:

@@ -12,15 +12,14 @@ from sapt_fast.ops.projection import PooledProjection, Projection
 from sapt_fast.ops.rank_table import RankTable, rank_table
 from sapt_fast.sharding import is_partitioned, whole
 
-
 # Far above what trainings use; times the weights of an adapter it stays within float32.
 MOST_SCALING = 2.0**30
 
 
-def is_scaling(value: object) -> bool:
+def is_scaling(value: Any) -> bool:
     """Whether a value can be the scaling (alpha / r) of an adapter: finite, at most 2**30."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and abs(value) <= MOST_SCALING  # type: ignore[operator]
+    return number and abs(value) <= MOST_SCALING
 
 
 def require_scaling(scaling: float) -> None:
@@ -248,9 +247,7 @@ class AdapterPool(nn.Module):
         rows = self.a.trainable
         self._table(rows.device, torch.promote_types(rows.dtype, torch.float32))
 
-    def require_fits(
-        self, rank: int, weights: tuple[Tensor, Tensor], scaling: float = 1.0
-    ) -> None:
+    def require_fits(self, rank: int, weights: tuple[Tensor, Tensor], scaling: float = 1.0) -> None:
         """Raises ValueError unless weights are A [rank, in_features] and B [rank, out_features],
         and the scaling is plausible."""
         require_scaling(scaling)

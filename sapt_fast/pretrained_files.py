@@ -238,7 +238,7 @@ class PretrainedFiles(_StandIn):
             return
         folder = _checkpoint_being_resumed()
         if folder is not None and (folder / "sapt_config.json").is_file():
-            from sapt_fast.checkpoint import restore_values
+            from sapt_fast.loading import restore_values
 
             restore_values(handle, folder)
             restored = set(own)

@@ -262,12 +262,12 @@ def _check(
         raise ValueError(f"seeds: got {list(seeds)}, expected distinct ones")
     names = [ALONE_ROW, "tensorboard"]
     for row, settings in rows.items():
-        require_folder_name("rows", row, names)
+        require_folder_name("rows: got", row, names)
         names.append(row)
         if STRATEGIES[settings.strategy].alone:
             raise ValueError(f"rows: {row!r} is 'single', which has no sequence to compare")
     for place, order in enumerate(orders):
-        require_folder_name("orders", order, [*orders][:place], appended=_APPENDED)
+        require_folder_name("orders: got", order, [*orders][:place], appended=_APPENDED)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from transformers import set_seed
 
 from sapt_fast import __version__
 from sapt_fast._names import require_folder_name
-from sapt_fast.checkpoint import load_of_strategy
 from sapt_fast.continual import processes
 from sapt_fast.continual.data import TaskData, digest
 from sapt_fast.continual.evaluate import Mixture, mean_attention, metric_of, score
@@ -34,6 +33,7 @@ from sapt_fast.continual.strategies.base import Strategy
 from sapt_fast.continual.training import train_stage
 from sapt_fast.continual.workbench import Workbench
 from sapt_fast.handle import SaptHandle
+from sapt_fast.loading import load_of_strategy
 from sapt_fast.patching import patch, unpatch
 
 __all__ = ["Results", "evaluate_run", "run_alone", "run_continual"]
@@ -315,9 +315,7 @@ class _Run:
             return
         self.reset()
         if count:
-            load_of_strategy(
-                self.model, self.folder.checkpoint(count - 1), self.settings.strategy
-            )
+            load_of_strategy(self.model, self.folder.checkpoint(count - 1), self.settings.strategy)
             self.strategy.load_state(self.folder.strategy_state(count - 1))
         else:
             set_seed(self.settings.seed)
@@ -450,7 +448,7 @@ def _check_tasks(tasks: Sequence[TaskData]) -> None:
     if twice:
         raise ValueError(f"tasks: named more than once: {', '.join(twice)}")
     for place, task in enumerate(tasks):
-        require_folder_name("tasks", task.name, names[:place], appended=_APPENDED)
+        require_folder_name("tasks: got the name", task.name, names[:place], appended=_APPENDED)
         for split in _SPLITS:
             if not getattr(task, split):
                 raise ValueError(f"tasks: {task.name!r} has no {split} rows, expected at least one")

@@ -14,16 +14,17 @@ from torch import Tensor
 from sapt_fast import _reading
 from sapt_fast._files import whole_directory
 from sapt_fast._locks import FolderLock
-from sapt_fast.checkpoint import read_strategy_state
 from sapt_fast.continual import processes
 from sapt_fast.continual.report import write_json
 from sapt_fast.continual.settings import differences
+from sapt_fast.loading import read_strategy_state
 
 __all__ = ["RunFolder", "last_checkpoint"]
 
 logger = logging.getLogger(__name__)
 
 TRAINER_STATE = "trainer_state.json"
+
 
 class RunFolder:
     """Files of one run; each is whole or absent, whenever the process dies.

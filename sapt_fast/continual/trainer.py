@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer
 
+from sapt_fast._files import atomic_write_bytes
+from sapt_fast._reading import parse_json
 from sapt_fast.continual.collate import model_kind, pad_rows
 from sapt_fast.continual.encoder import LabelSpace
 from sapt_fast.continual.objective import Step, forward, prompt_mask, token_loss
-from sapt_fast._files import atomic_write_bytes
-from sapt_fast._reading import parse_json
 from sapt_fast.handle import SaptHandle
 from sapt_fast.pretrained_files import is_ours
 from sapt_fast.sharding import is_sharded, whole
@@ -304,8 +304,9 @@ class SaptTrainer(Seq2SeqTrainer):
                 f"{resume_from_checkpoint} is no checkpoint of SaptTrainer: no {STATE_NAME}"
             )
         target = self.model if model is None else model
-        tensors, metadata = read_tensors(Path(path))
-        require_finite(path, tensors)
+        held, metadata = read_tensors(Path(path))
+        require_finite(path, held)
+        tensors: dict[str, Any] = {**held}
         tasks = parse_json(metadata.get("tasks", "null").encode(), path)
         if tasks != self.sapt.tasks:
             raise ValueError(f"{path} is of tasks {tasks}, the model has {self.sapt.tasks}")
@@ -387,11 +388,7 @@ def _check_replay(replay: Sequence[Replay], sapt: SaptHandle) -> None:
 
 def _sapt_tensors(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The adapters and the router of a model's state_dict."""
-    return {
-        name: tensor
-        for name, tensor in state_dict.items()
-        if is_ours(name)
-    }
+    return {name: tensor for name, tensor in state_dict.items() if is_ours(name)}
 
 
 def _separate(

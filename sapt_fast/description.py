@@ -180,9 +180,9 @@ def per_layer(task: Mapping[str, Any], field: str, layers: Collection[str], sour
     value = task[field]
     valid = _is_rank if field == "rank" else is_scaling
     values = value if isinstance(value, dict) else dict.fromkeys(layers, value)
-    wrong = next((number for number in values.values() if not valid(number)), None)
-    if set(values) != set(layers) or wrong is not None:
-        shown = str(value if wrong is None else wrong)
+    wrong = [number for number in values.values() if not valid(number)]
+    if set(values) != set(layers) or wrong:
+        shown = str(wrong[0] if wrong else value)
         shown = shown if len(shown) <= 60 else f"{shown[:50]}..."
         raise ValueError(
             f"{source}: {field}: got {shown}, expected a number or one for each of {sorted(layers)}"

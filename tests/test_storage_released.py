@@ -191,7 +191,9 @@ def test_damage_to_an_archive_is_noticed(folder):
 
 def test_a_pickle_cannot_change_the_reader(tmp_path):
     """BUILD with attributes for the function that a name stands for."""
-    text = b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n(N}X\x0c\0\0\0__defaults__)sX\1\0\0\0xtb."
+    text = (
+        b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n(N}X\x0c\0\0\0__defaults__)sX\1\0\0\0xtb."
+    )
     (tmp_path / "x.pkl").write_bytes(text)
     with pytest.raises(ValueError, match="no pickled numpy"):
         read_array(tmp_path / "x.pkl")

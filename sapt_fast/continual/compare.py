@@ -30,6 +30,15 @@ __all__ = ["Cell", "Comparison", "compare", "settings_of_rows"]
 logger = logging.getLogger(__name__)
 
 ALONE_ROW = "alone"
+_REPORTED = (
+    "tasks",
+    "scores",
+    "metrics",
+    "seconds",
+    "trained_parameters",
+    "peak_memory",
+    "resumed",
+)
 _APPENDED = 40  # bytes at most that a run's folder adds to the name of its order
 # Settings that no row has of its own, and what gives them.
 _SAID_ELSEWHERE = {
@@ -147,12 +156,12 @@ def compare(
         bar.set_postfix_str(f"{run.row}, {run.order}, seed {run.seed}")
         board = folder / "tensorboard" / run.row / run.folder.name
         # One that was finished without FWT is reported again, not trained.
-        if not run.done.is_file() or (singles and read_json(run.done)["alone"] is None):
+        if not run.done.is_file() or (singles and read_json(run.done, "alone")["alone"] is None):
             model = source.load_model() if model is None else model
             _run(model, run, _alone(model, singles[run.seed]) if singles else None)
             if processes.is_first():
                 shutil.rmtree(board, ignore_errors=True)  # of an earlier report
-        cell = Cell(run.row, run.order, run.seed, run.folder, read_json(run.done))
+        cell = Cell(run.row, run.order, run.seed, run.folder, read_json(run.done, *_REPORTED))
         cells[run.row, run.order, run.seed] = cell
         if tensorboard and processes.is_first():
             from sapt_fast.continual.tensorboard import write_scalars

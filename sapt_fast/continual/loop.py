@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
@@ -487,8 +488,10 @@ def _check_alone(alone: Mapping[str, float], names: Sequence[str]) -> None:
     if missing:
         raise ValueError(f"alone: got no score for {', '.join(missing)}")
     for name in names:
-        if not isinstance(alone[name], (int, float)) or not math.isfinite(alone[name]):
-            raise ValueError(f"alone: got {alone[name]!r} for {name}, expected a score in percent")
+        score = alone[name]
+        if not isinstance(score, (int, float)) or not abs(score) <= sys.float_info.max:
+            shown = str(score)[:40]
+            raise ValueError(f"alone: got {shown} for {name}, expected a score in percent")
 
 
 def _digest(task: TaskData) -> str:

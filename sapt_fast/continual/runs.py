@@ -107,4 +107,4 @@ def evaluate(
     )
     loaded, tokenizer = source.load_model()
     results = evaluate_run(loaded, tokenizer, source.load_tasks(), folder, settings)
-    return results, read_json(folder / "results.json")
+    return results, read_json(folder / "results.json", "scores", "metrics")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -128,7 +129,8 @@ class RunFolder:
         path = self.path / "state.json"
         if path.exists():
             state = read_json(path, "scores", "attention")
-            self.scores, self.attention = state["scores"], state["attention"]
+            self.scores = _rows(state["scores"], path)
+            self.attention = _rows(state["attention"], path)
             self.read_costs()
 
     def read_costs(self) -> None:
@@ -192,6 +194,14 @@ def read_json(path: Path, *fields: str) -> dict[str, Any]:
         what = f"no {missing[0]}" if missing else "no object"
         raise ValueError(f"{path} is damaged ({what}); choose another output_dir")
     return content
+
+
+def _rows(value: Any, path: Path) -> list[list[float]]:
+    """A list of lists of numbers; ValueError if the file has anything else there."""
+    try:
+        return [[math.nan if x is None else float(x) for x in row] for row in value]
+    except (OverflowError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}); choose another output_dir") from error
 
 
 def last_checkpoint(folder: Path) -> Path | None:

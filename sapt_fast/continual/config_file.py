@@ -12,7 +12,7 @@ from sapt_fast._reading import read_bytes
 
 __all__ = ["read_config"]
 
-_BYTES = 2**18
+_BYTES = 2**16
 _MOST_VALUES, _MOST_DEPTH = 10_000, 20
 
 

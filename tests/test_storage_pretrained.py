@@ -286,6 +286,26 @@ class TestRuns:
         with pytest.raises(ValueError, match=r"strategy\.safetensors: its SHA-256"):
             evaluate_run(make_model("t5"), CharTokenizer(), tasks, tmp_path / "run", settings)
 
+    def test_a_state_that_an_earlier_version_left_alone(self, tmp_path):
+        """It wrote strategy.safetensors, and was killed before the adapters."""
+        tasks, settings = make_tasks(2), make_settings(strategy="epi", steps=1)
+        place = tmp_path / "run" / "checkpoints" / f"1-{tasks[0].name}"
+
+        class Killed(Exception):
+            pass
+
+        def killed(*args, **kwargs):
+            raise Killed
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sapt_fast.handle.SaptHandle.save_pretrained", killed)
+            with pytest.raises(Killed):
+                run_continual(make_model("t5"), CharTokenizer(), tasks, tmp_path / "run", settings)
+        place.mkdir(parents=True)
+        (place / "strategy.safetensors").write_bytes(b"old")
+        run_continual(make_model("t5"), CharTokenizer(), tasks, tmp_path / "run", settings)
+        assert (place / "strategy.safetensors").read_bytes() != b"old"
+
     def test_an_earlier_run_of_epi_is_evaluated(self, tmp_path):
         tasks, settings = make_tasks(2), make_settings(strategy="epi", steps=1)
         first = run_continual(make_model("t5"), CharTokenizer(), tasks, tmp_path / "run", settings)

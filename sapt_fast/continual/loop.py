@@ -274,6 +274,7 @@ class _Run:
             sapt.targets[task.name] = mean_attention(
                 self.model, self.tokenizer, task.dev, self.settings, strategy.mixture
             )
+        self.folder.forget_unfinished(index)
         sapt.save_pretrained(
             self.folder.checkpoint(index),
             is_main_process=processes.is_first(),

@@ -18,6 +18,7 @@ from sapt_fast._locks import FolderLock
 from sapt_fast.continual import processes
 from sapt_fast.continual.report import write_json
 from sapt_fast.continual.settings import differences
+from sapt_fast.description import STRATEGY_FILE
 from sapt_fast.loading import read_strategy_state
 
 __all__ = ["RunFolder", "last_checkpoint"]
@@ -157,6 +158,12 @@ class RunFolder:
         except FileNotFoundError:
             return False
         return True
+
+    def forget_unfinished(self, index: int) -> None:
+        """Deletes the strategy's state that an earlier version, killed before it wrote the adapters
+        of task `index`, has left where the checkpoint will be."""
+        if processes.is_first() and not self.has_checkpoint(index):
+            (self.checkpoint(index) / STRATEGY_FILE).unlink(missing_ok=True)
 
     def strategy_state(self, index: int) -> dict[str, Tensor]:
         """What the strategy remembered after task `index`, beside the adapters.

@@ -291,15 +291,12 @@ class TestRuns:
         tasks, settings = make_tasks(2), make_settings(strategy="epi", steps=1)
         place = tmp_path / "run" / "checkpoints" / f"1-{tasks[0].name}"
 
-        class Killed(Exception):
-            pass
-
         def killed(*args, **kwargs):
-            raise Killed
+            raise KeyboardInterrupt
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("sapt_fast.handle.SaptHandle.save_pretrained", killed)
-            with pytest.raises(Killed):
+            with pytest.raises(KeyboardInterrupt):
                 run_continual(make_model("t5"), CharTokenizer(), tasks, tmp_path / "run", settings)
         place.mkdir(parents=True)
         (place / "strategy.safetensors").write_bytes(b"old")

@@ -8,7 +8,7 @@ _EXPORTS = {
     "SaptConfig": "sapt_fast.methods.sapt",
     "SaptTrainer": "sapt_fast.continual.trainer",
     "load_official": "sapt_fast.official",
-    "load_pretrained": "sapt_fast.checkpoint",
+    "load_pretrained": "sapt_fast.loading",
     "patch": "sapt_fast.patching",
     "unpatch": "sapt_fast.patching",
 }
@@ -23,8 +23,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from sapt_fast.checkpoint import load_pretrained
     from sapt_fast.continual.trainer import SaptTrainer
+    from sapt_fast.loading import load_pretrained
     from sapt_fast.methods.sapt import SaptConfig
     from sapt_fast.official import load_official
     from sapt_fast.patching import patch, unpatch

@@ -1,10 +1,12 @@
 """Which base model a checkpoint belongs to: its kind, its layers and some of its weights."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sapt_fast.devices import present_weight
 from sapt_fast.layers import is_torchao, packed_weight
@@ -15,18 +17,23 @@ __all__ = ["describe_base", "require_base", "require_model_type"]
 _SAMPLES = 64
 
 
-def describe_base(model: Any, layers: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+def describe_base(
+    model: Any,
+    layers: Mapping[str, tuple[int, int]],
+    state: Mapping[str, Tensor] | None = None,
+) -> dict[str, Any]:
     """What tells this base model from others, ready for JSON.
 
     Args:
         layers: (in_features, out_features) of each layer that has adapters, by its path.
+        state: the model's state_dict, in place of its parameters (which may be sharded).
     """
     return {
         "class": unsharded_class(model).__name__,
         "name_or_path": model.name_or_path,
         "model_type": model.config.model_type,
         "layers": {path: list(features) for path, features in layers.items()},
-        "weights": _samples(model, list(layers)),
+        "weights": _samples(model, list(layers), state or {}),
     }
 
 
@@ -53,19 +60,19 @@ def require_base(
     try:
         saved_layers = {path: tuple(features) for path, features in saved["layers"].items()}
         weights = {
-            name: (list(weight["shape"]), torch.tensor(weight["values"], dtype=torch.float64))
+            name: (list(weight["shape"]), _floats(weight["values"]))
             for name, weight in saved["weights"].items()
         }
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise _incomplete(source, error) from error
     for path in sorted({**layers, **saved_layers}):
         here, there = layers.get(path), saved_layers.get(path)
         if here != there:
             reason = f"(in, out) features of layer {path} are {here} here and {there} there"
             raise _mismatch(model, saved, source, reason)
-    for name, sample in _samples(model, list(layers)).items():
+    for name, sample in _samples(model, list(layers), {}).items():
         shape, values = weights.get(name, (None, torch.empty(0)))
-        found = torch.tensor(sample["values"], dtype=torch.float64)
+        found = _floats(sample["values"])
         if shape != sample["shape"] or values.shape != found.shape:
             reason = f"{name} has shape {sample['shape']} here and {shape} there"
             raise _mismatch(model, saved, source, reason)
@@ -74,21 +81,37 @@ def require_base(
             raise _mismatch(model, saved, source, reason)
 
 
-def _samples(model: Any, paths: list[str]) -> dict[str, dict[str, Any]]:
+def _floats(values: Any) -> Tensor:
+    """JSON numbers; null is no number."""
+    return torch.tensor([math.nan if x is None else x for x in values], dtype=torch.float64)
+
+
+def _samples(
+    model: Any, paths: list[str], state: Mapping[str, Tensor]
+) -> dict[str, dict[str, Any]]:
     """Some values of the input embedding and, unless quantised, of the first and last layer."""
-    weights = {"input embedding": present_weight(model.get_input_embeddings())}
+    embedding = model.get_input_embeddings()
+    place = next((name for name, module in model.named_modules() if module is embedding), "")
+    weights = {"input embedding": _weight(place, embedding, state)}
     for path in (paths[0], paths[-1]):
         layer = model.get_submodule(path)
         if packed_weight(layer) is None and not is_torchao(layer.weight):
-            weights[path] = present_weight(layer)
+            weights[path] = _weight(path, layer, state)
     samples = {}
     for name, weight in weights.items():
         held = whole(weight)
         flat = held.reshape(-1)
         index = [i * (flat.numel() - 1) // (_SAMPLES - 1) for i in range(_SAMPLES)]
-        values = flat[torch.tensor(index, device=flat.device)].double().tolist()
+        found = flat[torch.tensor(index, device=flat.device)].double().tolist()
+        values = [x if math.isfinite(x) else None for x in found]
         samples[name] = {"shape": list(held.shape), "values": values}
     return samples
+
+
+def _weight(path: str, module: Any, state: Mapping[str, Tensor]) -> Tensor:
+    """A module's weight, from the state_dict if that holds it."""
+    held = state.get(f"{path}.weight")
+    return present_weight(module) if held is None else held
 
 
 def _mismatch(model: Any, saved: Any, source: Path, reason: str) -> ValueError:

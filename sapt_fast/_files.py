@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
-__all__ = ["atomic_write_bytes", "atomic_write_text", "replace_directory", "whole_directory"]
+from sapt_fast._locks import FolderLock, locked
+
+__all__ = [
+    "atomic_write_bytes",
+    "atomic_write_text",
+    "read_directory",
+    "replace_directory",
+    "require_replaceable",
+    "whole_directory",
+]
 
 logger = logging.getLogger(__name__)
-
-
-def is_folder_name(name: str) -> bool:
-    """Whether `name` can be a folder beside others: not empty, no path, not `.` or `..`."""
-    return bool(name) and os.path.basename(name) == name and name not in (".", "..")
 
 
 def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
@@ -79,13 +86,17 @@ def replace_directory(
 ) -> Iterator[Path]:
     """Yield an empty folder to fill; when the block ends it takes the place of `path` as a whole.
 
-    The folder is filled as the hidden neighbour `.<name>.saving`. Files of others in `path` are
-    then added to it as hard links (copies, where the file system has none). At last `path` is
+    The folder is filled as a hidden neighbour, `.<name>.saving.<random>`. Files of others in `path`
+    are then added to it as hard links (copies, where the file system has none). At last `path` is
     renamed to `.<name>.previous`, the new folder to `path`, and the previous one is deleted.
     Whenever the process is killed, the old or the new content is there whole: as `path`, or,
     between the two renames, as `.<name>.previous`, where `whole_directory` finds it and from where
-    the next `replace_directory` takes it back. An exception leaves `path` as it was. Only one
-    process at a time may write into the folder.
+    the next `replace_directory` takes it back. An exception leaves `path` as it was.
+
+    Several processes of one host may write into one folder: each fills its own, and they take
+    turns to put it in place, so that the last one's stays. They lock the folder that holds `path`
+    for that (see `sapt_fast._locks`, also for NFS). What a killed writer has left is deleted by the
+    next one; files and folders of others under such names are left alone.
 
     Args:
         path: target folder; a symbolic link is followed. Missing parents are created.
@@ -97,8 +108,38 @@ def replace_directory(
             can be renamed.
         NotADirectoryError: `path` is a file.
         FileExistsError: a file of others has the name of a new one.
+        TimeoutError: another process keeps the lock for longer than any save takes.
         OSError: the folder cannot be written.
     """
+    target = Path(os.path.realpath(path))
+    require_replaceable(target)
+    parent = target.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with locked(parent, str(target)):
+        _recover(target, replaces)
+        if target.exists():
+            set(replaces(target))  # raises before anything is written
+        fresh = _hidden(target, "saving", secrets.token_hex(6))
+        fresh.mkdir()
+        writing = FolderLock(fresh)  # by which others see that its writer lives
+        writing.acquire()
+    try:
+        yield fresh
+        for folder, _, names in os.walk(fresh):
+            for name in (*names, "."):
+                _sync(Path(folder, name))
+        with locked(parent, str(target)):
+            _recover(target, replaces)
+            _put_in_place(fresh, target, replaces)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    finally:
+        writing.release()
+
+
+def require_replaceable(path: str | os.PathLike[str]) -> None:
+    """Raises as `replace_directory` does for a path that it can never replace."""
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"directory: {target} is a file, expected a folder")
@@ -107,35 +148,6 @@ def replace_directory(
             f"directory: {target} is a mount point or the working directory (or holds it) and "
             "cannot be replaced; choose a folder inside it"
         )
-    fresh, previous = target.with_name(f".{target.name}.saving"), _previous(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if fresh.exists():
-        shutil.rmtree(fresh)
-    if previous.exists():
-        if target.exists():
-            _carry_over(previous, target, set(replaces(previous)), keep=True)
-            _discard(previous, fresh)
-        else:
-            os.rename(previous, target)
-    replaced = set(replaces(target)) if target.exists() else set()
-    fresh.mkdir()
-    try:
-        yield fresh
-        for folder, _, names in os.walk(fresh):
-            for name in (*names, "."):
-                _sync(Path(folder, name))
-        if target.exists():
-            _carry_over(target, fresh, replaced)
-            os.rename(target, previous)
-        os.rename(fresh, target)
-    except BaseException:
-        if previous.exists() and not target.exists():
-            os.rename(previous, target)
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
-    _sync(target.parent)
-    if previous.exists():
-        _discard(previous, fresh)
 
 
 def whole_directory(path: str | os.PathLike[str], file: str) -> Path:
@@ -150,23 +162,181 @@ def whole_directory(path: str | os.PathLike[str], file: str) -> Path:
         FileNotFoundError: the folder or the file is missing.
     """
     target = Path(os.path.realpath(path))
-    previous = _previous(target)
-    if (target / file).is_file():
+    for _ in range(_TRIES):
+        if (target / file).is_file():
+            return target
+        previous = next((p for p in _previous_ones(target) if (p / file).is_file()), None)
+        if previous is None and (target.exists() or not _is_saved_now(target.parent)):
+            break
+        if previous is not None and not _is_saved_now(target.parent):
+            logger.warning(
+                "%s: saving was interrupted; reading what was there, %s", target, previous
+            )
+            return previous
+        time.sleep(0.001)
+    if (target / file).is_file():  # put in place between the looks
         return target
-    if (previous / file).is_file():
-        logger.warning("%s: saving was interrupted; reading what was there, %s", target, previous)
-        return previous
     raise FileNotFoundError(f"{target / file if target.exists() else target} is missing")
 
 
-def _previous(target: Path) -> Path:
-    return target.with_name(f".{target.name}.previous")
+_Content = TypeVar("_Content")
 
 
-def _discard(folder: Path, waste: Path) -> None:
+def read_directory(
+    path: str | os.PathLike[str], file: str, read: Callable[[Path], _Content]
+) -> _Content:
+    """What `read` makes of the folder `whole_directory(path, file)`, all from one state of it.
+
+    Where a `replace_directory` puts another folder in its place in the meantime, it is read again.
+
+    Args:
+        path, file: as in `whole_directory`.
+        read: reads the files of the folder that it is given.
+
+    Raises:
+        FileNotFoundError: as `whole_directory`.
+        Exception: whatever `read` raises of a folder that stayed in place.
+    """
+    for _ in range(_TRIES):
+        folder = whole_directory(path, file)
+        try:
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue
+        try:  # the open folder keeps its inode number from being given to another
+            content = read(folder)
+            if _is_still(folder, descriptor):
+                return content
+        except (OSError, ValueError):
+            if _is_still(folder, descriptor):
+                raise
+        finally:
+            os.close(descriptor)
+    with locked(Path(os.path.realpath(path)).parent, str(path)):
+        return read(whole_directory(path, file))
+
+
+_TRIES = 20
+# What earlier versions wrote under names that are shared by all writers.
+_OUR_FILES = (
+    "sapt_config.json",
+    "router.safetensors",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+)
+
+
+def _hidden(target: Path, kind: str, mark: str = "") -> Path:
+    return target.with_name(f".{target.name}.{kind}" + (f".{mark}" if mark else ""))
+
+
+def _marked(target: Path, kind: str) -> list[Path]:
+    """Folders with a hidden name that only `replace_directory` gives."""
+    name = re.compile(re.escape(_hidden(target, kind).name) + r"\.[0-9a-f]{12}")
+    try:
+        found = [entry.name for entry in os.scandir(target.parent) if name.fullmatch(entry.name)]
+    except FileNotFoundError:
+        return []
+    paths = [target.with_name(entry) for entry in sorted(found)]
+    return [path for path in paths if path.is_dir() and not path.is_symlink()]
+
+
+def _previous_ones(target: Path) -> list[Path]:
+    """Where the previous content may be after a kill."""
+    return [_hidden(target, "previous"), *_marked(target, "previous")]
+
+
+def _is_saved_now(parent: Path) -> bool:
+    """Whether a process is just putting a folder in place."""
+    try:
+        lock = FolderLock(parent)
+    except OSError:
+        return False
+    try:
+        return lock.acquire() is False
+    finally:
+        lock.release()
+
+
+def _is_still(folder: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(folder), os.fstat(descriptor))
+    except OSError:
+        return False
+
+
+def _put_in_place(fresh: Path, target: Path, replaces: Callable[[Path], Iterable[str]]) -> None:
+    if not target.exists():
+        os.rename(fresh, target)
+        _sync(target.parent)
+        return
+    replaced = set(replaces(target))
+    _carry_over(target, fresh, replaced)
+    previous = _hidden(target, "previous")
+    # Without files of ours it could not be told from a folder of someone else's.
+    if os.path.lexists(previous) or not replaced:
+        previous = _hidden(target, "previous", secrets.token_hex(6))
+    os.rename(target, previous)
+    try:
+        os.rename(fresh, target)
+    except BaseException:
+        os.rename(previous, target)
+        raise
+    _sync(target.parent)
+    _discard(previous, target)
+
+
+def _recover(target: Path, replaces: Callable[[Path], Iterable[str]]) -> None:
+    """Takes back or deletes what killed writers have left; the parent is locked."""
+    for path in _marked(target, "saving"):
+        lock = FolderLock(path)
+        if lock.acquire() is True:
+            shutil.rmtree(path, ignore_errors=True)
+        lock.release()
+    shared = _hidden(target, "previous")
+    for previous in _previous_ones(target):
+        if not previous.is_dir() or previous.is_symlink():
+            continue
+        ours = _files_of(previous, replaces)
+        if previous == shared and not ours:
+            continue  # someone else's
+        if target.exists():
+            _carry_over(previous, target, set(ours), keep=True)
+            _discard(previous, target)
+        else:
+            os.rename(previous, target)
+    _delete_shared_leftover(target)
+
+
+def _files_of(folder: Path, replaces: Callable[[Path], Iterable[str]]) -> list[str]:
+    try:
+        return list(replaces(folder))
+    except (OSError, ValueError) as error:
+        logger.warning("%s: not recognised (%s)", folder, error)
+        return []
+
+
+def _delete_shared_leftover(target: Path) -> None:
+    """Deletes `.<name>.saving` of an earlier version, if nothing in it is someone else's."""
+    folder = _hidden(target, "saving")
+    if not folder.is_dir() or folder.is_symlink():
+        return
+    files = [Path(place, name) for place, _, names in os.walk(folder) for name in names]
+    for file in files:
+        linked = target / file.relative_to(folder)
+        if file.name not in _OUR_FILES and not (
+            linked.exists() and not file.is_symlink() and linked.samefile(file)
+        ):
+            return
+    if files:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _discard(folder: Path, target: Path) -> None:
     """Deletes a folder such that a part of it is never found under its own name."""
+    waste = _hidden(target, "saving", secrets.token_hex(6))
     os.rename(folder, waste)
-    shutil.rmtree(waste)
+    shutil.rmtree(waste, ignore_errors=True)
 
 
 def _carry_over(source: Path, target: Path, left_out: set[str], *, keep: bool = False) -> None:

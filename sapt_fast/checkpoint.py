@@ -2,14 +2,11 @@
 
 In a saved directory, `<task>/` is a folder that PEFT loads by itself, router.safetensors holds the
 query projection, keys [K, D] and targets.<task> [k], and sapt_config.json the SaptConfig, the tasks
-in learning order and what tells the base model from others.
+in learning order, what tells the base model from others and digests (see `sapt_fast.description`).
 """
 
-import json
-import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,55 +14,29 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sapt_fast import __version__
-from sapt_fast._base_model import describe_base, require_base, require_model_type
-from sapt_fast._files import replace_directory, whole_directory
-from sapt_fast.handle import Adapter, SaptHandle
-from sapt_fast.merging import static_weights
-from sapt_fast.methods.sapt import SaptConfig, SaptRouter
-from sapt_fast.patching import find_layers, layer_features, patch, require_pretrained, unpatch
-from sapt_fast.peft_format import (
-    LORA_FILES,
-    read_lora,
-    read_metadata,
-    read_tensors,
-    require_shapes,
-    write_lora,
-    write_tensors,
+from sapt_fast._base_model import describe_base
+from sapt_fast._files import atomic_write_text, read_directory, replace_directory
+from sapt_fast.description import (
+    CONFIG_FILE,
+    ROUTER_FILE,
+    STRATEGY_FILE,
+    describe,
+    is_sealed,
+    read_description,
+    seal,
+    stated_files,
 )
-from sapt_fast.prompt_format import outer_layers, read_prompt, write_prompt
+from sapt_fast.handle import SaptHandle
+from sapt_fast.loading import adapted_layers, read_files, require_targets
+from sapt_fast.merging import static_weights
+from sapt_fast.peft_format import LORA_FILES, read_metadata, task_mark, write_lora
+from sapt_fast.pool import RowStack
+from sapt_fast.prompt_format import write_prompt
 from sapt_fast.prompts.patching import PromptHandle
-from sapt_fast.prompts.routing import prompt_place
 from sapt_fast.sharding import is_sharded, whole
+from sapt_fast.stored_files import digest_of_file, write_tensors
 
-FORMAT_VERSION = 1
-
-_CONFIG_FILE = "sapt_config.json"
-_ROUTER_FILE = "router.safetensors"
-_FIELDS = {"format_version", "sapt_fast_version", "config", "tasks", "base_model"}
 _EXPORT_MARK = {"sapt_fast": "export_adapter"}
-
-
-@dataclass
-class StoredTasks:
-    """What a checkpoint holds, read and not yet in a model.
-
-    Attributes:
-        source: where it was read, for messages.
-        names: of the K tasks, in learning order.
-        adapters: of each task, by the path of each layer; or its prompt [P, D].
-        keys: [K, D].
-        router: the rest of the router's state_dict.
-        targets: as `SaptHandle.targets`.
-    """
-
-    source: str
-    config: SaptConfig
-    names: list[str]
-    adapters: Sequence[dict[str, Adapter] | Tensor]
-    keys: Tensor
-    router: dict[str, Tensor]
-    targets: dict[str, Tensor]
 
 
 def save_pretrained(
@@ -73,17 +44,23 @@ def save_pretrained(
     directory: str | os.PathLike[str],
     *,
     is_main_process: bool | None = None,
+    state: Mapping[str, Tensor] | None = None,
+    strategy_state: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Saves the tasks, the router and the settings of a patched model.
 
     The folder is replaced as a whole: a kill at any point leaves the old or the new one, which
-    `load_pretrained` finds (see `sapt_fast._files.replace_directory`).
+    `load_pretrained` finds, and several processes take turns (see
+    `sapt_fast._files.replace_directory`). sapt_config.json holds digests of all files.
 
     Args:
         model: patched, with at least one task.
         directory: what an earlier call wrote there is replaced, other files stay.
         is_main_process: whether this process writes; only one may at a time. None: if it calls,
             but of a sharded model, for which all processes must call, rank 0 alone.
+        state: the model's state_dict, whose values are saved in place of those that it has now.
+        strategy_state: what a continual strategy remembers beside the adapters; for
+            `read_strategy_state`.
 
     Raises:
         ValueError: the model is not patched, has no task, or its targets do not fit its tasks; the
@@ -91,88 +68,44 @@ def save_pretrained(
         FileExistsError: a file that this function has not written is in the way.
         RuntimeError: a mixture is merged into the base weights, by which the base model is known
             again.
+        TimeoutError: another process keeps the folder locked.
         OSError: it cannot be written; it is then as it was.
     """
     handle = _patched(model)
     handle.routing.require_unmerged()
-    _require_targets("targets", handle.targets, handle.tasks)
-    state = handle.router.state_dict(keep_vars=True)  # whole() asks whose they are
-    router = {n: whole(t) for n, t in state.items() if not n.startswith("keys.")}
-    router["keys"] = handle.router.keys.rows()
+    require_targets("targets", handle.targets, handle.tasks)
+    router = _router_tensors(handle, state)
     for name, target in handle.targets.items():
         router[f"targets.{name}"] = target.float()
-    adapters = _adapters(handle)
-    text = json.dumps(_description(model, handle), indent=2, default=sorted)
+    adapters = _adapters(handle, state)
+    description = _description(model, handle, state)
     if not _writes(model, is_main_process):
         return
     with replace_directory(directory, _written) as folder:
         write = write_prompt if isinstance(handle, PromptHandle) else write_lora
         for name, adapter in zip(handle.tasks, adapters, strict=True):
-            write(folder / name, model, adapter)
-        write_tensors(folder / _ROUTER_FILE, router)
-        (folder / _CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+            write(folder / name, model, adapter, task_mark(name))
+        write_tensors(folder / ROUTER_FILE, router)
+        if strategy_state:
+            write_tensors(folder / STRATEGY_FILE, strategy_state)
+        _write_description(folder, description)
 
 
-def load_pretrained(model: PreTrainedModel, directory: str | os.PathLike[str]) -> PreTrainedModel:
-    """Puts what `save_pretrained` saved into a model of the same base.
-
-    The last task is then the trainable one, as after training it. Weights take the device
-    of the model and the dtype that the stored config asks for on it. Everything is read and checked
-    before the model changes.
+def renew_digests(directory: str | os.PathLike[str]) -> None:
+    """Notes the digests of a saved folder's files anew, after they were edited on purpose.
 
     Args:
-        model: not patched (it gets the stored config), or patched with the stored config and
-            still without tasks.
         directory: written by `save_pretrained`.
 
-    Returns:
-        model.
-
     Raises:
-        TypeError: model is not a PreTrainedModel.
         FileNotFoundError: a file is missing.
-        ValueError: the model has tasks or another config, is another base model, or a file is
-            damaged or does not fit the others.
-
-    Example:
-        >>> import sapt_fast, tempfile
-        >>> from sapt_fast.demo.backbone import load_backbone
-        >>> model = sapt_fast.patch(load_backbone())
-        >>> model.sapt.add_task("first")
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     model.sapt.save_pretrained(folder)
-        ...     sapt_fast.load_pretrained(load_backbone(), folder).sapt.tasks
-        ['first']
+        ValueError: sapt_config.json is damaged.
     """
-    handle = _without_tasks(model)
-    folder = whole_directory(directory, _CONFIG_FILE)
-    source = folder / _CONFIG_FILE
-    description = _read_description(source)
-    require_model_type(model, description["base_model"], source)
-    try:
-        config = SaptConfig.from_dict(description["config"])
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{source}: config: {error}") from error
-    layers = _layers(model, handle, config, source)
-    require_base(model, layers, description["base_model"], source)
-
-    names = [task["name"] for task in description["tasks"]]
-    adapters: list[dict[str, Adapter] | Tensor] = []
-    for task in description["tasks"]:
-        if config.adapter == "prompt":
-            adapters.append(read_prompt(folder / task["name"], config.prompt_length, _width(model)))
-            continue
-        where = f"{source}: task {task['name']!r}"
-        ranks = _per_layer(task["rank"], layers, _is_rank, f"{where}: rank")
-        scaling = _per_layer(task["scaling"], layers, _is_finite, f"{where}: scaling")
-        shapes = {path: (ranks[path], *layers[path]) for path in layers}
-        weights = read_lora(folder / task["name"], shapes)
-        adapters.append({path: (*weights[path], float(scaling[path])) for path in layers})
-    router = read_tensors(folder / _ROUTER_FILE)
-    targets = {n.removeprefix("targets."): t for n, t in router.items() if n.startswith("targets.")}
-    router = {n: t for n, t in router.items() if not n.startswith("targets.")}
-    keys = router.pop("keys", torch.empty(0))
-    return install(model, StoredTasks(str(folder), config, names, adapters, keys, router, targets))
+    description, files = read_directory(directory, CONFIG_FILE, read_files)
+    if not is_sealed(description):
+        raise ValueError(f"{files.folder}: an earlier version saved it, which has no digests")
+    digests = {name: files.digests[name] for name in stated_files(description)}
+    atomic_write_text(files.folder / CONFIG_FILE, seal(description, digests))
 
 
 def export_adapter(
@@ -220,64 +153,6 @@ def export_adapter(
         write_lora(folder, model, adapters, _EXPORT_MARK)
 
 
-def install(model: Any, stored: StoredTasks) -> PreTrainedModel:
-    """Checks the names and shapes of stored tasks against a model and puts them in.
-
-    Args:
-        model: not patched, or patched with the stored config and without tasks.
-
-    Returns:
-        model, patched.
-
-    Raises:
-        TypeError, ValueError: as `load_pretrained`; the model is then unchanged.
-    """
-    handle = _without_tasks(model)
-    layers = _layers(model, handle, stored.config, stored.source)
-    for name, adapters in zip(stored.names, stored.adapters, strict=True):
-        tensors: dict[str, Tensor] = {}
-        shapes: dict[str, tuple[int, ...]] = {}
-        if isinstance(adapters, Tensor):
-            shapes = {"prompt": (stored.config.prompt_length, _width(model))}
-            require_shapes(f"{stored.source}, task {name!r}", {"prompt": adapters}, shapes)
-            continue
-        if odd := sorted(set(adapters) ^ set(layers)):
-            raise ValueError(
-                f"{stored.source}: task {name!r} has adapters for other layers than those that "
-                f"the config chooses: {odd[0]} and {len(odd) - 1} more are in one but not in both"
-            )
-        for path, (inputs, outputs) in layers.items():
-            a, b, _ = adapters[path]
-            tensors |= {f"{path} A": a, f"{path} B": b}
-            shapes |= {f"{path} A": (len(a), inputs), f"{path} B": (len(a), outputs)}
-        require_shapes(f"{stored.source}, task {name!r}", tensors, shapes)
-    width = _width(model)
-    empty = SaptRouter(width, stored.config, device=torch.device("meta"))
-    expected = (handle.router if handle else empty).state_dict()
-    shapes = {n: tuple(t.shape) for n, t in expected.items() if not n.startswith("keys.")}
-    shapes |= {"keys": (len(stored.names), width)}
-    require_shapes(f"{stored.source}, router", {**stored.router, "keys": stored.keys}, shapes)
-    _require_targets(f"{stored.source}, targets", stored.targets, stored.names)
-
-    if handle is None:
-        patch(model, stored.config)
-    try:
-        with torch.no_grad():
-            _fill(model.sapt, stored)
-    except BaseException:
-        if handle is None:
-            unpatch(model)
-        raise
-    return model
-
-
-def _fill(handle: SaptHandle, stored: StoredTasks) -> None:
-    for name, adapters, key in zip(stored.names, stored.adapters, stored.keys, strict=True):
-        handle.restore_task(name, adapters, key)
-    handle.router.load_state_dict(stored.router, strict=False)
-    handle.targets.update({name: target.clone() for name, target in stored.targets.items()})
-
-
 def _patched(model: PreTrainedModel) -> SaptHandle:
     handle = getattr(model, "sapt", None)
     if not isinstance(handle, SaptHandle):
@@ -287,21 +162,21 @@ def _patched(model: PreTrainedModel) -> SaptHandle:
     return handle
 
 
-def _without_tasks(model: Any) -> SaptHandle | None:
-    require_pretrained(model)
-    handle = getattr(model, "sapt", None)
-    if not isinstance(handle, SaptHandle):
-        return None
-    if handle.tasks:
-        raise ValueError(
-            f"model: already has the tasks {handle.tasks}; call sapt_fast.unpatch(model) first"
-        )
-    return handle
+def _rows(path: str, stack: RowStack, state: Mapping[str, Tensor] | None) -> Tensor:
+    """All rows of a stack, from the model's state_dict if there is one; gathers what is sharded."""
+    if state is None:
+        return stack.rows()
+    return torch.cat([state[f"{path}.frozen"], state[f"{path}.trainable"]])
 
 
-def _stacks(handle: SaptHandle) -> dict[str, tuple[Tensor, Tensor]]:
-    """A and B of all tasks, by layer; gathers what is sharded."""
-    return {path: (pool.a.rows(), pool.b.rows()) for path, pool in handle.pools.items()}
+def _router_tensors(handle: SaptHandle, state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """The router's state_dict, with all keys [K, D] as one."""
+    held = handle.router.state_dict(keep_vars=True)  # whole() asks whose they are
+    if state is not None:
+        held = {name: state[f"sapt.router.{name}"] for name in held}
+    router = {n: whole(t) for n, t in held.items() if not n.startswith("keys.")}
+    router["keys"] = _rows("sapt.router.keys", handle.router.keys, state)
+    return router
 
 
 def _writes(model: PreTrainedModel, is_main_process: bool | None) -> bool:
@@ -310,75 +185,34 @@ def _writes(model: PreTrainedModel, is_main_process: bool | None) -> bool:
     return is_main_process
 
 
-def _adapters(handle: SaptHandle) -> list[Any]:
-    """What each task's adapter is written from; gathers what is sharded."""
+def _adapters(handle: SaptHandle, state: Mapping[str, Tensor] | None) -> list[Any]:
+    """What each task's adapter is written from."""
+    count = len(handle.tasks)
     if isinstance(handle, PromptHandle):
-        return [handle.prompts.prompt(index) for index in range(len(handle.tasks))]
-    stacks, pools = _stacks(handle), handle.pools
+        rows = _rows("sapt.prompts.rows", handle.prompts.rows, state)
+        return list(rows.reshape(count, -1, rows.shape[1]))
+    pools = handle.pools
+    stacks = {
+        path: tuple(_rows(f"{path}.sapt_pool.{side}", getattr(pool, side), state) for side in "ab")
+        for path, pool in pools.items()
+    }
     adapters = []
-    for index in range(len(handle.tasks)):
+    for index in range(count):
         own = {}
         for path, (a, b) in stacks.items():
             start = sum(pools[path].ranks[:index])
-            rows = slice(start, start + pools[path].ranks[index])
-            own[path] = a[rows], b[rows], pools[path].scaling[index]
+            end = start + pools[path].ranks[index]
+            own[path] = a[start:end], b[start:end], pools[path].scaling[index]
         adapters.append(own)
     return adapters
-
-
-def _layers(
-    model: PreTrainedModel,
-    handle: SaptHandle | None,
-    config: SaptConfig,
-    source: str | os.PathLike[str],
-) -> dict[str, tuple[int, int]]:
-    """(in_features, out_features) of each layer that is patched, or would be with this config.
-
-    With prompts none is; then of the layers that tell one base model from another.
-    """
-    if handle is not None:
-        own, new = _jsonable(handle.config), _jsonable(config)
-        differing = sorted(name for name in own if own[name] != new[name])
-        if differing:
-            raise ValueError(
-                f"model: patched with another config than {source}, they differ in "
-                + ", ".join(f"{n} ({own[n]!r} here, {new[n]!r} there)" for n in differing)
-                + "; call sapt_fast.unpatch(model) first"
-            )
-    if config.adapter == "prompt":
-        prompt_place(model)
-        paths = outer_layers(model)
-    else:
-        report = find_layers(model, config) if handle is None else handle.report
-        paths = report.patched
-    return {path: layer_features(model.get_submodule(path)) for path in paths}
-
-
-def _width(model: Any) -> int:
-    """D, of the input embeddings."""
-    return model.get_input_embeddings().weight.shape[1]
-
-
-def _jsonable(config: SaptConfig) -> dict[str, Any]:
-    return json.loads(json.dumps(config.to_dict(), default=sorted))
-
-
-def _require_targets(source: str, targets: Mapping[str, Tensor], names: list[str]) -> None:
-    for name, target in targets.items():
-        if name not in names:
-            raise ValueError(f"{source}: got one for {name!r}, expected tasks among {names}")
-        shape = (names.index(name) + 1,)
-        if tuple(target.shape) != shape or not target.is_floating_point():
-            raise ValueError(
-                f"{source}: {name!r} has {target.dtype} of shape {tuple(target.shape)}, expected "
-                f"floats of shape {shape}"
-            )
 
 
 # --- sapt_config.json ---
 
 
-def _description(model: PreTrainedModel, handle: SaptHandle) -> dict[str, Any]:
+def _description(
+    model: PreTrainedModel, handle: SaptHandle, state: Mapping[str, Tensor] | None
+) -> dict[str, Any]:
     tasks: list[dict[str, Any]] = []
     for index, name in enumerate(handle.tasks):
         if isinstance(handle, PromptHandle):
@@ -387,68 +221,19 @@ def _description(model: PreTrainedModel, handle: SaptHandle) -> dict[str, Any]:
         ranks = {path: pool.ranks[index] for path, pool in handle.pools.items()}
         scaling = {path: pool.scaling[index] for path, pool in handle.pools.items()}
         tasks.append({"name": name, "rank": _uniform(ranks), "scaling": _uniform(scaling)})
-    layers = _layers(model, handle, handle.config, "")
-    return {
-        "format_version": FORMAT_VERSION,
-        "sapt_fast_version": __version__,
-        "config": handle.config.to_dict(),
-        "tasks": tasks,
-        "base_model": describe_base(model, layers),
-    }
+    layers = adapted_layers(model, handle, handle.config, "")
+    base = describe_base(model, layers, state)
+    return describe(handle.config.to_dict(), tasks, base, handle.strategy)
 
 
 def _uniform(values: dict[str, Any]) -> Any:
     return next(iter(values.values())) if len(set(values.values())) == 1 else values
 
 
-def _per_layer(
-    value: Any, layers: Mapping[str, Any], valid: Callable[[Any], bool], source: str
-) -> dict[str, Any]:
-    values = value if isinstance(value, dict) else dict.fromkeys(layers, value)
-    if set(values) != set(layers) or not all(valid(number) for number in values.values()):
-        raise ValueError(
-            f"{source}: got {value!r}, expected a number or one for each of {sorted(layers)}"
-        )
-    return values
-
-
-def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_finite(value: Any) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and math.isfinite(value)
-
-
-def _read_description(path: Path) -> dict[str, Any]:
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: truncated or no JSON ({error})") from error
-    version = description.get("format_version") if isinstance(description, dict) else None
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{path}: format_version is {version!r}, expected {FORMAT_VERSION}")
-    if set(description) != _FIELDS:
-        raise ValueError(f"{path}: fields {sorted(description)}, expected {sorted(_FIELDS)}")
-    tasks = description["tasks"]
-    config = description["config"]
-    prompts = isinstance(config, dict) and config.get("adapter") == "prompt"
-    fields = {"name"} if prompts else {"name", "rank", "scaling"}
-    if not isinstance(tasks, list) or any(
-        not isinstance(t, dict) or set(t) != fields or not isinstance(t["name"], str) for t in tasks
-    ):
-        raise ValueError(f"{path}: tasks: expected a list of objects with {sorted(fields)}")
-    names = [task["name"] for task in tasks]
-    for name in names:
-        folder = os.path.basename(name) == name and name not in ("", ".", "..")
-        if not folder or names.count(name) > 1:
-            raise ValueError(
-                f"{path}: tasks: {name!r} is no folder name or stands twice in {names}"
-            )
-    if not names:
-        raise ValueError(f"{path}: tasks: got none")
-    return description
+def _write_description(folder: Path, description: Mapping[str, Any]) -> None:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    digests = {path.relative_to(folder).as_posix(): digest_of_file(path) for path in files}
+    (folder / CONFIG_FILE).write_text(seal(description, digests), encoding="utf-8")
 
 
 # --- which files are ours ---
@@ -456,14 +241,9 @@ def _read_description(path: Path) -> dict[str, Any]:
 
 def _written(folder: Path) -> list[str]:
     """The files of this folder that `save_pretrained` wrote."""
-    if not (folder / _CONFIG_FILE).is_file():
+    if not (folder / CONFIG_FILE).is_file():
         return []
-    names = [task["name"] for task in _read_description(folder / _CONFIG_FILE)["tasks"]]
-    return [
-        _CONFIG_FILE,
-        _ROUTER_FILE,
-        *(f"{name}/{file}" for name in names for file in LORA_FILES),
-    ]
+    return [CONFIG_FILE, *stated_files(read_description(folder / CONFIG_FILE))]
 
 
 def _exported(folder: Path) -> list[str]:

@@ -10,11 +10,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from sapt_fast._files import is_folder_name
+from sapt_fast._names import require_folder_name
 from sapt_fast.devices import execution_device
 from sapt_fast.layers import Mixed
 from sapt_fast.methods.sapt import SaptConfig, SaptRouter
 from sapt_fast.ops.router import query, reflection_loss
+from sapt_fast.pretrained_files import PretrainedFiles
 from sapt_fast.routing import Routing
 from sapt_fast.saved_modules import (
     TaskModules,
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
 
 Adapter = tuple[Tensor, Tensor, float]  # A [r, in_features], B [r, out_features], alpha / r
 
-_RESERVED_NAMES = ("router.safetensors", "sapt_config.json")  # files beside the tasks' folders
-
 
 class SaptHandle(nn.Module):
     """The tasks, the router and the losses of a patched model.
@@ -48,6 +47,8 @@ class SaptHandle(nn.Module):
             whoever trains; saved and loaded with the adapters.
         task_modules: each task's own copies of `config.modules_to_save`, with
             `config.modules_per_task`.
+        strategy: the continual strategy that trains the tasks, None outside of a run; saved, so
+            that a folder of one that does not predict by SAPT's router is not taken for SAPT's.
         routing: the running weights.
 
     Example:
@@ -78,6 +79,7 @@ class SaptHandle(nn.Module):
         self.report = report
         self.tasks = []
         self.targets = {}
+        self.strategy: str | None = None
         self.unfrozen_before: list[str] = []
         saved = find_modules(model, config.modules_to_save or (), report.patched)
         self.task_modules = TaskModules(model, saved if config.modules_per_task else ())
@@ -93,6 +95,7 @@ class SaptHandle(nn.Module):
         # Not a submodule: the handle is one of the model's.
         object.__setattr__(self, "_model", model)
         self.routing = Routing(model, self._route, self._has_tasks, self._count)
+        self.files = PretrainedFiles(self)
         if config.standardize_query:
             self.router.standardize(embedding, embedding.weight.shape[0])
 
@@ -105,7 +108,8 @@ class SaptHandle(nn.Module):
                 parameter groups, with fresh state.
 
         Raises:
-            ValueError: name is empty, taken, or no folder name; the optimizer holds none of the
+            ValueError: name is taken or cannot be a folder on every file system (it is empty, too
+                long, differs from another in case alone, ...); the optimizer holds none of the
                 parameters to follow; or a layer is no longer ours. Nothing has changed then.
         """
         self._require_new(name)
@@ -141,6 +145,16 @@ class SaptHandle(nn.Module):
                 another shape; or key has another shape. Nothing has changed then.
         """
         self._require_new(name)
+        self.put_task(name, adapters, key, modules)
+
+    def put_task(
+        self,
+        name: str,
+        adapters: Any,
+        key: Tensor,
+        modules: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """`restore_task` whatever the name, since earlier versions took some that it refuses."""
         pools = self.pools
         if adapters.keys() != pools.keys():
             missing, others = pools.keys() - adapters.keys(), adapters.keys() - pools.keys()
@@ -149,9 +163,9 @@ class SaptHandle(nn.Module):
                 "those of the patched layers"
             )
         for path, pool in pools.items():
-            a, b, _ = adapters[path]
+            a, b, scaling = adapters[path]
             try:
-                pool.require_fits(a.shape[0], (a, b))
+                pool.require_fits(a.shape[0], (a, b), scaling)
             except ValueError as error:
                 raise ValueError(f"adapters: {path}: {error}") from None
         self.task_modules.require_fits(modules)
@@ -223,6 +237,8 @@ class SaptHandle(nn.Module):
         Raises:
             RuntimeError: there is no task yet; or it cannot be told from position_ids where texts
                 end.
+            ValueError: a continual strategy trained the tasks whose predictions are not those of
+                the router.
         """
         self._require_task()
         inputs = {
@@ -236,6 +252,10 @@ class SaptHandle(nn.Module):
 
     def _route(self, **inputs: Tensor | None) -> Tensor:
         """[B, K] for texts in rows of their own."""
+        if self.strategy is not None:
+            from sapt_fast.description import require_routed
+
+            require_routed(self.strategy, "model")
         with self._in_one_piece():
             return self.router.weights(self._pooled(**inputs))
 
@@ -331,7 +351,11 @@ class SaptHandle(nn.Module):
         self.router.keys.trainable.copy_(queries.mean(0, keepdim=True))
 
     def save_pretrained(
-        self, directory: str | os.PathLike[str], *, is_main_process: bool | None = None
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        is_main_process: bool | None = None,
+        strategy_state: Mapping[str, Tensor] | None = None,
     ) -> None:
         """One PEFT adapter folder per task, router.safetensors and sapt_config.json; atomic.
 
@@ -339,7 +363,12 @@ class SaptHandle(nn.Module):
         """
         from sapt_fast.checkpoint import save_pretrained
 
-        save_pretrained(self._model, directory, is_main_process=is_main_process)
+        save_pretrained(
+            self._model,
+            directory,
+            is_main_process=is_main_process,
+            strategy_state=strategy_state,
+        )
 
     def export_adapter(
         self,
@@ -395,6 +424,7 @@ class SaptHandle(nn.Module):
     def install(self) -> None:
         """Adds the hooks and lets the shared `modules_to_save` train; called by `patch`."""
         self.routing.install()
+        self.files.install()
         self.task_modules.install(self.routing)
         for path in self._in_place:
             self._model.get_submodule(path).requires_grad_(True)
@@ -406,6 +436,7 @@ class SaptHandle(nn.Module):
     def remove(self) -> None:
         """Takes the hooks away; called by `unpatch`."""
         self.routing.remove()
+        self.files.remove()
         self.task_modules.remove()
         for hook in self._hooks:
             hook.remove()
@@ -466,11 +497,7 @@ class SaptHandle(nn.Module):
 
     def _require_new(self, name: str) -> None:
         self.routing.require_unmerged()
-        if not is_folder_name(name) or name in self.tasks or name in _RESERVED_NAMES:
-            raise ValueError(
-                f"name: got {name!r}, expected a new name without path separators "
-                f"(there are {self.tasks})"
-            )
+        require_folder_name("name: got", name, self.tasks)
 
     def _task_added(self, name: str) -> None:
         if not self.tasks:

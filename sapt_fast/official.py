@@ -8,22 +8,24 @@ order.
 """
 
 import os
-import pickle
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sapt_fast.checkpoint import StoredTasks, install
+from sapt_fast._names import require_folder_name
 from sapt_fast.handle import Adapter, SaptHandle
+from sapt_fast.loading import StoredTasks, install
 from sapt_fast.methods.sapt import SaptConfig
 from sapt_fast.patching import require_pretrained
+from sapt_fast.released_files import Refused, read_array, read_torch
+from sapt_fast.stored_files import require_finite
 
 _FILES = ("trans_input", "lora_weights_A", "lora_weights_B", "prompts_keys_till_now")
 _ATTENTION_FILE = "attention_weights.pkl"
@@ -35,7 +37,7 @@ _PROJECTION = {
 }
 _ENTRY = re.compile(
     r"(?P<parent>.+)\.(lora|previous_lora_weights)_(?P<letter>[a-z]+)"
-    r"(\.(?P<previous>\d+))?\.lora_(?P<side>[AB])"
+    r"(\.(?P<previous>[0-9]{1,6}))?\.lora_(?P<side>[AB])"
 )
 
 
@@ -101,6 +103,8 @@ def load_official(
     names = [_task_name(folder) for folder in folders]
     if len(set(names)) < len(names):
         raise ValueError(f"directories: the folders name a task twice: {names}")
+    for place, name in enumerate(names):
+        require_folder_name("directories: got the name", name, names[:place])
     released = [_read(folder, index + 1) for index, folder in enumerate(folders)]
     last = released[-1]
     for earlier in released[:-1]:
@@ -184,26 +188,18 @@ def _require_tail(last: _Released, earlier: _Released) -> None:
 def _read(folder: Path, count: int) -> _Released:
     if not folder.is_dir():
         raise FileNotFoundError(f"directories: {folder} is no folder")
-    projection, a, b, keys = (_torch_load(folder / f"{name}.pt") for name in _FILES)
+    projection, a, b, keys = (read_torch(folder / f"{name}.pt") for name in _FILES)
     keys_path = folder / "prompts_keys_till_now.pt"
     if not isinstance(keys, Tensor) or keys.dim() != 2 or len(keys) != count:
         raise ValueError(f"{keys_path}: got {_kind(keys)}, expected keys [{count}, D]")
+    require_finite(keys_path, {"keys": keys})
     return _Released(
         folder,
         _adapters(folder, a, b, count),
         _projection(folder / "trans_input.pt", projection),
-        keys.detach(),
+        keys,
         _attention(folder / _ATTENTION_FILE, count),
     )
-
-
-def _torch_load(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged archive makes the reader raise
-        raise ValueError(f"{path}: damaged, or holds more than tensors ({error})") from error
 
 
 def _projection(path: Path, entries: Any) -> dict[str, Tensor]:
@@ -241,84 +237,25 @@ def _adapters(
 
 
 def _tensors(path: Path, entries: Any) -> dict[str, Tensor]:
-    if not isinstance(entries, dict) or any(not isinstance(t, Tensor) for t in entries.values()):
+    if not isinstance(entries, dict) or not all(isinstance(name, str) for name in entries):
         raise ValueError(f"{path}: got {_kind(entries)}, expected named tensors")
-    return {name: tensor.detach() for name, tensor in entries.items()}
+    for name, value in entries.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"{path}: {name[:80]} is {_kind(value)}, expected a dense tensor of floats"
+            )
+    require_finite(path, entries)
+    return dict(entries)
 
 
 def _kind(value: Any) -> str:
+    if isinstance(value, Refused):
+        return value.kind
     return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
-# --- attention_weights.pkl ---
-
-
-class _PickledType:
-    """Stands for numpy.dtype: remembers its name and byte order."""
-
-    def __init__(self, name: str, *flags: object) -> None:
-        self.name, self.order = name, "="
-
-    def __setstate__(self, state: tuple) -> None:
-        self.order = state[1]
-
-
-class _PickledArray:
-    """Stands for numpy.ndarray: remembers shape, type and bytes."""
-
-    def __init__(self, *arguments: object) -> None:
-        self.state: tuple = ()
-
-    def __setstate__(self, state: tuple) -> None:
-        self.state = state
-
-    def floats(self) -> np.ndarray:
-        _, shape, kind, _, data = self.state
-        if kind.name not in ("f2", "f4", "f8") or kind.order not in ("<", ">", "="):
-            raise ValueError(f"numbers of type {kind.name!r}, expected floats")
-        return np.frombuffer(data, np.dtype(kind.order + kind.name)).reshape(shape)
-
-
-def _reconstruct(*arguments: object) -> _PickledArray:
-    """Stands for the function that makes an array whose state follows."""
-    return _PickledArray()
-
-
-def _frombuffer(data: bytes, kind: _PickledType, shape: tuple, order: str) -> _PickledArray:
-    """Stands for the function that makes an array of a buffer (pickle protocol 5)."""
-    array = _PickledArray()
-    array.state = (1, shape, kind, order == "F", data)
-    return array
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Reads one pickled numpy array of floats. Of all names that a pickle may call, only those of
-    numpy's array format are known, and they stand for the classes above: no foreign code, numpy's
-    own included, ever sees the file's content."""
-
-    names: ClassVar[dict[tuple[str, str], Callable[..., object]]] = {
-        ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
-        ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
-        ("numpy.core.numeric", "_frombuffer"): _frombuffer,
-        ("numpy._core.numeric", "_frombuffer"): _frombuffer,
-        ("numpy", "ndarray"): _PickledArray,
-        ("numpy", "dtype"): _PickledType,
-    }
-
-    def find_class(self, module_name: str, global_name: str) -> Any:
-        if (module_name, global_name) not in self.names:
-            raise pickle.UnpicklingError(f"refuses {module_name}.{global_name}")
-        return self.names[module_name, global_name]
-
-
 def _attention(path: Path, count: int) -> Tensor:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
-    with open(path, "rb") as file:
-        try:
-            array = _ArrayUnpickler(file).load().floats()
-        except Exception as error:  # a damaged or hostile pickle can make the reader raise anything
-            raise ValueError(f"{path}: no pickled numpy array of floats ({error})") from error
+    array = read_array(path)
     if array.size != count or not np.isfinite(array).all():
-        raise ValueError(f"{path}: got {array.tolist()}, expected {count} finite weights")
+        raise ValueError(f"{path}: got {array[:8].tolist()}, expected {count} finite weights")
     return torch.from_numpy(array.reshape(-1).astype(np.float32))

@@ -13,9 +13,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sapt_fast.handle import Adapter
+from sapt_fast.stored_files import StoredFiles, read_tensors, write_tensors
 
 LORA_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _CONFIG_FILE, _WEIGHTS_FILE = LORA_FILES
+_TASK_MARK = "sapt_fast_task"
 
 
 def write_lora(
@@ -51,27 +53,26 @@ def write_lora(
 
 
 def read_lora(
-    folder: Path, shapes: Mapping[str, tuple[int, int, int]]
+    files: StoredFiles, task: str, shapes: Mapping[str, tuple[int, int, int]]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """The (A [r, in_features], B [r, out_features]) of each layer, as `write_lora` took them.
 
     Args:
-        folder: of one adapter.
+        files: with the two files of the task.
+        task: its name, which is that of its folder.
         shapes: by the path of each layer, the expected (r, in_features, out_features).
 
     Raises:
-        FileNotFoundError: one of the two files is missing.
-        ValueError: the file is damaged, or its entries or shapes are not the expected ones.
+        ValueError: the file is damaged or another task's, or its entries, shapes or values are not
+            the expected ones.
     """
-    if not (folder / _CONFIG_FILE).is_file():
-        raise FileNotFoundError(f"{folder / _CONFIG_FILE} is missing")
-    tensors = read_tensors(folder / _WEIGHTS_FILE)
+    tensors = read_task_tensors(files, task)
     expected = {}
     for path, (rank, inputs, outputs) in shapes.items():
         if rank:
             expected[_key(path, "A")] = (rank, inputs)
             expected[_key(path, "B")] = (outputs, rank)
-    require_shapes(folder / _WEIGHTS_FILE, tensors, expected)
+    require_shapes(files.folder / task / _WEIGHTS_FILE, tensors, expected)
     adapters = {}
     for path, (rank, inputs, outputs) in shapes.items():
         if rank:
@@ -81,41 +82,29 @@ def read_lora(
     return adapters
 
 
-def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
-    """A safetensors file of copies of these tensors."""
-    from safetensors.torch import save_file
-
-    copies = {name: t.detach().to("cpu").contiguous().clone() for name, t in tensors.items()}
-    save_file(copies, path, metadata={"format": "pt", **(metadata or {})})
+def task_mark(task: str) -> dict[str, str]:
+    """Metadata by which the weights of one task are told from those of another."""
+    return {_TASK_MARK: json.dumps(task)}
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
-
-    Raises:
-        FileNotFoundError: it is missing. ValueError: it is damaged.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: truncated or no safetensors file ({error})") from error
+def read_task_tensors(files: StoredFiles, task: str) -> dict[str, Tensor]:
+    """The tensors of a task; ValueError if they are damaged, not finite or another task's."""
+    name = f"{task}/{_WEIGHTS_FILE}"
+    tensors, metadata = files.tensors(name)
+    mark = metadata.get(_TASK_MARK, json.dumps(task))  # earlier versions wrote none
+    if mark != json.dumps(task):
+        raise ValueError(
+            f"{files.folder / name}: holds the weights of task {mark}, expected those of {task!r}: "
+            "the folders of two tasks were exchanged or renamed"
+        )
+    return tensors
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The header's metadata of a safetensors file; empty for what is none."""
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except (OSError, SafetensorError):
+        return read_tensors(path)[1]
+    except (OSError, ValueError):
         return {}
 
 

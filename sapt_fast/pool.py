@@ -13,6 +13,22 @@ from sapt_fast.ops.projection import PooledProjection, Projection
 from sapt_fast.ops.rank_table import RankTable, rank_table
 from sapt_fast.sharding import is_partitioned, whole
 
+# Far above what trainings use; times the weights of an adapter it stays within float32.
+MOST_SCALING = 2.0**30
+
+
+def is_scaling(value: Any) -> bool:
+    """Whether a value can be the scaling (alpha / r) of an adapter: finite, at most 2**30."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and abs(value) <= MOST_SCALING
+
+
+def require_scaling(scaling: float) -> None:
+    """Raises ValueError unless `is_scaling`."""
+    if not is_scaling(scaling):
+        shown = str(scaling)[:40]
+        raise ValueError(f"scaling: got {shown}, expected a number of at most {MOST_SCALING:g}")
+
 
 class RowStack(Resident):
     """The rows of all tasks of one kind, one after the other in one piece of memory.
@@ -242,15 +258,16 @@ class AdapterPool(Resident):
                 changes nothing yet (A Kaiming-uniform, B zero).
 
         Raises:
-            ValueError: a shape does not fit; nothing has changed.
+            ValueError: a shape does not fit, or the scaling is above 2**30; nothing has changed.
         """
+        require_scaling(scaling)
         if weights is None:
             self.a.append(
                 rank, lambda rows: nn.init.kaiming_uniform_(rows, a=5**0.5) if rank else rows
             )
             self.b.append(rank, nn.init.zeros_)
         else:
-            self.require_fits(rank, weights)
+            self.require_fits(rank, weights, scaling)
             self.a.append(rank, lambda rows: rows.copy_(weights[0]))
             self.b.append(rank, lambda rows: rows.copy_(weights[1]))
         self.ranks += (rank,)
@@ -259,8 +276,10 @@ class AdapterPool(Resident):
         rows = self.a.trainable
         self._table(rows.device, torch.promote_types(rows.dtype, torch.float32))
 
-    def require_fits(self, rank: int, weights: tuple[Tensor, Tensor]) -> None:
-        """Raises ValueError unless weights are A [rank, in_features] and B [rank, out_features]."""
+    def require_fits(self, rank: int, weights: tuple[Tensor, Tensor], scaling: float = 1.0) -> None:
+        """Raises ValueError unless weights are A [rank, in_features] and B [rank, out_features],
+        and the scaling is plausible."""
+        require_scaling(scaling)
         for name, given, stack in zip("AB", weights, (self.a, self.b), strict=True):
             if tuple(given.shape) != (rank, stack.width):
                 raise ValueError(

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sapt_fast.peft_format import LORA_FILES, read_tensors, require_shapes, write_tensors
+from sapt_fast.peft_format import LORA_FILES, read_task_tensors, require_shapes
+from sapt_fast.stored_files import StoredFiles, write_tensors
 
 _CONFIG_FILE, _WEIGHTS_FILE = LORA_FILES
 _KEY = "prompt_embeddings"
@@ -43,17 +44,18 @@ def write_prompt(
     write_tensors(folder / _WEIGHTS_FILE, {_KEY: prompt}, metadata)
 
 
-def read_prompt(folder: Path, length: int, width: int) -> Tensor:
+def read_prompt(files: StoredFiles, task: str, length: int, width: int) -> Tensor:
     """The prompt [length, width], as `write_prompt` took it.
 
+    Args:
+        files: with the two files of the task.
+        task: its name, which is that of its folder.
+
     Raises:
-        FileNotFoundError: one of the two files is missing.
         ValueError: the file is damaged, or holds something else.
     """
-    if not (folder / _CONFIG_FILE).is_file():
-        raise FileNotFoundError(f"{folder / _CONFIG_FILE} is missing")
-    tensors = read_tensors(folder / _WEIGHTS_FILE)
-    require_shapes(folder / _WEIGHTS_FILE, tensors, {_KEY: (length, width)})
+    tensors = read_task_tensors(files, task)
+    require_shapes(files.folder / task / _WEIGHTS_FILE, tensors, {_KEY: (length, width)})
     return tensors[_KEY]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from sapt_fast._files import is_folder_name
+from sapt_fast._names import require_folder_name
 from sapt_fast._options import require_folder
 from sapt_fast.continual import processes
 from sapt_fast.continual.loop import ALONE_NAME, check_processes, run_alone, run_continual
@@ -31,6 +31,16 @@ __all__ = ["Cell", "Comparison", "compare", "settings_of_rows"]
 logger = logging.getLogger(__name__)
 
 ALONE_ROW = "alone"
+_REPORTED = (
+    "tasks",
+    "scores",
+    "metrics",
+    "seconds",
+    "trained_parameters",
+    "peak_memory",
+    "resumed",
+)
+_APPENDED = 40  # bytes at most that a run's folder adds to the name of its order
 # Settings that no row has of its own, and what gives them.
 _SAID_ELSEWHERE = {
     "strategy": "strategies, as NAME=METHOD",
@@ -149,12 +159,12 @@ def compare(
         bar.set_postfix_str(f"{run.row}, {run.order}, seed {run.seed}")
         board = folder / "tensorboard" / run.row / run.folder.name
         # One that was finished without FWT is reported again, not trained.
-        if not run.done.is_file() or (singles and read_json(run.done)["alone"] is None):
+        if not run.done.is_file() or (singles and read_json(run.done, "alone")["alone"] is None):
             model = source.load_model() if model is None else model
             _run(model, run, _alone(model, singles[run.seed]) if singles else None)
             if processes.is_first():
                 shutil.rmtree(board, ignore_errors=True)  # of an earlier report
-        cell = Cell(run.row, run.order, run.seed, run.folder, read_json(run.done))
+        cell = Cell(run.row, run.order, run.seed, run.folder, read_json(run.done, *_REPORTED))
         cells[run.row, run.order, run.seed] = cell
         if tensorboard and processes.is_first():
             from sapt_fast.continual.tensorboard import write_scalars
@@ -262,14 +272,14 @@ def _check(
         raise ValueError(f"{'seeds' if rows else 'rows'}: got none, expected at least one")
     if len(set(seeds)) != len(seeds):
         raise ValueError(f"seeds: got {list(seeds)}, expected distinct ones")
+    names = [ALONE_ROW, "tensorboard"]
     for row, settings in rows.items():
-        if not is_folder_name(row) or row == ALONE_ROW:
-            raise ValueError(f"rows: got {row!r}, expected a name fit for a folder")
+        require_folder_name("rows: got", row, names)
+        names.append(row)
         if STRATEGIES[settings.strategy].alone:
             raise ValueError(f"rows: {row!r} is 'single', which has no sequence to compare")
-    for order in orders:
-        if not is_folder_name(order):
-            raise ValueError(f"orders: got {order!r}, expected a name fit for a folder")
+    for place, order in enumerate(orders):
+        require_folder_name("orders: got", order, [*orders][:place], appended=_APPENDED)
 
 
 @dataclass(frozen=True)
@@ -312,7 +322,7 @@ def _check_stored(runs: Sequence[_Planned]) -> None:
         file = run.folder / "run.json"
         if not file.is_file() and not run.done.is_file():
             continue
-        stored = read_json(file)
+        stored = read_json(file, "settings", "source", "tasks")
         asked = {"settings": run.settings.to_dict(), "source": run.source.to_dict()}
         if run.row == ALONE_ROW:  # where the order does not matter
             asked["source"]["tasks"] = stored["source"].get("tasks")

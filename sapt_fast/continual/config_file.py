@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from sapt_fast._reading import read_bytes
+
 __all__ = ["read_config"]
+
+_BYTES = 2**16
+_MOST_VALUES, _MOST_DEPTH = 10_000, 20
 
 
 def read_config(path: Path, known: Collection[str]) -> dict[str, Any]:
@@ -20,23 +26,67 @@ def read_config(path: Path, known: Collection[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no YAML, no mapping, or an unknown option.
+        ValueError: no regular file, no YAML or one of Python objects, larger, deeper or with more
+            values (aliases count where they are used) than options can be, no mapping, an option
+            twice, or an unknown option.
     """
-    import yaml
-
-    if not path.is_file():
-        raise FileNotFoundError(f"config: {path} does not exist")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"config: {path} is no YAML: {' '.join(str(error).split())}") from error
+        data = read_bytes(path, _BYTES)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"config: {path} does not exist") from None
+    content = _parsed(data, path)
     if not isinstance(content, dict):
         raise ValueError(f"config: {path} holds {type(content).__name__}, expected options by name")
     options = {str(name).replace("-", "_"): value for name, value in content.items()}
+    if len(options) < len(content):
+        raise ValueError(f"config: {path} has an option twice, spelt with - and with _")
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ValueError(f"config: {path} has unknown options {unknown}")
     return {name: _as_given(value) for name, value in options.items()}
+
+
+def _parsed(data: bytes, path: Path) -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """The safe loader, for which a key twice in one mapping is an error."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = Counter(key.value for key, _ in node.value if isinstance(key.value, str))
+            twice, count = (keys.most_common(1) or [("", 0)])[0]
+            if count > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {twice!r} stands twice", node.start_mark
+                )
+            return super().construct_mapping(node, deep)
+
+    try:
+        content = yaml.load(data.decode("utf-8"), Loader)  # of safe values
+        _count(content, 0, [_MOST_VALUES])
+    except UnicodeDecodeError as error:
+        raise ValueError(f"config: {path} is not UTF-8: {error.reason}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"config: {path} is no YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise ValueError(f"config: {path} is nested too deep for options") from error
+    except (OverflowError, TypeError, ValueError) as error:
+        raise ValueError(f"config: {path}: {error}") from error
+    return content
+
+
+def _count(value: Any, depth: int, left: list[int]) -> None:
+    """Raises ValueError if a value, written out, is larger or deeper than options can be."""
+    left[0] -= 1
+    if left[0] < 0 or depth > _MOST_DEPTH:
+        raise ValueError(
+            f"more than {_MOST_VALUES} values, or more than {_MOST_DEPTH} inside each other"
+        )
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, (list, tuple, set)):
+        for item in value:
+            _count(item, depth + 1, left)
 
 
 def _as_given(value: Any) -> Any:

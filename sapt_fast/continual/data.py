@@ -21,6 +21,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from sapt_fast._reading import DATA_BYTES, read_json
+
 __all__ = [
     "BENCHMARKS",
     "Example",
@@ -272,18 +274,9 @@ def _task_folder(root: str | os.PathLike[str], benchmark: str, task: str) -> Pat
 
 def _load_json(path: Path) -> Any:
     try:
-        text = path.read_text(encoding="utf-8")
+        return read_json(path, DATA_BYTES)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist; expected a CL_Benchmark file") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start}: {error.reason}") from error
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}: broken JSON at line {error.lineno}, column {error.colno} "
-            f"(character {error.pos} of {len(text)}): {error.msg}; is the file whole?"
-        ) from error
 
 
 def _read_examples(

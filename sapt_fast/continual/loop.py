@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, closing
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -16,8 +18,7 @@ import numpy as np
 from transformers import set_seed
 
 from sapt_fast import __version__
-from sapt_fast._files import is_folder_name
-from sapt_fast.checkpoint import load_pretrained
+from sapt_fast._names import require_folder_name
 from sapt_fast.continual import processes
 from sapt_fast.continual.data import TaskData, digest
 from sapt_fast.continual.evaluate import Mixture, mean_attention, metric_of, score
@@ -33,6 +34,7 @@ from sapt_fast.continual.strategies.base import Strategy
 from sapt_fast.continual.training import train_stage
 from sapt_fast.continual.workbench import Workbench
 from sapt_fast.handle import SaptHandle
+from sapt_fast.loading import load_of_strategy
 from sapt_fast.patching import patch, unpatch
 
 __all__ = ["Results", "evaluate_run", "run_alone", "run_continual"]
@@ -41,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 ALONE_NAME = "alone.json"
 _SPLITS = ("train", "dev", "test")
+_APPENDED = 40  # bytes at most that a checkpoint's folder, and hidden ones, add to a task's name
 
 
 def run_continual(
@@ -88,9 +91,9 @@ def run_continual(
     run = _Run(model, tokenizer, tasks, settings)
     if alone is not None:
         _check_alone(alone, run.names)
-    run.open(Path(output_dir), source, resume)
-    run.learn_all()
-    return run.report(alone)
+    with run.open(Path(output_dir), source, resume):
+        run.learn_all()
+        return run.report(alone)
 
 
 def run_alone(
@@ -110,14 +113,14 @@ def run_alone(
     """
     settings = replace(settings or ContinualSettings(), strategy="single", strategy_options={})
     run = _Run(model, tokenizer, tasks, settings)
-    run.open(Path(output_dir), source, resume)
-    run.learn_all()
-    run.reset()
-    scores = {name: row[0] for name, row in zip(run.names, run.folder.scores, strict=True)}
-    if processes.is_first():
-        write_json(run.folder.path / ALONE_NAME, scores)
-    processes.wait()
-    return scores
+    with run.open(Path(output_dir), source, resume):
+        run.learn_all()
+        run.reset()
+        scores = {name: row[0] for name, row in zip(run.names, run.folder.scores, strict=True)}
+        if processes.is_first():
+            write_json(run.folder.path / ALONE_NAME, scores)
+        processes.wait()
+        return scores
 
 
 def evaluate_run(
@@ -142,7 +145,7 @@ def evaluate_run(
     """
     run = _Run(model, tokenizer, tasks, settings)
     run.folder = RunFolder(Path(output_dir), run.names)
-    stored, ours = read_json(run.folder.path / "run.json"), run.description()
+    stored, ours = read_json(run.folder.path / "run.json", "tasks", "model"), run.description()
     for part in ("tasks", "model"):
         found = differences(stored[part], ours[part])
         if found:
@@ -196,12 +199,16 @@ class _Run:
         # How many tasks the model holds; None before it is patched.
         self._holds: int | None = None
 
-    def open(self, path: Path, source: Mapping[str, Any] | None, resume: bool) -> None:
+    def open(
+        self, path: Path, source: Mapping[str, Any] | None, resume: bool
+    ) -> AbstractContextManager[Any]:
+        """Opens the folder, in which no other process may run until the context ends."""
         description = {**self.description(), "source": dict(source or {})}
         with processes.first_goes_first():
             resume = resume or not processes.is_first()
             self.folder = RunFolder.open(path, self.names, description, resume=resume)
         self.bench.pseudo_samples = path / "pseudo_samples"
+        return closing(self.folder)
 
     def description(self) -> dict[str, Any]:
         """What the run is asked to do, JSON-ready."""
@@ -267,8 +274,12 @@ class _Run:
             sapt.targets[task.name] = mean_attention(
                 self.model, self.tokenizer, task.dev, self.settings, strategy.mixture
             )
-        self.folder.save_strategy(index, strategy.state())
-        sapt.save_pretrained(self.folder.checkpoint(index), is_main_process=processes.is_first())
+        self.folder.forget_unfinished(index)
+        sapt.save_pretrained(
+            self.folder.checkpoint(index),
+            is_main_process=processes.is_first(),
+            strategy_state=strategy.state(),
+        )
         self._holds = index + 1
         self._remove(self.folder.training(index))
 
@@ -306,11 +317,12 @@ class _Run:
             return
         self.reset()
         if count:
-            load_pretrained(self.model, self.folder.checkpoint(count - 1))
+            load_of_strategy(self.model, self.folder.checkpoint(count - 1), self.settings.strategy)
             self.strategy.load_state(self.folder.strategy_state(count - 1))
         else:
             set_seed(self.settings.seed)
             patch(self.model, self.strategy.configure(self.settings.sapt))
+            self.model.sapt.strategy = self.settings.strategy
             self.strategy.load_state({})
         self._holds = count
 
@@ -437,9 +449,8 @@ def _check_tasks(tasks: Sequence[TaskData]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"tasks: named more than once: {', '.join(twice)}")
-    for task in tasks:
-        if not is_folder_name(task.name):
-            raise ValueError(f"tasks: got the name {task.name!r}, expected one fit for a folder")
+    for place, task in enumerate(tasks):
+        require_folder_name("tasks: got the name", task.name, names[:place], appended=_APPENDED)
         for split in _SPLITS:
             if not getattr(task, split):
                 raise ValueError(f"tasks: {task.name!r} has no {split} rows, expected at least one")
@@ -478,8 +489,10 @@ def _check_alone(alone: Mapping[str, float], names: Sequence[str]) -> None:
     if missing:
         raise ValueError(f"alone: got no score for {', '.join(missing)}")
     for name in names:
-        if not isinstance(alone[name], (int, float)) or not math.isfinite(alone[name]):
-            raise ValueError(f"alone: got {alone[name]!r} for {name}, expected a score in percent")
+        score = alone[name]
+        if not isinstance(score, (int, float)) or not abs(score) <= sys.float_info.max:
+            shown = str(score)[:40]
+            raise ValueError(f"alone: got {shown} for {name}, expected a score in percent")
 
 
 def _digest(task: TaskData) -> str:

@@ -29,7 +29,7 @@ from sapt_fast._files import atomic_write_text
 from sapt_fast.continual.collate import LABEL_PADDING, Collator, model_kind
 from sapt_fast.continual.data import TaskData
 from sapt_fast.continual.settings import GeneratorSettings
-from sapt_fast.continual.state import TRAINER_STATE, last_checkpoint
+from sapt_fast.continual.state import TRAINER_STATE, last_checkpoint, read_json
 
 __all__ = ["PseudoSample", "make_pseudo_samples", "pseudo_sample_file"]
 
@@ -175,7 +175,7 @@ class _Generator:
 
         checkpoint = last_checkpoint(place)
         if checkpoint is not None:
-            state = json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
+            state = read_json(checkpoint / TRAINER_STATE, "global_step")
             if state["global_step"] >= self.settings.steps:
                 self.model.load_adapter(str(checkpoint), "default", is_trainable=True)
                 return
@@ -243,7 +243,7 @@ class _Generator:
         batches = math.ceil(wanted * self.settings.tries / size)
         state: dict[str, Any] = {"batches": 0, "samples": []}
         if file.is_file():
-            state = json.loads(file.read_text(encoding="utf-8"))
+            state = read_json(file, "batches", "samples")
         with tqdm(
             total=wanted, desc=f"sampling {task.name}", leave=False, disable=not progress,
             initial=len(state["samples"]),

@@ -106,17 +106,20 @@ def evaluate(
     for name in ("run.json", "results.json"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no finished run: there is no {name}")
-    run = read_json(folder / "run.json")
+    run = read_json(folder / "run.json", "settings")
     if not run.get("source"):
         raise ValueError(f"{folder / 'run.json'} notes no source; use evaluate_run from Python")
-    source = Source(**run["source"])
+    try:
+        source = Source(**run["source"])
+        settings = ContinualSettings.from_dict(run["settings"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / 'run.json'} is damaged ({error})") from error
     source = replace(
         source,
         model=source.model if model is None else model,
         data=source.data if data is None else data,
     )
     source.check_files()
-    settings = ContinualSettings.from_dict(run["settings"])
     settings = replace(
         settings,
         device=settings.device if device is None else device,
@@ -127,4 +130,4 @@ def evaluate(
     tasks = source.load_tasks()
     loaded, tokenizer = source.load_model()
     results = evaluate_run(loaded, tokenizer, tasks, folder, settings)
-    return results, read_json(folder / "results.json")
+    return results, read_json(folder / "results.json", "scores", "metrics")

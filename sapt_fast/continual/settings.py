@@ -349,6 +349,8 @@ def parse_values(texts: Iterable[str], option: str) -> dict[str, Any]:
             values[name] = json.loads(value)
         except json.JSONDecodeError:
             values[name] = value.strip()
+        except (RecursionError, ValueError) as error:
+            raise ValueError(f"{option}: {name}: got a value that is no JSON of ours") from error
     return values
 
 

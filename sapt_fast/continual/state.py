@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save
 from torch import Tensor
 
-from sapt_fast._files import atomic_write_bytes, whole_directory
+from sapt_fast import _reading
+from sapt_fast._files import whole_directory
+from sapt_fast._locks import FolderLock
 from sapt_fast.continual import processes
 from sapt_fast.continual.report import write_json
 from sapt_fast.continual.settings import differences
+from sapt_fast.description import STRATEGY_FILE
+from sapt_fast.loading import read_strategy_state
 
 __all__ = ["RunFolder", "last_checkpoint"]
 
 logger = logging.getLogger(__name__)
 
 TRAINER_STATE = "trainer_state.json"
-STRATEGY_STATE = "strategy.safetensors"
 
 
 class RunFolder:
@@ -52,6 +55,7 @@ class RunFolder:
         self.peaks: list[int | None] = []
         self.trained: list[int] = []
         self.resumed = False
+        self._lock: FolderLock | None = None
 
     @classmethod
     def open(
@@ -64,9 +68,39 @@ class RunFolder:
 
         Raises:
             FileExistsError: there is a run and `resume` is False, or there are other files.
-            ValueError: the run that is there was asked for something else; the message says what.
+            ValueError: the run that is there was asked for something else (the message says what),
+                a file of it is damaged, or another process runs in this folder.
         """
         folder = cls(path, tasks)
+        folder._occupy()
+        try:
+            folder._begin(description, resume)
+        except BaseException:
+            folder.close()
+            raise
+        return folder
+
+    def _occupy(self) -> None:
+        """Keeps other processes out; of several that share a run, the first one does."""
+        if not processes.is_first():
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = FolderLock(self.path)
+        if self._lock.acquire() is False:
+            holder = self._lock.holder()
+            self.close()
+            raise ValueError(
+                f"output_dir: {holder} runs in {self.path} already; wait for it or choose another"
+            )
+
+    def close(self) -> None:
+        """Lets other processes run in this folder."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _begin(self, description: Mapping[str, Any], resume: bool) -> None:
+        path = self.path
         run_file = path / "run.json"
         if not run_file.exists():
             # Tasks learned alone may be there already, and hidden leftovers of a kill.
@@ -78,7 +112,7 @@ class RunFolder:
                     "choose an empty folder"
                 )
             write_json(run_file, description)
-            return folder
+            return
         if not resume:
             raise FileExistsError(f"output_dir: {path} holds a run; resume it or choose another")
         stored = read_json(run_file)
@@ -88,21 +122,21 @@ class RunFolder:
             raise ValueError(
                 f"output_dir: {path} holds a run with other settings: " + "; ".join(found)
             )
-        folder.read()
-        folder.resumed = folder.resumed or not (path / "results.json").exists()
-        return folder
+        self.read()
+        self.resumed = self.resumed or not (path / "results.json").exists()
 
     def read(self) -> None:
         """Takes over state.json, if there is one."""
         path = self.path / "state.json"
         if path.exists():
-            state = read_json(path)
-            self.scores, self.attention = state["scores"], state["attention"]
+            state = read_json(path, "scores", "attention")
+            self.scores = _rows(state["scores"], path)
+            self.attention = _rows(state["attention"], path)
             self.read_costs()
 
     def read_costs(self) -> None:
         """Takes over from state.json what the run has cost so far."""
-        state = read_json(self.path / "state.json")
+        state = read_json(self.path / "state.json", "seconds")
         self.seconds, self.peaks = state["seconds"], state.get("peaks", [])
         self.trained, self.resumed = state.get("trained", []), state.get("resumed", False)
 
@@ -125,19 +159,19 @@ class RunFolder:
             return False
         return True
 
-    def save_strategy(self, index: int, state: Mapping[str, Tensor]) -> None:
-        """Puts what a strategy remembers where the checkpoint of task `index` will be.
-
-        The checkpoint counts once its adapters are there, which are written afterwards.
-        """
-        if state and processes.is_first():
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-            atomic_write_bytes(self.checkpoint(index) / STRATEGY_STATE, save(tensors))
+    def forget_unfinished(self, index: int) -> None:
+        """Deletes the strategy's state that an earlier version, killed before it wrote the adapters
+        of task `index`, has left where the checkpoint will be."""
+        if processes.is_first() and not self.has_checkpoint(index):
+            (self.checkpoint(index) / STRATEGY_FILE).unlink(missing_ok=True)
 
     def strategy_state(self, index: int) -> dict[str, Tensor]:
-        """What `save_strategy` was given for that task."""
-        path = whole_directory(self.checkpoint(index), "sapt_config.json") / STRATEGY_STATE
-        return load_file(path) if path.is_file() else {}
+        """What the strategy remembered after task `index`, beside the adapters.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        return read_strategy_state(self.checkpoint(index))
 
     def training(self, index: int) -> Path:
         """The Trainer's output folder for task `index`."""
@@ -147,19 +181,34 @@ class RunFolder:
         return f"{index + 1}-{self.tasks[index]}"
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, *fields: str) -> dict[str, Any]:
     """A JSON object of a run.
 
+    Args:
+        path: the file.
+        fields: that it must have.
+
     Raises:
+        FileNotFoundError: it is missing.
         ValueError: it is damaged.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = _reading.read_json(path)
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); choose another output_dir") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged (no object); choose another output_dir")
+    missing = [name for name in fields if not isinstance(content, dict) or name not in content]
+    if not isinstance(content, dict) or missing:
+        what = f"no {missing[0]}" if missing else "no object"
+        raise ValueError(f"{path} is damaged ({what}); choose another output_dir")
     return content
+
+
+def _rows(value: Any, path: Path) -> list[list[float]]:
+    """A list of lists of numbers; ValueError if the file has anything else there."""
+    try:
+        return [[math.nan if x is None else float(x) for x in row] for row in value]
+    except (OverflowError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}); choose another output_dir") from error
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -170,7 +219,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     newest = None
     for path in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1])):
         try:
-            json.loads((path / TRAINER_STATE).read_text(encoding="utf-8"))
+            _reading.read_json(path / TRAINER_STATE)
         except (OSError, ValueError):
             logger.warning("%s is incomplete and is not used", path)
             shutil.rmtree(path)

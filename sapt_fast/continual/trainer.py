@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer
 
+from sapt_fast._files import atomic_write_bytes
+from sapt_fast._reading import parse_json
 from sapt_fast.continual.collate import model_kind, pad_rows
 from sapt_fast.continual.encoder import LabelSpace
 from sapt_fast.continual.objective import Step, forward, prompt_mask, token_loss
 from sapt_fast.handle import SaptHandle
+from sapt_fast.pretrained_files import is_ours
 from sapt_fast.sharding import is_sharded, whole
+from sapt_fast.stored_files import read_tensors, require_finite, tensor_bytes
 
 __all__ = ["Replay", "RowStream", "SaptTrainer", "model_given_back"]
 
@@ -290,7 +292,8 @@ class SaptTrainer(Seq2SeqTrainer):
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / STATE_NAME, metadata={"tasks": json.dumps(self.sapt.tasks)})
+        data = tensor_bytes(tensors, {"tasks": json.dumps(self.sapt.tasks)})
+        atomic_write_bytes(folder / STATE_NAME, data)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -302,11 +305,12 @@ class SaptTrainer(Seq2SeqTrainer):
                 f"{resume_from_checkpoint} is no checkpoint of SaptTrainer: no {STATE_NAME}"
             )
         target = self.model if model is None else model
-        with safe_open(path, framework="pt", device="cpu") as file:
-            tasks = json.loads(file.metadata()["tasks"])
-            if tasks != self.sapt.tasks:
-                raise ValueError(f"{path} is of tasks {tasks}, the model has {self.sapt.tasks}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        held, metadata = read_tensors(Path(path))
+        require_finite(path, held)
+        tensors: dict[str, Any] = {**held}
+        tasks = parse_json(metadata.get("tasks", "null").encode(), path)
+        if tasks != self.sapt.tasks:
+            raise ValueError(f"{path} is of tasks {tasks}, the model has {self.sapt.tasks}")
         if is_sharded(target):
             from torch.distributed.checkpoint.state_dict import (
                 StateDictOptions,
@@ -385,11 +389,7 @@ def _check_replay(replay: Sequence[Replay], sapt: SaptHandle) -> None:
 
 def _sapt_tensors(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The adapters and the router of a model's state_dict."""
-    return {
-        name: tensor
-        for name, tensor in state_dict.items()
-        if ".sapt_pool." in name or name.startswith("sapt.") or ".sapt." in name
-    }
+    return {name: tensor for name, tensor in state_dict.items() if is_ours(name)}
 
 
 def _separate(

@@ -29,6 +29,7 @@ from sapt_fast.peft_models.switched import (
     why_switched,
 )
 from sapt_fast.peft_models.wrappers import CHOSEN_KINDS, Chosen, wrapped_kind
+from sapt_fast.pretrained_files import PeftFiles
 from sapt_fast.report import PatchReport
 from sapt_fast.routing import Routing, require_unrouted
 from sapt_fast.towers import tower_notes
@@ -76,6 +77,7 @@ class PeftHandle(nn.Module):
         self.routing = Routing(inner, self._route, self._has_router, self._count)
         self.routing.pools.append(self)
         self.routing.admit = self._admit
+        self.files = PeftFiles(self)
         self._configs: list[Any] = []
         self._parts: list[tuple[str, Any]] = []
         self._any_obstacle = False
@@ -300,6 +302,7 @@ class PeftHandle(nn.Module):
     def leave(self) -> None:
         """Takes hooks, stand-ins and this handle off the model, and gives layers their classes."""
         self.routing.remove()
+        self.files.remove()
         for name in self.stand_ins():
             del vars(self._model.base_model)[name]
         del self._model.sapt
@@ -374,6 +377,7 @@ def patch_peft(model: PeftModel, *, strict: bool) -> None:
     model.sapt = handle
     vars(model.base_model).update(handle.stand_ins())
     handle.routing.install()
+    handle.files.install()
 
 
 def _require_fitting(model: PeftModel) -> None:

@@ -77,6 +77,16 @@ class PromptHandle(SaptHandle):
             ValueError: as `add_task`, or a shape does not fit. Nothing has changed then.
         """
         self._require_new(name)
+        self.put_task(name, adapters, key, modules)
+
+    def put_task(
+        self,
+        name: str,
+        adapters: Tensor,
+        key: Tensor,
+        modules: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """`restore_task` whatever the name."""
         self.prompts.require_fits(adapters)
         self.task_modules.require_fits(modules)
         self.router.add_key(key)

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from sapt_fast._files import atomic_write_text
+from sapt_fast._reading import read_json
 from sapt_fast.triton_kernels.common import DeviceTraits
 from sapt_fast.triton_kernels.gemm import expand_first_gemm, two_source_gemm
 
@@ -280,7 +281,7 @@ def read_table(path: Path, device: str) -> tuple[Measurement, ...]:
         )
 
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except ValueError as problem:
         raise error(f"no JSON ({problem})") from None
     if not isinstance(content, dict) or content.get("format") != _FORMAT:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar
@@ -157,13 +157,14 @@ def require(holds: bool, name: str, got: object, expected: str) -> None:
 def _like(default: Any, value: Any, name: str) -> Any:
     """`value` as the type of the option's default."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = number and abs(value) <= sys.float_info.max  # no NaN, no integer beyond floats
     if isinstance(default, bool):
         fits, expected = isinstance(value, bool), "True or False"
     elif isinstance(default, int):
-        fits = number and math.isfinite(value) and value == int(value)
+        fits = number and value == int(value)
         expected = "a whole number"
     elif isinstance(default, float):
-        fits, expected = number and math.isfinite(value), "a number"
+        fits, expected = number, "a number"
     else:
         fits, expected = isinstance(value, str), "a word"
     if not fits:

@@ -1,0 +1,96 @@
+"""Names of tasks and rows, which become folders: fit for every file system, and distinct there."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable
+
+__all__ = ["is_safe_name", "require_folder_name"]
+
+_LONGEST = 255  # bytes of a name in a folder
+
+# Files of ours and of transformers that stand beside the tasks' folders.
+_RESERVED = frozenset(
+    {
+        "router.safetensors",
+        "sapt_config.json",
+        "strategy.safetensors",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "model.safetensors.index.json",
+    }
+)
+
+
+def require_folder_name(
+    said: str, name: object, others: Iterable[str] = (), *, appended: int = 0
+) -> None:
+    """Raises ValueError unless `name` can be a new folder beside `others`, wherever it is copied.
+
+    Args:
+        said: how the message begins, such as "name: got".
+        name: the name.
+        others: names that are taken. File systems exist that see no difference between upper and
+            lower case, or between two spellings of one accented letter; neither do we.
+        appended: bytes that are added to the name where it is used.
+    """
+    problem = _problem(name, appended)
+    if problem is None:
+        assert isinstance(name, str)
+        taken = {_folded(other): other for other in others}
+        same = taken.get(_folded(name))
+        if same == name:
+            problem = "is taken"
+        elif same is not None:
+            problem = f"is the same folder as {same!r} on file systems that ignore case or spelling"
+    if problem is not None:
+        raise ValueError(
+            f"{said} {_shown(name)}, expected a name fit for a folder: this one {problem}"
+        )
+
+
+def is_safe_name(name: object) -> bool:
+    """Whether a name that a file states is a single folder here; less than what new names need."""
+    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
+        return False
+    try:
+        return len(name.encode()) <= _LONGEST
+    except UnicodeEncodeError:
+        return False
+
+
+def _problem(name: object, appended: int) -> str | None:
+    if not isinstance(name, str):
+        return "is no string"
+    if not name.strip():
+        return "is empty"
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError:
+        return "has characters that UTF-8 cannot hold"
+    if size > _LONGEST - appended:
+        return f"has {size} bytes in UTF-8, more than {_LONGEST - appended}"
+    if "/" in name or "\\" in name:
+        return "has a path separator"
+    if any(unicodedata.category(letter) == "Cc" for letter in name):
+        return "has a control character"
+    if name.startswith("."):
+        return "begins with a dot, as hidden files do"
+    if name[-1] in ". ":
+        return "ends with a dot or a space"
+    if _folded(name) in _RESERVED:
+        return "is the name of a file that is saved beside it"
+    return None
+
+
+def _folded(name: str) -> str:
+    """Equal for names that are one on some file system."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
+
+
+def _shown(name: object) -> str:
+    text = repr(name)
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"

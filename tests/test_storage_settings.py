@@ -1,0 +1,125 @@
+"""Files of settings, runs and data that are hostile or damaged, and names of tasks and rows."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny_tasks import make_model, make_settings, make_tasks
+
+from sapt_fast.continual.compare import compare
+from sapt_fast.continual.config_file import read_config
+from sapt_fast.continual.data import read_task
+from sapt_fast.continual.loop import run_continual
+from sapt_fast.continual.runs import evaluate
+from sapt_fast.continual.settings import ContinualSettings, parse_values
+from sapt_fast.continual.sources import Source
+from sapt_fast.demo.tasks import CharTokenizer
+
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{chr(98 + n)}: &{chr(98 + n)} [{', '.join(['*' + chr(97 + n)] * 8)}]\n" for n in range(12)
+)
+YAML = {
+    "laughs": (LAUGHS, "more than 10000 values"),
+    "recursive": ("a: &a [*a]", "inside each other"),
+    "deep": ("a: " + "[" * 400 + "]" * 400, "nested too deep|inside each other"),
+    "python": ("a: !!python/object/apply:os.system [ls]", "no YAML"),
+    "twice": ("seed: 1\nseed: 2", "'seed' stands twice"),
+    "twice by spelling": ("max-train: 1\nmax_train: 2", "an option twice"),
+    "not UTF-8": (b"a: \xff", "not UTF-8"),
+    "zeros": (b"\0" * 1000, "no YAML"),
+    "large": ("a: " + "x" * 70_000, "at most"),
+    "date": ("seed: 2001-13-45", "config"),
+}
+
+
+class TestYaml:
+    @pytest.mark.parametrize("name", YAML)
+    def test_hostile(self, name, tmp_path):
+        text, message = YAML[name]
+        path = tmp_path / "x.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        known = {*"abcdefghijklmnop", "seed", "max_train"}
+        with pytest.raises(ValueError, match=message) as error:
+            read_config(path, known)
+        assert str(path) in str(error.value)
+
+    def test_pipes_and_huge_files(self, tmp_path):
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(ValueError, match="got a pipe"):
+            read_config(tmp_path / "pipe", {"a"})
+        with open(tmp_path / "huge", "wb") as file:
+            file.truncate(2**34)
+        with pytest.raises(ValueError, match="at most"):
+            read_config(tmp_path / "huge", {"a"})
+
+    def test_aliases_that_mean_something(self, tmp_path):
+        (tmp_path / "x").write_text("set: &s {a.r: 4}\nother: *s\nmax-train: 3\n")
+        found = read_config(tmp_path / "x", {"set", "other", "max_train"})
+        assert found == {"set": ["a.r=4"], "other": ["a.r=4"], "max_train": 3}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[" * 100_000, b'{"a":' * 100_000, b"\0" * 9000, b'{"a": "", "a": ""}', b"\xff"],
+)
+def test_data(content, tmp_path):
+    task = tmp_path / "Long_Sequence" / "copa"
+    task.mkdir(parents=True)
+    (task / "train.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"train\.json"):
+        read_task(tmp_path, "Long_Sequence", "copa")
+    (task / "train.json").unlink()
+    os.mkfifo(task / "train.json")
+    with pytest.raises(ValueError, match="got a pipe"):
+        read_task(tmp_path, "Long_Sequence", "copa")
+
+
+@pytest.mark.parametrize("name", ["run.json", "results.json"])
+@pytest.mark.parametrize(
+    "content", [b"[" * 100_000, b"[]", b"{}", b'{"source": {"x": 1}}', b"\xff"]
+)
+def test_a_finished_run(name, content, tmp_path):
+    run = {"source": {"model": "demo", "benchmark": "demo"}, "settings": {}}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    (tmp_path / "results.json").write_text("{}")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=r"run\.json"):
+        evaluate(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["a=" + "[" * 100_000, "a=" + "9" * 5000])
+def test_values_of_the_command_line(text):
+    with pytest.raises(ValueError, match="set: a: "):
+        parse_values([text], "set")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"lora_alpha": 10**400}, {"temperature": 10**400}, {"kl_ratio": float("nan")}, {"r": 10**12}],
+)
+def test_settings_beyond_floats(values):
+    with pytest.raises(ValueError, match="got "):
+        ContinualSettings.of(**values)
+    with pytest.raises(ValueError, match="strength"):
+        ContinualSettings(strategy="ewc", strategy_options={"strength": 10**400})
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("t0", "T0"), ("caf\u00e9", "cafe\u0301"), ("a", "x" * 216), ("a", "b\0"), ("a", "b ")],
+)
+def test_tasks_of_a_run_are_named_before_it_trains(names, tmp_path):
+    tasks = [replace(task, name=name) for task, name in zip(make_tasks(2), names, strict=True)]
+    with pytest.raises(ValueError, match="tasks: got the name"):
+        run_continual(make_model("t5"), CharTokenizer(), tasks, tmp_path / "run", make_settings())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("names", [("a", "A"), ("Alone",), ("x" * 300,), ("a\nb",)])
+def test_rows_of_a_comparison(names, tmp_path):
+    rows = {name: make_settings() for name in names}
+    with pytest.raises(ValueError, match="rows: got"):
+        compare(Source("demo", "demo"), rows, Path(tmp_path / "out"), progress=False)
+    assert not (tmp_path / "out").exists()

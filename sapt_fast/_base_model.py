@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from sapt_fast.devices import present_weight
 from sapt_fast.layers import is_torchao, packed_weight
 from sapt_fast.sharding import unsharded_class, whole
 
@@ -75,11 +76,11 @@ def require_base(
 
 def _samples(model: Any, paths: list[str]) -> dict[str, dict[str, Any]]:
     """Some values of the input embedding and, unless quantised, of the first and last layer."""
-    weights = {"input embedding": model.get_input_embeddings().weight}
+    weights = {"input embedding": present_weight(model.get_input_embeddings())}
     for path in (paths[0], paths[-1]):
         layer = model.get_submodule(path)
         if packed_weight(layer) is None and not is_torchao(layer.weight):
-            weights[path] = layer.weight
+            weights[path] = present_weight(layer)
     samples = {}
     for name, weight in weights.items():
         held = whole(weight)

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sapt_fast._files import is_folder_name
+from sapt_fast.devices import execution_device
 from sapt_fast.layers import Mixed
 from sapt_fast.methods.sapt import SaptConfig, SaptRouter
 from sapt_fast.ops.router import query, reflection_loss
 from sapt_fast.routing import Routing
 from sapt_fast.sharding import gathered, require_reduced
+from sapt_fast.towers import token_embedding
 
 if TYPE_CHECKING:
     from sapt_fast.pool import AdapterPool
@@ -60,7 +62,7 @@ class SaptHandle(nn.Module):
 
     def __init__(self, model: Any, config: SaptConfig, report: "PatchReport") -> None:
         super().__init__()
-        embedding = model.get_input_embeddings()
+        embedding = token_embedding(model)
         width = embedding.weight.shape[1]
         self.config = config
         self.report = report
@@ -71,7 +73,7 @@ class SaptHandle(nn.Module):
             width,
             config,
             initializer_range=getattr(model.config, "initializer_range", 0.02),
-            device=embedding.weight.device,
+            device=execution_device(embedding),
             dtype=config.adapter_dtype(embedding.weight.dtype),
         )
         # Not a submodule: the handle is one of the model's.

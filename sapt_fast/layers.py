@@ -1,5 +1,6 @@
 """The layers that a patched model has in place of its own: the same module, another forward."""
 
+import inspect
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -8,15 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from sapt_fast.devices import is_wrapped_by_accelerate
 from sapt_fast.ops.mixed_lora import mix
 
 if TYPE_CHECKING:
     from sapt_fast.pool import AdapterPool
     from sapt_fast.routing import Routing
 
-    _Quantised = nn.Linear
+    _Other = nn.Linear
 else:
-    _Quantised = object
+    _Other = object
 
 
 # Of each group: its input, that tensor's version, and the outputs not yet asked for.
@@ -61,9 +63,9 @@ class MixedLinear(Mixed, nn.Linear):
 
     sapt_group: "InputGroup | None" = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = None if self.sapt_group is None else self.sapt_group.output(self, x)
-        return self._mixed(x, self.weight, self.bias) if y is None else y
+    def forward(self, input: Tensor) -> Tensor:
+        y = None if self.sapt_group is None else self.sapt_group.output(self, input)
+        return self._mixed(input, self.weight, self.bias) if y is None else y
 
 
 class InputGroup:
@@ -147,14 +149,24 @@ class MixedConv1D(Mixed, Conv1D):
         return self._mixed(x, self.weight.t(), self.bias)
 
 
-class MixedQuantised(Mixed, _Quantised):
-    """What a quantised layer gains: it is called as it is, and the mixture is added."""
+class MixedOther(Mixed, _Other):
+    """What a layer of another class gains: it is called as it is, and the mixture is added.
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
+    Of this kind are quantised layers and subclasses of `nn.Linear` and `Conv1D`.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        y = super().forward(*args, **kwargs)
         pool = self.sapt_pool
-        if not len(pool):
+        if not len(pool) or self.sapt_routing.merged is not None:
             return y
+        x = args[0] if args else kwargs[_first_argument(base_kind(self))]
+        if not isinstance(y, Tensor) or y.shape != (*x.shape[:-1], pool.b.width):
+            raise RuntimeError(
+                f"{base_kind(self).__name__}: its forward gave {_described(y)} for an input of "
+                f"shape {tuple(x.shape)}, expected {[*x.shape[:-1], pool.b.width]}, to which a "
+                "mixture can be added: leave the layer out of target_modules"
+            )
         mixture = checked_mixture(self.sapt_routing.running, x, len(pool), type(self).__name__)
         dropped = F.dropout(x, self.sapt_dropout, self.training and self.sapt_dropout > 0)
         through = self.sapt_grad_through_frozen
@@ -173,9 +185,29 @@ _MIXED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: MixedLinear, Conv1D
 def mixed_kind(layer: nn.Module) -> type[nn.Module] | None:
     """The class that a layer gets when it is patched; None if it is no linear one that we know."""
     kind: Any = type(layer)
-    if kind in _MIXED or packed_weight(layer) is None:
-        return _MIXED.get(kind)
-    return _mixed_quantised(kind)
+    if kind in _MIXED:
+        return _MIXED[kind]
+    if isinstance(layer, Mixed):
+        return None
+    linear = isinstance(layer, (nn.Linear, Conv1D)) or packed_weight(layer) is not None
+    return _mixed_other(kind) if linear else None
+
+
+def runs_its_class(layer: nn.Module) -> bool:
+    """Whether a layer runs its class's forward, if within accelerate's hook, and no other."""
+    name = "_old_forward" if is_wrapped_by_accelerate(layer) else "forward"
+    forward = vars(layer).get(name)  # a hook, once removed, leaves the class's own behind
+    return forward is None or getattr(forward, "__func__", None) is type(layer).forward
+
+
+def become(layer: Any, kind: type[nn.Module]) -> None:
+    """Gives a layer another class; accelerate's hooks then run that one's forward."""
+    own, before = vars(layer), type(layer).forward
+    layer.__class__ = kind  # first: other threads may be running the layer
+    if getattr(own.get("forward"), "__func__", None) is before:
+        del own["forward"]
+    if getattr(own.get("_old_forward"), "__func__", None) is before:
+        own["_old_forward"] = kind.forward.__get__(layer)
 
 
 def base_kind(layer: nn.Module) -> type[Any]:
@@ -205,14 +237,25 @@ def _is_packed(values: Tensor) -> bool:
 
 
 @cache
-def _mixed_quantised(kind: type) -> type[nn.Module]:
+def _mixed_other(kind: type) -> type[nn.Module]:
     attributes = {"__module__": __name__, "__doc__": f"`{kind.__name__}` plus a mixture."}
-    return type(f"Mixed{kind.__name__}", (MixedQuantised, kind), attributes)
+    return type(f"Mixed{kind.__name__}", (MixedOther, kind), attributes)
 
 
 def _unfilled(kind: type) -> nn.Module:
-    made = _mixed_quantised(kind)
+    made = _mixed_other(kind)
     return made.__new__(made)
+
+
+def _first_argument(kind: type[Any]) -> str:
+    """How a layer's forward calls its input."""
+    return list(inspect.signature(kind.forward).parameters)[1]
+
+
+def _described(output: object) -> str:
+    if isinstance(output, Tensor):
+        return f"shape {tuple(output.shape)}"
+    return type(output).__name__
 
 
 def checked_mixture(weights: Tensor | None, x: Tensor, count: int, kind: str) -> Tensor:

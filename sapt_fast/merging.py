@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from sapt_fast.layers import base_kind
 
 
 class Addend(NamedTuple):
@@ -35,7 +38,8 @@ class Merged:
 
     Raises:
         ValueError: a weight is quantised, sharded, elsewhere (offloaded) or shared with another
-            module. Nothing has changed then, nor after any other error.
+            module, or its layer does more than multiply by it. Nothing has changed then, nor after
+            any other error.
     """
 
     def __init__(self, addends: Mapping[str, Addend], model: nn.Module) -> None:
@@ -114,7 +118,30 @@ def _require_whole(addends: Mapping[str, Addend], model: nn.Module) -> None:
                 f"{path}: its weight is not here as a whole (got {tuple(weight.shape)} on "
                 f"{weight.device}, expected {expected}): gather or load the model first"
             )
+        kind = base_kind(layer)
+        if kind not in (nn.Linear, Conv1D) and not _multiplies(layer, kind, transposed):
+            raise ValueError(
+                f"{path}: the forward of {kind.__name__} is not its input times its weight plus "
+                "its bias, so a mixture cannot be merged into the weight"
+            )
         if len(tied := names.get(weight.data_ptr(), ())) > 1:
             raise ValueError(
                 f"{path}: its weight is also {tied}, which merging would change too; untie it first"
             )
+
+
+@torch.no_grad()
+def _multiplies(layer: Any, kind: Any, transposed: bool) -> bool:
+    """Whether a layer of another class computes what a plain one would, found out on two rows."""
+    weight = layer.weight.t() if transposed else layer.weight
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, weight.shape[1], generator=generator).to(weight)
+    try:
+        y = kind.forward(layer, x)
+    except Exception:  # it takes other arguments, too
+        return False
+    plain = nn.functional.linear(x, weight, layer.bias)
+    if not isinstance(y, Tensor) or y.shape != plain.shape:
+        return False
+    rounding = max(8 * torch.finfo(weight.dtype).eps, 1e-5)
+    return bool((y - plain).norm() <= rounding * plain.norm())

@@ -7,16 +7,28 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from transformers import PreTrainedModel
 
+from sapt_fast.devices import execution_device, require_supported_hooks
 from sapt_fast.handle import SaptHandle
-from sapt_fast.layers import InputGroup, MixedLinear, base_kind, mixed_kind, packed_weight
+from sapt_fast.layers import (
+    InputGroup,
+    MixedLinear,
+    base_kind,
+    become,
+    mixed_kind,
+    packed_weight,
+    runs_its_class,
+)
+from sapt_fast.linear_layers import all_linear, bypass, layer_features, linear_names, obstacle
 from sapt_fast.methods.sapt import SaptConfig
 from sapt_fast.pool import AdapterPool
 from sapt_fast.prompts.patching import PromptHandle
 from sapt_fast.report import PatchReport
 from sapt_fast.routing import Routing, require_unrouted
 from sapt_fast.sharding import is_sharded
+from sapt_fast.towers import token_embedding, tower_notes
 
 logger = logging.getLogger(__name__)
 
@@ -68,11 +80,12 @@ def patch(model: _Model, config: SaptConfig | None = None, *, strict: bool = Fal
         model.
 
     Raises:
-        TypeError: model is neither of them.
+        TypeError: model is neither of them, or config is no SaptConfig.
         ValueError: nothing matches, the model is patched with another config, its layers do not
-            see the batch first, it cannot take prompts, it is sharded or accelerate has already
-            hooked it; a PeftModel has no LoRA adapters or is given a config; the hooks of an
-            earlier patch are still there; and what `strict` adds.
+            see the batch first, it has no table of token embeddings, it cannot take prompts, it is
+            sharded, not initialised (LazyLinear), or accelerate's hooks would change adapters; a
+            PeftModel has no LoRA adapters or is given a config; the hooks of an earlier patch are
+            still there; and what `strict` adds.
 
     Example:
         >>> import sapt_fast, transformers
@@ -84,6 +97,8 @@ def patch(model: _Model, config: SaptConfig | None = None, *, strict: bool = Fal
         ['first']
     """
     given: Any = model
+    if config is not None and not isinstance(config, SaptConfig):
+        raise TypeError(f"config: got {type(config).__name__}, expected a sapt_fast.SaptConfig")
     if not is_peft_model(model):
         return _patch_pretrained(given, config, strict)
     if config is not None:
@@ -91,7 +106,7 @@ def patch(model: _Model, config: SaptConfig | None = None, *, strict: bool = Fal
             "config: got one for a PeftModel, whose adapters have theirs; expected None"
         )
     require_pretrained(given.get_base_model())
-    _refuse_hooked(given)
+    _require_placement(given)
     patch_peft, _ = _peft_functions(given)
     patch_peft(given, strict=strict)
     return model
@@ -112,7 +127,7 @@ def _patch_pretrained(model: Any, config: SaptConfig | None, strict: bool) -> An
     config = config or SaptConfig()
     frozen = [name for name, p in model.named_parameters() if p.requires_grad]
     if config.adapter == "prompt":
-        _refuse_hooked(model)
+        _require_placement(model)
         handle = PromptHandle(model, config)
     else:
         handle = _mix_layers(model, config, strict)
@@ -127,14 +142,15 @@ def _patch_pretrained(model: Any, config: SaptConfig | None, strict: bool) -> An
 
 def _mix_layers(model: Any, config: SaptConfig, strict: bool) -> SaptHandle:
     """The handle of a model whose chosen layers mix their adapters from now on."""
+    embedding_dtype = token_embedding(model).weight.dtype
     report = find_layers(model, config)
-    embedding_dtype = model.get_input_embeddings().weight.dtype
+    named = f"{report}. Its linear layers are named: {linear_names(model)}"
     if strict and (report.skipped or report.unmatched):
-        raise ValueError(f"strict: not everything can be patched. {report}")
+        raise ValueError(f"strict: not everything can be patched. {named}")
     if not report.patched:
         raise ValueError(
             f"target_modules: {_targets(model, config)!r} leaves no layer to patch in "
-            f"{type(model).__name__}. {report}. Its linear layers are named: {_linear_names(model)}"
+            f"{type(model).__name__}. {named}"
         )
     handle = SaptHandle(model, config, report)
     for name in report.patched:
@@ -144,6 +160,8 @@ def _mix_layers(model: Any, config: SaptConfig, strict: bool) -> SaptHandle:
     _group_by_input(model, report.patched)
     if report.unmatched:
         logger.warning("target_modules: nothing in the model is named %s", report.unmatched)
+    for note in report.notes:
+        logger.warning("%s", note)
     return handle
 
 
@@ -151,8 +169,8 @@ def unpatch(model: _Model) -> _Model:
     """Undoes `patch`: classes, methods, hooks and requires_grad are as before; adapters are gone.
 
     Raises:
-        ValueError: the model is not patched, it is sharded or accelerate has hooked it since, or
-            another library has replaced patched layers. Nothing has changed then.
+        ValueError: the model is not patched, it is sharded, or another library has replaced
+            patched layers. Nothing has changed then.
         RuntimeError: a mixture is merged into the base weights; likewise.
 
     Example:
@@ -167,7 +185,7 @@ def unpatch(model: _Model) -> _Model:
     peft = handle is not None and is_peft_model(model)
     if not peft and not isinstance(handle, SaptHandle):
         raise ValueError("model: not patched by sapt_fast.patch")
-    _refuse_hooked(given)
+    _require_placement(given)
     routing = getattr(handle, "routing", None)  # X-LoRA has none
     if routing is not None:
         routing.require_unmerged()
@@ -185,13 +203,12 @@ def unpatch(model: _Model) -> _Model:
     return model
 
 
-def _refuse_hooked(model: PreTrainedModel) -> None:
-    hooked = [name or "the model" for name, m in model.named_modules() if hasattr(m, "_hf_hook")]
-    if hooked:
+def _require_placement(model: PreTrainedModel) -> None:
+    require_supported_hooks(model)
+    lazy = next((name for name, p in model.named_parameters() if is_lazy(p)), None)
+    if lazy is not None:
         raise ValueError(
-            f"model: accelerate has hooked {hooked[0]} (and {len(hooked) - 1} more) and keeps its "
-            "present forward; call accelerate.hooks.remove_hook_from_module(model, recurse=True) "
-            "first, and let accelerate dispatch the model after sapt_fast.patch"
+            f"model: {lazy} is not initialised yet; run the model once before sapt_fast.patch"
         )
     if is_sharded(model):
         raise ValueError(
@@ -232,17 +249,9 @@ def require_pretrained(model: object) -> None:
         )
 
 
-def layer_features(module: Any) -> tuple[int, int]:
-    """(in_features, out_features) of a linear layer or a GPT-2 Conv1D."""
-    if packed_weight(module) is not None:
-        return module.in_features, module.out_features
-    rows, columns = module.weight.shape
-    return (columns, rows) if isinstance(module, nn.Linear) else (rows, columns)
-
-
 def find_layers(model: PreTrainedModel, config: SaptConfig) -> PatchReport:
     """What `patch` would patch and skip; changes nothing. Raises as `patch` does."""
-    _refuse_hooked(model)
+    _require_placement(model)
     kind = model.config.model_type
     if kind in _SEQUENCE_FIRST:
         raise ValueError(
@@ -250,30 +259,47 @@ def find_layers(model: PreTrainedModel, config: SaptConfig) -> PatchReport:
             "as long as its texts would mix the wrong ones; expected another model type"
         )
     report, targets = PatchReport(), _targets(model, config)
+    bypassed: dict[str, None] = {}
     for name, module in model.named_modules():
         if not _matches(name, targets):
             continue
-        reason = _unpatchable(module)
-        if reason is None:
-            report.patched.append(name)
-        else:
+        path, _, last = name.rpartition(".")
+        parent = model.get_submodule(path)
+        reason = _unpatchable(module, parent, last)
+        if reason is not None:
             report.skipped[name] = reason
+            continue
+        report.patched.append(name)
+        if reader := bypass(parent, last):
+            bypassed[f"{reader}.{last}"] = None
     if not isinstance(targets, str):
-        found = [*report.patched, *report.skipped]
-        report.unmatched = [t for t in targets if not any(_matches(name, [t]) for name in found)]
+        if not isinstance(targets, frozenset):
+            found = [*report.patched, *report.skipped]
+            report.unmatched = [t for t in targets if not any(_matches(n, [t]) for n in found)]
+        report.notes += tower_notes(model, report.patched)
+    if bypassed:
+        report.notes.append(
+            f"target_modules: the model also reads the weights of {', '.join(bypassed)} without "
+            "calling these layers, in some cases; their adapters then do nothing"
+        )
     return report
 
 
 def _targets(model: PreTrainedModel, config: SaptConfig) -> Iterable[str] | str:
-    if config.target_modules is not None:
-        return config.target_modules
+    """Names or a regular expression, or the whole paths of all linear layers as a frozenset."""
+    targets = config.target_modules
+    names = [targets] if isinstance(targets, str) else list(targets or ())
+    if [name.lower() for name in names] == ["all-linear"]:
+        return all_linear(model)
+    if targets is not None:
+        return targets
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as defaults
 
     kind = model.config.model_type
     if kind not in defaults:
         raise ValueError(
             f"target_modules: no default for model type {kind!r}; name the linear layers to adapt "
-            f"(this model has: {_linear_names(model)})"
+            f"(this model has: {linear_names(model)})"
         )
     return defaults[kind]
 
@@ -286,43 +312,33 @@ def _matches(name: str, targets: Iterable[str] | str) -> bool:
             raise ValueError(
                 f"target_modules: {targets!r} is no regular expression: {error}"
             ) from None
+    if isinstance(targets, frozenset):
+        return name in targets
     return any(name == target or name.endswith("." + target) for target in targets)
 
 
-def _unpatchable(module: nn.Module) -> str | None:
-    if mixed_kind(module) is not None:
-        own = _has_own_forward(module)
-        return "its forward was replaced by another library" if own else None
-    return f"{type(module).__module__}.{type(module).__name__} is not a plain linear layer"
-
-
-def _has_own_forward(module: nn.Module) -> bool:
-    """Whether the instance's forward is another than its class's (accelerate's hooks, once
-    removed, leave the class's behind on the instance)."""
-    forward = vars(module).get("forward")
-    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
-
-
-def _linear_names(model: nn.Module) -> list[str]:
-    return sorted({n.rpartition(".")[2] for n, m in model.named_modules() if mixed_kind(m)})
+def _unpatchable(module: nn.Module, parent: nn.Module, name: str) -> str | None:
+    reason = obstacle(module, parent, name)
+    if reason is None and not runs_its_class(module):
+        return "its forward was replaced by another library"
+    return reason
 
 
 def _swap(module: Any, routing: Routing, config: SaptConfig, embedding_dtype: torch.dtype) -> None:
     packed = packed_weight(module)
-    weight, dtype = (
-        (module.weight, module.weight.dtype) if packed is None else (packed, embedding_dtype)
-    )
+    dtype = module.weight.dtype if packed is None else embedding_dtype
     module.sapt_pool = AdapterPool(
         *layer_features(module),
         reserve=config.reserve_tasks * config.r,
-        device=weight.device,
+        device=execution_device(module),
         dtype=config.adapter_dtype(dtype),
     )
     module.sapt_routing = routing
     module.sapt_dropout = config.lora_dropout
     module.sapt_grad_through_frozen = config.grad_through_frozen
-    vars(module).pop("forward", None)
-    module.__class__ = mixed_kind(module)
+    kind = mixed_kind(module)
+    assert kind is not None  # as `find_layers` saw
+    become(module, kind)
 
 
 def _group_by_input(model: PreTrainedModel, patched: Iterable[str]) -> None:
@@ -344,9 +360,7 @@ def _group_by_input(model: PreTrainedModel, patched: Iterable[str]) -> None:
 
 
 def _restore(module: Any) -> None:
-    if not _has_own_forward(module):
-        vars(module).pop("forward", None)
-    module.__class__ = base_kind(module)
+    become(module, base_kind(module))
     for name in ("sapt_pool", "sapt_routing", "sapt_dropout", "sapt_grad_through_frozen"):
         delattr(module, name)
     vars(module).pop("sapt_group", None)

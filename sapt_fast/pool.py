@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
+from sapt_fast.devices import Resident
 from sapt_fast.ops.mixed_lora import mix
 from sapt_fast.ops.projection import PooledProjection, Projection
 from sapt_fast.ops.rank_table import RankTable, rank_table
 from sapt_fast.sharding import is_partitioned, whole
 
 
-class RowStack(nn.Module):
+class RowStack(Resident):
     """The rows of all tasks of one kind, one after the other in one piece of memory.
 
     Two parameters cover the rows: `frozen`, those of earlier tasks, and `trainable`, those of the
@@ -59,6 +60,8 @@ class RowStack(nn.Module):
         Raises:
             RuntimeError: other tensors stand in for the parameters.
         """
+        if self._was_replaced():
+            self._move(self._memory.shape[0])
         if not self._has_own_parts():
             raise RuntimeError(
                 "the pool's parameters were replaced by other tensors (functional_call, FSDP, "
@@ -87,6 +90,7 @@ class RowStack(nn.Module):
         # Every layer comes through here in every forward: four comparisons, no module attributes.
         if not torch.compiler.is_compiling():
             if not self._has_own_parts():
+                self._require_present()
                 return torch.cat([whole(self.frozen), whole(self.trainable)])
             frozen, trainable = self._own
             if (frozen.data_ptr(), trainable.data_ptr()) != self._addresses:
@@ -99,10 +103,35 @@ class RowStack(nn.Module):
             return False
         return parts["frozen"] is own[0] and parts["trainable"] is own[1]
 
+    def _was_replaced(self) -> bool:
+        """Whether other parameters took the place of ours for good, as accelerate moves a block."""
+        kept = self._memory.is_meta
+        return not self._has_own_parts() and all(
+            type(part) is nn.Parameter and not is_partitioned(part) and part.is_meta == kept
+            for part in (self.frozen, self.trainable)
+        )
+
+    def _return(self, hook: Any) -> None:
+        super()._return(hook)
+        if self._was_replaced():
+            self._move(self._memory.shape[0])
+
+    def _require_present(self) -> None:
+        """Raises RuntimeError if accelerate offloads the rows, as a block's hook does."""
+        if self.trainable.is_meta and not self._memory.is_meta:
+            raise RuntimeError(
+                "accelerate offloaded the adapters with the block that they are in "
+                "(preload_module_classes): dispatch the model without it, or before patch"
+            )
+
     def realign(self) -> None:
         """Puts moved rows back side by side; leaves alone what others put in their place."""
-        if not torch.compiler.is_compiling() and self._has_own_parts():
+        if torch.compiler.is_compiling():
+            return
+        if self._has_own_parts():
             self.rows()
+        else:
+            self._require_present()
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -172,7 +201,7 @@ class RowStack(nn.Module):
         return f"frozen={frozen}, trainable={trainable}, width={self.width}"
 
 
-class AdapterPool(nn.Module):
+class AdapterPool(Resident):
     """All LoRA adapters of one linear layer.
 
     Attributes:

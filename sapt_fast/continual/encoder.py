@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sapt_fast.continual.collate import LABEL_PADDING, pad_rows, prompt_ids
 from sapt_fast.continual.data import Example, TaskData
+from sapt_fast.devices import execution_device
 from sapt_fast.ops.router import pool_embeds
 
 __all__ = ["LabelSpace", "encode_label_rows", "encode_labels", "label_strings", "plain_prompts"]
@@ -81,7 +82,7 @@ def encode_labels(
     """
     model.eval()
     labels = tuple(dict.fromkeys(labels))
-    device, parts = model.get_input_embeddings().weight.device, []
+    device, parts = execution_device(model.get_input_embeddings()), []
     for start in range(0, len(labels), batch_size):
         rows = prompt_ids(tokenizer, labels[start : start + batch_size], None, causal=False)
         ids, mask = (t.to(device) for t in pad_rows(rows, tokenizer.pad_token_id))

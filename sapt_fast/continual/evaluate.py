@@ -15,6 +15,7 @@ from sapt_fast.continual.data import Example
 from sapt_fast.continual.encoder import LabelSpace
 from sapt_fast.continual.metrics import BENCHMARK_METRICS, Metric, score_predictions
 from sapt_fast.continual.settings import ContinualSettings
+from sapt_fast.devices import execution_device
 
 __all__ = ["Mixture", "answers", "mean_attention", "metric_of", "score"]
 
@@ -121,7 +122,7 @@ def _batches(
     causal = model_kind(model) == "causal"
     prompts = [row.prompt for row in rows]
     encoded = prompt_ids(tokenizer, prompts, settings.max_source_length, causal)
-    device, size = model.get_input_embeddings().weight.device, settings.eval_batch_size
+    device, size = execution_device(model.get_input_embeddings()), settings.eval_batch_size
     starts = processes.share(range(0, len(encoded), size))
     for start in tqdm(
         starts, desc=f"{what} {rows[0].task}", leave=False, disable=not settings.progress

@@ -21,6 +21,7 @@ from sapt_fast.continual.encoder import (
     plain_prompts,
 )
 from sapt_fast.continual.settings import ContinualSettings
+from sapt_fast.devices import execution_device
 
 __all__ = ["Workbench"]
 
@@ -84,7 +85,7 @@ class Workbench:
     @property
     def device(self) -> torch.device:
         """Where the input embeddings are."""
-        return self.model.get_input_embeddings().weight.device
+        return execution_device(self.model.get_input_embeddings())
 
     def inputs(self, rows: Sequence[Example]) -> list[list[int]]:
         """Token ids of the prompts of `rows`."""

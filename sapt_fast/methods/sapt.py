@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sapt_fast.devices import Resident, ResidentLinear, ResidentNorm, is_offloaded
 from sapt_fast.ops._common import without_autocast
 from sapt_fast.ops.router import (
     POOLINGS,
@@ -92,8 +93,9 @@ class SaptConfig:
     target_modules: Sequence[str] | str | None = field(
         default=None,
         metadata={
-            "help": "Names (last parts of the path) of the linear layers to adapt, or one regular "
-            "expression for the whole path; None takes query and value as PEFT does."
+            "help": "Names (last parts of the path) of the linear layers to adapt, one regular "
+            "expression for the whole path, or 'all-linear' for all but the output head; None "
+            "takes query and value as PEFT does."
         },
     )
     adapter: str = field(
@@ -233,7 +235,7 @@ _OFFICIAL = {
 }
 
 
-class SaptRouter(nn.Module):
+class SaptRouter(Resident):
     """The query projection, shared by all tasks, and one key per task.
 
     Args:
@@ -258,9 +260,9 @@ class SaptRouter(nn.Module):
         hidden = config.query_hidden_dim
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.config = config
-        self.down = nn.Linear(width, hidden, bias=False, **place)
-        self.up = nn.Linear(hidden, width, bias=False, **place)
-        self.norm = nn.LayerNorm(width, **place)
+        self.down = ResidentLinear(width, hidden, bias=False, **place)
+        self.up = ResidentLinear(hidden, width, bias=False, **place)
+        self.norm = ResidentNorm(width, **place)
         device = self.norm.weight.device
         self.keys = RowStack(width, config.reserve_tasks, device=device, dtype=dtype)
         if config.query_init == "normal":
@@ -290,6 +292,11 @@ class SaptRouter(nn.Module):
     ) -> Tensor:
         """The pooled input embeddings [B, D] of token ids or of given embeddings."""
         pooling = self.config.pooling
+        device = self.norm.weight.device  # hooks may move the model's inputs there only later
+        input_ids, inputs_embeds, mask = (
+            t if t is None or t.device == device else t.to(device)
+            for t in (input_ids, inputs_embeds, mask)
+        )
         if inputs_embeds is not None:
             pooled = pool_embeds(inputs_embeds, mask=mask, pooling=pooling)
         elif input_ids is None:
@@ -346,16 +353,21 @@ class SaptRouter(nn.Module):
         device = self.query_mean.device
         self.query_mean.zero_()
         self.query_std.fill_(1)
-        pooled = self.pool(embedding, ids.to(device), None, mask.to(device))
+        # A few at a time, in case that the embedding has to be called.
+        parts = zip(ids.to(device).split(32), mask.to(device).split(32), strict=True)
+        pooled = torch.cat([self.pool(embedding, few, None, m) for few, m in parts])
         self.query_mean.copy_(pooled.mean(0))
         self.query_std.copy_(pooled.std(0).clamp(min=1e-6))
 
 
 def _only_looks_up(embedding: nn.Embedding) -> bool:
-    """Whether its output is its table's rows, which are there without a call (not with ZeRO-3).
+    """Whether its output is its table's rows, which are there without a call.
 
-    FSDP2's subclass adds nothing but sharding.
+    They are not with ZeRO-3, nor where accelerate offloads them. FSDP2's subclass adds nothing but
+    sharding.
     """
+    if is_offloaded(embedding):
+        return False
     own = [kind for kind in type(embedding).__mro__ if "forward" in vars(kind)]
     return own[0] is nn.Embedding and not any(map(is_partitioned, embedding.parameters()))
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sapt_fast.devices import execution_device
 from sapt_fast.handle import SaptHandle
 from sapt_fast.methods.sapt import SaptConfig
 from sapt_fast.prompts.pool import PromptPool
@@ -47,13 +48,13 @@ class PromptHandle(SaptHandle):
             places.append(model.get_decoder())  # its cross-attention sees the prompt
         paths = [next(n for n, m in model.named_modules() if m is place) for place in places]
         super().__init__(model, config, PatchReport(prompted=paths))
-        embedding = model.get_input_embeddings().weight
+        embedding = model.get_input_embeddings()
         self.prompts = PromptPool(
             config.prompt_length,
-            embedding.shape[1],
+            embedding.weight.shape[1],
             reserve=config.reserve_tasks,
-            device=embedding.device,
-            dtype=config.adapter_dtype(embedding.dtype),
+            device=execution_device(embedding),
+            dtype=config.adapter_dtype(embedding.weight.dtype),
         )
         self.routing = PromptRouting(model, self.route, self._has_tasks, self._count, self.prompts)
 
@@ -86,7 +87,7 @@ class PromptHandle(SaptHandle):
         rows = embedding.weight.shape[0]
         vocabulary = getattr(self._model.config.get_text_config(), "vocab_size", rows)
         ids = torch.randint(min(vocabulary, rows), (1, self.config.prompt_length))
-        self.prompts.add(embedding(ids.to(embedding.weight.device))[0])
+        self.prompts.add(embedding(ids.to(execution_device(embedding)))[0])
 
     def _growing(self) -> Iterator[nn.Parameter]:
         yield from (self.prompts.rows.trainable, self.router.keys.trainable)

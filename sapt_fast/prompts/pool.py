@@ -5,11 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sapt_fast.devices import Resident
 from sapt_fast.ops.mix_prompts import mix_prompts, mix_prompts_with_tokens
 from sapt_fast.pool import RowStack
 
 
-class PromptPool(nn.Module):
+class PromptPool(Resident):
     """All prompts of one model.
 
     Args:

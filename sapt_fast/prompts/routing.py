@@ -123,7 +123,10 @@ class PromptRouting(Routing):
             positions = self._positions(inputs.get("position_ids"), mask, tokens)
             return (), {**inputs, "attention_mask": mask, "position_ids": positions}
         self._require_room(inputs, tokens)
-        mixed = self.pool(forward.per_row, module.get_input_embeddings(), ids, embeds)
+        # The model's own hook may have moved the pool since the weights were computed.
+        weights: Any = forward.per_row
+        weights = weights.to(self.pool.rows.trainable.device)
+        mixed = self.pool(weights, module.get_input_embeddings(), ids, embeds)
         mask = None if mask is None else self._extended(mask)
         inputs = {**inputs, "input_ids": None, "inputs_embeds": mixed, "attention_mask": mask}
         if causal:

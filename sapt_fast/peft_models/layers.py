@@ -17,6 +17,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from sapt_fast.devices import is_offloaded, present_weight
 from sapt_fast.layers import checked_mixture, is_torchao
 from sapt_fast.merging import Addend
 from sapt_fast.ops.mixed_lora import mix
@@ -220,10 +221,11 @@ def addend(layer: Any, adapters: Sequence[str], weights: Tensor) -> Addend:
     """
     present = [(k, name) for k, name in enumerate(adapters) if name in layer.lora_A]
     scaled = [
-        layer.lora_B[name].weight.detach().t().double() * (float(weights[k]) * layer.scaling[name])
+        present_weight(layer.lora_B[name]).detach().t().double()
+        * (float(weights[k]) * layer.scaling[name])
         for k, name in present
     ]
-    a = torch.cat([layer.lora_A[name].weight.detach() for _, name in present])
+    a = torch.cat([present_weight(layer.lora_A[name]).detach() for _, name in present])
     return Addend(layer.base_layer, a, torch.cat(scaled), isinstance(layer.base_layer, Conv1D))
 
 
@@ -233,6 +235,8 @@ def _pooled(
     present = [name for name in adapters if name in layer.lora_A]
     a = [layer.lora_A[name].weight for name in present]
     b = [layer.lora_B[name].weight.t() for name in present]
+    if a[0].is_meta and is_offloaded(layer.lora_A[present[0]]):
+        a, b = _brought(layer, present, x.device)
     rows_a, rows_b = torch.cat(a), torch.cat(b)
     train_a, train_b, train_rows = [], [], []
     start = 0
@@ -253,6 +257,22 @@ def _pooled(
         table = _kept(cached_table, x)(ranks, scaling, x.device, dtype)
     projection = Projection(weight, bias, rows_a.detach(), rows_b.detach(), *table)
     return PooledProjection(projection, train_a, train_b, train_rows)
+
+
+def _brought(
+    layer: Any, names: Sequence[str], device: torch.device
+) -> tuple[list[Tensor], list[Tensor]]:
+    """A and B of adapters that accelerate offloads, for one forward."""
+    if layer.training and torch.is_grad_enabled():
+        raise RuntimeError(
+            "accelerate offloads the adapters, so that nothing would train them: let it dispatch "
+            "the base model, or call model.eval()"
+        )
+    a, b = (
+        [present_weight(stack[name]).detach().to(device) for name in names]
+        for stack in (layer.lora_A, layer.lora_B)
+    )
+    return a, [weight.t() for weight in b]
 
 
 def _kept(make: Any, x: Tensor) -> Callable[..., Any]:

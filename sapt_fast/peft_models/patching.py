@@ -11,10 +11,13 @@ from peft import PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from sapt_fast.devices import is_offloaded
+from sapt_fast.layers import become, runs_its_class
 from sapt_fast.merging import Merged, static_weights
 from sapt_fast.peft_models.layers import Pooled, addend, is_plain, mixes_by_arrow, pooled_kind
 from sapt_fast.report import PatchReport
 from sapt_fast.routing import Routing, require_unrouted
+from sapt_fast.towers import tower_notes
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +30,8 @@ class PeftHandle(nn.Module):
     active or not. Adapters that PEFT adds, loads, swaps or deletes join and leave by themselves.
 
     Attributes:
-        router: a module that gives the weights; None for the sum of the active adapters.
+        router: a module or function that gives the weights; None for the sum of the active
+            adapters. A function is kept inside a module; anything else raises TypeError.
             `router(input_ids=, inputs_embeds=, attention_mask=, labels=)` returns [1, K], [B, K]
             or, per token, [B, T, K].
         routing: the running weights.
@@ -59,6 +63,16 @@ class PeftHandle(nn.Module):
         self._configs: list[Any] = []
         self.register_module("router", None)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "router" and not (value is None or isinstance(value, nn.Module)):
+            if not callable(value):
+                raise TypeError(
+                    f"router: got {type(value).__name__}, expected a module or a function that "
+                    "returns weights, or None"
+                )
+            value = _FunctionRouter(value)
+        super().__setattr__(name, value)
+
     @property
     def tasks(self) -> list[str]:
         """Names of the LoRA adapters, in the order of the weights."""
@@ -77,6 +91,9 @@ class PeftHandle(nn.Module):
             else:
                 report.skipped[path] = _why_not(layer)
         bases = _bases(self._model)
+        inner = self._model.get_base_model()
+        prefix = f"{_path_of(inner, self._model)}."
+        report.notes += tower_notes(inner, [p.removeprefix(prefix) for p in report.patched])
         if len(bases) > 1:
             report.notes.append(f"the adapters name several base models: {bases}")
         return report
@@ -158,7 +175,7 @@ class PeftHandle(nn.Module):
         if self.routing.merged is not None:
             _require_no_others(self._model)
         for layer in list(self._model.modules()):
-            if pooled_kind(type(layer)) is not None and "forward" not in vars(layer):
+            if pooled_kind(type(layer)) is not None and runs_its_class(layer):
                 _swap(layer, self)
         self._configs = configs
 
@@ -227,6 +244,17 @@ class PeftHandle(nn.Module):
         return f"tasks={self.tasks}"
 
 
+class _FunctionRouter(nn.Module):
+    """A router that is a plain function."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, **inputs: Tensor | None) -> Tensor:
+        return self.function(**inputs)
+
+
 def patch_peft(model: PeftModel, *, strict: bool) -> None:
     """`patch` of a PEFT model; see there."""
     present = getattr(model, "sapt", None)
@@ -245,7 +273,7 @@ def patch_peft(model: PeftModel, *, strict: bool) -> None:
     plain = [
         layer
         for layer in model.modules()
-        if pooled_kind(type(layer)) and "forward" not in vars(layer) and _can_mix(layer)
+        if pooled_kind(type(layer)) and runs_its_class(layer) and _can_mix(layer)
     ]
     _require_fitting(model)
     refused = {path: why for path, why in report.skipped.items() if why != _UNPATCHED}
@@ -253,9 +281,9 @@ def patch_peft(model: PeftModel, *, strict: bool) -> None:
         raise ValueError(f"model: no LoRA layer can be computed in one pass: {refused}")
     if strict and refused:
         raise ValueError(f"strict: not everything can be patched: {refused}")
-    for note in report.notes:
-        logger.warning("%s", note)
     handle.realign()
+    for note in handle.report.notes:
+        logger.warning("%s", note)
     model.sapt = handle
     vars(model.base_model).update(handle.stand_ins())
     handle.routing.install()
@@ -268,6 +296,15 @@ def _require_fitting(model: PeftModel) -> None:
             continue
         inputs, outputs = layer.in_features, layer.out_features
         for name in layer.lora_A:
+            if any(
+                stack[name].weight.is_meta and not is_offloaded(stack[name])
+                for stack in (layer.lora_A, layer.lora_B)
+            ) and is_offloaded(layer.get_base_layer()):
+                raise ValueError(
+                    f"{path}: adapter {name!r} has no values: PEFT made it on the meta device, "
+                    "where the weights of an offloaded base model are. Load it with "
+                    "PeftModel.from_pretrained, or let accelerate dispatch the PeftModel"
+                )
             a, b = (stack[name].weight.shape for stack in (layer.lora_A, layer.lora_B))
             if a[1:] != (inputs,) or b != (outputs, a[0]):
                 raise ValueError(
@@ -329,6 +366,10 @@ def _bases(model: PeftModel) -> list[str]:
     return sorted({str(name).rstrip("/").rpartition("/")[2] for name in named if name})
 
 
+def _path_of(module: nn.Module, model: nn.Module) -> str:
+    return next(path for path, found in model.named_modules() if found is module)
+
+
 def _can_mix(layer: Any) -> bool:
     return is_plain(layer) or mixes_by_arrow(layer)
 
@@ -342,11 +383,13 @@ def _is_ours(layer: Any) -> bool:
 def _swap(layer: Any, handle: PeftHandle) -> None:
     layer.sapt_routing = handle.routing
     layer.sapt_names = handle.names
-    layer.__class__ = pooled_kind(type(layer))  # last: other threads may be running the layer
+    kind = pooled_kind(type(layer))
+    assert kind is not None
+    become(layer, kind)  # last: other threads may be running the layer
 
 
 def _restore(layer: Any) -> None:
-    layer.__class__ = next(k for k in type(layer).__bases__ if k is not Pooled)
+    become(layer, next(k for k in type(layer).__bases__ if k is not Pooled))
     del layer.sapt_names, layer.sapt_routing
 
 
@@ -354,7 +397,7 @@ def _why_not(layer: Any) -> str:
     kind = type(layer)
     if not (issubclass(kind, Pooled) or pooled_kind(kind)):
         return f"{kind.__module__}.{kind.__name__} is not PEFT's LoRA layer over a linear one"
-    if "forward" in vars(layer):
+    if not runs_its_class(layer):
         return "its forward was replaced by another library"
     if _can_mix(layer):
         return _UNPATCHED

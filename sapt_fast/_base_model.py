@@ -1,7 +1,7 @@
 """Which base model a checkpoint belongs to: its kind, its layers and some of its weights."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,11 @@ def require_model_type(model: Any, saved: Any, source: Path) -> None:
 
 
 def require_base(
-    model: Any, layers: Mapping[str, tuple[int, int]], saved: Any, source: Path
+    model: Any,
+    layers: Mapping[str, tuple[int, int]],
+    saved: Any,
+    source: Path,
+    trained: Collection[str] = (),
 ) -> None:
     """Raises ValueError unless `saved` describes this model, up to the rounding of another dtype.
 
@@ -56,6 +60,7 @@ def require_base(
         layers: as in `describe_base`.
         saved: what `describe_base` returned for the model that was saved.
         source: the file it stands in, for messages.
+        trained: names of parameters that the checkpoint holds; their values may differ.
     """
     try:
         saved_layers = {path: tuple(features) for path, features in saved["layers"].items()}
@@ -76,6 +81,9 @@ def require_base(
         if shape != sample["shape"] or values.shape != found.shape:
             reason = f"{name} has shape {sample['shape']} here and {shape} there"
             raise _mismatch(model, saved, source, reason)
+        place = _place(model) if name == "input embedding" else name
+        if f"{place}.weight" in trained:
+            continue
         if not torch.allclose(found, values, rtol=2**-7, atol=1e-6, equal_nan=True):
             reason = f"{name} has the same shape but other values"
             raise _mismatch(model, saved, source, reason)
@@ -91,8 +99,7 @@ def _samples(
 ) -> dict[str, dict[str, Any]]:
     """Some values of the input embedding and, unless quantised, of the first and last layer."""
     embedding = model.get_input_embeddings()
-    place = next((name for name, module in model.named_modules() if module is embedding), "")
-    weights = {"input embedding": _weight(place, embedding, state)}
+    weights = {"input embedding": _weight(_place(model), embedding, state)}
     for path in (paths[0], paths[-1]):
         layer = model.get_submodule(path)
         if packed_weight(layer) is None and not is_torchao(layer.weight):
@@ -106,6 +113,12 @@ def _samples(
         values = [x if math.isfinite(x) else None for x in found]
         samples[name] = {"shape": list(held.shape), "values": values}
     return samples
+
+
+def _place(model: Any) -> str:
+    """The path of the input embedding."""
+    embedding = model.get_input_embeddings()
+    return next((name for name, module in model.named_modules() if module is embedding), "")
 
 
 def _weight(path: str, module: Any, state: Mapping[str, Tensor]) -> Tensor:

@@ -20,6 +20,7 @@ from sapt_fast.stored_files import StoredFiles, read_tensors
 __all__ = [
     "CONFIG_FILE",
     "FORMAT_VERSION",
+    "MODULES_FILE",
     "ROUTER_FILE",
     "STRATEGY_FILE",
     "check_description",
@@ -42,6 +43,7 @@ FORMAT_VERSION = 1
 CONFIG_FILE = "sapt_config.json"
 ROUTER_FILE = "router.safetensors"
 STRATEGY_FILE = "strategy.safetensors"
+MODULES_FILE = "modules.safetensors"  # what was trained of the base model, and tasks' own modules
 
 _FIELDS = frozenset({"format_version", "sapt_fast_version", "config", "tasks", "base_model"})
 # Folders of earlier versions have none of these.
@@ -284,7 +286,8 @@ def require_sealed(description: Mapping[str, Any], files: StoredFiles) -> None:
 def stated_files(description: Mapping[str, Any]) -> list[str]:
     """Relative paths of the files that a folder must have beside sapt_config.json."""
     names = files_of_tasks([task["name"] for task in description["tasks"]])
-    return names + [STRATEGY_FILE] * (STRATEGY_FILE in description.get("files", ()))
+    optional = (STRATEGY_FILE, MODULES_FILE)
+    return names + [name for name in optional if name in description.get("files", ())]
 
 
 def _digest(content: Mapping[str, Any]) -> str:

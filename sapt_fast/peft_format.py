@@ -3,7 +3,7 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from sapt_fast.stored_files import StoredFiles, read_tensors, write_tensors
 
 LORA_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _CONFIG_FILE, _WEIGHTS_FILE = LORA_FILES
+_PREFIX = "base_model.model."
 _TASK_MARK = "sapt_fast_task"
 
 
@@ -25,6 +26,7 @@ def write_lora(
     model: PreTrainedModel,
     adapters: Mapping[str, Adapter],
     metadata: Mapping[str, str] | None = None,
+    modules: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Writes a folder that `PeftModel.from_pretrained(base, folder)` loads.
 
@@ -34,6 +36,8 @@ def write_lora(
         adapters: by the path of each layer, A [r, in_features], B [r, out_features] and the
             scaling; layers of rank 0 are left out.
         metadata: for the header of the weights' file.
+        modules: tensors of modules that come with the adapter, by their names in the base model:
+            PEFT's `modules_to_save`, which it takes as a whole.
 
     Raises:
         ValueError: no layer has a rank above 0, which PEFT cannot express.
@@ -42,18 +46,23 @@ def write_lora(
     if not adapters:
         raise ValueError(f"{folder.name}: the adapter has rank 0 in every layer, nothing to save")
     folder.mkdir(exist_ok=True)
-    config = _lora_config(model, adapters).to_dict()
+    modules = modules or {}
+    config = _lora_config(model, adapters, owners(modules)).to_dict()
     text = json.dumps(config, indent=2, sort_keys=True, default=sorted)
     (folder / _CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
     tensors = {}
     for path, (a, b, _) in adapters.items():
         tensors[_key(path, "A")] = a
         tensors[_key(path, "B")] = b.t()
+    tensors |= {f"{_PREFIX}{name}": tensor for name, tensor in modules.items()}
     write_tensors(folder / _WEIGHTS_FILE, tensors, metadata)
 
 
 def read_lora(
-    files: StoredFiles, task: str, shapes: Mapping[str, tuple[int, int, int]]
+    files: StoredFiles,
+    task: str,
+    shapes: Mapping[str, tuple[int, int, int]],
+    modules: Mapping[str, tuple[int, ...]] | None = None,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """The (A [r, in_features], B [r, out_features]) of each layer, as `write_lora` took them.
 
@@ -61,13 +70,15 @@ def read_lora(
         files: with the two files of the task.
         task: its name, which is that of its folder.
         shapes: by the path of each layer, the expected (r, in_features, out_features).
+        modules: the shapes of the tensors that `write_lora` was given as `modules`.
 
     Raises:
         ValueError: the file is damaged or another task's, or its entries, shapes or values are not
             the expected ones.
     """
     tensors = read_task_tensors(files, task)
-    expected = {}
+    expected: dict[str, tuple[int, ...]] = {}
+    expected |= {f"{_PREFIX}{name}": shape for name, shape in (modules or {}).items()}
     for path, (rank, inputs, outputs) in shapes.items():
         if rank:
             expected[_key(path, "A")] = (rank, inputs)
@@ -135,10 +146,17 @@ def _some(names: list[str]) -> str:
 
 
 def _key(path: str, side: str) -> str:
-    return f"base_model.model.{path}.lora_{side}.weight"
+    return f"{_PREFIX}{path}.lora_{side}.weight"
 
 
-def _lora_config(model: Any, adapters: Mapping[str, Adapter]) -> Any:
+def owners(modules: Iterable[str]) -> list[str] | None:
+    """The paths of the modules with these tensors, as adapter_config.json has them."""
+    return sorted({name.rpartition(".")[0] for name in modules}) or None
+
+
+def _lora_config(
+    model: Any, adapters: Mapping[str, Adapter], modules_to_save: list[str] | None
+) -> Any:
     from peft import LoraConfig
 
     ranks = {path: a.shape[0] for path, (a, _, _) in adapters.items()}
@@ -161,6 +179,7 @@ def _lora_config(model: Any, adapters: Mapping[str, Adapter]) -> Any:
         lora_dropout=model.sapt.config.lora_dropout,
         fan_in_fan_out=any(isinstance(model.get_submodule(path), Conv1D) for path in adapters),
         bias="none",
+        modules_to_save=modules_to_save,
         task_type=task_type,
         auto_mapping=auto_mapping,
         base_model_name_or_path=model.name_or_path or None,

@@ -6,7 +6,7 @@ a checkpoint is never saved without it.
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -79,11 +79,7 @@ class TaskModules(nn.Module):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each tensor of one task's copies, by its name in the base model."""
-        return {
-            f"{path}.{name}": tuple(tensor.shape)
-            for path in self.paths
-            for name, tensor in self._model.get_submodule(path).state_dict().items()
-        }
+        return {n: tuple(t.shape) for n, t in module_tensors(self._model, self.paths).items()}
 
     def require_fits(self, tensors: Mapping[str, Tensor] | None) -> None:
         """Raises ValueError unless `tensors` are one task's copies, or None."""
@@ -213,6 +209,36 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
         name: tensor
         for name, tensor in model.state_dict(keep_vars=True).items()
         if isinstance(tensor, Tensor) and not any(name.startswith(f"{path}.") for path in ours)
+    }
+
+
+def whole_modules(model: nn.Module, names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The modules that hold these tensors, as PEFT's `modules_to_save` takes them.
+
+    Args:
+        names: of tensors of the base model.
+
+    Returns:
+        the modules' paths, and the names of the tensors that no such module holds: those of an
+        adapted layer or of the model itself, which PEFT cannot keep beside a LoRA.
+    """
+    paths: dict[str, None] = {}
+    others = []
+    for name in names:
+        path = name.rpartition(".")[0]
+        if not path or any(isinstance(part, Mixed) for part in model.get_submodule(path).modules()):
+            others.append(name)
+        else:
+            paths[path] = None
+    return list(paths), others
+
+
+def module_tensors(model: nn.Module, paths: Iterable[str]) -> dict[str, Tensor]:
+    """Parameters and buffers of these modules, by their names in the model."""
+    return {
+        f"{path}.{name}": tensor
+        for path in paths
+        for name, tensor in model.get_submodule(path).state_dict(keep_vars=True).items()
     }
 
 

@@ -408,7 +408,8 @@ def test_a_model_loaded_with_a_device_map(tmp_path):
     torch.testing.assert_close(run(again), run(expected))
 
 
-def test_peft_adapters_loaded_onto_such_a_model(tmp_path):
+def test_peft_adapters_loaded_onto_such_a_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # PEFT writes weights below the working directory
     tiny("llama").save_pretrained(tmp_path / "base")
     config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     expected = get_peft_model(tiny("llama"), config).eval()

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -40,7 +40,10 @@ def rank_layout(ranks: int | Sequence[int], count: int, total: int) -> tuple[int
     if isinstance(ranks, (str, bytes)):
         raise TypeError(f"ranks: got {ranks!r}, expected an int or a sequence of ints")
     several = isinstance(ranks, Sequence) or getattr(ranks, "ndim", 0) > 0
-    layout = integers("ranks", ranks) if several else (integer("ranks", ranks),) * count
+    if several:
+        layout = integers("ranks", cast(Sequence[int], ranks))
+    else:
+        layout = (integer("ranks", ranks),) * count
     if len(layout) != count:
         raise ValueError(f"ranks: got {len(layout)} ranks, expected {count} (the K of mixture)")
     if any(r < 0 for r in layout) or sum(layout) != total:

@@ -468,7 +468,7 @@ BAD = {
     "rank count": ({}, {"ranks": (4, 2, 2)}, ValueError, r"ranks: got 3 ranks, expected 2"),
     "trainable": ({}, {"trainable": [2]}, ValueError, "trainable: got"),
     "scaling": ({}, {"scaling": torch.ones(3)}, ValueError, "scaling: got tensor"),
-    "scaling list": ({}, {"scaling": [1.0, 2.0]}, ValueError, "scaling: got"),
+    "scaling list": ({}, {"scaling": [1.0, 2.0]}, TypeError, "scaling: got"),
     "no adapter": ({"mixture": torch.ones(2, 0)}, {"ranks": 4}, ValueError, "mixture: got shape"),
     "ranks of floats": ({}, {"ranks": (4.0, 4.0)}, TypeError, "ranks: got"),
     "a mask for indices": ({}, {"trainable": [False, True]}, TypeError, "trainable: got"),

@@ -26,6 +26,17 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+_Content = TypeVar("_Content")
+
+_TRIES = 20  # looks at a folder that is replaced meanwhile
+# What earlier versions wrote under names that are shared by all writers.
+_OUR_FILES = (
+    "sapt_config.json",
+    "router.safetensors",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+)
+
 
 def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
     """Write `data` to `path` so that a reader sees the old file or the new one, never a part.
@@ -179,9 +190,6 @@ def whole_directory(path: str | os.PathLike[str], file: str) -> Path:
     raise FileNotFoundError(f"{target / file if target.exists() else target} is missing")
 
 
-_Content = TypeVar("_Content")
-
-
 def read_directory(
     path: str | os.PathLike[str], file: str, read: Callable[[Path], _Content]
 ) -> _Content:
@@ -214,16 +222,6 @@ def read_directory(
             os.close(descriptor)
     with locked(Path(os.path.realpath(path)).parent, str(path)):
         return read(whole_directory(path, file))
-
-
-_TRIES = 20
-# What earlier versions wrote under names that are shared by all writers.
-_OUR_FILES = (
-    "sapt_config.json",
-    "router.safetensors",
-    "adapter_config.json",
-    "adapter_model.safetensors",
-)
 
 
 def _hidden(target: Path, kind: str, mark: str = "") -> Path:

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from sapt_fast._files import atomic_write_text
-from sapt_fast._reading import read_json
+from sapt_fast._reading import CONFIG_BYTES, read_bytes
 from sapt_fast.triton_kernels.common import DeviceTraits
 from sapt_fast.triton_kernels.gemm import expand_first_gemm, two_source_gemm
 
@@ -281,8 +281,8 @@ def read_table(path: Path, device: str) -> tuple[Measurement, ...]:
         )
 
     try:
-        content = read_json(path)
-    except ValueError as problem:
+        content = json.loads(read_bytes(path, CONFIG_BYTES))
+    except (RecursionError, ValueError) as problem:
         raise error(f"no JSON ({problem})") from None
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise error(f"expected an object of format {_FORMAT}")

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from sapt_fast._files import is_folder_name
 from sapt_fast.layers import Mixed
 from sapt_fast.methods.sapt import SaptConfig, SaptRouter
+from sapt_fast.ops import transforms
 from sapt_fast.ops.router import query, reflection_loss
 from sapt_fast.routing import Routing
 from sapt_fast.sharding import gathered, require_reduced
@@ -164,7 +165,8 @@ class SaptHandle(nn.Module):
 
     @property
     def attention(self) -> Tensor | None:
-        """Weights [B, K] of this thread's last forward, detached; None before the first.
+        """Weights [B, K] of this thread's last forward, detached; None before the first
+        and after one inside a transform of torch.func.
 
         In generation with beams or several returned sequences B counts these.
         """
@@ -213,7 +215,8 @@ class SaptHandle(nn.Module):
                 between the model's forward and its backward.
         """
         self._require_task()
-        if not torch.isfinite(target).all() or (target < 0).any():
+        known = transforms.values(target)
+        if known is not None and (not torch.isfinite(known).all() or (known < 0).any()):
             raise ValueError("target: got negative or non-finite values, expected weights")
         with self._in_one_piece():
             pooled = self._pooled(input_ids, None, attention_mask, labels)
@@ -230,7 +233,8 @@ class SaptHandle(nn.Module):
             ValueError: the shape does not fit, or weights are not finite.
         """
         weights = self.routing.checked(weights)
-        if not torch.isfinite(weights).all():
+        known = transforms.values(weights)
+        if known is not None and not torch.isfinite(known).all():
             raise ValueError("weights: got non-finite values, expected finite floats")
         return self.routing.pin(weights.to(self.router.norm.weight.device))
 

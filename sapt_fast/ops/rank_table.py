@@ -1,6 +1,6 @@
 """Which adapter each rank row of a stacked pool belongs to, and which rows train."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -35,6 +35,8 @@ def rank_table(
 
 def rank_layout(ranks: int | Sequence[int], count: int, total: int) -> tuple[int, ...]:
     """The rank of each of `count` adapters; raises unless they sum to `total` rows."""
+    if isinstance(ranks, str) or not (hasattr(ranks, "__index__") or isinstance(ranks, Iterable)):
+        raise TypeError(f"ranks: got {ranks!r}, expected an int or a sequence of ints")
     given = (ranks,) if isinstance(ranks, int) else tuple(ranks)
     if not all(isinstance(rank, int) for rank in given):
         raise TypeError(f"ranks: got {ranks!r}, expected an int or a sequence of ints")
@@ -49,11 +51,17 @@ def rank_layout(ranks: int | Sequence[int], count: int, total: int) -> tuple[int
     return layout
 
 
+def _are_indices(values: object) -> bool:
+    return isinstance(values, Iterable) and not any(
+        isinstance(k, bool) or not hasattr(k, "__index__") for k in values
+    )
+
+
 def trained_rows(layout: tuple[int, ...], trainable: Sequence[int] | None) -> list[int]:
     """Row ranges [start, stop, start, stop, ...] of the adapters that train, neighbours merged."""
     count = len(layout)
-    if trainable is not None and any(isinstance(k, bool) for k in trainable):
-        raise TypeError(f"trainable: got {list(trainable)}, expected indices of adapters")
+    if trainable is not None and not _are_indices(trainable):
+        raise TypeError(f"trainable: got {trainable!r}, expected indices of adapters")
     chosen = range(count) if trainable is None else sorted(set(trainable))
     if chosen and (chosen[0] < 0 or chosen[-1] >= count):
         raise ValueError(f"trainable: got {list(chosen)}, expected indices in [0, {count})")

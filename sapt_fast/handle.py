@@ -14,6 +14,7 @@ from sapt_fast._names import require_folder_name
 from sapt_fast.devices import execution_device
 from sapt_fast.layers import Mixed
 from sapt_fast.methods.sapt import SaptConfig, SaptRouter
+from sapt_fast.ops import transforms
 from sapt_fast.ops.router import query, reflection_loss
 from sapt_fast.pretrained_files import PretrainedFiles
 from sapt_fast.routing import Routing
@@ -205,7 +206,8 @@ class SaptHandle(nn.Module):
 
     @property
     def attention(self) -> Tensor | None:
-        """Weights [B, K] of this thread's last forward, detached; None before the first.
+        """Weights [B, K] of this thread's last forward, detached; None before the first
+        and after one inside a transform of torch.func.
 
         In generation with beams or several returned sequences B counts these, and where samples
         have C choices [B, C, T] it counts all B * C choices. Of packed rows, in which several texts
@@ -279,7 +281,8 @@ class SaptHandle(nn.Module):
                 between the model's forward and its backward.
         """
         self._require_task()
-        if not torch.isfinite(target).all() or (target < 0).any():
+        known = transforms.values(target)
+        if known is not None and (not torch.isfinite(known).all() or (known < 0).any()):
             raise ValueError("target: got negative or non-finite values, expected weights")
         inputs = {
             "input_ids": input_ids,
@@ -304,7 +307,8 @@ class SaptHandle(nn.Module):
             ValueError: the shape does not fit, or weights are not finite.
         """
         weights = self.routing.checked(weights)
-        if not torch.isfinite(weights).all():
+        known = transforms.values(weights)
+        if known is not None and not torch.isfinite(known).all():
             raise ValueError("weights: got non-finite values, expected finite floats")
         return self.routing.pin(weights.to(self.router.norm.weight.device))
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
 from sapt_fast.devices import Resident
+from sapt_fast.ops import transforms
 from sapt_fast.ops.mixed_lora import mix
 from sapt_fast.ops.projection import PooledProjection, Projection
 from sapt_fast.ops.rank_table import RankTable, rank_table
@@ -334,16 +335,24 @@ class AdapterPool(Resident):
         """This pool with its layer's weight and bias, as `ops.mixed_lora.mix` takes them."""
         a, b = self.a.trainable, self.b.trainable
         first, last = self.a.frozen.shape[0], len(self.a)
-        trains = a.requires_grad or b.requires_grad
+        tracked = transforms.active()
+        trains = tracked or a.requires_grad or b.requires_grad
         # Rows not listed get no gradient and, without grad_through_frozen, pass none on to x.
         listed = last > first and (trains or not grad_through_frozen)
+        parts_a: list[Tensor] = [a] if listed else []
+        parts_b: list[Tensor] = [b] if listed else []
+        rows = [first, last] if listed else []
+        if first and grad_through_frozen and (tracked or self._stands_in()):
+            # A caller's own tensors, of whose kind it is not known what trains.
+            parts_a, parts_b = [self.a.frozen, *parts_a], [self.b.frozen, *parts_b]
+            rows = [0, first, *rows]
         table = self._table(x.device, torch.promote_types(x.dtype, torch.float32))
-        return PooledProjection(
-            Projection(weight, bias, self.a.rows(), self.b.rows(), *table),
-            [a] if listed else [],
-            [b] if listed else [],
-            [first, last] if listed else [],
-        )
+        projection = Projection(weight, bias, self.a.rows(), self.b.rows(), *table)
+        return PooledProjection(projection, parts_a, parts_b, rows)
+
+    def _stands_in(self) -> bool:
+        """Whether a caller's tensors take the place of the frozen rows and want a gradient."""
+        return any(type(t) is Tensor and t.requires_grad for t in (self.a.frozen, self.b.frozen))
 
     def _table(self, device: torch.device, dtype: torch.dtype) -> RankTable:
         table = self._tables.get((device, dtype))
@@ -351,7 +360,8 @@ class AdapterPool(Resident):
             with torch.inference_mode(False):
                 table = rank_table(self.ranks, self.scaling, device, dtype)
             # What is made while a graph is traced means nothing outside of it.
-            if not torch.compiler.is_compiling() and detect_fake_mode() is None:
+            traced = torch.compiler.is_compiling() or detect_fake_mode() is not None
+            if not traced and not transforms.active():
                 self._tables[device, dtype] = table
         return table
 

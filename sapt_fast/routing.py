@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sapt_fast.model_inputs import for_router, row_counts, unreadable
+from sapt_fast.ops import transforms
 from sapt_fast.packing import Segments, find_segments
 from sapt_fast.stand_in import StandIn, generation_arguments, positional_names
 
@@ -135,7 +136,7 @@ class Routing:
     @property
     def weights(self) -> Tensor | None:
         """[B, K] (or [B, T, K]) of the forward that ran last in this thread."""
-        return getattr(self._thread, "weights", None)
+        return transforms.alive(getattr(self._thread, "weights", None))
 
     @weights.setter
     def weights(self, value: Tensor | None) -> None:
@@ -199,8 +200,9 @@ class Routing:
                 f"[B, T, {count}]"
             )
         # On a GPU the look would wait for all that runs there.
-        looked_at = weights.device.type == "cpu" and not torch.compiler.is_compiling()
-        if not weights.is_floating_point() or (looked_at and not torch.isfinite(weights).all()):
+        known = transforms.values(weights) if weights.device.type == "cpu" else None
+        infinite = known is not None and not bool(torch.isfinite(known).all())
+        if not weights.is_floating_point() or infinite:
             raise ValueError("weights: got non-finite or integer values, expected finite floats")
         return weights[None] if weights.dim() == 1 else weights
 

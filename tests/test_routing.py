@@ -125,7 +125,7 @@ def test_a_failed_forward_leaves_nothing_behind():
     with torch.no_grad():
         expected = model.base_model(ids).last_hidden_state
         model(token_ids(seed=2))
-        with pytest.raises((IndexError, RuntimeError)):
+        with pytest.raises((IndexError, RuntimeError, ValueError)):
             model(torch.full_like(ids, 9999))
         assert torch.equal(model.base_model(ids).last_hidden_state, expected)
 
@@ -280,7 +280,7 @@ def test_fixed_nests_and_survives_exceptions():
         with model.sapt.fixed(inner):
             run(model, ids)
             assert torch.equal(model.sapt.attention, inner.expand(3, 3))
-            with pytest.raises((IndexError, RuntimeError)), model.sapt.fixed(outer):
+            with pytest.raises((IndexError, RuntimeError, ValueError)), model.sapt.fixed(outer):
                 model(torch.full_like(ids, 9999))
         for call, rows in (
             (lambda: run(model, ids), 3),

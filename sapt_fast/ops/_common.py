@@ -12,6 +12,13 @@ from sapt_fast import dispatch
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
+def require_tensors(**named: object) -> None:
+    """Raises TypeError for a named argument that is no tensor; None is one that was left out."""
+    for name, value in named.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor")
+
+
 def autocasts(device: torch.device) -> bool:
     """Whether autocast is on for tensors of that device; torch raises when asked for meta's."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)

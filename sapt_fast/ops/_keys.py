@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sapt_fast.ops._common import FLOATS, autocasts
+from sapt_fast.ops._common import FLOATS, autocasts, require_tensors
 
 # Queries and keys of which a reference holds all pairs at a time.
 ROW_CHUNK = 1024
@@ -16,6 +16,7 @@ def checked_query(query: Tensor, keys: Tensor) -> Tensor:
     Raises:
         ValueError, TypeError: shape, dtype or device of `query` or `keys` does not fit.
     """
+    require_tensors(query=query, keys=keys)
     if query.dim() != 2 or query.shape[1] == 0:
         raise ValueError(f"query: got shape {tuple(query.shape)}, expected [M, D] with D >= 1")
     if keys.dim() != 2 or keys.shape[1] != query.shape[1]:

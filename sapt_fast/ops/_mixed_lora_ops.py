@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sapt_fast.ops import formulas, transforms
 from sapt_fast.ops._common import kernel, without_autocast
 from sapt_fast.ops.projection import PooledProjection, Projection
 
@@ -88,6 +89,7 @@ def _forward_op(
     backend: str,
 ) -> list[Tensor]:
     """y of each projection, then h of each; `train_rows` are triples, see `_triples`."""
+    transforms.require_no_tangents(_OP)
     projections = _projections(len(lora_a), weights, biases, lora_a, lora_b, row_adapter, row_scale)
     results = kernel(_OP, "mixed_lora_fwd", backend, x)(x, mixture, projections)
     return [y for y, _ in results] + [h for _, h in results]
@@ -193,6 +195,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 
 
 def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    if transforms.differentiates_backward(*grads):
+        return _differentiable_backward(ctx, grads)
     # Projections that the loss does not depend on have no dy and take no part.
     dys = {i: dy for i, dy in enumerate(grads[: ctx.count]) if dy is not None}
     x, mixture, *saved = ctx.saved_tensors
@@ -228,6 +232,55 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
         None,
         None,
     )
+
+
+def _differentiable_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """The gradients of the plain formula, for a second derivative or under vmap."""
+    count, dys = ctx.count, grads[: ctx.count]
+    x, mixture, *saved = ctx.saved_tensors
+    weights, saved = saved[: ctx.weights], saved[ctx.weights :]
+    stacks, trained = _chunks(saved[: 4 * count], count), saved[5 * count :]
+    sizes = len(weights), len(ctx.needs_a), len(ctx.needs_b)
+
+    def formula(x: Tensor, mixture: Tensor, *others: Tensor) -> list[Tensor]:
+        own, train_a, train_b = _split(others, sizes)
+        computed = _projections(count, own, (), *stacks)
+        pooled = [
+            PooledProjection(
+                projection,
+                _of_projection(i, train_a, ctx.train_rows),
+                _of_projection(i, train_b, ctx.train_rows),
+                _rows_of(i, ctx.train_rows),
+            )
+            for i, projection in enumerate(computed)
+        ]
+        return formulas.mixed_lora(x, mixture, computed, pooled, ctx.grad_through_frozen)
+
+    needs = [ctx.needs_x, ctx.needs_mixture, *ctx.needs_weight, *ctx.needs_a, *ctx.needs_b]
+    dx, d_mixture, *found = transforms.gradients(
+        formula, [x, mixture, *weights, *trained], needs, dys
+    )
+    d_weights, d_a, d_b = _split(found, sizes)
+    d_biases = [
+        dy.sum(0) if needed and dy is not None else None
+        for needed, dy in zip(ctx.needs_bias, dys, strict=False)
+    ]
+    nothing = [None] * count
+    return (
+        dx, d_mixture, d_weights, d_biases, nothing, nothing, nothing, nothing, d_a, d_b,
+        None if ctx.train_rows else [], None, None,
+    )  # fmt: skip
+
+
+def _of_projection(index: int, values: Sequence[Tensor], triples: Sequence[int]) -> list[Tensor]:
+    """Those of the ranges that train which belong to one projection."""
+    return [v for v, owner in zip(values, triples[::3], strict=True) if owner == index]
+
+
+def _split(values: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
+    """Parts of those sizes, one after the other."""
+    left = iter(values)
+    return [[next(left) for _ in range(size)] for size in sizes]
 
 
 def _chunks(values: Sequence[Any], size: int) -> list[Sequence[Any]]:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from sapt_fast import dispatch
-from sapt_fast.ops._common import FLOATS, autocasts, without_autocast
+from sapt_fast.ops import formulas, transforms
+from sapt_fast.ops._common import FLOATS, autocasts, require_tensors, without_autocast
 from sapt_fast.ops._presence import without_undefined
 from sapt_fast.ops._scalars import number
 
@@ -83,18 +84,28 @@ def mix_experts(
         >>> mix_experts(x, bank_a, bank_b, index, torch.rand(2, 2)).shape
         torch.Size([2, 6])
     """
+    require_tensors(x=x, bank_a=bank_a, bank_b=bank_b, index=index, weights=weights)
     if x.dtype != torch.float64 and autocasts(x.device):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     _check(x, bank_a, bank_b, index, weights)
     compiling = torch.compiler.is_compiling()
-    if not compiling and index.device.type == "cpu" and index.numel():
-        least, most = (int(v) for v in index.aminmax())
+    known = transforms.values(index) if index.device.type == "cpu" and index.numel() else None
+    if known is not None:
+        least, most = (int(v) for v in known.aminmax())
         if least < -1 or most >= bank_a.shape[0]:
             raise ValueError(
                 f"index: got values from {least} to {most}, expected -1 to {bank_a.shape[0] - 1}"
             )
     scaling = number("scaling", scaling)
     weights = weights.to(torch.promote_types(x.dtype, torch.float32))
+    if transforms.active():
+        if sparse_grad:
+            raise ValueError(
+                "sparse_grad: got True under a transform (torch.func, forward-mode AD), expected "
+                "False"
+            )
+        dispatch.resolve(_OP, x.device, backend, x.dtype)
+        return formulas.mix_experts(x, bank_a, bank_b, index, weights, float(scaling))
     if torch.is_grad_enabled() or compiling:
         if sparse_grad and compiling:
             raise ValueError("sparse_grad: got True under torch.compile, expected False")
@@ -275,6 +286,7 @@ def _forward_op(
     sparse_grad: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    transforms.require_no_tangents(_OP)
     kernel = dispatch.kernels(_OP, dispatch.resolve(_OP, x.device, backend, x.dtype))
     return kernel.mix_experts_fwd(x, bank_a, bank_b, index, weights, scaling)
 
@@ -335,6 +347,20 @@ def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Any, ...]:
         return (None,) * 8
     needs_x, needs_a, needs_b, _, needs_weights = ctx.needs_input_grad[:5]
     tensors = ctx.saved_tensors
+    if transforms.differentiates_backward(dy):
+        if ctx.sparse_grad:
+            raise RuntimeError(
+                "sparse_grad: got True in a backward that is differentiated or runs under vmap, "
+                "expected False"
+            )
+        x, bank_a, bank_b, index, weights, _ = tensors
+        dx, d_a, d_b, d_weights = transforms.gradients(
+            lambda x, a, b, w: [formulas.mix_experts(x, a, b, index, w, ctx.scaling)],
+            [x, bank_a, bank_b, weights],
+            [needs_x, needs_a, needs_b, needs_weights],
+            [dy],
+        )
+        return dx, d_a, d_b, None, d_weights, None, None, None
     if ctx.sparse_grad and (needs_a or needs_b):
         dx, d_weights, d_a, d_b = _sparse_backward(ctx, dy, needs_x, needs_weights)
     else:

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from sapt_fast import dispatch
-from sapt_fast.ops._common import FLOATS, without_autocast
+from sapt_fast.ops import formulas, transforms
+from sapt_fast.ops._common import FLOATS, require_tensors, without_autocast
 from sapt_fast.ops._presence import present_product, without_undefined
+from sapt_fast.ops.pool_tokens import check_ids
 
 _OP = "mix_prompts"
 
@@ -47,6 +49,7 @@ def mix_prompts(
         >>> mix_prompts(prompts, mixture, torch.randn(2, 5, 8)).shape
         torch.Size([2, 15, 8])
     """
+    require_tensors(prompts=prompts, mixture=mixture, embeds=embeds)
     if embeds.dim() != 3:
         raise ValueError(f"embeds: got shape {tuple(embeds.shape)}, expected [B, T, D]")
     return _checked(prompts, mixture, "embeds", embeds, None, backend)
@@ -82,6 +85,7 @@ def mix_prompts_with_tokens(
         >>> torch.equal(y[:, 3:], table[ids])
         True
     """
+    require_tensors(prompts=prompts, mixture=mixture, input_ids=input_ids, table=table)
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids: got shape {tuple(input_ids.shape)}, expected [B, T]")
     if input_ids.dtype not in (torch.int32, torch.int64):
@@ -121,7 +125,12 @@ def _checked(
                 f"{name}: got device {tensor.device}, expected {source.device}"
                 f" (that of {source_name})"
             )
+    if input_ids is not None:
+        check_ids(input_ids, source.shape[0])
     mixture = mixture.to(torch.promote_types(source.dtype, torch.float32))
+    if transforms.active():
+        dispatch.resolve(_OP, source.device, backend, source.dtype)
+        return formulas.mix_prompts(prompts, mixture, source, input_ids)
     if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
         backend = dispatch.resolve(_OP, source.device, backend, source.dtype, batch)
     return _forward_op(prompts, mixture, source, input_ids, backend or "")
@@ -177,6 +186,7 @@ def mix_prompts_bwd(
 def _forward_op(
     prompts: Tensor, mixture: Tensor, source: Tensor, input_ids: Tensor | None, backend: str
 ) -> Tensor:
+    transforms.require_no_tangents(_OP)
     kernel = dispatch.kernels(_OP, dispatch.resolve(_OP, source.device, backend, source.dtype))
     return kernel.mix_prompts_fwd(prompts, mixture, source, input_ids)
 
@@ -231,7 +241,12 @@ def _backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         return (None,) * 5
     prompts, mixture, input_ids = ctx.saved_tensors
     d_prompts = d_mixture = d_source = None
-    if any(ctx.needs):
+    if any(ctx.needs) and transforms.differentiates_backward(dy):
+        d_mixed = dy[:, : prompts.shape[1]].to(mixture.dtype)
+        d_prompts, d_mixture = transforms.gradients(
+            lambda *own: [formulas.mixed_prompts(*own)], [prompts, mixture], ctx.needs, [d_mixed]
+        )
+    elif any(ctx.needs):
         d_prompts, d_mixture = _backward_op(dy, prompts, mixture, *ctx.needs, ctx.backend)
     if ctx.needs_source:
         d_source = dy[:, prompts.shape[1] :]

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sapt_fast.ops._common import FLOATS, autocasts, kernel
+from sapt_fast import dispatch
+from sapt_fast.ops import formulas, transforms
+from sapt_fast.ops._common import FLOATS, autocasts, kernel, require_tensors
 from sapt_fast.ops._mixed_lora_ops import differentiable
 from sapt_fast.ops._presence import (
     present_product,
@@ -85,6 +87,7 @@ def mixed_lora_linear(
         >>> mixed_lora_linear(x, weight, None, lora_a, lora_b, mixture, ranks=4).shape
         torch.Size([2, 5, 6])
     """
+    require_tensors(x=x, weight=weight, bias=bias, lora_b=lora_b)
     _check_x(x)
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected [O, {x.shape[-1]}]")
@@ -182,6 +185,10 @@ def mix(
     rows = x if dims == 2 else x.flatten(0, -2) if dims > 2 else x.unsqueeze(0)
     _check_sizes(rows, mixture, projections)
     computed = [_in_dtype(given.projection, dtype, accumulate) for given in projections]
+    if transforms.active():
+        dispatch.resolve("mixed_lora", x.device, backend, x.dtype)  # raises if it cannot run
+        ys = formulas.mixed_lora(rows, mixture, computed, projections, grad_through_frozen)
+        return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
     if _eager_inference(x):
         forward = kernel("mixed_lora", "mixed_lora_fwd", backend, rows, rows.shape[0])
         ys = [y for y, _ in forward(rows, mixture, computed)]
@@ -263,6 +270,7 @@ def _checked(
     trainable: Sequence[int] | None,
     backend: str | None,
 ) -> Tensor:
+    require_tensors(x=x, lora_a=lora_a, lora_b=lora_b, mixture=mixture)
     _check_x(x)
     if lora_a.dim() != 2 or lora_a.shape[1] != x.shape[-1]:
         raise ValueError(f"lora_a: got shape {tuple(lora_a.shape)}, expected [R, {x.shape[-1]}]")
@@ -301,7 +309,8 @@ def _checked(
         raise TypeError(f"mixture: got dtype {mixture.dtype}, expected a floating-point dtype")
     count = mixture.shape[-1]
     layout = rank_layout(ranks, count, lora_a.shape[0])
-    trains = lora_a.requires_grad or lora_b.requires_grad
+    # A transform tracks tensors that do not require grad.
+    trains = lora_a.requires_grad or lora_b.requires_grad or transforms.active()
     scaling = _scaling(scaling, count)
     train_rows = trained_rows(layout, trainable)
     if grad_through_frozen and not trains:
@@ -337,7 +346,8 @@ def _table(layout: tuple[int, ...], scaling: float | Tensor, x: Tensor) -> RankT
     if isinstance(scaling, Tensor):
         values = scaling.detach().to(device=x.device, dtype=dtype).expand(len(layout))
         return rank_table(layout, values, x.device, dtype)
-    if torch.compiler.is_compiling() or type(x) not in _PLAIN:  # a fake table must not be kept
+    traced = torch.compiler.is_compiling() or type(x) not in _PLAIN
+    if traced or transforms.active():  # a fake or wrapped table must not be kept
         return rank_table(layout, [scaling] * len(layout), x.device, dtype)
     return cached_table(layout, (float(scaling),) * len(layout), x.device, dtype)
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from sapt_fast import dispatch
+from sapt_fast.ops import formulas, transforms
+from sapt_fast.ops._common import require_tensors
 from sapt_fast.ops._keys import (
     KEY_CHUNK,
     ROW_CHUNK,
@@ -53,6 +55,7 @@ def nearest_key(
         (tensor([ 0, -1]), tensor([0.5000, 2.0000]))
     """
     query = checked_query(query, keys)
+    require_tensors(radius=radius)
     if radius.shape != keys.shape[:1]:
         raise ValueError(f"radius: got shape {tuple(radius.shape)}, expected [{keys.shape[0]}]")
     if not radius.is_floating_point():
@@ -62,7 +65,10 @@ def nearest_key(
             f"radius: got device {radius.device}, expected {query.device} (that of query)"
         )
     radius = radius.detach().to(accumulation_dtype(query.dtype))
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if transforms.active():
+        dispatch.resolve(_OP, query.device, backend, query.dtype)
+        distance, index = formulas.nearest_key(query, keys, radius)
+    elif torch.is_grad_enabled() or torch.compiler.is_compiling():
         distance, index, _ = _forward_op(query, keys, radius, backend or "")
     else:
         rows = query.shape[0]
@@ -118,6 +124,7 @@ def nearest_key_bwd(
 def _forward_op(
     query: Tensor, keys: Tensor, radius: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
+    transforms.require_no_tangents(_OP)
     kernel = dispatch.kernels(_OP, dispatch.resolve(_OP, query.device, backend, query.dtype))
     return kernel.nearest_key_fwd(query, keys, radius)
 
@@ -142,8 +149,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, d_distance: Tensor | None, *_: None) -> tuple[Any, ...]:
     if d_distance is None:
         return (None,) * 4
-    d_query, d_keys = nearest_key_bwd(d_distance, *ctx.saved_tensors)
     needs_query, needs_keys = ctx.needs_input_grad[:2]
+    if transforms.differentiates_backward(d_distance):
+        query, keys, distance, nearest = ctx.saved_tensors
+        d_query, d_keys = transforms.gradients(
+            lambda q, k: [formulas.distance_to(q, k, nearest, distance.detach())],
+            [query, keys],
+            [needs_query, needs_keys],
+            [d_distance],
+        )
+        return d_query, d_keys, None, None
+    d_query, d_keys = nearest_key_bwd(d_distance, *ctx.saved_tensors)
     return d_query if needs_query else None, d_keys if needs_keys else None, None, None
 
 

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sapt_fast.ops._common import FLOATS, kernel
+from sapt_fast import dispatch
+from sapt_fast.ops import formulas, transforms
+from sapt_fast.ops._common import FLOATS, kernel, require_tensors
 from sapt_fast.ops._scalars import integers, number
 
 # What an output starts from: the weight [O, I] and bias [O] of a linear layer, or its output.
@@ -67,6 +69,7 @@ def own_lora(
         tensor([[6., 6., 6., 6.],
                 [3., 3., 3., 3.]])
     """
+    require_tensors(x=x, weight=weight, bias=bias)
     if weight.dim() != 2:
         raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected [O, I]")
     if x.dim() < 2:
@@ -81,7 +84,7 @@ def own_lora(
     outputs, owner = weight.shape[0], _owners(owner)
     _check(x, outputs, adapters, owner, {"weight": weight, "bias": bias})
     y = _run(x.flatten(0, -2), (weight, bias), adapters, owner, backend)
-    return y.view(*x.shape[:-1], outputs)
+    return y.reshape(*x.shape[:-1], outputs)
 
 
 def add_own_lora_(
@@ -117,6 +120,7 @@ def add_own_lora_(
         tensor([[3., 3., 3., 3.],
                 [0., 0., 0., 0.]])
     """
+    require_tensors(x=x, y=y)
     if y.shape[:-1] != x.shape[:-1] or not y.is_contiguous():
         raise ValueError(
             f"y: got shape {tuple(y.shape)}, strides {y.stride()}, expected contiguous "
@@ -126,7 +130,9 @@ def add_own_lora_(
         raise TypeError(f"x: got dtype {x.dtype}, expected {y.dtype} (that of y)")
     owner = _owners(owner)
     _check(x, y.shape[-1], adapters, owner, {"y": y})
-    _run(x.flatten(0, -2), y.flatten(0, -2), adapters, owner, backend)
+    added = _run(x.flatten(0, -2), y.flatten(0, -2), adapters, owner, backend)
+    if transforms.active():  # out of place there
+        y.copy_(added.reshape(y.shape))
     return y
 
 
@@ -138,6 +144,10 @@ def _run(
             adapter._replace(scaling=number(f"adapters[{k}].scaling", adapter.scaling))
             for k, adapter in enumerate(adapters)
         ]
+    if transforms.active():
+        dispatch.resolve("own_lora", x.device, backend, x.dtype)
+        y = base if isinstance(base, Tensor) else F.linear(x, *base)
+        return formulas.own_lora(x, y, adapters, owner)
     return cast(Tensor, kernel("own_lora", "own_lora_fwd", backend, x)(x, base, adapters, owner))
 
 
@@ -156,6 +166,11 @@ def _check(
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, ..., I]")
     if x.dtype not in FLOATS:
         raise TypeError(f"x: got dtype {x.dtype}, expected one of {FLOATS}")
+    for name, value in (("owner", owner), ("adapters", adapters)):
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise TypeError(f"{name}: got {type(value).__name__}, expected a sequence")
+    if not all(isinstance(k, int) for k in owner):
+        raise TypeError(f"owner: got {list(owner)}, expected indices of adapters")
     if len(owner) != x.shape[0]:
         raise ValueError(f"owner: got {len(owner)} samples, expected {x.shape[0]} (those of x)")
     if owner and not -1 <= min(owner) <= max(owner) < len(adapters):
@@ -178,11 +193,17 @@ def _check(
     dtypes = {tensor.dtype for a, b, _ in adapters for tensor in (a, b)}
     if len(dtypes) > 1 or not dtypes <= {x.dtype, torch.float32}:
         raise TypeError(f"adapters: got {dtypes}, expected one of {x.dtype} or torch.float32")
-    if torch.is_grad_enabled():
+    transformed = transforms.active()
+    if transformed or torch.is_grad_enabled():
         given = [t for t in others.values() if t is not None]
         tensors = [x, *given, *(t for a, b, _ in adapters for t in (a, b))]
-        if any(t.requires_grad for t in tensors):
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             raise ValueError("own_lora: got tensors that require gradients; it has none")
+        if transformed and any(map(transforms.is_tracked, tensors)):
+            raise ValueError(
+                "own_lora: got tensors that a transform differentiates (grad, vjp, jvp, dual "
+                "tensors); it has no derivative: use mixed_lora with one-hot weights"
+            )
 
 
 def own_lora_fwd(

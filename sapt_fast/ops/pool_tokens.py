@@ -1,12 +1,14 @@
 """Pooling of a batch's input embeddings over the sequence: what the router starts from."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sapt_fast import dispatch
+from sapt_fast.ops import formulas, transforms
+from sapt_fast.ops._common import require_tensors
 from sapt_fast.ops._scalars import require_float
 
 _OP = "pool_tokens"
@@ -53,6 +55,7 @@ def pool_tokens(
         >>> pool_tokens(ids, table, mask=mask, pooling="mean")
         tensor([[2., 3.]])
     """
+    require_tensors(input_ids=input_ids, table=table, mask=mask)
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids: got shape {tuple(input_ids.shape)}, expected [B, T]")
     if input_ids.dtype not in (torch.int32, torch.int64):
@@ -62,11 +65,17 @@ def pool_tokens(
     require_float("table", table)
     _check_pooling(pooling, mask, input_ids.shape)
     check_devices(table, input_ids=input_ids, mask=mask)
+    check_ids(input_ids, table.shape[0], mask)
     chosen = dispatch.resolve(_OP, table.device, backend, table.dtype)
-    if chosen == "reference":
-        return pool_tokens_fwd(input_ids, table, mask, pooling)
+    if transforms.active():
+        return formulas.pool_tokens(input_ids, table, mask, pooling)
     trains = table.requires_grad and torch.is_grad_enabled()
-    if trains or torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if chosen == "reference":
+        if trains and not compiling and input_ids.numel():
+            return _ReferencePool.apply(table, input_ids, mask, pooling)
+        return pool_tokens_fwd(input_ids, table, mask, pooling)
+    if trains or compiling:
         keep_winner = trains and pooling == "max"
         return _pool_op(input_ids, table, mask, pooling, keep_winner, chosen)[0]
     return dispatch.kernels(_OP, chosen).pool_tokens_fwd(input_ids, table, mask, pooling)[0]
@@ -74,10 +83,14 @@ def pool_tokens(
 
 def pool_embeds(embeds: Tensor, *, mask: Tensor | None = None, pooling: str = "max") -> Tensor:
     """Pools embeddings [B, T, D] over the sequence to [B, D]; the rest as in `pool_tokens`."""
+    require_tensors(embeds=embeds, mask=mask)
     if embeds.dim() != 3:
         raise ValueError(f"embeds: got shape {tuple(embeds.shape)}, expected [B, T, D]")
     require_float("embeds", embeds)
     _check_pooling(pooling, mask, embeds.shape[:2])
+    check_devices(embeds, mask=mask)
+    if embeds.shape[1] == 0:
+        return embeds.sum(1)
     if mask is None:
         return embeds.amax(1) if pooling == "max" else embeds.mean(1)
     keep = (mask != 0).unsqueeze(-1)
@@ -95,6 +108,20 @@ def check_devices(reference: Tensor, **named: Tensor | None) -> None:
     for name, tensor in named.items():
         if tensor is not None and tensor.device != reference.device:
             raise ValueError(f"{name}: got device {tensor.device}, expected {reference.device}")
+
+
+def check_ids(input_ids: Tensor, rows: int, mask: Tensor | None = None) -> None:
+    """Raises ValueError for an id that takes part and is not in [0, rows), on the CPU alone."""
+    known = transforms.values(input_ids) if input_ids.device.type == "cpu" else None
+    if known is None or known.numel() == 0:
+        return
+    least, most = (int(v) for v in known.aminmax())
+    if least >= 0 and most < rows:
+        return
+    kept = None if mask is None else transforms.values(mask)
+    outside = (known < 0) | (known >= rows)
+    if kept is None or kept.shape != known.shape or bool((outside & (kept != 0)).any()):
+        raise ValueError(f"input_ids: got values from {least} to {most}, expected 0 to {rows - 1}")
 
 
 def _check_pooling(pooling: str, mask: Tensor | None, shape: torch.Size) -> None:
@@ -145,6 +172,37 @@ def _maximum(input_ids: Tensor, table: Tensor, keep: Tensor | None) -> Tensor:
     return torch.cat(pooled)
 
 
+class _ReferencePool(torch.autograd.Function):
+    """`pool_tokens_fwd`; embedding bags have no second derivative, so that is the formula's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, table: Tensor, input_ids: Tensor, mask: Tensor | None, pooling: str
+    ) -> Tensor:
+        ctx.save_for_backward(input_ids, mask, table)
+        ctx.pooling = pooling
+        with torch.enable_grad():
+            ctx.leaf = table.detach().requires_grad_()
+            ctx.pooled = pool_tokens_fwd(input_ids, ctx.leaf, mask, pooling)
+        return cast(Tensor, ctx.pooled.detach())
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None, None]:
+        if transforms.differentiates_backward(dy):
+            return _formula_grad(ctx, dy), None, None, None
+        [d_table] = torch.autograd.grad(ctx.pooled, ctx.leaf, dy, retain_graph=True)
+        return d_table, None, None, None
+
+
+def _formula_grad(ctx: Any, dy: Tensor) -> Tensor | None:
+    """The gradient of the table, differentiable in dy."""
+    input_ids, mask, *_, table = ctx.saved_tensors
+    [d_table] = transforms.gradients(
+        lambda own: [formulas.pool_tokens(input_ids, own, mask, ctx.pooling)], [table], [True], [dy]
+    )
+    return d_table
+
+
 # --- registered ops ----------------------------------------------------------------------------
 # The reference is plain torch, which autograd and compilers see into; these are for the others.
 
@@ -159,6 +217,7 @@ def _pool_op(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """`pool_tokens_fwd` of the backend, with an empty tensor for no winner."""
+    transforms.require_no_tangents(_OP)
     kernel = dispatch.kernels(_OP, backend)
     pooled, winner = kernel.pool_tokens_fwd(input_ids, table, mask, pooling, keep_winner)
     return pooled, table.new_empty(0, dtype=torch.int32) if winner is None else winner
@@ -200,14 +259,18 @@ def _pool_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
     input_ids, table, mask, ctx.pooling, keep_winner, ctx.backend = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
-    ctx.vocabulary = table.shape[0]
-    ctx.save_for_backward(input_ids, mask, output[1] if keep_winner else None)
+    ctx.save_for_backward(input_ids, mask, output[1] if keep_winner else None, table)
 
 
 def _pool_backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 6
-    d_table = _pool_backward_op(dy, *ctx.saved_tensors, ctx.vocabulary, ctx.pooling, ctx.backend)
+    *given, table = ctx.saved_tensors
+    d_table: Tensor | None
+    if transforms.differentiates_backward(dy):
+        d_table = _formula_grad(ctx, dy)
+    else:
+        d_table = _pool_backward_op(dy, *given, table.shape[0], ctx.pooling, ctx.backend)
     return None, d_table, None, None, None, None
 
 

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sapt_fast import dispatch
-from sapt_fast.ops._common import without_autocast
+from sapt_fast.ops import transforms
+from sapt_fast.ops._common import require_tensors, without_autocast
 from sapt_fast.ops._scalars import integer, number, require_float
 from sapt_fast.ops.pool_tokens import (
     POOLINGS,
@@ -162,7 +163,9 @@ def sparsify(
     if top_k is not None and top_k < count:
         # A stable sort, since topk promises no order among equals.
         largest = weights.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
-        chosen = torch.zeros_like(keep).scatter_(-1, largest, True)
+        chosen = torch.zeros_like(keep).scatter(
+            -1, largest, torch.ones_like(largest, dtype=keep.dtype)
+        )
         keep = keep & chosen
     kept = weights * keep
     return kept / kept.sum(-1, keepdim=True)
@@ -188,11 +191,13 @@ def reflection_loss(scores: Tensor, target: Tensor) -> Tensor:
         >>> reflection_loss(torch.zeros(1, 2), torch.tensor([1.0]))  # log 2: half of it went astray
         tensor(0.6931)
     """
+    require_tensors(scores=scores, target=target)
     if scores.dim() != 2:
         raise ValueError(f"scores: got shape {tuple(scores.shape)}, expected [B, K]")
     require_float("scores", scores)
     if target.is_complex():
         raise TypeError(f"target: got dtype {target.dtype}, expected real numbers")
+    check_devices(scores, target=target)
     batch, count = scores.shape
     shape = tuple(target.shape)
     if target.dim() not in (1, 2) or shape[-1] > count or (len(shape) == 2 and shape[0] != batch):
@@ -201,8 +206,9 @@ def reflection_loss(scores: Tensor, target: Tensor) -> Tensor:
         )
     with without_autocast(scores.device):
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        target = F.pad(target.to(scores), (0, count - shape[-1])).expand(batch, count)
-        return F.kl_div(F.log_softmax(scores, -1), target, reduction="batchmean")
+        target = target.to(scores).expand(batch, shape[-1])
+        logs = F.log_softmax(scores, -1)[:, : shape[-1]]
+        return (torch.xlogy(target, target) - target * logs).sum() / batch
 
 
 # --- reference ---------------------------------------------------------------------------------
@@ -306,20 +312,26 @@ def _prepare(
     backend: str | None,
 ) -> tuple[Tensor, float, str]:
     """The pooled embeddings, the scores' divisor and the backend, of checked arguments."""
+    require_tensors(embeds=embeds, keys=keys, mask=mask)
+    require_float("embeds", embeds)
+    require_float("keys", keys)
+    if embeds.dim() not in (2, 3):
+        raise ValueError(f"embeds: got shape {tuple(embeds.shape)}, expected [B, T, D] or [B, D]")
     if keys.dim() != 2 or keys.shape[1] != embeds.shape[-1]:
         raise ValueError(f"keys: got shape {tuple(keys.shape)}, expected [K, {embeds.shape[-1]}]")
     temperature = None if temperature is None else number("temperature", temperature)
     if temperature is not None and not temperature > 0:
         raise ValueError(f"temperature: got {temperature}, expected a positive number or None")
     parts = _projection_parts(projection, keys.shape[1])
-    for name, tensor in {"embeds": embeds, "keys": keys, **parts}.items():
+    for name, tensor in parts.items():
         require_float(name, tensor)
     check_devices(embeds, keys=keys, mask=mask, **parts)
     pooled = embeds if embeds.dim() == 2 else pool_embeds(embeds, mask=mask, pooling=pooling)
     divisor = math.sqrt(keys.shape[1]) if temperature is None else temperature
     eager = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
     rows = pooled.shape[0] if eager else None
-    return pooled, divisor, dispatch.resolve(_OP, pooled.device, backend, pooled.dtype, rows)
+    chosen = dispatch.resolve(_OP, pooled.device, backend, pooled.dtype, rows)
+    return pooled, divisor, "reference" if transforms.active() else chosen
 
 
 def _scores(
@@ -347,6 +359,11 @@ def _projection_parts(projection: QueryProjection | None, width: int) -> dict[st
     """The projection's tensors under the names that messages give them; checks their shapes."""
     if projection is None:
         return {}
+    if not isinstance(projection, QueryProjection):
+        raise TypeError(
+            f"projection: got {type(projection).__name__}, expected a QueryProjection or None"
+        )
+    require_tensors(**{f"projection.{n}": t for n, t in projection._asdict().items() if n != "eps"})
     hidden = projection.down.shape[0]
     expected = ((hidden, width), (width, hidden), (width,), (width,))
     parts = {f"projection.{n}": t for n, t in zip(projection._fields, projection[:4], strict=False)}
@@ -372,6 +389,7 @@ def _scores_op(
     divisor: float,
     backend: str,
 ) -> Tensor:
+    transforms.require_no_tangents(_OP)
     projection = _projection(down, up, norm_weight, norm_bias, eps)
     return dispatch.kernels(_OP, backend).route_scores_fwd(pooled, keys, projection, divisor)
 
@@ -390,6 +408,7 @@ def _route_op(
     threshold: float | None,
     backend: str,
 ) -> Tensor:
+    transforms.require_no_tangents(_OP)
     projection = _projection(down, up, norm_weight, norm_bias, eps)
     kernel = dispatch.kernels(_OP, backend)
     return kernel.route_fwd(pooled, keys, projection, divisor, top_k, threshold)

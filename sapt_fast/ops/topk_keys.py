@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sapt_fast import dispatch
+from sapt_fast.ops import formulas, transforms
 from sapt_fast.ops._keys import (
     KEY_CHUNK,
     ROW_CHUNK,
@@ -64,6 +65,9 @@ def topk_keys(
     k = integer("k", k)
     if not 1 <= k <= keys.shape[0]:
         raise ValueError(f"k: got {k}, expected 1 to {keys.shape[0]} (the number of keys)")
+    if transforms.active():
+        dispatch.resolve(_OP, query.device, backend, query.dtype)
+        return formulas.topk_keys(query, keys, k, metric)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _forward_op(query, keys, k, metric, backend or "")
     rows = query.shape[0] if k <= _MAX_K_FEW_ROWS else None
@@ -158,6 +162,7 @@ def _all_scores(query: Tensor, keys: Tensor, metric: str) -> Tensor:
 def _forward_op(
     query: Tensor, keys: Tensor, k: int, metric: str, backend: str
 ) -> tuple[Tensor, Tensor]:
+    transforms.require_no_tangents(_OP)
     kernel = dispatch.kernels(_OP, dispatch.resolve(_OP, query.device, backend, query.dtype))
     return kernel.topk_keys_fwd(query, keys, k, metric)
 
@@ -211,6 +216,15 @@ def _backward(ctx: Any, d_scores: Tensor | None, _: None) -> tuple[Any, ...]:
     if d_scores is None:
         return (None,) * 5
     needs_query, needs_keys = ctx.needs_input_grad[:2]
+    if transforms.differentiates_backward(d_scores):
+        query, keys, _, index = ctx.saved_tensors
+        d_query, d_keys = transforms.gradients(
+            lambda q, k: [formulas.scores_of(q, k, index, ctx.metric)],
+            [query, keys],
+            [needs_query, needs_keys],
+            [d_scores],
+        )
+        return d_query, d_keys, None, None, None
     d_query, d_keys = _backward_op(
         d_scores, *ctx.saved_tensors, ctx.metric, needs_query, needs_keys
     )

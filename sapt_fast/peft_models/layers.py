@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from sapt_fast.devices import is_offloaded, present_weight
 from sapt_fast.layers import checked_mixture, is_torchao
 from sapt_fast.merging import Addend
+from sapt_fast.ops import transforms
 from sapt_fast.ops.mixed_lora import mix
 from sapt_fast.ops.own_lora import Adapter, add_own_lora_, own_lora
 from sapt_fast.ops.projection import PooledProjection, Projection
@@ -158,7 +159,7 @@ def _own(layer: Any, x: Tensor, names: Sequence[str]) -> Tensor | None:
 
     A GPU's mixture skips adapters without weight by itself, and is a single launch.
     """
-    traced = torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter)
+    traced = _is_traced(x)
     if x.device.type != "cpu" or traced or torch.is_grad_enabled():
         return None
     if torch.is_autocast_enabled("cpu") or all_modules_are_hooked():
@@ -264,10 +265,11 @@ def _pooled(
         a, b = _brought(layer, present, x.device)
     rows_a, rows_b = torch.cat(a), torch.cat(b)
     train_a, train_b, train_rows = [], [], []
+    tracked = transforms.active()  # by whom is not known
     start = 0
     for part_a, part_b in zip(a, b, strict=True):
         stop = start + part_a.shape[0]
-        if part_a.requires_grad or part_b.requires_grad:
+        if tracked or part_a.requires_grad or part_b.requires_grad:
             train_a.append(part_a)
             train_b.append(part_b)
             train_rows += [start, stop]
@@ -302,8 +304,13 @@ def _brought(
 
 def _kept(make: Any, x: Tensor) -> Callable[..., Any]:
     """A cached function, or without its cache where x is traced: a fake result must not be kept."""
-    traced = torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter)
-    return make.__wrapped__ if traced else make
+    return make.__wrapped__ if _is_traced(x) else make
+
+
+def _is_traced(x: Tensor) -> bool:
+    """Whether tensors made now belong to a graph or to a transform, and x has no memory to read."""
+    compiling = torch.compiler.is_compiling()
+    return compiling or type(x) not in (Tensor, nn.Parameter) or transforms.active()
 
 
 def mixes_by_arrow(layer: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from sapt_fast import dispatch
+from sapt_fast._options import require_choice, require_count, require_number
 from sapt_fast.ops import mixed_lora_linear
 
 __all__ = ["LayerSize", "bench_table", "time_layer"]
@@ -29,8 +31,13 @@ class LayerSize:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value < 1:
-                raise ValueError(f"{name}: got {value}, expected at least 1")
+            require_count(name, value)
+
+    def bytes(self, dtype: torch.dtype) -> int:
+        """What the tensors of a forward and backward pass take at least."""
+        rank, rows = self.tasks * self.rank, self.batch * self.tokens
+        weights = self.inputs * self.outputs + rank * (self.inputs + self.outputs)
+        return dtype.itemsize * (weights + 2 * rows * (self.inputs + self.outputs))
 
 
 def time_layer(
@@ -50,9 +57,21 @@ def time_layer(
 
     Returns:
         By name: "base linear" (the layer without adapters), then the backends.
+
+    Raises:
+        ValueError: no such device or it is not here, `seconds` is no duration of an hour at most,
+            or the layer does not fit into this machine's memory.
     """
+    require_choice("device", device, ("cpu", "cuda"))
+    require_number("seconds", seconds, most=3600, positive=True)
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: got {device!r}, but torch sees no GPU; use 'cpu'")
+    memory = _memory(device)
+    if size.bytes(dtype) > memory:
+        raise ValueError(
+            f"batch, tokens, inputs, outputs, tasks, rank: got {size}, whose tensors take "
+            f"{size.bytes(dtype) / 1e9:.3g} GB, but {device} has {memory / 1e9:.3g} GB"
+        )
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -96,6 +115,13 @@ def _seconds(layer: Callable[[], Tensor], dy: Tensor, backward: bool, seconds: f
     step()
     timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
     return float(timer.blocked_autorange(min_run_time=seconds).median)
+
+
+def _memory(device: str) -> int:
+    """Bytes of the GPU or of the machine."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def bench_table(size: LayerSize, times: dict[str, float], title: str) -> Table:

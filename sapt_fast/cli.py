@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+_UsageError: Any = typer.BadParameter.__base__  # typer has no name of its own for it
+
 app = typer.Typer(
     name="sapt-fast",
     help="Continual learning with shared-attention adapters (SAPT), fast.",
@@ -216,12 +218,24 @@ def train(
         if len(by_file) != 1:
             raise ValueError("order: give --order or --tasks, not both")
         order, tasks = (None, tasks) if by_file == ["order"] else (order, None)
+    if steps is not None and epochs is not None:
+        by_file = [n for n in ("steps", "epochs") if _is_from_file(context, n)]
+        if len(by_file) != 1:
+            raise ValueError("steps: give --steps or --epochs, not both")
+        options[by_file[0]] = None
+    if alone is not None and fwt:
+        raise ValueError("alone: give --alone or --fwt, not both")
+    if strategy == "single" and (alone is not None or fwt):
+        name = "fwt" if fwt else "alone"
+        raise ValueError(f"{name}: got --{name}, but strategy 'single' has no forward transfer")
+    if _is_given(context, "generator") and replay != "generated":
+        raise ValueError(f"generator: got {generator}, expected --replay generated with it")
     source = Source(
         model=model,
         benchmark=benchmark,
         data=None if data is None else str(data),
         tasks=order if tasks is None else tasks,
-        dev=dev or ("from_train" if preset is None else "released"),
+        dev=_dev(dev, benchmark, preset),
         max_train=max_train,
         max_eval=max_eval,
         dtype=dtype,
@@ -293,6 +307,7 @@ def compare(
     Runs that are finished are not run again, so methods and seeds can be added. On the generated
     tasks (--benchmark demo) settings start from the demo's.
     """
+    from sapt_fast._options import MOST_SEED, require_count
     from sapt_fast.continual.compare import compare as compare_runs
     from sapt_fast.continual.compare import settings_of_rows
     from sapt_fast.continual.comparison_report import comparison_table
@@ -303,7 +318,7 @@ def compare(
         model=model,
         benchmark=benchmark,
         data=None if data is None else str(data),
-        dev=dev or ("from_train" if preset is None else "released"),
+        dev=_dev(dev, benchmark, preset),
         max_train=max_train,
         max_eval=max_eval,
         dtype=dtype,
@@ -325,6 +340,8 @@ def compare(
         numbers = [int(seed) for seed in seeds.split(",")]
     except ValueError:
         raise ValueError(f"seeds: got {seeds!r}, expected numbers separated by commas") from None
+    for number in numbers:
+        require_count("seeds", number, least=0, most=MOST_SEED)
     with context:
         comparison = compare_runs(
             source, rows, output,
@@ -391,6 +408,9 @@ def bench(
 ) -> None:
     """Time one mixed layer in every backend against the layer without adapters."""
     if context.invoked_subcommand is not None:
+        given = [name for name in context.params if _is_given(context, name)]
+        if given:
+            raise ValueError(f"{given[0]}: `bench {context.invoked_subcommand}` does not take it")
         return
     from sapt_fast.benchmark import LayerSize, bench_table, time_layer
     from sapt_fast.continual.sources import torch_dtype
@@ -419,9 +439,14 @@ def tune(
     sapt_fast/routes in the user's cache folder (XDG_CACHE_HOME or ~/.cache), under the name of
     the GPU. Without a table a cost model chooses.
     """
+    from sapt_fast._options import require_folder
     from sapt_fast.route_tuning import parse_grid, record_routes, routes_table, this_gpu
 
     grid = parse_grid(widths, ranks, rows, dtypes)
+    if output is not None:
+        require_folder("output", output.parent)
+        if output.is_dir():
+            raise IsADirectoryError(f"output: got {str(output)!r}, which is a folder")
     try:
         gpu = this_gpu()
     except ValueError as error:
@@ -437,6 +462,20 @@ def doctor() -> None:
     from sapt_fast.doctor import backend_table, environment_table
 
     _show(environment_table(), backend_table())
+
+
+def _dev(dev: str | None, benchmark: str, preset: str | None) -> str:
+    """Where dev rows come from."""
+    if dev is not None and benchmark == "demo":
+        raise ValueError(f"dev: got {dev!r}, but the demo's tasks have dev rows of their own")
+    if dev is not None:
+        return dev
+    return "from_train" if preset is None else "released"
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _is_from_file(context: typer.Context, name: str) -> bool:
@@ -463,10 +502,33 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     logging.getLogger("sapt_fast.continual").setLevel(logging.INFO)
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
+    except typer.BadParameter as error:
+        typer.echo(f"error: {_bad_parameter(error, sys.argv[1:])}", err=True)
+        sys.exit(2)
+    except typer.Abort:
+        sys.exit(1)
+    except _UsageError as error:
+        error.show()
+        sys.exit(error.exit_code)
     except (ValueError, TypeError, OSError, ImportError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
+
+
+def _bad_parameter(error: typer.BadParameter, arguments: list[str]) -> str:
+    """The option, what came and what the parser says of it, which leaves out one of them."""
+    option, context = error.param, error.ctx
+    if option is None or option.name is None or context is None:
+        return error.format_message()
+    given = (context.default_map or {}).get(option.name)
+    for place, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name in option.opts:
+            given = value if equals else "".join(arguments[place + 1 : place + 2])
+    if given is None:
+        return error.format_message()
+    return f"{option.name}: got {given!r}, expected another value ({error.message})"
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from rich.progress import track
 from rich.table import Table
 
 import sapt_fast
+from sapt_fast._options import require_choice
 
 if TYPE_CHECKING:  # triton is optional
     from sapt_fast.triton_kernels.routes import Measurement, Route, Size
@@ -22,6 +23,7 @@ if TYPE_CHECKING:  # triton is optional
 __all__ = ["Gpu", "parse_grid", "record_routes", "routes_table", "this_gpu", "time_routes"]
 
 _DTYPES = ("bfloat16", "float16", "float32")
+_MOST = 2**20
 _TOLERANCE = {"bfloat16": 2e-2, "float16": 2e-3, "float32": 1e-5}  # relative, between two routes
 
 Clock = Callable[[Callable[[], object]], float]
@@ -70,14 +72,13 @@ def parse_grid(
     """
     pairs = []
     for text in _items("widths", widths):
-        sides = [_positive("widths", side) for side in text.split("x")]
-        if len(sides) > 2:
+        if text.count("x") > 1:
             raise ValueError(f"widths: got {text!r}, expected 1024 or 1024x4096")
+        sides = [_positive("widths", side) for side in text.split("x")]
         pairs.append((sides[0], sides[-1]))
     names = _items("dtypes", dtypes)
     for name in names:
-        if name not in _DTYPES:
-            raise ValueError(f"dtypes: got {name!r}, expected one of {', '.join(_DTYPES)}")
+        require_choice("dtypes", name, _DTYPES)
     numbers = [
         [_positive(name, text) for text in _items(name, values)]
         for name, values in (("ranks", ranks), ("rows", rows))
@@ -97,8 +98,11 @@ def _positive(name: str, text: str) -> int:
         value = int(text)
     except ValueError:
         value = 0
-    if value < 1:
-        raise ValueError(f"{name}: got {text!r}, expected integers, at least 1")
+    if not 1 <= value <= _MOST:
+        shown = text if len(text) <= 40 else f"{text[:40]}..."
+        raise ValueError(
+            f"{name}: got {shown!r}, expected integers, at least 1 and at most {_MOST}"
+        )
     return value
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from sapt_fast._files import is_folder_name
+from sapt_fast._options import require_folder
 from sapt_fast.continual import processes
 from sapt_fast.continual.loop import ALONE_NAME, check_processes, run_alone, run_continual
 from sapt_fast.continual.orders import resolve_order
@@ -122,6 +123,8 @@ def compare(
     folder = Path(output_dir)
     named = _named_orders(source, orders)
     _check(rows, named, seeds)
+    require_folder("output_dir", folder)
+    source.check_files()
     if tensorboard:
         from sapt_fast.continual.tensorboard import require_tensorboard
 

@@ -16,7 +16,7 @@ import logging
 import os
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -233,14 +233,17 @@ def read_task(
     if labels is not None:
         for split, rows in (("train", train_rows), ("dev", dev_rows), ("test", test_rows)):
             _check_labels(rows, labels, split, folder)
-    return TaskData(
-        name=task,
-        benchmark=benchmark,
-        definition=definition,
-        train=_draw(train_rows, max_train, f"{seed}/{task}/train"),
-        dev=_draw(dev_rows, max_eval, f"{seed}/{task}/dev"),
-        test=_draw(test_rows, max_eval, f"{seed}/{task}/test"),
-        labels=labels,
+    whole = TaskData(task, benchmark, definition, train_rows, dev_rows, test_rows, labels)
+    return draw_rows(whole, max_train, max_eval, seed)
+
+
+def draw_rows(task: TaskData, max_train: int | None, max_eval: int | None, seed: int) -> TaskData:
+    """The task with at most so many training rows, and dev and test rows; None keeps all."""
+    return replace(
+        task,
+        train=_draw(task.train, max_train, f"{seed}/{task.name}/train"),
+        dev=_draw(task.dev, max_eval, f"{seed}/{task.name}/dev"),
+        test=_draw(task.test, max_eval, f"{seed}/{task.name}/test"),
     )
 
 

@@ -18,6 +18,12 @@ __all__ = ["count", "first_goes_first", "gathered", "is_first", "share", "start"
 _Item = TypeVar("_Item")
 
 
+def require_device(device: str | None) -> None:
+    """Raises ValueError for 'cuda' where there is none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: got 'cuda', but torch sees no GPU; use 'cpu'")
+
+
 def start(device: str | None) -> torch.device:
     """Joins the other processes, if there are any.
 
@@ -30,9 +36,8 @@ def start(device: str | None) -> torch.device:
     Raises:
         ValueError: there is no GPU.
     """
+    require_device(device)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: got 'cuda', but torch sees no GPU; use 'cpu'")
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return torch.device(device)
     from accelerate import PartialState

@@ -7,7 +7,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from sapt_fast._options import require_folder, require_number
 from sapt_fast.continual.loop import ALONE_NAME, Results, evaluate_run, run_alone, run_continual
+from sapt_fast.continual.processes import require_device
 from sapt_fast.continual.settings import ContinualSettings
 from sapt_fast.continual.sources import Source
 from sapt_fast.continual.state import read_json
@@ -32,17 +34,13 @@ def train(
     Raises:
         FileNotFoundError, ValueError: as `Source` and `run_continual`.
     """
-    model, tokenizer = source.load_model()
+    _check(source, settings, output_dir)
+    scores = None if isinstance(alone, bool) else _scores(Path(alone))
     tasks, note = source.load_tasks(), source.to_dict()
-    scores = None
-    if isinstance(alone, bool):
-        if alone:
-            folder = Path(output_dir) / "alone"
-            scores = run_alone(
-                model, tokenizer, tasks, folder, settings, resume=resume, source=note
-            )
-    else:
-        scores = read_json(Path(alone))
+    model, tokenizer = source.load_model()
+    if alone is True:
+        folder = Path(output_dir) / "alone"
+        scores = run_alone(model, tokenizer, tasks, folder, settings, resume=resume, source=note)
     return run_continual(
         model, tokenizer, tasks, output_dir, settings, resume=resume, alone=scores, source=note
     )
@@ -56,11 +54,29 @@ def train_alone(
     resume: bool = True,
 ) -> dict[str, float]:
     """`run_alone` on the model and the tasks of `source`."""
+    _check(source, settings, output_dir)
+    tasks = source.load_tasks()
     model, tokenizer = source.load_model()
     return run_alone(
-        model, tokenizer, source.load_tasks(), output_dir, settings,
-        resume=resume, source=source.to_dict(),
-    )  # fmt: skip
+        model, tokenizer, tasks, output_dir, settings, resume=resume, source=source.to_dict()
+    )
+
+
+def _check(source: Source, settings: ContinualSettings, output_dir: str | PathLike[str]) -> None:
+    """Raises for what can be known to fail before anything is loaded."""
+    require_folder("output_dir", output_dir)
+    require_device(settings.device)
+    source.check_files()
+
+
+def _scores(path: Path) -> dict[str, Any]:
+    """An alone.json; whose tasks they are is checked by `run_continual`."""
+    if not path.is_file():
+        raise FileNotFoundError(f"alone: got {str(path)!r}, which is no file; expected alone.json")
+    scores = read_json(path)
+    for task, score in scores.items():
+        require_number(f"alone: {path}: {task}", score, most=100)
+    return scores
 
 
 def evaluate(
@@ -94,14 +110,21 @@ def evaluate(
     if not run.get("source"):
         raise ValueError(f"{folder / 'run.json'} notes no source; use evaluate_run from Python")
     source = Source(**run["source"])
-    source = replace(source, model=model or source.model, data=data or source.data)
+    source = replace(
+        source,
+        model=source.model if model is None else model,
+        data=source.data if data is None else data,
+    )
+    source.check_files()
     settings = ContinualSettings.from_dict(run["settings"])
     settings = replace(
         settings,
-        device=device or settings.device,
-        eval_batch_size=eval_batch_size or settings.eval_batch_size,
+        device=settings.device if device is None else device,
+        eval_batch_size=settings.eval_batch_size if eval_batch_size is None else eval_batch_size,
         progress=progress,
     )
+    require_device(settings.device)
+    tasks = source.load_tasks()
     loaded, tokenizer = source.load_model()
-    results = evaluate_run(loaded, tokenizer, source.load_tasks(), folder, settings)
+    results = evaluate_run(loaded, tokenizer, tasks, folder, settings)
     return results, read_json(folder / "results.json")

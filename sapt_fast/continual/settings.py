@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from sapt_fast._options import MOST_SEED, require_choice, require_count, require_number
 from sapt_fast.methods.sapt import SaptConfig
 
 __all__ = ["PRESETS", "ContinualSettings", "GeneratorSettings", "differences", "parse_values"]
@@ -21,16 +22,17 @@ PRESETS = {
 }
 
 _METRICS = (None, "rouge_l", "exact_match")
+_DEVICES = (None, "cpu", "cuda")
 # These change where and how a run computes, not what it comes to.
 _FREE = ("device", "progress")
-_POSITIVE = (
-    "learning_rate", "key_learning_rate", "query_learning_rate", "epochs", "save_steps",
-    "label_temperature",
-)  # fmt: skip
+_POSITIVE = ("learning_rate", "epochs", "save_steps", "label_temperature")
+_POSITIVE_OR_NONE = ("key_learning_rate", "query_learning_rate")
 _COUNTS = (
     "batch_size", "accumulation", "eval_batch_size", "max_source_length", "max_target_length",
-    "steps", "replay_batch_size",
 )  # fmt: skip
+_COUNTS_OR_NONE = ("steps", "replay_batch_size")
+_BELOW_ONE = math.nextafter(1.0, 0.0)
+_FLAGS = ("kl_per_micro_batch", "load_best", "bf16", "gradient_checkpointing", "progress")
 
 
 @dataclass(frozen=True)
@@ -65,20 +67,12 @@ class GeneratorSettings:
 
     def __post_init__(self) -> None:
         for name in ("r", "steps", "batch_size", "max_length", "top_k", "tries"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(
-                    f"generator.{name}: got {value!r}, expected a whole number of at least 1"
-                )
+            require_count(f"generator.{name}", getattr(self, name))
         for name in ("lora_alpha", "learning_rate", "repetition_penalty"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(
-                    f"generator.{name}: got {getattr(self, name)}, expected a positive number"
-                )
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"generator.lora_dropout: got {self.lora_dropout}, expected [0, 1)")
-        if not 0 < self.share <= 1:
-            raise ValueError(f"generator.share: got {self.share}, expected a share in (0, 1]")
+            require_number(f"generator.{name}", getattr(self, name), positive=True)
+        require_number("generator.lora_dropout", self.lora_dropout, most=_BELOW_ONE)
+        require_number("generator.share", self.share, most=1, positive=True)
+        require_choice("generator.answers", self.answers, (True, False))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GeneratorSettings:
@@ -190,38 +184,34 @@ class ContinualSettings:
     def __post_init__(self) -> None:
         from sapt_fast.continual.strategies import STRATEGIES
 
-        if self.strategy not in STRATEGIES:
-            raise ValueError(
-                f"strategy: got {self.strategy!r}, expected one of {', '.join(STRATEGIES)}"
-            )
+        require_choice("strategy", self.strategy, STRATEGIES)
         kind = STRATEGIES[self.strategy]
         self.strategy_options = asdict(kind.options_of(self.strategy, self.strategy_options))
-        if self.metric not in _METRICS:
-            raise ValueError(f"metric: got {self.metric!r}, expected one of {_METRICS}")
-        if self.scored not in ("test", "dev"):
-            raise ValueError(f"scored: got {self.scored!r}, expected 'test' or 'dev'")
-        if self.device not in (None, "cpu", "cuda"):
-            raise ValueError(f"device: got {self.device!r}, expected 'cpu', 'cuda' or None")
-        for name in _COUNTS:
+        require_choice("metric", self.metric, _METRICS)
+        require_choice("scored", self.scored, ("test", "dev"))
+        require_choice("device", self.device, _DEVICES)
+        for name in _FLAGS:
+            require_choice(name, getattr(self, name), (True, False))
+        for name in (*_COUNTS, *_COUNTS_OR_NONE):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int) and value >= 1):
-                raise ValueError(f"{name}: got {value}, expected a whole number of at least 1")
-        for name in _POSITIVE:
+            if value is not None or name in _COUNTS:
+                require_count(name, value)
+        for name in (*_POSITIVE, *_POSITIVE_OR_NONE):
             value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name}: got {value}, expected a positive number")
+            if value is not None or name in _POSITIVE:
+                require_number(name, value, positive=True)
         for name in ("weight_decay", "max_grad_norm"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 0")
-        tokens = self.instruction_tokens
-        if tokens is not None and not (isinstance(tokens, int) and tokens >= 0):
-            raise ValueError(f"instruction_tokens: got {tokens}, expected at least 0 or None")
+            require_number(name, getattr(self, name))
+        if self.instruction_tokens is not None:
+            require_count("instruction_tokens", self.instruction_tokens, least=0)
+        require_count("seed", self.seed, least=0, most=MOST_SEED)
         if isinstance(self.generator, Mapping):
             self.generator = GeneratorSettings.from_dict(self.generator)
-        if not self.replay:
-            raise ValueError("replay: got '', expected 'real', 'generated', 'none' or a folder")
-        if not 0 < self.replay_share <= 1:
-            raise ValueError(f"replay_share: got {self.replay_share}, expected a share in (0, 1]")
+        if not isinstance(self.replay, str) or not self.replay or "\0" in self.replay:
+            raise ValueError(
+                f"replay: got {self.replay!r}, expected 'real', 'generated', 'none' or a folder"
+            )
+        require_number("replay_share", self.replay_share, most=1, positive=True)
         kind.check(self)
 
     @classmethod

@@ -9,14 +9,23 @@ from typing import Any, Literal, cast
 
 import torch
 
+from sapt_fast._options import MOST_SEED, require_choice, require_count
 from sapt_fast.continual.collate import Kind, model_kind
-from sapt_fast.continual.data import Example, TaskData, list_tasks, read_task
+from sapt_fast.continual.data import (
+    BENCHMARKS,
+    Example,
+    TaskData,
+    draw_rows,
+    list_tasks,
+    read_task,
+)
 from sapt_fast.continual.orders import resolve_order
 
 __all__ = ["DEMO", "Source", "demo_tasks", "torch_dtype"]
 
 DEMO = "demo"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DEVS = ("from_train", "released")
 _KINDS = ("auto", "seq2seq", "causal", "encoder")
 
 
@@ -61,10 +70,39 @@ class Source:
 
     def __post_init__(self) -> None:
         torch_dtype(self.dtype)
-        if self.kind not in _KINDS:
-            raise ValueError(f"kind: got {self.kind!r}, expected one of {', '.join(_KINDS)}")
-        if self.benchmark != DEMO and self.data is None:
+        require_choice("kind", self.kind, _KINDS)
+        require_choice("dev", self.dev, _DEVS)
+        for name in ("max_train", "max_eval"):
+            if getattr(self, name) is not None:
+                require_count(name, getattr(self, name))
+        require_count("seed", self.seed, least=0, most=MOST_SEED)
+        if self.attention is not None:
+            require_choice("attention", self.attention, _attentions())
+        if self.model == DEMO and self.kind not in ("auto", "seq2seq"):
+            raise ValueError(f"kind: got {self.kind!r}, but the demo's model is seq2seq")
+        if self.benchmark == DEMO:
+            if self.data is not None:
+                raise ValueError(f"data: got {self.data!r}, but the demo's tasks are generated")
+            return
+        if self.benchmark.lower() not in [name.lower() for name in BENCHMARKS]:
+            raise ValueError(
+                f"benchmark: got {self.benchmark!r}, expected one of "
+                f"{', '.join((*BENCHMARKS, DEMO))}"
+            )
+        if self.data is None:
             raise ValueError(f"data: benchmark {self.benchmark!r} needs the folder that holds it")
+
+    def check_files(self) -> None:
+        """Whether the model and the data can be there, before anything is loaded.
+
+        Raises:
+            FileNotFoundError: a folder does not exist or holds no model.
+            NotADirectoryError: it is a file.
+        """
+        if self.model != DEMO:
+            _check_model(self.model)
+        if self.data is not None:
+            _check_folder("data", self.data, "the folder that holds the benchmark")
 
     def load_model(self) -> tuple[Any, Any]:
         """Model and tokenizer.
@@ -72,24 +110,32 @@ class Source:
         Raises:
             ValueError: the tokenizer has neither a pad nor an end token, or the model is not of
                 the `kind` asked for.
+            ValueError: the model has no such `attention`.
             OSError: there is no such model.
         """
         if self.model == DEMO:
             from sapt_fast.demo.backbone import load_backbone
             from sapt_fast.demo.tasks import CharTokenizer
 
-            return load_backbone(torch_dtype(self.dtype)), CharTokenizer()
+            return self._with_attention(load_backbone(torch_dtype(self.dtype))), CharTokenizer()
         import transformers
 
-        config = transformers.AutoConfig.from_pretrained(self.model)
+        _check_model(self.model)
+        try:
+            config = transformers.AutoConfig.from_pretrained(self.model)
+        except OSError as error:
+            raise OSError(
+                f"model: got {self.model!r}, which is no folder here and cannot be had from the "
+                f"Hugging Face hub: {str(error).splitlines()[0]}"
+            ) from error
         kind = _architecture(config) if self.kind == "auto" else self.kind
         loader = {
             "seq2seq": transformers.AutoModelForSeq2SeqLM,
             "causal": transformers.AutoModelForCausalLM,
             "encoder": transformers.AutoModel,
         }[kind]
-        options = {} if self.attention is None else {"attn_implementation": self.attention}
-        model = loader.from_pretrained(self.model, dtype=torch_dtype(self.dtype), **options)
+        model = loader.from_pretrained(self.model, dtype=torch_dtype(self.dtype))
+        model = self._with_attention(model)
         if model_kind(model) != kind:
             raise ValueError(
                 f"kind: got {kind!r}, but {self.model} is {model_kind(model)} "
@@ -104,6 +150,25 @@ class Source:
             tokenizer.pad_token = tokenizer.eos_token
         return model, tokenizer
 
+    def _with_attention(self, model: Any) -> Any:
+        """The model with the implementation that was asked for, which it must have."""
+        if self.attention is None:
+            return model
+        try:
+            model.set_attn_implementation(self.attention)
+        except (ImportError, ValueError) as error:
+            raise ValueError(
+                f"attention: got {self.attention!r}, which this {type(model).__name__} cannot use "
+                f"here: {str(error).splitlines()[0]}"
+            ) from error
+        used = model.config._attn_implementation
+        if used != self.attention:
+            raise ValueError(
+                f"attention: got {self.attention!r}, but this {type(model).__name__} only has "
+                f"{used!r}"
+            )
+        return model
+
     def load_tasks(self) -> list[TaskData]:
         """The tasks in learning order.
 
@@ -117,7 +182,8 @@ class Source:
             unknown = sorted(set(chosen) - set(names))
             if unknown:
                 raise ValueError(f"tasks: the demo has no {unknown}, it has {', '.join(names)}")
-            return [tasks[names.index(name)] for name in chosen]
+            kept = [tasks[names.index(name)] for name in chosen]
+            return [draw_rows(task, self.max_train, self.max_eval, self.seed) for task in kept]
         root = Path(str(self.data))
         wanted: Sequence[str] = (
             list_tasks(root, self.benchmark) if self.tasks is None else resolve_order(self.tasks)
@@ -138,6 +204,34 @@ class Source:
             if values[name] is not None and Path(values[name]).is_dir():
                 values[name] = str(Path(values[name]).resolve())
         return values
+
+
+def _attentions() -> list[str]:
+    """Names of transformers' attention implementations."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ["eager", *sorted(ALL_ATTENTION_FUNCTIONS.keys())]
+
+
+def _check_model(model: str) -> None:
+    """Raises where a model is meant to be a folder, by its name, and is none."""
+    if not model or "\0" in model:
+        raise ValueError(f"model: got {model!r}, expected a folder, a name or '{DEMO}'")
+    path = Path(model).expanduser()
+    is_path = path.is_absolute() or model[0] in ".~" or model.endswith("/") or model.count("/") > 1
+    if is_path or path.exists():
+        _check_folder("model", path, "a folder that holds a transformers model")
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"model: got {model!r}, which holds no config.json")
+
+
+def _check_folder(name: str, path: str | Path, expected: str) -> None:
+    if not Path(path).exists():
+        raise FileNotFoundError(
+            f"{name}: got {str(path)!r}, which does not exist; expected {expected}"
+        )
+    if not Path(path).is_dir():
+        raise NotADirectoryError(f"{name}: got {str(path)!r}, which is a file; expected {expected}")
 
 
 def _architecture(config: Any) -> Kind:

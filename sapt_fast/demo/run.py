@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sapt_fast._options import MOST_SEED, require_count, require_folder
 from sapt_fast.continual.loop import Results, run_alone, run_continual
 from sapt_fast.continual.report import write_json
 from sapt_fast.continual.settings import ContinualSettings
@@ -73,7 +74,13 @@ def run_demo(
 
     Returns:
         The results by strategy.
+
+    Raises:
+        NotADirectoryError: there is a file where `output_dir` is to be written.
+        ValueError: the seed is none, or the folder holds a demo of another seed.
     """
+    require_folder("output", output_dir)
+    require_count("seed", seed, least=0, most=MOST_SEED)
     folder, tasks, tokenizer = Path(output_dir), demo_tasks(seed), CharTokenizer()
     start = time.perf_counter()
     results: dict[str, Results] = {}

@@ -4,7 +4,7 @@ Zhao et al., "SAPT: A Shared Attention Framework for Parameter-Efficient Continu
 Large Language Models", ACL 2024.
 """
 
-import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -26,11 +26,12 @@ from sapt_fast.sharding import is_partitioned
 
 
 def _count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MOST_COUNT
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max  # neither NaN nor an integer beyond floats
 
 
 def _names(value: Any) -> bool:
@@ -39,27 +40,36 @@ def _names(value: Any) -> bool:
     return value is None or (listed and all(isinstance(name, str) and name for name in names))
 
 
+def _loss_weight(value: Any) -> bool:
+    return _number(value) and 0 <= value <= _MOST
+
+
+_MOST = 2**31 - 1  # far larger numbers would overflow in float16 or float32 without an error
 _INITS, _KEY_INITS = ("linear", "normal"), ("uniform", "mean_query")
 _ADAPTERS = ("lora", "prompt")
 _FLAG = (lambda v: isinstance(v, bool), "True or False")
-_COUNT = (_count, "an integer, at least 1")
+_MOST_COUNT = 2**16  # memory is reserved by these
+_COUNT = (_count, f"an integer, at least 1 and at most {_MOST_COUNT}")
 _WEIGHT = (lambda v: _number(v) and v >= 0, "a number, at least 0")
 # What each field may be, and the words for it.
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": _COUNT,
-    "lora_alpha": (lambda v: _number(v) and v > 0, "a positive number"),
+    "lora_alpha": (lambda v: _number(v) and 0 < v <= _MOST, f"a positive number, at most {_MOST}"),
     "lora_dropout": (lambda v: _number(v) and 0 <= v < 1, "[0, 1)"),
     "target_modules": (_names, "names, one regular expression, or None"),
     "adapter": (lambda v: v in _ADAPTERS, f"one of {_ADAPTERS}"),
     "prompt_length": _COUNT,
     "query_hidden_dim": _COUNT,
     "query_init": (lambda v: v in _INITS, f"one of {_INITS}"),
-    "temperature": (lambda v: v is None or (_number(v) and v > 0), "a positive number or None"),
+    "temperature": (
+        lambda v: v is None or (_number(v) and 1e-6 <= v <= _MOST),
+        f"a number from 1e-6 to {_MOST}, or None",
+    ),
     "pooling": (lambda v: v in POOLINGS, f"one of {POOLINGS}"),
     "standardize_query": _FLAG,
     "key_init": (lambda v: v in _KEY_INITS, f"one of {_KEY_INITS}"),
-    "own_key_loss": _WEIGHT,
-    "kl_ratio": _WEIGHT,
+    "own_key_loss": (_loss_weight, f"{_WEIGHT[1]} and at most {_MOST}"),
+    "kl_ratio": (_loss_weight, f"{_WEIGHT[1]} and at most {_MOST}"),
     "mask_padding": _FLAG,
     "grad_through_frozen": _FLAG,
     "autocast_adapter_dtype": _FLAG,
@@ -81,7 +91,7 @@ class SaptConfig:
         'mean'
         >>> SaptConfig(r=0)
         Traceback (most recent call last):
-        ValueError: r: got 0, expected an integer, at least 1
+        ValueError: r: got 0, expected an integer, at least 1 and at most 65536
     """
 
     r: int = field(default=8, metadata={"help": "Rank of each new adapter."})

@@ -27,13 +27,14 @@ from known import KNOWN
 
 HERE = Path(__file__).resolve().parent
 NEEDED = ("datasets", "diffusers", "parameterized", "scipy", "xdist")
-# Those whose models are transformers' and carry LoRA; test_custom_models.py has torch modules alone
-FILES = (
-    "arrow auto bdlora config decoder_models encoder_decoder_models feature_extraction_models "
-    "helpers initialization integrations lora_conversion lora_intruders lora_variants lorafa "
-    "loraplus low_level_api mapping mixed other seq_classifier token_classification_qa "
-    "trainable_tokens tuners_utils xlora"
-).split()
+# Their models are transformers' and carry LoRA; those of test_custom_models.py are plain modules
+FILES = [
+    *("arrow", "auto", "bdlora", "config", "decoder_models", "encoder_decoder_models"),
+    *("feature_extraction_models", "helpers", "initialization", "integrations"),
+    *("lora_conversion", "lora_intruders", "lora_variants", "lorafa", "loraplus"),
+    *("low_level_api", "mapping", "mixed", "other", "seq_classifier"),
+    *("token_classification_qa", "trainable_tokens", "tuners_utils", "xlora"),
+]
 SETTINGS = """[pytest]
 markers =
     single_gpu_tests
@@ -122,7 +123,7 @@ class Suite:
     def run(
         self, files: list[str], only: list[str] | None = None, *, patched: bool
     ) -> dict[str, dict]:
-        """Outcome and counts of the tests of the files, or of `only` those; without skipped ones."""
+        """Outcome and counts of the files' tests, or of `only` those; without skipped ones."""
         if only is not None:
             if not only:
                 return {}

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,8 @@ class Patcher:
             sapt_fast.patch(model)
         except REFUSALS as error:
             kinds = sorted({str(c.peft_type).split(".")[-1] for c in model.peft_config.values()})
-            self.refused[f"{'+'.join(kinds)}: {str(error).splitlines()[0][:80]}"] += 1
+            reason = re.sub(r"[:;]? *[{\[].*| got \w+,| this \w+", "", str(error).splitlines()[0])
+            self.refused[f"{'+'.join(kinds)}: {reason[:80]}"] += 1
         else:
             self.patched += 1
 

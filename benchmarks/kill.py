@@ -1,7 +1,7 @@
 """Kills saves and runs, lets writers race and fills disks; nothing may be lost or broken.
 
     python benchmarks/kill.py [--kills 200] [--races 50] [--seed 0]
-                              [--only save|train|compare|race|disk]
+                              [--only save|train|compare|race|disk ...]
 
 save     `save_pretrained` is killed: the folder then loads, bit for bit the old or the new tasks.
 train    `sapt-fast train` is killed, several times: every checkpoint loads, and when it has been
@@ -403,10 +403,10 @@ class _small_disk:  # noqa: N801
 # --- all of it ---
 
 
-def planned(kills: int, races: int, only: str | None) -> dict[str, int]:
-    """How many of each kind."""
-    if only is not None:
-        return {only: races if only == "race" else kills}
+def planned(kills: int, races: int, only: Sequence[str] | None) -> dict[str, int]:
+    """How many of each kind; `kills` of each that is asked for by name."""
+    if only:
+        return {kind: races if kind == "race" else kills for kind in only}
     counts = {kind: round(share * kills) for kind, share in SHARES.items()}
     counts["save"] += kills - sum(counts.values())
     return {**counts, "race": races, "disk": max(1, kills // 20)}
@@ -445,7 +445,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=200, help="[default: 200]")
     parser.add_argument("--races", type=int, default=50, help="[default: 50]")
     parser.add_argument("--seed", type=int, default=0, help="[default: 0]")
-    parser.add_argument("--only", choices=KINDS)
+    parser.add_argument("--only", choices=KINDS, nargs="+")
     options = parser.parse_args(given)
     for name in ("kills", "races"):
         if getattr(options, name) < 0:

@@ -1,10 +1,13 @@
 """Saving and loading a patched model's tasks: one PEFT adapter each, the router, the settings.
 
 In a saved directory, `<task>/` is a folder that PEFT loads by itself, router.safetensors holds the
-query projection, keys [K, D] and targets.<task> [k], and sapt_config.json the SaptConfig, the tasks
-in learning order, what tells the base model from others and digests (see `sapt_fast.description`).
+query projection, keys [K, D] and targets.<task> [k]. sapt_config.json holds the SaptConfig, the
+tasks in learning order, what tells the base model from others and digests (see
+`sapt_fast.description`). modules.safetensors is there if tensors of the base model were trained
+(`shared.<name>`) or tasks have modules of their own (`tasks.<index>.<name>`).
 """
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +21,7 @@ from sapt_fast._base_model import describe_base
 from sapt_fast._files import atomic_write_text, read_directory, replace_directory
 from sapt_fast.description import (
     CONFIG_FILE,
+    MODULES_FILE,
     ROUTER_FILE,
     STRATEGY_FILE,
     describe,
@@ -33,8 +37,11 @@ from sapt_fast.peft_format import LORA_FILES, read_metadata, task_mark, write_lo
 from sapt_fast.pool import RowStack
 from sapt_fast.prompt_format import write_prompt
 from sapt_fast.prompts.patching import PromptHandle
+from sapt_fast.saved_modules import module_tensors, whole_modules, with_prefix
 from sapt_fast.sharding import is_sharded, whole
 from sapt_fast.stored_files import digest_of_file, write_tensors
+
+logger = logging.getLogger(__name__)
 
 _EXPORT_MARK = {"sapt_fast": "export_adapter"}
 
@@ -78,14 +85,21 @@ def save_pretrained(
     for name, target in handle.targets.items():
         router[f"targets.{name}"] = target.float()
     adapters = _adapters(handle, state)
+    modules = _modules(handle, state)
+    shared = _beside(handle, modules)
     description = _description(model, handle, state)
     if not _writes(model, is_main_process):
         return
     with replace_directory(directory, _written) as folder:
-        write = write_prompt if isinstance(handle, PromptHandle) else write_lora
-        for name, adapter in zip(handle.tasks, adapters, strict=True):
-            write(folder / name, model, adapter, task_mark(name))
+        for index, (name, adapter) in enumerate(zip(handle.tasks, adapters, strict=True)):
+            if isinstance(handle, PromptHandle):
+                write_prompt(folder / name, model, adapter, task_mark(name))
+                continue
+            beside = {**shared, **_floats(with_prefix(modules, f"tasks.{index}."))}
+            write_lora(folder / name, model, adapter, task_mark(name), beside)
         write_tensors(folder / ROUTER_FILE, router)
+        if modules:
+            write_tensors(folder / MODULES_FILE, modules)
         if strategy_state:
             write_tensors(folder / STRATEGY_FILE, strategy_state)
         _write_description(folder, description)
@@ -129,13 +143,20 @@ def export_adapter(
 
     Raises:
         ValueError: the model is not patched, has no task, or the weights do not fit; the directory
-            cannot be replaced.
+            cannot be replaced; or tasks have copies of a module that no static mixture is like
+            (weights other than one 1 and zeros, and no plain linear layer).
         FileExistsError: a file that this function has not written is in the way, another adapter.
         OSError: it cannot be written; it is then as it was.
     """
     handle = _patched(model)
     weights = static_weights(weights, handle.tasks)
+    shared = with_prefix(_modules(handle, None), "shared.")
     if isinstance(handle, PromptHandle):
+        if shared or handle.task_modules.paths:
+            raise ValueError(
+                f"export_adapter: PEFT's prompt tuning cannot hold {[*shared][:3]} or modules of "
+                "tasks, which were trained beside the prompts; use save_pretrained"
+            )
         prompts = torch.stack([handle.prompts.prompt(k) for k in range(len(weights))]).to("cpu")
         mixed = torch.einsum("k,kpd->pd", weights.double(), prompts.double()).to(prompts.dtype)
         if not _writes(model, is_main_process):
@@ -147,10 +168,12 @@ def export_adapter(
     for path, pool in handle.pools.items():
         a, b = pool.scaled(weights)
         adapters[path] = (a, b, 1.0)
+    own = {name: whole(t) for name, t in handle.task_modules.mixed(weights).items()}
+    beside = {**_beside(handle, _modules(handle, None)), **_floats(own)}
     if not _writes(model, is_main_process):
         return
     with replace_directory(directory, _exported) as folder:
-        write_lora(folder, model, adapters, _EXPORT_MARK)
+        write_lora(folder, model, adapters, _EXPORT_MARK, beside)
 
 
 def _patched(model: PreTrainedModel) -> SaptHandle:
@@ -177,6 +200,39 @@ def _router_tensors(handle: SaptHandle, state: Mapping[str, Tensor] | None) -> d
     router = {n: whole(t) for n, t in held.items() if not n.startswith("keys.")}
     router["keys"] = _rows("sapt.router.keys", handle.router.keys, state)
     return router
+
+
+def _modules(handle: SaptHandle, state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """What modules.safetensors holds; gathers what is sharded."""
+    held = state or {}
+    tensors = {
+        f"shared.{name}": held.get(name, tensor)
+        for name, tensor in handle.trained_tensors().items()
+    }
+    for index in range(len(handle.tasks)):
+        for name, tensor in handle.task_modules.tensors(index, state).items():
+            tensors[f"tasks.{index}.{name}"] = tensor
+    return {name: whole(tensor) for name, tensor in tensors.items()}
+
+
+def _beside(handle: SaptHandle, modules: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The shared ones of modules.safetensors as PEFT takes them: whole modules, floats alone."""
+    shared = with_prefix(modules, "shared.")
+    paths, others = whole_modules(shared, handle.report.patched)
+    if others:
+        logger.warning(
+            "%s: trained, and saved for sapt_fast.load_pretrained, but PEFT cannot keep it beside "
+            "the adapters: a task's folder alone does not have it", ", ".join(others),
+        )  # fmt: skip
+    beside = {
+        name: shared[name] if name in shared else whole(tensor)
+        for name, tensor in module_tensors(handle._model, paths).items()
+    }
+    return _floats(beside)
+
+
+def _floats(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
 
 
 def _writes(model: PreTrainedModel, is_main_process: bool | None) -> bool:

@@ -2,8 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from sapt_fast._files import read_directory
 from sapt_fast.adapter_config import require_lora_config, require_prompt_config
 from sapt_fast.description import (
     CONFIG_FILE,
+    MODULES_FILE,
     ROUTER_FILE,
     STRATEGY_FILE,
     check_description,
@@ -30,14 +31,17 @@ from sapt_fast.description import (
 from sapt_fast.handle import Adapter, SaptHandle
 from sapt_fast.methods.sapt import SaptConfig, SaptRouter
 from sapt_fast.patching import find_layers, layer_features, patch, require_pretrained, unpatch
-from sapt_fast.peft_format import (
-    LORA_FILES,
-    read_lora,
-    require_shapes,
-)
+from sapt_fast.peft_format import LORA_FILES, owners, read_lora, require_shapes
 from sapt_fast.prompt_format import outer_layers, read_prompt
 from sapt_fast.prompts.patching import PromptHandle
 from sapt_fast.prompts.routing import prompt_place
+from sapt_fast.saved_modules import (
+    find_modules,
+    module_tensors,
+    require_present,
+    whole_modules,
+    with_prefix,
+)
 from sapt_fast.stored_files import (
     StoredFiles,
     read_tensors,
@@ -56,6 +60,8 @@ class StoredTasks:
         keys: [K, D].
         router: the rest of the router's state_dict.
         targets: as `SaptHandle.targets`.
+        trained: tensors of the base model, as `SaptHandle.trained_tensors`.
+        modules: each task's copies of `config.modules_to_save`, with `config.modules_per_task`.
     """
 
     source: str
@@ -65,6 +71,8 @@ class StoredTasks:
     keys: Tensor
     router: dict[str, Tensor]
     targets: dict[str, Tensor]
+    trained: dict[str, Tensor] = field(default_factory=dict)
+    modules: Sequence[dict[str, Tensor]] = ()
 
 
 def load_pretrained(model: PreTrainedModel, directory: str | os.PathLike[str]) -> PreTrainedModel:
@@ -168,6 +176,10 @@ def restore_values(handle: SaptHandle, directory: str | os.PathLike[str]) -> Non
             for path, pool in handle.pools.items():
                 for own, value in zip(pool.adapter(k), adapters[path][:2], strict=True):
                     own.copy_(value)
+        for k, modules in enumerate(stored.modules):
+            for name, own in handle.task_modules.tensors(k).items():
+                own.copy_(modules[name])
+        handle.restore_trained(stored.trained)
         handle.router.keys.rows().copy_(stored.keys)
         handle.router.load_state_dict(stored.router, strict=False)
     handle.targets.clear()
@@ -197,9 +209,11 @@ def _checked(
     except (OverflowError, TypeError, ValueError) as error:
         raise ValueError(f"{source}: config: {error}") from error
     layers = adapted_layers(model, handle, config, source)
-    require_base(model, layers, description["base_model"], source)
+    trained, modules = _read_modules(files, len(description["tasks"]))
+    require_base(model, layers, description["base_model"], source, trained)
 
     names = [task["name"] for task in description["tasks"]]
+    beside = _beside(model, config, layers, trained)
     adapters: list[dict[str, Adapter] | Tensor] = []
     for task in description["tasks"]:
         if config.adapter == "prompt":
@@ -210,21 +224,82 @@ def _checked(
         ranks = per_layer(task, "rank", layers, where)
         scaling = per_layer(task, "scaling", layers, where)
         shapes = {path: (ranks[path], *layers[path]) for path in layers}
-        weights = read_lora(files, task["name"], shapes)
+        weights = read_lora(files, task["name"], shapes, beside)
         adapters.append({path: (*weights[path], float(scaling[path])) for path in layers})
     router, _ = files.tensors(ROUTER_FILE)
     targets = {n.removeprefix("targets."): t for n, t in router.items() if n.startswith("targets.")}
     router = {n: t for n, t in router.items() if not n.startswith("targets.")}
     keys = router.pop("keys", torch.empty(0))
-    stored = StoredTasks(str(folder), config, names, adapters, keys, router, targets)
+    stored = StoredTasks(
+        str(folder), config, names, adapters, keys, router, targets, trained, modules
+    )
     _require_fits(model, handle, stored)
-    _require_same_in_peft(model, stored, files, is_sealed(description))
+    _require_same_in_peft(model, stored, files, beside, is_sealed(description))
     require_sealed(description, files)
     return stored
 
 
+def _read_modules(
+    files: StoredFiles, count: int
+) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """The trained tensors of the base model, and those of the modules of each of `count` tasks."""
+    if MODULES_FILE not in files.digests:
+        return {}, [{} for _ in range(count)]
+    tensors, _ = files.tensors(MODULES_FILE)
+    shared = with_prefix(tensors, "shared.")
+    own = [with_prefix(tensors, f"tasks.{index}.") for index in range(count)]
+    if len(shared) + sum(map(len, own)) != len(tensors):
+        raise ValueError(
+            f"{files.folder / MODULES_FILE}: holds {len(tensors)} tensors, of which "
+            f"{len(shared) + sum(map(len, own))} are of {count} tasks and of what they share"
+        )
+    return shared, own
+
+
+def _beside(
+    model: Any, config: SaptConfig, layers: Collection[str], trained: Collection[str]
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of what a task's folder holds beside its LoRA, for PEFT."""
+    if config.adapter == "prompt":
+        return {}
+    paths, _ = whole_modules(trained, layers)
+    paths += _own_paths(model, config, layers)
+    try:
+        tensors = module_tensors(model, paths)
+    except AttributeError as error:
+        raise ValueError(f"model: has not the module that the tasks came with: {error}") from None
+    return {name: tuple(t.shape) for name, t in tensors.items() if t.is_floating_point()}
+
+
+def _own_paths(model: Any, config: SaptConfig, layers: Collection[str]) -> list[str]:
+    """The modules of which each task has a copy."""
+    if not config.modules_per_task:
+        return []
+    patched = [] if config.adapter == "prompt" else list(layers)
+    return find_modules(model, config.modules_to_save or (), patched)
+
+
+def _require_modules(model: Any, layers: Collection[str], stored: StoredTasks) -> None:
+    source = f"{stored.source}, {MODULES_FILE}"
+    require_present(source, stored.trained, model)
+    require_finite(source, stored.trained)
+    own = module_tensors(model, _own_paths(model, stored.config, layers))
+    shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    for name, tensors in zip(stored.names, stored.modules, strict=False):
+        found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        if found != shapes:
+            raise ValueError(
+                f"{source}: task {name!r} has modules of shapes {found}, expected {shapes}"
+            )
+        require_finite(f"{source}, task {name!r}", tensors)
+
+
 def _require_same_in_peft(
-    model: PreTrainedModel, stored: StoredTasks, files: StoredFiles, sealed: bool
+    model: PreTrainedModel,
+    stored: StoredTasks,
+    files: StoredFiles,
+    beside: Collection[str],
+    sealed: bool,
 ) -> None:
     """Raises ValueError if PEFT would compute something else from a task's folder."""
     modules = [n for n, _ in model.named_modules() if not n.startswith("sapt.")]
@@ -246,6 +321,7 @@ def _require_same_in_peft(
             modules,
             transposed=any(isinstance(model.get_submodule(layer), Conv1D) for layer in present),
             dropout=stored.config.lora_dropout,
+            expected={"modules_to_save": owners(beside)},
             sealed=sealed,
         )
 
@@ -292,6 +368,7 @@ def _require_fits(model: Any, handle: SaptHandle | None, stored: StoredTasks) ->
     shapes |= {"keys": (len(stored.names), width)}
     require_shapes(f"{stored.source}, router", {**stored.router, "keys": stored.keys}, shapes)
     require_targets(f"{stored.source}, targets", stored.targets, stored.names)
+    _require_modules(model, layers, stored)
     _require_values(model, stored)
 
 
@@ -324,10 +401,13 @@ def _put_in(model: Any, stored: StoredTasks) -> PreTrainedModel:
 
 
 def _fill(handle: SaptHandle, stored: StoredTasks) -> None:
-    for name, adapters, key in zip(stored.names, stored.adapters, stored.keys, strict=True):
-        handle.put_task(name, adapters, key)
+    own = stored.modules if stored.config.modules_per_task else [None] * len(stored.names)
+    parts = zip(stored.names, stored.adapters, stored.keys, own, strict=True)
+    for name, adapters, key, modules in parts:
+        handle.put_task(name, adapters, key, modules)
     handle.router.load_state_dict(stored.router, strict=False)
     handle.targets.update({name: target.clone() for name, target in stored.targets.items()})
+    handle.restore_trained(stored.trained)
 
 
 def _without_tasks(model: Any) -> SaptHandle | None:

@@ -6,12 +6,13 @@ a checkpoint is never saved without it.
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from sapt_fast.layers import Mixed
 from sapt_fast.routing import Routing
@@ -95,13 +96,44 @@ class TaskModules(nn.Module):
             if len(copies):
                 yield from copies[-1].parameters()
 
-    def tensors(self, task: int) -> dict[str, Tensor]:
-        """Parameters and buffers of one task's copies, by their names in the base model."""
+    def tensors(self, task: int, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Parameters and buffers of one task's copies, by their names in the base model.
+
+        Args:
+            state: the model's state_dict, whose values are taken in place of those now.
+        """
+        held = state or {}
         return {
-            f"{path}.{name}": tensor
-            for path, copies in zip(self.paths, self._stacks(), strict=True)
+            f"{path}.{name}": held.get(f"sapt.task_modules.copies.{place}.{task}.{name}", tensor)
+            for place, (path, copies) in enumerate(zip(self.paths, self._stacks(), strict=True))
             for name, tensor in copies[task].state_dict(keep_vars=True).items()
         }
+
+    @torch.no_grad()
+    def mixed(self, weights: Tensor) -> dict[str, Tensor]:
+        """The tensors of modules that compute the static mixture `weights` [K] of the copies.
+
+        Raises:
+            ValueError: if more than one copy has weight, or one with another weight than 1, and a
+                module is no plain linear layer.
+        """
+        if not self.paths:
+            return {}
+        chosen = [k for k, weight in enumerate(weights.tolist()) if weight != 0]
+        if len(chosen) == 1 and weights[chosen[0]] == 1:
+            return self.tensors(chosen[0])
+        for path in self.paths:
+            kind = type(self._model.get_submodule(path))
+            if kind not in (nn.Linear, Conv1D):
+                raise ValueError(
+                    f"weights: got {weights.tolist()}, of which no single {kind.__name__} computes "
+                    f"the mixture, expected one 1 and zeros: each task has a copy of {path}"
+                )
+        mixed = {name: torch.zeros_like(tensor) for name, tensor in self.tensors(0).items()}
+        for k in chosen:
+            for name, tensor in self.tensors(k).items():
+                mixed[name] += weights[k].item() * tensor
+        return mixed
 
     def _stacks(self) -> list[Any]:
         return list(self.copies)
@@ -212,25 +244,31 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def whole_modules(model: nn.Module, names: Iterable[str]) -> tuple[list[str], list[str]]:
+def whole_modules(names: Iterable[str], adapted: Collection[str]) -> tuple[list[str], list[str]]:
     """The modules that hold these tensors, as PEFT's `modules_to_save` takes them.
 
     Args:
         names: of tensors of the base model.
+        adapted: paths of the layers that have adapters.
 
     Returns:
-        the modules' paths, and the names of the tensors that no such module holds: those of an
-        adapted layer or of the model itself, which PEFT cannot keep beside a LoRA.
+        the modules' paths, and the names of the tensors that PEFT cannot keep beside a LoRA: those
+        of an adapted layer or of the model itself.
     """
     paths: dict[str, None] = {}
     others = []
     for name in names:
         path = name.rpartition(".")[0]
-        if not path or any(isinstance(part, Mixed) for part in model.get_submodule(path).modules()):
+        if not path or any(f"{layer}.".startswith(f"{path}.") for layer in adapted):
             others.append(name)
         else:
             paths[path] = None
     return list(paths), others
+
+
+def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those whose names have the prefix, without it."""
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
 def module_tensors(model: nn.Module, paths: Iterable[str]) -> dict[str, Tensor]:

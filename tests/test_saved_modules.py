@@ -4,6 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from peft import PeftModel
 from tiny_models import fill, settings, tiny, token_ids
 
 import sapt_fast
@@ -134,6 +135,111 @@ class TestWhatWasTrained:
         model.sapt.unmerge()
         model.half().float()
         assert not model.sapt.trained_tensors()
+
+
+def trained(model, names=("classifier",)):
+    """The model after a few steps of an optimizer on all that trains, and on these modules."""
+    for name in names:
+        model.get_submodule(name).requires_grad_(True)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(token_ids(), labels=torch.tensor([0, 1, 2])).loss.backward()
+        optimizer.step()
+    return model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(token_ids()).logits
+
+
+class TestSaved:
+    """What comes back computes the same, in a model that never saw the training."""
+
+    @pytest.mark.parametrize("per_task", [False, True])
+    @pytest.mark.parametrize("way", ["sapt", "transformers"])
+    def test_named_modules(self, way, per_task, tmp_path):
+        config = settings(modules_to_save=["classifier"], modules_per_task=per_task)
+        model = sapt_fast.patch(tiny("bert"), config)
+        for name in ("first", "second"):
+            model.sapt.add_task(name)
+            trained(fill(model), ())
+        base = tiny("bert")
+        if way == "sapt":
+            model.sapt.save_pretrained(tmp_path)
+        else:
+            model.save_pretrained(tmp_path)
+            base = type(base).from_pretrained(tmp_path)
+        again = sapt_fast.load_pretrained(base, tmp_path)
+        assert torch.equal(logits(again), logits(model))
+        flags = {name: p.requires_grad for name, p in again.named_parameters()}
+        assert flags == {name: p.requires_grad for name, p in model.named_parameters()}
+        assert not torch.equal(logits(sapt_fast.unpatch(again)), logits(model))
+
+    @pytest.mark.parametrize("frozen", [False, True], ids=["training", "frozen again"])
+    @pytest.mark.parametrize(
+        "path", ["classifier", "bert.pooler.dense", "bert.embeddings", "bert.encoder.layer.1"]
+    )
+    def test_whatever_was_trained(self, path, frozen, tmp_path):
+        model = sapt_fast.patch(tiny("bert"), settings())
+        model.sapt.add_task("one")
+        trained(fill(model), [path])
+        if frozen:
+            model.get_submodule(path).requires_grad_(False)
+        model.sapt.save_pretrained(tmp_path)
+        again = sapt_fast.load_pretrained(tiny("bert"), tmp_path)
+        assert torch.equal(logits(again), logits(model))
+
+    @pytest.mark.parametrize("per_task", [False, True])
+    def test_a_tasks_folder_in_peft(self, per_task, tmp_path):
+        config = settings(modules_to_save=["classifier"], modules_per_task=per_task)
+        model = sapt_fast.patch(tiny("bert"), config)
+        for name in ("first", "second"):
+            model.sapt.add_task(name)
+            trained(fill(model), ())
+        model.sapt.save_pretrained(tmp_path)
+        for index, name in enumerate(model.sapt.tasks):
+            alone = PeftModel.from_pretrained(tiny("bert"), tmp_path / name)
+            with model.sapt.fixed(torch.eye(2)[index]):
+                torch.testing.assert_close(logits(alone), logits(model))
+
+    @pytest.mark.parametrize("weights", [[0.0, 1.0], [0.3, 0.6]])
+    @pytest.mark.parametrize("per_task", [False, True])
+    def test_export(self, per_task, weights, tmp_path):
+        model = with_copies() if per_task else None
+        if model is None:
+            model = sapt_fast.patch(tiny("bert"), settings(modules_to_save=["classifier"]))
+            for name in ("first", "second"):
+                model.sapt.add_task(name)
+            trained(fill(model), ())
+        model.sapt.export_adapter(weights, tmp_path)
+        exported = PeftModel.from_pretrained(tiny("bert"), tmp_path)
+        with model.sapt.fixed(torch.tensor(weights)):
+            torch.testing.assert_close(logits(exported), logits(model))
+
+    def test_prompts(self, tmp_path):
+        config = {"adapter": "prompt", "prompt_length": 3, "modules_to_save": ["lm_head"]}
+        for per_task in (False, True):
+            model = sapt_fast.patch(tiny("llama"), settings(**config, modules_per_task=per_task))
+            model.sapt.add_task("one")
+            with torch.no_grad():
+                for parameter in model.sapt.trainable_parameters():
+                    parameter.add_(0.1)
+            model.sapt.save_pretrained(tmp_path)
+            again = sapt_fast.load_pretrained(tiny("llama"), tmp_path)
+            assert torch.equal(logits(again), logits(model))
+            with pytest.raises(ValueError, match="PEFT's prompt tuning cannot hold"):
+                model.sapt.export_adapter([1.0], tmp_path / "exported")
+
+    def test_another_head_is_refused(self, tmp_path):
+        model = sapt_fast.patch(tiny("bert"), settings(modules_to_save=["classifier"]))
+        model.sapt.add_task("one")
+        model.sapt.save_pretrained(tmp_path)
+        other = tiny("bert", num_labels=3)
+        with pytest.raises(ValueError, match=r"classifier.weight .*\(5, 32\), .*\(3, 32\)"):
+            sapt_fast.load_pretrained(other, tmp_path)
+        assert not hasattr(other, "sapt")
 
 
 class TestRefused:

@@ -9,20 +9,35 @@ __all__ = ["is_safe_name", "require_folder_name"]
 
 _LONGEST = 255  # bytes of a name in a folder
 
-# Files of ours and of transformers that stand beside the tasks' folders.
+# Files of ours, of transformers and of its Trainer that are saved beside the tasks' folders; those
+# of tensors in any number.
 _RESERVED = frozenset(
     {
-        "router.safetensors",
         "sapt_config.json",
-        "strategy.safetensors",
         "adapter_config.json",
-        "adapter_model.safetensors",
         "config.json",
         "generation_config.json",
-        "model.safetensors",
         "model.safetensors.index.json",
+        "optimizer.bin",
+        "optimizer.pt",
+        "processor_config.json",
+        "pytorch_model.bin",
+        "readme.md",
+        "rng_state.pth",
+        "scaler.pt",
+        "scheduler.pt",
+        "special_tokens_map.json",
+        "spiece.model",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "trainer_state.json",
+        "training_args.bin",
+        "vocab.json",
+        "vocab.txt",
     }
 )
+_RESERVED_END = ".safetensors"
 
 
 def require_folder_name(
@@ -81,7 +96,7 @@ def _problem(name: object, appended: int) -> str | None:
         return "begins with a dot, as hidden files do"
     if name[-1] in ". ":
         return "ends with a dot or a space"
-    if _folded(name) in _RESERVED:
+    if _folded(name) in _RESERVED or _folded(name).endswith(_RESERVED_END):
         return "is the name of a file that is saved beside it"
     return None
 

@@ -13,14 +13,14 @@ from transformers.pytorch_utils import Conv1D
 from sapt_fast._names import require_folder_name
 from sapt_fast.devices import execution_device
 from sapt_fast.layers import Mixed
-from sapt_fast.methods.sapt import SaptConfig, SaptRouter
+from sapt_fast.methods.sapt import SaptConfig, SaptRouter, only_looks_up
 from sapt_fast.ops import transforms
 from sapt_fast.ops.router import query, reflection_loss
 from sapt_fast.pretrained_files import PretrainedFiles
 from sapt_fast.routing import Routing
 from sapt_fast.saved_modules import (
+    Changes,
     TaskModules,
-    WriteCounts,
     base_tensors,
     find_modules,
     require_present,
@@ -84,8 +84,14 @@ class SaptHandle(nn.Module):
         self.unfrozen_before: list[str] = []
         saved = find_modules(model, config.modules_to_save or (), report.patched)
         self.task_modules = TaskModules(model, saved if config.modules_per_task else ())
+        copied = [model.get_submodule(path) for path in self.task_modules.paths]
+        if not only_looks_up(embedding) and any(module is embedding for module in copied):
+            raise ValueError(
+                f"modules_to_save: the router calls the {type(embedding).__name__} that token ids "
+                "go through, so tasks cannot have copies of it; use modules_per_task=False"
+            )
         self._in_place = [] if config.modules_per_task else saved
-        self._counts = WriteCounts(model)
+        self._changes = Changes(model)
         self.router = SaptRouter(
             width,
             config,
@@ -323,9 +329,9 @@ class SaptHandle(nn.Module):
         """What a checkpoint must hold of the base model itself, by name.
 
         The modules that all tasks train, and whatever else of the base model requires a gradient or
-        was written to since `patch`.
+        changed since `patch`.
         """
-        return trained_tensors(self._model, self._in_place, self._counts)
+        return trained_tensors(self._model, self._in_place, self._changes)
 
     def restore_trained(self, tensors: Mapping[str, Tensor]) -> None:
         """Copies trained tensors into the base model, whose parameters among them train again.
@@ -411,7 +417,7 @@ class SaptHandle(nn.Module):
             addends[path] = Addend(layer, a, b, isinstance(layer, Conv1D))
         if not addends:
             raise ValueError("merge: prompts are inputs, which no base weight can hold")
-        with self._counts.ignoring(self._model):
+        with self._changes.ignoring(self._model):
             self.routing.merged = Merged(addends, self._model)
         self.task_modules.static = weights
 
@@ -421,7 +427,7 @@ class SaptHandle(nn.Module):
         Raises:
             ValueError: the model was converted to another dtype since; nothing has changed then.
         """
-        with self._counts.ignoring(self._model):
+        with self._changes.ignoring(self._model):
             self.routing.unmerge()
         self.task_modules.static = None
 
@@ -448,10 +454,10 @@ class SaptHandle(nn.Module):
     # What a state_dict brings is as the base model was, not trained here.
 
     def _before_load(self, *args: Any) -> None:
-        self._counts.settle(self._model)
+        self._changes.settle(self._model)
 
     def _after_load(self, *args: Any) -> None:
-        self._counts.restart(self._model)
+        self._changes.restart(self._model)
 
     def _has_tasks(self) -> bool:
         return bool(self.tasks)

@@ -36,6 +36,7 @@ from sapt_fast.prompt_format import outer_layers, read_prompt
 from sapt_fast.prompts.patching import PromptHandle
 from sapt_fast.prompts.routing import prompt_place
 from sapt_fast.saved_modules import (
+    base_tensors,
     find_modules,
     module_tensors,
     require_present,
@@ -282,7 +283,7 @@ def _own_paths(model: Any, config: SaptConfig, layers: Collection[str]) -> list[
 def _require_modules(model: Any, layers: Collection[str], stored: StoredTasks) -> None:
     source = f"{stored.source}, {MODULES_FILE}"
     require_present(source, stored.trained, model)
-    require_finite(source, stored.trained)
+    _require_finite_here(source, stored.trained, base_tensors(model))
     own = module_tensors(model, _own_paths(model, stored.config, layers))
     shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
     for name, tensors in zip(stored.names, stored.modules, strict=False):
@@ -291,7 +292,14 @@ def _require_modules(model: Any, layers: Collection[str], stored: StoredTasks) -
             raise ValueError(
                 f"{source}: task {name!r} has modules of shapes {found}, expected {shapes}"
             )
-        require_finite(f"{source}, task {name!r}", tensors)
+        _require_finite_here(f"{source}, task {name!r}", tensors, own)
+
+
+def _require_finite_here(
+    source: str, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]
+) -> None:
+    """Raises ValueError if a value is not finite in the dtype that the model has for it."""
+    require_finite(source, {name: tensor.to(own[name].dtype) for name, tensor in tensors.items()})
 
 
 def _require_same_in_peft(

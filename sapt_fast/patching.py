@@ -27,7 +27,7 @@ from sapt_fast.pool import AdapterPool
 from sapt_fast.prompts.patching import PromptHandle
 from sapt_fast.report import PatchReport
 from sapt_fast.routing import Routing, require_unrouted
-from sapt_fast.saved_modules import heads
+from sapt_fast.saved_modules import find_modules, heads
 from sapt_fast.sharding import is_sharded
 from sapt_fast.towers import token_embedding, tower_notes
 
@@ -327,7 +327,9 @@ def _targets(model: PreTrainedModel, config: SaptConfig) -> Iterable[str] | str:
     targets = config.target_modules
     names = [targets] if isinstance(targets, str) else list(targets or ())
     if [name.lower() for name in names] == ["all-linear"]:
-        return all_linear(model)
+        saved = find_modules(model, config.modules_to_save or (), ())
+        inside = tuple(f"{path}." for path in saved)
+        return frozenset(n for n in all_linear(model) if not f"{n}.".startswith(inside))
     if targets is not None:
         return targets
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as defaults

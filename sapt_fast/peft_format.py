@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sapt_fast.handle import Adapter
+from sapt_fast.saved_modules import outermost
 from sapt_fast.stored_files import StoredFiles, read_tensors, write_tensors
 
 LORA_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -151,7 +152,7 @@ def _key(path: str, side: str) -> str:
 
 def owners(modules: Iterable[str]) -> list[str] | None:
     """The paths of the modules with these tensors, as adapter_config.json has them."""
-    return sorted({name.rpartition(".")[0] for name in modules}) or None
+    return sorted(outermost(name.rpartition(".")[0] for name in modules)) or None
 
 
 def _lora_config(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from sapt_fast.devices import is_offloaded
 from sapt_fast.layers import Mixed
 from sapt_fast.routing import Routing
 from sapt_fast.sharding import is_sharded
@@ -53,7 +54,9 @@ class TaskModules(nn.Module):
         for path, copies in zip(self.paths, self.copies, strict=True):
             hook = _Mixture(self, copies, path, routing)
             module = self._model.get_submodule(path)
-            self._hooks.append(module.register_forward_hook(hook, with_kwargs=True))
+            # First, so that other hooks of the module see the mixture.
+            handle = module.register_forward_hook(hook, prepend=True, with_kwargs=True)
+            self._hooks.append(handle)
 
     def remove(self) -> None:
         """Takes the hooks away."""
@@ -70,7 +73,7 @@ class TaskModules(nn.Module):
         self.require_fits(tensors)
         for path, copies in zip(self.paths, self._stacks(), strict=True):
             copies.requires_grad_(False)
-            own = _unhooked(self._model.get_submodule(path)).requires_grad_(True)
+            own = _copy_of(self._model.get_submodule(path)).requires_grad_(True)
             if tensors is not None:
                 start = f"{path}."
                 own.load_state_dict(
@@ -166,9 +169,14 @@ class _Mixture:
         mixed = None
         for k, own in enumerate(copies):
             weight = weights[..., k].to(output.device, output.dtype)
-            weight = weight.reshape(*weight.shape, *[1] * (output.dim() - weight.dim()))
             # A weight of exactly zero means that the task is absent, whatever its copy computes.
-            part = torch.where(weight == 0, 0, weight * own(*args, **kwargs))
+            absent = weight == 0
+            part = own(
+                *(_without_gradient(value, absent) for value in args),
+                **{name: _without_gradient(value, absent) for name, value in kwargs.items()},
+            )
+            part = torch.where(_as_wide(absent, part) & ~part.isfinite(), 0, part)
+            part = _as_wide(weight, part) * part
             mixed = part if mixed is None else mixed + part
         return mixed
 
@@ -179,29 +187,47 @@ class _Mixture:
                 "its copies cannot be mixed; use modules_to_save with modules_per_task=False"
             )
         samples = tuple(weights.shape[:-1])
-        if samples != (1,) and tuple(output.shape[: len(samples)]) != samples:
+        leading = tuple(output.shape[:-1])[: len(samples)]  # the last dimension is of features
+        if samples != (1,) and leading != samples:
             raise RuntimeError(
                 f"{self.path}: got an output of shape {tuple(output.shape)} for weights of shape "
                 f"{tuple(weights.shape)}, expected {[*samples, '...']}"
             )
 
 
+def _as_wide(weight: Tensor, tensor: Tensor) -> Tensor:
+    """A value per sample or token, with as many dimensions as the tensor."""
+    return weight.reshape(*weight.shape, *[1] * (tensor.dim() - weight.dim()))
+
+
+def _without_gradient(value: Any, absent: Tensor) -> Any:
+    """An input that gets no gradient (which might be NaN) from where the copy is absent."""
+    if not isinstance(value, Tensor) or not value.requires_grad or value.dim() < absent.dim():
+        return value
+    if absent.shape != (1,) and value.shape[: absent.dim()] != absent.shape:
+        return value
+    return torch.where(_as_wide(absent, value), value.detach(), value)
+
+
 def find_modules(model: nn.Module, names: Sequence[str], patched: Sequence[str]) -> list[str]:
-    """The paths of the modules that `modules_to_save` names.
+    """The paths of the modules that `modules_to_save` names; none inside another of them.
 
     Args:
         names: last parts of paths, or whole paths.
         patched: paths of the layers that get adapters.
 
     Raises:
-        ValueError: if a name matches no module with parameters, or a module that has adapters.
+        ValueError: if a name matches no module with parameters, a module that has adapters, or one
+            that cannot train: its parameters are quantised or offloaded.
     """
     paths = []
     for name in names:
         found = [
             path
             for path, module in model.named_modules()
-            if (path == name or path.endswith("." + name)) and _has_parameters(module)
+            if (path == name or path.endswith("." + name))
+            and not path.startswith("sapt.")
+            and _has_parameters(module)
         ]
         if not found:
             raise ValueError(
@@ -210,13 +236,30 @@ def find_modules(model: nn.Module, names: Sequence[str], patched: Sequence[str])
             )
         paths += found
     for path in paths:
+        if reason := _untrainable(model.get_submodule(path)):
+            raise ValueError(f"modules_to_save: {path} cannot train: {reason}")
         inside = [other for other in patched if f"{other}.".startswith(f"{path}.")]
         if inside:
             raise ValueError(
                 f"modules_to_save: {path} would train in full and contains {inside[0]}, which gets "
                 "adapters; leave it out here or in target_modules"
             )
-    return list(dict.fromkeys(paths))
+    return outermost(paths)
+
+
+def outermost(paths: Iterable[str]) -> list[str]:
+    """Each path once, without those inside another of them."""
+    distinct = dict.fromkeys(paths)
+    return [
+        path for path in distinct if not any(path.startswith(f"{other}.") for other in distinct)
+    ]
+
+
+def _untrainable(module: nn.Module) -> str | None:
+    if any(is_offloaded(part) for part in module.modules()):
+        return "accelerate offloads it, so its parameters are not here; give it a device"
+    odd = next((n for n, p in module.named_parameters() if not p.is_floating_point()), None)
+    return None if odd is None else f"{odd} is quantised"
 
 
 def heads(model: Any) -> list[str]:
@@ -255,15 +298,14 @@ def whole_modules(names: Iterable[str], adapted: Collection[str]) -> tuple[list[
         the modules' paths, and the names of the tensors that PEFT cannot keep beside a LoRA: those
         of an adapted layer or of the model itself.
     """
-    paths: dict[str, None] = {}
-    others = []
+    paths, others = [], []
     for name in names:
         path = name.rpartition(".")[0]
         if not path or any(f"{layer}.".startswith(f"{path}.") for layer in adapted):
             others.append(name)
         else:
-            paths[path] = None
-    return list(paths), others
+            paths.append(path)
+    return outermost(paths), others
 
 
 def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -280,25 +322,27 @@ def module_tensors(model: nn.Module, paths: Iterable[str]) -> dict[str, Tensor]:
     }
 
 
-class WriteCounts:
-    """Which tensors of a base model were written to, to tell later what was trained.
+class Changes:
+    """Which tensors of a base model changed, to tell later what was trained.
 
-    Optimizers, `nn.init` and `copy_` write in place, and torch counts that. Writes to `p.data` are
-    not counted, nor is anything while the model is sharded.
+    A write that torch counts is one, as those of most optimizers, `nn.init` and `copy_` are. Fused
+    optimizers and writes to `p.data` are not counted, so some values of each tensor are compared as
+    well, and all of the heads'. Nothing is noticed while the model is sharded.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._written: set[str] = set()
-        self._counts = _counts(model)
+        self._changed: set[str] = set()
+        self._heads = tuple(f"{path}." for path in heads(model))
+        self._seen = self._look(model)
 
-    def written(self, model: nn.Module) -> set[str]:
-        """Names of the parameters and buffers that were written to."""
-        new = {n for n, count in _counts(model).items() if count > self._counts.get(n, count)}
-        return self._written | new
+    def changed(self, model: nn.Module) -> set[str]:
+        """Names of the parameters and buffers that are not as they were."""
+        now, seen = self._look(model), self._seen
+        return self._changed | {n for n in now.keys() & seen.keys() if _differs(seen[n], now[n])}
 
     @contextmanager
     def ignoring(self, model: nn.Module) -> Iterator[None]:
-        """A context whose writes do not count: merging, and loading a state_dict."""
+        """A context whose changes do not count: merging, and loading a state_dict."""
         self.settle(model)
         try:
             yield
@@ -306,32 +350,47 @@ class WriteCounts:
             self.restart(model)
 
     def settle(self, model: nn.Module) -> None:
-        """Keeps in mind what was written to so far."""
-        self._written = self.written(model)
+        """Keeps in mind what changed so far."""
+        self._changed = self.changed(model)
 
     def restart(self, model: nn.Module) -> None:
-        """Forgets what was written to since `settle`."""
-        self._counts = _counts(model)
+        """Forgets what changed since `settle`, except in the heads.
+
+        A head in a state_dict is a trained one, unlike a base model that is loaded after `patch`.
+        """
+        now = self._look(model)
+        for name in now.keys() & self._seen.keys():
+            if name.startswith(self._heads):
+                now[name] = now[name][0], self._seen[name][1]
+        self._seen = now
+
+    def _look(self, model: nn.Module) -> dict[str, tuple[int, Tensor]]:
+        """By name, the count of writes and some values, or all."""
+        if is_sharded(model):
+            return {}
+        return {
+            name: (t._version, _values(t, None if name.startswith(self._heads) else _SAMPLES))
+            for name, t in base_tensors(model).items()
+            if not t.is_inference()
+        }
 
 
-def trained_tensors(
-    model: nn.Module, paths: Sequence[str], counts: WriteCounts
-) -> dict[str, Tensor]:
+def trained_tensors(model: nn.Module, paths: Sequence[str], changes: Changes) -> dict[str, Tensor]:
     """What a checkpoint must hold of the base model itself.
 
     Args:
         paths: of modules that train in full; with their buffers.
-        counts: as they were when the model was patched.
+        changes: since the model was patched.
 
     Returns:
-        by name, the parameters that train or were written to since, and everything in `paths`.
+        by name, the parameters that train or changed since, and everything in `paths`.
     """
-    written = counts.written(model)
+    changed = changes.changed(model)
     return {
         name: tensor
         for name, tensor in base_tensors(model).items()
         if tensor.requires_grad
-        or name in written
+        or name in changed
         or any(name.startswith(f"{path}.") for path in paths)
     }
 
@@ -349,23 +408,43 @@ def require_present(source: str, tensors: Mapping[str, Tensor], model: nn.Module
             )
 
 
-def _counts(model: nn.Module) -> dict[str, int]:
-    if is_sharded(model):
-        return {}
-    tensors = base_tensors(model).items()
-    return {name: t._version for name, t in tensors if not t.is_inference()}
+_SAMPLES = 64
+
+
+def _values(tensor: Tensor, most: int | None) -> Tensor:
+    """Values of a tensor, at most so many if it says; none of one that is not here."""
+    if tensor.is_meta or type(tensor) not in (Tensor, nn.Parameter):
+        return torch.empty(0)
+    flat = tensor.detach().reshape(-1)
+    step = 1 if most is None else max(1, len(flat) // most)
+    return flat[::step].to("cpu", torch.float32, copy=True)
+
+
+def _differs(before: tuple[int, Tensor], now: tuple[int, Tensor]) -> bool:
+    """Whether it was written to, or has values that no change of dtype explains."""
+    if now[0] > before[0]:
+        return True
+    old, new = before[1], now[1]
+    if not len(old) or not len(new):  # offloaded by now, or before
+        return False
+    roundings = (old, old.half().float(), old.bfloat16().float())
+    return old.shape != new.shape or not any(
+        torch.allclose(rounded, new, rtol=0, atol=0, equal_nan=True) for rounded in roundings
+    )
 
 
 def _has_parameters(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None and not isinstance(module, Mixed)
 
 
-def _unhooked(module: nn.Module) -> nn.Module:
-    """A copy of a module without the hook of these copies."""
-    own = copy.copy(module)
-    own._forward_hooks = type(module._forward_hooks)(
-        (number, hook)
-        for number, hook in module._forward_hooks.items()
-        if not isinstance(hook, _Mixture)
-    )
-    return copy.deepcopy(own)
+def _copy_of(module: nn.Module) -> nn.Module:
+    """A copy of a module without its hooks, which run once, on the mixture of all copies."""
+    hooks = [getattr(module, name) for name in _HOOKS]
+    return copy.deepcopy(module, {id(own): type(own)() for own in hooks})
+
+
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_backward_hooks", "_backward_pre_hooks"),
+)

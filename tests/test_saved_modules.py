@@ -4,6 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel
 from tiny_models import fill, settings, tiny, token_ids
 
@@ -278,3 +279,181 @@ def test_a_head_that_is_frozen_is_named(caplog):
     sapt_fast.patch(tiny("bert"), settings(modules_to_save="classifier"))
     sapt_fast.patch(tiny("llama"))
     assert not caplog.text
+
+
+class TestCopies:
+    def test_an_absent_copy_counts_in_no_gradient(self):
+        """Even if it is broken: the gradients are those of the model with a whole copy."""
+        found = []
+        for value in (float("inf"), float("nan"), 1.0):
+            model = with_copies(tasks=3)
+            with torch.no_grad():
+                model.sapt.task_modules.copies[0][0].weight.fill_(value)
+            weights = torch.tensor([[0.0, 0.5, 0.5], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+            with model.sapt.fixed(weights.requires_grad_()):
+                model(token_ids()).logits.square().sum().backward()
+            trained = [p.grad for p in model.sapt.trainable_parameters() if p.grad is not None]
+            assert trained
+            found.append([*trained, weights.grad[:, 1:]])
+        for broken in found[:2]:
+            for got, expected in zip(broken, found[2], strict=True):
+                torch.testing.assert_close(got, expected)
+
+    def test_weights_per_token_never_meet_features(self):
+        """T tokens and as many labels: [B, T, K] does not fit a head's [B, T]."""
+        model = with_copies()
+        per_token = torch.rand(3, 5, 2)
+        with model.sapt.fixed(per_token), pytest.raises(RuntimeError, match=r"classifier: .*3, 5"):
+            model(token_ids(3, 5))
+
+    def test_a_module_inside_another_is_copied_with_it(self):
+        model = with_copies(names=("pooler", "dense"), target_modules=["query"])
+        # BERT's other dense layers are in no pooler.
+        assert "bert.pooler" in model.sapt.task_modules.paths
+        assert "bert.pooler.dense" not in model.sapt.task_modules.paths
+        copied = sum(p.numel() for p in model.sapt.task_modules.parameters())
+        base = [model.get_submodule(path) for path in model.sapt.task_modules.paths]
+        assert copied == 2 * sum(p.numel() for module in base for p in module.parameters())
+        model(token_ids())
+
+    def test_names_that_the_router_has_too(self, tmp_path):
+        """`norm` of Llama is not the router's."""
+        model = with_copies("llama", ("norm",))
+        model.sapt.save_pretrained(tmp_path)
+        again = sapt_fast.patch(tiny("llama"), model.sapt.config)
+        sapt_fast.load_pretrained(again, tmp_path)
+        assert torch.equal(logits(again), logits(model))
+
+    def test_hooks_run_once_on_the_mixture(self):
+        model, calls = tiny("bert"), []
+
+        def double(module, args, output):
+            calls.append(1)
+            return 2 * output
+
+        hook = model.classifier.register_forward_hook(double)
+        sapt_fast.patch(model, settings(modules_to_save=["classifier"], modules_per_task=True))
+        for name in ("first", "second"):
+            model.sapt.add_task(name)
+        hooked = logits(model)
+        assert len(calls) == 1
+        hook.remove()
+        torch.testing.assert_close(hooked, 2 * logits(model))
+
+    def test_of_modules_that_accelerate_dispatched(self):
+        accelerate = pytest.importorskip("accelerate")
+        model = tiny("bert")
+        accelerate.hooks.add_hook_to_module(
+            model.classifier, accelerate.hooks.AlignDevicesHook("cpu", io_same_device=True)
+        )
+        sapt_fast.patch(model, settings(modules_to_save=["classifier"], modules_per_task=True))
+        model.sapt.add_task("one")
+        own = model.sapt.task_modules.copies[0][0]
+        with torch.no_grad():
+            own.weight.mul_(3)
+        output, x = input_of(model, "classifier", input_ids=token_ids())
+        expected = torch.nn.functional.linear(x, own.weight, own.bias)
+        torch.testing.assert_close(output.logits, expected)
+
+
+class TestUnseenChanges:
+    """Ways to train a head that torch does not count as writes."""
+
+    def fused(self, model):
+        model.classifier.requires_grad_(True)
+        optimizer = torch.optim.AdamW(model.classifier.parameters(), lr=0.1, fused=True)
+        model(token_ids(), labels=torch.tensor([0, 1, 2])).loss.backward()
+        optimizer.step()
+
+    def data(self, model):
+        model.classifier.weight.data.add_(1)
+
+    def state(self, model):
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        state["classifier.weight"] += 1
+        model.load_state_dict(state)
+
+    def module(self, model):
+        model.classifier = torch.nn.Linear(32, 5)
+
+    def norm(self, model):
+        norm = model.bert.encoder.layer[1].output.LayerNorm
+        norm.requires_grad_(True)
+        optimizer = torch.optim.AdamW(norm.parameters(), lr=1e-3, fused=True)
+        model(token_ids(), labels=torch.tensor([0, 1, 2])).loss.backward()
+        optimizer.step()
+
+    @pytest.mark.parametrize("way", ["fused", "data", "state", "module", "norm"])
+    def test_are_saved(self, way, tmp_path):
+        model = sapt_fast.patch(tiny("bert"), settings())
+        model.sapt.add_task("one")
+        fill(model)
+        before = logits(model)
+        getattr(self, way)(model)
+        model.requires_grad_(False)
+        assert not torch.equal(logits(model), before)
+        model.sapt.save_pretrained(tmp_path)
+        again = sapt_fast.load_pretrained(tiny("bert"), tmp_path)
+        assert torch.equal(logits(again), logits(model))
+
+
+def test_tied_parameters_of_a_module_reach_peft(tmp_path):
+    """BERT's language modelling head has one bias under two names, at two depths."""
+    bert = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    kinds = transformers.BertConfig(num_hidden_layers=1, **bert)
+
+    def base():
+        torch.manual_seed(0)
+        return transformers.BertForMaskedLM(kinds).eval()
+
+    model = sapt_fast.patch(base(), settings(modules_to_save=["cls"]))
+    model.sapt.add_task("one")
+    with torch.no_grad():
+        for parameter in model.cls.parameters():
+            parameter.add_(0.1)
+    fill(model).sapt.save_pretrained(tmp_path)
+    torch.testing.assert_close(
+        logits(PeftModel.from_pretrained(base(), tmp_path / "one")), logits(model)
+    )
+    assert torch.equal(logits(sapt_fast.load_pretrained(base(), tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("per_task", [False, True])
+def test_values_that_the_models_dtype_cannot_hold(per_task, tmp_path):
+    config = settings(modules_to_save=["classifier"], modules_per_task=per_task)
+    model = sapt_fast.patch(tiny("bert"), config)
+    model.sapt.add_task("one")
+    head = model.sapt.task_modules.copies[0][0] if per_task else model.classifier
+    with torch.no_grad():
+        head.weight.fill_(1e6)
+    model.sapt.save_pretrained(tmp_path)
+    other = tiny("bert").half()
+    with pytest.raises(ValueError, match=r"classifier.weight has NaN or infinite"):
+        sapt_fast.load_pretrained(other, tmp_path)
+    assert not hasattr(other, "sapt")
+
+
+def test_modules_that_cannot_train_are_refused():
+    quantised = tiny("bert")
+    quantised.classifier.weight = torch.nn.Parameter(
+        torch.ones(5, 32, dtype=torch.int8), requires_grad=False
+    )
+    accelerate = pytest.importorskip("accelerate")
+    offloaded = accelerate.cpu_offload(tiny("bert"), execution_device=torch.device("cpu"))
+    for model, reason in ((quantised, "weight is quantised"), (offloaded, "offloads")):
+        with pytest.raises(ValueError, match=f"classifier cannot train: .*{reason}"):
+            sapt_fast.patch(model, settings(modules_to_save=["classifier"]))
+        assert not hasattr(model, "sapt")
+
+
+def test_all_linear_leaves_them_out():
+    pooler = settings(modules_to_save=["pooler"], target_modules="all-linear")
+    patched = sapt_fast.patch(tiny("bert"), pooler).sapt.report.patched
+    assert len(patched) == 12  # six in each of two layers
+    assert "bert.pooler.dense" not in patched
+
+
+def test_copies_of_an_embedding_that_is_no_plain_table_are_refused():
+    config = settings(modules_to_save=["embed_tokens"], modules_per_task=True)
+    with pytest.raises(ValueError, match="modules_to_save: the router calls the Gemma"):
+        sapt_fast.patch(tiny("gemma"), config)

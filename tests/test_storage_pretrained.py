@@ -318,3 +318,14 @@ class TestRuns:
         shutil.copytree(config.parent, tmp_path / "copy")
         with pytest.raises(ValueError, match="strategy 'epi'"):
             sapt_fast.load_pretrained(model, tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["modules.safetensors", "Model-00001-of-00002.safetensors", "optimizer.pt", "README.md"],
+)
+def test_no_task_has_the_name_of_a_file_that_is_saved_beside_it(name):
+    model = patched("t5", tasks=0)
+    with pytest.raises(ValueError, match="is the name of a file that is saved beside it"):
+        model.sapt.add_task(name)
+    assert not model.sapt.tasks

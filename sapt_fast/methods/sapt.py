@@ -334,7 +334,7 @@ class SaptRouter(Resident):
             pooled = pool_embeds(inputs_embeds, mask=mask, pooling=pooling)
         elif input_ids is None:
             raise ValueError("input_ids: got None and no inputs_embeds, expected one of them")
-        elif isinstance(embedding, nn.Embedding) and _only_looks_up(embedding):
+        elif isinstance(embedding, nn.Embedding) and only_looks_up(embedding):
             pooled = pool_tokens(input_ids, embedding.weight, mask=mask, pooling=pooling)
         else:
             pooled = pool_embeds(embedding(input_ids), mask=mask, pooling=pooling)
@@ -393,7 +393,7 @@ class SaptRouter(Resident):
         self.query_std.copy_(pooled.std(0).clamp(min=1e-6))
 
 
-def _only_looks_up(embedding: nn.Embedding) -> bool:
+def only_looks_up(embedding: nn.Embedding) -> bool:
     """Whether its output is its table's rows, which are there without a call.
 
     They are not with ZeRO-3, nor where accelerate offloads them. FSDP2's subclass adds nothing but

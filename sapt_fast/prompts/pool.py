@@ -89,6 +89,8 @@ class PromptPool(Resident):
             input_ids: [B, T]; or inputs_embeds [B, T, D].
         """
         prompts = self._stacked()
+        # The model's own hook may have moved the pool since the weights were computed.
+        mixture = mixture.to(prompts.device)
         if inputs_embeds is None and input_ids is not None and _is_plain(embedding):
             table: Any = embedding.weight
             return mix_prompts_with_tokens(prompts, mixture, input_ids, table, backend=backend)

@@ -125,9 +125,7 @@ class PromptRouting(Routing):
         if not self.is_generating:  # which has looked at what it was given
             self._refuse_packed(inputs)
         self._require_room(inputs, tokens)
-        # The model's own hook may have moved the pool since the weights were computed.
         weights: Any = forward.per_row
-        weights = weights.to(self.pool.rows.trainable.device)
         mixed = self.pool(weights, module.get_input_embeddings(), ids, embeds)
         mask = None if mask is None else self._extended(mask)
         inputs = {**inputs, "input_ids": None, "inputs_embeds": mixed, "attention_mask": mask}

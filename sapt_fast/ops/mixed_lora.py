@@ -280,17 +280,21 @@ def _checked(
             f"lora_b: got shape {tuple(lora_b.shape)}, expected [{lora_a.shape[0]}, O]"
             " (the rows of lora_a)"
         )
+    device, dtype = x.device, x.dtype
     named = {"weight": weight, "bias": bias, "lora_a": lora_a, "lora_b": lora_b}
     for name, tensor in {**named, "mixture": mixture}.items():
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name}: got device {tensor.device}, expected {x.device} (that of x)")
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name}: got device {tensor.device}, expected {device} (that of x)")
+    casts = _compute_dtype(x) != dtype
     for name, tensor in named.items():
-        allowed: tuple[torch.dtype, ...] = (x.dtype,)
+        if tensor is None or tensor.dtype == dtype:
+            continue
+        allowed: tuple[torch.dtype, ...] = (dtype,)
         if name.startswith("lora"):
-            allowed = (x.dtype, torch.float32)
-        if _compute_dtype(x) != x.dtype:
+            allowed = (dtype, torch.float32)
+        if casts:
             allowed = FLOATS
-        if tensor is not None and tensor.dtype not in allowed:
+        if tensor.dtype not in allowed:
             raise TypeError(
                 f"{name}: got dtype {tensor.dtype}, expected {' or '.join(map(str, allowed))}"
             )

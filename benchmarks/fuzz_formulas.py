@@ -2,8 +2,8 @@
 
 Every function takes values and numbers and gives values; `*_gradients` give the derivatives of the
 sum of the outputs times `c`. What has a weight or a scaling of zero takes no part, whatever it
-holds; any other zero times an infinity is NaN. All of them are sums of products, so the same function over absolute values says how large the terms are
-that a result was summed from.
+holds; any other zero times an infinity is NaN. All of them are sums of products, so the same
+function over absolute values says how large the terms are that a result was summed from.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """Products in which a pair may be absent, so that what is not finite there is not seen.
 
 A mixture weight of exactly 0 means that the adapter is not there for that sample, and so does a
-scaling of exactly 0. A matrix product alone does not know that: 0 times an infinity or a NaN is NaN.
-Any other 0 is a number: where an adapter has a weight, its own 0 times an infinity is NaN.
+scaling of exactly 0. A matrix product alone does not know that: 0 times an infinity or a NaN is
+NaN. Any other 0 is a number: where an adapter has a weight, its own 0 times an infinity is NaN.
 """
 
 import torch

@@ -127,7 +127,7 @@ def _factor_grad_kernel(
     in_range = (ranks >= start) & (ranks < stop)
     undefined = ((acc != acc) & in_range[None, :]).to(tl.int32)
     if tl.max(tl.max(undefined, axis=1), axis=0) > 0:
-        # Once more without the rows that p has no weight for: an infinity there is not part of the sum.
+        # Once more without the rows without weight: an infinity there is no part of the sum.
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         p_row = p_ptr + m_start.to(tl.int64) * stride_pm + ranks
         x_row = x_ptr + m_start.to(tl.int64) * stride_xm + features

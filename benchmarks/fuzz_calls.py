@@ -109,8 +109,13 @@ class Draw:
         return plain
 
     def poison(self, leaves: dict[str, Tensor], names: Sequence[str]) -> None:
-        """NaN or an infinity somewhere in one of the leaves."""
+        """NaN or an infinity somewhere in one of the leaves, and at times zeros in another."""
         name = self.pick(*names)
+        zeroed = self.pick(*names)
+        if self.chance(0.5) and zeroed != name and leaves[zeroed].numel():
+            changed = leaves[zeroed].clone()
+            changed[int(self.rng.integers(len(changed)))] = 0
+            leaves[zeroed] = changed
         if leaves[name].numel():
             changed = leaves[name].clone()
             at = tuple(int(self.rng.integers(size)) for size in changed.shape)

@@ -1,9 +1,9 @@
 """The ops in NumPy and float64, written from their definitions: adapter by adapter, row by row.
 
 Every function takes values and numbers and gives values; `*_gradients` give the derivatives of the
-sum of the outputs times `c`. What has a weight of zero takes no part, whatever it holds. All of
-them are sums of products, so the same function over absolute values says how large the terms are
-that a result was summed from.
+sum of the outputs times `c`. What has a weight or a scaling of zero takes no part, whatever it
+holds; any other zero times an infinity is NaN. All of them are sums of products, so the same
+function over absolute values says how large the terms are that a result was summed from.
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ def mixed(v: Values, ranks: Sequence[int], scaling: Sequence[float]) -> Array:
     if "bias" in v:
         y += v["bias"]
     for k, rows in enumerate(_spans(ranks)):
-        on = (w[:, k] != 0) & (ranks[k] > 0)
+        on = (w[:, k] * scaling[k] != 0) & (ranks[k] > 0)
         y[on] += w[on, k, None] * scaling[k] * (x[on] @ a[rows].T @ b[rows])
     return y
 
@@ -58,7 +58,7 @@ def mixed_gradients(
     dx, da, db = np.zeros_like(x), np.zeros_like(a), np.zeros_like(b)
     dw = np.zeros((samples, w.shape[1]))
     for k, rows in enumerate(_spans(ranks)):
-        on = w[:, k] != 0
+        on = w[:, k] * scaling[k] != 0
         dz = w[on, k, None] * scaling[k] * c[on]
         g = dz @ b[rows].T
         da[rows], db[rows] = g.T @ x[on], (x[on] @ a[rows].T).T @ dz
@@ -113,7 +113,7 @@ def experts(v: Values, index: NDArray[np.int64], scaling: float) -> Array:
     x, a, b, w = (v[name] for name in ("x", "bank_a", "bank_b", "weights"))
     y = np.zeros((x.shape[0], b.shape[2]))
     for (m, j), n in np.ndenumerate(index):
-        if n >= 0 and w[m, j] != 0 and a.shape[1]:
+        if n >= 0 and w[m, j] * scaling != 0 and a.shape[1]:
             y[m] += scaling * w[m, j] * (a[n] @ x[m] @ b[n])
     return y
 
@@ -126,9 +126,9 @@ def experts_gradients(v: Values, c: Array, index: NDArray[np.int64], scaling: fl
             continue
         h, g = a[n] @ x[m], b[n] @ c[m]
         share = scaling * (h * g).sum()
-        dw[m, j] = share if w[m, j] != 0 else finite_or_zero(share)
-        if w[m, j] != 0:
-            factor = scaling * w[m, j]
+        factor = scaling * w[m, j]
+        dw[m, j] = share if factor != 0 else finite_or_zero(share)
+        if factor != 0:
             dx[m] += factor * (g @ a[n])
             da[n] += factor * np.outer(g, x[m])
             db[n] += factor * np.outer(h, c[m])

@@ -61,7 +61,7 @@ def _mixed(draw: Draw, backend: MaybeBackend, wide: bool, with_base: bool) -> Ca
     scaling: Any = draw.pick(1.0, 0.5, 2)
     scales = [float(scaling)] * K
     if draw.chance(0.4):
-        scales = [draw.pick(0.5, 2.0, 1.5) for _ in range(K)]
+        scales = [draw.pick(0.5, 2.0, 1.5, 0.0) for _ in range(K)]
         scaling = torch.tensor(scales)
     trains = sorted({int(k) for k in draw.rng.integers(K, size=draw.pick(1, 2))})
     trainable = draw.pick(None, None, trains, [])
@@ -248,7 +248,7 @@ def _mix_experts(draw: Draw, backend: MaybeBackend, wide: bool) -> Call:
     }
     if draw.chance(0.1) and not wide:
         draw.poison(leaves, tuple(leaves))
-    scaling = draw.pick(1.0, 0.5, 2)
+    scaling = draw.pick(1.0, 0.5, 2, 0)
 
     def full(v: Values) -> Values:
         if dtype == torch.float64:

@@ -50,11 +50,18 @@ std::unique_ptr<char[]> scratch(std::int64_t count, DType dtype) {
     return std::unique_ptr<char[]>(new char[static_cast<std::size_t>(count * acc_size(dtype))]);
 }
 
+// Whether some rank has a weight of exactly 0 in some sample.
 template <class A>
-bool holds_zero(const Memory& mixture, std::int64_t count) {
-    const A* values = at<const A>(mixture);
+bool holds_zero(const RankWeights& weights) {
+    const A* mixture = static_cast<const A*>(weights.mixture);
+    const A* scale = static_cast<const A*>(weights.row_scale);
     bool zero = false;
-    for (std::int64_t i = 0; i < count; ++i) zero |= values[i] == 0;
+    for (std::int64_t s = 0; s < weights.samples; ++s, mixture += weights.adapters) {
+        for (std::int64_t j = 0; j < weights.ranks; ++j) {
+            const A weight = mixture[weights.row_adapter[j]];
+            zero |= weight == 0 || weight * scale[j] == 0;
+        }
+    }
     return zero;
 }
 
@@ -104,11 +111,16 @@ void weight_ranks_backward(int dtype, const Memory& g, const Memory& h, const Me
     mixed_lora().weight_ranks_backward(type, args, weights, threads);
 }
 
-void decode(int dtype, int lora_dtype, const Memory& y, const Memory& h, const Memory& x,
+// False, with nothing done, if one of the tensors that are read has gaps.
+bool decode(int dtype, int lora_dtype, const Memory& y, const Memory& h, const Memory& x,
             const Memory& weight, const Memory& bias, const Memory& lora_a, const Memory& lora_b,
             const Memory& mixture, const Memory& row_adapter, const Memory& row_scale,
             std::int64_t rows, std::int64_t inputs, std::int64_t outputs, std::int64_t samples,
             std::int64_t adapters, std::int64_t ranks, bool accumulate, int threads) {
+    if (x.gaps || weight.gaps || bias.gaps || lora_a.gaps || lora_b.gaps || mixture.gaps ||
+        row_adapter.gaps || row_scale.gaps) {
+        return false;
+    }
     const DType type = dtype_of(dtype);
     const DType lora_type = dtype_of(lora_dtype);
     require(lora_type == type || (lora_type == DType::float32 && type != DType::float64),
@@ -117,26 +129,26 @@ void decode(int dtype, int lora_dtype, const Memory& y, const Memory& h, const M
         rank_weights(type, mixture, row_adapter, row_scale, rows, samples, adapters, ranks);
     require(inputs >= 0 && outputs >= 0, "inputs, outputs: negative");
     threads = team(rows * (weight ? inputs * outputs : ranks * (inputs + outputs)), threads);
-    if (rows == 0) return;
+    if (rows == 0) return true;
     require_holds("y", y, {rows, outputs}, size_of(type));
     require_holds("x", x, {rows, inputs}, size_of(type));
     if (weight) require_holds("weight", weight, {outputs, inputs}, size_of(type));
     if (bias) require_holds("bias", bias, {outputs}, size_of(type));
     if (ranks > 0) {
-        require_holds("h", h, {rows, ranks}, size_of(type));
+        if (h) require_holds("h", h, {rows, ranks}, size_of(type));
         require_holds("lora_a", lora_a, {ranks, inputs}, size_of(lora_type));
         require_holds("lora_b", lora_b, {ranks, outputs}, size_of(lora_type));
     }
     const std::unique_ptr<char[]> hw = scratch(rows * ranks, type);
     const bool packs = weight && packs_rows(type, rows);
     const std::unique_ptr<char[]> packed = packs ? scratch(inputs * kLaneRows, type) : nullptr;
-    const std::int64_t given = ranks > 0 ? samples * adapters : 0;
-    const bool skips = type == DType::float64 ? holds_zero<double>(mixture, given)
-                                              : holds_zero<float>(mixture, given);
+    const bool skips = type == DType::float64 ? holds_zero<double>(weights)
+                                              : holds_zero<float>(weights);
     const Decode args = {at(y),      at(h),      at(x),      at(weight), at(bias),
                          at(lora_a), at(lora_b), hw.get(),   packed.get(), inputs,
                          outputs,    accumulate, skips,      type,       lora_type};
     mixed_lora().decode(args, weights, threads);
+    return true;
 }
 
 void factor_grad(int dtype, int factor_dtype, const Memory& out, const Memory& g, const Memory& x,

@@ -223,7 +223,7 @@ ChosenExperts chosen_experts(int dtype, int bank_dtype, const Strided& bank, con
     const DType bank_type = dtype_of(bank_dtype);
     require_bank_dtype(type, bank_type);
     require_rows("bank", bank, 3, size_of(bank_type));
-    require(bank.sizes[1] <= 1 || bank.strides[1] == bank.sizes[2],
+    require(bank.empty() || bank.sizes[1] == 1 || bank.strides[1] == bank.sizes[2],
             "bank: gaps between the rows of an expert");
     require_holds("index", index, {rows, k}, sizeof(int64_t));
     return {at(bank.address), at<const int64_t>(index), bank.strides[0], rows, k,

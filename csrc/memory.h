@@ -4,6 +4,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <string>
@@ -12,11 +13,12 @@
 
 namespace sapt_fast {
 
-// A tensor without gaps. None is an address of 0 with no bytes; a tuple (address, bytes) is taken
-// as it is.
+// A tensor whose elements follow one another; one with gaps is known and refused. None is an address
+// of 0 with no bytes; a tuple (address, bytes) is taken as it is.
 struct Memory {
     Address address = 0;
     std::int64_t bytes = 0;
+    bool gaps = false;
 
     explicit operator bool() const { return address != 0; }
 };
@@ -30,6 +32,12 @@ struct Strided {
     int dims = 0;
     std::int64_t sizes[kMostDims] = {};
     std::int64_t strides[kMostDims] = {};
+
+    // A tensor without elements may have any strides.
+    bool empty() const {
+        return std::any_of(sizes, sizes + dims, [](std::int64_t size) { return size == 0; });
+    }
+    bool has_rows() const { return empty() || strides[dims - 1] == 1 || sizes[dims - 1] == 1; }
 };
 
 template <class T = void>
@@ -44,7 +52,8 @@ inline std::int64_t size_of(DType dtype) {
 // Of sums and weights.
 inline std::int64_t acc_size(DType dtype) { return dtype == DType::float64 ? 8 : 4; }
 
-// Raises unless the tensor holds exactly the elements of `shape`, of `element` bytes each.
+// Raises unless the tensor holds exactly the elements of `shape`, of `element` bytes each, and no
+// gaps.
 inline void require_holds(const char* name, const Memory& memory,
                           std::initializer_list<std::int64_t> shape, std::int64_t element) {
     std::int64_t bytes = element;
@@ -52,8 +61,11 @@ inline void require_holds(const char* name, const Memory& memory,
     for (std::int64_t size : shape) {
         fits = fits && size >= 0 && !__builtin_mul_overflow(bytes, size, &bytes);
     }
-    if (fits && memory.bytes == bytes && (bytes == 0 || memory.address != 0)) return;
+    if (fits && memory.bytes == bytes && (bytes == 0 || memory.address != 0) && !memory.gaps) return;
     std::string what = std::string(name) + ": got ";
+    if (memory.gaps) {
+        throw std::invalid_argument(what + "a tensor with gaps, expected a contiguous one");
+    }
     what += memory.address == 0 && memory.bytes == 0 ? "no memory"
                                                      : std::to_string(memory.bytes) + " bytes";
     what += ", expected " + std::to_string(element) + " for each of [";
@@ -68,9 +80,7 @@ inline void require_holds(const char* name, const Memory& memory,
 // Raises unless the tensor has so many dimensions, elements of that size, and in its last
 // dimension no gaps.
 inline void require_rows(const char* name, const Strided& tensor, int dims, std::int64_t element) {
-    const bool fits = tensor.dims == dims && tensor.element == element &&
-                      (tensor.strides[dims - 1] == 1 || tensor.sizes[dims - 1] <= 1);
-    if (fits) return;
+    if (tensor.dims == dims && tensor.element == element && tensor.has_rows()) return;
     throw std::invalid_argument(
         std::string(name) + ": got " + std::to_string(tensor.dims) + " dimensions, elements of " +
         std::to_string(tensor.element) + " bytes and last stride " +
@@ -124,12 +134,11 @@ struct type_caster<sapt_fast::Memory> {
         if (PyTuple_Check(source.ptr())) {
             const auto pair = reinterpret_borrow<tuple>(source);
             value = {static_cast<sapt_fast::Address>(sapt_fast::integer(pair[0])),
-                     sapt_fast::integer(pair[1])};
+                     sapt_fast::integer(pair[1]), false};
             return true;
         }
-        sapt_fast::require(is_contiguous.call(source).ptr() == Py_True,
-                           "got a tensor with gaps, expected a contiguous one");
-        value = {sapt_fast::address_of(source), sapt_fast::integer(nbytes.attribute(source))};
+        value = {sapt_fast::address_of(source), sapt_fast::integer(nbytes.attribute(source)),
+                 is_contiguous.call(source).ptr() != Py_True};
         return true;
     }
 };

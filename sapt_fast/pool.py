@@ -333,8 +333,12 @@ class AdapterPool(Resident):
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, grad_through_frozen: bool
     ) -> PooledProjection:
         """This pool with its layer's weight and bias, as `ops.mixed_lora.mix` takes them."""
-        a, b = self.a.trainable, self.b.trainable
-        first, last = self.a.frozen.shape[0], len(self.a)
+        # Every layer comes through here in every forward: each module attribute is read once.
+        rows_a, rows_b = self.a, self.b
+        a, b = rows_a.trainable, rows_b.trainable
+        frozen = rows_a.frozen
+        first = frozen.shape[0]
+        last = first + a.shape[0]
         tracked = transforms.active()
         trains = tracked or a.requires_grad or b.requires_grad
         # Rows not listed get no gradient and, without grad_through_frozen, pass none on to x.
@@ -342,17 +346,15 @@ class AdapterPool(Resident):
         parts_a: list[Tensor] = [a] if listed else []
         parts_b: list[Tensor] = [b] if listed else []
         rows = [first, last] if listed else []
-        if first and grad_through_frozen and (tracked or self._stands_in()):
-            # A caller's own tensors, of whose kind it is not known what trains.
-            parts_a, parts_b = [self.a.frozen, *parts_a], [self.b.frozen, *parts_b]
-            rows = [0, first, *rows]
+        if first and grad_through_frozen and (tracked or torch.is_grad_enabled()):
+            frozen_b = rows_b.frozen
+            if tracked or _stands_in(frozen) or _stands_in(frozen_b):
+                # A caller's own tensors, of whose kind it is not known what trains.
+                parts_a, parts_b = [frozen, *parts_a], [frozen_b, *parts_b]
+                rows = [0, first, *rows]
         table = self._table(x.device, torch.promote_types(x.dtype, torch.float32))
-        projection = Projection(weight, bias, self.a.rows(), self.b.rows(), *table)
+        projection = Projection(weight, bias, rows_a.rows(), rows_b.rows(), *table)
         return PooledProjection(projection, parts_a, parts_b, rows)
-
-    def _stands_in(self) -> bool:
-        """Whether a caller's tensors take the place of the frozen rows and want a gradient."""
-        return any(type(t) is Tensor and t.requires_grad for t in (self.a.frozen, self.b.frozen))
 
     def _table(self, device: torch.device, dtype: torch.dtype) -> RankTable:
         table = self._tables.get((device, dtype))
@@ -367,3 +369,8 @@ class AdapterPool(Resident):
 
     def extra_repr(self) -> str:
         return f"ranks={self.ranks}"
+
+
+def _stands_in(rows: Tensor) -> bool:
+    """Whether a caller's tensor takes the place of frozen rows and wants a gradient."""
+    return type(rows) is Tensor and rows.requires_grad

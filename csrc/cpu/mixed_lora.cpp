@@ -1,5 +1,6 @@
 #include "cpu/mixed_lora.h"
 
+#include <cmath>
 #include <type_traits>
 
 #include "cpu/dots.h"
@@ -16,6 +17,18 @@ constexpr int kRankBlock = 512;  // ranks whose weights are held on the stack
 template <class A>
 inline A weighted(A value, A by) {
     return by == 0 ? A(0) : value * by;
+}
+
+// `weighted` for a sum that leaves out what has no weight: that is +0, a product of 0 is -0.
+template <class A>
+inline A coefficient(A value, A by) {
+    const A product = weighted(value, by);
+    return product == 0 && by != 0 ? -A(0) : product;
+}
+
+template <class A>
+inline bool is_absent(A value) {
+    return value == 0 && !std::signbit(value);
 }
 
 template <class A>
@@ -178,7 +191,7 @@ void weight_ranks_backward(const RankBackward& args, const RankWeights& weights,
     }
 }
 
-// tile [ROWS, VECS vectors] += hw [ROWS, ranks] . b [ranks, ...]; SKIPS leaves out what hw is 0 for
+// tile [ROWS, VECS vectors] += hw [ROWS, ranks] . b [ranks, ...]; SKIPS leaves out what is absent
 template <int ROWS, int VECS, bool SKIPS, class A, class L>
 inline __attribute__((always_inline)) void expand(A* tile, int64_t tile_stride, const A* hw,
                                                   int64_t ranks, const L* b, int64_t b_stride) {
@@ -191,7 +204,7 @@ inline __attribute__((always_inline)) void expand(A* tile, int64_t tile_stride, 
         vec_t<A> column[VECS];
         for (int v = 0; v < VECS; ++v) column[v] = load(b + j * b_stride + v * kStep);
         for (int r = 0; r < ROWS; ++r) {
-            if (SKIPS && hw[r * ranks + j] == 0) continue;
+            if (SKIPS && is_absent(hw[r * ranks + j])) continue;
             const vec_t<A> by = broadcast(hw[r * ranks + j]);
             for (int v = 0; v < VECS; ++v) sum[r][v] += by * column[v];
         }
@@ -216,7 +229,7 @@ void expand_rows(A* tile, int64_t tile_stride, const A* hw, int64_t ranks, const
         for (int r = 0; r < ROWS; ++r) {
             A sum = tile[r * tile_stride + c];
             for (int64_t j = 0; j < ranks; ++j) {
-                if (SKIPS && hw[r * ranks + j] == 0) continue;
+                if (SKIPS && is_absent(hw[r * ranks + j])) continue;
                 sum += hw[r * ranks + j] * static_cast<A>(to_acc(b[j * b_stride + c]));
             }
             tile[r * tile_stride + c] = sum;
@@ -296,7 +309,7 @@ void decode_ranks(const Decode& args, const RankWeights& weights, int64_t start,
     const int64_t ranks = weights.ranks;
     const int64_t rows_per_sample = weights.rows / weights.samples;
     A* hw = static_cast<A*>(args.hw) + start;
-    T* h = static_cast<T*>(args.h) + start;
+    T* h = args.h == nullptr ? nullptr : static_cast<T*>(args.h) + start;
     multiply_transposed(hw, ranks, static_cast<const T*>(args.x), weights.rows,
                         static_cast<const L*>(args.lora_a) + start * args.inputs, stop - start,
                         args.inputs);
@@ -306,8 +319,8 @@ void decode_ranks(const Decode& args, const RankWeights& weights, int64_t start,
                            row / rows_per_sample * weights.adapters;
         for (int64_t j = start; j < stop; ++j) {
             A& value = hw[row * ranks + j - start];
-            h[row * ranks + j - start] = from_acc<T>(value);
-            value = weighted(value, weighted(scale[j], mixture[weights.row_adapter[j]]));
+            if (h != nullptr) h[row * ranks + j - start] = from_acc<T>(value);
+            value = coefficient(value, weighted(scale[j], mixture[weights.row_adapter[j]]));
         }
     }
 }

@@ -35,7 +35,7 @@ struct RankBackward {
 
 struct Decode {
     void* y;             // [rows, outputs]
-    void* h;             // [rows, ranks]
+    void* h;             // [rows, ranks] or null
     const void* x;       // [rows, inputs]
     const void* weight;  // [outputs, inputs] or null
     const void* bias;    // [outputs] or null
@@ -46,7 +46,7 @@ struct Decode {
     int64_t inputs;
     int64_t outputs;
     bool accumulate;  // add to what y holds; else y is overwritten
-    bool skips;       // a weight is 0: ranks whose weighted h is 0 are left out
+    bool skips;       // a weight is 0: ranks that have none are left out
     DType dtype;
     DType lora_dtype;  // dtype or float32
 };

@@ -242,6 +242,7 @@ __global__ void __launch_bounds__(kExpandThreads)
                         h += __ldcg(from + split * arguments.rows * arguments.total_ranks);
                     }
                     h *= weights[m];
+                    if (h == 0.0f) h = -0.0f;  // +0 is for rows without weight
                 }
                 shared.factors[place][m] = h;
             }
@@ -260,7 +261,7 @@ __global__ void __launch_bounds__(kExpandThreads)
                 for (int m = 0; m < ROWS; ++m) {
                     const float factor = shared.factors[at][m];
                     // A row without weight takes nothing from B, whatever it holds.
-                    if (factor == 0.0f) continue;
+                    if (__float_as_uint(factor) == 0u) continue;
 #pragma unroll
                     for (int e = 0; e < kVector; ++e) {
                         sums[m * kVector + e] += factor * values[e];

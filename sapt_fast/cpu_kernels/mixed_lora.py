@@ -25,16 +25,18 @@ _FACTOR_RANKS = {torch.float32: 16, torch.bfloat16: 8, torch.float16: 16, torch.
 
 
 def mixed_lora_fwd(
-    x: Tensor, mixture: Tensor, projections: Sequence[Projection]
-) -> list[tuple[Tensor, Tensor]]:
+    x: Tensor, mixture: Tensor, projections: Sequence[Projection], keep_h: bool = True
+) -> list[tuple[Tensor, Tensor | None]]:
     """``x W^T + bias`` plus the mixture, of each projection.
 
     Returns:
-        (y [M, O] in x's dtype, h = x A^T, [M, R], in x's dtype) of each projection.
+        (y [M, O] in x's dtype, h = x A^T, [M, R], in x's dtype) of each projection; h may be None
+        without `keep_h`.
     """
+    if x.shape[0] <= _DECODE_ROWS[x.dtype]:
+        return [_decode(x, mixture, given, keep_h) for given in projections]
     x, mixture = x.contiguous(), mixture.contiguous()
-    decodes = x.shape[0] <= _DECODE_ROWS[x.dtype]
-    return [(_decode if decodes else _forward)(x, mixture, given) for given in projections]
+    return [_forward(x, mixture, given) for given in projections]
 
 
 def _forward(x: Tensor, mixture: Tensor, projection: Projection) -> tuple[Tensor, Tensor]:
@@ -42,7 +44,7 @@ def _forward(x: Tensor, mixture: Tensor, projection: Projection) -> tuple[Tensor
     h = linear(x, lora_a.to(x.dtype))
     table = _table(mixture, row_adapter, row_scale)
     hw, lora_b = _weighted(h, table), lora_b.to(x.dtype)
-    if not _has_absent(mixture) or _is_finite(lora_b):
+    if not _has_absent(table) or _is_finite(lora_b):
         return two_products(x, _transposed(weight), bias, hw, lora_b), h
     y = present_product(hw, present_ranks(*table, x.shape[0]), lora_b)
     if weight is not None:
@@ -74,7 +76,6 @@ def mixed_lora_bwd(
     """
     x, mixture = x.contiguous(), mixture.contiguous()
     dx = d_mixture = None
-    absent = _has_absent(mixture)
     factors: list[tuple[Tensor | None, Tensor | None]] = []
     for dy, projection, h, spans in zip(dys, projections, hs, train_rows, strict=True):
         weight, _, lora_a, lora_b, row_adapter, row_scale = projection
@@ -86,9 +87,7 @@ def mixed_lora_bwd(
         own, packed_g, packed_h = _weighted_backward(g, h.contiguous(), table, spans, needs_mixture)
         if own is not None:
             d_mixture = own if d_mixture is None else d_mixture.add_(own)
-        present = None
-        if absent:
-            present = present_ranks(*table, x.shape[0])
+        present = present_ranks(*table, x.shape[0]) if _has_absent(table) else None
         if needs_x and present is not None and not _is_finite(lora_a):
             through: slice | Tensor = slice(None)
             if not grad_through_frozen:
@@ -151,33 +150,36 @@ def _weighted_backward(
     return d_mixture, packed_g, packed_h
 
 
-def _decode(x: Tensor, mixture: Tensor, projection: Projection) -> tuple[Tensor, Tensor]:
+def _decode(
+    x: Tensor, mixture: Tensor, projection: Projection, keep_h: bool
+) -> tuple[Tensor, Tensor | None]:
     weight, bias, lora_a, lora_b, row_adapter, row_scale = projection
-    table = _table(mixture, row_adapter, row_scale)
     rows, inputs = x.shape
     ranks, outputs = lora_b.shape
-    if x.dtype == torch.float64:
-        lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
-    lora_a, lora_b = lora_a.contiguous(), lora_b.contiguous()
-    h = x.new_empty(rows, ranks)
+    dtype = x.dtype
+    if dtype == torch.float64:
+        lora_a, lora_b = lora_a.to(dtype), lora_b.to(dtype)
+    h = x.new_empty(rows, ranks) if keep_h else None
     accumulate = False
     if weight is not None and not is_few(x, weight):
-        y = linear(x, weight, bias)
+        y = linear(x.contiguous(), weight, bias)
         weight, bias, accumulate = None, None, True
     else:
         y = x.new_empty(rows, outputs)
-    if bias is not None:
-        bias = bias.contiguous()
-    _C.mixed_lora_decode(
-        CODES[x.dtype], CODES[lora_a.dtype], y, h, x, weight, bias, lora_a, lora_b, *table,
-        rows, inputs, outputs, *table[0].shape, ranks, accumulate, torch.get_num_threads(),
-    )  # fmt: skip
+    codes = CODES[dtype], CODES[lora_a.dtype]
+    read = x, weight, bias, lora_a, lora_b, mixture, row_adapter, row_scale
+    sizes = rows, inputs, outputs, *mixture.shape, ranks
+    threads = torch.get_num_threads()
+    if not _C.mixed_lora_decode(*codes, y, h, *read, *sizes, accumulate, threads):
+        whole = [None if t is None else t.contiguous() for t in read]
+        _C.mixed_lora_decode(*codes, y, h, *whole, *sizes, accumulate, threads)
     return y, h
 
 
-def _has_absent(mixture: Tensor) -> bool:
-    """Whether a weight is exactly 0."""
-    return bool((mixture == 0).any())
+def _has_absent(table: _Table) -> bool:
+    """Whether a weight or a scaling is exactly 0."""
+    mixture, _, row_scale = table
+    return not (mixture.all() and row_scale.all())
 
 
 def _is_finite(values: Tensor) -> bool:

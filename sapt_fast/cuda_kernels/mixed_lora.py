@@ -23,7 +23,7 @@ def empty_h(x: Tensor, total_rank: int) -> Tensor:
 
 
 def mixed_lora_fwd(
-    x: Tensor, mixture: Tensor, projections: Sequence[Projection]
+    x: Tensor, mixture: Tensor, projections: Sequence[Projection], keep_h: bool = True
 ) -> list[tuple[Tensor, Tensor]]:
     """Linear layers with one input, each with the mixture of all adapters of its pool.
 
@@ -32,6 +32,7 @@ def mixed_lora_fwd(
         mixture: [S, K] float32; S divides M, sample s owns rows s * M/S and on. An adapter whose
             weight is zero in all rows of a tile (of 1, 4 or 8 rows) is not read for it.
         projections: weights in x's dtype or None; factors in x's dtype or float32.
+        keep_h: without effect.
 
     Returns:
         Of each projection y [M, O] in x's dtype and an empty h: h has holes where adapters have

@@ -1,7 +1,8 @@
 """Products in which a pair may be absent, so that what is not finite there is not seen.
 
-A mixture weight of exactly 0 means that the adapter is not there for that sample. A matrix product
-alone does not know that: 0 times an infinity or a NaN is NaN.
+A mixture weight of exactly 0 means that the adapter is not there for that sample, and so does a
+scaling of exactly 0. A matrix product alone does not know that: 0 times an infinity or a NaN is
+NaN. Any other 0 is a number: where an adapter has a weight, its own 0 times an infinity is NaN.
 """
 
 import torch
@@ -35,7 +36,10 @@ def present_product(coefficients: Tensor, present: Tensor, factors: Tensor) -> T
 
 
 def rank_weights(mixture: Tensor, row_adapter: Tensor, row_scale: Tensor) -> Tensor:
-    """[S, R]: the weight of each rank row in each sample; 0 where the mixture is, at any scale."""
+    """[S, R]: the weight of each rank row in each sample; 0 where the mixture is, at any scale.
+
+    Where it is exactly 0 the adapter is not there.
+    """
     w = mixture.index_select(1, row_adapter)
     return torch.where(w == 0, 0.0, w * row_scale)
 

@@ -2,8 +2,8 @@
 
 Each function takes what the op's kernels take, after all checks, and gives the same numbers. They
 run under `torch.func`, in forward-mode AD and where a backward is differentiated; the kernels, the
-references included, run everywhere else. A weight that is exactly zero leaves its adapter, prompt
-or expert out, whatever that holds.
+references included, run everywhere else. A weight or a scaling that is exactly zero leaves its
+adapter, prompt or expert out, whatever that holds; any other zero multiplies as numbers do.
 """
 
 from collections.abc import Sequence
@@ -54,9 +54,12 @@ def _mixed_projection(
         mixture = mixture.new_zeros(1, mixture.shape[1])
     frozen = None if grad_through_frozen else _frozen_rows(lora_a, given.train_rows)
     by_sample = x.reshape(samples, x.shape[0] // samples, x.shape[1])
-    weights = mixture.index_select(1, row_adapter) * row_scale
+    own = mixture.index_select(1, row_adapter)
+    # A weight of 0 stays one at any scale, and still has a derivative.
+    row_scale = torch.where((own == 0) & ~torch.isfinite(row_scale), 0.0, row_scale)
+    weights = own * row_scale
     h = _shrink(by_sample, lora_a, frozen)
-    present = _present_rows(h, mixture, row_adapter, lora_b)
+    present = _present_rows(h, mixture, weights, row_adapter, lora_b)
     if not _all_true(present):
         # Absent rows are cut out of both factors, for each sample: 0 * NaN would be NaN.
         cut = present.unsqueeze(-1)
@@ -97,12 +100,14 @@ def _shrink(x: Tensor, lora_a: Tensor, frozen: Tensor | None) -> Tensor:
     return trained + x.detach() @ torch.where(frozen, lora_a, 0.0).transpose(-1, -2)
 
 
-def _present_rows(h: Tensor, mixture: Tensor, row_adapter: Tensor, lora_b: Tensor) -> Tensor:
+def _present_rows(
+    h: Tensor, mixture: Tensor, weights: Tensor, row_adapter: Tensor, lora_b: Tensor
+) -> Tensor:
     """[S, R], whether a rank row takes part: its adapter has a weight, or all of it is finite."""
-    h, mixture = h.detach(), mixture.detach()
+    h, mixture, weights = h.detach(), mixture.detach(), weights.detach()
     broken = ~(torch.isfinite(h).all(1) & torch.isfinite(lora_b.detach()).all(1))
     count = torch.zeros_like(mixture).index_add(1, row_adapter, broken.to(mixture.dtype))
-    return ((mixture != 0) | (count == 0)).index_select(1, row_adapter)
+    return (weights != 0) | (count == 0).index_select(1, row_adapter)
 
 
 def _all_true(mask: Tensor) -> bool:

@@ -62,8 +62,9 @@ def mix_experts(
             range.
         weights: [M, k], any floating-point dtype. A weight of exactly 0 means that the expert is
             not there for that row: an infinity or a NaN in it reaches neither delta nor a
-            gradient. The weight's own gradient is then 0 if it is not finite.
-        scaling: alpha / r, for all experts.
+            gradient. The weight's own gradient is then 0 if it is not finite. Any other 0
+            multiplies as numbers do.
+        scaling: alpha / r, for all experts; 0 counts as weights of 0.
         sparse_grad: gradients of the banks as `torch.sparse_coo` tensors over the chosen experts,
             each once and in ascending order, for torch.optim.SparseAdam; this waits for the
             device and is refused under torch.compile. Otherwise dense.
@@ -98,6 +99,8 @@ def mix_experts(
             )
     scaling = number("scaling", scaling)
     weights = weights.to(torch.promote_types(x.dtype, torch.float32))
+    if scaling == 0:
+        weights = weights * 0.0  # no expert is there
     if transforms.active():
         if sparse_grad:
             raise ValueError(

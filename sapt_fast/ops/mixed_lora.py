@@ -62,10 +62,11 @@ def mixed_lora_linear(
         mixture: [B, K] one weight per sample and adapter, or [B, T, K] per token; for a
             two-dimensional x [M, K]. A weight of exactly 0 means that the adapter is not there for
             that sample: an infinity or a NaN in it reaches neither y nor a gradient. The weight's
-            own gradient is then 0 if it is not finite.
+            own gradient is then 0 if it is not finite. Any other 0 multiplies as numbers do.
         ranks: rank of every adapter, or a sequence of K ranks (0 allowed) whose sum is R.
-        scaling: alpha / r for all adapters, or a tensor or array [K]; not differentiated. An
-            infinity or a NaN multiplies as any number does.
+        scaling: alpha / r for all adapters, or a tensor or array [K]; not differentiated. A
+            scaling of exactly 0 counts as a weight of 0; an infinity or a NaN multiplies as any
+            number does.
         grad_through_frozen: False keeps gradients from reaching x through adapters that are not
             in `trainable`, as the released SAPT does.
         trainable: indices of the adapters whose rows get a gradient; None for all of them.
@@ -191,7 +192,7 @@ def mix(
         return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
     if _eager_inference(x):
         forward = kernel("mixed_lora", "mixed_lora_fwd", backend, rows, rows.shape[0])
-        ys = [y for y, _ in forward(rows, mixture, computed)]
+        ys = [y for y, _ in forward(rows, mixture, computed, False)]
     else:
         ys = differentiable(rows, mixture, computed, projections, grad_through_frozen, backend)
     return ys if dims == 2 else [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
@@ -279,17 +280,21 @@ def _checked(
             f"lora_b: got shape {tuple(lora_b.shape)}, expected [{lora_a.shape[0]}, O]"
             " (the rows of lora_a)"
         )
+    device, dtype = x.device, x.dtype
     named = {"weight": weight, "bias": bias, "lora_a": lora_a, "lora_b": lora_b}
     for name, tensor in {**named, "mixture": mixture}.items():
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name}: got device {tensor.device}, expected {x.device} (that of x)")
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name}: got device {tensor.device}, expected {device} (that of x)")
+    casts = _compute_dtype(x) != dtype
     for name, tensor in named.items():
-        allowed: tuple[torch.dtype, ...] = (x.dtype,)
+        if tensor is None or tensor.dtype == dtype:
+            continue
+        allowed: tuple[torch.dtype, ...] = (dtype,)
         if name.startswith("lora"):
-            allowed = (x.dtype, torch.float32)
-        if _compute_dtype(x) != x.dtype:
+            allowed = (dtype, torch.float32)
+        if casts:
             allowed = FLOATS
-        if tensor is not None and tensor.dtype not in allowed:
+        if tensor.dtype not in allowed:
             raise TypeError(
                 f"{name}: got dtype {tensor.dtype}, expected {' or '.join(map(str, allowed))}"
             )
@@ -356,9 +361,12 @@ def _table(layout: tuple[int, ...], scaling: float | Tensor, x: Tensor) -> RankT
 
 
 def mixed_lora_fwd(
-    x: Tensor, mixture: Tensor, projections: Sequence[Projection]
+    x: Tensor, mixture: Tensor, projections: Sequence[Projection], keep_h: bool = True
 ) -> list[tuple[Tensor, Tensor]]:
-    """The specification of the forward: `(y [M, O], h [M, R] = x A^T)` of each projection."""
+    """The specification of the forward: `(y [M, O], h [M, R] = x A^T)` of each projection.
+
+    Without `keep_h` nobody reads h, and a backend may give anything in its place.
+    """
     results = []
     for weight, bias, lora_a, lora_b, row_adapter, row_scale in projections:
         h = x @ lora_a.to(x.dtype).t()

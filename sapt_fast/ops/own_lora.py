@@ -152,6 +152,9 @@ def _run(
 
 
 def _owners(owner: Sequence[int]) -> Sequence[int]:
+    several = isinstance(owner, Sequence) or getattr(owner, "ndim", 0) > 0
+    if isinstance(owner, (str, bytes)) or not several:
+        raise TypeError(f"owner: got {type(owner).__name__}, expected a sequence")
     return owner if all(type(k) is int for k in owner) else integers("owner", owner)
 
 
@@ -166,11 +169,8 @@ def _check(
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, ..., I]")
     if x.dtype not in FLOATS:
         raise TypeError(f"x: got dtype {x.dtype}, expected one of {FLOATS}")
-    for name, value in (("owner", owner), ("adapters", adapters)):
-        if isinstance(value, str) or not isinstance(value, Sequence):
-            raise TypeError(f"{name}: got {type(value).__name__}, expected a sequence")
-    if not all(isinstance(k, int) for k in owner):
-        raise TypeError(f"owner: got {list(owner)}, expected indices of adapters")
+    if isinstance(adapters, (str, bytes)) or not isinstance(adapters, Sequence):
+        raise TypeError(f"adapters: got {type(adapters).__name__}, expected a sequence")
     if len(owner) != x.shape[0]:
         raise ValueError(f"owner: got {len(owner)} samples, expected {x.shape[0]} (those of x)")
     if owner and not -1 <= min(owner) <= max(owner) < len(adapters):

@@ -183,7 +183,7 @@ def reflection_loss(scores: Tensor, target: Tensor) -> Tensor:
         A scalar in float32 (float64 for float64 scores).
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError, TypeError: a shape, dtype or device does not fit.
 
     Example:
         >>> import torch
@@ -195,8 +195,7 @@ def reflection_loss(scores: Tensor, target: Tensor) -> Tensor:
     if scores.dim() != 2:
         raise ValueError(f"scores: got shape {tuple(scores.shape)}, expected [B, K]")
     require_float("scores", scores)
-    if target.is_complex():
-        raise TypeError(f"target: got dtype {target.dtype}, expected real numbers")
+    require_float("target", target)
     check_devices(scores, target=target)
     batch, count = scores.shape
     shape = tuple(target.shape)

@@ -43,6 +43,12 @@ def _any_undefined(tile):
 
 
 @triton.jit
+def is_absent(coefficient):
+    """Whether a float32 that `shrink_tiles.weighted` gave stands for an adapter without weight."""
+    return coefficient.to(tl.int32, bitcast=True) == 0
+
+
+@triton.jit
 def _write_present(
     y_ptr,
     p_ptr,
@@ -60,7 +66,7 @@ def _write_present(
     ACCUMULATE: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """A tile of y = [y +] p[:, start:stop] q[start:stop] over the p that are not 0.
+    """A tile of y = [y +] p[:, start:stop] q[start:stop] over the p that are not absent.
 
     By 16 columns at a time and through memory, for which there are registers in any kernel.
     """
@@ -78,7 +84,7 @@ def _write_present(
         for _ in tl.range(start, stop, num_stages=1):
             p = tl.load(p_ptrs).to(tl.float32)[:, None]
             q = tl.load(q_ptrs, mask=cols < N, other=0.0).to(COMPUTE).to(tl.float32)[None, :]
-            acc += tl.where(p == 0, 0.0, p * q)
+            acc += tl.where(is_absent(p), 0.0, p * q)
             p_ptrs += 1
             q_ptrs += stride_qr
         tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
@@ -116,7 +122,7 @@ def _gemm_kernel(
     """One tile of y[M, N] = [y +] a[M, K] b[K, N] + p[M, lo:hi] q[lo:hi, N] + bias, by pointers.
 
     Absent sources are None. `rank_lo` and `rank_hi` count groups of 16 rank columns; p is zero
-    in the columns that pad R. A p of 0 means that the adapter is not there, so that an infinity in
+    in the columns that pad R. A p of +0 means that the adapter is not there, so that an infinity in
     its q is not seen: a tile that got a NaN from the rank term computes this term once more. That
     term comes first, so that nothing else has to be.
     """

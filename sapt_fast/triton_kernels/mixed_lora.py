@@ -33,7 +33,7 @@ def empty_h(x: Tensor, total_rank: int) -> Tensor:
 
 
 def mixed_lora_fwd(
-    x: Tensor, mixture: Tensor, projections: Sequence[Projection]
+    x: Tensor, mixture: Tensor, projections: Sequence[Projection], keep_h: bool = True
 ) -> list[tuple[Tensor, Tensor]]:
     """Linear layers with one input, each with the mixture of all adapters of its pool.
 
@@ -42,6 +42,7 @@ def mixed_lora_fwd(
         mixture: Of shape `[S, K]`, float32; S divides M, sample s owns rows s * M/S and on.
         projections: Weights in x's dtype with any strides (a transposed view is read in place)
             or None for the mixture alone; factors in x's dtype or float32.
+        keep_h: Without effect.
 
     Returns:
         Of each projection y of shape `[M, O]`, contiguous, in x's dtype, and h = x @ lora_a.T of

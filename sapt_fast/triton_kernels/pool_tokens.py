@@ -83,7 +83,9 @@ def _pool_kernel(
             acc += values
         else:
             if winner_ptr is not None:
-                better = (values > acc) | (values != values)
+                # The first of several NaN, and the first token at all, if only of -inf.
+                better = (values > acc) | ((values != values) & (acc == acc))
+                better = (better | (first == _NO_TOKEN)) & keep[:, None]
                 first = tl.where(better, tokens[:, None], first)
             acc = tl.maximum(acc, values, propagate_nan=tl.PropagateNan.ALL)
 
@@ -137,7 +139,8 @@ def _merge_kernel(
         else:
             if winner_ptr is not None:
                 ids = tl.load(part_winner_ptr + offsets, mask=in_cols, other=-1)
-                winner = tl.where((part > value) | (part != part), ids, winner)
+                better = (part > value) | ((part != part) & (value == value)) | (winner < 0)
+                winner = tl.where(better, ids, winner)
             value = tl.maximum(value, part, propagate_nan=tl.PropagateNan.ALL)
         offsets += D
     pooled = _finished(value, count, MEAN)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sapt_fast.triton_kernels import common
 from sapt_fast.triton_kernels.common import DeviceTraits, TileConfig, cdiv, round_up
-from sapt_fast.triton_kernels.gemm import RANK_ALIGN
+from sapt_fast.triton_kernels.gemm import RANK_ALIGN, is_absent
 
 
 @triton.jit(do_not_specialize=["S", "T", "K", "R", "tile_rows", "segments"])
@@ -127,14 +127,14 @@ def _factor_grad_kernel(
     in_range = (ranks >= start) & (ranks < stop)
     undefined = ((acc != acc) & in_range[None, :]).to(tl.int32)
     if tl.max(tl.max(undefined, axis=1), axis=0) > 0:
-        # Once more without the rows whose p is 0: an infinity there is not part of the sum.
+        # Once more without the rows without weight: an infinity there is no part of the sum.
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         p_row = p_ptr + m_start.to(tl.int64) * stride_pm + ranks
         x_row = x_ptr + m_start.to(tl.int64) * stride_xm + features
         for _ in tl.range(m_start, m_stop, num_stages=1):
             p = tl.load(p_row, mask=in_range, other=0.0).to(tl.float32)[None, :]
             x = tl.load(x_row, mask=features < N, other=0.0).to(tl.float32)[:, None]
-            acc += tl.where(p == 0, 0.0, x * p)
+            acc += tl.where(is_absent(p), 0.0, x * p)
             p_row += stride_pm
             x_row += stride_xm
     out_rows = (part.to(tl.int64) * (stop - start) + ranks - start) * N

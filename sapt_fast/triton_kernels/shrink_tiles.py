@@ -94,21 +94,28 @@ def _product_or_zero(value, by):
 
 
 @triton.jit
+def _coefficient(value, by):
+    """value * by; +0 where `by` is 0, while a product of 0 is -0: see `gemm.is_absent`."""
+    product = value * by
+    return tl.where(by == 0, 0.0, tl.where(product == 0, -0.0, product))
+
+
+@triton.jit
 def weighted(tile, mixture_ptr, adapters, scales, samples, first, S, K, SEGMENTS: tl.constexpr):
     """tile * mixture[sample, adapter] * scale; SEGMENTS = 0 gathers, else samples per tile.
 
-    Where the mixture is exactly 0 so is the result, whatever tile and scale hold.
+    Where the mixture or the scale is exactly 0 the result is +0, whatever the tile holds.
     """
     if SEGMENTS == 0:
         offsets = samples.to(tl.int64)[:, None] * K + adapters[None, :]
         weights = _product_or_zero(scales[None, :], tl.load(mixture_ptr + offsets))
-        return _product_or_zero(tile, weights)
+        return _coefficient(tile, weights)
     weights = tl.load(mixture_ptr + first.to(tl.int64) * K + adapters)
-    result = _product_or_zero(tile, _product_or_zero(scales, weights)[None, :])
+    result = _coefficient(tile, _product_or_zero(scales, weights)[None, :])
     for i in tl.static_range(1, SEGMENTS):
         sample = tl.minimum(first + i, S - 1)
         weights = tl.load(mixture_ptr + sample.to(tl.int64) * K + adapters)
-        own = _product_or_zero(tile, _product_or_zero(scales, weights)[None, :])
+        own = _coefficient(tile, _product_or_zero(scales, weights)[None, :])
         result = tl.where((samples == first + i)[:, None], own, result)
     return result
 

@@ -37,8 +37,8 @@ def test_a_short_run_is_clean(capsys):
 def test_a_wrong_value_fails_by_name(capsys, monkeypatch):
     right = module.mixed_lora_fwd
 
-    def wrong(x, mixture, projections):
-        return [(y * 1.01, h) for y, h in right(x, mixture, projections)]
+    def wrong(*arguments):
+        return [(y * 1.01, h) for y, h in right(*arguments)]
 
     monkeypatch.setattr(module, "mixed_lora_fwd", wrong)
     given = ("--calls", "60", "--backend", "reference", "--seed", "3")

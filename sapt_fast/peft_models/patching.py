@@ -428,10 +428,12 @@ class _Seen(threading.local):
         named: whether `adapter_names` run, which go before a router.
     """
 
-    weights: Tensor | None = None
-    at: tuple[int, tuple[str, ...]] | None = None
-    weighed: Weighed | None = None
-    named: bool = False
+    def __init__(self) -> None:
+        # Present from the start: a compiled forward is compiled again where one appears.
+        self.weights: Tensor | None = None
+        self.at: tuple[int, tuple[str, ...]] | None = None
+        self.weighed: Weighed | None = None
+        self.named = False
 
     @contextmanager
     def by_name(self, hooks: AbstractContextManager[None]) -> Iterator[None]:

@@ -13,7 +13,6 @@ from transformers.pytorch_utils import Conv1D
 
 from sapt_fast.layers import base_kind
 
-
 # Layers whose weight a mixture can be added to as it is.
 _PLAIN = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

@@ -26,7 +26,12 @@ def is_hooked(module: nn.Module) -> bool:
 
 def is_bare(module: nn.Module) -> bool:
     """Whether calling the module runs its class's forward and nothing else."""
-    return not is_hooked(module) and ("forward" not in module.__dict__ or _adds_nothing(module))
+    return not (
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+    ) and ("forward" not in module.__dict__ or _adds_nothing(module))
 
 
 def all_modules_are_hooked() -> bool:

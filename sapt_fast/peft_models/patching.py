@@ -158,7 +158,7 @@ class PeftHandle(nn.Module):
         self.routing.require_unmerged()
         weights = static_weights(weights, self.tasks)
         self.realign()
-        adapters, kept = weigh(weights, self.names())
+        adapters, kept, _ = weigh(weights, self.names())
         require_mergeable(self._parts, set(adapters))
         addends = {}
         for path, layer in self._parts:
@@ -218,7 +218,7 @@ class PeftHandle(nn.Module):
             return seen.weighed
         names, version = self.names(), version_of(weights)
         if seen.weights is weights and seen.at == (version, names) and seen.weighed is not None:
-            return seen.weighed
+            return seen.weighed._replace(admitted=False)
         train = weights.requires_grad and torch.is_grad_enabled()
         waits = self._any_obstacle and not train and not is_traced(weights)
         if not can_be_read(weights) and not waits:
@@ -252,7 +252,8 @@ class PeftHandle(nn.Module):
         if seen.named:  # names go before a router
             return
         self._any_obstacle = admit(self._parts, weights, self.names())
-        seen.weights, seen.weighed = weights, self.weighed(weights)
+        weighed = self.weighed(weights)
+        seen.weights, seen.weighed = weights, weighed._replace(admitted=not self._any_obstacle)
 
     def forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         """Stands in for PEFT's `_enable_peft_forward_hooks`, whose hooks outlive an error inside.

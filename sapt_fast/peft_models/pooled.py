@@ -1,12 +1,14 @@
 """What every pooled layer of PEFT shares: weights of all adapters, or PEFT's own forward."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from peft.tuners.lora.layer import VARIANT_KWARG_KEYS
 from torch import Tensor
 
 from sapt_fast.merging import Addend
+from sapt_fast.peft_models.looks import Weighed
 
 if TYPE_CHECKING:
     from peft.tuners.lora.layer import Linear as _LoraLayer
@@ -26,12 +28,12 @@ class Pooled(_LoraLayer):
     router. Without weights, and while the adapters are disabled, it is PEFT's layer.
 
     Attributes:
-        sapt_weighed: gives for the running weights [.., K] the adapters that have any, and their
-            columns.
+        sapt_weighed: gives for the running weights [.., K] the adapters that have any, their
+            columns, and whether this layer was found to be able to mix them.
         sapt_routing: where the running weights are.
     """
 
-    sapt_weighed: Callable[[Tensor], tuple[tuple[str, ...], Tensor]]
+    sapt_weighed: Callable[[Tensor], Weighed]
     sapt_routing: "Routing"
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -48,12 +50,12 @@ class Pooled(_LoraLayer):
             return self._unweighted(x, names, args, kwargs)
         if self.merged_adapters:
             raise RuntimeError(already_merged(self))
-        adapters, weights = self.sapt_weighed(weights)
+        adapters, weights, admitted = self.sapt_weighed(weights)
         held = self.sapt_adapters()
         present = [name for name in adapters if name in held]
         if not present:
             return self.base_layer(x, *args, **_of_base(kwargs))
-        reason = self.sapt_why_not(present)
+        reason = None if admitted else self.sapt_why_not(present)
         if reason is not None:
             raise RuntimeError(f"mixture weights for a layer that cannot be mixed: {reason}")
         return self._weighted(x, adapters, weights, args, _of_base(kwargs))
@@ -113,6 +115,7 @@ class Pooled(_LoraLayer):
         return pefts_kind(type(self)).__name__
 
 
+@cache
 def pefts_kind(kind: type) -> type:
     """The class that a pooled layer had before."""
     return next(base for base in kind.__mro__ if not issubclass(base, Pooled))

@@ -324,7 +324,8 @@ def mixes_by_arrow(layer: Any) -> bool:
     if arrow is None or why_not_plain(layer, arrow.experts) is not None:
         return False
     [router] = layer.active_adapters
-    return is_bare(arrow.router) and _passes_through(layer.lora_dropout[router])
+    reads = is_bare(arrow.router) and not is_offloaded(arrow.router)
+    return reads and _passes_through(layer.lora_dropout[router])
 
 
 def _is_plain_base(base: nn.Module) -> bool:

@@ -1,7 +1,6 @@
 """What every pooled layer of PEFT shares: weights of all adapters, or PEFT's own forward."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from peft.tuners.lora.layer import VARIANT_KWARG_KEYS
@@ -31,10 +30,16 @@ class Pooled(_LoraLayer):
         sapt_weighed: gives for the running weights [.., K] the adapters that have any, their
             columns, and whether this layer was found to be able to mix them.
         sapt_routing: where the running weights are.
+        sapt_name: PEFT's name of the layer's class.
     """
 
     sapt_weighed: Callable[[Tensor], Weighed]
     sapt_routing: "Routing"
+    sapt_name: str
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.sapt_name = pefts_kind(cls).__name__
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = kwargs.get("adapter_names") if kwargs else None
@@ -112,10 +117,9 @@ class Pooled(_LoraLayer):
 
     def _get_name(self) -> str:
         """PEFT's name of the layer, for its `get_layer_status` and for print."""
-        return pefts_kind(type(self)).__name__
+        return self.sapt_name
 
 
-@cache
 def pefts_kind(kind: type) -> type:
     """The class that a pooled layer had before."""
     return next(base for base in kind.__mro__ if not issubclass(base, Pooled))

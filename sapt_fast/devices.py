@@ -37,6 +37,12 @@ def present_weight(module: nn.Module) -> Tensor:
     return weight
 
 
+def only_places(module: nn.Module) -> bool:
+    """Whether accelerate's hooks of a module do no more than move its inputs and weights."""
+    kinds = {type(hook).__name__ for hook in _hooks(module)}
+    return kinds <= {"AlignDevicesHook", "ModelHook"}
+
+
 def is_wrapped_by_accelerate(module: nn.Module) -> bool:
     """Whether the forward on the instance is accelerate's, which calls `_old_forward` inside."""
     own = vars(module)

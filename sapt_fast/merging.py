@@ -13,6 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 from sapt_fast.layers import base_kind
 
+# Layers whose weight a mixture can be added to as it is.
+_PLAIN = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 
 class Addend(NamedTuple):
     """What is to be added to the weight of one layer.
@@ -120,10 +123,15 @@ def _require_whole(addends: Mapping[str, Addend], model: nn.Module) -> None:
                 f"{weight.device}, expected {expected}): gather or load the model first"
             )
         kind = base_kind(layer)
-        if kind not in (nn.Linear, Conv1D) and not _multiplies(layer, kind, transposed):
+        if kind not in _PLAIN and not _multiplies(layer, kind, transposed):
             raise ValueError(
                 f"{path}: the forward of {kind.__name__} is not its input times its weight plus "
                 "its bias, so a mixture cannot be merged into the weight"
+            )
+        if getattr(layer, "max_norm", None) is not None:
+            raise ValueError(
+                f"{path}: its rows are scaled down to max_norm when they are read, so a mixture "
+                "cannot be merged into them"
             )
         if len(tied := names.get(weight.data_ptr(), ())) > 1:
             raise ValueError(
@@ -133,15 +141,27 @@ def _require_whole(addends: Mapping[str, Addend], model: nn.Module) -> None:
 
 @torch.no_grad()
 def _multiplies(layer: Any, kind: Any, transposed: bool) -> bool:
-    """Whether a layer of another class computes what a plain one would, found out on two rows."""
+    """Whether a layer of another class computes what a plain one would, found out on a few rows.
+
+    A table of embeddings may scale its rows, as PEFT then scales those of its adapters.
+    """
     weight = layer.weight.t() if transposed else layer.weight
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, weight.shape[1], generator=generator).to(weight)
+    plain_kind: Any = next((base for base in kind.__mro__ if base in _PLAIN), None)
     try:
+        if plain_kind is nn.Embedding:
+            x = torch.arange(min(4, weight.shape[1]), device=weight.device)
+            plain = weight.t()[x] * getattr(layer, "embed_scale", 1.0)
+        elif plain_kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+            size = (2, layer.in_channels, *weight.shape[2:])
+            x = torch.randn(size, generator=generator).to(weight)
+            plain = plain_kind.forward(layer, x)
+        else:
+            x = torch.randn(2, weight.shape[1], generator=generator).to(weight)
+            plain = nn.functional.linear(x, weight, layer.bias)
         y = kind.forward(layer, x)
     except Exception:  # it takes other arguments, too
         return False
-    plain = nn.functional.linear(x, weight, layer.bias)
     if not isinstance(y, Tensor) or y.shape != plain.shape:
         return False
     rounding = max(8 * torch.finfo(weight.dtype).eps, 1e-5)

@@ -258,10 +258,13 @@ def addend(layer: Any, adapters: Sequence[str], weights: Tensor) -> Addend:
 def _pooled(
     layer: Any, x: Tensor, adapters: Sequence[str], weight: Tensor | None, bias: Tensor | None
 ) -> PooledProjection:
-    present = [name for name in adapters if name in layer.lora_A]
-    a = [layer.lora_A[name].weight for name in present]
-    b = [layer.lora_B[name].weight.t() for name in present]
-    if a[0].is_meta and is_offloaded(layer.lora_A[present[0]]):
+    modules = layer._modules  # nn.Module's own lookups would cost a fifth of the layer's time
+    stack_a, stack_b = modules["lora_A"]._modules, modules["lora_B"]._modules
+    present = [name for name in adapters if name in stack_a]
+    a = [stack_a[name].weight for name in present]
+    b = [stack_b[name].weight.t() for name in present]
+    held = {name: part.shape[0] for name, part in zip(present, a, strict=True)}
+    if a[0].is_meta and is_offloaded(stack_a[present[0]]):
         a, b = _brought(layer, present, x.device)
     rows_a, rows_b = torch.cat(a), torch.cat(b)
     train_a, train_b, train_rows = [], [], []
@@ -274,7 +277,7 @@ def _pooled(
             train_b.append(part_b)
             train_rows += [start, stop]
         start = stop
-    ranks = tuple(layer.lora_A[n].weight.shape[0] if n in layer.lora_A else 0 for n in adapters)
+    ranks = tuple(held.get(name, 0) for name in adapters)
     scaling = tuple(layer.scaling.get(name, 0.0) for name in adapters)
     dtype = torch.promote_types(x.dtype, torch.float32)
     if any(isinstance(value, Tensor) for value in scaling):  # PEFT's hot-swap for compiled models
@@ -321,7 +324,8 @@ def mixes_by_arrow(layer: Any) -> bool:
     if arrow is None or why_not_plain(layer, arrow.experts) is not None:
         return False
     [router] = layer.active_adapters
-    return is_bare(arrow.router) and _passes_through(layer.lora_dropout[router])
+    reads = is_bare(arrow.router) and not is_offloaded(arrow.router)
+    return reads and _passes_through(layer.lora_dropout[router])
 
 
 def _is_plain_base(base: nn.Module) -> bool:

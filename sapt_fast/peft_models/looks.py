@@ -17,10 +17,12 @@ class Weighed(NamedTuple):
 
     Attributes:
         adapters: their names. weights: their columns, [.., K'].
+        admitted: whether every layer was just found to be able to mix them.
     """
 
     adapters: tuple[str, ...]
     weights: Tensor
+    admitted: bool = False
 
 
 def can_be_read(weights: Tensor) -> bool:

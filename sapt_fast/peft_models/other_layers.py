@@ -195,9 +195,9 @@ def _added(
         out = output(name, x if rows is None else x[rows])
         w = (column if rows is None else column[rows]) * layer.scaling[name]
         w = w.to(torch.promote_types(out.dtype, torch.float32)).view(-1, *[1] * (out.dim() - 1))
+        if not read:  # a weight of zero leaves out even what is Inf
+            out = torch.where((w == 0) & ~out.isfinite(), 0.0, out)
         part = out * w
-        if not read and not weights.requires_grad:  # a weight of zero leaves out even what is Inf
-            part = torch.where(w == 0, 0.0, part)
         if rows is None:
             result = result + part
         else:

@@ -13,6 +13,9 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from sapt_fast.devices import only_places
+from sapt_fast.layers import runs_its_class
+
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether hooks of its own run when the module is called, or in the backward."""
@@ -26,7 +29,12 @@ def is_hooked(module: nn.Module) -> bool:
 
 def is_bare(module: nn.Module) -> bool:
     """Whether calling the module runs its class's forward and nothing else."""
-    return not is_hooked(module) and ("forward" not in module.__dict__ or _adds_nothing(module))
+    return not (
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+    ) and ("forward" not in module.__dict__ or _adds_nothing(module))
 
 
 def all_modules_are_hooked() -> bool:
@@ -88,12 +96,10 @@ def _is_plain_dropout(dropout: nn.Module) -> bool:
 def _adds_nothing(module: nn.Module) -> bool:
     """Whether the instance's own forward is accelerate's and computes what the class's does.
 
-    Its hooks, once removed, leave the class's forward behind; a split model's only move the input.
+    Its hooks, once removed, leave the class's forward behind; those of a split or offloaded model
+    only move the input and the weights.
     """
-    if getattr(vars(module)["forward"], "__func__", None) is type(module).forward:
-        return True
-    hook: Any = vars(module).get("_hf_hook")
-    return type(hook).__name__ == "AlignDevicesHook" and not hook.offload
+    return runs_its_class(module) and only_places(module)
 
 
 def _wrapped(key: str, name: str, part: nn.Module) -> str:

@@ -158,7 +158,7 @@ class PeftHandle(nn.Module):
         self.routing.require_unmerged()
         weights = static_weights(weights, self.tasks)
         self.realign()
-        adapters, kept = weigh(weights, self.names())
+        adapters, kept, _ = weigh(weights, self.names())
         require_mergeable(self._parts, set(adapters))
         addends = {}
         for path, layer in self._parts:
@@ -218,7 +218,7 @@ class PeftHandle(nn.Module):
             return seen.weighed
         names, version = self.names(), version_of(weights)
         if seen.weights is weights and seen.at == (version, names) and seen.weighed is not None:
-            return seen.weighed
+            return seen.weighed._replace(admitted=False)
         train = weights.requires_grad and torch.is_grad_enabled()
         waits = self._any_obstacle and not train and not is_traced(weights)
         if not can_be_read(weights) and not waits:
@@ -252,7 +252,8 @@ class PeftHandle(nn.Module):
         if seen.named:  # names go before a router
             return
         self._any_obstacle = admit(self._parts, weights, self.names())
-        seen.weights, seen.weighed = weights, self.weighed(weights)
+        weighed = self.weighed(weights)
+        seen.weights, seen.weighed = weights, weighed._replace(admitted=not self._any_obstacle)
 
     def forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         """Stands in for PEFT's `_enable_peft_forward_hooks`, whose hooks outlive an error inside.
@@ -428,10 +429,12 @@ class _Seen(threading.local):
         named: whether `adapter_names` run, which go before a router.
     """
 
-    weights: Tensor | None = None
-    at: tuple[int, tuple[str, ...]] | None = None
-    weighed: Weighed | None = None
-    named: bool = False
+    def __init__(self) -> None:
+        # Present from the start: a compiled forward is compiled again where one appears.
+        self.weights: Tensor | None = None
+        self.at: tuple[int, tuple[str, ...]] | None = None
+        self.weighed: Weighed | None = None
+        self.named = False
 
     @contextmanager
     def by_name(self, hooks: AbstractContextManager[None]) -> Iterator[None]:

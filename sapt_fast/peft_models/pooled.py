@@ -7,6 +7,7 @@ from peft.tuners.lora.layer import VARIANT_KWARG_KEYS
 from torch import Tensor
 
 from sapt_fast.merging import Addend
+from sapt_fast.peft_models.looks import Weighed
 
 if TYPE_CHECKING:
     from peft.tuners.lora.layer import Linear as _LoraLayer
@@ -26,13 +27,19 @@ class Pooled(_LoraLayer):
     router. Without weights, and while the adapters are disabled, it is PEFT's layer.
 
     Attributes:
-        sapt_weighed: gives for the running weights [.., K] the adapters that have any, and their
-            columns.
+        sapt_weighed: gives for the running weights [.., K] the adapters that have any, their
+            columns, and whether this layer was found to be able to mix them.
         sapt_routing: where the running weights are.
+        sapt_name: PEFT's name of the layer's class.
     """
 
-    sapt_weighed: Callable[[Tensor], tuple[tuple[str, ...], Tensor]]
+    sapt_weighed: Callable[[Tensor], Weighed]
     sapt_routing: "Routing"
+    sapt_name: str
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.sapt_name = pefts_kind(cls).__name__
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = kwargs.get("adapter_names") if kwargs else None
@@ -48,12 +55,12 @@ class Pooled(_LoraLayer):
             return self._unweighted(x, names, args, kwargs)
         if self.merged_adapters:
             raise RuntimeError(already_merged(self))
-        adapters, weights = self.sapt_weighed(weights)
+        adapters, weights, admitted = self.sapt_weighed(weights)
         held = self.sapt_adapters()
         present = [name for name in adapters if name in held]
         if not present:
             return self.base_layer(x, *args, **_of_base(kwargs))
-        reason = self.sapt_why_not(present)
+        reason = None if admitted else self.sapt_why_not(present)
         if reason is not None:
             raise RuntimeError(f"mixture weights for a layer that cannot be mixed: {reason}")
         return self._weighted(x, adapters, weights, args, _of_base(kwargs))
@@ -110,7 +117,7 @@ class Pooled(_LoraLayer):
 
     def _get_name(self) -> str:
         """PEFT's name of the layer, for its `get_layer_status` and for print."""
-        return pefts_kind(type(self)).__name__
+        return self.sapt_name
 
 
 def pefts_kind(kind: type) -> type:

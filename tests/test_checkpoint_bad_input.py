@@ -97,7 +97,7 @@ SPOILED = {
     ),
     "no tasks": (lambda d: edit_json(d, lambda x: x.update(tasks=[])), ValueError, "got none"),
     "a task too few": (
-        lambda d: edit_json(d, lambda x: x["tasks"].pop()), ValueError, "keys is"
+        lambda d: edit_json(d, lambda x: x["tasks"].pop()), ValueError, r"router\.safetensors, router: keys is"
     ),
     "a task twice": (
         lambda d: edit_json(d, lambda x: x["tasks"].append(x["tasks"][0])), ValueError, "twice"
@@ -147,17 +147,17 @@ SPOILED = {
     ),
     "router entry missing": (
         lambda d: edit_tensors(d / "router.safetensors", lambda t: t.pop("up.weight")),
-        ValueError, "up.weight missing",
+        ValueError, r"router\.safetensors, router: up.weight missing",
     ),
     "keys missing": (
         lambda d: edit_tensors(d / "router.safetensors", lambda t: t.pop("keys")),
-        ValueError, "keys is",
+        ValueError, r"router\.safetensors, router: keys is",
     ),
     "target of a wrong length": (
         lambda d: edit_tensors(
             d / "router.safetensors", lambda t: t.update({"targets.task1": torch.ones(3)})
         ),
-        ValueError, "targets: 'task1'",
+        ValueError, r"router\.safetensors, targets: 'task1'",
     ),
     "target of an unknown task": (
         lambda d: edit_tensors(
@@ -243,7 +243,7 @@ def test_nothing_to_save(tmp_path):
 def test_targets_that_do_not_fit(saved):
     model, folder = saved
     model.sapt.targets["task1"] = torch.ones(3)
-    with pytest.raises(ValueError, match="targets: 'task1'"):
+    with pytest.raises(ValueError, match=r"router\.safetensors, targets: 'task1'"):
         model.sapt.save_pretrained(folder)
 
 

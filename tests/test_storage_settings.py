@@ -20,7 +20,15 @@ from sapt_fast.demo.tasks import CharTokenizer
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
     f"{chr(98 + n)}: &{chr(98 + n)} [{', '.join(['*' + chr(97 + n)] * 8)}]\n" for n in range(12)
 )
+MERGES = "a: &a {x: 1}\n" + "".join(
+    f"{chr(98 + n)}: &{chr(98 + n)} {{<<: [{', '.join(['*' + chr(97 + n)] * 8)}]}}\n"
+    for n in range(9)
+)
 YAML = {
+    "merge keys": (MERGES, "more than 10000 values"),
+    "merge keys inside each other": ("a: " + "{<<: " * 30 + "{}" + "}" * 30, "inside each other"),
+    "a merge of itself": ("a: &a {<<: *a}", "inside each other"),
+    "twice inside": ("a: {b: 1, b: 2}", "'b' stands twice"),
     "laughs": (LAUGHS, "more than 10000 values"),
     "recursive": ("a: &a [*a]", "inside each other"),
     "deep": ("a: " + "[" * 400 + "]" * 400, "nested too deep|inside each other"),
@@ -58,6 +66,13 @@ class TestYaml:
         (tmp_path / "x").write_text("set: &s {a.r: 4}\nother: *s\nmax-train: 3\n")
         found = read_config(tmp_path / "x", {"set", "other", "max_train"})
         assert found == {"set": ["a.r=4"], "other": ["a.r=4"], "max_train": 3}
+        # what is merged into a mapping is no key that stands twice
+        text = "x: {y: {<<: &b {a: 1, c: 3}, a: 2}}\nset: {<<: *b, a: 5}\n"
+        (tmp_path / "x").write_text(text)
+        assert sorted(read_config(tmp_path / "x", {"set", "x"})["set"]) == ["a=5", "c=3"]
+        (tmp_path / "x").write_text("# nothing\n")
+        with pytest.raises(ValueError, match="holds NoneType"):
+            read_config(tmp_path / "x", {"set"})
 
 
 @pytest.mark.parametrize(

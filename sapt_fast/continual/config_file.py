@@ -49,21 +49,17 @@ def read_config(path: Path, known: Collection[str]) -> dict[str, Any]:
 def _parsed(data: bytes, path: Path) -> Any:
     import yaml
 
-    class Loader(yaml.SafeLoader):
-        """The safe loader, for which a key twice in one mapping is an error."""
-
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            keys = Counter(key.value for key, _ in node.value if isinstance(key.value, str))
-            twice, count = (keys.most_common(1) or [("", 0)])[0]
-            if count > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {twice!r} stands twice", node.start_mark
-                )
-            return super().construct_mapping(node, deep)
-
     try:
-        content = yaml.load(data.decode("utf-8"), Loader)  # of safe values
-        _count(content, 0, [_MOST_VALUES])
+        loader = yaml.SafeLoader(data.decode("utf-8"))
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            # before values are made: a merge key copies what it names, however often
+            _check(node, 0, [_MOST_VALUES])
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
     except UnicodeDecodeError as error:
         raise ValueError(f"config: {path} is not UTF-8: {error.reason}") from error
     except yaml.YAMLError as error:
@@ -72,21 +68,27 @@ def _parsed(data: bytes, path: Path) -> Any:
         raise ValueError(f"config: {path} is nested too deep for options") from error
     except (OverflowError, TypeError, ValueError) as error:
         raise ValueError(f"config: {path}: {error}") from error
-    return content
 
 
-def _count(value: Any, depth: int, left: list[int]) -> None:
-    """Raises ValueError if a value, written out, is larger or deeper than options can be."""
+def _check(node: Any, depth: int, left: list[int]) -> None:
+    """Raises ValueError if a YAML node has a key twice or, with its aliases and merge keys written
+    out, is larger or deeper than options can be."""
     left[0] -= 1
     if left[0] < 0 or depth > _MOST_DEPTH:
         raise ValueError(
             f"more than {_MOST_VALUES} values, or more than {_MOST_DEPTH} inside each other"
         )
-    if isinstance(value, dict):
-        value = [*value, *value.values()]
-    if isinstance(value, (list, tuple, set)):
-        for item in value:
-            _count(item, depth + 1, left)
+    if isinstance(node.value, str):
+        return
+    inner = node.value
+    if inner and isinstance(inner[0], tuple):
+        keys = Counter(key.value for key, _ in inner if isinstance(key.value, str))
+        twice, count = (keys.most_common(1) or [("", 0)])[0]
+        if count > 1:
+            raise ValueError(f"the key {twice!r} stands twice")
+        inner = [part for pair in inner for part in pair]
+    for part in inner:
+        _check(part, depth + 1, left)
 
 
 def _as_given(value: Any) -> Any:

@@ -97,7 +97,8 @@ SPOILED = {
     ),
     "no tasks": (lambda d: edit_json(d, lambda x: x.update(tasks=[])), ValueError, "got none"),
     "a task too few": (
-        lambda d: edit_json(d, lambda x: x["tasks"].pop()), ValueError, r"router\.safetensors, router: keys is"
+        lambda d: edit_json(d, lambda x: x["tasks"].pop()),
+        ValueError, r"router\.safetensors, router: keys is",
     ),
     "a task twice": (
         lambda d: edit_json(d, lambda x: x["tasks"].append(x["tasks"][0])), ValueError, "twice"

@@ -264,8 +264,6 @@ def kill_runs(run: Run, kills: int, generator: random.Random) -> Iterator[str]:
         folder, count, where, wrong = run.folder(), generator.randint(1, 4), "", ""
         story: list[str] = []
         for _ in range(min(count, left)):
-            if story:
-                yield ""
             ended, where = run.ways.kill(partial(run.run, folder), generator)
             if not ended.signal:
                 wrong = ended.problem
@@ -283,6 +281,7 @@ def kill_runs(run: Run, kills: int, generator: random.Random) -> Iterator[str]:
             continue
         wrong = wrong or run.finished(folder)
         shutil.rmtree(folder, ignore_errors=True)
+        yield from [""] * (len(story) - 1)
         yield f"{', then '.join(story)}: {wrong}" if wrong else ""
 
 

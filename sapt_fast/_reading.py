@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Iterable
@@ -17,6 +18,7 @@ DATA_BYTES = 2**34  # of a file of training data
 
 _JSON_STARTS = b'{["-0123456789tfn'
 _HEAD = 4096
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def open_regular(path: Path, limit: int) -> BinaryIO:
@@ -69,7 +71,8 @@ def read_json(path: Path, limit: int = CONFIG_BYTES) -> Any:
     Raises:
         FileNotFoundError: if it is missing.
         ValueError: if it is no regular file, too large, not UTF-8, no JSON, nested too deep, or
-            has a key twice or a number that JSON does not have (NaN, Infinity).
+            has a key twice, a number that JSON does not have (NaN, Infinity) or half of a
+            surrogate pair.
         OSError: if it cannot be read.
     """
     with open_regular(path, limit) as file:
@@ -91,7 +94,10 @@ def parse_json(data: bytes, path: str | os.PathLike[str]) -> Any:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 at byte {error.start}: {error.reason}") from error
     try:
-        return json.loads(text, object_pairs_hook=_distinct, parse_constant=_no_number)
+        content = json.loads(text, object_pairs_hook=_distinct, parse_constant=_no_number)
+        if _SURROGATE.search(text):  # half of a pair is no character: it could not be printed
+            json.dumps(content, ensure_ascii=False).encode("utf-8")
+        return content
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path}: broken JSON at line {error.lineno}, column {error.colno} "

@@ -143,7 +143,7 @@ def _require_method(description: Mapping[str, Any], adapter: Any, path: Path) ->
             f"{path}: method is {method!r}, which this version of sapt_fast does not have (it has "
             f"{', '.join(_METHODS.values())}); load it with the version that wrote it"
         )
-    if _METHODS.get(adapter) != method:
+    if not isinstance(adapter, str) or _METHODS.get(adapter) != method:
         raise ValueError(f"{path}: method is {method!r}, but config.adapter is {adapter!r}")
     if strategy is not None and not isinstance(strategy, str):
         raise ValueError(f"{path}: strategy is {strategy!r}, expected a name or null")

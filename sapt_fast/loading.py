@@ -63,6 +63,7 @@ class StoredTasks:
         targets: as `SaptHandle.targets`.
         trained: tensors of the base model, as `SaptHandle.trained_tensors`.
         modules: each task's copies of `config.modules_to_save`, with `config.modules_per_task`.
+        files: the file that holds the router, the keys and the targets, for messages.
     """
 
     source: str
@@ -74,6 +75,13 @@ class StoredTasks:
     targets: dict[str, Tensor]
     trained: dict[str, Tensor] = field(default_factory=dict)
     modules: Sequence[dict[str, Tensor]] = ()
+    files: Mapping[str, str] = field(
+        default_factory=lambda: dict.fromkeys(("router", "keys", "targets"), ROUTER_FILE)
+    )
+
+    def file(self, part: str) -> str:
+        """The path of the file that holds "router", "keys" or "targets"."""
+        return os.path.join(self.source, self.files[part])
 
 
 def load_pretrained(model: PreTrainedModel, directory: str | os.PathLike[str]) -> PreTrainedModel:
@@ -373,9 +381,10 @@ def _require_fits(model: Any, handle: SaptHandle | None, stored: StoredTasks) ->
     empty = SaptRouter(width, stored.config, device=torch.device("meta"))
     expected = (handle.router if handle else empty).state_dict()
     shapes = {n: tuple(t.shape) for n, t in expected.items() if not n.startswith("keys.")}
-    shapes |= {"keys": (len(stored.names), width)}
-    require_shapes(f"{stored.source}, router", {**stored.router, "keys": stored.keys}, shapes)
-    require_targets(f"{stored.source}, targets", stored.targets, stored.names)
+    require_shapes(f"{stored.file('router')}, router", stored.router, shapes)
+    keys = {"keys": (len(stored.names), width)}
+    require_shapes(f"{stored.file('keys')}, router", {"keys": stored.keys}, keys)
+    require_targets(f"{stored.file('targets')}, targets", stored.targets, stored.names)
     _require_modules(model, layers, stored)
     _require_values(model, stored)
 
@@ -390,8 +399,10 @@ def _require_values(model: Any, stored: StoredTasks) -> None:
             continue
         for path, (a, b, _) in adapters.items():
             require_finite(source, {f"{path} A": a.to(dtype), f"{path} B": b.to(dtype)})
-    tensors = {**stored.router, "keys": stored.keys, **stored.targets}
-    require_finite(f"{stored.source}, router", {n: t.to(dtype) for n, t in tensors.items()})
+    parts = {"router": stored.router, "keys": {"keys": stored.keys}, "targets": stored.targets}
+    for part, tensors in parts.items():
+        cast = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        require_finite(f"{stored.file(part)}, {part}", cast)
 
 
 def _put_in(model: Any, stored: StoredTasks) -> PreTrainedModel:

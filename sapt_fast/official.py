@@ -130,7 +130,18 @@ def load_official(
         name: checkpoint.attention.flip(0) for name, checkpoint in zip(names, released, strict=True)
     }
     stored = StoredTasks(
-        str(last.folder), config, names, adapters, last.keys.flip(0), last.projection, targets
+        str(last.folder),
+        config,
+        names,
+        adapters,
+        last.keys.flip(0),
+        last.projection,
+        targets,
+        files={
+            "router": "trans_input.pt",
+            "keys": "prompts_keys_till_now.pt",
+            "targets": _ATTENTION_FILE,
+        },
     )
     return install(model, stored)
 
@@ -206,6 +217,9 @@ def _projection(path: Path, entries: Any) -> dict[str, Tensor]:
     tensors = _tensors(path, entries)
     if set(tensors) != set(_PROJECTION):
         raise ValueError(f"{path}: got {sorted(tensors)}, expected {sorted(_PROJECTION)}")
+    down = tensors["0.weight"]
+    if down.dim() != 2 or not down.numel():
+        raise ValueError(f"{path}: 0.weight has {_kind(down)}, expected [hidden, D]")
     return {ours: tensors[name] for name, ours in _PROJECTION.items()}
 
 
@@ -230,6 +244,15 @@ def _adapters(
             )
     if not found:
         raise ValueError(f"{folder}: no LoRA entries")
+    rank = next(iter(found.values()))[0, "A"].shape[0]
+    for (parent, letter), tensors in found.items():
+        for (_, side), tensor in tensors.items():
+            if tensor.shape["AB".index(side)] != rank or not tensor.numel():
+                raise ValueError(
+                    f"{folder / f'lora_weights_{side}.pt'}: {parent}, projection {letter}, has "
+                    f"{_kind(tensor)}, expected a rank of at least 1, the same in A and B "
+                    f"everywhere (the first has {rank})"
+                )
     return {
         part: [(tensors[age, "A"], tensors[age, "B"]) for age in range(count)]
         for part, tensors in found.items()
@@ -256,6 +279,7 @@ def _kind(value: Any) -> str:
 
 def _attention(path: Path, count: int) -> Tensor:
     array = read_array(path)
-    if array.size != count or not np.isfinite(array).all():
-        raise ValueError(f"{path}: got {array[:8].tolist()}, expected {count} finite weights")
-    return torch.from_numpy(array.reshape(-1).astype(np.float32))
+    weights = torch.from_numpy(array.reshape(-1).astype(np.float64)).float()
+    if len(weights) != count or not weights.isfinite().all():
+        raise ValueError(f"{path}: got {weights[:8].tolist()}, expected {count} finite weights")
+    return weights

@@ -97,7 +97,8 @@ SPOILED = {
     ),
     "no tasks": (lambda d: edit_json(d, lambda x: x.update(tasks=[])), ValueError, "got none"),
     "a task too few": (
-        lambda d: edit_json(d, lambda x: x["tasks"].pop()), ValueError, "keys is"
+        lambda d: edit_json(d, lambda x: x["tasks"].pop()),
+        ValueError, r"router\.safetensors, router: keys is",
     ),
     "a task twice": (
         lambda d: edit_json(d, lambda x: x["tasks"].append(x["tasks"][0])), ValueError, "twice"
@@ -121,6 +122,14 @@ SPOILED = {
     "scaling for other layers": (
         lambda d: edit_json(d, lambda x: x["tasks"][1].update(scaling={"x": 1.0})),
         ValueError, "scaling",
+    ),
+    "adapter that is no name": (
+        lambda d: edit_json(d, lambda x: x["config"].update(adapter=[])),
+        ValueError, r"config.json: method is .*adapter is \[\]",
+    ),
+    "half a character": (
+        lambda d: edit_json(d, lambda x: x["base_model"].update({"class": "\ud800"})),
+        ValueError, "config.json: no JSON .*surrogates not allowed",
     ),
     "no base model": (
         lambda d: edit_json(d, lambda x: x.update(base_model={})), ValueError, "base_model"
@@ -147,17 +156,17 @@ SPOILED = {
     ),
     "router entry missing": (
         lambda d: edit_tensors(d / "router.safetensors", lambda t: t.pop("up.weight")),
-        ValueError, "up.weight missing",
+        ValueError, r"router\.safetensors, router: up.weight missing",
     ),
     "keys missing": (
         lambda d: edit_tensors(d / "router.safetensors", lambda t: t.pop("keys")),
-        ValueError, "keys is",
+        ValueError, r"router\.safetensors, router: keys is",
     ),
     "target of a wrong length": (
         lambda d: edit_tensors(
             d / "router.safetensors", lambda t: t.update({"targets.task1": torch.ones(3)})
         ),
-        ValueError, "targets: 'task1'",
+        ValueError, r"router\.safetensors, targets: 'task1'",
     ),
     "target of an unknown task": (
         lambda d: edit_tensors(

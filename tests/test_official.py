@@ -197,7 +197,7 @@ SPOILED = {
     ),
     "keys of another width": (
         lambda f: [change(x / "prompts_keys_till_now.pt", lambda x: x[:, 1:]) for x in f],
-        ValueError, "router: keys is",
+        ValueError, r"prompts_keys_till_now\.pt, router: keys is",
     ),
     "projection of other names": (
         lambda f: change(f[2] / "trans_input.pt", without("3.bias")), ValueError, "3.weight"

@@ -83,6 +83,9 @@ def test_train(
     assert not (tmp_path / "run").exists()
 
 
+ALONE = {"scores": '{"first": 1e400}', "nan": '{"first": NaN}', "list": "[1]"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -98,7 +101,9 @@ def test_train(
         (("--output", "{file}"), "output_dir: got"),
         (("--output", "{file}/run"), "is no folder"),
         (("--alone", "/missing"), "alone: got '/missing', which is no file"),
-        (("--alone", "{scores}"), "first: got nan, expected a number of at least 0"),
+        (("--alone", "{scores}"), "first: got inf, expected a number of at least 0"),
+        (("--alone", "{nan}"), "nan: no JSON (NaN is no JSON number)"),
+        (("--alone", "{list}"), "list holds list, expected scores by task"),
         (("--alone", "{scores}", "--fwt"), "alone: give --alone or --fwt, not both"),
         (("--strategy", "single", "--fwt"), "fwt: got --fwt, but strategy 'single'"),
         (("--strategy", "single", "--alone", "{scores}"), "alone: got --alone, but"),
@@ -122,10 +127,11 @@ def test_train_paths_and_contradictions(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    places = {name: tmp_path / name for name in ("file", "folder", "scores")}
+    places = {name: tmp_path / name for name in ("file", "folder", *ALONE)}
     places["file"].write_text("")
     places["folder"].mkdir()
-    places["scores"].write_text('{"first": NaN}')
+    for name, text in ALONE.items():
+        places[name].write_text(text)
     filled = [text.format(**places) for text in arguments]
     defaults = ("--model", "demo", "--benchmark", "demo", "--output", str(tmp_path / "run"))
     assert message in error_of(capsys, monkeypatch, "train", *defaults, *filled)

@@ -35,6 +35,18 @@ def entry(value):
     return change
 
 
+def adapters(side, edit):
+    """Changes one matrix of LoRA."""
+
+    def change(folder):
+        path = folder / f"lora_weights_{side}.pt"
+        tensors = torch.load(path, weights_only=True)
+        name = sorted(tensors)[-1]
+        torch.save({**tensors, name: edit(tensors[name].detach()).clone()}, path)
+
+    return change
+
+
 def repacked(edit, compression=zipfile.ZIP_STORED):
     def change(folder):
         path = folder / "trans_input.pt"
@@ -84,6 +96,15 @@ SPOILED = {
     "complex": (entry(torch.ones(2, 2, dtype=torch.complex64)), "0.weight is of type ComplexFloat"),
     "integers": (entry(torch.ones(2, 2, dtype=torch.int64)), "0.weight is of type Long"),
     "float8": (entry(torch.ones(2, 2).to(torch.float8_e4m3fn)), "0.weight is a tensor of a type"),
+    "no rows": (entry(torch.empty(0, 64)), r"0.weight has shape \(0, 64\)"),
+    "scalar": (entry(torch.tensor(1.0)), r"0.weight has shape \(\)"),
+    "A of no rows": (adapters("A", lambda t: t[:0]), r"A.pt: .* has shape \(0, "),
+    "B of no rows": (adapters("B", lambda t: t[:0]), r"B.pt: .* has shape \(0, "),
+    "A of another rank": (adapters("A", lambda t: t[:1]), r"A.pt: .* has shape \(1, "),
+    "beyond float32": (
+        attention(pickle.dumps(np.full(3, 1e300), 4)),
+        r"attention_weights.pkl: got \[inf",
+    ),
     "NaN": (entry(torch.full((2, 2), torch.nan)), "0.weight has NaN"),
     "no tensor": (entry("text"), "0.weight is str"),
     "zip bomb": (

@@ -13,14 +13,23 @@ from sapt_fast.continual.config_file import read_config
 from sapt_fast.continual.data import read_task
 from sapt_fast.continual.loop import run_continual
 from sapt_fast.continual.runs import evaluate
-from sapt_fast.continual.settings import ContinualSettings, parse_values
+from sapt_fast.continual.settings import ContinualSettings, differences, parse_values
 from sapt_fast.continual.sources import Source
+from sapt_fast.continual.state import RunFolder, read_alone
 from sapt_fast.demo.tasks import CharTokenizer
 
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
     f"{chr(98 + n)}: &{chr(98 + n)} [{', '.join(['*' + chr(97 + n)] * 8)}]\n" for n in range(12)
 )
+MERGES = "a: &a {x: 1}\n" + "".join(
+    f"{chr(98 + n)}: &{chr(98 + n)} {{<<: [{', '.join(['*' + chr(97 + n)] * 8)}]}}\n"
+    for n in range(9)
+)
 YAML = {
+    "merge keys": (MERGES, "more than 10000 values"),
+    "merge keys inside each other": ("a: " + "{<<: " * 30 + "{}" + "}" * 30, "inside each other"),
+    "a merge of itself": ("a: &a {<<: *a}", "inside each other"),
+    "twice inside": ("a: {b: 1, b: 2}", "'b' stands twice"),
     "laughs": (LAUGHS, "more than 10000 values"),
     "recursive": ("a: &a [*a]", "inside each other"),
     "deep": ("a: " + "[" * 400 + "]" * 400, "nested too deep|inside each other"),
@@ -30,6 +39,15 @@ YAML = {
     "not UTF-8": (b"a: \xff", "not UTF-8"),
     "zeros": (b"\0" * 1000, "no YAML"),
     "large": ("a: " + "x" * 70_000, "at most"),
+    "no timestamp": ("a: !!timestamp x", "no YAML"),
+    "no bool": ("a: !!bool x", "no YAML"),
+    "no int": ('a: !!int ""', "no YAML"),
+    "a day": ("seed: {b: 2001-01-01}", "value of type date, .* quote"),
+    "bytes": ("a: !!binary aGk=", "value of type bytes"),
+    "set": ("a: [!!set {b}]", "value of type set"),
+    "huge": ("a: 0x" + "f" * 60_000, "more than 64 bits"),
+    "huge inside": ("a: {b: 1" + ":59" * 10_000 + "}", "more than 64 bits"),
+    "half a character": (r'a: "\ud800"', "surrogates not allowed"),
     "date": ("seed: 2001-13-45", "config"),
 }
 
@@ -58,6 +76,13 @@ class TestYaml:
         (tmp_path / "x").write_text("set: &s {a.r: 4}\nother: *s\nmax-train: 3\n")
         found = read_config(tmp_path / "x", {"set", "other", "max_train"})
         assert found == {"set": ["a.r=4"], "other": ["a.r=4"], "max_train": 3}
+        # what is merged into a mapping is no key that stands twice
+        text = "x: {y: {<<: &b {a: 1, c: 3}, a: 2}}\nset: {<<: *b, a: 5}\n"
+        (tmp_path / "x").write_text(text)
+        assert sorted(read_config(tmp_path / "x", {"set", "x"})["set"]) == ["a=5", "c=3"]
+        (tmp_path / "x").write_text("# nothing\n")
+        with pytest.raises(ValueError, match="holds NoneType"):
+            read_config(tmp_path / "x", {"set"})
 
 
 @pytest.mark.parametrize(
@@ -87,6 +112,33 @@ def test_a_finished_run(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=r"run\.json"):
         evaluate(tmp_path)
+
+
+@pytest.mark.parametrize("alone", [{}, 0.5, True, [1], [1, None], [1, "x"], [1, 10**400], [[1], 2]])
+def test_scores_of_tasks_learned_alone(alone, tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"alone": alone}))
+    with pytest.raises(ValueError, match=r"results\.json"):
+        read_alone(path, 2)
+    path.write_text(json.dumps({"alone": [50, 1.5]}))
+    assert read_alone(path, 2) == [50, 1.5]
+
+
+@pytest.mark.parametrize("costs", [{"seconds": 3}, {"peaks": 3}, {"trained": "x"}, {"peaks": [[]]}])
+def test_costs_of_a_run(costs, tmp_path):
+    folder = RunFolder(tmp_path, ["a"])
+    good = {"seconds": [1.5], "peaks": [None], "trained": [7]}
+    (tmp_path / "state.json").write_text(json.dumps({**good, **costs}))
+    with pytest.raises(ValueError, match=r"state\.json"):
+        folder.read_costs()
+    (tmp_path / "state.json").write_text(json.dumps(good))
+    folder.read_costs()
+    assert (folder.seconds, folder.peaks, folder.trained) == ([1.5], [None], [7])
+
+
+@pytest.mark.parametrize("stored", [True, 3, "x", [1], None])
+def test_a_description_that_is_none(stored):
+    assert len(differences(stored, {"a": 1})) == 1
 
 
 @pytest.mark.parametrize("text", ["a=" + "[" * 100_000, "a=" + "9" * 5000])

@@ -28,7 +28,7 @@ from sapt_fast.continual.pseudo_samples import make_pseudo_samples, pseudo_sampl
 from sapt_fast.continual.report import write_json, write_report
 from sapt_fast.continual.results import Results
 from sapt_fast.continual.settings import ContinualSettings, differences
-from sapt_fast.continual.state import RunFolder, read_json
+from sapt_fast.continual.state import RunFolder, read_alone, read_json
 from sapt_fast.continual.strategies import STRATEGIES
 from sapt_fast.continual.strategies.base import Strategy
 from sapt_fast.continual.training import train_stage
@@ -150,6 +150,8 @@ def evaluate_run(
         found = differences(stored[part], ours[part])
         if found:
             raise ValueError(f"{part}: not those of the run in {output_dir}: " + "; ".join(found))
+    run.folder.read_costs()
+    alone = read_alone(run.folder.path / "results.json", len(run.names))
     attention: list[list[float]] = []
     for index in run.stages:
         run.restore(index + 1)
@@ -157,9 +159,7 @@ def evaluate_run(
         target = model.sapt.targets.get(run.names[index])
         attention.append([] if target is None else target.tolist())
     run.folder.attention = attention
-    run.folder.read_costs()
-    results = read_json(run.folder.path / "results.json")
-    return run.results(results.get("alone"))
+    return run.results(alone)
 
 
 class _Run:

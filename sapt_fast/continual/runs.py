@@ -7,6 +7,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from sapt_fast import _reading
 from sapt_fast._options import require_folder, require_number
 from sapt_fast.continual.loop import ALONE_NAME, Results, evaluate_run, run_alone, run_continual
 from sapt_fast.continual.processes import require_device
@@ -73,7 +74,12 @@ def _scores(path: Path) -> dict[str, Any]:
     """An alone.json; whose tasks they are is checked by `run_continual`."""
     if not path.is_file():
         raise FileNotFoundError(f"alone: got {str(path)!r}, which is no file; expected alone.json")
-    scores = read_json(path)
+    try:
+        scores = _reading.read_json(path)
+    except ValueError as error:
+        raise ValueError(f"alone: {error}") from error
+    if not isinstance(scores, dict):
+        raise ValueError(f"alone: {path} holds {type(scores).__name__}, expected scores by task")
     for task, score in scores.items():
         require_number(f"alone: {path}: {task}", score, most=100)
     return scores

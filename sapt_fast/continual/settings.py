@@ -306,12 +306,14 @@ class ContinualSettings:
         return cls(**{**values, "sapt": SaptConfig.from_dict(values["sapt"])})
 
 
-def differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+def differences(stored: Any, asked: Mapping[str, Any]) -> list[str]:
     """What differs between two JSON-ready descriptions of a run, one line for each entry.
 
     A field of SaptConfig that the stored one lacks came later and had its default then; a digest
     that it lacks is not compared.
     """
+    if not isinstance(stored, Mapping):
+        return [f"got {str(stored)[:80]!r} there, expected entries by name"]
     before, now = _flat(stored), _flat(asked)
     for name, value in _flat({"sapt": SaptConfig().to_dict()}).items():
         for place in (name, f"settings.{name}"):

@@ -136,9 +136,14 @@ class RunFolder:
 
     def read_costs(self) -> None:
         """Takes over from state.json what the run has cost so far."""
-        state = read_json(self.path / "state.json", "seconds")
-        self.seconds, self.peaks = state["seconds"], state.get("peaks", [])
-        self.trained, self.resumed = state.get("trained", []), state.get("resumed", False)
+        path = self.path / "state.json"
+        state = read_json(path, "seconds")
+        peaks = state.get("peaks", [])
+        known = [peak for peak in peaks if peak is not None] if isinstance(peaks, list) else peaks
+        trained = state.get("trained", [])
+        _rows([state["seconds"], known, trained], path)
+        self.seconds, self.peaks, self.trained = state["seconds"], peaks, trained
+        self.resumed = bool(state.get("resumed", False))
 
     def write(self) -> None:
         """Writes state.json; of several processes the first does."""
@@ -201,6 +206,22 @@ def read_json(path: Path, *fields: str) -> dict[str, Any]:
         what = f"no {missing[0]}" if missing else "no object"
         raise ValueError(f"{path} is damaged ({what}); choose another output_dir")
     return content
+
+
+def read_alone(path: Path, count: int) -> list[float] | None:
+    """The scores of the tasks learned alone in a results.json, None if it has none.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        ValueError: it is damaged, or has not `count` of them.
+    """
+    stored = read_json(path).get("alone")
+    if stored is None:
+        return None
+    (alone,) = _rows([stored], path)
+    if len(alone) != count or not all(map(math.isfinite, alone)):
+        raise ValueError(f"{path}: alone: got {str(stored)[:200]}, expected {count} finite scores")
+    return alone
 
 
 def _rows(value: Any, path: Path) -> list[list[float]]:

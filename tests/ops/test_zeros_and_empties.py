@@ -155,9 +155,9 @@ def test_the_first_of_several_nan_or_least_values_gets_the_gradient(backend, tok
 
 
 def test_what_is_no_share_or_no_sequence_is_refused_by_name():
-    with pytest.raises(TypeError, match="target: got dtype torch.bool"):
+    with pytest.raises(TypeError, match=r"target: got dtype torch\.bool"):
         reflection_loss(torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool))
-    with pytest.raises(TypeError, match="target: got dtype torch.int64"):
+    with pytest.raises(TypeError, match=r"target: got dtype torch\.int64"):
         reflection_loss(torch.zeros(1, 2), torch.ones(2, dtype=torch.int64))
     adapters = [Adapter(torch.ones(1, 3), torch.ones(3, 1), 1.0)]
     x = torch.ones(1, 3)

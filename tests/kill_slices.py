@@ -54,10 +54,10 @@ def only_code(suffix: str) -> list[hostile_files.Spoiler]:
 def main(folder: Path) -> None:
     runs = {
         "kill": ended(kill.main, "--only", "save", "race", "disk", "--kills", "3", "--races", "1"),
-        "hostile": ended(hostile.main, "--files", "12", "--seed", "1"),
+        "hostile": ended(hostile.main, "--files", "8", "--seed", "1"),
     }
     kill.Saves.save = save_in_place  # type: ignore[method-assign]
-    runs["a save that is not atomic"] = ended(kill.main, "--only", "save", "--kills", "4")
+    runs["a save that is not atomic"] = ended(kill.main, "--only", "save", "--kills", "6")
     target = trusting(folder / "whole")
     hostile.targets = lambda _: {"config": target}
     hostile_files.spoilers = only_code

@@ -36,7 +36,7 @@ def test_slices_pass_and_faults_are_noticed(tmp_path: Path) -> None:
 
     code, summary = ended["hostile"]
     assert summary["failed"] == []
-    assert (code, summary["files"]) == (0, 12)
+    assert (code, summary["files"]) == (0, 8)
     code, summary = ended["a reader that runs code"]
     assert code == 1
     assert "executed" in [words for failure in summary["failed"] for words in failure["wrong"]]

@@ -122,7 +122,7 @@ def experts_gradients(v: Values, c: Array, index: NDArray[np.int64], scaling: fl
     x, a, b, w = (v[name] for name in ("x", "bank_a", "bank_b", "weights"))
     dx, da, db, dw = (np.zeros_like(t) for t in (x, a, b, w))
     for (m, j), n in np.ndenumerate(index):
-        if n < 0:
+        if n < 0 or not a.shape[1]:
             continue
         h, g = a[n] @ x[m], b[n] @ c[m]
         share = scaling * (h * g).sum()

@@ -364,12 +364,13 @@ def topk(draw: Draw, backend: MaybeBackend, wide: bool) -> Call:
             if len(set(index[m])) != k or not ((index[m] >= 0) & (index[m] < N)).all():
                 raise WrongError(f"index[{m}]: got {index[m].tolist()}, expected {k} keys")
             for j, (at, want) in enumerate(zip(index[m], order[m], strict=True)):
+                twins = [n for n in range(at) if np.array_equal(v["keys"][n], v["keys"][at])]
+                if not set(twins) <= set(index[m, :j]):
+                    raise WrongError(f"index[{m}, {j}]: got {at} before its equals {twins}")
                 a, b = s[m, at], s[m, want]
-                same = np.array_equal(v["keys"][at], v["keys"][want])
                 equal = a == b or (np.isnan(a) and np.isnan(b))
                 if at != want and (
-                    same
-                    or (equal and not np.isfinite(a))
+                    (equal and not np.isfinite(a))
                     or not abs(a - b) <= 1e-3 * (1 + abs(b)) * (1 + D)
                 ):
                     raise WrongError(f"index[{m}, {j}]: got {at}, expected {want}")

@@ -149,15 +149,14 @@ def pooled(embeds: Array, keep: NDArray[np.bool_], pooling: str) -> Array:
 
 
 def pooled_gradients(embeds: Array, keep: NDArray[np.bool_], pooling: str, c: Array) -> Array:
-    """[B, T, D]; of equal maxima each gets its share."""
+    """[B, T, D]; the first of equal maxima gets it, of several NaN the first NaN."""
     d = np.zeros_like(embeds)
     for s in range(embeds.shape[0]):
-        rows = embeds[s][keep[s]]
-        if len(rows) and pooling == "mean":
-            d[s][keep[s]] = c[s] / len(rows)
-        elif len(rows):
-            best = rows == rows.max(0)
-            d[s][keep[s]] = best * c[s] / np.maximum(best.sum(0), 1)
+        kept = np.flatnonzero(keep[s])
+        if len(kept) and pooling == "mean":
+            d[s][kept] = c[s] / len(kept)
+        elif len(kept):
+            d[s][kept[embeds[s][kept].argmax(0)], np.arange(embeds.shape[2])] = c[s]
     return d
 
 

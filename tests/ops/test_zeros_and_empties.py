@@ -14,6 +14,7 @@ from sapt_fast.ops import (
     topk_keys,
 )
 from sapt_fast.ops.own_lora import Adapter, add_own_lora_, own_lora
+from sapt_fast.ops.pool_tokens import pool_embeds
 
 pytest.importorskip("triton")
 
@@ -175,6 +176,16 @@ def test_equal_keys_keep_their_order_in_any_layout(backend, metric, count):
         at = [row.index(0) for row in index.cpu().tolist()]
         for row, j in zip(scores.cpu(), at, strict=True):
             assert row[j] == row[j + 1]
+
+
+@pytest.mark.parametrize("value", [2.0, NAN])
+@pytest.mark.parametrize("mask", [None, torch.tensor([[0, 1, 1, 1]])])
+def test_the_first_of_equal_embeddings_gets_the_gradient(value, mask):
+    embeds = torch.zeros(1, 4, 3)
+    embeds[0, 1:] = value
+    embeds.requires_grad_()
+    pool_embeds(embeds, mask=mask).sum().backward()
+    assert embeds.grad[0].tolist() == [[0.0] * 3, [1.0] * 3, [0.0] * 3, [0.0] * 3]
 
 
 def test_what_is_no_share_or_no_sequence_is_refused_by_name():

@@ -122,7 +122,7 @@ def experts_gradients(v: Values, c: Array, index: NDArray[np.int64], scaling: fl
     x, a, b, w = (v[name] for name in ("x", "bank_a", "bank_b", "weights"))
     dx, da, db, dw = (np.zeros_like(t) for t in (x, a, b, w))
     for (m, j), n in np.ndenumerate(index):
-        if n < 0:
+        if n < 0 or not a.shape[1]:
             continue
         h, g = a[n] @ x[m], b[n] @ c[m]
         share = scaling * (h * g).sum()
@@ -149,15 +149,14 @@ def pooled(embeds: Array, keep: NDArray[np.bool_], pooling: str) -> Array:
 
 
 def pooled_gradients(embeds: Array, keep: NDArray[np.bool_], pooling: str, c: Array) -> Array:
-    """[B, T, D]; of equal maxima each gets its share."""
+    """[B, T, D]; the first of equal maxima gets it, of several NaN the first NaN."""
     d = np.zeros_like(embeds)
     for s in range(embeds.shape[0]):
-        rows = embeds[s][keep[s]]
-        if len(rows) and pooling == "mean":
-            d[s][keep[s]] = c[s] / len(rows)
-        elif len(rows):
-            best = rows == rows.max(0)
-            d[s][keep[s]] = best * c[s] / np.maximum(best.sum(0), 1)
+        kept = np.flatnonzero(keep[s])
+        if len(kept) and pooling == "mean":
+            d[s][kept] = c[s] / len(kept)
+        elif len(kept):
+            d[s][kept[embeds[s][kept].argmax(0)], np.arange(embeds.shape[2])] = c[s]
     return d
 
 

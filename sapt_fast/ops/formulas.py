@@ -171,7 +171,7 @@ def nearest_key(query: Tensor, keys: Tensor, radius: Tensor) -> tuple[Tensor, Te
     if keys.shape[0] == 0:
         none = q.new_full(q.shape[:1], float("inf"))
         return none, torch.full_like(none, -1, dtype=torch.int64)
-    least, at = _nearest(q.detach(), keys.detach().to(wide))
+    least, at = _nearest(q.detach().contiguous(), keys.detach().to(wide).contiguous())
     nearest = torch.where(least < float("inf"), at, -1)
     accepted = (nearest >= 0) & (least <= radius[at])
     return distance_to(query, keys, nearest, least), torch.where(accepted, at, -1)
@@ -210,7 +210,9 @@ def _nearest(query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
 def topk_keys(query: Tensor, keys: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
     """(scores [M, k], index [M, k]); arguments as `topk_keys_fwd` takes them."""
     wide = accumulation_dtype(query.dtype)
-    q, table = query.detach().to(wide).unsqueeze(1), keys.detach().to(wide)
+    # Contiguous, so that equal keys have equal scores: see `topk_keys._all_scores`.
+    q = query.detach().to(wide).contiguous().unsqueeze(1)
+    table = keys.detach().to(wide).contiguous()
     parts = table.split(_keys_at_a_time(query))
     found = torch.cat([_scores(q, part, metric) for part in parts], 1)
     # Ascending and stable: NaN goes last, equal scores keep the order of their indices.

@@ -92,14 +92,14 @@ def pool_embeds(embeds: Tensor, *, mask: Tensor | None = None, pooling: str = "m
     if embeds.shape[1] == 0:
         return embeds.sum(1)
     if mask is None:
-        return embeds.amax(1) if pooling == "max" else embeds.mean(1)
+        return embeds.max(1).values if pooling == "max" else embeds.mean(1)
     keep = (mask != 0).unsqueeze(-1)
     if pooling == "mean":
         total = embeds.masked_fill(~keep, 0.0).sum(
             1, dtype=torch.promote_types(embeds.dtype, torch.float32)
         )
         return (total / keep.sum(1).clamp(min=1)).to(embeds.dtype)
-    pooled = embeds.masked_fill(~keep, float("-inf")).amax(1)
+    pooled = embeds.masked_fill(~keep, float("-inf")).max(1).values
     return torch.where(keep.any(1), pooled, 0.0)
 
 

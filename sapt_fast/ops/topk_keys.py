@@ -86,10 +86,10 @@ def topk_keys_fwd(query: Tensor, keys: Tensor, k: int, metric: str) -> tuple[Ten
     index = query.new_empty((query.shape[0], k), dtype=torch.int64)
     for row in range(0, query.shape[0], ROW_CHUNK):
         rows = slice(row, row + ROW_CHUNK)
-        q = query[rows].to(dtype)
+        q = query[rows].to(dtype).contiguous()
         best, at = q.new_empty((len(q), 0)), index.new_empty((len(q), 0))
         for start in range(0, keys.shape[0], KEY_CHUNK):
-            part = keys[start : start + KEY_CHUNK].to(dtype)
+            part = keys[start : start + KEY_CHUNK].to(dtype).contiguous()
             ids = torch.arange(start, start + len(part), device=at.device)
             candidates = torch.cat([best, _all_scores(q, part, metric)], 1)
             owners = torch.cat([at, ids.expand(len(q), -1)], 1)
@@ -150,7 +150,8 @@ def _all_scores(query: Tensor, keys: Tensor, metric: str) -> Tensor:
         return -pairwise_distance(query, keys).square()
     if metric == "cosine":
         query, keys = query * inverse_norm(query), keys * inverse_norm(keys)
-    # A matrix product may round equal keys differently, by their places in its blocks.
+    # Equal keys must have equal scores. A matrix product may round by their places in its blocks,
+    # a sum over tensors that are not contiguous by their places in a vector.
     step = max(1, _GATHER_CHUNK // max(1, keys.numel()))
     return torch.cat([(rows.unsqueeze(1) * keys).sum(-1) for rows in query.split(step)])
 

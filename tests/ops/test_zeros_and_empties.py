@@ -14,6 +14,7 @@ from sapt_fast.ops import (
     topk_keys,
 )
 from sapt_fast.ops.own_lora import Adapter, add_own_lora_, own_lora
+from sapt_fast.ops.pool_tokens import pool_embeds
 
 pytest.importorskip("triton")
 
@@ -152,6 +153,39 @@ def test_the_first_of_several_nan_or_least_values_gets_the_gradient(backend, tok
     want = torch.zeros(9, 6)
     want[1] = 1
     assert torch.equal(grad.cpu(), want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("metric", ["dot", "cosine", "l2"])
+@pytest.mark.parametrize("count", [13, 70])
+def test_equal_keys_keep_their_order_in_any_layout(backend, metric, count):
+    generator = torch.Generator().manual_seed(1)
+    keys = torch.randn(count, 16, generator=generator)
+    keys[-1], keys[-2] = keys[0], keys[1]
+    query = torch.cat([keys[:2], torch.randn(5, 16, generator=generator)])
+    for q, table in ((query, keys), (query.t().contiguous().t(), keys.t().contiguous().t())):
+        given = q.to(_device(backend)), table.to(_device(backend))
+        scores, index = topk_keys(*given, count, metric=metric, backend=backend)
+        _, under_vmap = torch.func.vmap(
+            lambda one, t=given[1]: topk_keys(one, t, count, metric=metric)
+        )(given[0][None])
+        for order in (index.cpu().tolist(), under_vmap[0].cpu().tolist()):
+            for row in order:
+                assert row.index(0) + 1 == row.index(count - 1)
+                assert row.index(1) + 1 == row.index(count - 2)
+        at = [row.index(0) for row in index.cpu().tolist()]
+        for row, j in zip(scores.cpu(), at, strict=True):
+            assert row[j] == row[j + 1]
+
+
+@pytest.mark.parametrize("value", [2.0, NAN])
+@pytest.mark.parametrize("mask", [None, torch.tensor([[0, 1, 1, 1]])])
+def test_the_first_of_equal_embeddings_gets_the_gradient(value, mask):
+    embeds = torch.zeros(1, 4, 3)
+    embeds[0, 1:] = value
+    embeds.requires_grad_()
+    pool_embeds(embeds, mask=mask).sum().backward()
+    assert embeds.grad[0].tolist() == [[0.0] * 3, [1.0] * 3, [0.0] * 3, [0.0] * 3]
 
 
 def test_what_is_no_share_or_no_sequence_is_refused_by_name():

@@ -54,7 +54,8 @@ def test_train_offers_every_setting() -> None:
     # Released settings come with a preset; the rest is for Python.
     python_only = {
         "kl_per_micro_batch", "adapter", "query_hidden_dim", "query_init", "mask_padding",
-        "grad_through_frozen", "top_k", "threshold", "reserve_tasks",
+        "grad_through_frozen", "top_k", "threshold", "reserve_tasks", "modules_to_save",
+        "modules_per_task",
     }  # fmt: skip
     assert set(ContinualSettings.names()) - parameters <= python_only
 

@@ -109,7 +109,8 @@ def _out_of_ranks(c: Experts, h: str, bank: str, out: tuple[str, int], crowded: 
     name, width = out
     flops = 2 * c.pairs * c.rank * width
     index = {"index": INT64 * c.pairs}
-    reads = {**index, "weights": 4 * c.pairs, h: c.ranks, bank: c.bank(width)}
+    weights = {"weights": 4 * c.pairs}  # a pair whose weight is 0 takes no part
+    reads = {**index, **weights, h: c.ranks, bank: c.bank(width)}
     result = {name: c.m * width * c.itemsize}
     if not crowded:
         return [Pass(f"{name} out of ranks", reads, result, flops)]
@@ -117,5 +118,5 @@ def _out_of_ranks(c: Experts, h: str, bank: str, out: tuple[str, int], crowded: 
     order = {"order": INT64 * c.pairs}
     return [
         Pass(f"{name} out of ranks", reads | order, products, flops),
-        Pass(f"{name} sum", products | index, result, c.pairs * width),
+        Pass(f"{name} sum", {**products, **index, **weights}, result, c.pairs * width),
     ]

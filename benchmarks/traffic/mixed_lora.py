@@ -102,7 +102,8 @@ def mixed_lora_backward(c: MixedLora, route: str, through_frozen: bool = True) -
 
     g = dy B^T takes 2 M O R FLOPs; of it leave g * w in the columns through which x gets a
     gradient, h * w in those that train, and one line of partial sums of g * h per tile of rows,
-    from which the gradient of the mixture follows. dA and dB read M x Rt and x or dy once more.
+    from which the gradient of the mixture follows, 0 where it is undefined and the weight is 0: the
+    weights are read again for that. dA and dB read M x Rt and x or dy once more.
     dx of the second member and on is added to what is there.
     """
     passes: Passes = []
@@ -135,6 +136,7 @@ def mixed_lora_backward(c: MixedLora, route: str, through_frozen: bool = True) -
                 {
                     f"partial{j}": 4 * lines * member.r,
                     f"row_adapter{j}": 4 * member.r,
+                    "mixture": c.mixture,
                     **({"d_mixture": c.mixture} if j else {}),
                 },
                 {"d_mixture": c.mixture},

@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sapt_fast.ops._presence import without_undefined
 from sapt_fast.triton_kernels import common
 from sapt_fast.triton_kernels.common import cdiv, round_up, with_unit_column_stride
 from sapt_fast.triton_kernels.row_reduction import sum_parts
@@ -230,7 +229,7 @@ def mix_prompts_bwd(
                 _fill_prompt_grad(d_mixed, mixture, d_prompts)
             if d_mixture is not None:
                 _fill_mixture_grad(d_mixed, prompts, d_mixture)
-                d_mixture = without_undefined(d_mixture, mixture)
+                d_mixture.masked_fill_((mixture == 0) & ~d_mixture.isfinite(), 0.0)
     return d_prompts, d_mixture
 
 

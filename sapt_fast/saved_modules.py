@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -327,7 +328,8 @@ class Changes:
 
     A write that torch counts is one, as those of most optimizers, `nn.init` and `copy_` are. Fused
     optimizers and writes to `p.data` are not counted, so some values of each tensor are compared as
-    well, and all of the heads'. Nothing is noticed while the model is sharded.
+    well, and all of the heads'. Among several processes these values alone tell. Nothing is noticed
+    while the model is sharded.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -422,7 +424,9 @@ def _values(tensor: Tensor, most: int | None) -> Tensor:
 
 def _differs(before: tuple[int, Tensor], now: tuple[int, Tensor]) -> bool:
     """Whether it was written to, or has values that no change of dtype explains."""
-    if now[0] > before[0]:
+    # Several processes write their common values into every parameter when they start.
+    alone = not (dist.is_available() and dist.is_initialized())
+    if now[0] > before[0] and alone:
         return True
     old, new = before[1], now[1]
     if not len(old) or not len(new):  # offloaded by now, or before

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import generated_tasks
+import pytest
 
 
+@pytest.mark.thorough
 def test_it_makes_pseudo_samples_tunes_compares_and_goes_on(tmp_path: Path) -> None:
     given = [
         "--rows", "sapt_pseudo_samples,l2p", "--tasks", "last_first,vowel_label", "--seeds", "0",

@@ -58,6 +58,7 @@ class Spoiled:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_every_op_is_checked_in_every_dtype():
     report = op_checks.correctness("cpu", op_checks.QUICK.checked)
     assert report.keys() == OPS

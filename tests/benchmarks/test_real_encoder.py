@@ -16,6 +16,7 @@ from sapt_fast.continual.sources import Source
 DATA = Path(__file__).parents[1] / "data" / "CL_Benchmark"
 
 
+@pytest.mark.thorough
 def test_it_tunes_on_dev_compares_and_goes_on(tmp_path: Path) -> None:
     model = tmp_path / "model"
     make_encoder().save_pretrained(model)

@@ -187,7 +187,11 @@ def test_answers_keep_the_order_of_the_rows(
 
 @pytest.mark.parametrize(
     ("kind", "places"),
-    [("t5", ("step", "checkpoint")), ("t5", ("trained", "saved")), ("llama", ("step",))],
+    [
+        ("t5", ("step", "checkpoint")),
+        pytest.param("t5", ("trained", "saved"), marks=pytest.mark.thorough),
+        pytest.param("llama", ("step",), marks=pytest.mark.thorough),
+    ],
 )
 def test_resuming_after_sigkill_gives_the_same_weights(
     kind: str, places: tuple[str, ...], tmp_path: Path

@@ -183,6 +183,7 @@ def test_interrupted_in_training_and_in_sampling_it_comes_to_the_same(
     assert calls["draw"] == draws
 
 
+@pytest.mark.thorough
 def test_a_run_killed_in_generating_comes_to_the_same(tmp_path: Path) -> None:
     tests, name = Path(__file__).parents[1], "t5-sapt-generated"
     process = subprocess.run(

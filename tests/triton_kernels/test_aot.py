@@ -15,11 +15,22 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
-def test_kernels_compile_soundly() -> None:
+@pytest.mark.parametrize(
+    "capability",
+    [
+        pytest.param("80", marks=pytest.mark.thorough),
+        "90",
+        pytest.param("100", marks=pytest.mark.thorough),
+    ],
+)
+def test_kernels_compile_soundly(capability: str) -> None:
     """In a process of its own: kernels of this one may belong to the interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     report = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "aot_report.py"), "--quick"],
+        [
+            *(sys.executable, str(ROOT / "benchmarks" / "aot_report.py"), "--quick"),
+            *("--capability", capability),
+        ],
         capture_output=True,
         text=True,
         env=environment,

@@ -54,6 +54,7 @@ def test_runs_and_is_evaluated_again_from_its_checkpoints(
     assert stored["trained_parameters"] == results.trained_parameters
 
 
+@pytest.mark.thorough
 def test_resuming_after_sigkill_gives_the_same_weights(tmp_path: Path) -> None:
     names = [f"t5-{strategy}" for strategy in ("ewc", "epi", "lfpt5", "l2p")]
     tests = Path(__file__).parents[2]

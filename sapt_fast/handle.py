@@ -142,7 +142,8 @@ class SaptHandle(nn.Module):
         Args:
             name: as in `add_task`.
             adapters: by the path of each patched layer, A [r, in_features], B [r, out_features]
-                and the scaling; copied, ranks may differ.
+                and the scaling; copied, ranks may differ. With `adapter="prompt"` the prompt
+                [P, D].
             key: [D].
             modules: the task's copies of `modules_to_save`, by their names in the base model; None
                 for the base model's own.

@@ -29,12 +29,11 @@ class PooledEmbedding(Pooled, pefts.Embedding):
 
     def sapt_why_not(self, adapters: Sequence[str] | None = None) -> str | None:
         held = list(self.lora_embedding_A)
-        for name in held if adapters is None else adapters:
-            if name in self.lora_variant:
-                kinds = sorted(n for n in held if n in self.lora_variant)
-                return f"adapters with variants ({kinds}) are left to PEFT"
-            if name in self.input_fns:
-                return "a tensor-parallel embedding is left to PEFT"
+        variant = _why_variant(self, held, adapters)
+        if variant is not None:
+            return variant
+        if any(name in self.input_fns for name in (held if adapters is None else adapters)):
+            return "a tensor-parallel embedding is left to PEFT"
         for stack in (self.lora_embedding_A, self.lora_embedding_B):
             if type(stack) is not nn.ParameterDict:  # torch parametrises by another class
                 return "its adapters are parametrised, so PEFT has to read them"
@@ -72,6 +71,14 @@ class PooledEmbedding(Pooled, pefts.Embedding):
         return _added(self, y.flatten(0, -2), ids, adapters, rows, output).view(y.shape)
 
 
+def _why_variant(layer: Any, held: Sequence[str], adapters: Sequence[str] | None) -> str | None:
+    """Why variants like DoRA among these adapters (None: all) cannot be mixed, or None."""
+    if not any(name in layer.lora_variant for name in (held if adapters is None else adapters)):
+        return None
+    kinds = sorted(name for name in held if name in layer.lora_variant)
+    return f"adapters with variants ({kinds}) are left to PEFT"
+
+
 class _PooledConv(Pooled):
     """A convolution with LoRA, pooled."""
 
@@ -81,12 +88,7 @@ class _PooledConv(Pooled):
         return dict(self.lora_A.items())
 
     def sapt_why_not(self, adapters: Sequence[str] | None = None) -> str | None:
-        held = list(self.lora_A)
-        for name in held if adapters is None else adapters:
-            if name in self.lora_variant:
-                kinds = sorted(n for n in held if n in self.lora_variant)
-                return f"adapters with variants ({kinds}) are left to PEFT"
-        return None
+        return _why_variant(self, list(self.lora_A), adapters)
 
     def sapt_addend(self, adapters: Sequence[str], weights: Tensor) -> Addend:
         base: Any = self.base_layer

@@ -58,27 +58,6 @@ class PromptHandle(SaptHandle):
         )
         self.routing = PromptRouting(model, self._route, self._has_tasks, self._count, self.prompts)
 
-    def restore_task(
-        self,
-        name: str,
-        adapters: Tensor,
-        key: Tensor,
-        modules: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        """`add_task` with a prompt that exists already, as a checkpoint has it.
-
-        Args:
-            name: as in `add_task`.
-            adapters: the prompt [P, D]; copied.
-            key: [D].
-            modules: as in `SaptHandle.restore_task`.
-
-        Raises:
-            ValueError: as `add_task`, or a shape does not fit. Nothing has changed then.
-        """
-        self._require_new(name)
-        self.put_task(name, adapters, key, modules)
-
     def put_task(
         self,
         name: str,
@@ -86,7 +65,7 @@ class PromptHandle(SaptHandle):
         key: Tensor,
         modules: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """`restore_task` whatever the name."""
+        """`restore_task` whatever the name; adapters is the prompt [P, D]."""
         self.prompts.require_fits(adapters)
         self.task_modules.require_fits(modules)
         self.router.add_key(key)

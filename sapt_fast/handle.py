@@ -437,6 +437,8 @@ class SaptHandle(nn.Module):
         self.routing.install()
         self.files.install()
         self.task_modules.install(self.routing)
+        if self.task_modules.paths:
+            self.routing.pools.append(self.task_modules)
         for path in self._in_place:
             self._model.get_submodule(path).requires_grad_(True)
         self._hooks = [

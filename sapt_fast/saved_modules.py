@@ -59,6 +59,18 @@ class TaskModules(nn.Module):
             handle = module.register_forward_hook(hook, prepend=True, with_kwargs=True)
             self._hooks.append(handle)
 
+    def realign(self) -> None:
+        """Called before a forward: raises RuntimeError if a module with copies was replaced."""
+        if torch.compiler.is_compiling():
+            return
+        for path in self.paths:
+            hooks = self._model.get_submodule(path)._forward_hooks.values()
+            if not any(isinstance(hook, _Mixture) for hook in hooks):
+                raise RuntimeError(
+                    f"{path}: was replaced after patch, so the tasks' copies of it would not be "
+                    "used: put the former module back, or replace it before sapt_fast.patch"
+                )
+
     def remove(self) -> None:
         """Takes the hooks away."""
         for hook in self._hooks:

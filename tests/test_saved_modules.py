@@ -107,6 +107,15 @@ def test_unpatch_gives_the_module_back(per_task):
     assert torch.equal(model(token_ids()).logits, output)
 
 
+def test_a_replaced_module_with_copies_is_noticed():
+    model = with_copies()
+    model.classifier = torch.nn.Linear(32, 5)
+    with pytest.raises(RuntimeError, match="classifier: was replaced after patch"):
+        model(token_ids())
+    with model.sapt.fixed(torch.ones(2)), pytest.raises(RuntimeError, match="was replaced"):
+        model(token_ids())
+
+
 class TestWhatWasTrained:
     def test_unfrozen_parameters(self):
         model = sapt_fast.patch(tiny("bert"), settings())

@@ -10,10 +10,10 @@ from typing import Any
 
 import measure
 
-from sapt_fast.continual.compare import Comparison, compare
-from sapt_fast.continual.comparison_report import summary
+from sapt_fast.continual.compare.compare import Comparison, compare
+from sapt_fast.continual.compare.report import summary
+from sapt_fast.continual.data.sources import Source
 from sapt_fast.continual.settings import ContinualSettings
-from sapt_fast.continual.sources import Source
 
 
 def tune(

@@ -18,7 +18,7 @@ from typing import Any
 from figures import BLOCK, IMAGES
 from measure import ROOT
 
-from sapt_fast.continual.comparison_report import with_deviation
+from sapt_fast.continual.compare.report import with_deviation
 
 PAGE = ROOT / "docs" / "guides" / "experiments.md"
 # Neither replays inputs of earlier tasks nor keeps a private adapter for each.

@@ -19,11 +19,11 @@ from pathlib import Path
 import measure
 from continual_protocol import record, report, tune
 
-from sapt_fast.continual.compare import compare
-from sapt_fast.continual.pseudo_samples import make_pseudo_samples
+from sapt_fast.commands.demo import demo_settings
+from sapt_fast.continual.compare.compare import compare
+from sapt_fast.continual.data.sources import DEMO, Source
+from sapt_fast.continual.run.pseudo_samples import make_pseudo_samples
 from sapt_fast.continual.settings import ContinualSettings, GeneratorSettings
-from sapt_fast.continual.sources import DEMO, Source
-from sapt_fast.demo.run import demo_settings
 
 LORA_RATES, PROMPT_RATES = (1e-3, 3e-3, 1e-2), (0.1, 0.3, 1.0, 3.0)
 PROMPTS = ("sapt_prompt", "progprompt", "l2p")

@@ -30,11 +30,11 @@ import parity
 import torch
 
 import sapt_fast
-from sapt_fast.continual import runs
-from sapt_fast.continual.config_file import read_config
-from sapt_fast.continual.sources import DEMO, Source
+from sapt_fast.commands import train as runs
+from sapt_fast.commands.config_file import read_config
+from sapt_fast.commands.demo import demo_settings
+from sapt_fast.continual.data.sources import DEMO, Source
 from sapt_fast.demo.backbone import load_backbone
-from sapt_fast.demo.run import demo_settings
 
 SECONDS = 20.0
 MEMORY = 1 << 30

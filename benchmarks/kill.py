@@ -42,8 +42,8 @@ import torch
 
 import sapt_fast
 from sapt_fast import cli
-from sapt_fast._files import whole_directory
 from sapt_fast.demo.backbone import load_backbone
+from sapt_fast.files.directories import whole_directory
 
 KINDS = ("save", "train", "compare", "race", "disk")
 SHARES = {"save": 0.6, "train": 0.25, "compare": 0.15}  # of the kills

@@ -11,7 +11,7 @@ from released import released_mixture
 from torch import Tensor, nn
 
 from sapt_fast import dispatch
-from sapt_fast.pool import AdapterPool
+from sapt_fast.pools.lora import AdapterPool
 
 FEW_ROWS = 64  # what the CUDA kernels are made for
 

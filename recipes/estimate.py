@@ -20,7 +20,7 @@ from pathlib import Path
 
 import yaml
 
-from sapt_fast.continual.orders import resolve_order
+from sapt_fast.continual.data.orders import resolve_order
 from sapt_fast.continual.settings import ContinualSettings
 
 FOLDER = Path(__file__).parent

@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "SaptConfig": "sapt_fast.methods.sapt",
     "SaptTrainer": "sapt_fast.continual.trainer",
-    "load_official": "sapt_fast.official",
+    "load_official": "sapt_fast.released",
     "load_pretrained": "sapt_fast.loading",
     "patch": "sapt_fast.patching",
     "unpatch": "sapt_fast.patching",
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from sapt_fast.continual.trainer import SaptTrainer
     from sapt_fast.loading import load_pretrained
     from sapt_fast.methods.sapt import SaptConfig
-    from sapt_fast.official import load_official
     from sapt_fast.patching import patch, unpatch
+    from sapt_fast.released import load_official
 
 
 def __getattr__(name: str) -> Any:

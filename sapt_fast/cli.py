@@ -48,7 +48,7 @@ Progress = Annotated[bool, _machine("Progress bars (shown).")]
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     """Lets the options in a file stand where the command line gives none."""
     if path is not None:
-        from sapt_fast.continual.config_file import read_config
+        from sapt_fast.commands.config_file import read_config
 
         known = {parameter.name for parameter in context.command.params} - {"config"}
         context.default_map = read_config(path, {name for name in known if name})
@@ -206,10 +206,10 @@ def train(
 
     Killed at any point and started again with the same options, it goes on where it was.
     """
-    from sapt_fast.continual import runs
-    from sapt_fast.continual.report import results_table
+    from sapt_fast.commands import train as runs
+    from sapt_fast.continual.data.sources import Source
+    from sapt_fast.continual.scores.report import results_table
     from sapt_fast.continual.settings import ContinualSettings, parse_values
-    from sapt_fast.continual.sources import Source
 
     options = dict(locals())
     if order is not None and tasks is not None:
@@ -307,12 +307,12 @@ def compare(
     Runs that are finished are not run again, so methods and seeds can be added. On the generated
     tasks (--benchmark demo) settings start from the demo's.
     """
-    from sapt_fast._options import MOST_SEED, require_count
-    from sapt_fast.continual.compare import compare as compare_runs
-    from sapt_fast.continual.compare import settings_of_rows
-    from sapt_fast.continual.comparison_report import comparison_table
+    from sapt_fast.checks import MOST_SEED, require_count
+    from sapt_fast.continual.compare.compare import compare as compare_runs
+    from sapt_fast.continual.compare.compare import settings_of_rows
+    from sapt_fast.continual.compare.report import comparison_table
+    from sapt_fast.continual.data.sources import DEMO, Source
     from sapt_fast.continual.settings import ContinualSettings, parse_values
-    from sapt_fast.continual.sources import DEMO, Source
 
     source = Source(
         model=model,
@@ -329,7 +329,7 @@ def compare(
     context: AbstractContextManager[None] = nullcontext()
     defaults = None
     if benchmark == DEMO and preset is None:
-        from sapt_fast.demo.run import STRATEGY_VALUES, demo_settings, tiny_model
+        from sapt_fast.commands.demo import STRATEGY_VALUES, demo_settings, tiny_model
 
         base, context, defaults = demo_settings(), tiny_model(), STRATEGY_VALUES
     base = base.but(device=device, progress=progress)
@@ -361,8 +361,8 @@ def evaluate(
     progress: Annotated[bool, _option("Progress bars (shown).")] = True,
 ) -> None:
     """Compute the metrics of a run again from its checkpoints."""
-    from sapt_fast.continual import runs
-    from sapt_fast.continual.report import results_table
+    from sapt_fast.commands import train as runs
+    from sapt_fast.continual.scores.report import results_table
 
     results, stored = runs.evaluate(
         run,
@@ -383,7 +383,7 @@ def demo(
     progress: Annotated[bool, _option("Progress bars of each training (hidden).")] = False,
 ) -> None:
     """Learn six generated tasks with SAPT and with one shared LoRA; about a minute on a CPU."""
-    from sapt_fast.demo.run import demo_tables, run_demo
+    from sapt_fast.commands.demo import demo_tables, run_demo
 
     results = run_demo(output, seed=seed, progress=progress)
     _show(*demo_tables(results), f"attention heat map: {output / 'sapt' / 'attention.png'}")
@@ -412,8 +412,8 @@ def bench(
         if given:
             raise ValueError(f"{given[0]}: `bench {context.invoked_subcommand}` does not take it")
         return
-    from sapt_fast.benchmark import LayerSize, bench_table, time_layer
-    from sapt_fast.continual.sources import torch_dtype
+    from sapt_fast.commands.bench import LayerSize, bench_table, time_layer
+    from sapt_fast.continual.data.sources import torch_dtype
 
     size = LayerSize(batch, tokens, inputs, outputs, tasks, rank)
     for backward, title in ((False, "forward"), (True, "forward and backward")):
@@ -439,8 +439,8 @@ def tune(
     sapt_fast/routes in the user's cache folder (XDG_CACHE_HOME or ~/.cache), under the name of
     the GPU. Without a table a cost model chooses.
     """
-    from sapt_fast._options import require_folder
-    from sapt_fast.route_tuning import parse_grid, record_routes, routes_table, this_gpu
+    from sapt_fast.checks import require_folder
+    from sapt_fast.commands.tune import parse_grid, record_routes, routes_table, this_gpu
 
     grid = parse_grid(widths, ranks, rows, dtypes)
     if output is not None:
@@ -459,7 +459,7 @@ def tune(
 @app.command()
 def doctor() -> None:
     """Show what this machine has and which backend each op will use, and why."""
-    from sapt_fast.doctor import backend_table, environment_table
+    from sapt_fast.commands.doctor import backend_table, environment_table
 
     _show(environment_table(), backend_table())
 
@@ -487,7 +487,7 @@ def _show(*results: Any) -> None:
     """Prints lines and tables; of several processes, the first one does."""
     from rich.console import Console
 
-    from sapt_fast.continual import processes
+    from sapt_fast.continual.run import processes
 
     if processes.is_first():
         for result in results:

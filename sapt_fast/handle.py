@@ -10,15 +10,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from sapt_fast._names import require_folder_name
 from sapt_fast.devices import execution_device
-from sapt_fast.layers import Mixed
+from sapt_fast.files.names import require_folder_name
 from sapt_fast.methods.sapt import SaptConfig, SaptRouter, only_looks_up
 from sapt_fast.ops import transforms
 from sapt_fast.ops.router import query, reflection_loss
-from sapt_fast.pretrained_files import PretrainedFiles
-from sapt_fast.routing import Routing
-from sapt_fast.saved_modules import (
+from sapt_fast.pools.sharding import gathered, require_reduced
+from sapt_fast.routing.hooks import Routing
+from sapt_fast.sites.linear import Mixed
+from sapt_fast.sites.modules import (
     Changes,
     TaskModules,
     base_tensors,
@@ -26,12 +26,12 @@ from sapt_fast.saved_modules import (
     require_present,
     trained_tensors,
 )
-from sapt_fast.sharding import gathered, require_reduced
-from sapt_fast.towers import token_embedding
+from sapt_fast.sites.towers import token_embedding
+from sapt_fast.storage.pretrained_files import PretrainedFiles
 
 if TYPE_CHECKING:
-    from sapt_fast.pool import AdapterPool
-    from sapt_fast.report import PatchReport
+    from sapt_fast.pools.lora import AdapterPool
+    from sapt_fast.sites.report import PatchReport
 
 Adapter = tuple[Tensor, Tensor, float]  # A [r, in_features], B [r, out_features], alpha / r
 
@@ -262,7 +262,7 @@ class SaptHandle(nn.Module):
     def _route(self, **inputs: Tensor | None) -> Tensor:
         """[B, K] for texts in rows of their own."""
         if self.strategy is not None:
-            from sapt_fast.description import require_routed
+            from sapt_fast.storage.description import require_routed
 
             require_routed(self.strategy, "model")
         with self._in_one_piece():
@@ -370,9 +370,9 @@ class SaptHandle(nn.Module):
     ) -> None:
         """One PEFT adapter folder per task, router.safetensors and sapt_config.json; atomic.
 
-        Arguments are those of `sapt_fast.checkpoint.save_pretrained`.
+        Arguments are those of `sapt_fast.storage.saving.save_pretrained`.
         """
-        from sapt_fast.checkpoint import save_pretrained
+        from sapt_fast.storage.saving import save_pretrained
 
         save_pretrained(
             self._model,
@@ -390,9 +390,9 @@ class SaptHandle(nn.Module):
     ) -> None:
         """The static mixture `weights` [K] as one ordinary PEFT LoRA (or prompt); atomic.
 
-        Arguments are those of `sapt_fast.checkpoint.export_adapter`.
+        Arguments are those of `sapt_fast.storage.saving.export_adapter`.
         """
-        from sapt_fast.checkpoint import export_adapter
+        from sapt_fast.storage.saving import export_adapter
 
         export_adapter(self._model, weights, directory, is_main_process=is_main_process)
 
@@ -407,7 +407,7 @@ class SaptHandle(nn.Module):
                 or shared with another module; nothing has changed then.
             RuntimeError: there is no task yet, or a mixture is merged already.
         """
-        from sapt_fast.merging import Addend, Merged, static_weights
+        from sapt_fast.sites.merging import Addend, Merged, static_weights
 
         self._require_task()
         self.routing.require_unmerged()

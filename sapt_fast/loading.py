@@ -1,4 +1,4 @@
-"""Loading what `sapt_fast.checkpoint` saved: everything is checked before the model changes."""
+"""Loading what `sapt_fast.storage.saving` saved: everything is checked before the model changes."""
 
 import json
 import os
@@ -12,10 +12,23 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sapt_fast._base_model import require_base, require_model_type
-from sapt_fast._files import read_directory
-from sapt_fast.adapter_config import require_lora_config, require_prompt_config
-from sapt_fast.description import (
+from sapt_fast.files.directories import read_directory
+from sapt_fast.handle import Adapter, SaptHandle
+from sapt_fast.methods.sapt import SaptConfig, SaptRouter
+from sapt_fast.methods.sapt_prompt import PromptHandle
+from sapt_fast.patching import find_layers, layer_features, patch, require_pretrained, unpatch
+from sapt_fast.sites.embeddings import prompt_place
+from sapt_fast.sites.modules import (
+    base_tensors,
+    find_modules,
+    module_tensors,
+    require_present,
+    whole_modules,
+    with_prefix,
+)
+from sapt_fast.storage.adapter_config import require_lora_config, require_prompt_config
+from sapt_fast.storage.base_model import require_base, require_model_type
+from sapt_fast.storage.description import (
     CONFIG_FILE,
     MODULES_FILE,
     ROUTER_FILE,
@@ -28,22 +41,9 @@ from sapt_fast.description import (
     stated_files,
     strategy_of,
 )
-from sapt_fast.handle import Adapter, SaptHandle
-from sapt_fast.methods.sapt import SaptConfig, SaptRouter
-from sapt_fast.patching import find_layers, layer_features, patch, require_pretrained, unpatch
-from sapt_fast.peft_format import LORA_FILES, owners, read_lora, require_shapes
-from sapt_fast.prompt_format import outer_layers, read_prompt
-from sapt_fast.prompts.patching import PromptHandle
-from sapt_fast.prompts.routing import prompt_place
-from sapt_fast.saved_modules import (
-    base_tensors,
-    find_modules,
-    module_tensors,
-    require_present,
-    whole_modules,
-    with_prefix,
-)
-from sapt_fast.stored_files import (
+from sapt_fast.storage.lora import LORA_FILES, owners, read_lora, require_shapes
+from sapt_fast.storage.prompt import outer_layers, read_prompt
+from sapt_fast.storage.tensors import (
     StoredFiles,
     read_tensors,
     require_finite,

@@ -12,7 +12,13 @@ from transformers import PreTrainedModel
 
 from sapt_fast.devices import execution_device, require_supported_hooks
 from sapt_fast.handle import SaptHandle
-from sapt_fast.layers import (
+from sapt_fast.methods.sapt import SaptConfig
+from sapt_fast.methods.sapt_prompt import PromptHandle
+from sapt_fast.pools.lora import AdapterPool
+from sapt_fast.pools.sharding import is_sharded
+from sapt_fast.routing.hooks import Routing, require_unrouted
+from sapt_fast.sites.find import all_linear, bypass, layer_features, linear_names, obstacle
+from sapt_fast.sites.linear import (
     InputGroup,
     MixedLinear,
     base_kind,
@@ -21,15 +27,9 @@ from sapt_fast.layers import (
     packed_weight,
     runs_its_class,
 )
-from sapt_fast.linear_layers import all_linear, bypass, layer_features, linear_names, obstacle
-from sapt_fast.methods.sapt import SaptConfig
-from sapt_fast.pool import AdapterPool
-from sapt_fast.prompts.patching import PromptHandle
-from sapt_fast.report import PatchReport
-from sapt_fast.routing import Routing, require_unrouted
-from sapt_fast.saved_modules import find_modules, heads
-from sapt_fast.sharding import is_sharded
-from sapt_fast.towers import token_embedding, tower_notes
+from sapt_fast.sites.modules import find_modules, heads
+from sapt_fast.sites.report import PatchReport
+from sapt_fast.sites.towers import token_embedding, tower_notes
 
 logger = logging.getLogger(__name__)
 
@@ -260,10 +260,10 @@ def _peft_functions(model: Any) -> tuple[Callable[..., None], Callable[..., None
     from peft.tuners.xlora import XLoraModel
 
     if isinstance(model.base_model, XLoraModel):
-        from sapt_fast.peft_models.xlora import patch_xlora, unpatch_xlora
+        from sapt_fast.methods.peft.xlora import patch_xlora, unpatch_xlora
 
         return patch_xlora, unpatch_xlora
-    from sapt_fast.peft_models.patching import patch_peft, unpatch_peft
+    from sapt_fast.methods.peft.pool import patch_peft, unpatch_peft
 
     return patch_peft, unpatch_peft
 

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import sapt_fast
-from sapt_fast.sharding import is_sharded, whole
+from sapt_fast.pools.sharding import is_sharded, whole
 
 ROWS = 4  # of a step, over all processes
 
@@ -312,7 +312,7 @@ def run_continual(folder: Path, name: str, stop: int | None = None) -> None:
     """A continual run over three tasks; killed before task `stop` is scored."""
     from tiny_tasks import make_model, make_settings, make_tasks
 
-    from sapt_fast.continual import loop
+    from sapt_fast.continual.run import loop
     from sapt_fast.demo.tasks import CharTokenizer
 
     own, calls = loop._Run.score_seen, []
@@ -341,8 +341,8 @@ def run_comparison(folder: Path, name: str) -> None:
 def _comparison(folder: Path, *rows: str) -> None:
     from tiny_tasks import make_model, make_settings, make_tasks
 
-    from sapt_fast.continual.compare import compare, settings_of_rows
-    from sapt_fast.continual.sources import Source
+    from sapt_fast.continual.compare.compare import compare, settings_of_rows
+    from sapt_fast.continual.data.sources import Source
     from sapt_fast.demo.tasks import CharTokenizer
 
     class Tiny(Source):
@@ -388,7 +388,7 @@ def refuse_continual(folder: Path) -> None:
     """What several processes cannot do as one would."""
     from tiny_tasks import make_model, make_settings, make_tasks
 
-    from sapt_fast.continual.loop import run_continual
+    from sapt_fast.continual.run.loop import run_continual
     from sapt_fast.demo.tasks import CharTokenizer
 
     for options, message in (

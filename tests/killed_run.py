@@ -17,8 +17,8 @@ import transformers
 from safetensors.torch import save_file
 from tiny_tasks import make_model, make_settings, make_tasks, with_pseudo_samples
 
-from sapt_fast.continual.loop import run_continual
-from sapt_fast.continual.pseudo_samples import _Generator
+from sapt_fast.continual.run.loop import run_continual
+from sapt_fast.continual.run.pseudo_samples import _Generator
 from sapt_fast.continual.settings import GeneratorSettings
 from sapt_fast.continual.trainer import SaptTrainer
 from sapt_fast.demo.tasks import CharTokenizer

@@ -5,7 +5,7 @@ import torch
 
 from sapt_fast import dispatch
 from sapt_fast.cuda_kernels import common
-from sapt_fast.triton_kernels import common as triton_common
+from sapt_fast.triton_kernels.blocks import common as triton_common
 
 CUDA = torch.device("cuda")
 

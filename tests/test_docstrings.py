@@ -9,7 +9,7 @@ import pytest
 import sapt_fast
 from sapt_fast import ops
 from sapt_fast.handle import SaptHandle
-from sapt_fast.peft_models.patching import PeftHandle
+from sapt_fast.methods.peft.pool import PeftHandle
 
 PACKAGE = Path(sapt_fast.__file__).parent
 EXAMPLES = [

@@ -33,7 +33,8 @@ from traffic.router import Router, head_forward, pool_backward, pool_forward
 from sapt_fast.ops.mix_experts import pair_groups
 from sapt_fast.ops.projection import Projection
 from sapt_fast.ops.router import QueryProjection
-from sapt_fast.triton_kernels import common, routes
+from sapt_fast.triton_kernels.blocks import common
+from sapt_fast.triton_kernels.blocks import gemm_variants as routes
 from sapt_fast.triton_kernels.mix_prompts import mix_prompts_bwd, mix_prompts_fwd
 from sapt_fast.triton_kernels.mixed_lora import mixed_lora_bwd, mixed_lora_fwd
 from sapt_fast.triton_kernels.nearest_key import nearest_key_fwd

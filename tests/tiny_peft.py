@@ -4,7 +4,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import tiny, token_ids
 
-from sapt_fast.peft_models.layers import PooledLinear
+from sapt_fast.methods.peft.layers import PooledLinear
 
 TARGETS = {"llama": ["q_proj", "v_proj"], "t5": ["q", "v"], "gpt2": ["c_attn"], "bert": ["query"]}
 TYPES = {

@@ -12,9 +12,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from sapt_fast import SaptConfig
-from sapt_fast.continual.data import Example, TaskData
+from sapt_fast.continual.data.rows import Example, TaskData
+from sapt_fast.continual.data.sources import demo_tasks
 from sapt_fast.continual.settings import ContinualSettings
-from sapt_fast.continual.sources import demo_tasks
 from sapt_fast.demo.tasks import CharTokenizer
 
 VOCABULARY = CharTokenizer().vocab_size

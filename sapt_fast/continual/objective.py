@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_outputs import TokenClassifierOutput
 
-from sapt_fast.continual.collate import LABEL_PADDING
-from sapt_fast.continual.encoder import LabelSpace
+from sapt_fast.continual.data.collate import LABEL_PADDING
+from sapt_fast.continual.data.encoder import LabelSpace
 
 __all__ = ["Step", "forward", "prompt_mask", "supervised", "token_loss"]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sapt_fast._options import MOST_SEED, require_choice, require_count, require_number
+from sapt_fast.checks import MOST_SEED, require_choice, require_count, require_number
 from sapt_fast.methods.sapt import SaptConfig
 
 __all__ = ["PRESETS", "ContinualSettings", "GeneratorSettings", "differences", "parse_values"]

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer
 
-from sapt_fast._files import atomic_write_bytes
-from sapt_fast._reading import parse_json
-from sapt_fast.continual.collate import model_kind, pad_rows
-from sapt_fast.continual.encoder import LabelSpace
+from sapt_fast.continual.data.collate import model_kind, pad_rows
+from sapt_fast.continual.data.encoder import LabelSpace
 from sapt_fast.continual.objective import Step, forward, prompt_mask, token_loss
+from sapt_fast.files.directories import atomic_write_bytes
+from sapt_fast.files.reading import parse_json
 from sapt_fast.handle import SaptHandle
-from sapt_fast.pretrained_files import is_ours
-from sapt_fast.sharding import is_sharded, whole
-from sapt_fast.stored_files import read_tensors, require_finite, tensor_bytes
+from sapt_fast.pools.sharding import is_sharded, whole
+from sapt_fast.storage.pretrained_files import is_ours
+from sapt_fast.storage.tensors import read_tensors, require_finite, tensor_bytes
 
 __all__ = ["Replay", "RowStream", "SaptTrainer", "model_given_back"]
 

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sapt_fast.continual.collate import Collator, encode_rows, model_kind, pad_rows, prompt_ids
-from sapt_fast.continual.data import Example, TaskData, read_pseudo_samples
-from sapt_fast.continual.encoder import (
+from sapt_fast.continual.data.collate import Collator, encode_rows, model_kind, pad_rows, prompt_ids
+from sapt_fast.continual.data.encoder import (
     LabelSpace,
     encode_label_rows,
     encode_labels,
     label_strings,
     plain_prompts,
 )
+from sapt_fast.continual.data.rows import Example, TaskData, read_pseudo_samples
 from sapt_fast.continual.settings import ContinualSettings
 from sapt_fast.devices import execution_device
 

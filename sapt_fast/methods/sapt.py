@@ -22,8 +22,8 @@ from sapt_fast.ops.router import (
     route,
     route_scores,
 )
-from sapt_fast.pool import RowStack
-from sapt_fast.sharding import is_partitioned
+from sapt_fast.pools.lora import RowStack
+from sapt_fast.pools.sharding import is_partitioned
 
 
 def _count(value: Any) -> bool:

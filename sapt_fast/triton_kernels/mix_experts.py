@@ -20,9 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from sapt_fast.ops._presence import without_undefined
-from sapt_fast.triton_kernels import common
-from sapt_fast.triton_kernels.common import cdiv, with_unit_column_stride
-from sapt_fast.triton_kernels.grouped_experts import (
+from sapt_fast.triton_kernels.blocks import common
+from sapt_fast.triton_kernels.blocks.common import cdiv, with_unit_column_stride
+from sapt_fast.triton_kernels.blocks.grouped_experts import (
     grouped_into_ranks,
     grouped_out_of_ranks,
     grouping_pays,

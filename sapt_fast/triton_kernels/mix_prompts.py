@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sapt_fast.triton_kernels import common
-from sapt_fast.triton_kernels.common import cdiv, round_up, with_unit_column_stride
-from sapt_fast.triton_kernels.row_reduction import sum_parts
+from sapt_fast.triton_kernels.blocks import common
+from sapt_fast.triton_kernels.blocks.common import cdiv, round_up, with_unit_column_stride
+from sapt_fast.triton_kernels.blocks.row_reduction import sum_parts
 
 
 @triton.jit(do_not_specialize=["P", "T", "K", "V", "prompt_tiles", "tiles"])

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from sapt_fast.ops.projection import Projection
-from sapt_fast.triton_kernels import common, routes
-from sapt_fast.triton_kernels.common import round_up, with_unit_column_stride
-from sapt_fast.triton_kernels.gemm import RANK_ALIGN, two_source_gemm
-from sapt_fast.triton_kernels.row_reduction import Mixing, factor_grad
-from sapt_fast.triton_kernels.shrink import Gate, shrink_bwd, shrink_fwd
+from sapt_fast.triton_kernels.blocks import common
+from sapt_fast.triton_kernels.blocks import gemm_variants as routes
+from sapt_fast.triton_kernels.blocks.common import round_up, with_unit_column_stride
+from sapt_fast.triton_kernels.blocks.gemm import RANK_ALIGN, two_source_gemm
+from sapt_fast.triton_kernels.blocks.row_reduction import Mixing, factor_grad
+from sapt_fast.triton_kernels.blocks.shrink import Gate, shrink_bwd, shrink_fwd
 
 
 def empty_h(x: Tensor, total_rank: int) -> Tensor:

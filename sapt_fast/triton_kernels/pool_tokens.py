@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sapt_fast.triton_kernels import common
-from sapt_fast.triton_kernels.common import DeviceTraits, cdiv, round_up
+from sapt_fast.triton_kernels.blocks import common
+from sapt_fast.triton_kernels.blocks.common import DeviceTraits, cdiv, round_up
 
 _NO_TOKEN = tl.constexpr(2147483647)
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sapt_fast.triton_kernels import common
+from sapt_fast.triton_kernels.blocks import common
 
 if TYPE_CHECKING:
     from sapt_fast.ops.router import QueryProjection

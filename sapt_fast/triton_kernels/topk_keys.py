@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sapt_fast.triton_kernels import common
-from sapt_fast.triton_kernels.common import TileConfig, with_unit_column_stride
-from sapt_fast.triton_kernels.key_tiles import (
+from sapt_fast.triton_kernels.blocks import common
+from sapt_fast.triton_kernels.blocks.common import TileConfig, with_unit_column_stride
+from sapt_fast.triton_kernels.blocks.key_tiles import (
     EMPTY,
     METRICS,
     pack,

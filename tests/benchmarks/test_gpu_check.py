@@ -15,8 +15,8 @@ from providers import Providers
 
 from sapt_fast import dispatch
 from sapt_fast.cuda_kernels import common as cuda_common
-from sapt_fast.triton_kernels import common
-from sapt_fast.triton_kernels.grouped_experts import grouping_pays
+from sapt_fast.triton_kernels.blocks import common
+from sapt_fast.triton_kernels.blocks.grouped_experts import grouping_pays
 
 pytestmark = pytest.mark.skipif(
     not common.INTERPRETED, reason="the rehearsal needs interpreted kernels (TRITON_INTERPRET=1)"

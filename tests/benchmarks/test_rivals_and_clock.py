@@ -14,7 +14,7 @@ from op_cases import TopKeysCase
 from providers import Layer, Providers
 
 from sapt_fast import dispatch
-from sapt_fast.triton_kernels import common
+from sapt_fast.triton_kernels.blocks import common
 
 
 def test_the_compiled_rival_knows_the_sizes_of_every_layer(monkeypatch):

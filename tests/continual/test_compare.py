@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 from tiny_tasks import make_model, make_settings, make_tasks
 
-from sapt_fast.continual import compare as module
-from sapt_fast.continual.compare import Cell, Comparison, compare, settings_of_rows
-from sapt_fast.continual.comparison_report import (
+from sapt_fast.continual.compare import compare as module
+from sapt_fast.continual.compare.compare import Cell, Comparison, compare, settings_of_rows
+from sapt_fast.continual.compare.report import (
     comparison_table,
     forgetting_curves,
     summary,
     write_comparison,
 )
+from sapt_fast.continual.data.sources import Source
 from sapt_fast.continual.settings import ContinualSettings
-from sapt_fast.continual.sources import Source
 from sapt_fast.continual.trainer import SaptTrainer
 from sapt_fast.demo.tasks import CharTokenizer
 
@@ -280,7 +280,7 @@ def test_scalars_for_tensorboard(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from sapt_fast.continual.tensorboard import write_scalars
+    from sapt_fast.continual.compare.tensorboard import write_scalars
 
     for _ in range(2):
         write_scalars(tmp_path / "board", made_once(tmp_path).cells[0])
@@ -302,7 +302,7 @@ def test_scalars_that_a_kill_cut_off_are_written_again(
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from sapt_fast.continual import tensorboard
+    from sapt_fast.continual.compare import tensorboard
 
     cell, metrics = made_once(tmp_path).cells[0], tensorboard.continual_metrics
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from sapt_fast.continual.data import Example, TaskData, list_tasks, read_split, read_task
-from sapt_fast.continual.loop import _digest
-from sapt_fast.continual.orders import ORDERS, resolve_order
+from sapt_fast.continual.data.orders import ORDERS, resolve_order
+from sapt_fast.continual.data.rows import Example, TaskData, list_tasks, read_split, read_task
+from sapt_fast.continual.run.loop import _digest
 
 DATA = Path(__file__).parents[1] / "data"
 BENCHMARK = DATA / "CL_Benchmark"

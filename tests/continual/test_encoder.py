@@ -18,11 +18,12 @@ from typer.testing import CliRunner
 
 import sapt_fast
 from sapt_fast import SaptConfig, cli
-from sapt_fast.continual import encoder, loop
-from sapt_fast.continual.collate import Collator
-from sapt_fast.continual.evaluate import answers
-from sapt_fast.continual.loop import evaluate_run, run_continual
-from sapt_fast.continual.sources import Source
+from sapt_fast.continual.data import encoder
+from sapt_fast.continual.data.collate import Collator
+from sapt_fast.continual.data.sources import Source
+from sapt_fast.continual.run import loop
+from sapt_fast.continual.run.evaluate import answers
+from sapt_fast.continual.run.loop import evaluate_run, run_continual
 from sapt_fast.continual.trainer import SaptTrainer
 from sapt_fast.demo.tasks import CharTokenizer
 

@@ -19,12 +19,12 @@ from tiny_tasks import make_model, make_settings, make_tasks
 
 import sapt_fast
 from sapt_fast import SaptConfig
-from sapt_fast.continual import loop
-from sapt_fast.continual.data import TaskData
-from sapt_fast.continual.evaluate import answers, mean_attention
-from sapt_fast.continual.loop import evaluate_run, run_alone, run_continual
+from sapt_fast.continual.data.rows import TaskData
+from sapt_fast.continual.run import loop
+from sapt_fast.continual.run.evaluate import answers, mean_attention
+from sapt_fast.continual.run.loop import evaluate_run, run_alone, run_continual
+from sapt_fast.continual.run.state import last_checkpoint
 from sapt_fast.continual.settings import ContinualSettings
-from sapt_fast.continual.state import last_checkpoint
 from sapt_fast.demo.tasks import CharTokenizer
 
 KINDS = ("t5", "llama")

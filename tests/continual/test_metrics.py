@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from sapt_fast.continual.metrics import (
+from sapt_fast.continual.scores.metrics import (
     BENCHMARK_METRICS,
     average_performance,
     backward_transfer,
@@ -213,8 +213,8 @@ class TestScorePredictions:
 
 def test_nothing_heavy_is_imported():
     code = (
-        "import sys, sapt_fast.continual.data, sapt_fast.continual.metrics, "
-        "sapt_fast.continual.orders, sapt_fast.continual.report\n"
+        "import sys, sapt_fast.continual.data.rows, sapt_fast.continual.scores.metrics, "
+        "sapt_fast.continual.data.orders, sapt_fast.continual.scores.report\n"
         "print([m for m in ('matplotlib', 'rouge_score', 'nltk', 'rich', 'datasets') "
         "if m in sys.modules])"
     )

@@ -12,7 +12,7 @@ from tiny_tasks import make_model, make_settings, make_tasks
 
 from sapt_fast import SaptConfig
 from sapt_fast.cli import app
-from sapt_fast.continual.loop import evaluate_run, run_continual
+from sapt_fast.continual.run.loop import evaluate_run, run_continual
 from sapt_fast.continual.settings import ContinualSettings
 from sapt_fast.demo.tasks import CharTokenizer
 

@@ -24,10 +24,10 @@ from tiny_tasks import (
     word_tokenizer,
 )
 
-from sapt_fast.continual import loop
-from sapt_fast.continual.data import TaskData, read_pseudo_samples
-from sapt_fast.continual.loop import run_continual
-from sapt_fast.continual.pseudo_samples import PseudoSample, _Generator, make_pseudo_samples
+from sapt_fast.continual.data.rows import TaskData, read_pseudo_samples
+from sapt_fast.continual.run import loop
+from sapt_fast.continual.run.loop import run_continual
+from sapt_fast.continual.run.pseudo_samples import PseudoSample, _Generator, make_pseudo_samples
 from sapt_fast.continual.settings import ContinualSettings, GeneratorSettings
 from sapt_fast.demo.tasks import CharTokenizer
 

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from sapt_fast._files import atomic_write_bytes, atomic_write_text
-from sapt_fast.continual.report import (
+from sapt_fast.continual.scores.report import (
     attention_heat_map,
     results_markdown,
     results_table,
@@ -18,6 +17,7 @@ from sapt_fast.continual.report import (
     write_json,
     write_report,
 )
+from sapt_fast.files.directories import atomic_write_bytes, atomic_write_text
 
 NAN = math.nan
 TASKS = ["sst2", "copa|x", "[qqp]"]

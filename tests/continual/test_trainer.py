@@ -15,7 +15,7 @@ from transformers import Seq2SeqTrainingArguments, TrainerCallback
 
 import sapt_fast
 from sapt_fast import SaptConfig
-from sapt_fast.continual.collate import Collator
+from sapt_fast.continual.data.collate import Collator
 from sapt_fast.continual.trainer import Replay, SaptTrainer
 
 KINDS = ("t5", "llama")

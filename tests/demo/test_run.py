@@ -12,9 +12,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from sapt_fast.continual.loop import run_continual
-from sapt_fast.continual.sources import demo_tasks
-from sapt_fast.demo import run
+from sapt_fast.commands import demo as run
+from sapt_fast.continual.data.sources import demo_tasks
+from sapt_fast.continual.run.loop import run_continual
 from sapt_fast.demo.backbone import load_backbone
 from sapt_fast.demo.tasks import CharTokenizer
 

@@ -10,7 +10,7 @@ from sapt_fast.ops import mix_experts, nearest_key, topk_keys
 
 op = importlib.import_module("sapt_fast.ops.mix_experts")
 kernels = importlib.import_module("sapt_fast.triton_kernels.mix_experts")
-grouped_experts = importlib.import_module("sapt_fast.triton_kernels.grouped_experts")
+grouped_experts = importlib.import_module("sapt_fast.triton_kernels.blocks.grouped_experts")
 
 # The reference, C++, and Triton's two ways: pair by pair, and sorted by expert.
 WAYS = ["reference", "cpu", "triton", "grouped"]

@@ -471,7 +471,7 @@ def test_unwritten_memory_never_shows_and_bits_repeat(monkeypatch):
 @pytest.mark.parametrize("width", [64, 50], ids=["aligned", "unaligned"])
 def test_the_tiles_of_a_large_gpu(monkeypatch, width):
     """Interpreted kernels have small tiles of their own; here they run those of an H200."""
-    common = pytest.importorskip("sapt_fast.triton_kernels.common")
+    common = pytest.importorskip("sapt_fast.triton_kernels.blocks.common")
     traits = common.DeviceTraits(capability=90, num_sms=132)
     monkeypatch.setattr(common, "device_traits", lambda device: traits)
     ids, table, mask = _tokens((2, 150), width)

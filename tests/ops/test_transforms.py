@@ -531,7 +531,7 @@ def test_a_graph_compiled_before_never_loses_a_tangent():
 
 
 def test_functional_call_of_a_pool():
-    from sapt_fast.pool import AdapterPool
+    from sapt_fast.pools.lora import AdapterPool
 
     pool = AdapterPool(4, 5, dtype=D64)
     pool.add(2, 0.5, (draw(2, 4), draw(2, 5)))

@@ -9,7 +9,7 @@ from torch import Tensor
 from sapt_fast.ops import mix_experts, mix_prompts, mixed_lora, mixed_lora_linear
 
 pytest.importorskip("triton")
-grouped_experts = importlib.import_module("sapt_fast.triton_kernels.grouped_experts")
+grouped_experts = importlib.import_module("sapt_fast.triton_kernels.blocks.grouped_experts")
 
 INF, NAN = float("inf"), float("nan")
 BACKENDS = ["reference", "cpu", "triton"]
@@ -273,7 +273,7 @@ def test_prompts_without_weight(backend, value):
 def test_every_route_of_the_products(route, dtype, weight):
     """Forward, and the gradient of x of two projections, the second added to the first's."""
     from sapt_fast.ops.projection import Projection
-    from sapt_fast.triton_kernels import routes
+    from sapt_fast.triton_kernels.blocks import gemm_variants as routes
     from sapt_fast.triton_kernels.mixed_lora import mixed_lora_bwd, mixed_lora_fwd
 
     device = _device("triton")

@@ -6,7 +6,7 @@ from peft import ArrowConfig, LoraConfig, create_arrow_model, get_peft_model
 from tiny_models import tiny, token_ids
 
 import sapt_fast
-from sapt_fast.peft_models.layers import mixes_by_arrow
+from sapt_fast.methods.peft.layers import mixes_by_arrow
 
 TASKS, GENERAL = 4, 2
 

@@ -14,7 +14,7 @@ from tiny_peft import TARGETS, config, mixture, peft_model, pooled_layers, run
 from torch import nn
 
 import sapt_fast
-from sapt_fast.peft_models.patching import PeftHandle
+from sapt_fast.methods.peft.pool import PeftHandle
 
 
 @pytest.mark.parametrize("family", TARGETS)

@@ -13,7 +13,7 @@ from tiny_peft import config, run
 from torch import nn
 
 import sapt_fast
-from sapt_fast.peft_models.layers import Pooled
+from sapt_fast.methods.peft.layers import Pooled
 
 NAMES = ["a2", "a0", "__base__"]
 

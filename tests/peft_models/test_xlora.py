@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from tiny_models import WIDTH, tiny, token_ids
 
 import sapt_fast
-from sapt_fast.peft_models.xlora import PooledExperts
+from sapt_fast.methods.peft.xlora import PooledExperts
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from tiny_models import VOCABULARY, WIDTH, token_ids
 from transformers import GenerationConfig, GenerationMixin
 
 import sapt_fast
-from sapt_fast.peft_models.xlora_generation import _CAUSAL_MODELS, PairedCache
+from sapt_fast.methods.peft.xlora_generation import _CAUSAL_MODELS, PairedCache
 
 EXPERTS = 3
 SIZES = {

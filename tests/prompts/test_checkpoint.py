@@ -10,7 +10,7 @@ from tiny_models import WIDTH, token_ids
 from tiny_prompts import LENGTH, bare, prompt_settings, prompted
 
 import sapt_fast
-from sapt_fast import checkpoint
+from sapt_fast.storage import saving as checkpoint
 
 FAMILIES = ("t5", "bart", "llama", "gpt2")
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from sapt_fast import routing
-from sapt_fast.prompts.routing import PromptRouting
+from sapt_fast.routing import hooks as routing
+from sapt_fast.sites.embeddings import PromptRouting
 
 
 class Prompts(Setting):

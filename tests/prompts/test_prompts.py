@@ -22,8 +22,8 @@ from tiny_prompts import (
 from torch import Tensor, nn
 
 import sapt_fast
-from sapt_fast.prompts.pool import PromptPool
-from sapt_fast.prompts.routing import PromptRouting
+from sapt_fast.pools.prompts import PromptPool
+from sapt_fast.sites.embeddings import PromptRouting
 
 FAMILIES = (*ENCODER_DECODER, *CAUSAL)
 TARGETS = 4

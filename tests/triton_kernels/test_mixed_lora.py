@@ -14,7 +14,8 @@ pytest.importorskip("triton")
 from kernel_work import counted_work
 
 from sapt_fast.ops.projection import Projection
-from sapt_fast.triton_kernels import common, gemm, routes, shrink, shrink_tiles
+from sapt_fast.triton_kernels.blocks import common, gemm, shrink, shrink_tiles
+from sapt_fast.triton_kernels.blocks import gemm_variants as routes
 from sapt_fast.triton_kernels.mixed_lora import empty_h, mixed_lora_bwd, mixed_lora_fwd
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

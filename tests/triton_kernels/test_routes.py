@@ -12,9 +12,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from sapt_fast.triton_kernels import routes
-from sapt_fast.triton_kernels.common import DeviceTraits
-from sapt_fast.triton_kernels.routes import EXPAND_FIRST, FUSED, Measurement, Size
+from sapt_fast.triton_kernels.blocks import gemm_variants as routes
+from sapt_fast.triton_kernels.blocks.common import DeviceTraits
+from sapt_fast.triton_kernels.blocks.gemm_variants import EXPAND_FIRST, FUSED, Measurement, Size
 
 H200 = DeviceTraits(90, 132, "NVIDIA H200")
 DEVICES = [

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sapt_fast.continual.data import TaskData
+from sapt_fast.continual.data.rows import TaskData
 from sapt_fast.continual.objective import Step, forward, prompt_mask, supervised
 from sapt_fast.continual.settings import ContinualSettings
 from sapt_fast.continual.trainer import Replay

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sapt_fast.continual.data import TaskData
+from sapt_fast.continual.data.rows import TaskData
 from sapt_fast.continual.settings import ContinualSettings
 from sapt_fast.continual.strategies.base import Strategy, require
 from sapt_fast.continual.workbench import Workbench

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sapt_fast.continual.data import Example, TaskData
+from sapt_fast.continual.data.rows import Example, TaskData
 from sapt_fast.continual.objective import Step
 from sapt_fast.continual.strategies.base import require
 from sapt_fast.continual.strategies.shared import SeqLora

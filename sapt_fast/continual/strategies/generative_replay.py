@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from sapt_fast.continual.data import Example, TaskData
-from sapt_fast.continual.evaluate import answers
+from sapt_fast.continual.data.rows import Example, TaskData
+from sapt_fast.continual.run.evaluate import answers
 from sapt_fast.continual.settings import ContinualSettings
 from sapt_fast.continual.strategies.base import Strategy, require
 from sapt_fast.continual.strategies.replay import Replay

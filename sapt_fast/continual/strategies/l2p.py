@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from sapt_fast.continual.data import TaskData
+from sapt_fast.continual.data.rows import TaskData
 from sapt_fast.continual.objective import Step, prompt_mask
 from sapt_fast.continual.strategies.base import Strategy, require
 from sapt_fast.continual.strategies.prompts import Concatenated, prompt_config

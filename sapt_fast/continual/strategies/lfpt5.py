@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sapt_fast.continual.collate import LABEL_PADDING
-from sapt_fast.continual.data import Example, TaskData
+from sapt_fast.continual.data.collate import LABEL_PADDING
+from sapt_fast.continual.data.rows import Example, TaskData
 from sapt_fast.continual.objective import Step
 from sapt_fast.continual.settings import ContinualSettings
 from sapt_fast.continual.strategies.base import require

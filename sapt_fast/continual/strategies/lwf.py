@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-from sapt_fast.continual.data import TaskData
+from sapt_fast.continual.data.rows import TaskData
 from sapt_fast.continual.objective import Step, supervised
 from sapt_fast.continual.strategies.base import Strategy, require
 from sapt_fast.continual.strategies.shared import SeqLora

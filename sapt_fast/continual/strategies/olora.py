@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sapt_fast.continual.data import TaskData
+from sapt_fast.continual.data.rows import TaskData
 from sapt_fast.continual.objective import Step
 from sapt_fast.continual.settings import ContinualSettings
 from sapt_fast.continual.strategies.base import Strategy, require

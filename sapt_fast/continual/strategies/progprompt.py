@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from sapt_fast.continual.data import TaskData
+from sapt_fast.continual.data.rows import TaskData
 from sapt_fast.continual.strategies.base import Strategy
 from sapt_fast.continual.strategies.prompts import Concatenated, prompt_config
 from sapt_fast.methods.sapt import SaptConfig

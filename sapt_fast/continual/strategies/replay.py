@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from sapt_fast.continual.data import Example, TaskData
+from sapt_fast.continual.data.rows import Example, TaskData
 from sapt_fast.continual.objective import Step
 from sapt_fast.continual.settings import ContinualSettings
 from sapt_fast.continual.strategies.base import require

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sapt_fast.continual.data import TaskData
+from sapt_fast.continual.data.rows import TaskData
 from sapt_fast.continual.strategies.base import Strategy
 from sapt_fast.continual.trainer import Replay
 

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_tasks import make_model, make_settings, make_tasks, with_pseudo_samples
 
-from sapt_fast.continual.loop import evaluate_run, run_continual
+from sapt_fast.continual.run.loop import evaluate_run, run_continual
 from sapt_fast.continual.settings import ContinualSettings
 from sapt_fast.continual.strategies import STRATEGIES
 from sapt_fast.demo.tasks import CharTokenizer

@@ -16,7 +16,7 @@ from tiny_tasks import make_model, with_pseudo_samples
 from torch import Tensor, nn
 
 import sapt_fast
-from sapt_fast.continual.collate import Collator
+from sapt_fast.continual.data.collate import Collator
 from sapt_fast.continual.objective import Step, supervised
 from sapt_fast.continual.strategies import STRATEGIES
 from sapt_fast.continual.strategies.lwf import softened_kl

@@ -1,0 +1,1 @@
+"""The commands of `sapt-fast`, one file each."""

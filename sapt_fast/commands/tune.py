@@ -1,0 +1,206 @@
+"""Measures the routes of `mixed_lora` on a GPU and records them, for `sapt-fast bench tune`."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import sapt_fast
+from sapt_fast.checks import require_choice
+
+if TYPE_CHECKING:  # triton is optional
+    from sapt_fast.triton_kernels.blocks.gemm_variants import Measurement, Route, Size
+
+__all__ = ["Gpu", "parse_grid", "record_routes", "routes_table", "this_gpu", "time_routes"]
+
+_DTYPES = ("bfloat16", "float16", "float32")
+_MOST = 2**20
+_TOLERANCE = {"bfloat16": 2e-2, "float16": 2e-3, "float32": 1e-5}  # relative, between two routes
+
+Clock = Callable[[Callable[[], object]], float]
+"""Gives the seconds that a call takes on the GPU."""
+
+
+class Gpu(NamedTuple):
+    """Where to measure, under which name to record it, and with which clock."""
+
+    device: torch.device
+    name: str
+    clock: Clock
+
+
+def this_gpu() -> Gpu:
+    """The current GPU with CUDA events as its clock; the L2 cache is emptied before every call.
+
+    Raises:
+        ValueError: nothing can be measured here.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError("bench tune measures on a GPU, and torch sees none here")
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("bench tune measures Triton kernels: pip install 'sapt_fast[gpu]'")
+    from triton.testing import do_bench
+
+    def clock(call: Callable[[], object]) -> float:
+        return 1e-3 * float(do_bench(call, warmup=10, rep=60, return_mode="median"))
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    return Gpu(device, torch.cuda.get_device_name(device), clock)
+
+
+def parse_grid(
+    widths: str, ranks: str, rows: str, dtypes: str
+) -> list[tuple[int, int, int, int, str]]:
+    """All combinations of comma-separated values, as (d_in, d_out, rank, rows, dtype).
+
+    Args:
+        widths: "1024" for a square layer or "1024x4096", d_in first.
+        ranks, rows: positive integers.
+        dtypes: names of floating-point types.
+
+    Raises:
+        ValueError: a value is none of these.
+    """
+    pairs = []
+    for text in _items("widths", widths):
+        if text.count("x") > 1:
+            raise ValueError(f"widths: got {text!r}, expected 1024 or 1024x4096")
+        sides = [_positive("widths", side) for side in text.split("x")]
+        pairs.append((sides[0], sides[-1]))
+    names = _items("dtypes", dtypes)
+    for name in names:
+        require_choice("dtypes", name, _DTYPES)
+    numbers = [
+        [_positive(name, text) for text in _items(name, values)]
+        for name, values in (("ranks", ranks), ("rows", rows))
+    ]
+    return [(*pair, *others) for pair, *others in itertools.product(pairs, *numbers, names)]  # type: ignore[misc]
+
+
+def _items(name: str, text: str) -> list[str]:
+    items = [item.strip() for item in text.split(",") if item.strip()]
+    if not items:
+        raise ValueError(f"{name}: got {text!r}, expected values separated by commas")
+    return list(dict.fromkeys(items))
+
+
+def _positive(name: str, text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if not 1 <= value <= _MOST:
+        shown = text if len(text) <= 40 else f"{text[:40]}..."
+        raise ValueError(
+            f"{name}: got {shown!r}, expected integers, at least 1 and at most {_MOST}"
+        )
+    return value
+
+
+def record_routes(
+    grid: Sequence[tuple[int, int, int, int, str]], gpu: Gpu, output: Path | None = None
+) -> tuple[Path, list[Measurement]]:
+    """Measure a grid on a GPU and write its table.
+
+    Args:
+        grid: layers as `parse_grid` gives them; each is measured forward and backward.
+        gpu: see `this_gpu`.
+        output: the file, by default where `routes` looks for it.
+
+    Returns:
+        The file and what it holds.
+
+    Raises:
+        RuntimeError: two routes disagree; nothing is written then.
+    """
+    import triton
+
+    from sapt_fast.triton_kernels.blocks import gemm_variants as routes
+
+    sizes = [
+        size
+        for d_in, d_out, rank, rows, dtype in grid
+        for size in (
+            routes.Size("forward", d_in, d_out, rank, rows, dtype),
+            routes.Size("backward", d_out, d_in, rank, rows, dtype),
+        )
+    ]
+    bar = track(sizes, description="routes", console=Console(stderr=True))
+    measurements = [routes.Measurement(size, time_routes(size, gpu)) for size in bar]
+    versions = {
+        "sapt_fast": sapt_fast.__version__,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda or "",
+    }
+    path = output or routes.user_folder() / routes.table_file(gpu.name)
+    routes.write_table(path, gpu.name, measurements, versions)
+    routes.forget()
+    return path, measurements
+
+
+def time_routes(size: Size, gpu: Gpu) -> dict[str, float]:
+    """Seconds of every route at a size, measured after checking that they agree.
+
+    Raises:
+        RuntimeError: two routes disagree.
+    """
+    from sapt_fast.triton_kernels.blocks.common import device_traits, round_up
+    from sapt_fast.triton_kernels.blocks.gemm import RANK_ALIGN
+    from sapt_fast.triton_kernels.blocks.gemm_variants import FUSED_POINTERS, ROUTES, run
+
+    generator = torch.Generator(gpu.device).manual_seed(0)
+
+    def draw(rows: int, columns: int, depth: int) -> torch.Tensor:
+        values = torch.randn((rows, columns), generator=generator, device=gpu.device)
+        return (values * depth**-0.5).to(getattr(torch, size.dtype))
+
+    padded = round_up(size.rank, RANK_ALIGN)
+    a = draw(size.rows, size.d_in, 1)
+    # The forward reads a weight [O, I] transposed, the backward as it lies.
+    forward = size.direction == "forward"
+    sides = (size.d_out, size.d_in) if forward else (size.d_in, size.d_out)
+    b = draw(*sides, size.d_in)
+    b = b.t() if forward else b
+    p, q = draw(size.rows, padded, 1), draw(size.rank, size.d_out, size.rank)
+    p[:, size.rank :] = 0
+    y = a.new_empty((size.rows, size.d_out))
+
+    def call(route: Route) -> torch.Tensor:
+        return run(route, a, b, p, q, None, (0, padded), y)
+
+    has_descriptors = device_traits(gpu.device).has_tma
+    timed = [route for route in ROUTES if route != FUSED_POINTERS or has_descriptors]
+    first, *others = timed
+    expected = call(first).double()  # a copy: every route writes into y
+    for route in others:
+        error = float((call(route).double() - expected).norm() / expected.norm())
+        if not error <= _TOLERANCE[size.dtype]:
+            raise RuntimeError(
+                f"routes {first} and {route} differ by {error:.2g} at {size}: nothing is recorded"
+            )
+    return {route: gpu.clock(lambda route=route: call(route)) for route in timed}  # type: ignore[misc]
+
+
+def routes_table(measurements: Sequence[Measurement]) -> Table:
+    """How often each route was the fastest, by pass, dtype and width."""
+    table = Table(title="fastest route")
+    for name in ("pass", "dtype", "d_in x d_out", "fastest"):
+        table.add_column(name)
+    groups: dict[tuple[str, str, str], Counter[str]] = {}
+    for measurement in measurements:
+        size = measurement.size
+        key = (str(size.direction), size.dtype, f"{size.d_in} x {size.d_out}")
+        groups.setdefault(key, Counter())[measurement.fastest] += 1
+    for key, counts in groups.items():
+        table.add_row(*key, ", ".join(f"{route} {n}" for route, n in counts.most_common()))
+    return table

@@ -1,0 +1,1 @@
+"""Several strategies, seeds and orders in one table."""

@@ -1,0 +1,366 @@
+"""Several methods over several seeds and orders: one table, resumable cell by cell."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm.auto import tqdm
+
+from sapt_fast.checks import require_folder
+from sapt_fast.continual.data.orders import resolve_order
+from sapt_fast.continual.data.sources import Source
+from sapt_fast.continual.run import processes
+from sapt_fast.continual.run.loop import ALONE_NAME, check_processes, run_alone, run_continual
+from sapt_fast.continual.run.state import read_json
+from sapt_fast.continual.settings import ContinualSettings, differences
+from sapt_fast.continual.strategies import STRATEGIES
+from sapt_fast.files.names import require_folder_name
+from sapt_fast.handle import SaptHandle
+from sapt_fast.patching import unpatch
+
+__all__ = ["Cell", "Comparison", "compare", "settings_of_rows"]
+
+logger = logging.getLogger(__name__)
+
+ALONE_ROW = "alone"
+_REPORTED = (
+    "tasks",
+    "scores",
+    "metrics",
+    "seconds",
+    "trained_parameters",
+    "peak_memory",
+    "resumed",
+)
+_APPENDED = 40  # bytes at most that a run's folder adds to the name of its order
+# Settings that no row has of its own, and what gives them.
+_SAID_ELSEWHERE = {
+    "strategy": "strategies, as NAME=METHOD",
+    "strategy_options": "the options by their own names",
+    "seed": "seeds",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a comparison.
+
+    Attributes:
+        row: the method's name in the table.
+        order: name of the order of tasks.
+        seed: of the run and its rows.
+        folder: where the run is.
+        results: its results.json.
+    """
+
+    row: str
+    order: str
+    seed: int
+    folder: Path
+    results: Mapping[str, Any]
+
+    @property
+    def scores(self) -> NDArray[np.float64]:
+        """[T, T], nan above the diagonal."""
+        return np.array(self.results["scores"], dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison came to.
+
+    Attributes:
+        rows: the methods, in the order of the table.
+        cells: all runs, seeds and orders of a method one after the other.
+        folder: where the runs and the report are.
+    """
+
+    rows: tuple[str, ...]
+    cells: tuple[Cell, ...]
+    folder: Path
+
+    def of(self, row: str) -> list[Cell]:
+        """The runs of a method."""
+        return [cell for cell in self.cells if cell.row == row]
+
+
+def compare(
+    source: Source,
+    rows: Mapping[str, ContinualSettings],
+    output_dir: str | PathLike[str],
+    *,
+    orders: Sequence[str] | None = None,
+    seeds: Sequence[int] = (0,),
+    alone: ContinualSettings | None = None,
+    tensorboard: bool = False,
+    progress: bool = True,
+) -> Comparison:
+    """Runs every method on every seed and order, and reports them in one table.
+
+    Killed at any point and called again with the same arguments, it goes on: runs that are
+    finished are read, one that is not is resumed. Methods, seeds, orders and FWT may be added
+    later. Several processes (torchrun) share the work of each run, and the first one reports.
+
+    Args:
+        source: the model and the tasks; its `tasks` and `seed` are those of each run.
+        rows: settings by the name that stands in the table; their `seed` is that of each run.
+        output_dir: gets a folder of each run (`<row>/<order>-seed<n>`), and compare.json,
+            compare.md and the plots of `comparison_report`.
+        orders: orders of the same tasks as `resolve_order` takes them; None for that of `source`.
+        seeds: distinct seeds.
+        alone: with these settings every task is learned alone first, once for each seed, for
+            FWT; None for no FWT.
+        tensorboard: write the scores of each run for TensorBoard too.
+        progress: show how many runs are done.
+
+    Raises:
+        ImportError: `tensorboard` is not installed and asked for.
+        ValueError: no rows, orders or seeds, one twice, a row named as no folder can be; or
+            `output_dir` holds a run of that name with other settings or on other data; or there
+            are several processes and a method that runs in one only. Nothing has run then.
+        FileNotFoundError, ValueError: as `Source` and `run_continual`.
+    """
+    from sapt_fast.continual.compare.report import write_comparison
+
+    folder = Path(output_dir)
+    named = _named_orders(source, orders)
+    _check(rows, named, seeds)
+    require_folder("output_dir", folder)
+    source.check_files()
+    if tensorboard:
+        from sapt_fast.continual.compare.tensorboard import require_tensorboard
+
+        require_tensorboard()
+    plan = [
+        _Planned(
+            row, order, seed, folder / row / f"{order}-seed{seed}",
+            replace(source, tasks=named[order], seed=seed), replace(rows[row], seed=seed),
+        )
+        for order in named for seed in seeds for row in rows
+    ]  # fmt: skip
+    singles = {} if alone is None else _singles(plan, alone, folder / ALONE_ROW)
+    runs = [*singles.values(), *plan]
+    processes.start(plan[0].settings.device)
+    for run in runs:
+        check_processes(run.settings)
+    _check_stored(runs)
+    model = None
+    cells: dict[tuple[str, str, int], Cell] = {}
+    bar = tqdm(plan, desc="comparison", unit="run", disable=not (progress and processes.is_first()))
+    for run in bar:
+        bar.set_postfix_str(f"{run.row}, {run.order}, seed {run.seed}")
+        board = folder / "tensorboard" / run.row / run.folder.name
+        # One that was finished without FWT is reported again, not trained.
+        if not run.done.is_file() or (singles and read_json(run.done, "alone")["alone"] is None):
+            model = source.load_model() if model is None else model
+            _run(model, run, _alone(model, singles[run.seed]) if singles else None)
+            if processes.is_first():
+                shutil.rmtree(board, ignore_errors=True)  # of an earlier report
+        cell = Cell(run.row, run.order, run.seed, run.folder, read_json(run.done, *_REPORTED))
+        cells[run.row, run.order, run.seed] = cell
+        if tensorboard and processes.is_first():
+            from sapt_fast.continual.compare.tensorboard import write_scalars
+
+            write_scalars(board, cell)
+    ordered = [cells[row, order, seed] for row in rows for order in named for seed in seeds]
+    comparison = Comparison(tuple(rows), tuple(ordered), folder)
+    if processes.is_first():
+        write_comparison(comparison)
+    processes.wait()
+    return comparison
+
+
+def settings_of_rows(
+    base: ContinualSettings,
+    names: Sequence[str],
+    values: Mapping[str, Any],
+    defaults: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, ContinualSettings]:
+    """Settings of the rows of a comparison, as the command line names them.
+
+    Args:
+        base: what all start from.
+        names: "<strategy>", or "<row>=<strategy>" for a row of another name.
+        values: by "<setting>" for all rows, or "<row>.<setting>" for one; a setting is a field of
+            ContinualSettings or SaptConfig, or an option of the row's strategy.
+        defaults: of strategies, by name, where they are others than those of `base`.
+
+    Raises:
+        ValueError: an unknown strategy, row or setting, a row twice, a value that does not fit, or
+            the strategy or seed among the values: the names and `compare` say these.
+
+    Example:
+        >>> rows = settings_of_rows(
+        ...     ContinualSettings(), ["seqlora", "strong=ewc"], {"strong.strength": 9, "steps": 5})
+        >>> rows["strong"].strategy_options["strength"], rows["seqlora"].steps
+        (9.0, 5)
+    """
+    strategies: dict[str, str] = {}
+    for name in names:
+        row, _, strategy = (part.strip() for part in name.partition("="))
+        if row in strategies:
+            raise ValueError(f"strategies: got {row!r} twice; name one of them NAME={row}")
+        strategies[row] = strategy or row
+    unknown = sorted(set(strategies.values()) - set(STRATEGIES))
+    if unknown:
+        raise ValueError(
+            f"strategies: got {', '.join(map(repr, unknown))}, expected some of "
+            f"{', '.join(STRATEGIES)}"
+        )
+    for name in values:
+        row, dot, own = name.partition(".")
+        if (place := _SAID_ELSEWHERE.get(own or name)) is not None:
+            raise ValueError(f"set: got {name!r}, expected it among {place}")
+        if dot and row not in strategies:
+            raise ValueError(
+                f"set: got {name!r}, but there is no row {row!r} among {[*strategies]}"
+            )
+    return {
+        row: _settings_of(base, row, kind, {**(defaults or {}).get(kind, {}), **values})
+        for row, kind in strategies.items()
+    }
+
+
+def _settings_of(
+    base: ContinualSettings, row: str, strategy: str, values: Mapping[str, Any]
+) -> ContinualSettings:
+    own = {n.partition(".")[2]: v for n, v in values.items() if n.startswith(f"{row}.")}
+    chosen = {**{n: v for n, v in values.items() if "." not in n}, **own}
+    settings = set(ContinualSettings.names())
+    options = {n: v for n, v in chosen.items() if n not in settings}
+    if base.strategy == strategy:
+        options = {**base.strategy_options, **options}
+    try:
+        return base.but(
+            strategy=strategy,
+            strategy_options=options,
+            **{n: v for n, v in chosen.items() if n in settings},
+        )
+    except ValueError as error:
+        raise ValueError(f"{row}: {error}") from error
+
+
+def _named_orders(source: Source, orders: Sequence[str] | None) -> dict[str, str | None]:
+    if orders is None:
+        return {"order": source.tasks}
+    if not orders:
+        raise ValueError("orders: got none, expected at least one")
+    named: dict[str, str | None] = {}
+    tasks = set(resolve_order(orders[0]))
+    for number, order in enumerate(orders, start=1):
+        if set(resolve_order(order)) != tasks:
+            raise ValueError(f"orders: got other tasks in {order!r} than in {orders[0]!r}")
+        name = f"order{number}" if "," in order else order
+        if name in named:
+            raise ValueError(f"orders: got {order!r} twice")
+        named[name] = order
+    return named
+
+
+def _check(
+    rows: Mapping[str, ContinualSettings], orders: Mapping[str, Any], seeds: Sequence[int]
+) -> None:
+    if not rows or not seeds:
+        raise ValueError(f"{'seeds' if rows else 'rows'}: got none, expected at least one")
+    if len(set(seeds)) != len(seeds):
+        raise ValueError(f"seeds: got {list(seeds)}, expected distinct ones")
+    names = [ALONE_ROW, "tensorboard"]
+    for row, settings in rows.items():
+        require_folder_name("rows: got", row, names)
+        names.append(row)
+        if STRATEGIES[settings.strategy].alone:
+            raise ValueError(f"rows: {row!r} is 'single', which has no sequence to compare")
+    for place, order in enumerate(orders):
+        require_folder_name("orders: got", order, [*orders][:place], appended=_APPENDED)
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A run that is asked for."""
+
+    row: str
+    order: str
+    seed: int
+    folder: Path
+    source: Source
+    settings: ContinualSettings
+
+    @property
+    def done(self) -> Path:
+        """The file that is there once the run is finished."""
+        return self.folder / (ALONE_NAME if self.row == ALONE_ROW else "results.json")
+
+
+def _singles(
+    plan: Sequence[_Planned], alone: ContinualSettings, folder: Path
+) -> dict[int, _Planned]:
+    """The runs of tasks learned alone, by seed; any order's will do."""
+    alone = replace(alone, strategy="single", strategy_options={})
+    return {
+        run.seed: replace(
+            run,
+            row=ALONE_ROW,
+            folder=folder / f"seed{run.seed}",
+            settings=replace(alone, seed=run.seed),
+        )
+        for run in reversed(plan)
+    }
+
+
+def _check_stored(runs: Sequence[_Planned]) -> None:
+    """Raises ValueError where a run is there, finished or not, that is not the one asked for."""
+    contents: dict[int, dict[str, Any]] = {}  # of the tasks, which depend on the seed alone
+    for run in runs:
+        file = run.folder / "run.json"
+        if not file.is_file() and not run.done.is_file():
+            continue
+        stored = read_json(file, "settings", "source", "tasks")
+        asked = {"settings": run.settings.to_dict(), "source": run.source.to_dict()}
+        if run.row == ALONE_ROW:  # where the order does not matter
+            asked["source"]["tasks"] = stored["source"].get("tasks")
+        found = differences({name: stored[name] for name in asked}, asked)
+        if found:
+            raise ValueError(
+                f"output_dir: {run.folder} holds a run with other settings: " + "; ".join(found)
+            )
+        if run.seed not in contents:
+            contents[run.seed] = {t.name: t.describe() for t in run.source.load_tasks()}
+        there = {
+            name: {n: v for n, v in task.items() if n not in ("position", "content")}
+            for name, task in stored["tasks"].items()
+        }
+        found = differences({"tasks": there}, {"tasks": contents[run.seed]})
+        if found:
+            raise ValueError(
+                f"output_dir: {run.folder} holds a run on other rows than the data has now: "
+                + "; ".join(found)
+            )
+
+
+def _alone(model: tuple[Any, Any], run: _Planned) -> dict[str, float]:
+    """Scores of the tasks learned alone."""
+    if run.done.is_file():
+        return read_json(run.done)
+    return run_alone(
+        *model, run.source.load_tasks(), run.folder, run.settings, source=run.source.to_dict()
+    )
+
+
+def _run(model: tuple[Any, Any], run: _Planned, alone: Mapping[str, float] | None) -> None:
+    base, tokenizer = model
+    try:
+        run_continual(
+            base, tokenizer, run.source.load_tasks(), run.folder, run.settings,
+            alone=alone, source=run.source.to_dict(),
+        )  # fmt: skip
+    finally:
+        if isinstance(getattr(base, "sapt", None), SaptHandle):
+            unpatch(base)

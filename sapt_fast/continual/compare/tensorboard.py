@@ -1,0 +1,54 @@
+"""Scores of finished runs for TensorBoard."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sapt_fast.continual.scores.metrics import continual_metrics
+
+if TYPE_CHECKING:
+    from sapt_fast.continual.compare.compare import Cell
+
+__all__ = ["require_tensorboard", "write_scalars"]
+
+
+def require_tensorboard() -> Any:
+    """The SummaryWriter of torch.
+
+    Raises:
+        ImportError: TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("tensorboard is not installed: pip install tensorboard") from error
+    return SummaryWriter
+
+
+def write_scalars(folder: Path, cell: Cell) -> None:
+    """The metrics and each task's score after every task, as scalars; what is there stays."""
+    if folder.exists():
+        return
+    scores, alone = cell.scores, cell.results.get("alone")
+    unfinished = folder.with_name(f".{folder.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    with require_tensorboard()(str(unfinished)) as writer:
+        for index in range(len(scores)):
+            count = index + 1
+            seen = None if alone is None else alone[:count]
+            metrics = continual_metrics(scores[:count, :count], seen).as_dict()
+            values = {
+                f"metrics/{name}": value
+                for name, value in metrics.items()
+                if cell.results["metrics"][name] is not None  # as of a run without a sequence
+            }
+            for task, value in zip(cell.results["tasks"], scores[index], strict=True):
+                values[f"scores/{task}"] = value
+            for name, value in values.items():
+                if not np.isnan(value):
+                    writer.add_scalar(name, value, count)
+    unfinished.rename(folder)

@@ -1,0 +1,1 @@
+"""Tasks, their order, and rows as a model reads them."""

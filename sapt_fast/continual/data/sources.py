@@ -1,0 +1,274 @@
+"""Where the model and the tasks of a run come from; what run.json notes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+
+from sapt_fast.checks import MOST_SEED, require_choice, require_count
+from sapt_fast.continual.data.collate import Kind, model_kind
+from sapt_fast.continual.data.orders import resolve_order
+from sapt_fast.continual.data.rows import (
+    BENCHMARKS,
+    Example,
+    TaskData,
+    draw_rows,
+    list_tasks,
+    read_task,
+)
+
+__all__ = ["DEMO", "Source", "demo_tasks", "torch_dtype"]
+
+DEMO = "demo"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DEVS = ("from_train", "released")
+_KINDS = ("auto", "seq2seq", "causal", "encoder")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model and a sequence of tasks, as the command line names them."""
+
+    model: str = field(metadata={"help": f"Folder or name of a transformers model, or '{DEMO}'."})
+    benchmark: str = field(
+        metadata={"help": f"'SuperNI', 'Long_Sequence', or '{DEMO}' for the generated tasks."}
+    )
+    data: str | None = field(default=None, metadata={"help": "Folder that holds the benchmark."})
+    tasks: str | None = field(
+        default=None, metadata={"help": "A published order, or task names separated by commas."}
+    )
+    dev: str = field(
+        default="from_train",
+        metadata={"help": "'from_train', or 'released' for dev.json (the test rows, as released)."},
+    )
+    max_train: int | None = field(default=None, metadata={"help": "Training rows kept of a task."})
+    max_eval: int | None = field(
+        default=None, metadata={"help": "Dev rows and test rows kept of a task."}
+    )
+    dtype: str = field(default="float32", metadata={"help": f"One of {', '.join(_DTYPES)}."})
+    kind: str = field(
+        default="auto",
+        metadata={
+            "help": "'seq2seq', 'causal' or 'encoder' (classification by matching label strings); "
+            "'auto' goes by the model's architecture."
+        },
+    )
+    attention: str | None = field(
+        default=None,
+        metadata={
+            "help": "Attention implementation of transformers: 'eager', 'sdpa', ...; none for the "
+            "model's own."
+        },
+    )
+    seed: int = field(
+        default=0, metadata={"help": "Draws the dev rows and the rows that are kept."}
+    )
+
+    def __post_init__(self) -> None:
+        torch_dtype(self.dtype)
+        require_choice("kind", self.kind, _KINDS)
+        require_choice("dev", self.dev, _DEVS)
+        for name in ("max_train", "max_eval"):
+            if getattr(self, name) is not None:
+                require_count(name, getattr(self, name))
+        require_count("seed", self.seed, least=0, most=MOST_SEED)
+        if self.attention is not None:
+            require_choice("attention", self.attention, _attentions())
+        if self.model == DEMO and self.kind not in ("auto", "seq2seq"):
+            raise ValueError(f"kind: got {self.kind!r}, but the demo's model is seq2seq")
+        if self.benchmark == DEMO:
+            if self.data is not None:
+                raise ValueError(f"data: got {self.data!r}, but the demo's tasks are generated")
+            return
+        if self.benchmark.lower() not in [name.lower() for name in BENCHMARKS]:
+            raise ValueError(
+                f"benchmark: got {self.benchmark!r}, expected one of "
+                f"{', '.join((*BENCHMARKS, DEMO))}"
+            )
+        if self.data is None:
+            raise ValueError(f"data: benchmark {self.benchmark!r} needs the folder that holds it")
+
+    def check_files(self) -> None:
+        """Whether the model and the data can be there, before anything is loaded.
+
+        Raises:
+            FileNotFoundError: a folder does not exist or holds no model.
+            NotADirectoryError: it is a file.
+        """
+        if self.model != DEMO:
+            _check_model(self.model)
+        if self.data is not None:
+            _check_folder("data", self.data, "the folder that holds the benchmark")
+
+    def load_model(self) -> tuple[Any, Any]:
+        """Model and tokenizer.
+
+        Raises:
+            ValueError: the tokenizer has neither a pad nor an end token, or the model is not of
+                the `kind` asked for.
+            ValueError: the model has no such `attention`.
+            OSError: there is no such model.
+        """
+        if self.model == DEMO:
+            from sapt_fast.demo.backbone import load_backbone
+            from sapt_fast.demo.tasks import CharTokenizer
+
+            return self._with_attention(load_backbone(torch_dtype(self.dtype))), CharTokenizer()
+        import transformers
+
+        _check_model(self.model)
+        try:
+            config = transformers.AutoConfig.from_pretrained(self.model)
+        except OSError as error:
+            raise OSError(
+                f"model: got {self.model!r}, which is no folder here and cannot be had from the "
+                f"Hugging Face hub: {str(error).splitlines()[0]}"
+            ) from error
+        kind = _architecture(config) if self.kind == "auto" else self.kind
+        loader = {
+            "seq2seq": transformers.AutoModelForSeq2SeqLM,
+            "causal": transformers.AutoModelForCausalLM,
+            "encoder": transformers.AutoModel,
+        }[kind]
+        model = loader.from_pretrained(self.model, dtype=torch_dtype(self.dtype))
+        model = self._with_attention(model)
+        if model_kind(model) != kind:
+            raise ValueError(
+                f"kind: got {kind!r}, but {self.model} is {model_kind(model)} "
+                f"({type(model).__name__})"
+            )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(self.model)
+        if tokenizer.pad_token_id is None:
+            if tokenizer.eos_token_id is None:
+                raise ValueError(
+                    f"model: the tokenizer of {self.model} has no pad and no end token"
+                )
+            tokenizer.pad_token = tokenizer.eos_token
+        return model, tokenizer
+
+    def _with_attention(self, model: Any) -> Any:
+        """The model with the implementation that was asked for, which it must have."""
+        if self.attention is None:
+            return model
+        try:
+            model.set_attn_implementation(self.attention)
+        except (ImportError, ValueError) as error:
+            raise ValueError(
+                f"attention: got {self.attention!r}, which this {type(model).__name__} cannot use "
+                f"here: {str(error).splitlines()[0]}"
+            ) from error
+        used = model.config._attn_implementation
+        if used != self.attention:
+            raise ValueError(
+                f"attention: got {self.attention!r}, but this {type(model).__name__} only has "
+                f"{used!r}"
+            )
+        return model
+
+    def load_tasks(self) -> list[TaskData]:
+        """The tasks in learning order.
+
+        Raises:
+            FileNotFoundError, ValueError: as `continual.data.read_task`.
+        """
+        if self.benchmark == DEMO:
+            tasks = demo_tasks(self.seed)
+            names = [task.name for task in tasks]
+            chosen = names if self.tasks is None else resolve_order(self.tasks)
+            unknown = sorted(set(chosen) - set(names))
+            if unknown:
+                raise ValueError(f"tasks: the demo has no {unknown}, it has {', '.join(names)}")
+            kept = [tasks[names.index(name)] for name in chosen]
+            return [draw_rows(task, self.max_train, self.max_eval, self.seed) for task in kept]
+        root = Path(str(self.data))
+        wanted: Sequence[str] = (
+            list_tasks(root, self.benchmark) if self.tasks is None else resolve_order(self.tasks)
+        )
+        dev = cast('Literal["from_train", "released"]', self.dev)
+        return [
+            read_task(
+                root, self.benchmark, name,
+                dev=dev, max_train=self.max_train, max_eval=self.max_eval, seed=self.seed,
+            )
+            for name in wanted
+        ]  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict, which `Source(**...)` takes; folders made absolute."""
+        values = asdict(self)
+        for name in ("model", "data"):
+            if values[name] is not None and Path(values[name]).is_dir():
+                values[name] = str(Path(values[name]).resolve())
+        return values
+
+
+def _attentions() -> list[str]:
+    """Names of transformers' attention implementations."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ["eager", *sorted(ALL_ATTENTION_FUNCTIONS.keys())]
+
+
+def _check_model(model: str) -> None:
+    """Raises where a model is meant to be a folder, by its name, and is none."""
+    if not model or "\0" in model:
+        raise ValueError(f"model: got {model!r}, expected a folder, a name or '{DEMO}'")
+    path = Path(model).expanduser()
+    is_path = path.is_absolute() or model[0] in ".~" or model.endswith("/") or model.count("/") > 1
+    if is_path or path.exists():
+        _check_folder("model", path, "a folder that holds a transformers model")
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"model: got {model!r}, which holds no config.json")
+
+
+def _check_folder(name: str, path: str | Path, expected: str) -> None:
+    if not Path(path).exists():
+        raise FileNotFoundError(
+            f"{name}: got {str(path)!r}, which does not exist; expected {expected}"
+        )
+    if not Path(path).is_dir():
+        raise NotADirectoryError(f"{name}: got {str(path)!r}, which is a file; expected {expected}")
+
+
+def _architecture(config: Any) -> Kind:
+    """What a saved model is for. Encoders are those that were pretrained on masked words."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    if getattr(config, "is_encoder_decoder", False):
+        return "seq2seq"
+    named = getattr(config, "architectures", None) or []
+    generates = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in named)
+    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return "encoder" if masked and not generates else "causal"
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of that name.
+
+    Raises:
+        ValueError: none of "float32", "bfloat16", "float16".
+    """
+    if name not in _DTYPES:
+        raise ValueError(f"dtype: got {name!r}, expected one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def demo_tasks(seed: int = 0) -> list[TaskData]:
+    """The six generated tasks of `sapt_fast.demo` in the loop's form, scored by exact match."""
+    from sapt_fast.demo.tasks import make_demo_tasks
+
+    made = []
+    for task in make_demo_tasks(seed):
+        splits = {
+            split: tuple(
+                Example(task.name, row.source, row.source, row.target, (row.target,))
+                for row in getattr(task, split)
+            )
+            for split in ("train", "dev", "test")
+        }
+        made.append(TaskData(task.name, DEMO, task.instruction, labels=None, **splits))
+    return made

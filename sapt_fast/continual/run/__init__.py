@@ -1,0 +1,1 @@
+"""One run: stages, evaluation, checkpoints."""

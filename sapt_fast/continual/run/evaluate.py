@@ -1,0 +1,131 @@
+"""Answers of a patched model to a task's rows, their score, and the attention the rows get."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sapt_fast.continual.data.collate import model_kind, pad_rows, prompt_ids
+from sapt_fast.continual.data.encoder import LabelSpace
+from sapt_fast.continual.data.rows import Example
+from sapt_fast.continual.run import processes
+from sapt_fast.continual.scores.metrics import BENCHMARK_METRICS, Metric, score_predictions
+from sapt_fast.continual.settings import ContinualSettings
+from sapt_fast.devices import execution_device
+
+__all__ = ["Mixture", "answers", "mean_attention", "metric_of", "score"]
+
+# Weights [B, K] or [1, K] for input ids and mask [B, T]; None for the router's.
+Mixture = Callable[[Tensor, Tensor], "Tensor | None"]
+
+
+def score(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Example],
+    benchmark: str,
+    settings: ContinualSettings,
+    mixture: Mixture | None = None,
+    space: LabelSpace | None = None,
+) -> float:
+    """Score of the model's answers to `rows`, in percent; arguments as of `answers`."""
+    predictions = answers(model, tokenizer, rows, settings, mixture, space)
+    return score_predictions(
+        predictions, [row.outputs for row in rows], metric_of(benchmark, settings)
+    )
+
+
+def metric_of(benchmark: str, settings: ContinualSettings) -> Metric:
+    """The metric asked for, else the benchmark's own, else exact match."""
+    chosen = settings.metric or BENCHMARK_METRICS.get(benchmark, "exact_match")
+    return "rouge_l" if chosen == "rouge_l" else "exact_match"
+
+
+@torch.no_grad()
+def answers(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Example],
+    settings: ContinualSettings,
+    mixture: Mixture | None = None,
+    space: LabelSpace | None = None,
+) -> list[str]:
+    """Greedy answers, in the order of `rows`; the model is left in evaluation mode.
+
+    An encoder, which needs one forward, answers under the autocast it was trained under; for a
+    model that generates, autocast would cast all weights again at every token. Several processes
+    divide the batches among them; all get all answers.
+
+    Args:
+        mixture: gives the weights of the adapters for each batch; None for the router's.
+        space: of an encoder, whose answer is the label that fits best.
+    """
+    model.eval()
+    causal = model_kind(model) == "causal"
+    texts: list[list[str]] = []
+    for ids, mask in _batches(model, tokenizer, rows, settings, "answering"):
+        weights = None if mixture is None else mixture(ids, mask)
+        if space is not None:
+            with settings.autocast(ids.device):
+                outputs = model(input_ids=ids, attention_mask=mask, mixture=weights)
+            hidden = outputs.last_hidden_state
+            texts.append([space.labels[best] for best in space(hidden, mask)[:, 0].argmax(-1)])
+            continue
+        generated = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=settings.max_target_length,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            pad_token_id=tokenizer.pad_token_id,
+            mixture=weights,
+        )
+        new = generated[:, ids.shape[1] :] if causal else generated
+        texts.append(tokenizer.batch_decode(new, skip_special_tokens=True))
+    return [text.strip() for batch in processes.gathered(texts) for text in batch]
+
+
+@torch.no_grad()
+def mean_attention(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Example],
+    settings: ContinualSettings,
+    mixture: Mixture | None = None,
+) -> Tensor:
+    """Mean over `rows` of the adapters' weights, [K] float32 on the CPU, learning order.
+
+    `mixture` and several processes as in `answers`.
+    """
+    model.eval()
+    sums = []
+    for ids, mask in _batches(model, tokenizer, rows, settings, "routing"):
+        weights = None if mixture is None else mixture(ids, mask)
+        if weights is None:
+            weights = model.sapt.route(ids, mask)
+        sums.append(weights.double().expand(len(ids), -1).sum(0).cpu())
+    return (torch.stack(processes.gathered(sums)).sum(0) / len(rows)).float()
+
+
+def _batches(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Example],
+    settings: ContinualSettings,
+    what: str,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    causal = model_kind(model) == "causal"
+    prompts = [row.prompt for row in rows]
+    encoded = prompt_ids(tokenizer, prompts, settings.max_source_length, causal)
+    device, size = execution_device(model.get_input_embeddings()), settings.eval_batch_size
+    starts = processes.share(range(0, len(encoded), size))
+    for start in tqdm(
+        starts, desc=f"{what} {rows[0].task}", leave=False, disable=not settings.progress
+    ):
+        ids, mask = pad_rows(encoded[start : start + size], tokenizer.pad_token_id, left=causal)
+        yield ids.to(device), mask.to(device)

@@ -1,0 +1,129 @@
+"""Training of one stage of a continual run, by the Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, Seq2SeqTrainingArguments, TrainerState
+
+from sapt_fast.continual.data.collate import Collator
+from sapt_fast.continual.data.rows import TaskData
+from sapt_fast.continual.run import processes
+from sapt_fast.continual.run.state import TRAINER_STATE, last_checkpoint
+from sapt_fast.continual.settings import ContinualSettings
+from sapt_fast.continual.strategies.base import Strategy
+from sapt_fast.continual.trainer import SaptTrainer, model_given_back
+from sapt_fast.continual.workbench import Workbench
+
+__all__ = ["train_stage"]
+
+
+def train_stage(
+    bench: Workbench,
+    strategy: Strategy,
+    task: TaskData,
+    learned: Sequence[TaskData],
+    folder: Path,
+    seed: int,
+    steps: int,
+) -> None:
+    """Trains what `strategy.begin_task` left trainable; goes on where a kill left it.
+
+    Args:
+        learned: the tasks before.
+        folder: of the Trainer's checkpoints.
+        seed: of the order of rows and of dropout.
+        steps: optimizer steps; -1 where `settings.epochs` count.
+    """
+    model, settings = bench.model, bench.settings
+    padding: Any = bench.tokenizer.pad_token_id
+    with model_given_back(model):
+        trainer = SaptTrainer(
+            model,
+            _arguments(settings, folder, seed, steps, bench.device),
+            train_dataset=bench.encode(task.train),
+            eval_dataset=bench.encode(task.dev),
+            data_collator=Collator(padding),
+            replay=strategy.reflection(learned),
+            replay_batch_size=settings.replay_batch_size,
+            pad_token_id=padding,
+            key_learning_rate=settings.key_learning_rate,
+            query_learning_rate=settings.query_learning_rate,
+            kl_per_micro_batch=settings.kl_per_micro_batch,
+            mixture=strategy.mixture,
+            objective=strategy.objective,
+            space=bench.space,
+        )
+        trainer.remove_callback(PrinterCallback)
+        with processes.first_goes_first():  # it deletes what is incomplete
+            checkpoint = last_checkpoint(folder)
+        try:
+            if settings.gradient_checkpointing:
+                _recompute_activations(model, True)
+            if checkpoint is None or not _finished(trainer, checkpoint):
+                trainer.train(None if checkpoint is None else str(checkpoint))
+        finally:
+            if settings.gradient_checkpointing:
+                _recompute_activations(model, False)
+
+
+def _arguments(
+    settings: ContinualSettings, folder: Path, seed: int, steps: int, device: torch.device
+) -> Seq2SeqTrainingArguments:
+    save = settings.save_steps
+    arguments = Seq2SeqTrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=settings.batch_size // processes.count(),
+        per_device_eval_batch_size=settings.eval_batch_size,
+        gradient_accumulation_steps=settings.accumulation,
+        num_train_epochs=settings.epochs,
+        max_steps=steps,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="constant",
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=settings.bf16,
+        seed=seed,
+        data_seed=seed,
+        save_strategy="steps",
+        save_steps=save if save < 1 else int(save),
+        save_total_limit=1,
+        eval_strategy="steps" if settings.load_best else "no",
+        eval_steps=(save if save < 1 else int(save)) if settings.load_best else None,
+        load_best_model_at_end=settings.load_best,
+        metric_for_best_model="loss" if settings.load_best else None,
+        greater_is_better=False if settings.load_best else None,
+        prediction_loss_only=True,
+        logging_steps=0.1,
+        report_to=[],
+        disable_tqdm=not settings.progress,
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type != "cpu",
+        remove_unused_columns=False,
+    )
+    # One GPU: on several the Trainer would take DataParallel, which cannot route.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+def _recompute_activations(model: Any, enable: bool) -> None:
+    # transformers 5.23 renamed gradient to activation checkpointing.
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if enable:
+        getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(model, f"{name}_checkpointing_disable")()
+        model.disable_input_require_grads()
+
+
+def _finished(trainer: SaptTrainer, checkpoint: Path) -> bool:
+    """Loads the outcome of a training that had come to its end; False if it had not."""
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
+    if state.global_step < state.max_steps:
+        return False
+    best = state.best_model_checkpoint
+    trainer._load_from_checkpoint(best if best and Path(best).is_dir() else str(checkpoint))
+    return True

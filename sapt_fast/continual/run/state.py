@@ -1,0 +1,253 @@
+"""The folder of a continual run: what was asked for, how far it came, its checkpoints."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sapt_fast.continual.run import processes
+from sapt_fast.continual.scores.report import write_json
+from sapt_fast.continual.settings import differences
+from sapt_fast.files import reading as _reading
+from sapt_fast.files.directories import whole_directory
+from sapt_fast.files.locks import FolderLock
+from sapt_fast.loading import read_strategy_state
+from sapt_fast.storage.description import STRATEGY_FILE
+
+__all__ = ["RunFolder", "last_checkpoint"]
+
+logger = logging.getLogger(__name__)
+
+TRAINER_STATE = "trainer_state.json"
+
+
+class RunFolder:
+    """Files of one run; each is whole or absent, whenever the process dies.
+
+        run.json                    what was asked for
+        state.json                  scores and attention of the tasks learned so far
+        checkpoints/<n>-<task>/     adapters and router after the n-th task, and in
+                                    strategy.safetensors what else the strategy remembers
+        training/<n>-<task>/        the Trainer's checkpoints of the task being learned
+
+    Attributes:
+        scores: `scores[i]`, the scores after task i, of tasks 0 to i.
+        attention: `attention[i]`, the mean weights of task i's dev inputs when it was learned.
+        seconds: of training and evaluation, for each stage.
+        peaks: bytes of memory at most, for each stage; None where it is not known.
+        trained: numbers of parameters that were trained.
+        resumed: whether the run was interrupted.
+    """
+
+    def __init__(self, path: Path, tasks: Sequence[str]) -> None:
+        self.path = path
+        self.tasks = tuple(tasks)
+        self.scores: list[list[float]] = []
+        self.attention: list[list[float]] = []
+        self.seconds: list[float] = []
+        self.peaks: list[int | None] = []
+        self.trained: list[int] = []
+        self.resumed = False
+        self._lock: FolderLock | None = None
+
+    @classmethod
+    def open(
+        cls, path: Path, tasks: Sequence[str], description: Mapping[str, Any], *, resume: bool
+    ) -> RunFolder:
+        """The run that is in `path`, or a new one.
+
+        Args:
+            description: JSON-ready; two runs are the same if theirs are, except under "source".
+
+        Raises:
+            FileExistsError: there is a run and `resume` is False, or there are other files.
+            ValueError: the run that is there was asked for something else (the message says what),
+                a file of it is damaged, or another process runs in this folder.
+        """
+        folder = cls(path, tasks)
+        folder._occupy()
+        try:
+            folder._begin(description, resume)
+        except BaseException:
+            folder.close()
+            raise
+        return folder
+
+    def _occupy(self) -> None:
+        """Keeps other processes out; of several that share a run, the first one does."""
+        if not processes.is_first():
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = FolderLock(self.path)
+        if self._lock.acquire() is False:
+            holder = self._lock.holder()
+            self.close()
+            raise ValueError(
+                f"output_dir: {holder} runs in {self.path} already; wait for it or choose another"
+            )
+
+    def close(self) -> None:
+        """Lets other processes run in this folder."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _begin(self, description: Mapping[str, Any], resume: bool) -> None:
+        path = self.path
+        run_file = path / "run.json"
+        if not run_file.exists():
+            # Tasks learned alone may be there already, and hidden leftovers of a kill.
+            names = [p.name for p in path.iterdir()] if path.is_dir() else []
+            others = sorted(name for name in names if name != "alone" and name[0] != ".")
+            if others:
+                raise FileExistsError(
+                    f"output_dir: {path} has no run.json but holds {', '.join(others[:5])}; "
+                    "choose an empty folder"
+                )
+            write_json(run_file, description)
+            return
+        if not resume:
+            raise FileExistsError(f"output_dir: {path} holds a run; resume it or choose another")
+        stored = read_json(run_file)
+        ours = json.loads(json.dumps(description))
+        found = differences(_compared(stored), _compared(ours))
+        if found:
+            raise ValueError(
+                f"output_dir: {path} holds a run with other settings: " + "; ".join(found)
+            )
+        self.read()
+        self.resumed = self.resumed or not (path / "results.json").exists()
+
+    def read(self) -> None:
+        """Takes over state.json, if there is one."""
+        path = self.path / "state.json"
+        if path.exists():
+            state = read_json(path, "scores", "attention")
+            self.scores = _rows(state["scores"], path)
+            self.attention = _rows(state["attention"], path)
+            self.read_costs()
+
+    def read_costs(self) -> None:
+        """Takes over from state.json what the run has cost so far."""
+        path = self.path / "state.json"
+        state = read_json(path, "seconds")
+        peaks = state.get("peaks", [])
+        known = [peak for peak in peaks if peak is not None] if isinstance(peaks, list) else peaks
+        trained = state.get("trained", [])
+        _rows([state["seconds"], known, trained], path)
+        self.seconds, self.peaks, self.trained = state["seconds"], peaks, trained
+        self.resumed = bool(state.get("resumed", False))
+
+    def write(self) -> None:
+        """Writes state.json; of several processes the first does."""
+        if not processes.is_first():
+            return
+        names = ("scores", "attention", "seconds", "peaks", "trained", "resumed")
+        write_json(self.path / "state.json", {name: getattr(self, name) for name in names})
+
+    def checkpoint(self, index: int) -> Path:
+        """Where the adapters after task `index` are, or will be."""
+        return self.path / "checkpoints" / self._name(index)
+
+    def has_checkpoint(self, index: int) -> bool:
+        """Whether task `index` was trained to the end."""
+        try:
+            whole_directory(self.checkpoint(index), "sapt_config.json")
+        except FileNotFoundError:
+            return False
+        return True
+
+    def forget_unfinished(self, index: int) -> None:
+        """Deletes the strategy's state that an earlier version, killed before it wrote the adapters
+        of task `index`, has left where the checkpoint will be."""
+        if processes.is_first() and not self.has_checkpoint(index):
+            (self.checkpoint(index) / STRATEGY_FILE).unlink(missing_ok=True)
+
+    def strategy_state(self, index: int) -> dict[str, Tensor]:
+        """What the strategy remembered after task `index`, beside the adapters.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        return read_strategy_state(self.checkpoint(index))
+
+    def training(self, index: int) -> Path:
+        """The Trainer's output folder for task `index`."""
+        return self.path / "training" / self._name(index)
+
+    def _name(self, index: int) -> str:
+        return f"{index + 1}-{self.tasks[index]}"
+
+
+def read_json(path: Path, *fields: str) -> dict[str, Any]:
+    """A JSON object of a run.
+
+    Args:
+        path: the file.
+        fields: that it must have.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        ValueError: it is damaged.
+    """
+    try:
+        content = _reading.read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); choose another output_dir") from error
+    missing = [name for name in fields if not isinstance(content, dict) or name not in content]
+    if not isinstance(content, dict) or missing:
+        what = f"no {missing[0]}" if missing else "no object"
+        raise ValueError(f"{path} is damaged ({what}); choose another output_dir")
+    return content
+
+
+def read_alone(path: Path, count: int) -> list[float] | None:
+    """The scores of the tasks learned alone in a results.json, None if it has none.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        ValueError: it is damaged, or has not `count` of them.
+    """
+    stored = read_json(path).get("alone")
+    if stored is None:
+        return None
+    (alone,) = _rows([stored], path)
+    if len(alone) != count or not all(map(math.isfinite, alone)):
+        raise ValueError(f"{path}: alone: got {str(stored)[:200]}, expected {count} finite scores")
+    return alone
+
+
+def _rows(value: Any, path: Path) -> list[list[float]]:
+    """A list of lists of numbers; ValueError if the file has anything else there."""
+    try:
+        return [[math.nan if x is None else float(x) for x in row] for row in value]
+    except (OverflowError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}); choose another output_dir") from error
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a Trainer; those that a kill left half-written are deleted.
+
+    The Trainer writes trainer_state.json last, so a checkpoint is whole when that can be read.
+    """
+    newest = None
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1])):
+        try:
+            _reading.read_json(path / TRAINER_STATE)
+        except (OSError, ValueError):
+            logger.warning("%s is incomplete and is not used", path)
+            shutil.rmtree(path)
+        else:
+            newest = path
+    return newest
+
+
+def _compared(description: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in description.items() if name != "source"}

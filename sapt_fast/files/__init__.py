@@ -1,0 +1,1 @@
+"""Files: replaced as a whole, locked, named safely, read with limits."""

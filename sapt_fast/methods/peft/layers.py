@@ -1,0 +1,351 @@
+"""PEFT's LoRA layers with another forward: all its adapters at once, mixed per input.
+
+PEFT keeps owning everything: names, parameters, active adapters, merging, saving, loading. Each
+forward lays the adapters' matrices side by side, R x (I + O) numbers, from the parameters as they
+then are: optimizers, checkpoints and compiled graphs see nothing but PEFT's own tensors. What
+cannot be computed in one pass goes to PEFT's forward.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, lru_cache
+from types import MappingProxyType
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from peft.tuners import lora
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from sapt_fast.devices import is_offloaded, present_weight
+from sapt_fast.methods.peft.arrow import arrow_of, arrow_weights
+from sapt_fast.methods.peft.other_layers import OTHER_KINDS
+from sapt_fast.methods.peft.parts import (
+    all_modules_are_hooked,
+    drop_rate,
+    is_bare,
+    is_hooked,
+    why_not_plain,
+)
+from sapt_fast.methods.peft.pooled import Pooled
+from sapt_fast.ops import transforms
+from sapt_fast.ops.mixed_lora import mix
+from sapt_fast.ops.own_lora import Adapter, add_own_lora_, own_lora
+from sapt_fast.ops.projection import PooledProjection, Projection
+from sapt_fast.ops.rank_table import cached_table, rank_table
+from sapt_fast.sites.linear import checked_mixture, is_torchao
+from sapt_fast.sites.merging import Addend
+
+# PEFT's layers over quantised ones, which are called as they are; those that run on a CPU are
+# tested.
+_QUANTISED = {
+    "PooledTorchaoLoraLinear": "torchao",
+    "PooledLinear8bitLt": "bnb",
+    "PooledLinear4bit": "bnb",
+    "PooledGPTQLoraLinear": "gptq",
+    "PooledAwqLoraLinear": "awq",
+    "PooledHqqLoraLinear": "hqq",
+    "PooledAqlmLoraLinear": "aqlm",
+    "PooledEetqLoraLinear": "eetq",
+}
+
+
+class OnePass(Pooled):
+    """What a LoRA layer over a linear one gains: all its adapters in one pass.
+
+    Also without weights: with `adapter_names=` each sample takes its own adapter; else the active
+    adapters are added up, as PEFT does, or an Arrow router's choice is mixed. Merged adapters,
+    other arguments, other variants (DoRA, aLoRA), and adapters with a bias, of several dtypes or
+    with parts that are hooked or replaced are PEFT's.
+    """
+
+    def sapt_adapters(self) -> Mapping[str, Any]:
+        stack: Any = self._modules["lora_A"]
+        return cast(Mapping[str, Any], stack._modules)
+
+    def sapt_why_not(self, adapters: Sequence[str] | None = None) -> str | None:
+        return why_not_plain(self, adapters)
+
+    def sapt_addend(self, adapters: Sequence[str], weights: Tensor) -> Addend:
+        return addend(self, adapters, weights)
+
+    def _weighted(
+        self,
+        x: Tensor,
+        adapters: tuple[str, ...],
+        weights: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        dropouts: Any = self._modules["lora_dropout"]
+        rates = {drop_rate(dropouts[name]) for name in adapters if name in dropouts}
+        if len(rates) > 1:
+            raise RuntimeError(
+                f"lora_dropout: got {sorted(rates)}, expected one rate for all adapters that are "
+                "mixed, which share the mask; set it in their configs, or call model.eval()"
+            )
+        mixture = checked_mixture(weights, x, len(adapters), self._get_name())
+        rate = max(rates, default=0.0)
+        return mixed(self, x, adapters, mixture, dropout=rate, args=args, kwargs=kwargs)
+
+    def _unweighted(
+        self, x: Tensor, names: Sequence[str] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        others = any(v is not None for key, v in kwargs.items() if key != "adapter_names")
+        if args or others or self.merged_adapters:
+            return self._as_peft(x, *args, **kwargs)
+        held = self.sapt_adapters()
+        if names is not None:
+            self._check_forward_args(x, adapter_names=names)
+            y = _own(self, x, names)
+            if y is not None:
+                return y
+            adapters = tuple(name for name in dict.fromkeys(names) if name in held)
+        elif mixes_by_arrow(self):
+            arrow = arrow_of(self)
+            assert arrow is not None
+            return mixed(self, x, arrow.experts, arrow_weights(self, arrow, x))
+        else:
+            adapters = tuple(name for name in self.active_adapters if name in held)
+        if not adapters:
+            return self.base_layer(x)
+        if why_not_plain(self, adapters) is not None:
+            return self._as_peft(x, **kwargs)
+        dropouts: Any = self._modules["lora_dropout"]
+        rates = {drop_rate(dropouts[name]) for name in adapters}
+        if rates != {0.0} and (len(adapters) > 1 or names is not None):
+            return self._as_peft(x, **kwargs)  # one mask for each adapter
+        if names is None:
+            weights = _kept(_ones, x)(len(adapters), x.device)
+        else:
+            weights = _kept(_one_hot, x)(tuple(names), adapters, x.device)
+        mixture = checked_mixture(weights, x, len(adapters), self._get_name())
+        return mixed(self, x, adapters, mixture, dropout=max(rates))
+
+
+class PooledLinear(OnePass, lora.Linear):
+    """`peft.tuners.lora.Linear`, pooled."""
+
+
+_KINDS: dict[type, type[Pooled]] = {lora.Linear: PooledLinear, **OTHER_KINDS}
+
+
+def pooled_kind(kind: type) -> type[Pooled] | None:
+    """The class that a layer of PEFT's class `kind` gets; None if its adapters cannot be pooled."""
+    if kind in _KINDS:
+        return _KINDS[kind]
+    name = f"Pooled{kind.__name__}"
+    known = name in _QUANTISED and kind.__module__ == f"peft.tuners.lora.{_QUANTISED[name]}"
+    return _pooled_quantised(kind) if known else None
+
+
+@cache
+def _pooled_quantised(kind: type) -> type[Pooled]:
+    attributes = {"__module__": __name__, "__doc__": f"PEFT's `{kind.__name__}`, pooled."}
+    return type(f"Pooled{kind.__name__}", (OnePass, kind), attributes)
+
+
+def __getattr__(name: str) -> Any:
+    """The classes over quantised layers, which pickle looks for by their names."""
+    if name not in _QUANTISED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"peft.tuners.lora.{_QUANTISED[name]}")
+    return _pooled_quantised(getattr(module, name.removeprefix("Pooled")))
+
+
+def _own(layer: Any, x: Tensor, names: Sequence[str]) -> Tensor | None:
+    """The base output plus each sample's own adapter; None where the mixture must do it.
+
+    A GPU's mixture skips adapters without weight by itself, and is a single launch.
+    """
+    traced = _is_traced(x)
+    if x.device.type != "cpu" or traced or torch.is_grad_enabled():
+        return None
+    if torch.is_autocast_enabled("cpu") or all_modules_are_hooked():
+        return None
+    # nn.Module's own lookups would cost more than the adapters' arithmetic
+    modules, variants, biased = layer._modules, layer.lora_variant, layer.lora_bias
+    linears_a, linears_b = modules["lora_A"]._modules, modules["lora_B"]._modules
+    dropouts = modules["lora_dropout"]._modules
+    scaling = layer.scaling
+    index: dict[str, int] = {}
+    adapters: list[Adapter] = []
+    dtypes = set()
+    for name in dict.fromkeys(names):
+        linear_a = linears_a.get(name)
+        if linear_a is None:  # "__base__", or an adapter of other layers
+            continue
+        linear_b, dropout = linears_b[name], dropouts[name]
+        if type(linear_a) is not nn.Linear or type(linear_b) is not nn.Linear:
+            return None
+        if name in variants or biased.get(name) or not _passes_through(dropout):
+            return None
+        if not is_bare(linear_a) or not is_bare(linear_b):
+            return None
+        a, b = linear_a._parameters.get("weight"), linear_b._parameters.get("weight")
+        if type(a) is not nn.Parameter or type(b) is not nn.Parameter or not a.is_cpu:
+            return None
+        dtypes.add(a.dtype)
+        dtypes.add(b.dtype)
+        index[name] = len(adapters)
+        adapters.append(Adapter(a, b, float(scaling[name])))
+    if len(dtypes) > 1 or not dtypes <= {x.dtype, torch.float32}:
+        return None
+    owner = [index.get(name, -1) for name in names]
+    base = layer.base_layer
+    if _is_plain_base(base) and base.weight.dtype == x.dtype and base.weight.is_cpu:
+        weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
+        return own_lora(x, weight, base.bias, adapters, owner)
+    y = base(x)
+    if y.dtype != x.dtype:
+        delta = add_own_lora_(x.new_zeros(y.shape), x, adapters, owner)
+        return y + delta.to(y.dtype)
+    return add_own_lora_(y.contiguous(), x, adapters, owner)
+
+
+def _passes_through(dropout: nn.Module) -> bool:
+    """Whether PEFT's dropout module gives back its input."""
+    plain = type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.training)
+    return plain and is_bare(dropout)
+
+
+def mixed(
+    layer: Any,
+    x: Tensor,
+    adapters: Sequence[str],
+    mixture: Tensor,
+    *,
+    dropout: float = 0.0,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] = MappingProxyType({}),
+) -> Tensor:
+    """A PEFT layer's base output plus the mixture of its adapters.
+
+    Args:
+        layer: `peft.tuners.lora.Linear`, whose adapters are plain (`why_not_plain`).
+        adapters: the K adapters that the weights are for; the layer may lack some, not all.
+        mixture: [S, K]; S divides the rows of x.
+        dropout: rate on the adapters' input, with one mask for all.
+        args, kwargs: more arguments of the base layer.
+    """
+    base: Any = layer.base_layer
+    if dropout or args or kwargs or not _is_plain_base(base):
+        dropped = F.dropout(x, dropout) if dropout else x
+        [delta] = mix(dropped, mixture, [_pooled(layer, x, adapters, None, None)])
+        y: Tensor = base(x, *args, **kwargs)
+        return y + delta.to(y.dtype)
+    weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
+    return mix(x, mixture, [_pooled(layer, x, adapters, weight, base.bias)])[0]
+
+
+def addend(layer: Any, adapters: Sequence[str], weights: Tensor) -> Addend:
+    """The static mixture of a PEFT layer's adapters, all plain, to be merged.
+
+    Args:
+        weights: [K], one for each of `adapters`; the layer may lack some.
+    """
+    present = [(k, name) for k, name in enumerate(adapters) if name in layer.lora_A]
+    scaled = [
+        present_weight(layer.lora_B[name]).detach().t().double()
+        * (float(weights[k]) * layer.scaling[name])
+        for k, name in present
+    ]
+    a = torch.cat([present_weight(layer.lora_A[name]).detach() for _, name in present])
+    return Addend(layer.base_layer, a, torch.cat(scaled), isinstance(layer.base_layer, Conv1D))
+
+
+def _pooled(
+    layer: Any, x: Tensor, adapters: Sequence[str], weight: Tensor | None, bias: Tensor | None
+) -> PooledProjection:
+    modules = layer._modules  # nn.Module's own lookups would cost a fifth of the layer's time
+    stack_a, stack_b = modules["lora_A"]._modules, modules["lora_B"]._modules
+    present = [name for name in adapters if name in stack_a]
+    a = [stack_a[name].weight for name in present]
+    b = [stack_b[name].weight.t() for name in present]
+    held = {name: part.shape[0] for name, part in zip(present, a, strict=True)}
+    if a[0].is_meta and is_offloaded(stack_a[present[0]]):
+        a, b = _brought(layer, present, x.device)
+    rows_a, rows_b = torch.cat(a), torch.cat(b)
+    train_a, train_b, train_rows = [], [], []
+    tracked = transforms.active()  # by whom is not known
+    start = 0
+    for part_a, part_b in zip(a, b, strict=True):
+        stop = start + part_a.shape[0]
+        if tracked or part_a.requires_grad or part_b.requires_grad:
+            train_a.append(part_a)
+            train_b.append(part_b)
+            train_rows += [start, stop]
+        start = stop
+    ranks = tuple(held.get(name, 0) for name in adapters)
+    scaling = tuple(layer.scaling.get(name, 0.0) for name in adapters)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if any(isinstance(value, Tensor) for value in scaling):  # PEFT's hot-swap for compiled models
+        values = [torch.as_tensor(value, device=x.device, dtype=dtype) for value in scaling]
+        table = rank_table(ranks, torch.stack(values), x.device, dtype)
+    else:
+        table = _kept(cached_table, x)(ranks, scaling, x.device, dtype)
+    projection = Projection(weight, bias, rows_a.detach(), rows_b.detach(), *table)
+    return PooledProjection(projection, train_a, train_b, train_rows)
+
+
+def _brought(
+    layer: Any, names: Sequence[str], device: torch.device
+) -> tuple[list[Tensor], list[Tensor]]:
+    """A and B of adapters that accelerate offloads, for one forward."""
+    if layer.training and torch.is_grad_enabled():
+        raise RuntimeError(
+            "accelerate offloads the adapters, so that nothing would train them: let it dispatch "
+            "the base model, or call model.eval()"
+        )
+    a, b = (
+        [present_weight(stack[name]).detach().to(device) for name in names]
+        for stack in (layer.lora_A, layer.lora_B)
+    )
+    return a, [weight.t() for weight in b]
+
+
+def _kept(make: Any, x: Tensor) -> Callable[..., Any]:
+    """A cached function, or without its cache where x is traced: a fake result must not be kept."""
+    return make.__wrapped__ if _is_traced(x) else make
+
+
+def _is_traced(x: Tensor) -> bool:
+    """Whether tensors made now belong to a graph or to a transform, and x has no memory to read."""
+    compiling = torch.compiler.is_compiling()
+    return compiling or type(x) not in (Tensor, nn.Parameter) or transforms.active()
+
+
+def mixes_by_arrow(layer: Any) -> bool:
+    """Whether Arrow chooses the layer's experts now and they can be computed in one pass."""
+    if not layer.lora_variant or layer.disable_adapters or layer.merged:
+        return False
+    arrow = arrow_of(layer)
+    if arrow is None or why_not_plain(layer, arrow.experts) is not None:
+        return False
+    [router] = layer.active_adapters
+    reads = is_bare(arrow.router) and not is_offloaded(arrow.router)
+    return reads and _passes_through(layer.lora_dropout[router])
+
+
+def _is_plain_base(base: nn.Module) -> bool:
+    """Whether calling the base layer is its product and nothing else."""
+    if type(base) not in (nn.Linear, Conv1D) or is_torchao(base.weight):
+        return False
+    return (
+        base.weight.layout is torch.strided and "forward" not in vars(base) and not is_hooked(base)
+    )
+
+
+@lru_cache(maxsize=16)
+def _one_hot(names: tuple[str, ...], adapters: tuple[str, ...], device: torch.device) -> Tensor:
+    """[B, K]: row b selects the adapter names[b]; "__base__" none."""
+    index = [[float(name == adapter) for adapter in adapters] for name in names]
+    with torch.inference_mode(False):  # all layers, and later calls, share it
+        return torch.tensor(index, device=device)
+
+
+@lru_cache(maxsize=64)
+def _ones(count: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.ones(1, count, device=device)

@@ -1,0 +1,122 @@
+"""patch and unpatch for X-LoRA models: all experts of a layer in one pass, weights per token.
+
+X-LoRA (Buehler and Buehler, 2024) classifies every token and scales each layer's LoRA experts by
+the result. PEFT's loop stores a scaled copy of x and an output for every expert; the numbers here
+are the same, from one product over the stacked experts. Where the scaling pass scales by zero, the
+experts are skipped. Everything else stays PEFT's: the classifier, top-k and softmax; generation
+keeps keys and values where `xlora_generation` finds that sound.
+"""
+
+from typing import Any
+
+from peft import PeftModel
+from peft.tuners import lora
+from peft.tuners.lora import LoraLayer
+from peft.tuners.xlora.layer import XLoraLinearLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from sapt_fast.methods.peft.layers import mixed
+from sapt_fast.methods.peft.parts import drop_rate, why_not_plain
+from sapt_fast.methods.peft.switched import switched_parts, why_switched
+from sapt_fast.methods.peft.xlora_generation import CachedGeneration
+from sapt_fast.sites.report import PatchReport
+
+
+class XLoraHandle(nn.Module):
+    """model.sapt of an X-LoRA model.
+
+    Attributes:
+        report: the layers that compute their experts in one pass, those left to PEFT, and why
+            generation runs as in PEFT if it does.
+        generation: what stands in for `model.generate`.
+    """
+
+    def __init__(self, model: PeftModel) -> None:
+        super().__init__()
+        self.report = PatchReport()
+        for path, layer in model.named_modules():
+            if not isinstance(layer, LoraLayer):
+                continue
+            if type(layer) is lora.Linear and _loop_of(layer) is not None:
+                self.report.patched.append(path)
+            else:
+                kind = repr(layer).partition("(")[0]
+                self.report.skipped[path] = f"{kind} runs its experts as in PEFT"
+        self.report.notes += [
+            f"{path}: {why_switched(part)}; PEFT takes the active adapter's, whatever X-LoRA scales"
+            for path, part in switched_parts(model)
+            if isinstance(part, AuxiliaryTrainingWrapper)
+        ]
+        self.generation = CachedGeneration(model, all_pooled=not self.report.skipped)
+        if self.generation.obstacle is not None:
+            note = f"generation without a cache, as in PEFT: {self.generation.obstacle}"
+            self.report.notes.append(note)
+
+
+class PooledExperts:
+    """Stands in for the forward of PEFT's `XLoraLinearLayer`, which it keeps.
+
+    Args:
+        loop: PEFT's.
+        generation: of the model; has the scalings of a generation that keeps a cache.
+    """
+
+    def __init__(self, loop: XLoraLinearLayer, generation: CachedGeneration) -> None:
+        self.loop = loop
+        self.generation = generation
+        self.layer: Any = loop.target
+
+    def forward(
+        self, x: Tensor, *args: Any, scalings: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        """`XLoraLinearLayer.forward`: x [B, T, I], scalings [B, T, layers, K]."""
+        loop, layer, running = self.loop, self.layer, self.generation.running
+        if scalings is None:
+            scalings = running.scalings
+        if running.base_only or (layer.disable_adapters and self._scales_by_zero()):
+            return layer.base_layer(x, *args, **kwargs)
+        drops = any(drop_rate(dropout) for dropout in layer.lora_dropout.values())
+        off = loop.adapters_disabled or layer.merged or drops
+        others = args or kwargs or x.dim() != 3
+        if scalings is None or others or off or why_not_plain(layer) is not None:
+            return loop.forward(x, *args, scalings=scalings, **kwargs)
+        weights = loop.get_maybe_topk_scalings(scalings) * loop.config.global_scaling_weight
+        adapters = tuple(layer.active_adapters)
+        mixture = weights.expand(*x.shape[:-1], -1).reshape(-1, len(adapters))
+        return mixed(layer, x, adapters, mixture)
+
+    def _scales_by_zero(self) -> bool:
+        """Whether PEFT's scaling pass, in which alone the layer is disabled, adds no expert."""
+        classifier: Any = self.loop.model.internal_xlora_classifier
+        return bool(classifier.override_scaling_pass_value == 0)
+
+
+def patch_xlora(model: PeftModel, *, strict: bool) -> None:
+    """`patch` of a PEFT model with X-LoRA; see there."""
+    if isinstance(getattr(model, "sapt", None), XLoraHandle):
+        return
+    handle = XLoraHandle(model)
+    if not handle.report.patched:
+        raise ValueError(f"model: X-LoRA has no linear layer here. {handle.report}")
+    if strict and handle.report.skipped:
+        raise ValueError(f"strict: not everything can be patched. {handle.report}")
+    for path in handle.report.patched:
+        layer: Any = model.get_submodule(path)
+        layer.forward = PooledExperts(layer.forward.__self__, handle.generation).forward
+    model.sapt = handle
+    handle.generation.install()
+
+
+def unpatch_xlora(model: PeftModel) -> None:
+    """`unpatch` of a PEFT model with X-LoRA; see there."""
+    model.sapt.generation.remove()
+    for path in model.sapt.report.patched:
+        layer: Any = model.get_submodule(path)
+        layer.forward = layer.forward.__self__.loop.forward
+    del model.sapt
+
+
+def _loop_of(layer: nn.Module) -> XLoraLinearLayer | None:
+    owner = getattr(vars(layer).get("forward"), "__self__", None)
+    return owner if isinstance(owner, XLoraLinearLayer) else None

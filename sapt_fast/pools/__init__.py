@@ -1,0 +1,1 @@
+"""What methods store: rows, LoRA adapters, prompts."""

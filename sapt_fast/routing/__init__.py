@@ -1,0 +1,1 @@
+"""How the weights of one forward reach every layer."""

@@ -1,0 +1,1 @@
+"""Where a method touches a model: linear layers, embeddings, whole modules."""

@@ -1,0 +1,213 @@
+"""Which linear layers of a model can mix adapters, and why the others cannot."""
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+from torch.nn.utils.parametrize import is_parametrized
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from sapt_fast.sites.linear import Mixed, MixedOther, mixed_kind, packed_weight
+
+# Children whose weights torch reads without calling them.
+_READ_BY_TORCH: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
+    (nn.MultiheadAttention, ("out_proj",)),
+    (nn.TransformerEncoderLayer, ("linear1", "linear2")),
+)
+# What may be asked of a weight without multiplying by it.
+_PROPERTIES = ("device", "dtype", "ndim", "requires_grad", "shape", "size", "data")
+_HEADS = ("score", "classifier")  # of models without output embeddings
+# A child, and the attributes of its parent that must be true where its weight is read.
+Reading = tuple[str, tuple[str, ...]]
+Readings = tuple[Reading, ...]
+_FAKE_LIMITS = (
+    DataDependentOutputException,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+
+
+def layer_features(module: Any) -> tuple[int, int]:
+    """(in_features, out_features) of a linear layer or a GPT-2 Conv1D."""
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    return module.in_features, module.out_features
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer of some kind, which may yet be one that cannot mix."""
+    return isinstance(module, (nn.Linear, Conv1D)) or packed_weight(module) is not None
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """The last parts of the paths of a model's linear layers, sorted."""
+    return sorted({n.rpartition(".")[2] for n, m in model.named_modules() if is_linear(m)})
+
+
+def all_linear(model: PreTrainedModel) -> frozenset[str]:
+    """The paths of all linear layers but the output head, as PEFT's "all-linear" chooses them.
+
+    The head is the output embeddings or, without them, `score` or `classifier`.
+    """
+    head: Any = model.get_output_embeddings()
+    if head is None:
+        head = next((getattr(model, n) for n in _HEADS if hasattr(model, n)), None)
+    return frozenset(n for n, m in model.named_modules() if is_linear(m) and m is not head)
+
+
+def obstacle(module: Any, parent: nn.Module, name: str) -> str | None:
+    """Why a module cannot mix adapters; None if it can.
+
+    Args:
+        parent: the module that has it as its child `name`.
+    """
+    kind = f"{type(module).__module__}.{type(module).__name__}"
+    if isinstance(module, Mixed):
+        return f"{kind} is patched already, as a part of another model"
+    if not is_linear(module):
+        return f"{kind} is not a linear layer"
+    if reader := _never_called_by(parent, name):
+        return f"{reader} reads its weight without calling it, so adapters would do nothing"
+    if packed_weight(module) is None and (reason := _of_weight(module)):
+        return reason
+    if issubclass(mixed_kind(module) or Mixed, MixedOther):
+        return _of_output(module)
+    return None
+
+
+def _of_weight(module: Any) -> str | None:
+    if is_parametrized(module):
+        return "it is parametrised (torch.nn.utils.parametrize), which sets its class itself"
+    weight = module.weight
+    inputs, outputs = layer_features(module)
+    expected = (inputs, outputs) if isinstance(module, Conv1D) else (outputs, inputs)
+    shape = tuple(getattr(weight, "shape", ()))
+    if shape != expected:
+        return f"its weight has shape {shape}, expected {expected} for its in and out features"
+    return None
+
+
+def _of_output(module: Any) -> str | None:
+    """Whether another class's forward gives [..., O] for [..., I], found out without computing."""
+    packed = packed_weight(module)
+    if packed is not None:
+        return None  # kernels that fake tensors know nothing of
+    weight: Tensor = module.weight
+    inputs, outputs = layer_features(module)
+    kind: Any = type(module)
+    probe = kind.__new__(kind)
+    vars(probe).update(vars(module))
+    try:
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+            y = kind.forward(probe, torch.empty(1, 2, inputs, dtype=weight.dtype).to(weight.device))
+    except _FAKE_LIMITS:
+        return None
+    except RuntimeError as error:
+        return f"{kind.__name__} does not take an input [1, 2, {inputs}]: {_first_line(error)}"
+    except Exception:  # it may need more arguments, which its caller knows
+        return None
+    if not isinstance(y, Tensor):
+        return f"{kind.__name__} returns {type(y).__name__}, expected one tensor [..., {outputs}]"
+    if tuple(y.shape) != (1, 2, outputs):
+        return (
+            f"{kind.__name__} returns {list(y.shape)} for an input [1, 2, {inputs}], expected "
+            f"[1, 2, {outputs}]"
+        )
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def bypass(parent: nn.Module, name: str) -> str | None:
+    """Where a layer that is called is also read without a call, so that adapters do nothing then.
+
+    Args:
+        parent: the module that has the layer as its child `name`.
+    """
+    for kind, reads, _ in _uses(parent):
+        if any(child == name and all(getattr(parent, f, True) for f in on) for child, on in reads):
+            return kind.__name__
+    return None
+
+
+def _never_called_by(parent: nn.Module, name: str) -> str | None:
+    """The class of a parent that only multiplies by its child's weight itself."""
+    for kind, names in _READ_BY_TORCH:
+        if isinstance(parent, kind) and name in names:
+            return kind.__name__
+    reader = bypass(parent, name)
+    called = any(name in calls for *_, calls in _uses(parent))
+    return None if called else reader
+
+
+def _uses(parent: nn.Module) -> Iterator[tuple[type, Readings, frozenset[str]]]:
+    for kind in type(parent).__mro__:
+        if kind.__module__.partition(".")[0] not in ("torch", "builtins"):
+            yield kind, *_children_used(kind)
+
+
+@cache
+def _children_used(kind: type) -> tuple[Readings, frozenset[str]]:
+    """The children whose `weight` a class passes on, and those that it calls, by its source.
+
+    `f(x, self.child.weight)` counts, but neither `self.child.weight.dtype` nor anything outside of
+    what a forward runs.
+    """
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
+    except (OSError, TypeError, SyntaxError):
+        return (), frozenset()
+    reads: dict[Reading, None] = {}
+    calls = set()
+    for method in ast.walk(tree):
+        if isinstance(method, ast.FunctionDef) and not _sets_up(method.name):
+            reads |= dict.fromkeys(_readings(method, ()))
+            called = (node.func for node in ast.walk(method) if isinstance(node, ast.Call))
+            calls |= {node.attr for node in called if _is_own(node)}
+    return tuple(reads), frozenset(calls)
+
+
+def _is_own(node: ast.AST) -> TypeGuard[ast.Attribute]:
+    """Whether an expression is `self.name`."""
+    return isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "self"
+
+
+def _sets_up(method: str) -> bool:
+    return any(part in method for part in ("init", "reset", "tie", "load", "set_", "prune"))
+
+
+def _readings(node: ast.AST, flags: tuple[str, ...]) -> list[Reading]:
+    if isinstance(node, ast.Attribute) and node.attr in _PROPERTIES:
+        return []
+    if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "hasattr"):
+        return []
+    if isinstance(node, ast.Attribute) and node.attr == "weight":
+        child = node.value
+        if _is_own(child) and isinstance(node.ctx, ast.Load):
+            return [(child.attr, flags)]
+    if isinstance(node, ast.If):
+        inside = flags + _required(node.test)
+        readings = [r for part in node.body for r in _readings(part, inside)]
+        rest = [*node.orelse, node.test]
+        return readings + [r for part in rest for r in _readings(part, flags)]
+    return [r for part in ast.iter_child_nodes(node) for r in _readings(part, flags)]
+
+
+def _required(test: ast.expr) -> tuple[str, ...]:
+    """Attributes of self, but its mode, that a condition of the form `a and b` needs to be true."""
+    terms = test.values if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And) else [test]
+    return tuple(term.attr for term in terms if _is_own(term) and term.attr != "training")

@@ -1,0 +1,291 @@
+"""The layers that a patched model has in place of its own: the same module, another forward."""
+
+import inspect
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from sapt_fast.devices import is_wrapped_by_accelerate
+from sapt_fast.ops.mixed_lora import mix
+
+if TYPE_CHECKING:
+    from sapt_fast.pools.lora import AdapterPool
+    from sapt_fast.routing.hooks import Routing
+
+    _Other = nn.Linear
+else:
+    _Other = object
+
+
+# Of each group: its input, that tensor's version, and the outputs not yet asked for.
+Waiting = dict["InputGroup", tuple[Tensor, int | None, dict["MixedLinear", Tensor]]]
+
+
+class Mixed:
+    """What every mixed layer has besides its base class's own attributes.
+
+    Attributes:
+        sapt_pool: the layer's adapters. sapt_routing: where the running weights are.
+        sapt_dropout: on the adapters' input, in training.
+        sapt_grad_through_frozen: of `ops.mixed_lora_linear`.
+    """
+
+    sapt_pool: "AdapterPool"
+    sapt_routing: "Routing"
+    sapt_dropout: float
+    sapt_grad_through_frozen: bool
+    training: bool
+
+    def _mixed(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        pool = self.sapt_pool
+        if not len(pool) or self.sapt_routing.merged is not None:
+            return F.linear(x, weight, bias)
+        mixture = checked_mixture(self.sapt_routing.running, x, len(pool), type(self).__name__)
+        through = self.sapt_grad_through_frozen
+        drops = self.training and self.sapt_dropout
+        if drops or is_torchao(weight):
+            dropped = F.dropout(x, self.sapt_dropout) if drops else x
+            delta = pool(dropped, None, None, mixture, grad_through_frozen=through)
+            return F.linear(x, weight, bias) + delta
+        return pool(x, weight, bias, mixture, grad_through_frozen=through)
+
+
+class MixedLinear(Mixed, nn.Linear):
+    """`nn.Linear` plus the mixture of its pool.
+
+    Attributes:
+        sapt_group: the layers that are given the same input, one after the other; or None.
+    """
+
+    sapt_group: "InputGroup | None" = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = None if self.sapt_group is None else self.sapt_group.output(self, input)
+        return self._mixed(input, self.weight, self.bias) if y is None else y
+
+
+class InputGroup:
+    """Layers with one input (queries, keys and values), computed when the first is called.
+
+    The others' results wait in the running forward until they are called with that same tensor.
+
+    Args:
+        layers: in the order in which the model calls them.
+    """
+
+    def __init__(self, layers: list[MixedLinear]) -> None:
+        self.layers = layers
+
+    def output(self, layer: MixedLinear, x: Tensor) -> Tensor | None:
+        """The layer's output; None if it must be computed on its own."""
+        waiting = layer.sapt_routing.waiting
+        if waiting is None or layer.sapt_routing.merged is not None:
+            return None
+        if layer is not self.layers[0]:
+            return self._take(layer, x, waiting)
+        waiting.pop(self, None)
+        if not self._can_share(x):
+            return None
+        mixture = checked_mixture(
+            layer.sapt_routing.running, x, len(layer.sapt_pool), type(layer).__name__
+        )
+        through = layer.sapt_grad_through_frozen
+        pooled = [m.sapt_pool.projection(x, m.weight, m.bias, through) for m in self.layers]
+        first, *others = mix(x, mixture, pooled, through)
+        waiting[self] = x, _version(x), dict(zip(self.layers[1:], others, strict=True))
+        return first
+
+    def _take(self, layer: MixedLinear, x: Tensor, waiting: "Waiting") -> Tensor | None:
+        if self not in waiting:
+            return None
+        source, version, outputs = waiting[self]
+        if source is not x or version != _version(x) or layer not in outputs:
+            return None
+        y = outputs.pop(layer)
+        if not outputs:
+            del waiting[self]
+        return y
+
+    def _can_share(self, x: Tensor) -> bool:
+        """Whether calling one layer is as good as calling all of them in turn."""
+        layers = self.layers
+        biases = {layer.bias is None for layer in layers}
+        return len(biases) == 1 and all(
+            len(layer.sapt_pool)
+            and not (layer.training and layer.sapt_dropout)
+            and "forward" not in vars(layer)
+            and not layer._forward_pre_hooks
+            and _is_whole(layer, x)
+            for layer in layers
+        )
+
+
+def _version(x: Tensor) -> int | None:
+    """How often x was written to; None where torch does not count."""
+    return None if torch.compiler.is_compiling() or x.is_inference() else x._version
+
+
+def _is_whole(layer: MixedLinear, x: Tensor) -> bool:
+    """Whether the weights are here; sharding and offloading bring them when a layer is called."""
+    own = [p for p in layer._parameters.values() if p is not None]
+    whole = all(type(p) is nn.Parameter and p.device == x.device for p in own)
+    return whole and layer.weight.shape == (layer.out_features, layer.in_features)
+
+
+def is_torchao(weight: object) -> bool:
+    """Whether the weight of an ordinary layer is torchao's, which multiplies by itself."""
+    kind = type(weight)
+    return kind not in (Tensor, nn.Parameter) and kind.__module__.startswith("torchao.")
+
+
+class MixedConv1D(Mixed, Conv1D):
+    """GPT-2's `Conv1D` plus the mixture of its pool."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._mixed(x, self.weight.t(), self.bias)
+
+
+class MixedOther(Mixed, _Other):
+    """What a layer of another class gains: it is called as it is, and the mixture is added.
+
+    Of this kind are quantised layers and subclasses of `nn.Linear` and `Conv1D`.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        y = super().forward(*args, **kwargs)
+        pool = self.sapt_pool
+        if not len(pool) or self.sapt_routing.merged is not None:
+            return y
+        x = args[0] if args else kwargs[_first_argument(base_kind(self))]
+        if not isinstance(y, Tensor) or y.shape != (*x.shape[:-1], pool.b.width):
+            raise RuntimeError(
+                f"{base_kind(self).__name__}: its forward gave {_described(y)} for an input of "
+                f"shape {tuple(x.shape)}, expected {[*x.shape[:-1], pool.b.width]}, to which a "
+                "mixture can be added: leave the layer out of target_modules"
+            )
+        mixture = checked_mixture(self.sapt_routing.running, x, len(pool), type(self).__name__)
+        dropped = F.dropout(x, self.sapt_dropout, self.training and self.sapt_dropout > 0)
+        through = self.sapt_grad_through_frozen
+        return y + pool(dropped, None, None, mixture, grad_through_frozen=through).to(y.dtype)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """By the class underneath: this one exists only where a model was patched."""
+        reduced: Any = super().__reduce_ex__(2)
+        _, _, *state = reduced
+        return _unfilled, (base_kind(self),), *state
+
+
+_MIXED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: MixedLinear, Conv1D: MixedConv1D}
+
+
+def mixed_kind(layer: nn.Module) -> type[nn.Module] | None:
+    """The class that a layer gets when it is patched; None if it is no linear one that we know."""
+    kind: Any = type(layer)
+    if kind in _MIXED:
+        return _MIXED[kind]
+    if isinstance(layer, Mixed):
+        return None
+    linear = isinstance(layer, (nn.Linear, Conv1D)) or packed_weight(layer) is not None
+    return _mixed_other(kind) if linear else None
+
+
+def runs_its_class(layer: nn.Module) -> bool:
+    """Whether a layer runs its class's forward, if within accelerate's hook, and no other."""
+    name = "_old_forward" if is_wrapped_by_accelerate(layer) else "forward"
+    forward = vars(layer).get(name)  # a hook, once removed, leaves the class's own behind
+    return forward is None or getattr(forward, "__func__", None) is type(layer).forward
+
+
+def become(layer: Any, kind: type[nn.Module]) -> None:
+    """Gives a layer another class; accelerate's hooks then run that one's forward."""
+    own, before = vars(layer), type(layer).forward
+    layer.__class__ = kind  # first: other threads may be running the layer
+    if getattr(own.get("forward"), "__func__", None) is before:
+        del own["forward"]
+    if getattr(own.get("_old_forward"), "__func__", None) is before:
+        own["_old_forward"] = kind.forward.__get__(layer)
+
+
+def base_kind(layer: nn.Module) -> type[Any]:
+    """The class that a mixed layer had before."""
+    return next(kind for kind in type(layer).__mro__ if not issubclass(kind, Mixed))
+
+
+def packed_weight(layer: nn.Module) -> Tensor | None:
+    """What a quantised linear layer of its own class keeps its weight in; None for other layers.
+
+    Known by in_features, out_features and integers (or 8-bit floats) in place of a `weight` in
+    floating point, as the layers of bitsandbytes, GPTQ, AWQ, HQQ, AQLM and EETQ have them.
+    """
+    if not all(isinstance(getattr(layer, n, None), int) for n in ("in_features", "out_features")):
+        return None
+    own: dict[str, Tensor | None] = {**layer._parameters, **layer._buffers}
+    named = own.get("weight")
+    candidates = own.values() if named is None else [named]
+    return next((t for t in candidates if t is not None and _is_packed(t)), None)
+
+
+def _is_packed(values: Tensor) -> bool:
+    dtype = values.dtype
+    if dtype.is_floating_point:
+        return dtype.itemsize == 1
+    return not dtype.is_complex and dtype != torch.bool
+
+
+@cache
+def _mixed_other(kind: type) -> type[nn.Module]:
+    attributes = {"__module__": __name__, "__doc__": f"`{kind.__name__}` plus a mixture."}
+    return type(f"Mixed{kind.__name__}", (MixedOther, kind), attributes)
+
+
+def _unfilled(kind: type) -> nn.Module:
+    made = _mixed_other(kind)
+    return made.__new__(made)
+
+
+def _first_argument(kind: type[Any]) -> str:
+    """How a layer's forward calls its input."""
+    return list(inspect.signature(kind.forward).parameters)[1]
+
+
+def _described(output: object) -> str:
+    if isinstance(output, Tensor):
+        return f"shape {tuple(output.shape)}"
+    return type(output).__name__
+
+
+def checked_mixture(weights: Tensor | None, x: Tensor, count: int, kind: str) -> Tensor:
+    """The weights as [S, count], where S divides the rows of x."""
+    if weights is None:
+        raise RuntimeError(
+            f"no mixture weights for {kind}: call the patched model itself, or run its parts "
+            "inside model.sapt.fixed(weights); to recompute activations, use the model's own "
+            "gradient_checkpointing_enable()"
+        )
+    if weights.shape[-1] != count:
+        raise RuntimeError(
+            f"mixture weights for {weights.shape[-1]} adapters, but this layer has {count}: they "
+            "were computed before the last add_task; run a full forward again"
+        )
+    if weights.device != x.device:
+        weights = weights.to(x.device)
+    if weights.dim() == 2 and weights.shape[0] == 1:
+        return weights
+    samples = weights.shape[:-1]
+    if x.dim() > 2:
+        fits = x.shape[: len(samples)] == samples
+    else:  # samples' tokens one after the other
+        rows, given = x.shape[:-1].numel(), samples.numel()
+        fits = rows == given or (weights.dim() == 2 and given > 0 and rows % given == 0)
+    if not fits:
+        raise RuntimeError(
+            f"{kind}: got an input of shape {tuple(x.shape)} for mixture weights of shape "
+            f"{tuple(weights.shape)}, expected {[*samples, '...']}. A layer whose first dimension "
+            "is not the batch can only mix one weight per adapter for all samples: leave it out of "
+            "target_modules, or use model.sapt.fixed(weights [K])"
+        )
+    return weights.reshape(-1, count)

@@ -1,0 +1,139 @@
+"""Which base model a checkpoint belongs to: its kind, its layers and some of its weights."""
+
+import math
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sapt_fast.devices import present_weight
+from sapt_fast.pools.sharding import unsharded_class, whole
+from sapt_fast.sites.linear import is_torchao, packed_weight
+
+__all__ = ["describe_base", "require_base", "require_model_type"]
+
+_SAMPLES = 64
+
+
+def describe_base(
+    model: Any,
+    layers: Mapping[str, tuple[int, int]],
+    state: Mapping[str, Tensor] | None = None,
+) -> dict[str, Any]:
+    """What tells this base model from others, ready for JSON.
+
+    Args:
+        layers: (in_features, out_features) of each layer that has adapters, by its path.
+        state: the model's state_dict, in place of its parameters (which may be sharded).
+    """
+    return {
+        "class": unsharded_class(model).__name__,
+        "name_or_path": model.name_or_path,
+        "model_type": model.config.model_type,
+        "layers": {path: list(features) for path, features in layers.items()},
+        "weights": _samples(model, list(layers), state or {}),
+    }
+
+
+def require_model_type(model: Any, saved: Any, source: Path) -> None:
+    """Raises ValueError unless the model is of the saved type."""
+    try:
+        model_type = saved["model_type"]
+    except (KeyError, TypeError) as error:
+        raise _incomplete(source, error) from error
+    if model_type != model.config.model_type:
+        raise _mismatch(model, saved, source, f"its model type is {model.config.model_type}")
+
+
+def require_base(
+    model: Any,
+    layers: Mapping[str, tuple[int, int]],
+    saved: Any,
+    source: Path,
+    trained: Collection[str] = (),
+) -> None:
+    """Raises ValueError unless `saved` describes this model, up to the rounding of another dtype.
+
+    Args:
+        layers: as in `describe_base`.
+        saved: what `describe_base` returned for the model that was saved.
+        source: the file it stands in, for messages.
+        trained: names of parameters that the checkpoint holds; their values may differ.
+    """
+    try:
+        saved_layers = {path: tuple(features) for path, features in saved["layers"].items()}
+        weights = {
+            name: (list(weight["shape"]), _floats(weight["values"]))
+            for name, weight in saved["weights"].items()
+        }
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise _incomplete(source, error) from error
+    for path in sorted({**layers, **saved_layers}):
+        here, there = layers.get(path), saved_layers.get(path)
+        if here != there:
+            reason = f"(in, out) features of layer {path} are {here} here and {there} there"
+            raise _mismatch(model, saved, source, reason)
+    for name, sample in _samples(model, list(layers), {}).items():
+        shape, values = weights.get(name, (None, torch.empty(0)))
+        found = _floats(sample["values"])
+        if shape != sample["shape"] or values.shape != found.shape:
+            reason = f"{name} has shape {sample['shape']} here and {shape} there"
+            raise _mismatch(model, saved, source, reason)
+        place = _place(model) if name == "input embedding" else name
+        if f"{place}.weight" in trained:
+            continue
+        if not torch.allclose(found, values, rtol=2**-7, atol=1e-6, equal_nan=True):
+            reason = f"{name} has the same shape but other values"
+            raise _mismatch(model, saved, source, reason)
+
+
+def _floats(values: Any) -> Tensor:
+    """JSON numbers; null is no number."""
+    return torch.tensor([math.nan if x is None else x for x in values], dtype=torch.float64)
+
+
+def _samples(
+    model: Any, paths: list[str], state: Mapping[str, Tensor]
+) -> dict[str, dict[str, Any]]:
+    """Some values of the input embedding and, unless quantised, of the first and last layer."""
+    embedding = model.get_input_embeddings()
+    weights = {"input embedding": _weight(_place(model), embedding, state)}
+    for path in (paths[0], paths[-1]):
+        layer = model.get_submodule(path)
+        if packed_weight(layer) is None and not is_torchao(layer.weight):
+            weights[path] = _weight(path, layer, state)
+    samples = {}
+    for name, weight in weights.items():
+        held = whole(weight)
+        flat = held.reshape(-1)
+        index = [i * (flat.numel() - 1) // (_SAMPLES - 1) for i in range(_SAMPLES)]
+        found = flat[torch.tensor(index, device=flat.device)].double().tolist()
+        values = [x if math.isfinite(x) else None for x in found]
+        samples[name] = {"shape": list(held.shape), "values": values}
+    return samples
+
+
+def _place(model: Any) -> str:
+    """The path of the input embedding."""
+    embedding = model.get_input_embeddings()
+    return next((name for name, module in model.named_modules() if module is embedding), "")
+
+
+def _weight(path: str, module: Any, state: Mapping[str, Tensor]) -> Tensor:
+    """A module's weight, from the state_dict if that holds it."""
+    held = state.get(f"{path}.weight")
+    return present_weight(module) if held is None else held
+
+
+def _mismatch(model: Any, saved: Any, source: Path, reason: str) -> ValueError:
+    stated = f"{saved.get('class')} {saved.get('name_or_path')!r}"
+    return ValueError(
+        f"model: this {type(model).__name__} is another base model than the {stated} that "
+        f"{source.parent} was saved with: {reason}"
+    )
+
+
+def _incomplete(source: Path, error: Exception) -> ValueError:
+    return ValueError(f"{source}: base_model is incomplete ({error!r})")

@@ -1,0 +1,203 @@
+"""PEFT's LoRA layout on disk: adapter_config.json and adapter_model.safetensors in one folder."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from sapt_fast.handle import Adapter
+from sapt_fast.sites.modules import outermost
+from sapt_fast.storage.tensors import StoredFiles, read_tensors, write_tensors
+
+LORA_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_CONFIG_FILE, _WEIGHTS_FILE = LORA_FILES
+_PREFIX = "base_model.model."
+_TASK_MARK = "sapt_fast_task"
+
+
+def write_lora(
+    folder: Path,
+    model: PreTrainedModel,
+    adapters: Mapping[str, Adapter],
+    metadata: Mapping[str, str] | None = None,
+    modules: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Writes a folder that `PeftModel.from_pretrained(base, folder)` loads.
+
+    Args:
+        folder: is created if it is missing.
+        model: the patched model, whose layer names and kinds PEFT is told.
+        adapters: by the path of each layer, A [r, in_features], B [r, out_features] and the
+            scaling; layers of rank 0 are left out.
+        metadata: for the header of the weights' file.
+        modules: tensors of modules that come with the adapter, by their names in the base model:
+            PEFT's `modules_to_save`, which it takes as a whole.
+
+    Raises:
+        ValueError: no layer has a rank above 0, which PEFT cannot express.
+    """
+    adapters = {path: adapter for path, adapter in adapters.items() if adapter[0].shape[0]}
+    if not adapters:
+        raise ValueError(f"{folder.name}: the adapter has rank 0 in every layer, nothing to save")
+    folder.mkdir(exist_ok=True)
+    modules = modules or {}
+    config = _lora_config(model, adapters, owners(modules)).to_dict()
+    text = json.dumps(config, indent=2, sort_keys=True, default=sorted)
+    (folder / _CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+    tensors = {}
+    for path, (a, b, _) in adapters.items():
+        tensors[_key(path, "A")] = a
+        tensors[_key(path, "B")] = b.t()
+    tensors |= {f"{_PREFIX}{name}": tensor for name, tensor in modules.items()}
+    write_tensors(folder / _WEIGHTS_FILE, tensors, metadata)
+
+
+def read_lora(
+    files: StoredFiles,
+    task: str,
+    shapes: Mapping[str, tuple[int, int, int]],
+    modules: Mapping[str, tuple[int, ...]] | None = None,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The (A [r, in_features], B [r, out_features]) of each layer, as `write_lora` took them.
+
+    Args:
+        files: with the two files of the task.
+        task: its name, which is that of its folder.
+        shapes: by the path of each layer, the expected (r, in_features, out_features).
+        modules: the shapes of the tensors that `write_lora` was given as `modules`.
+
+    Raises:
+        ValueError: the file is damaged or another task's, or its entries, shapes or values are not
+            the expected ones.
+    """
+    tensors = read_task_tensors(files, task)
+    expected: dict[str, tuple[int, ...]] = {}
+    expected |= {f"{_PREFIX}{name}": shape for name, shape in (modules or {}).items()}
+    for path, (rank, inputs, outputs) in shapes.items():
+        if rank:
+            expected[_key(path, "A")] = (rank, inputs)
+            expected[_key(path, "B")] = (outputs, rank)
+    require_shapes(files.folder / task / _WEIGHTS_FILE, tensors, expected)
+    adapters = {}
+    for path, (rank, inputs, outputs) in shapes.items():
+        if rank:
+            adapters[path] = (tensors[_key(path, "A")], tensors[_key(path, "B")].t())
+        else:
+            adapters[path] = (torch.empty(0, inputs), torch.empty(0, outputs))
+    return adapters
+
+
+def task_mark(task: str) -> dict[str, str]:
+    """Metadata by which the weights of one task are told from those of another."""
+    return {_TASK_MARK: json.dumps(task)}
+
+
+def read_task_tensors(files: StoredFiles, task: str) -> dict[str, Tensor]:
+    """The tensors of a task; ValueError if they are damaged, not finite or another task's."""
+    name = f"{task}/{_WEIGHTS_FILE}"
+    tensors, metadata = files.tensors(name)
+    mark = metadata.get(_TASK_MARK, json.dumps(task))  # earlier versions wrote none
+    if mark != json.dumps(task):
+        raise ValueError(
+            f"{files.folder / name}: holds the weights of task {mark}, expected those of {task!r}: "
+            "the folders of two tasks were exchanged or renamed"
+        )
+    return tensors
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The header's metadata of a safetensors file; empty for what is none."""
+    try:
+        return read_tensors(path)[1]
+    except (OSError, ValueError):
+        return {}
+
+
+def require_shapes(
+    source: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    expected: Mapping[str, tuple[int, ...]],
+) -> None:
+    """Raises ValueError unless there are exactly these names, as floats of these shapes."""
+    missing, unknown = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+    if missing or unknown:
+        raise ValueError(
+            f"{source}: {_some(missing)} missing, {_some(unknown)} not expected: it belongs to "
+            "another model, another configuration or another task"
+        )
+    for name, shape in expected.items():
+        if tuple(tensors[name].shape) != tuple(shape) or not tensors[name].is_floating_point():
+            raise ValueError(
+                f"{source}: {name} is {tensors[name].dtype} of shape "
+                f"{tuple(tensors[name].shape)}, expected floats of shape {tuple(shape)}"
+            )
+
+
+def _some(names: list[str]) -> str:
+    if not names:
+        return "nothing"
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _key(path: str, side: str) -> str:
+    return f"{_PREFIX}{path}.lora_{side}.weight"
+
+
+def owners(modules: Iterable[str]) -> list[str] | None:
+    """The paths of the modules with these tensors, as adapter_config.json has them."""
+    return sorted(outermost(name.rpartition(".")[0] for name in modules)) or None
+
+
+def _lora_config(
+    model: Any, adapters: Mapping[str, Adapter], modules_to_save: list[str] | None
+) -> Any:
+    from peft import LoraConfig
+
+    ranks = {path: a.shape[0] for path, (a, _, _) in adapters.items()}
+    alphas = {path: scaling * ranks[path] for path, (_, _, scaling) in adapters.items()}
+    rank: Any = Counter(ranks.values()).most_common(1)[0][0]
+    alpha: Any = Counter(alphas.values()).most_common(1)[0][0]
+    task_type, auto_mapping = None, None
+    if model.can_generate():
+        task_type = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    else:
+        kind = type(model)
+        auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+    return LoraConfig(
+        r=rank,
+        lora_alpha=_tidy(alpha),
+        # Anchored: PEFT takes a pattern for the end of a path.
+        rank_pattern={f"^{path}": r for path, r in ranks.items() if r != rank},
+        alpha_pattern={f"^{path}": _tidy(x) for path, x in alphas.items() if x != alpha},
+        target_modules=_target_modules(model, set(adapters)),
+        lora_dropout=model.sapt.config.lora_dropout,
+        fan_in_fan_out=any(isinstance(model.get_submodule(path), Conv1D) for path in adapters),
+        bias="none",
+        modules_to_save=modules_to_save,
+        task_type=task_type,
+        auto_mapping=auto_mapping,
+        base_model_name_or_path=model.name_or_path or None,
+        inference_mode=True,
+    )
+
+
+def _target_modules(model: PreTrainedModel, paths: set[str]) -> list[str]:
+    """The short names where they select just these layers, as servers like them, else the paths."""
+    short = {path.rpartition(".")[2] for path in paths}
+    named = {
+        name
+        for name, _ in model.named_modules()
+        if name.rpartition(".")[2] in short and not name.startswith("sapt.")
+    }
+    return sorted(short if named == paths else paths)
+
+
+def _tidy(alpha: float) -> Any:
+    return int(alpha) if alpha == int(alpha) else alpha

@@ -1,0 +1,69 @@
+"""PEFT's prompt-tuning layout on disk, in the files that its LoRA layout has, too."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from sapt_fast.storage.lora import LORA_FILES, read_task_tensors, require_shapes
+from sapt_fast.storage.tensors import StoredFiles, write_tensors
+
+_CONFIG_FILE, _WEIGHTS_FILE = LORA_FILES
+_KEY = "prompt_embeddings"
+
+
+def write_prompt(
+    folder: Path, model: Any, prompt: Tensor, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes a folder that `PeftModel.from_pretrained(base, folder)` loads as prompt tuning.
+
+    Args:
+        folder: is created if it is missing.
+        model: the patched model, whose kind PEFT is told.
+        prompt: [P, D].
+        metadata: for the header of the weights' file.
+    """
+    from peft import PromptTuningConfig
+
+    encodes = model.config.is_encoder_decoder
+    config = PromptTuningConfig(
+        task_type=("SEQ_2_SEQ_LM" if encodes else "CAUSAL_LM") if model.can_generate() else None,
+        num_virtual_tokens=prompt.shape[0],
+        token_dim=prompt.shape[1],
+        num_transformer_submodules=1,  # the encoder's input alone
+        base_model_name_or_path=model.name_or_path or None,
+        inference_mode=True,
+    )
+    folder.mkdir(exist_ok=True)
+    text = json.dumps(config.to_dict(), indent=2, sort_keys=True, default=sorted)
+    (folder / _CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+    write_tensors(folder / _WEIGHTS_FILE, {_KEY: prompt}, metadata)
+
+
+def read_prompt(files: StoredFiles, task: str, length: int, width: int) -> Tensor:
+    """The prompt [length, width], as `write_prompt` took it.
+
+    Args:
+        files: with the two files of the task.
+        task: its name, which is that of its folder.
+
+    Raises:
+        ValueError: the file is damaged, or holds something else.
+    """
+    tensors = read_task_tensors(files, task)
+    require_shapes(files.folder / task / _WEIGHTS_FILE, tensors, {_KEY: (length, width)})
+    return tensors[_KEY]
+
+
+def outer_layers(model: PreTrainedModel) -> list[str]:
+    """The paths of a base model's first and last linear layer."""
+    paths = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and not name.startswith("sapt.")
+    ]
+    return list(dict.fromkeys((paths[0], paths[-1])))

@@ -1,0 +1,164 @@
+"""The files of a saved folder: safetensors and JSON, read once, bounded and checked."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sapt_fast.files.reading import CONFIG_BYTES, open_regular, parse_json, read_bytes
+
+__all__ = [
+    "StoredFiles",
+    "digest_of_file",
+    "parse_tensors",
+    "read_tensors",
+    "require_finite",
+    "tensor_bytes",
+    "write_tensors",
+]
+
+_WEIGHTS_BYTES = 2**40
+_HEADER_BYTES = 100_000_000  # as the safetensors format has it
+
+
+class StoredFiles:
+    """Files of one folder, taken into memory all together and parsed afterwards.
+
+    Attributes:
+        folder: where they were read.
+        digests: the SHA-256 of each file, in hexadecimal digits, by its relative path.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.digests: dict[str, str] = {}
+        self._data: dict[str, bytes] = {}
+
+    def take(self, name: str) -> None:
+        """Reads a file.
+
+        Raises:
+            FileNotFoundError: if it is missing.
+            ValueError: if it is no regular file, too large, or (safetensors) its header does not
+                fit its size.
+            OSError: if it cannot be read.
+        """
+        path = self.folder / name
+        is_weights = name.endswith(".safetensors")
+        data = _read_tensor_file(path) if is_weights else read_bytes(path, CONFIG_BYTES)
+        self._data[name] = data
+        self.digests[name] = sha256(data).hexdigest()
+
+    def json(self, name: str) -> Any:
+        """The content of a JSON file that was taken; errors as `read_json`."""
+        return parse_json(self._data[name], self.folder / name)
+
+    def tensors(self, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Tensors and metadata of a safetensors file that was taken, whose bytes are given up.
+
+        Raises:
+            ValueError: if it is damaged, or a value is not finite.
+        """
+        path = self.folder / name
+        tensors, metadata = parse_tensors(self._data.pop(name), path)
+        require_finite(path, tensors)
+        return tensors, metadata
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        FileNotFoundError: if it is missing.
+        ValueError: if it is no regular file, or damaged.
+        OSError: if it cannot be read.
+    """
+    return parse_tensors(_read_tensor_file(path), path)
+
+
+def parse_tensors(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file's content; ValueError if it is damaged."""
+    from safetensors.torch import load
+
+    try:
+        tensors = load(data)
+    except Exception as error:  # whatever a damaged file makes the reader raise
+        raise _damaged(path, error) from error
+    size = int.from_bytes(data[:8], "little")
+    metadata = parse_json(data[8 : 8 + size], path).get("__metadata__") or {}
+    return tensors, metadata
+
+
+def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """The content of a safetensors file of these tensors; equal for equal tensors and metadata."""
+    from safetensors.torch import save
+
+    copies = {name: t.detach().to("cpu").contiguous().clone() for name, t in tensors.items()}
+    data = save(copies, metadata={"format": "pt", **(metadata or {})})
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))  # else in any order
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes a safetensors file of copies of these tensors.
+
+    Raises:
+        OSError: if it cannot be written, on a full disk too.
+    """
+    path.write_bytes(tensor_bytes(tensors, metadata))
+
+
+def digest_of_file(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    digest = sha256()
+    with open_regular(path, _WEIGHTS_BYTES) as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def require_finite(source: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError if a floating-point value is NaN or infinite."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            continue
+        wide = tensor.float() if tensor.element_size() == 1 else tensor  # float8 has no isfinite
+        if not torch.isfinite(wide).all():
+            raise ValueError(f"{source}: {name} has NaN or infinite values, expected finite ones")
+
+
+def _read_tensor_file(path: Path) -> bytes:
+    """The bytes of a safetensors file, whose header must fit its size before the rest is read."""
+    with open_regular(path, _WEIGHTS_BYTES) as file:
+        size = os.fstat(file.fileno()).st_size
+        head = file.read(8)
+        length = int.from_bytes(head, "little")
+        if len(head) < 8 or not 0 < length <= min(size - 8, _HEADER_BYTES):
+            raise _damaged(path, f"a header of {length} bytes in a file of {size}")
+        text = file.read(length)
+        try:
+            entries = parse_json(text, path)
+            ends = [entry["data_offsets"][1] for name, entry in entries.items() if name[:2] != "__"]
+            end = max([0, *ends])
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise _damaged(path, error) from error
+        if 8 + length + end != size:
+            raise _damaged(path, f"its header tells of {8 + length + end} bytes, it has {size}")
+        return head + text + file.read(size - 8 - length)
+
+
+def _damaged(path: Path, error: object) -> ValueError:
+    return ValueError(f"{path}: truncated or no safetensors file ({error})")

@@ -1,0 +1,435 @@
+"""GEMM whose reduction runs over two sources: y = [y +] a @ b + p @ q + bias.
+
+The rank term `p @ q` of a low-rank update is accumulated in the registers that already hold the
+base product, so the update costs neither a second pass over y nor a concatenated copy of the
+operands. The sources are two loops, one after the other: one loop that switches pointers is not
+pipelined.
+"""
+# ruff: noqa: N803 - kernel arguments keep the letters of the formulas
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from sapt_fast.triton_kernels.blocks import common
+from sapt_fast.triton_kernels.blocks.common import DeviceTraits, TileConfig, cdiv
+
+RANK_ALIGN = 16
+"""Rank columns come in groups of 16: the shortest reduction of a matrix instruction, and enough
+to keep rows of 16-bit elements aligned for vector loads."""
+
+_GROUP_M = 8
+
+
+@triton.jit
+def _tile_of(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Row and column tile of a program; GROUP_M row tiles share their column tiles in L2."""
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    group = pid // (GROUP_M * tiles_n)
+    first = group * GROUP_M
+    height = min(tiles_m - first, GROUP_M)
+    within = pid % (GROUP_M * tiles_n)
+    return first + within % height, within // height
+
+
+@triton.jit
+def _any_undefined(tile):
+    return tl.max(tl.max((tile != tile).to(tl.int32), axis=1), axis=0) > 0
+
+
+@triton.jit
+def is_absent(coefficient):
+    """Whether a float32 that `shrink_tiles.weighted` gave stands for an adapter without weight."""
+    return coefficient.to(tl.int32, bitcast=True) == 0
+
+
+@triton.jit
+def _write_present(
+    y_ptr,
+    p_ptr,
+    q_ptr,
+    first_row,
+    first_col,
+    M,
+    N,
+    start,
+    stop,
+    stride_pm,
+    stride_qr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """A tile of y = [y +] p[:, start:stop] q[start:stop] over the p that are not absent.
+
+    By 16 columns at a time and through memory, for which there are registers in any kernel.
+    """
+    rows = first_row + tl.arange(0, BLOCK_M)
+    safe_rows = tl.where(rows < M, rows, 0).to(tl.int64)
+    for col in tl.range(first_col, first_col + BLOCK_N, 16, num_stages=1):
+        cols = col + tl.arange(0, 16)
+        y_ptrs = y_ptr + safe_rows[:, None] * N + cols[None, :]
+        mask = (rows < M)[:, None] & (cols < N)[None, :]
+        acc = tl.zeros((BLOCK_M, 16), tl.float32)
+        if ACCUMULATE:
+            acc += tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
+        p_ptrs = p_ptr + safe_rows * stride_pm + start
+        q_ptrs = q_ptr + start.to(tl.int64) * stride_qr + cols
+        for _ in tl.range(start, stop, num_stages=1):
+            p = tl.load(p_ptrs).to(tl.float32)[:, None]
+            q = tl.load(q_ptrs, mask=cols < N, other=0.0).to(COMPUTE).to(tl.float32)[None, :]
+            acc += tl.where(is_absent(p), 0.0, p * q)
+            p_ptrs += 1
+            q_ptrs += stride_qr
+        tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.debug_barrier()  # what one thread has written another reads
+
+
+@triton.jit(do_not_specialize=["M", "R", "rank_lo", "rank_hi"])
+def _gemm_kernel(
+    a_ptr,
+    b_ptr,
+    p_ptr,
+    q_ptr,
+    bias_ptr,
+    y_ptr,
+    M,
+    N,
+    K,
+    R,
+    rank_lo,
+    rank_hi,
+    stride_am,
+    stride_bk,
+    stride_bn,
+    stride_pm,
+    stride_qr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """One tile of y[M, N] = [y +] a[M, K] b[K, N] + p[M, lo:hi] q[lo:hi, N] + bias, by pointers.
+
+    Absent sources are None. `rank_lo` and `rank_hi` count groups of 16 rank columns; p is zero
+    in the columns that pad R. A p of +0 means that the adapter is not there, so that an infinity in
+    its q is not seen: a tile that got a NaN from the rank term computes this term once more. That
+    term comes first, so that nothing else has to be.
+    """
+    tile_m, tile_n = _tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Rows past the end wrap to 0, which spares a mask. Columns must not: b and q may be contiguous
+    # along them, and a wrapped index is no longer known to be.
+    safe_rows = tl.where(rows < M, rows, 0).to(tl.int64)
+    in_cols = (cols < N)[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+
+    if p_ptr is not None:
+        lo, hi = rank_lo * 16, rank_hi * 16
+        tl.assume(hi > lo)
+        offs_r = tl.arange(0, BLOCK_R)
+        p_ptrs = p_ptr + safe_rows[:, None] * stride_pm + (lo + offs_r)[None, :]
+        q_ptrs = q_ptr + (lo + offs_r).to(tl.int64)[:, None] * stride_qr + cols[None, :]
+        for r in range(lo, hi, BLOCK_R):
+            p = tl.load(p_ptrs, mask=offs_r[None, :] < hi - r, other=0.0)
+            in_rank = offs_r[:, None] < min(hi, R) - r
+            q = tl.load(q_ptrs, mask=in_rank & in_cols, other=0.0)
+            acc = tl.dot(p.to(COMPUTE), q.to(COMPUTE), acc, input_precision="ieee")
+            p_ptrs += BLOCK_R
+            q_ptrs += BLOCK_R * stride_qr
+        if _any_undefined(acc):
+            _write_present(
+                y_ptr, p_ptr, q_ptr, tile_m * BLOCK_M, tile_n * BLOCK_N, M, N, lo, min(hi, R),
+                stride_pm, stride_qr, BLOCK_M, BLOCK_N, ACCUMULATE, COMPUTE,
+            )  # fmt: skip
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            if not ACCUMULATE:
+                acc += tl.load(y_ptr + safe_rows[:, None] * N + cols[None, :], mask=in_cols).to(
+                    tl.float32
+                )
+
+    if a_ptr is not None:
+        tl.assume(K > 0)
+        offs_k = tl.arange(0, BLOCK_K)
+        a_ptrs = a_ptr + safe_rows[:, None] * stride_am + offs_k[None, :]
+        b_ptrs = b_ptr + cols.to(tl.int64)[None, :] * stride_bn + offs_k[:, None] * stride_bk
+        for k in range(0, K, BLOCK_K):
+            if EVEN_K:
+                a = tl.load(a_ptrs)
+                b = tl.load(b_ptrs, mask=in_cols, other=0.0)
+            else:
+                a = tl.load(a_ptrs, mask=offs_k[None, :] < K - k, other=0.0)
+                b = tl.load(b_ptrs, mask=(offs_k[:, None] < K - k) & in_cols, other=0.0)
+            acc = tl.dot(a.to(COMPUTE), b.to(COMPUTE), acc, input_precision="ieee")
+            a_ptrs += BLOCK_K
+            b_ptrs += BLOCK_K * stride_bk
+
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + cols, mask=cols < N, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :]
+    mask = (rows < M)[:, None] & in_cols
+    if ACCUMULATE:
+        acc += tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M", "R", "rank_lo", "rank_hi"])
+def _gemm_tma_kernel(
+    a_desc,
+    b_desc,
+    p_desc,
+    q_desc,
+    p_ptr,
+    q_ptr,
+    bias_ptr,
+    y_ptr,
+    y_desc,
+    M,
+    N,
+    K,
+    R,
+    rank_lo,
+    rank_hi,
+    stride_pm,
+    stride_qr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    B_IS_NK: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """`_gemm_kernel` by tensor descriptors; each program walks over the tiles of y.
+
+    Descriptors read zeros out of range, so nothing is masked. With B_IS_NK the descriptor of b
+    holds its transpose [N, K].
+    """
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    lo, hi = rank_lo * 16, rank_hi * 16
+    # Without these facts the compiler must guard empty loops, and then serialises the wgmma.
+    if a_desc is not None:
+        tl.assume(K > 0)
+    if p_desc is not None:
+        tl.assume(hi > lo)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        tile_m, tile_n = _tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        row, col = tile_m * BLOCK_M, tile_n * BLOCK_N
+        # What y holds comes in first: behind the loops it would need registers beside the sum.
+        if ACCUMULATE:
+            acc = y_desc.load([row, col]).to(tl.float32)
+        else:
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if p_desc is not None:
+            for r in range(lo, hi, BLOCK_R):
+                p = p_desc.load([row, r])
+                q = q_desc.load([r, col])
+                acc = tl.dot(p.to(COMPUTE), q.to(COMPUTE), acc, input_precision="ieee")
+            if _any_undefined(acc):
+                _write_present(
+                    y_ptr, p_ptr, q_ptr, row, col, M, N, lo, min(hi, R), stride_pm, stride_qr,
+                    BLOCK_M, BLOCK_N, ACCUMULATE, COMPUTE,
+                )  # fmt: skip
+                rows = row + tl.arange(0, BLOCK_M)
+                y_ptrs = y_ptr + tl.where(rows < M, rows, 0).to(tl.int64)[:, None] * N
+                cols = col + tl.arange(0, BLOCK_N)
+                acc = tl.load(y_ptrs + cols[None, :], mask=(cols < N)[None, :]).to(tl.float32)
+        if a_desc is not None:
+            for k in range(0, K, BLOCK_K):
+                a = a_desc.load([row, k])
+                if B_IS_NK:  # noqa: SIM108 - Triton has no conditional expression on tensors
+                    b = b_desc.load([col, k]).T
+                else:
+                    b = b_desc.load([k, col])
+                acc = tl.dot(a.to(COMPUTE), b.to(COMPUTE), acc, input_precision="ieee")
+        if bias_ptr is not None:
+            cols = col + tl.arange(0, BLOCK_N)
+            bias = tl.load(bias_ptr + cols, mask=cols < N, other=0.0)
+            acc += bias.to(tl.float32)[None, :]
+        y_desc.store([row, col], acc.to(y_desc.dtype))
+
+
+def _descriptor(matrix: Tensor, shape: tuple[int, int], rows: int, cols: int) -> TensorDescriptor:
+    return TensorDescriptor(matrix, list(shape), [matrix.stride(0), 1], [rows, cols])
+
+
+def _tma_config(traits: DeviceTraits, M: int, N: int) -> TileConfig:
+    if traits.capability == 0:
+        return TileConfig(16, 32, 32, num_warps=4, num_stages=1)
+    if cdiv(M, 128) * cdiv(N, 256) >= traits.num_sms:
+        return TileConfig(128, 256, 64, num_warps=8, num_stages=3)
+    return TileConfig(128, 128, 64, num_warps=8, num_stages=4)
+
+
+def _pointer_config(
+    traits: DeviceTraits, itemsize: int, M: int, N: int, aligned: bool
+) -> TileConfig:
+    if traits.capability == 0:
+        return TileConfig(16, 32, 32, num_warps=4, num_stages=1)
+    if itemsize == 4:
+        return TileConfig(64, 64, 32, num_warps=8, num_stages=2)
+    if not aligned:
+        return TileConfig(64, 64, 32, num_warps=4, num_stages=2)
+    if M <= 64:
+        return TileConfig(64, 32, 128, num_warps=8, num_stages=4)
+    if cdiv(M, 128) * cdiv(N, 128) >= traits.num_sms // 2 and traits.capability < 120:
+        return TileConfig(128, 128, 64, num_warps=8, num_stages=3)
+    return TileConfig(64, 64, 64, num_warps=4, num_stages=4)
+
+
+def _rank_block(columns: int, itemsize: int, factor_itemsize: int) -> int:
+    """Reduction step of the rank loop: no longer than needed, shorter for wider factors."""
+    longest = 16 if itemsize == 4 else 64 // (factor_itemsize // itemsize)
+    return max(16, min(longest, triton.next_power_of_2(columns)))
+
+
+def _is_aligned(matrix: Tensor | None) -> bool:
+    """Every row starts at a multiple of 16 bytes, as descriptors and vector loads want it."""
+    if matrix is None:
+        return True
+    row_bytes = max(matrix.stride()) * matrix.element_size()
+    return matrix.data_ptr() % 16 == 0 and row_bytes % 16 == 0
+
+
+def two_source_gemm(
+    a: Tensor | None,
+    b: Tensor | None,
+    p: Tensor | None,
+    q: Tensor | None,
+    bias: Tensor | None,
+    rank_window: tuple[int, int],
+    y: Tensor,
+    *,
+    accumulate: bool = False,
+    descriptors: bool = True,
+) -> Tensor:
+    """Write a @ b + p[:, lo:hi] @ q[lo:hi] + bias into `y` and return it.
+
+    What p is exactly 0 for takes no part, whatever q holds there.
+
+    Args:
+        a: Of shape `[M, K]`, unit column stride, or None to leave out the first product.
+        b: Of shape `[K, N]`, either stride 1, in a's dtype; None with `a`.
+        p: Of shape `[M, Rp]`, Rp a multiple of 16, in y's dtype, zero in the columns from R on;
+            None to leave out the second product.
+        q: Of shape `[R, N]`, unit column stride, in y's dtype or float32; None with `p`.
+        bias: Of shape `[N]`, or None.
+        rank_window: The columns lo:hi of p that take part, both multiples of 16.
+        y: Of shape `[M, N]`, contiguous, not empty.
+        accumulate: Add to what `y` holds.
+        descriptors: Read and write by tensor descriptors where the device and the operands allow.
+    """
+    M, N = y.shape
+    K = 0 if a is None else a.shape[1]
+    itemsize = y.element_size()
+    traits = common.device_traits(y.device)
+    lo, hi = rank_window[0] // RANK_ALIGN, rank_window[1] // RANK_ALIGN
+    block_r = _rank_block(
+        rank_window[1] - rank_window[0], itemsize, itemsize if q is None else q.element_size()
+    )
+    meta = {
+        "BLOCK_R": block_r,
+        "GROUP_M": _GROUP_M,
+        "ACCUMULATE": accumulate,
+        "COMPUTE": common.compute_dtype(y.dtype),
+    }
+
+    aligned = all(_is_aligned(t) for t in (a, b, p, q, y))
+    with torch.cuda.device_of(y):
+        if descriptors and traits.has_tma and aligned and itemsize == 2 and M > 64:
+            tile = _tma_config(traits, M, N)
+            b_is_nk = b is not None and b.stride(0) == 1
+            operands = [None, None, None, None]
+            if a is not None and b is not None:
+                operands[0] = _descriptor(a, (M, K), tile.m, tile.k)
+                if b_is_nk:
+                    operands[1] = _descriptor(b.t(), (N, K), tile.n, tile.k)
+                else:
+                    operands[1] = _descriptor(b, (K, N), tile.k, tile.n)
+            if p is not None and q is not None:
+                operands[2] = _descriptor(p, (M, rank_window[1]), tile.m, block_r)
+                operands[3] = _descriptor(q, (q.shape[0], N), block_r, tile.n)
+            tiles = cdiv(M, tile.m) * cdiv(N, tile.n)
+            _gemm_tma_kernel[(min(tiles, traits.num_sms),)](
+                *operands,
+                p,
+                q,
+                bias,
+                y,
+                _descriptor(y, (M, N), tile.m, tile.n),
+                M,
+                N,
+                K,
+                0 if q is None else q.shape[0],
+                lo,
+                hi,
+                0 if p is None else p.stride(0),
+                0 if q is None else q.stride(0),
+                **tile.launch_options(),
+                **meta,
+                B_IS_NK=b_is_nk,
+            )
+            return y
+        tile = _pointer_config(traits, itemsize, M, N, aligned)
+        _gemm_kernel[(cdiv(M, tile.m) * cdiv(N, tile.n),)](
+            a,
+            b,
+            p,
+            q,
+            bias,
+            y,
+            M,
+            N,
+            K,
+            0 if q is None else q.shape[0],
+            lo,
+            hi,
+            0 if a is None else a.stride(0),
+            0 if b is None else b.stride(0),
+            0 if b is None else b.stride(1),
+            0 if p is None else p.stride(0),
+            0 if q is None else q.stride(0),
+            **tile.launch_options(),
+            **meta,
+            EVEN_K=K % tile.k == 0,
+        )
+    return y
+
+
+@torch.no_grad()
+def expand_first_gemm(
+    a: Tensor,
+    b: Tensor,
+    p: Tensor | None,
+    q: Tensor | None,
+    bias: Tensor | None,
+    rank_window: tuple[int, int],
+    y: Tensor,
+    *,
+    accumulate: bool = False,
+) -> Tensor:
+    """`two_source_gemm` in two steps: the rank term into `y`, then cuBLAS adds a @ b onto it.
+
+    The product reads `y` while it computes; expanding after it would read and write `y` in the
+    open. Arguments as of `two_source_gemm`, except that `a` and `b` are given, and no bias is with
+    `accumulate`.
+    """
+    if p is not None:
+        two_source_gemm(None, None, p, q, bias, rank_window, y, accumulate=accumulate)
+        return y.addmm_(a, b)
+    if accumulate:
+        return y.addmm_(a, b)
+    return torch.mm(a, b, out=y) if bias is None else torch.addmm(bias, a, b, out=y)

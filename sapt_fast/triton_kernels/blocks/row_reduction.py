@@ -1,0 +1,276 @@
+"""Sums over rows: gradients of the mixture weights and of the adapters' factors.
+
+Both are two deterministic steps: partial sums per tile, then their sum in a fixed order. Atomic
+additions would cost more traffic and change from run to run.
+"""
+# ruff: noqa: N803 - kernel arguments keep the letters of the formulas
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sapt_fast.triton_kernels.blocks import common
+from sapt_fast.triton_kernels.blocks.common import DeviceTraits, TileConfig, cdiv, round_up
+from sapt_fast.triton_kernels.blocks.gemm import RANK_ALIGN, is_absent
+
+
+@triton.jit(do_not_specialize=["S", "T", "K", "R", "tile_rows", "segments"])
+def _mixture_grad_kernel(
+    partial_ptr,
+    row_adapter_ptr,
+    mixture_ptr,
+    d_mixture_ptr,
+    S,
+    T,
+    K,
+    R,
+    tile_rows,
+    segments,
+    stride_pm,
+    BLOCK_S: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+):
+    """d_mixture[s, k] = [d_mixture[s, k] +] the sum of partial over tiles and ranks.
+
+    The tiles are those that meet sample s, the ranks those of adapter k. Where mixture[s, k] is
+    exactly 0, a sum that is not finite counts as 0.
+
+    Tile t covers rows t * tile_rows and on; its segment i, row t * segments + i of partial,
+    belongs to sample t * tile_rows // T + i. The order of the sum is fixed.
+    """
+    k = tl.program_id(0) % K
+    samples = tl.program_id(0) // K * BLOCK_S + tl.arange(0, BLOCK_S)
+    start = 0
+    stop = 0
+    for r in range(0, R, 1024):
+        rows = r + tl.arange(0, 1024)
+        adapters = tl.load(row_adapter_ptr + rows, mask=rows < R, other=2147483647)
+        start += tl.sum((adapters < k).to(tl.int32), axis=0)
+        stop += tl.sum((adapters <= k).to(tl.int32), axis=0)
+
+    safe_samples = tl.where(samples < S, samples, 0)
+    first_tile = safe_samples * T // tile_rows
+    last_tile = ((safe_samples + 1) * T - 1) // tile_rows
+    acc = tl.zeros((BLOCK_S, BLOCK_T), tl.float32)
+    for t in range(0, (T + tile_rows - 2) // tile_rows + 1, BLOCK_T):
+        tiles = first_tile[:, None] + (t + tl.arange(0, BLOCK_T))[None, :]
+        segment = safe_samples[:, None] - tiles * tile_rows // T
+        row_ptrs = partial_ptr + (tiles * segments + segment).to(tl.int64) * stride_pm
+        in_sample = tiles <= last_tile[:, None]
+        for r in range(start, stop, BLOCK_R):
+            ranks = r + tl.arange(0, BLOCK_R)
+            mask = in_sample[:, :, None] & (ranks < stop)[None, None, :]
+            values = tl.load(row_ptrs[:, :, None] + ranks[None, None, :], mask=mask, other=0.0)
+            acc += tl.sum(values, axis=2)
+    d_mixture_ptrs = d_mixture_ptr + samples.to(tl.int64) * K + k
+    total = tl.sum(acc, axis=1)
+    weights = tl.load(mixture_ptr + samples.to(tl.int64) * K + k, mask=samples < S, other=0.0)
+    finite = tl.abs(total) < float("inf")
+    total = tl.where((weights == 0) & (finite == 0), 0.0, total)
+    if ACCUMULATE:
+        total += tl.load(d_mixture_ptrs, mask=samples < S, other=0.0)
+    tl.store(d_mixture_ptrs, total, mask=samples < S)
+
+
+@triton.jit(do_not_specialize=["M", "rows_per_part", "first_group", "start", "stop"])
+def _factor_grad_kernel(
+    p_ptr,
+    x_ptr,
+    out_ptr,
+    M,
+    N,
+    rows_per_part,
+    first_group,
+    start,
+    stop,
+    stride_pm,
+    stride_xm,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """Part s = program axis 2 of out[s, stop - start, N] = p[:, start:stop]^T x, over p not 0.
+
+    The tile is [features, ranks]: the matrix instruction wants 64 rows, and the features have
+    them where a single adapter has 4 ranks. Columns of p are read from `first_group` * 16 <=
+    start on, so that loads stay aligned for any start.
+    """
+    features = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    ranks = first_group * 16 + tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    part = tl.program_id(2)
+    m_start = part * rows_per_part
+    m_stop = min(m_start + rows_per_part, M)
+    tl.assume(m_stop > m_start)
+    offs_m = tl.arange(0, BLOCK_K)
+    rows = (m_start + offs_m).to(tl.int64)
+    p_ptrs = p_ptr + rows[:, None] * stride_pm + ranks[None, :]
+    x_ptrs = x_ptr + rows[:, None] * stride_xm + features[None, :]
+    in_ranks = (ranks < stride_pm)[None, :]
+    in_features = (features < N)[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for m in range(m_start, m_stop, BLOCK_K):
+        in_part = (offs_m < m_stop - m)[:, None]
+        p = tl.load(p_ptrs, mask=in_part & in_ranks, other=0.0)
+        x = tl.load(x_ptrs, mask=in_part & in_features, other=0.0)
+        acc = tl.dot(x.to(COMPUTE).T, p.to(COMPUTE), acc, input_precision="ieee")
+        p_ptrs += BLOCK_K * stride_pm
+        x_ptrs += BLOCK_K * stride_xm
+    in_range = (ranks >= start) & (ranks < stop)
+    undefined = ((acc != acc) & in_range[None, :]).to(tl.int32)
+    if tl.max(tl.max(undefined, axis=1), axis=0) > 0:
+        # Once more without the rows without weight: an infinity there is no part of the sum.
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        p_row = p_ptr + m_start.to(tl.int64) * stride_pm + ranks
+        x_row = x_ptr + m_start.to(tl.int64) * stride_xm + features
+        for _ in tl.range(m_start, m_stop, num_stages=1):
+            p = tl.load(p_row, mask=in_range, other=0.0).to(tl.float32)[None, :]
+            x = tl.load(x_row, mask=features < N, other=0.0).to(tl.float32)[:, None]
+            acc += tl.where(is_absent(p), 0.0, x * p)
+            p_row += stride_pm
+            x_row += stride_xm
+    out_rows = (part.to(tl.int64) * (stop - start) + ranks - start) * N
+    mask = in_range[None, :] & (features < N)[:, None]
+    out_ptrs = out_ptr + out_rows[None, :] + features[:, None]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _sum_parts_kernel(parts_ptr, out_ptr, parts, size, BLOCK: tl.constexpr):
+    """out[size] = sum of parts[parts, size] over its first axis."""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < size
+    part_ptrs = parts_ptr + offsets
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(parts):
+        acc += tl.load(part_ptrs, mask=mask, other=0.0)
+        part_ptrs += size
+    tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+class Mixing(NamedTuple):
+    """Mixture weights and what each rank row belongs to; see `ops.mixed_lora`."""
+
+    mixture: Tensor  # [S, K] float32, contiguous
+    row_adapter: Tensor  # [R] int32
+    row_scale: Tensor  # [R] float32
+
+
+def mixture_grad(
+    partial: Tensor,
+    mixing: Mixing,
+    M: int,
+    tile_rows: int,
+    segments: int,
+    d_mixture: Tensor,
+    accumulate: bool,
+) -> None:
+    """Write or add the gradient of the mixture, from the partial sums of `shrink_bwd`.
+
+    Args:
+        partial: Of shape `[tiles * segments, Rp]`, float32: per tile and segment, the sum over
+            rows of scale * g * h.
+        mixing: The weights whose gradient it is.
+        M: Number of rows, S divides it.
+        tile_rows: Rows of a tile; 1 when `partial` holds one line per row.
+        segments: Lines of a tile, one per sample that it meets.
+        d_mixture: Of shape `[S, K]`, float32, contiguous.
+        accumulate: Add to what `d_mixture` holds.
+    """
+    S, K = mixing.mixture.shape
+    T = M // S
+    tiles_per_sample = (T + tile_rows - 2) // tile_rows + 1
+    block_t = 1 if tiles_per_sample <= 2 else 8 if tiles_per_sample <= 8 else 64
+    block_s = 64 // block_t
+    _mixture_grad_kernel[(cdiv(S, block_s) * K,)](
+        partial,
+        mixing.row_adapter,
+        mixing.mixture,
+        d_mixture,
+        S,
+        T,
+        K,
+        mixing.row_adapter.shape[0],
+        tile_rows,
+        segments,
+        partial.shape[1],
+        BLOCK_S=block_s,
+        BLOCK_T=block_t,
+        BLOCK_R=16,
+        ACCUMULATE=accumulate,
+    )
+
+
+def sum_parts(parts: Tensor, out: Tensor) -> None:
+    """Fill `out` with the sum of `parts` [n, *out.shape], float32, over n; both contiguous."""
+    size = out.numel()
+    _sum_parts_kernel[(cdiv(size, 1024),)](parts, out, parts.shape[0], size, BLOCK=1024)
+
+
+def _factor_config(traits: DeviceTraits, itemsize: int, ranks: int) -> TileConfig:
+    """Features, ranks and rows of a step."""
+    if traits.capability == 0:
+        return TileConfig(32, 16, 16, num_warps=4, num_stages=1)
+    block_n = max(16, min(64, triton.next_power_of_2(ranks)))
+    if itemsize == 4:
+        return TileConfig(64, block_n, 32, num_warps=4, num_stages=3)
+    return TileConfig(128, block_n, 64, num_warps=4, num_stages=4)
+
+
+def factor_grad(p: Tensor, x: Tensor, rows: list[tuple[int, int]], dtype: torch.dtype) -> Tensor:
+    """Return p[:, start:stop].T @ x for each range of rows, stacked: shape `[Rt, N]`, `dtype`.
+
+    Args:
+        p: Of shape `[M, Rp]`, contiguous, Rp a multiple of 16, M > 0; its columns outside the
+            ranges may hold anything.
+        x: Of shape `[M, N]`, unit column stride, in p's dtype.
+        rows: Ascending disjoint ranges within Rp.
+        dtype: Of the result; sums are float32.
+    """
+    M, N = x.shape
+    traits = common.device_traits(x.device)
+    out = x.new_empty((sum(stop - start for start, stop in rows), N), dtype=dtype)
+    if N == 0:
+        return out
+    done = 0
+    with torch.cuda.device_of(x):
+        for start, stop in rows:
+            target = out[done : done + stop - start]
+            done += stop - start
+            first_group = start // RANK_ALIGN
+            width = stop - first_group * RANK_ALIGN
+            tile = _factor_config(traits, x.element_size(), width)
+            grid = (cdiv(N, tile.m), cdiv(width, tile.n))
+            # Two programs per multiprocessor, each at least eight steps long.
+            parts = min(2 * traits.num_sms // (grid[0] * grid[1]), cdiv(M, 8 * tile.k))
+            rows_per_part = round_up(cdiv(M, max(parts, 1)), tile.k)
+            parts = cdiv(M, rows_per_part)
+            sums = target
+            if parts > 1:
+                sums = x.new_empty((parts, *target.shape), dtype=torch.float32)
+            _factor_grad_kernel[(grid[0], grid[1], parts)](
+                p,
+                x,
+                sums,
+                M,
+                N,
+                rows_per_part,
+                first_group,
+                start,
+                stop,
+                p.stride(0),
+                x.stride(0),
+                **tile.launch_options(),
+                COMPUTE=common.compute_dtype(x.dtype),
+            )
+            if parts > 1:
+                sum_parts(sums, target)
+    return out

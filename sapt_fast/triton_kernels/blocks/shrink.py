@@ -1,0 +1,396 @@
+"""Products into rank space: x [M, I] times lora_a [R, I], and dy [M, O] times lora_b [R, O].
+
+The epilogues apply the mixture weights while the product is still in registers. Weights are
+constant over the T = M // S rows of a sample, so a tile that meets few samples reads one weight
+row per sample ("segment"); a tile that meets many gathers one weight per element. D is the
+reduced dimension, I in the forward and O in the backward.
+
+The forward serves a group of projections of one x with one launch: a row of programs per row tile
+of x, one program per tile of rank columns of any member. What belongs to the member (its factor,
+its h) is chosen before the loop, which therefore stays pipelined.
+"""
+# ruff: noqa: N803 - kernel arguments keep the letters of the formulas
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sapt_fast.triton_kernels.blocks import common
+from sapt_fast.triton_kernels.blocks.common import round_up
+from sapt_fast.triton_kernels.blocks.gemm import RANK_ALIGN
+from sapt_fast.triton_kernels.blocks.row_reduction import Mixing, mixture_grad
+from sapt_fast.triton_kernels.blocks.shrink_tiles import (
+    MAX_GROUP,
+    RANK_ARGUMENTS,
+    member_tile,
+    plan_shrink,
+    pointer_of,
+    rank_arguments,
+    sum_of_parts,
+    tile_product,
+    weighted,
+)
+
+
+@triton.jit(do_not_specialize=["parts", "M", "S", "T", "K", "tiles_r", *RANK_ARGUMENTS])
+def _shrink_fwd_kernel(
+    x_ptr,
+    a_ptrs,
+    parts_ptr,
+    parts,
+    mixture_ptr,
+    row_adapter_ptrs,
+    row_scale_ptrs,
+    h_ptrs,
+    hw_ptr,
+    M,
+    D,
+    S,
+    T,
+    K,
+    tiles_r,
+    rank_0,
+    rank_1,
+    rank_2,
+    rank_3,
+    rank_4,
+    rank_5,
+    rank_6,
+    rank_7,
+    stride_xm,
+    stride_ar,
+    stride_hwm,
+    MEMBERS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """One tile of one member's h = x a^T and hw = h * w, with zeros in the padding of its ranks.
+
+    h is [M, Rp] for each member; hw is [M, stride_hwm] with the members side by side.
+    """
+    ranks_of = (rank_0, rank_1, rank_2, rank_3, rank_4, rank_5, rank_6, rank_7)
+    member, R, column, tile_r = member_tile(
+        tl.program_id(0) % tiles_r, ranks_of, 0, BLOCK_N, MEMBERS
+    )
+    hi = tl.cdiv(R, 16) * 16
+    first_row = tl.program_id(0) // tiles_r * BLOCK_M
+    rows = first_row + tl.arange(0, BLOCK_M)
+    ranks = tile_r * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (rows < M)[:, None] & (ranks < hi)[None, :]
+    hw_offsets = rows.to(tl.int64)[:, None] * stride_hwm + (column + ranks)[None, :]
+    if parts_ptr is None:
+        a_ptr = pointer_of(member, a_ptrs, MEMBERS)
+        h = tile_product(
+            x_ptr, a_ptr, rows, ranks, M, R, 0, D, stride_xm, stride_ar,
+            BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, COMPUTE,
+        )  # fmt: skip
+    else:
+        part_size = M.to(tl.int64) * stride_hwm
+        h = sum_of_parts(parts_ptr, parts, hw_offsets, part_size, mask, BLOCK_M, BLOCK_N)
+
+    safe_ranks = tl.where(ranks < R, ranks, 0)
+    adapters = tl.load(pointer_of(member, row_adapter_ptrs, MEMBERS) + safe_ranks)
+    scales = tl.load(pointer_of(member, row_scale_ptrs, MEMBERS) + safe_ranks)
+    h = tl.where((ranks < R)[None, :], h, 0.0)
+    h_ptr = pointer_of(member, h_ptrs, MEMBERS)
+    h_offsets = rows.to(tl.int64)[:, None] * hi + ranks[None, :]
+    tl.store(h_ptr + h_offsets, h.to(h_ptr.dtype.element_ty), mask=mask)
+    samples = tl.where(rows < M, rows, 0) // T
+    hw = weighted(h, mixture_ptr, adapters, scales, samples, first_row // T, S, K, SEGMENTS)
+    tl.store(hw_ptr + hw_offsets, hw.to(hw_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "parts", "M", "R", "S", "T", "K", "rank_lo", "rank_hi", "gw_lo", "gw_hi", "train_lo",
+        "train_hi", "gate_start", "gate_stop",
+    ]
+)  # fmt: skip
+def _shrink_bwd_kernel(
+    dy_ptr,
+    b_ptr,
+    parts_ptr,
+    parts,
+    mixture_ptr,
+    row_adapter_ptr,
+    row_scale_ptr,
+    gate_ptr,
+    h_ptr,
+    gw_ptr,
+    hw_ptr,
+    partial_ptr,
+    M,
+    D,
+    R,
+    S,
+    T,
+    K,
+    rank_lo,
+    rank_hi,
+    gw_lo,
+    gw_hi,
+    train_lo,
+    train_hi,
+    gate_start,
+    gate_stop,
+    h_columns,
+    stride_dym,
+    stride_br,
+    stride_hm,
+    stride_gm,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """One tile of g = dy b^T in the columns lo:hi, never stored itself. Outputs, None if unwanted:
+
+    gw = g * w in its own columns, w taken with the scale `gate` of each rank; hw = h * w in the
+    columns of the trainable rows; partial sums of scale * g * h over the rows of each segment, or
+    (SEGMENTS = 0) that product for each row.
+    """
+    lo, hi = rank_lo * 16, rank_hi * 16
+    tiles_r = tl.cdiv(hi - lo, BLOCK_N)
+    tile_m = tl.program_id(0) // tiles_r
+    first_row = tile_m * BLOCK_M
+    rows = first_row + tl.arange(0, BLOCK_M)
+    ranks = lo + tl.program_id(0) % tiles_r * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_rows = (rows < M)[:, None]
+    mask = in_rows & (ranks < hi)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * stride_gm + ranks[None, :]
+    if parts_ptr is None:
+        g = tile_product(
+            dy_ptr, b_ptr, rows, ranks, M, R, 0, D, stride_dym, stride_br,
+            BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, COMPUTE,
+        )  # fmt: skip
+    else:
+        part_size = M.to(tl.int64) * stride_gm
+        g = sum_of_parts(parts_ptr, parts, offsets, part_size, mask, BLOCK_M, BLOCK_N)
+
+    safe_ranks = tl.where(ranks < R, ranks, 0)
+    adapters = tl.load(row_adapter_ptr + safe_ranks)
+    samples = tl.where(rows < M, rows, 0) // T
+    first = first_row // T
+    g = tl.where((ranks < R)[None, :], g, 0.0)
+    # gw goes out before h comes in: both in registers at once would spill.
+    if gw_ptr is not None:
+        gates = tl.load(gate_ptr + safe_ranks)
+        gates = tl.where((ranks >= gate_start) & (ranks < gate_stop), gates, 0.0)
+        gw = weighted(g, mixture_ptr, adapters, gates, samples, first, S, K, SEGMENTS)
+        in_gw = (ranks >= gw_lo * 16) & (ranks < gw_hi * 16)
+        tl.store(gw_ptr + offsets, gw.to(gw_ptr.dtype.element_ty), mask=in_rows & in_gw[None, :])
+    if h_ptr is not None:
+        scales = tl.load(row_scale_ptr + safe_ranks)
+        h_ptrs = h_ptr + rows.to(tl.int64)[:, None] * stride_hm + ranks[None, :]
+        h = tl.load(h_ptrs, mask=in_rows & (ranks < h_columns)[None, :], other=0.0).to(tl.float32)
+        h = tl.where((ranks < R)[None, :], h, 0.0)
+        if hw_ptr is not None:
+            hw = weighted(h, mixture_ptr, adapters, scales, samples, first, S, K, SEGMENTS)
+            trains = (ranks >= train_lo * 16) & (ranks < train_hi * 16)
+            tl.store(
+                hw_ptr + offsets, hw.to(hw_ptr.dtype.element_ty), mask=in_rows & trains[None, :]
+            )
+        if partial_ptr is not None:
+            product = tl.where((scales == 0)[None, :], 0.0, g * h * scales[None, :])
+            if SEGMENTS == 0:
+                tl.store(partial_ptr + offsets, product, mask=mask)
+            else:
+                for i in tl.static_range(SEGMENTS):
+                    inside = (samples == first + i)[:, None]
+                    sums = tl.sum(tl.where(inside, product, 0.0), axis=0)
+                    row = (tile_m * SEGMENTS + i).to(tl.int64)
+                    tl.store(partial_ptr + row * stride_gm + ranks, sums, mask=ranks < hi)
+
+
+def shrink_fwd(
+    x: Tensor, factors: Sequence[Tensor], mixings: Sequence[Mixing], hs: Sequence[Tensor]
+) -> list[Tensor]:
+    """Fill each member's h with x @ lora_a.T and return it times the mixture weights.
+
+    One launch serves up to `MAX_GROUP` members (two if few rows make it split the reduction).
+
+    Args:
+        x: Of shape `[M, I]`, M > 0, unit column stride.
+        factors: Each member's lora_a, of shape `[R, I]`, R > 0, unit column stride, in x's dtype
+            or float32.
+        mixings: Each member's weights of the rows' samples, of one mixture.
+        hs: Each member's h, of shape `[M, Rp]`, float32, contiguous, Rp the multiple of 16 from R
+            on.
+
+    Returns:
+        For each member hw of shape `[M, Rp]` in x's dtype, rows aligned to 16 elements, zero in
+        the columns from R on; views of one tensor if one launch made them.
+    """
+    dtypes = dict.fromkeys(factor.dtype for factor in factors)
+    if len(factors) > MAX_GROUP or len(dtypes) > 1:
+        found: dict[int, Tensor] = {}
+        for dtype in dtypes:
+            of_dtype = [i for i, factor in enumerate(factors) if factor.dtype == dtype]
+            for start in range(0, len(of_dtype), MAX_GROUP):
+                members = of_dtype[start : start + MAX_GROUP]
+                hws = shrink_fwd(
+                    x, [factors[i] for i in members], [mixings[i] for i in members],
+                    [hs[i] for i in members],
+                )  # fmt: skip
+                found |= dict(zip(members, hws, strict=True))
+        return [found[i] for i in range(len(factors))]
+
+    M, D = x.shape
+    row_strides = {factor.stride(0) for factor in factors if factor.shape[0] > 1} or {D}
+    if len(row_strides) > 1:
+        factors, row_strides = [factor.contiguous() for factor in factors], {D}
+    (stride_ar,) = row_strides
+    S, K = mixings[0].mixture.shape
+    widths = [h.shape[1] for h in hs]
+    hw = x.new_empty((M, sum(widths)))
+    with torch.cuda.device_of(x):
+        plan = plan_shrink(x, factors, stride_ar, None, S, backward=False)
+        _shrink_fwd_kernel[(plan.tiles_m * plan.tiles_r,)](
+            x,
+            tuple(factors),
+            plan.parts,
+            plan.num_parts,
+            mixings[0].mixture,
+            tuple(mixing.row_adapter for mixing in mixings),
+            tuple(mixing.row_scale for mixing in mixings),
+            tuple(hs),
+            hw,
+            M,
+            D,
+            S,
+            M // S,
+            K,
+            plan.tiles_r,
+            *rank_arguments([factor.shape[0] for factor in factors]),
+            x.stride(0),
+            stride_ar,
+            hw.stride(0),
+            MEMBERS=len(factors),
+            **plan.tile.launch_options(),
+            EVEN_K=D % plan.tile.k == 0,
+            SEGMENTS=plan.segments,
+            COMPUTE=common.compute_dtype(x.dtype),
+        )
+    return list(hw.split(widths, dim=1))
+
+
+class Gate(NamedTuple):
+    """The rank rows through which gradients reach the input."""
+
+    scale: Tensor  # [R] float32: row_scale, or 0 for a row within start:stop to leave out
+    start: int
+    stop: int
+
+
+class ShrinkGrads(NamedTuple):
+    """What the backward needs in rank space; None where it was not asked for."""
+
+    gw: Tensor | None  # [M, Rp] in dy's dtype, written in the columns of its window
+    hw: Tensor | None  # [M, Rp] in dy's dtype, written in the columns of the trainable rows
+
+
+def shrink_bwd(
+    dy: Tensor,
+    lora_b: Tensor,
+    mixing: Mixing,
+    gate: Gate,
+    h: Tensor | None,
+    gw_window: tuple[int, int] | None,
+    train_window: tuple[int, int] | None,
+    d_mixture: Tensor | None,
+    accumulate: bool,
+) -> ShrinkGrads:
+    """Return the weighted g = dy @ lora_b.T and the weighted h; fill or add to `d_mixture`.
+
+    Windows are ranges of columns, multiples of 16. All columns of g are computed for
+    `d_mixture`, otherwise those of `gw_window`.
+
+    Args:
+        dy: Of shape `[M, O]`, M > 0, unit column stride.
+        lora_b: Of shape `[R, O]`, R > 0, unit column stride, in dy's dtype or float32.
+        mixing: The weights of the rows' samples.
+        gate: Which rows take part in gw; the others are zero.
+        h: Of shape `[M, R]`, unit column stride; needed for `train_window` and `d_mixture`.
+        gw_window: Columns in which gw is wanted, or None.
+        train_window: Columns in which hw is wanted, within `gw_window`, or None.
+        d_mixture: Of shape `[S, K]`, float32, contiguous, or None where it is not wanted.
+        accumulate: Add to what `d_mixture` holds.
+    """
+    M, D = dy.shape
+    R = lora_b.shape[0]
+    S, K = mixing.mixture.shape
+    columns = round_up(R, RANK_ALIGN)
+
+    gw = None if gw_window is None else dy.new_empty((M, columns))
+    hw = None if train_window is None else dy.new_empty((M, columns))
+    partial = None
+    gw_lo, gw_hi = gw_window or (0, 0)
+    train_lo, train_hi = train_window or (0, 0)
+    window = (gw_lo, gw_hi) if d_mixture is None else (0, columns)
+    if d_mixture is None and train_window is None:
+        h = None
+    with torch.cuda.device_of(dy):
+        plan = plan_shrink(dy, [lora_b], lora_b.stride(0), window, S, backward=True)
+        if d_mixture is not None:
+            partial_rows = plan.tiles_m * plan.segments if plan.segments else M
+            partial = dy.new_empty((partial_rows, columns), dtype=torch.float32)
+        _shrink_bwd_kernel[(plan.tiles_m * plan.tiles_r,)](
+            dy,
+            lora_b,
+            plan.parts,
+            plan.num_parts,
+            *mixing,
+            gate.scale,
+            h,
+            gw,
+            hw,
+            partial,
+            M,
+            D,
+            R,
+            S,
+            M // S,
+            K,
+            window[0] // RANK_ALIGN,
+            window[1] // RANK_ALIGN,
+            gw_lo // RANK_ALIGN,
+            gw_hi // RANK_ALIGN,
+            train_lo // RANK_ALIGN,
+            train_hi // RANK_ALIGN,
+            gate.start,
+            gate.stop,
+            0 if h is None else _readable_columns(h, columns),
+            dy.stride(0),
+            lora_b.stride(0),
+            0 if h is None else h.stride(0),
+            columns,
+            **plan.tile.launch_options(),
+            EVEN_K=D % plan.tile.k == 0,
+            SEGMENTS=plan.segments,
+            COMPUTE=common.compute_dtype(dy.dtype),
+        )
+        if partial is not None and d_mixture is not None:
+            tile_rows = plan.tile.m if plan.segments else 1
+            segments = max(plan.segments, 1)
+            mixture_grad(partial, mixing, M, tile_rows, segments, d_mixture, accumulate)
+    return ShrinkGrads(gw, hw)
+
+
+def _readable_columns(h: Tensor, columns: int) -> int:
+    """Columns of h that may be read: with its padding the loads are whole vectors."""
+    last = h.storage_offset() + (h.shape[0] - 1) * h.stride(0) + columns
+    padded = h.stride(0) >= columns and last <= h.untyped_storage().nbytes() // h.element_size()
+    return columns if padded else h.shape[1]

@@ -1,0 +1,300 @@
+"""What the kernels of `shrink` share: their tiles, the product, and its split into parts."""
+# ruff: noqa: N803 - kernel arguments keep the letters of the formulas
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sapt_fast.triton_kernels.blocks import common
+from sapt_fast.triton_kernels.blocks.common import DeviceTraits, TileConfig, cdiv, round_up
+from sapt_fast.triton_kernels.blocks.gemm import RANK_ALIGN
+
+_MAX_SEGMENTS = 4
+
+MAX_GROUP = 8
+"""Projections that one launch of the forward serves at most."""
+
+
+@triton.jit
+def member_tile(tile, ranks, lo, BLOCK_N: tl.constexpr, MEMBERS: tl.constexpr):
+    """Member, its total rank, its first column among all members' and the tile within it.
+
+    Columns of a member start at `lo` and are padded to a multiple of 16.
+    """
+    member, begin, column, first, first_column, R = 0, 0, 0, 0, 0, ranks[0]
+    for i in tl.static_range(1, MEMBERS):
+        width = tl.cdiv(ranks[i - 1], 16) * 16 - lo
+        begin += tl.cdiv(width, BLOCK_N)
+        column += width
+        if tile >= begin:
+            member, first, first_column, R = i, begin, column, ranks[i]
+    return member, R, first_column, tile - first
+
+
+@triton.jit
+def pointer_of(member, pointers, MEMBERS: tl.constexpr):
+    """pointers[member]: tuples take no index that is known at run time only."""
+    pointer = pointers[0]
+    for i in tl.static_range(1, MEMBERS):
+        if member == i:
+            pointer = pointers[i]
+    return pointer
+
+
+@triton.jit
+def tile_product(
+    x_ptr,
+    a_ptr,
+    rows,
+    ranks,
+    M,
+    R,
+    k_start,
+    k_stop,
+    stride_xm,
+    stride_ar,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """x[rows, k_start:k_stop] a[ranks, k_start:k_stop]^T, float32; k_stop > k_start."""
+    tl.assume(k_stop > k_start)
+    offs_k = tl.arange(0, BLOCK_K)
+    safe_rows = tl.where(rows < M, rows, 0).to(tl.int64)
+    safe_ranks = tl.where(ranks < R, ranks, 0).to(tl.int64)
+    x_ptrs = x_ptr + safe_rows[:, None] * stride_xm + (k_start + offs_k)[None, :]
+    a_ptrs = a_ptr + safe_ranks[None, :] * stride_ar + (k_start + offs_k)[:, None]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(k_start, k_stop, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(x_ptrs)
+            a = tl.load(a_ptrs)
+        else:
+            x = tl.load(x_ptrs, mask=offs_k[None, :] < k_stop - k, other=0.0)
+            a = tl.load(a_ptrs, mask=offs_k[:, None] < k_stop - k, other=0.0)
+        acc = tl.dot(x.to(COMPUTE), a.to(COMPUTE), acc, input_precision="ieee")
+        x_ptrs += BLOCK_K
+        a_ptrs += BLOCK_K
+    return acc
+
+
+@triton.jit
+def _product_or_zero(value, by):
+    """value * by; 0 where `by` is, even of an infinity or a NaN."""
+    return tl.where(by == 0, 0.0, value * by)
+
+
+@triton.jit
+def _coefficient(value, by):
+    """value * by; +0 where `by` is 0, while a product of 0 is -0: see `gemm.is_absent`."""
+    product = value * by
+    return tl.where(by == 0, 0.0, tl.where(product == 0, -0.0, product))
+
+
+@triton.jit
+def weighted(tile, mixture_ptr, adapters, scales, samples, first, S, K, SEGMENTS: tl.constexpr):
+    """tile * mixture[sample, adapter] * scale; SEGMENTS = 0 gathers, else samples per tile.
+
+    Where the mixture or the scale is exactly 0 the result is +0, whatever the tile holds.
+    """
+    if SEGMENTS == 0:
+        offsets = samples.to(tl.int64)[:, None] * K + adapters[None, :]
+        weights = _product_or_zero(scales[None, :], tl.load(mixture_ptr + offsets))
+        return _coefficient(tile, weights)
+    weights = tl.load(mixture_ptr + first.to(tl.int64) * K + adapters)
+    result = _coefficient(tile, _product_or_zero(scales, weights)[None, :])
+    for i in tl.static_range(1, SEGMENTS):
+        sample = tl.minimum(first + i, S - 1)
+        weights = tl.load(mixture_ptr + sample.to(tl.int64) * K + adapters)
+        own = _coefficient(tile, _product_or_zero(scales, weights)[None, :])
+        result = tl.where((samples == first + i)[:, None], own, result)
+    return result
+
+
+@triton.jit
+def sum_of_parts(
+    parts_ptr, parts, offsets, part_size, mask, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Sum of the partial products that `_split_kernel` left, in their order."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    part_ptrs = parts_ptr + offsets
+    for _ in tl.range(parts, loop_unroll_factor=4):
+        acc += tl.load(part_ptrs, mask=mask, other=0.0)
+        part_ptrs += part_size
+    return acc
+
+
+RANK_ARGUMENTS = [f"rank_{i}" for i in range(MAX_GROUP)]
+"""Names of the members' total ranks: scalars, since the elements of a tuple are specialised, and
+a pool that grows must not recompile."""
+
+
+@triton.jit(do_not_specialize=["M", "steps", "tiles_r", "rank_lo", *RANK_ARGUMENTS])
+def _split_kernel(
+    x_ptr,
+    a_ptrs,
+    parts_ptr,
+    M,
+    D,
+    steps,
+    tiles_r,
+    rank_lo,
+    rank_0,
+    rank_1,
+    rank_2,
+    rank_3,
+    rank_4,
+    rank_5,
+    rank_6,
+    rank_7,
+    stride_xm,
+    stride_ar,
+    stride_pm,
+    MEMBERS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """Part s = program axis 1 of x a^T into parts[s, M, stride_pm]: more programs for few tiles."""
+    ranks_of = (rank_0, rank_1, rank_2, rank_3, rank_4, rank_5, rank_6, rank_7)
+    lo = rank_lo * 16
+    member, R, column, tile_r = member_tile(
+        tl.program_id(0) % tiles_r, ranks_of, lo, BLOCK_N, MEMBERS
+    )
+    a_ptr = pointer_of(member, a_ptrs, MEMBERS)
+    rows = tl.program_id(0) // tiles_r * BLOCK_M + tl.arange(0, BLOCK_M)
+    ranks = lo + tile_r * BLOCK_N + tl.arange(0, BLOCK_N)
+    part = tl.program_id(1)
+    k_start = part * steps * BLOCK_K
+    k_stop = min(k_start + steps * BLOCK_K, D)
+    acc = tile_product(
+        x_ptr, a_ptr, rows, ranks, M, R, k_start, k_stop, stride_xm, stride_ar,
+        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, COMPUTE,
+    )  # fmt: skip
+    mask = (rows < M)[:, None] & (ranks < tl.cdiv(R, 16) * 16)[None, :]
+    offsets = (part.to(tl.int64) * M + rows[:, None]) * stride_pm + (column + ranks)[None, :]
+    tl.store(parts_ptr + offsets, acc, mask=mask)
+
+
+def _shrink_config(
+    traits: DeviceTraits,
+    itemsize: int,
+    M: int,
+    widths: Sequence[int],
+    gathers: bool,
+    backward: bool,
+) -> TileConfig:
+    """The tile for members of so many columns each."""
+    columns = max(widths)
+    if traits.capability == 0:
+        return TileConfig(16, 16 if columns <= 16 else 32, 32, num_warps=4, num_stages=1)
+    block_n = max(16, min(64, triton.next_power_of_2(columns)))
+    if itemsize == 4:
+        return TileConfig(64, block_n, 32, num_warps=4, num_stages=3)
+    if not gathers and traits.capability < 120:
+        # The larger the tile, the less traffic; but each multiprocessor should get one. The
+        # backward holds g and h at once, which leaves no registers for 128 columns.
+        wide = traits.capability == 90 and not backward and columns > 64
+        if wide and _fills(traits, cdiv(M, 128) * _tiles(widths, 128)):
+            return TileConfig(128, 128, 64, num_warps=8, num_stages=3)
+        if _fills(traits, cdiv(M, 128) * _tiles(widths, block_n)):
+            return TileConfig(128, block_n, 64, num_warps=8, num_stages=4)
+    return TileConfig(64, block_n, 64, num_warps=4, num_stages=4)
+
+
+def _fills(traits: DeviceTraits, tiles: int) -> bool:
+    return 10 * tiles >= 9 * traits.num_sms
+
+
+def segments_of(block_m: int, S: int, T: int) -> int:
+    """Samples that a tile of rows meets at most, rounded up to 1, 2 or 4; 0 for more."""
+    if S == 1 or T % block_m == 0:
+        return 1
+    most = min(S, block_m // T if block_m % T == 0 else (block_m + T - 2) // T + 1)
+    return 0 if most > _MAX_SEGMENTS else triton.next_power_of_2(most)
+
+
+class Plan(NamedTuple):
+    """How a shrink is cut into programs."""
+
+    tile: TileConfig
+    tiles_m: int
+    tiles_r: int  # of all members
+    segments: int  # 0 gathers the weights
+    parts: Tensor | None  # partial products over parts of the reduction, if it was split
+    num_parts: int
+
+
+def plan_shrink(
+    x: Tensor,
+    factors: Sequence[Tensor],
+    stride_ar: int,
+    window: tuple[int, int] | None,
+    S: int,
+    backward: bool,
+) -> Plan:
+    """Choose the tile; with few tiles, split the reduction and compute its parts (>= 4 steps).
+
+    Rows of all factors are `stride_ar` elements apart. `window` restricts the columns of a single
+    factor.
+    """
+    M, D = x.shape
+    T = M // S
+    ranks = [factor.shape[0] for factor in factors]
+    columns = sum(round_up(rank, RANK_ALIGN) for rank in ranks)
+    first = 0
+    if window is not None:
+        first, ranks = window[0], [min(window[1], ranks[0])]
+    widths = [round_up(rank, RANK_ALIGN) - first for rank in ranks]
+    traits = common.device_traits(x.device)
+    tile = _shrink_config(traits, x.element_size(), M, widths, gathers=False, backward=backward)
+    if segments_of(tile.m, S, T) == 0:
+        tile = _shrink_config(traits, x.element_size(), M, widths, gathers=True, backward=backward)
+    tiles_r = _tiles(widths, tile.n)
+    steps = cdiv(D, tile.k)
+    num_parts = min(traits.num_sms // (cdiv(M, tile.m) * tiles_r), steps // 4)
+    parts = None
+    if num_parts > 1:
+        steps_per_part = cdiv(steps, num_parts)
+        num_parts = cdiv(steps, steps_per_part)
+        parts = x.new_empty((num_parts, M, columns), dtype=torch.float32)
+        _split_kernel[(cdiv(M, tile.m) * tiles_r, num_parts)](
+            x,
+            tuple(factors),
+            parts,
+            M,
+            D,
+            steps_per_part,
+            tiles_r,
+            first // RANK_ALIGN,
+            *rank_arguments(ranks),
+            x.stride(0),
+            stride_ar,
+            columns,
+            MEMBERS=len(factors),
+            **tile.launch_options(),
+            EVEN_K=D % tile.k == 0,
+            COMPUTE=common.compute_dtype(x.dtype),
+        )
+        # What remains has no matrix product: short tiles give it more programs.
+        tile = tile._replace(m=16, num_warps=4)
+    return Plan(tile, cdiv(M, tile.m), tiles_r, segments_of(tile.m, S, T), parts, num_parts)
+
+
+def _tiles(widths: Sequence[int], block_n: int) -> int:
+    return sum(cdiv(width, block_n) for width in widths)
+
+
+def rank_arguments(ranks: Sequence[int]) -> list[int]:
+    return [*ranks, *[0] * (MAX_GROUP - len(ranks))]

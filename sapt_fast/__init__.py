@@ -1,12 +1,13 @@
-"""SAPT and its relatives, fast: every input mixes its own share of a whole pool of adapters."""
+"""Pools of adapters, computed in one pass: each input gets its own weighted mixture of them."""
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from sapt_fast.version import __version__
 
 _EXPORTS = {
     "SaptConfig": "sapt_fast.methods.sapt",
     "SaptTrainer": "sapt_fast.continual.trainer",
+    "handle": "sapt_fast.patching",
     "load_official": "sapt_fast.released",
     "load_pretrained": "sapt_fast.loading",
     "patch": "sapt_fast.patching",
@@ -16,6 +17,7 @@ __all__ = [
     "SaptConfig",
     "SaptTrainer",
     "__version__",
+    "handle",
     "load_official",
     "load_pretrained",
     "patch",
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from sapt_fast.continual.trainer import SaptTrainer
     from sapt_fast.loading import load_pretrained
     from sapt_fast.methods.sapt import SaptConfig
-    from sapt_fast.patching import patch, unpatch
+    from sapt_fast.patching import handle, patch, unpatch
     from sapt_fast.released import load_official
 
 

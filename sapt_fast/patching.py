@@ -1,79 +1,51 @@
 """patch(model): find the layers, swap them, report; unpatch(model): put everything back."""
 
-import logging
-import re
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from __future__ import annotations
 
-import torch
+import logging
+from typing import Any, TypeVar, cast
+
 from torch import nn
-from torch.nn.parameter import is_lazy
 from transformers import PreTrainedModel
 
-from sapt_fast.devices import execution_device, require_supported_hooks
-from sapt_fast.handle import SaptHandle
-from sapt_fast.methods.sapt import SaptConfig
-from sapt_fast.methods.sapt_prompt import PromptHandle
-from sapt_fast.pools.lora import AdapterPool
-from sapt_fast.pools.sharding import is_sharded
-from sapt_fast.routing.hooks import Routing, require_unrouted
-from sapt_fast.sites.find import all_linear, bypass, layer_features, linear_names, obstacle
-from sapt_fast.sites.linear import (
-    InputGroup,
-    MixedLinear,
-    base_kind,
-    become,
-    mixed_kind,
-    packed_weight,
-    runs_its_class,
-)
-from sapt_fast.sites.modules import find_modules, heads
+from sapt_fast.methods.base import Handle, MethodConfig, handles
+from sapt_fast.methods.registry import handle_type
+from sapt_fast.pools.own import is_inside, own_paths
+from sapt_fast.routing.hooks import require_unrouted
+from sapt_fast.sites.find import require_placement
 from sapt_fast.sites.report import PatchReport
-from sapt_fast.sites.towers import token_embedding, tower_notes
 
 logger = logging.getLogger(__name__)
 
-# Where all layers are such, unlike Longformer's some, whose first real batch raises.
-_SEQUENCE_FIRST = ("fsmt", "xlnet")
-
-# Layers of one parent that are called one after the other on one input, in models whose attention
-# and feed-forward layers are known to do so.
-_ONE_INPUT = (
-    ("q", "k", "v"),
-    ("q_proj", "k_proj", "v_proj"),
-    ("query", "key", "value"),
-    ("wi_0", "wi_1"),
-    ("gate_proj", "up_proj"),
-)
-_ONE_INPUT_MODELS = (
-    *("bart", "bert", "gemma", "gemma2", "llama", "mbart", "mistral"),
-    *("mt5", "qwen2", "qwen3", "roberta", "t5", "umt5"),
-)
-_CROSS_ATTENTION = ("EncDecAttention", "encoder_attn", "crossattention")
-
-
 _Model = TypeVar("_Model", bound=nn.Module)  # a PreTrainedModel or a PeftModel
+_Handle = TypeVar("_Handle", bound=Handle)
 
 
-def patch(model: _Model, config: SaptConfig | None = None, *, strict: bool = False) -> _Model:
-    """Makes a transformers or PEFT model mix a pool of adapters, in place.
+def patch(
+    model: _Model, config: MethodConfig[Any] | None = None, *, strict: bool = False
+) -> _Model:
+    """Patches a transformers or PEFT model in place so that it mixes a pool of adapters.
 
     The chosen linear layers keep their weights, their place and their state_dict keys; the model
     gains `model.sapt`, the handle with the tasks, the router and the losses. The base parameters
-    are frozen. Until the first `model.sapt.add_task(name)` the model computes what it did before.
+    are frozen. Until the first `model.sapt.add_task(name)` the model's output is unchanged.
 
     With `SaptConfig(adapter="prompt")` no layer changes: each input's mixture of prompts is written
     before its embeddings, and masks, positions, labels and logits stay as long as its tokens.
 
+    The config of another method puts that method on the model, with a handle of its own. Several
+    methods may be on one model if they do not touch it in the same place.
+
     A PeftModel keeps its LoRA adapters: they are the pool, computed in one pass, and all that PEFT
-    does with them works on. Its `model.sapt`, a `peft_models.patching.PeftHandle`, takes weights
-    or a router; without either the active adapters are added up, as before. Its parameters stay
-    where they are; its `unload` and `merge_and_unload` take our hooks off with the adapters.
+    does with them works on. Its `model.sapt`, a `methods.peft.pool.PeftHandle`, takes weights or a
+    router; without either the active adapters are added up, as before. Its parameters stay where
+    they are; its `unload` and `merge_and_unload` take our hooks off with the adapters.
 
     Args:
         model: a PreTrainedModel, or a PeftModel of one with LoRA adapters. Patching it again with
             an equal config (or none) changes nothing.
-        config: None for `SaptConfig()`; a PeftModel takes none, its adapters have theirs.
+        config: of the method. Defaults to `SaptConfig()`; must be None for a PeftModel, whose
+            adapters keep their own PEFT configs.
         strict: raise if any layer that matches `target_modules` cannot be patched, or a name in
             it matches nothing.
 
@@ -81,12 +53,14 @@ def patch(model: _Model, config: SaptConfig | None = None, *, strict: bool = Fal
         model.
 
     Raises:
-        TypeError: model is neither of them, or config is no SaptConfig.
-        ValueError: nothing matches, the model is patched with another config, its layers do not
-            see the batch first, it has no table of token embeddings, it cannot take prompts, it is
-            sharded, not initialised (LazyLinear), or accelerate's hooks would change adapters; a
-            PeftModel has no LoRA adapters or is given a config; PEFT's layers are in a model that
-            is no PeftModel; the hooks of an earlier patch are still there; and what `strict` adds.
+        TypeError: if model is neither of them, or config is not the config of a method.
+        ValueError: if nothing matches; if the model is patched with another config, or with a
+            method that this one would clash with; if its layers do not see the batch first; if it
+            has no table of token embeddings, cannot take prompts, is sharded or not initialised
+            (LazyLinear); if accelerate's hooks would change adapters; if a PeftModel has no LoRA
+            adapters or comes with a config; if PEFT's layers are in a model that is no PeftModel;
+            if the hooks of an earlier patch are still there; and for what `strict` adds. Nothing
+            has changed then.
 
     Example:
         >>> import sapt_fast, transformers
@@ -98,89 +72,71 @@ def patch(model: _Model, config: SaptConfig | None = None, *, strict: bool = Fal
         ['first']
     """
     given: Any = model
-    if config is not None and not isinstance(config, SaptConfig):
-        raise TypeError(f"config: got {type(config).__name__}, expected a sapt_fast.SaptConfig")
-    if not is_peft_model(model):
-        return _patch_pretrained(given, config, strict)
-    if config is not None:
-        raise ValueError(
-            "config: got one for a PeftModel, whose adapters have theirs; expected None"
+    if config is not None and not isinstance(config, MethodConfig):
+        raise TypeError(
+            f"config: got {type(config).__name__}, expected a sapt_fast.SaptConfig or the config "
+            "of another method"
         )
-    require_pretrained(given.get_base_model())
-    _require_placement(given)
-    patch_peft, _ = _peft_functions(given)
-    patch_peft(given, strict=strict)
-    return model
-
-
-def _patch_pretrained(model: Any, config: SaptConfig | None, strict: bool) -> Any:
-    require_pretrained(model)
-    handle = getattr(model, "sapt", None)
-    if handle is None:
-        require_unrouted(model)
-        _refuse_adapters_inside(model)
-    if isinstance(handle, SaptHandle):
-        if config is not None and config != handle.config:
+    if is_peft_model(model):
+        if config is not None:
+            raise ValueError(
+                "config must be None for a PeftModel: its adapters keep their own PEFT configs"
+            )
+        require_pretrained(given.get_base_model())
+        kind = handle_type(_peft_method(given), "model")
+    else:
+        require_pretrained(model)
+        kind = handle_type("sapt" if config is None else config.method, "config")
+    present = given._modules.get(kind.attribute)
+    if isinstance(present, Handle):
+        if config is not None and config != present.config:
             raise ValueError(
                 "config: the model is patched with another config; call sapt_fast.unpatch(model) "
-                f"first (has {handle.config}, got {config})"
+                f"first (has {present.config}, got {config})"
             )
         return model
-    config = config or SaptConfig()
-    frozen = [name for name, p in model.named_parameters() if p.requires_grad]
-    if config.adapter == "prompt":
-        _require_placement(model)
-        handle = PromptHandle(model, config)
-    else:
-        handle = _mix_layers(model, config, strict)
-    for _, parameter in model.named_parameters():
-        parameter.requires_grad_(False)
-    handle.unfrozen_before = frozen
-    unsaved = [path for path in heads(model) if path not in (config.modules_to_save or ())]
-    if unsaved:
-        handle.report.notes.append(
-            f"{', '.join(unsaved)} stays as it is: it is frozen now; to train a head and save it "
-            f"with the tasks, name it in SaptConfig(modules_to_save={unsaved})"
-        )
-        logger.warning("%s: %s", type(model).__name__, handle.report.notes[-1])
-    model.sapt = handle
-    handle.install()
-    logger.info("%s: %s", type(model).__name__, str(handle.report).splitlines()[0])
+    _put_on(given, kind, kind.Config() if config is None else config, strict)
     return model
 
 
-def _mix_layers(model: Any, config: SaptConfig, strict: bool) -> SaptHandle:
-    """The handle of a model whose chosen layers mix their adapters from now on."""
-    embedding_dtype = token_embedding(model).weight.dtype
-    report = find_layers(model, config)
-    named = f"{report}. Its linear layers are named: {linear_names(model)}"
-    if strict and (report.skipped or report.unmatched):
-        raise ValueError(f"strict: not everything can be patched. {named}")
-    if not report.patched:
-        raise ValueError(
-            f"target_modules: {_targets(model, config)!r} leaves no layer to patch in "
-            f"{type(model).__name__}. {named}"
-        )
-    handle = SaptHandle(model, config, report)
-    for name in report.patched:
-        layer: Any = model.get_submodule(name)
-        _swap(layer, handle.routing, config, embedding_dtype)
-        handle.routing.pools.append(layer.sapt_pool)
-    _group_by_input(model, report.patched)
-    if report.unmatched:
-        logger.warning("target_modules: nothing in the model is named %s", report.unmatched)
-    for note in report.notes:
-        logger.warning("%s", note)
-    return handle
+def handle(model: nn.Module, config: type[MethodConfig[_Handle]]) -> _Handle:
+    """The handle of a method on a model: `model.<attribute>`, with its type.
 
-
-def unpatch(model: _Model) -> _Model:
-    """Undoes `patch`: classes, methods, hooks and requires_grad are as before; adapters are gone.
+    Args:
+        model: patched.
+        config: the class of the method's config.
 
     Raises:
-        ValueError: the model is not patched, it is sharded, or another library has replaced
-            patched layers. Nothing has changed then.
-        RuntimeError: a mixture is merged into the base weights; likewise.
+        ValueError: if the model is not patched with this method.
+
+    Example:
+        >>> import sapt_fast
+        >>> from sapt_fast.demo.backbone import load_backbone
+        >>> model = sapt_fast.patch(load_backbone())
+        >>> sapt_fast.handle(model, sapt_fast.SaptConfig) is model.sapt
+        True
+    """
+    for found in handles(model):
+        if type(found.config) is config:
+            return cast(_Handle, found)
+    here = [type(found.config).__name__ for found in handles(model)]
+    raise ValueError(
+        f"model: not patched with {config.__name__} (it is patched with {', '.join(here) or 'none'}"
+        "); call sapt_fast.patch(model, config) first"
+    )
+
+
+def unpatch(model: _Model, method: str | None = None) -> _Model:
+    """Undoes `patch`: classes, methods, hooks and requires_grad are as before; adapters are gone.
+
+    Args:
+        model: patched.
+        method: takes off the one whose handle is `model.<method>`; None for all of them.
+
+    Raises:
+        ValueError: if the model is not patched (with this method), it is sharded, or another
+            library has replaced patched layers. Nothing has changed then.
+        RuntimeError: if a mixture is merged into the base weights; nothing has changed then.
 
     Example:
         >>> import sapt_fast
@@ -190,26 +146,115 @@ def unpatch(model: _Model) -> _Model:
         False
     """
     given: Any = model
-    handle: Any = getattr(given, "sapt", None)
-    peft = handle is not None and is_peft_model(model)
-    if not peft and not isinstance(handle, SaptHandle):
-        raise ValueError("model: not patched by sapt_fast.patch")
-    _require_placement(given)
-    routing = getattr(handle, "routing", None)  # X-LoRA has none
-    if routing is not None:
-        routing.require_unmerged()
-    if peft:
-        _, unpatch_peft = _peft_functions(given)
-        unpatch_peft(given)
-        return model
-    layers = handle.layers
-    handle.remove()
-    del given.sapt
-    for layer in layers.values():
-        _restore(layer)
-    for name, parameter in given.named_parameters():
-        parameter.requires_grad_(name in handle.unfrozen_before)
+    present = handles(model)
+    leaving = [one for one in present if method in (None, one.attribute)]
+    if not leaving:
+        named = "" if method is None else f" with {method!r}"
+        here = ", ".join(one.attribute for one in present)
+        raise ValueError(
+            f"model: not patched{named} by sapt_fast.patch" + (f" (it has {here})" if here else "")
+        )
+    require_placement(given)
+    for one in leaving:
+        one.require_unmerged()
+        one.require_own()
+    for one in reversed(leaving):
+        _take_off(given, one)
     return model
+
+
+def _put_on(model: Any, kind: type[Handle], config: Any, strict: bool) -> None:
+    """Patches a model with a method that it does not have; it is as before if that fails."""
+    others = handles(model)
+    if not others and kind.freezes:
+        require_unrouted(model)
+        _refuse_adapters_inside(model)
+    require_placement(model)
+    report = kind.sites(model, config)
+    _refuse_clash(kind, report, others)
+    _require_all(report, strict)
+    method = kind(model, config, report)
+    _refuse_second_routing(method, others)
+    attached: list[str] = []
+    frozen: list[nn.Parameter] = []
+    try:
+        for path in list(report.patched):
+            method.attach(path)
+            attached.append(path)
+        _require_all(method.report, strict)
+        if kind.freezes and not others:
+            own = own_paths(model)
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad and not is_inside(name, own):
+                    method.unfrozen_before.append(name)
+                    frozen.append(parameter.requires_grad_(False))
+        setattr(model, kind.attribute, method)
+        method.install()
+    except BaseException:
+        model._modules.pop(kind.attribute, None)
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        for path in attached:
+            method.detach(path)
+        raise
+    described = method.report
+    if described.unmatched:
+        logger.warning("target_modules: nothing in the model is named %s", described.unmatched)
+    for note in described.notes:
+        logger.warning("%s: %s", type(model).__name__, note)
+    logger.info("%s: %s", type(model).__name__, str(described).splitlines()[0])
+
+
+def _take_off(model: Any, leaving: Handle) -> None:
+    """Takes one method off; hooks of methods that were patched later are laid anew without it."""
+    present = handles(model)
+    later = present[present.index(leaving) + 1 :]
+    for one in reversed(later):
+        one.remove()
+    leaving.leave()
+    remaining = handles(model)
+    if leaving.freezes:
+        own = own_paths(model)
+        before = set() if remaining else set(leaving.unfrozen_before)
+        if leaving.unfrozen_before or not remaining:
+            for name, parameter in model.named_parameters():
+                if not is_inside(name, own):
+                    parameter.requires_grad_(name in before)
+        if remaining:
+            remaining[0].unfrozen_before += leaving.unfrozen_before
+    for one in later:
+        one.install()
+
+
+def _require_all(report: PatchReport, strict: bool) -> None:
+    if strict and (report.skipped or report.unmatched):
+        raise ValueError(f"strict: not everything can be patched. {report}")
+
+
+def _refuse_clash(kind: type[Handle], report: PatchReport, others: list[Handle]) -> None:
+    """Raises ValueError if another method touches the model in the same place and way."""
+    for other in others:
+        shared = [p for p in report.places if p in set(other.report.places)]
+        if other.site == kind.site and shared:
+            raise ValueError(
+                f"config: {kind.method!r} and {other.method!r}, which the model is patched with, "
+                f"would both act at {shared[0]} ({kind.site}; {len(shared)} places in all); leave "
+                f"these out, or call sapt_fast.unpatch(model, {other.attribute!r}) first"
+            )
+
+
+def _refuse_second_routing(method: Handle, others: list[Handle]) -> None:
+    """Raises ValueError if weights of two methods would travel with one forward.
+
+    Caches and encoder outputs carry one method's weights, and so does `mixture=`.
+    """
+    routed = next((other for other in others if other.routing is not None), None)
+    if method.routing is not None and routed is not None:
+        raise ValueError(
+            f"config: {method.method!r} and {routed.method!r}, which the model is patched with, "
+            "both mix by weights that travel with the forward; one model can have one such method: "
+            f"call sapt_fast.unpatch(model, {routed.attribute!r}) first"
+        )
 
 
 def _refuse_adapters_inside(model: PreTrainedModel) -> None:
@@ -240,32 +285,11 @@ def _is_adapted(module: nn.Module) -> bool:
     return not names.isdisjoint(("BaseTunerLayer", "AuxiliaryTrainingWrapper"))
 
 
-def _require_placement(model: PreTrainedModel) -> None:
-    require_supported_hooks(model)
-    lazy = next((name for name, p in model.named_parameters() if is_lazy(p)), None)
-    if lazy is not None:
-        raise ValueError(
-            f"model: {lazy} is not initialised yet; run the model once before sapt_fast.patch"
-        )
-    if is_sharded(model):
-        raise ValueError(
-            "model: its parameters are sharded (fully_shard or ZeRO-3); patch, load and add tasks "
-            "before that. To take the adapters off, save them with model.sapt.save_pretrained and "
-            "build the model anew"
-        )
-
-
-def _peft_functions(model: Any) -> tuple[Callable[..., None], Callable[..., None]]:
-    """(patch, unpatch) for the kind of PeftModel."""
+def _peft_method(model: Any) -> str:
+    """The name of the method for the kind of PeftModel."""
     from peft.tuners.xlora import XLoraModel
 
-    if isinstance(model.base_model, XLoraModel):
-        from sapt_fast.methods.peft.xlora import patch_xlora, unpatch_xlora
-
-        return patch_xlora, unpatch_xlora
-    from sapt_fast.methods.peft.pool import patch_peft, unpatch_peft
-
-    return patch_peft, unpatch_peft
+    return "xlora" if isinstance(model.base_model, XLoraModel) else "peft"
 
 
 def is_peft_model(model: object) -> bool:
@@ -284,122 +308,3 @@ def require_pretrained(model: object) -> None:
             f"model: got {type(model).__name__}, expected a transformers PreTrainedModel or a "
             "PeftModel of one"
         )
-
-
-def find_layers(model: PreTrainedModel, config: SaptConfig) -> PatchReport:
-    """What `patch` would patch and skip; changes nothing. Raises as `patch` does."""
-    _require_placement(model)
-    kind = model.config.model_type
-    if kind in _SEQUENCE_FIRST:
-        raise ValueError(
-            f"model: the layers of {kind!r} models see tokens first and samples second, so a batch "
-            "as long as its texts would mix the wrong ones; expected another model type"
-        )
-    report, targets = PatchReport(), _targets(model, config)
-    bypassed: dict[str, None] = {}
-    for name, module in model.named_modules():
-        if not _matches(name, targets):
-            continue
-        path, _, last = name.rpartition(".")
-        parent = model.get_submodule(path)
-        reason = _unpatchable(module, parent, last)
-        if reason is not None:
-            report.skipped[name] = reason
-            continue
-        report.patched.append(name)
-        if reader := bypass(parent, last):
-            bypassed[f"{reader}.{last}"] = None
-    if not isinstance(targets, str):
-        if not isinstance(targets, frozenset):
-            found = [*report.patched, *report.skipped]
-            report.unmatched = [t for t in targets if not any(_matches(n, [t]) for n in found)]
-        report.notes += tower_notes(model, report.patched)
-    if bypassed:
-        report.notes.append(
-            f"target_modules: the model also reads the weights of {', '.join(bypassed)} without "
-            "calling these layers, in some cases; their adapters then do nothing"
-        )
-    return report
-
-
-def _targets(model: PreTrainedModel, config: SaptConfig) -> Iterable[str] | str:
-    """Names or a regular expression, or the whole paths of all linear layers as a frozenset."""
-    targets = config.target_modules
-    names = [targets] if isinstance(targets, str) else list(targets or ())
-    if [name.lower() for name in names] == ["all-linear"]:
-        saved = find_modules(model, config.modules_to_save or (), ())
-        inside = tuple(f"{path}." for path in saved)
-        return frozenset(n for n in all_linear(model) if not f"{n}.".startswith(inside))
-    if targets is not None:
-        return targets
-    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as defaults
-
-    kind = model.config.model_type
-    if kind not in defaults:
-        raise ValueError(
-            f"target_modules: no default for model type {kind!r}; name the linear layers to adapt "
-            f"(this model has: {linear_names(model)})"
-        )
-    return defaults[kind]
-
-
-def _matches(name: str, targets: Iterable[str] | str) -> bool:
-    if isinstance(targets, str):
-        try:
-            return re.fullmatch(targets, name) is not None
-        except re.error as error:
-            raise ValueError(
-                f"target_modules: {targets!r} is no regular expression: {error}"
-            ) from None
-    if isinstance(targets, frozenset):
-        return name in targets
-    return any(name == target or name.endswith("." + target) for target in targets)
-
-
-def _unpatchable(module: nn.Module, parent: nn.Module, name: str) -> str | None:
-    reason = obstacle(module, parent, name)
-    if reason is None and not runs_its_class(module):
-        return "its forward was replaced by another library"
-    return reason
-
-
-def _swap(module: Any, routing: Routing, config: SaptConfig, embedding_dtype: torch.dtype) -> None:
-    packed = packed_weight(module)
-    dtype = module.weight.dtype if packed is None else embedding_dtype
-    module.sapt_pool = AdapterPool(
-        *layer_features(module),
-        reserve=config.reserve_tasks * config.r,
-        device=execution_device(module),
-        dtype=config.adapter_dtype(dtype),
-    )
-    module.sapt_routing = routing
-    module.sapt_dropout = config.lora_dropout
-    module.sapt_grad_through_frozen = config.grad_through_frozen
-    kind = mixed_kind(module)
-    assert kind is not None  # as `find_layers` saw
-    become(module, kind)
-
-
-def _group_by_input(model: PreTrainedModel, patched: Iterable[str]) -> None:
-    """Lets layers with one input be computed together."""
-    if model.config.model_type not in _ONE_INPUT_MODELS:
-        return
-    layers = set(patched)
-    for parent in dict.fromkeys(name.rpartition(".")[0] for name in layers):
-        crosses = not set(parent.split(".")).isdisjoint(_CROSS_ATTENTION)
-        for names in _ONE_INPUT:
-            alike = names[1:] if crosses and len(names) == 3 else names  # queries see the decoder
-            paths = [f"{parent}.{name}" for name in alike]
-            members = [model.get_submodule(path) for path in paths if path in layers]
-            linear = [member for member in members if isinstance(member, MixedLinear)]
-            if len(linear) > 1:
-                group = InputGroup(linear)
-                for layer in linear:
-                    layer.sapt_group = group
-
-
-def _restore(module: Any) -> None:
-    become(module, base_kind(module))
-    for name in ("sapt_pool", "sapt_routing", "sapt_dropout", "sapt_grad_through_frozen"):
-        delattr(module, name)
-    vars(module).pop("sapt_group", None)

@@ -20,11 +20,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sapt_fast.files.names import require_folder_name
-from sapt_fast.handle import Adapter, SaptHandle
-from sapt_fast.loading import StoredTasks, install
-from sapt_fast.methods.sapt import SaptConfig
+from sapt_fast.loading import install
+from sapt_fast.methods.sapt import SaptConfig, SaptHandle
 from sapt_fast.patching import require_pretrained
+from sapt_fast.pools.lora import Adapter
 from sapt_fast.storage.released_files import Refused, read_array, read_torch
+from sapt_fast.storage.tasks import StoredTasks
 from sapt_fast.storage.tensors import require_finite
 
 _FILES = ("trans_input", "lora_weights_A", "lora_weights_B", "prompts_keys_till_now")

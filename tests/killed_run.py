@@ -22,7 +22,7 @@ from sapt_fast.continual.run.pseudo_samples import _Generator
 from sapt_fast.continual.settings import GeneratorSettings
 from sapt_fast.continual.trainer import SaptTrainer
 from sapt_fast.demo.tasks import CharTokenizer
-from sapt_fast.handle import SaptHandle
+from sapt_fast.methods.sapt import SaptHandle
 
 # Class, method, which call in the second task, and whether the method still runs.
 PLACES = {

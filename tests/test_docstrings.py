@@ -8,8 +8,8 @@ import pytest
 
 import sapt_fast
 from sapt_fast import ops
-from sapt_fast.handle import SaptHandle
 from sapt_fast.methods.peft.pool import PeftHandle
+from sapt_fast.methods.sapt import SaptHandle
 
 PACKAGE = Path(sapt_fast.__file__).parent
 EXAMPLES = [

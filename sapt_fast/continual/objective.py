@@ -12,6 +12,7 @@ from transformers.modeling_outputs import TokenClassifierOutput
 
 from sapt_fast.continual.data.collate import LABEL_PADDING
 from sapt_fast.continual.data.encoder import LabelSpace
+from sapt_fast.methods.tasks import pool_of
 
 __all__ = ["Step", "forward", "prompt_mask", "supervised", "token_loss"]
 
@@ -57,7 +58,7 @@ def forward(
     base = model if base is None else base
     inputs = dict(batch)
     labels = inputs.pop("labels")
-    routing = base.sapt.routing
+    routing = pool_of(base).routing
     if weights is None:
         weights = routing.pinned
     if base.config.is_encoder_decoder:

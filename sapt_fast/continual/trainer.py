@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,9 @@ from sapt_fast.continual.data.encoder import LabelSpace
 from sapt_fast.continual.objective import Step, forward, prompt_mask, token_loss
 from sapt_fast.files.directories import atomic_write_bytes
 from sapt_fast.files.reading import parse_json
-from sapt_fast.handle import SaptHandle
+from sapt_fast.methods.tasks import TaskHandle, task_handle
 from sapt_fast.pools.sharding import is_sharded, whole
-from sapt_fast.storage.pretrained_files import is_ours
+from sapt_fast.storage.pretrained_files import own_names
 from sapt_fast.storage.tensors import read_tensors, require_finite, tensor_bytes
 
 __all__ = ["Replay", "RowStream", "SaptTrainer", "model_given_back"]
@@ -121,8 +122,8 @@ class SaptTrainer(Seq2SeqTrainer):
         space: LabelSpace | None = None,
         **kwargs: Any,
     ) -> None:
-        sapt = getattr(model, "sapt", None)
-        if not isinstance(sapt, SaptHandle) or not sapt.tasks:
+        sapt = task_handle(model)
+        if sapt is None or not sapt.tasks:
             raise ValueError(
                 "model: expected a patched model with a task; call sapt_fast.patch(model) and "
                 "model.sapt.add_task(name) first"
@@ -141,7 +142,7 @@ class SaptTrainer(Seq2SeqTrainer):
                 "expected a label space for an encoder and none for a model that generates"
             )
         super().__init__(model=model, args=args, **kwargs)
-        self.sapt = sapt
+        self.sapt: Any = sapt
         self._causal = kind == "causal"
         self.space = space
         # The token loss is divided by the tokens of the whole step, whatever the model's own does.
@@ -285,8 +286,8 @@ class SaptTrainer(Seq2SeqTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         held = state_dict or self.model.state_dict(keep_vars=is_sharded(self.model))
-        trained = self.sapt.trained_tensors().keys()
-        tensors = _sapt_tensors(held) | {n: t for n, t in held.items() if n in trained}
+        kept = {*own_names(self.model), *self.sapt.trained_tensors()}
+        tensors = {name: tensor for name, tensor in held.items() if name in kept}
         tensors = {name: whole(tensor).contiguous() for name, tensor in tensors.items()}
         if not self.args.should_save:
             return
@@ -307,7 +308,9 @@ class SaptTrainer(Seq2SeqTrainer):
         target = self.model if model is None else model
         held, metadata = read_tensors(Path(path))
         require_finite(path, held)
-        tensors: dict[str, Any] = {**held}
+        # Earlier versions trained the tasks of every strategy at `model.sapt`.
+        place = f"{self.sapt.attribute}."
+        tensors: dict[str, Any] = {re.sub(r"^sapt\.", place, n): t for n, t in held.items()}
         tasks = parse_json(metadata.get("tasks", "null").encode(), path)
         if tasks != self.sapt.tasks:
             raise ValueError(f"{path} is of tasks {tasks}, the model has {self.sapt.tasks}")
@@ -321,7 +324,7 @@ class SaptTrainer(Seq2SeqTrainer):
             keys = set_model_state_dict(target, tensors, options=options)
         else:
             keys = target.load_state_dict(tensors, strict=False)
-        missing = sorted(_sapt_tensors(dict.fromkeys(keys.missing_keys, torch.empty(0))))
+        missing = sorted(set(keys.missing_keys) & set(own_names(target)))
         if missing or keys.unexpected_keys:
             raise ValueError(
                 f"{path} does not fit the model: missing {missing}, "
@@ -376,7 +379,7 @@ class RowStream:
         return self._order[1]
 
 
-def _check_replay(replay: Sequence[Replay], sapt: SaptHandle) -> None:
+def _check_replay(replay: Sequence[Replay], sapt: TaskHandle) -> None:
     for entry in replay:
         if not len(entry.inputs):
             raise ValueError(f"replay: task {entry.task!r} has no inputs, expected at least one")
@@ -385,11 +388,6 @@ def _check_replay(replay: Sequence[Replay], sapt: SaptHandle) -> None:
                 f"replay: the target of task {entry.task!r} has shape {tuple(entry.target.shape)}, "
                 f"expected [k] with k <= {len(sapt.tasks)}, the number of tasks"
             )
-
-
-def _sapt_tensors(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The adapters and the router of a model's state_dict."""
-    return {name: tensor for name, tensor in state_dict.items() if is_ours(name)}
 
 
 def _separate(

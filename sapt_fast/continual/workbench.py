@@ -22,6 +22,7 @@ from sapt_fast.continual.data.encoder import (
 from sapt_fast.continual.data.rows import Example, TaskData, read_pseudo_samples
 from sapt_fast.continual.settings import ContinualSettings
 from sapt_fast.devices import execution_device
+from sapt_fast.methods.tasks import pool_of
 
 __all__ = ["Workbench"]
 
@@ -81,6 +82,11 @@ class Workbench:
             )
             for task in tasks
         )
+
+    @property
+    def handle(self) -> Any:
+        """The handle of the method that the model is patched with."""
+        return pool_of(self.model)
 
     @property
     def device(self) -> torch.device:

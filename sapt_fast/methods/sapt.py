@@ -4,89 +4,46 @@ Zhao et al., "SAPT: A Shared Attention Framework for Parameter-Efficient Continu
 Large Language Models", ACL 2024.
 """
 
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from sapt_fast.devices import Resident, ResidentLinear, ResidentNorm, is_offloaded
-from sapt_fast.ops._common import without_autocast
-from sapt_fast.ops.router import (
-    POOLINGS,
-    QueryProjection,
-    pool_embeds,
-    pool_tokens,
-    route,
-    route_scores,
-)
-from sapt_fast.pools.lora import RowStack
-from sapt_fast.pools.sharding import is_partitioned
+from sapt_fast.devices import execution_device
+from sapt_fast.methods.base import MethodConfig
+from sapt_fast.methods.sapt_router import SaptRouter, only_looks_up, router_shapes
+from sapt_fast.methods.task_config import TaskConfig
+from sapt_fast.methods.tasks import TaskHandle
+from sapt_fast.ops import transforms
+from sapt_fast.ops.router import query, reflection_loss
+from sapt_fast.pools.lora import AdapterPool
+from sapt_fast.pools.sharding import gathered, require_reduced
+from sapt_fast.routing.hooks import Routing
+from sapt_fast.sites.attach import group_by_input, mix_adapters, restore
+from sapt_fast.sites.find import chosen_names, find_layers, linear_names
+from sapt_fast.sites.linear import Mixed
+from sapt_fast.sites.merging import Addend, Merged, static_weights
+from sapt_fast.sites.report import PatchReport
+from sapt_fast.sites.towers import token_embedding
+from sapt_fast.storage.lora import LoraFiles
+from sapt_fast.storage.task_saving import stacked_rows
+from sapt_fast.storage.tasks import AdapterFiles, Expected
 
-
-def _count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MOST_COUNT
-
-
-def _number(value: Any) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and abs(value) <= sys.float_info.max  # neither NaN nor an integer beyond floats
-
-
-def _names(value: Any) -> bool:
-    names = [value] if isinstance(value, str) else value
-    listed = isinstance(names, (list, tuple)) and len(names) > 0
-    return value is None or (listed and all(isinstance(name, str) and name for name in names))
-
-
-def _loss_weight(value: Any) -> bool:
-    return _number(value) and 0 <= value <= _MOST
-
-
-_MOST = 2**31 - 1  # far larger numbers would overflow in float16 or float32 without an error
-_INITS, _KEY_INITS = ("linear", "normal"), ("uniform", "mean_query")
-_ADAPTERS = ("lora", "prompt")
-_FLAG = (lambda v: isinstance(v, bool), "True or False")
-_MOST_COUNT = 2**16  # memory is reserved by these
-_COUNT = (_count, f"an integer, at least 1 and at most {_MOST_COUNT}")
-_WEIGHT = (lambda v: _number(v) and v >= 0, "a number, at least 0")
-# What each field may be, and the words for it.
-_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "r": _COUNT,
-    "lora_alpha": (lambda v: _number(v) and 0 < v <= _MOST, f"a positive number, at most {_MOST}"),
-    "lora_dropout": (lambda v: _number(v) and 0 <= v < 1, "[0, 1)"),
-    "target_modules": (_names, "names, one regular expression, or None"),
-    "modules_to_save": (_names, "names, or None"),
-    "modules_per_task": _FLAG,
-    "adapter": (lambda v: v in _ADAPTERS, f"one of {_ADAPTERS}"),
-    "prompt_length": _COUNT,
-    "query_hidden_dim": _COUNT,
-    "query_init": (lambda v: v in _INITS, f"one of {_INITS}"),
-    "temperature": (
-        lambda v: v is None or (_number(v) and 1e-6 <= v <= _MOST),
-        f"a number from 1e-6 to {_MOST}, or None",
-    ),
-    "pooling": (lambda v: v in POOLINGS, f"one of {POOLINGS}"),
-    "standardize_query": _FLAG,
-    "key_init": (lambda v: v in _KEY_INITS, f"one of {_KEY_INITS}"),
-    "own_key_loss": (_loss_weight, f"{_WEIGHT[1]} and at most {_MOST}"),
-    "kl_ratio": (_loss_weight, f"{_WEIGHT[1]} and at most {_MOST}"),
-    "mask_padding": _FLAG,
-    "grad_through_frozen": _FLAG,
-    "autocast_adapter_dtype": _FLAG,
-    "top_k": (lambda v: v is None or _count(v), "an integer, at least 1, or None"),
-    "threshold": (lambda v: v is None or (_number(v) and 0 <= v <= 1), "[0, 1] or None"),
-    "reserve_tasks": _COUNT,
-}
+__all__ = ["SaptConfig", "SaptHandle", "SaptRouter"]
 
 
 @dataclass
-class SaptConfig:
+class SaptConfig(TaskConfig["SaptHandle"]):
     """How a model's adapters are shaped, placed and routed.
 
-    The defaults are those that work across backbones; `official` gives the released settings.
+    The defaults work across backbones; `official` gives the settings of the original SAPT code.
 
     Example:
         >>> from sapt_fast import SaptConfig
@@ -97,121 +54,13 @@ class SaptConfig:
         ValueError: r: got 0, expected an integer, at least 1 and at most 65536
     """
 
-    r: int = field(default=8, metadata={"help": "Rank of each new adapter."})
-    lora_alpha: float = field(default=32, metadata={"help": "Scaling is lora_alpha / r."})
-    lora_dropout: float = field(
-        default=0.0, metadata={"help": "Dropout on the adapters' input while training."}
-    )
-    target_modules: Sequence[str] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Names (last parts of the path) of the linear layers to adapt, one regular "
-            "expression for the whole path, or 'all-linear' for all but the output head; None "
-            "takes query and value as PEFT does."
-        },
-    )
-    modules_to_save: Sequence[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Names (last parts of the path) of modules that train in full and are saved "
-            "with the adapters, such as a classification head; None for no such module."
-        },
-    )
-    modules_per_task: bool = field(
-        default=False,
-        metadata={
-            "help": "Give each task its own copy of modules_to_save and mix the copies' outputs as "
-            "the adapters are mixed; otherwise all tasks train one."
-        },
-    )
-    adapter: str = field(
-        default="lora",
-        metadata={
-            "help": "Kind of adapter: 'lora', matrices beside linear layers, or 'prompt', rows "
-            "before the input embeddings, for which r, lora_alpha, grad_through_frozen and "
-            "target_modules mean nothing."
-        },
-    )
-    prompt_length: int = field(
-        default=10, metadata={"help": "Rows of each prompt, with adapter='prompt'."}
-    )
-    query_hidden_dim: int = field(
-        default=100, metadata={"help": "Bottleneck of the query projection."}
-    )
-    query_init: str = field(
-        default="linear",
-        metadata={"help": "'linear' (nn.Linear's default) or 'normal' (initializer_range)."},
-    )
-    temperature: float | None = field(
-        default=None, metadata={"help": "Divisor of the attention scores; None for sqrt(d)."}
-    )
-    pooling: str = field(
-        default="mean", metadata={"help": "'mean' or 'max' of the embeddings over the tokens."}
-    )
-    standardize_query: bool = field(
-        default=False,
-        metadata={
-            "help": "Subtract from the pooled embedding the mean, and divide by the deviation, "
-            "that random token sequences have: what all inputs share then no longer hides what "
-            "tells them apart."
-        },
-    )
-    key_init: str = field(
-        default="uniform",
-        metadata={"help": "'uniform' in (-1, 1), or 'mean_query' of the task's first inputs."},
-    )
-    own_key_loss: float = field(
-        default=0.0,
-        metadata={"help": "Weight of -log(weight of the task's own adapter), added in training."},
-    )
-    kl_ratio: float = field(default=0.5, metadata={"help": "Weight of the reflection loss."})
-    mask_padding: bool = field(default=True, metadata={"help": "Leave padding out of the pooling."})
-    grad_through_frozen: bool = field(
-        default=True,
-        metadata={"help": "Let inputs receive gradient through earlier tasks' adapters."},
-    )
-    autocast_adapter_dtype: bool = field(
-        default=False,
-        metadata={
-            "help": "Keep adapters, keys and router in float32 where the model's weights are "
-            "float16 or bfloat16, as PEFT does by the option of this name; else they have the "
-            "weights' dtype."
-        },
-    )
-    top_k: int | None = field(default=None, metadata={"help": "Keep the k largest weights only."})
-    threshold: float | None = field(
-        default=None, metadata={"help": "Weights below this become zero."}
-    )
-    reserve_tasks: int = field(
-        default=16, metadata={"help": "Tasks to make room for; beyond it the pool doubles."}
-    )
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for a value out of range; names become a list, as JSON has them."""
-        for name, (fits, expected) in _FIELDS.items():
-            value = getattr(self, name)
-            _require(fits(value), name, value, expected)
-        sparse = self.top_k is not None or self.threshold is not None
-        _require(
-            not (self.own_key_loss and sparse), "own_key_loss", self.own_key_loss,
-            "0 with top_k or threshold, which may drop the own adapter and its gradient",
-        )  # fmt: skip
-        if self.adapter == "prompt":
-            for name, without in (("target_modules", None), ("lora_dropout", 0)):
-                value = getattr(self, name)
-                _require(value == without, name, value, f"{without} with adapter='prompt'")
-        if self.target_modules is not None and not isinstance(self.target_modules, str):
-            self.target_modules = list(self.target_modules)
-        if self.modules_to_save is not None:
-            named = self.modules_to_save
-            self.modules_to_save = [named] if isinstance(named, str) else list(named)
-        _require(
-            not self.modules_per_task or self.modules_to_save is not None,
-            "modules_per_task", True, "False without modules_to_save",
-        )  # fmt: skip
+    @property
+    def method(self) -> str:
+        """The name of the method: with `adapter="prompt"` the one whose tasks are prompts."""
+        return "sapt_prompt" if self.adapter == "prompt" else "sapt"
 
     @classmethod
-    def official(cls, model: str, benchmark: str) -> "SaptConfig":
+    def official(cls, model: str, benchmark: str) -> SaptConfig:
         """The released settings, quirks included: padding is pooled, no gradient reaches inputs
         through earlier adapters, plain max-pooling.
 
@@ -243,22 +92,6 @@ class SaptConfig:
             grad_through_frozen=False,
         )
 
-    def adapter_dtype(self, base: torch.dtype) -> torch.dtype:
-        """The dtype of adapters, keys and router on weights of the floating-point dtype `base`."""
-        return torch.promote_types(base, torch.float32) if self.autocast_adapter_dtype else base
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dict; `from_dict` gives the config back."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "SaptConfig":
-        """Raises ValueError on an unknown field."""
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(values) - known)
-        _require(not unknown, "SaptConfig", f"unknown fields {unknown}", f"among {sorted(known)}")
-        return cls(**values)
-
 
 _OFFICIAL = {
     ("t5", "superni"): (4, 32, 0.5),
@@ -268,143 +101,363 @@ _OFFICIAL = {
 }
 
 
-class SaptRouter(Resident):
-    """The query projection, shared by all tasks, and one key per task.
+class SaptHandle(TaskHandle):
+    """The tasks, the router and the losses of a patched model.
 
-    Args:
-        width: D, the width of the input embeddings.
-        config: pooling, projection and keys.
-        initializer_range: deviation of `query_init="normal"`.
+    Attributes:
+        router: any module with `add_key`, `pool`, `scores` and `weights`, as `SaptRouter`.
+        targets: by task name, the mean attention [k] over that task's inputs once it was learned
+            (k = 1 + its index; learning order): what the reflection loss holds it to. Filled by
+            whoever trains; saved and loaded with the adapters.
+
+    Example:
+        >>> import sapt_fast, torch
+        >>> from sapt_fast.demo.backbone import load_backbone
+        >>> model = sapt_fast.patch(load_backbone())
+        >>> model.sapt.add_task("old")
+        >>> old_inputs = torch.tensor([[4, 5, 6], [9, 8, 7]])
+        >>> target = model.sapt.route(old_inputs).mean(0).detach()
+        >>> model.sapt.add_task("new")  # the first adapter and its key freeze
+        >>> loss = model.sapt.reflection_loss(old_inputs, target)
+        >>> with model.sapt.fixed(torch.tensor([1.0, 0.0])):  # the first adapter alone
+        ...     tokens = model.generate(old_inputs, max_new_tokens=3)
+        >>> tokens = model.generate(old_inputs, max_new_tokens=3)  # routed by the inputs
+        >>> model.sapt.attention.shape
+        torch.Size([2, 2])
     """
 
-    query_mean: Tensor
-    query_std: Tensor
+    Config: ClassVar[type[MethodConfig[Any]]] = SaptConfig
+    method = "sapt"
+    attribute = "sapt"
+    site = "linear"
+    adapter_files: ClassVar[AdapterFiles] = LoraFiles()
 
-    def __init__(
-        self,
-        width: int,
-        config: SaptConfig,
-        *,
-        initializer_range: float = 0.02,
-        device: torch.device | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__()
-        hidden = config.query_hidden_dim
-        place: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.config = config
-        self.down = ResidentLinear(width, hidden, bias=False, **place)
-        self.up = ResidentLinear(hidden, width, bias=False, **place)
-        self.norm = ResidentNorm(width, **place)
-        device = self.norm.weight.device
-        self.keys = RowStack(width, config.reserve_tasks, device=device, dtype=dtype)
-        if config.query_init == "normal":
-            nn.init.normal_(self.down.weight, std=initializer_range)
-            nn.init.normal_(self.up.weight, std=initializer_range)
-        if config.standardize_query:
-            self.register_buffer("query_mean", torch.zeros(width, **place))
-            self.register_buffer("query_std", torch.ones(width, **place))
-
-    def add_key(self, key: Tensor | None = None) -> None:
-        """A new trainable key, `key` [D] or uniform in (-1, 1); earlier keys freeze.
-
-        Raises:
-            ValueError: key has another shape; nothing has changed.
-        """
-        width = self.keys.width
-        if key is not None and tuple(key.shape) != (width,):
-            raise ValueError(f"key: got shape {tuple(key.shape)}, expected [{width}]")
-        self.keys.append(1, lambda rows: rows.uniform_(-1, 1) if key is None else rows.copy_(key))
-
-    def pool(
-        self,
-        embedding: nn.Module,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        mask: Tensor | None,
-    ) -> Tensor:
-        """The pooled input embeddings [B, D] of token ids or of given embeddings."""
-        pooling = self.config.pooling
-        device = self.norm.weight.device  # hooks may move the model's inputs there only later
-        input_ids, inputs_embeds, mask = (
-            t if t is None or t.device == device else t.to(device)
-            for t in (input_ids, inputs_embeds, mask)
+    def __init__(self, model: Any, config: Any, report: PatchReport) -> None:
+        super().__init__(model, config, report)
+        embedding = token_embedding(model)
+        copied = [model.get_submodule(path) for path in self.task_modules.paths]
+        if not only_looks_up(embedding) and any(module is embedding for module in copied):
+            raise ValueError(
+                f"modules_to_save: the router calls the {type(embedding).__name__} that token ids "
+                "go through, so tasks cannot have copies of it; use modules_per_task=False"
+            )
+        self.router = SaptRouter(
+            embedding.weight.shape[1],
+            config,
+            initializer_range=getattr(model.config, "initializer_range", 0.02),
+            device=execution_device(embedding),
+            dtype=config.adapter_dtype(embedding.weight.dtype),
         )
-        if inputs_embeds is not None:
-            pooled = pool_embeds(inputs_embeds, mask=mask, pooling=pooling)
-        elif input_ids is None:
-            raise ValueError("input_ids: got None and no inputs_embeds, expected one of them")
-        elif isinstance(embedding, nn.Embedding) and only_looks_up(embedding):
-            pooled = pool_tokens(input_ids, embedding.weight, mask=mask, pooling=pooling)
-        else:
-            pooled = pool_embeds(embedding(input_ids), mask=mask, pooling=pooling)
-        if self.config.standardize_query:
-            pooled = (pooled - self.query_mean) / self.query_std
-        return pooled
+        self.routing = Routing(model, self.signal, self._has_tasks, self._count)
+        if config.standardize_query:
+            self.router.standardize(embedding, embedding.weight.shape[0])
 
-    def scores(self, pooled: Tensor) -> Tensor:
-        """Attention scores [B, K] of pooled embeddings; the projection and the newest key train."""
-        with without_autocast(pooled.device):
-            return route_scores(
-                pooled, self._all_keys(), self.projection, temperature=self.config.temperature
+    # --- where the adapters are ---
+
+    @classmethod
+    def sites(cls, model: Any, config: Any) -> PatchReport:
+        """The linear layers that the config chooses, and why others that match are skipped."""
+        token_embedding(model)
+        report = find_layers(model, config)
+        if not report.patched:
+            raise ValueError(
+                f"target_modules: {chosen_names(model, config)!r} leaves no layer to patch in "
+                f"{type(model).__name__}. {report}. Its linear layers are named: "
+                f"{linear_names(model)}"
             )
+        return report
 
-    def weights(self, pooled: Tensor) -> Tensor:
-        """The mixture [B, K] of pooled embeddings."""
-        config = self.config
-        with without_autocast(pooled.device):
-            return route(
-                pooled,
-                self._all_keys(),
-                self.projection,
-                temperature=config.temperature,
-                top_k=config.top_k,
-                threshold=config.threshold,
+    def attach(self, path: str) -> None:
+        """Gives a layer its pool, and the class that mixes it."""
+        layer: Any = self._model.get_submodule(path)
+        dtype = token_embedding(self._model).weight.dtype
+        mix_adapters(layer, self.routing, self.config, dtype)
+        self.routing.pools.append(layer.sapt_pool)
+
+    def detach(self, path: str) -> None:
+        """Gives a layer its own class back."""
+        restore(self._model.get_submodule(path))
+
+    def install(self) -> None:
+        """Adds the hooks; layers with one input are computed together from now on."""
+        group_by_input(self._model, self.report.patched)
+        super().install()
+
+    def require_own(self) -> None:
+        """Raises ValueError if another library has replaced a patched layer."""
+        _ = self.layers
+
+    def put_task(
+        self,
+        name: str,
+        adapters: Any,
+        key: Tensor,
+        modules: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """`restore_task` whatever the name, since earlier versions took some that it refuses."""
+        pools = self.pools
+        if adapters.keys() != pools.keys():
+            missing, others = pools.keys() - adapters.keys(), adapters.keys() - pools.keys()
+            raise ValueError(
+                f"adapters: got none for {sorted(missing)} and some for {sorted(others)}, expected "
+                "those of the patched layers"
             )
-
-    def _all_keys(self) -> Tensor:
-        frozen, newest = self.keys.frozen, self.keys.trainable
-        return torch.cat([frozen, newest]) if frozen.shape[0] else newest
+        for path, pool in pools.items():
+            a, b, scaling = adapters[path]
+            try:
+                pool.require_fits(a.shape[0], (a, b), scaling)
+            except ValueError as error:
+                raise ValueError(f"adapters: {path}: {error}") from None
+        self.task_modules.require_fits(modules)
+        self.router.add_key(key)
+        for path, pool in pools.items():
+            a, b, scaling = adapters[path]
+            pool.add(a.shape[0], scaling, (a, b))
+        self.task_modules.add(modules)
+        self._task_added(name)
 
     @property
-    def projection(self) -> QueryProjection:
-        """The parameters of the query projection."""
-        norm = self.norm
-        return QueryProjection(self.down.weight, self.up.weight, norm.weight, norm.bias, norm.eps)
+    def layers(self) -> dict[str, nn.Module]:
+        """Every patched layer, by its path in the model.
+
+        Raises:
+            ValueError: another library has put something else in a layer's place.
+        """
+        layers = {}
+        for path in self.report.patched:
+            try:
+                layers[path] = self._model.get_submodule(path)
+            except AttributeError:
+                raise ValueError(f"{path}: the model has no such layer any more") from None
+            kind = type(layers[path])
+            if not isinstance(layers[path], Mixed):
+                raise ValueError(
+                    f"{path}: got {kind.__module__}.{kind.__name__}, expected the layer that patch "
+                    "put there; undo what another library did to the model since (for PEFT, "
+                    "peft_model.unload())"
+                )
+        return layers
+
+    @property
+    def pools(self) -> dict[str, AdapterPool]:
+        """The adapter pool of every patched layer, by its path in the model; raises as `layers`."""
+        return {path: cast(Any, layer).sapt_pool for path, layer in self.layers.items()}
+
+    def route(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """The router's weights [B, K] for these inputs, with gradient.
+
+        Args:
+            input_ids: [B, T] (or [B, C, T], B * C samples); or inputs_embeds [B, T, D].
+            attention_mask: [B, T], 1 where there is a token; any other shape raises ValueError
+                (used, and looked at, when config.mask_padding).
+            labels: [B, T] of a decoder-only model: only tokens whose label is -100 are pooled. A
+                text's first token predicts nothing, so its label alone marks no prompt.
+            position_ids: [B, T]; where they restart and there is no mask, a row is packed, and
+                each of its texts is routed alone: the weights are those of each token, [B, T, K].
+
+        Raises:
+            RuntimeError: if there is no task yet, or it cannot be told from position_ids where
+                texts end.
+        """
+        self._require_task()
+        inputs = {
+            "input_ids": input_ids,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "labels": labels,
+            "position_ids": position_ids,
+        }
+        return self.routing.routed(inputs)[0]
+
+    def signal(self, **inputs: Tensor | None) -> Tensor:
+        """The router's weights [B, K] for texts in rows of their own."""
+        with self._in_one_piece():
+            return self.router.weights(self._pooled(**inputs))
+
+    def reflection_loss(
+        self,
+        input_ids: Tensor,
+        target: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """KL(target || prediction) on inputs of an earlier task, the mean over the texts.
+
+        Args:
+            input_ids, attention_mask, labels, position_ids: as in `route`.
+            target: [K'] or [B, K'] in learning order, of packed rows a row for each text; newer
+                tasks count as zeros.
+
+        Raises:
+            RuntimeError: there is no task yet; or the router is sharded, as it is by FSDP2 except
+                between the model's forward and its backward.
+        """
+        self._require_task()
+        known = transforms.values(target)
+        if known is not None and (not torch.isfinite(known).all() or (known < 0).any()):
+            raise ValueError("target: got negative or non-finite values, expected weights")
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "labels": labels,
+            "position_ids": position_ids,
+        }
+        with self._in_one_piece():
+            pooled = self.routing.of_texts(self._pooled, inputs)
+            return reflection_loss(self.router.scores(pooled), target.to(pooled.device))
 
     @torch.no_grad()
-    def standardize(self, embedding: nn.Module, vocabulary: int) -> None:
-        """Sets the statistics of `standardize_query` from pooled random token sequences.
+    def init_key(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
+        """Sets the newest key to the mean query of these inputs (`key_init="mean_query"`)."""
+        self._require_task()
+        pooled = self._pooled(input_ids, None, attention_mask)
+        queries = query(pooled, self.router.projection)
+        self.router.keys.trainable.copy_(queries.mean(0, keepdim=True))
 
-        Their lengths run from 4 to 256, since a maximum grows with the length it is taken over.
+    # --- on disk ---
+
+    @classmethod
+    def expected(cls, model: Any, config: Any, report: PatchReport) -> Expected:
+        """What a folder of this method with this config must hold."""
+        router = router_shapes(token_embedding(model).weight.shape[1], config)
+        return Expected(config, cls.adapter_files, report.patched, report.patched, router)
+
+    def adapters(self, state: Mapping[str, Tensor] | None = None) -> list[Any]:
+        """(A, B, scaling) of each task, by the path of each layer; gathers what is sharded."""
+        pools = self.pools
+        stacks = {
+            path: tuple(
+                stacked_rows(f"{path}.sapt_pool.{side}", getattr(pool, side), state)
+                for side in "ab"
+            )
+            for path, pool in pools.items()
+        }
+        adapters = []
+        for index in range(len(self.tasks)):
+            own = {}
+            for path, (a, b) in stacks.items():
+                start = sum(pools[path].ranks[:index])
+                end = start + pools[path].ranks[index]
+                own[path] = a[start:end], b[start:end], pools[path].scaling[index]
+            adapters.append(own)
+        return adapters
+
+    def set_adapter(self, index: int, adapter: Any) -> None:
+        """Copies the values of a stored adapter into the task's own."""
+        for path, pool in self.pools.items():
+            for own, value in zip(pool.adapter(index), adapter[path][:2], strict=True):
+                own.copy_(value)
+
+    def mixed_adapter(self, weights: Tensor, shared: Mapping[str, Tensor]) -> Any:
+        """One LoRA of rank R that computes the static mixture `weights` [K]."""
+        return {path: (*pool.scaled(weights), 1.0) for path, pool in self.pools.items()}
+
+    def merge(self, weights: Tensor | Sequence[float]) -> None:
+        """Adds the static mixture `weights` [K] to the base weights, until `unmerge`.
+
+        The model then computes what an ordinary one does, at its cost, and routes nothing; it must
+        not be trained. The weights that were there are kept on the CPU.
+
+        Raises:
+            ValueError: the weights do not fit, or a layer's weight is quantised, sharded, not here
+                or shared with another module; nothing has changed then.
+            RuntimeError: there is no task yet, or a mixture is merged already.
         """
-        generator = torch.Generator().manual_seed(0)
-        count, longest = 256, 256
-        ids = torch.randint(vocabulary, (count, longest), generator=generator)
-        lengths = 2 ** (2 + 6 * torch.rand(count, 1, generator=generator))
-        mask = (torch.arange(longest) < lengths).long()
-        device = self.query_mean.device
-        self.query_mean.zero_()
-        self.query_std.fill_(1)
-        # A few at a time, in case that the embedding has to be called.
-        parts = zip(ids.to(device).split(32), mask.to(device).split(32), strict=True)
-        pooled = torch.cat([self.pool(embedding, few, None, m) for few, m in parts])
-        self.query_mean.copy_(pooled.mean(0))
-        self.query_std.copy_(pooled.std(0).clamp(min=1e-6))
+        self._require_task()
+        self.routing.require_unmerged()
+        weights = static_weights(weights, self.tasks)
+        addends = {}
+        for path, layer in self.layers.items():
+            a, b = cast(Any, layer).sapt_pool.scaled(weights)
+            addends[path] = Addend(layer, a, b, isinstance(layer, Conv1D))
+        with self._changes.ignoring(self._model):
+            self.routing.merged = Merged(addends, self._model)
+        self.task_modules.static = weights
 
+    def unmerge(self) -> None:
+        """Gives the base weights the bits that they had before `merge`; without it, does nothing.
 
-def only_looks_up(embedding: nn.Embedding) -> bool:
-    """Whether its output is its table's rows, which are there without a call.
+        Raises:
+            ValueError: the model was converted to another dtype since; nothing has changed then.
+        """
+        with self._changes.ignoring(self._model):
+            self.routing.unmerge()
+        self.task_modules.static = None
 
-    They are not with ZeRO-3, nor where accelerate offloads them. FSDP2's subclass adds nothing but
-    sharding.
-    """
-    if is_offloaded(embedding):
-        return False
-    own = [kind for kind in type(embedding).__mro__ if "forward" in vars(kind)]
-    return own[0] is nn.Embedding and not any(map(is_partitioned, embedding.parameters()))
+    def _in_one_piece(self) -> AbstractContextManager[None]:
+        """A context in which the router can run although FSDP2 or ZeRO-3 shards parameters."""
+        if torch.compiler.is_compiling() or not (dist.is_available() and dist.is_initialized()):
+            return nullcontext()
+        require_reduced(self.router.keys)
+        embedding = self._model.get_input_embeddings()
+        return gathered(self._model, self.router, embedding, keep=self.routing.is_running)
 
+    def _pooled(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Tensor | None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        mask = attention_mask if self.config.mask_padding else None
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+            got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(
+                f"attention_mask: got {got}, expected [B, T], from which the router learns what is "
+                "padding; or run inside model.sapt.fixed(model.sapt.route(input_ids, padding_mask))"
+            )
+        chosen = self._of_prompt(attention_mask, labels)
+        if chosen is not None:
+            mask = chosen.to(torch.int64) if mask is None else chosen * mask
+        embedding = self._model.get_input_embeddings()
+        return self.router.pool(embedding, input_ids, inputs_embeds, mask)
 
-def _require(holds: bool, name: str, got: object, expected: str) -> None:
-    if not holds:
-        raise ValueError(f"{name}: got {got!r}, expected {expected}")
+    def _of_prompt(self, attention_mask: Tensor | None, labels: Tensor | None) -> Tensor | None:
+        """[B, T], whether a token is of the prompt; None where labels do not say."""
+        causal = self._model.can_generate() and not self._model.config.is_encoder_decoder
+        if labels is None or not causal:
+            return None
+        prompt = labels == -100
+        real = torch.ones_like(prompt)
+        if isinstance(attention_mask, Tensor) and attention_mask.shape == labels.shape:
+            real = attention_mask.to(torch.bool)
+        # By their labels alone, neither padding nor the first token, which nothing predicts, are a
+        # prompt. A row without one (plain language modelling) is pooled whole.
+        later = real & (real.cumsum(1) > 1)
+        return prompt | ~(prompt & later).any(1, keepdim=True)
+
+    def _add_key(self) -> None:
+        self.router.add_key()
+
+    def _task_added(self, name: str) -> None:
+        if not self.tasks:
+            for parameter in self.router.parameters():
+                parameter.requires_grad_(parameter is not self.router.keys.frozen)
+        super()._task_added(name)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.router.norm.weight.device
+
+    def _add_adapters(self) -> None:
+        for pool in self.pools.values():
+            pool.add(self.config.r, self.config.lora_alpha / self.config.r)
+
+    def _growing(self) -> Iterator[nn.Parameter]:
+        """The parameters that `add_task` replaces by new ones."""
+        for pool in self.pools.values():
+            yield from (pool.a.trainable, pool.b.trainable)
+        yield self.router.keys.trainable
+        yield from self.task_modules.newest()
+
+    def extra_repr(self) -> str:
+        return f"tasks={self.tasks}, layers={len(self.report.patched)}"

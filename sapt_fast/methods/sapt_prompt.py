@@ -1,17 +1,22 @@
 """Prompts in place of LoRA: the handle of a model whose tasks are prompts."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from sapt_fast.devices import execution_device
-from sapt_fast.handle import SaptHandle
-from sapt_fast.methods.sapt import SaptConfig
+from sapt_fast.methods.sapt import SaptHandle
+from sapt_fast.methods.sapt_router import router_shapes
 from sapt_fast.pools.prompts import PromptPool
 from sapt_fast.sites.embeddings import PromptRouting, prompt_place
+from sapt_fast.sites.find import require_placement
 from sapt_fast.sites.report import PatchReport
+from sapt_fast.sites.towers import token_embedding
+from sapt_fast.storage.prompt import PromptFiles, outer_layers
+from sapt_fast.storage.task_saving import stacked_rows
+from sapt_fast.storage.tasks import AdapterFiles, Expected
 
 
 class PromptHandle(SaptHandle):
@@ -42,12 +47,13 @@ class PromptHandle(SaptHandle):
         (8, torch.Size([2, 1]))
     """
 
-    def __init__(self, model: Any, config: SaptConfig) -> None:
-        places = [prompt_place(model)]
-        if model.config.is_encoder_decoder:
-            places.append(model.get_decoder())  # its cross-attention sees the prompt
-        paths = [next(n for n, m in model.named_modules() if m is place) for place in places]
-        super().__init__(model, config, PatchReport(prompted=paths))
+    method = "sapt_prompt"
+    attribute = "sapt"
+    site = "embeddings"
+    adapter_files: ClassVar[AdapterFiles] = PromptFiles()
+
+    def __init__(self, model: Any, config: Any, report: PatchReport) -> None:
+        super().__init__(model, config, report)
         embedding = model.get_input_embeddings()
         self.prompts = PromptPool(
             config.prompt_length,
@@ -56,12 +62,22 @@ class PromptHandle(SaptHandle):
             device=execution_device(embedding),
             dtype=config.adapter_dtype(embedding.weight.dtype),
         )
-        self.routing = PromptRouting(model, self._route, self._has_tasks, self._count, self.prompts)
+        self.routing = PromptRouting(model, self.signal, self._has_tasks, self._count, self.prompts)
+
+    @classmethod
+    def sites(cls, model: Any, config: Any) -> PatchReport:
+        """The modules that read prompts from now on; none of them changes."""
+        require_placement(model)
+        places = [prompt_place(model)]
+        if model.config.is_encoder_decoder:
+            places.append(model.get_decoder())  # its cross-attention sees the prompt
+        paths = [next(n for n, m in model.named_modules() if m is place) for place in places]
+        return PatchReport(prompted=paths)
 
     def put_task(
         self,
         name: str,
-        adapters: Tensor,
+        adapters: Any,
         key: Tensor,
         modules: Mapping[str, Tensor] | None = None,
     ) -> None:
@@ -78,6 +94,10 @@ class PromptHandle(SaptHandle):
         """None: the layers are the model's own."""
         return {}
 
+    def merge(self, weights: Tensor | Sequence[float]) -> None:
+        """Not possible: raises ValueError, since prompts are inputs, not weights."""
+        raise ValueError("merge: not available for prompts; they are inputs, not weights")
+
     @torch.no_grad()
     def _add_adapters(self) -> None:
         """A prompt of random rows of the vocabulary (SAPT, ACL 2024)."""
@@ -90,6 +110,33 @@ class PromptHandle(SaptHandle):
     def _growing(self) -> Iterator[nn.Parameter]:
         yield from (self.prompts.rows.trainable, self.router.keys.trainable)
         yield from self.task_modules.newest()
+
+    # --- on disk ---
+
+    @classmethod
+    def expected(cls, model: Any, config: Any, report: PatchReport) -> Expected:
+        """What a folder of this method with this config must hold."""
+        router = router_shapes(token_embedding(model).weight.shape[1], config)
+        return Expected(config, cls.adapter_files, [], outer_layers(model), router)
+
+    def adapters(self, state: Mapping[str, Tensor] | None = None) -> list[Any]:
+        """The prompt [P, D] of each task; gathers what is sharded."""
+        rows = stacked_rows(f"{self.attribute}.prompts.rows", self.prompts.rows, state)
+        return list(rows.reshape(len(self.tasks), -1, rows.shape[1]))
+
+    def set_adapter(self, index: int, adapter: Any) -> None:
+        """Copies the values of a stored prompt into the task's own."""
+        self.prompts.prompt(index).copy_(adapter)
+
+    def mixed_adapter(self, weights: Tensor, shared: Mapping[str, Tensor]) -> Any:
+        """The mixture of the prompts by `weights` [K], itself a prompt [P, D]."""
+        if shared or self.task_modules.paths:
+            raise ValueError(
+                f"export_adapter: PEFT's prompt tuning cannot hold {[*shared][:3]} or modules of "
+                "tasks, which were trained beside the prompts; use save_pretrained"
+            )
+        prompts = torch.stack([self.prompts.prompt(k) for k in range(len(weights))]).to("cpu")
+        return torch.einsum("k,kpd->pd", weights.double(), prompts.double()).to(prompts.dtype)
 
     def extra_repr(self) -> str:
         return f"tasks={self.tasks}"

@@ -1,5 +1,6 @@
 """The pool of prompts: one for each task, all of one length, grown as the LoRA pool is."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,10 +8,11 @@ from torch import Tensor, nn
 
 from sapt_fast.devices import Resident
 from sapt_fast.ops.mix_prompts import mix_prompts, mix_prompts_with_tokens
-from sapt_fast.pools.lora import RowStack
+from sapt_fast.pools.own import Own
+from sapt_fast.pools.rows import RowStack
 
 
-class PromptPool(Resident):
+class PromptPool(Own, Resident):
     """All prompts of one model.
 
     Args:
@@ -108,6 +110,51 @@ class PromptPool(Resident):
 
     def extra_repr(self) -> str:
         return f"prompts={len(self)}, length={self.length}"
+
+
+class ConcatenatedPrompts:
+    """Prompts put one after the other, where `PromptPool` mixes them.
+
+    Args:
+        stack: the rows of all prompts, [R, D].
+        rows: of one prompt.
+        count: N, how many prompts an input gets.
+    """
+
+    def __init__(self, stack: RowStack, rows: int, count: Callable[[], int]) -> None:
+        self.stack, self.rows, self.count = stack, rows, count
+
+    @property
+    def length(self) -> int:
+        """How many rows are put before an input."""
+        return self.count() * self.rows
+
+    def realign(self) -> None:
+        """Puts rows back in place whose parameters were moved."""
+        self.stack.realign()
+
+    def __call__(
+        self,
+        index: Tensor,
+        embedding: nn.Module,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """The embeddings [B, N rows + T, D] of inputs with their prompts before them.
+
+        Args:
+            index: [B, N] int64, the places of the prompts.
+            embedding: of the input ids.
+            input_ids: [B, T]; or inputs_embeds [B, T, D].
+        """
+        embeds = embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        stacked = torch.cat([self.stack.frozen, self.stack.trainable])
+        if index.stride(0) == 0:  # one row for all
+            index = index[:1]
+        prompts = stacked.view(-1, self.rows, stacked.shape[1])[index].flatten(1, 2)
+        if len(prompts) == 1:  # the same for all: a mixture of one
+            return mix_prompts(prompts, prompts.new_ones(len(embeds), 1), embeds)
+        return torch.cat([prompts.to(embeds.dtype), embeds], 1)
 
 
 def _is_plain(embedding: nn.Module) -> bool:

@@ -244,6 +244,15 @@ class Routing:
         finally:
             self._forward = before
 
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Lets the model run inside one of its own forwards, which it knows nothing of."""
+        before, self._forward = self._forward, None
+        try:
+            yield
+        finally:
+            self._forward = before
+
     def install(self) -> None:
         """Adds the hooks; `remove` takes them away again."""
         model = self.model

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from transformers import masking_utils
 
-from sapt_fast.pools.prompts import PromptPool
 from sapt_fast.routing.hooks import Routing, is_filled
 from sapt_fast.routing.packing import find_segments
 from sapt_fast.routing.stand_in import generation_arguments, positional_names
@@ -32,10 +31,10 @@ class PromptRouting(Routing):
 
     Args:
         model, route, active, count: as in `Routing`.
-        pool: the prompts.
+        pool: the prompts: `PromptPool`, or `ConcatenatedPrompts` by places in place of weights.
     """
 
-    def __init__(self, model: Any, route: Any, active: Any, count: Any, pool: PromptPool) -> None:
+    def __init__(self, model: Any, route: Any, active: Any, count: Any, pool: Any) -> None:
         super().__init__(model, route, active, count)
         self.pool = pool
         self.pools.append(pool)

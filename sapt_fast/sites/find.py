@@ -2,10 +2,11 @@
 
 import ast
 import inspect
+import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
-from typing import Any, TypeGuard
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +16,20 @@ from torch._subclasses.fake_tensor import (
     UnsupportedFakeTensorException,
     UnsupportedOperatorException,
 )
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sapt_fast.sites.linear import Mixed, MixedOther, mixed_kind, packed_weight
+from sapt_fast.devices import require_supported_hooks
+from sapt_fast.pools.sharding import is_sharded
+from sapt_fast.sites.linear import Mixed, MixedOther, mixed_kind, packed_weight, runs_its_class
+from sapt_fast.sites.modules import find_modules
+from sapt_fast.sites.report import PatchReport
+from sapt_fast.sites.towers import tower_notes
 
+# Where all layers are such, unlike Longformer's some, whose first real batch raises.
+_SEQUENCE_FIRST = ("fsmt", "xlnet")
 # Children whose weights torch reads without calling them.
 _READ_BY_TORCH: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
     (nn.MultiheadAttention, ("out_proj",)),
@@ -37,6 +46,105 @@ _FAKE_LIMITS = (
     UnsupportedFakeTensorException,
     UnsupportedOperatorException,
 )
+
+
+class Chosen(Protocol):
+    """The fields of a method's config that say which layers it adapts."""
+
+    target_modules: Sequence[str] | str | None
+    modules_to_save: Sequence[str] | None
+
+
+def find_layers(model: PreTrainedModel, config: Chosen) -> PatchReport:
+    """What `patch` would patch and skip; changes nothing. Raises as `patch` does."""
+    require_placement(model)
+    kind = model.config.model_type
+    if kind in _SEQUENCE_FIRST:
+        raise ValueError(
+            f"model: the layers of {kind!r} models see tokens first and samples second, so a batch "
+            "as long as its texts would mix the wrong ones; expected another model type"
+        )
+    report, targets = PatchReport(), chosen_names(model, config)
+    bypassed: dict[str, None] = {}
+    for name, module in model.named_modules():
+        if not _matches(name, targets):
+            continue
+        path, _, last = name.rpartition(".")
+        parent = model.get_submodule(path)
+        reason = _unpatchable(module, parent, last)
+        if reason is not None:
+            report.skipped[name] = reason
+            continue
+        report.patched.append(name)
+        if reader := bypass(parent, last):
+            bypassed[f"{reader}.{last}"] = None
+    if not isinstance(targets, str):
+        if not isinstance(targets, frozenset):
+            found = [*report.patched, *report.skipped]
+            report.unmatched = [t for t in targets if not any(_matches(n, [t]) for n in found)]
+        report.notes += tower_notes(model, report.patched)
+    if bypassed:
+        report.notes.append(
+            f"target_modules: the model also reads the weights of {', '.join(bypassed)} without "
+            "calling these layers, in some cases; their adapters then do nothing"
+        )
+    return report
+
+
+def chosen_names(model: PreTrainedModel, config: Chosen) -> Iterable[str] | str:
+    """Names or a regular expression, or the whole paths of all linear layers as a frozenset."""
+    targets = config.target_modules
+    names = [targets] if isinstance(targets, str) else list(targets or ())
+    if [name.lower() for name in names] == ["all-linear"]:
+        saved = find_modules(model, config.modules_to_save or (), ())
+        inside = tuple(f"{path}." for path in saved)
+        return frozenset(n for n in all_linear(model) if not f"{n}.".startswith(inside))
+    if targets is not None:
+        return targets
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as defaults
+
+    kind = model.config.model_type
+    if kind not in defaults:
+        raise ValueError(
+            f"target_modules: no default for model type {kind!r}; name the linear layers to adapt "
+            f"(this model has: {linear_names(model)})"
+        )
+    return defaults[kind]
+
+
+def _matches(name: str, targets: Iterable[str] | str) -> bool:
+    if isinstance(targets, str):
+        try:
+            return re.fullmatch(targets, name) is not None
+        except re.error as error:
+            raise ValueError(
+                f"target_modules: {targets!r} is no regular expression: {error}"
+            ) from None
+    if isinstance(targets, frozenset):
+        return name in targets
+    return any(name == target or name.endswith("." + target) for target in targets)
+
+
+def _unpatchable(module: nn.Module, parent: nn.Module, name: str) -> str | None:
+    reason = obstacle(module, parent, name)
+    if reason is None and not runs_its_class(module):
+        return "its forward was replaced by another library"
+    return reason
+
+
+def require_placement(model: PreTrainedModel) -> None:
+    require_supported_hooks(model)
+    lazy = next((name for name, p in model.named_parameters() if is_lazy(p)), None)
+    if lazy is not None:
+        raise ValueError(
+            f"model: {lazy} is not initialised yet; run the model once before sapt_fast.patch"
+        )
+    if is_sharded(model):
+        raise ValueError(
+            "model: its parameters are sharded (fully_shard or ZeRO-3); patch, load and add tasks "
+            "before that. To take the adapters off, save them with model.sapt.save_pretrained and "
+            "build the model anew"
+        )
 
 
 def layer_features(module: Any) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sapt_fast.devices import is_offloaded
+from sapt_fast.pools.own import Own, is_inside, own_paths
 from sapt_fast.pools.sharding import is_sharded
 from sapt_fast.routing.hooks import Routing
 from sapt_fast.sites.linear import Mixed
@@ -112,15 +113,18 @@ class TaskModules(nn.Module):
             if len(copies):
                 yield from copies[-1].parameters()
 
-    def tensors(self, task: int, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def tensors(
+        self, task: int, state: Mapping[str, Tensor] | None = None, prefix: str = ""
+    ) -> dict[str, Tensor]:
         """Parameters and buffers of one task's copies, by their names in the base model.
 
         Args:
             state: the model's state_dict, whose values are taken in place of those now.
+            prefix: of the copies' names in it.
         """
         held = state or {}
         return {
-            f"{path}.{name}": held.get(f"sapt.task_modules.copies.{place}.{task}.{name}", tensor)
+            f"{path}.{name}": held.get(f"{prefix}copies.{place}.{task}.{name}", tensor)
             for place, (path, copies) in enumerate(zip(self.paths, self._stacks(), strict=True))
             for name, tensor in copies[task].state_dict(keep_vars=True).items()
         }
@@ -233,13 +237,13 @@ def find_modules(model: nn.Module, names: Sequence[str], patched: Sequence[str])
         ValueError: if a name matches no module with parameters, a module that has adapters, or one
             that cannot train: its parameters are quantised or offloaded.
     """
-    paths = []
+    paths, own = [], own_paths(model)
     for name in names:
         found = [
             path
             for path, module in model.named_modules()
             if (path == name or path.endswith("." + name))
-            and not path.startswith("sapt.")
+            and not is_inside(path, own)
             and _has_parameters(module)
         ]
         if not found:
@@ -282,21 +286,19 @@ def heads(model: Any) -> list[str]:
     return [
         name
         for name, module in model.named_children()
-        if module is not model.base_model and name != "sapt" and _has_parameters(module)
+        if module is not model.base_model
+        and not isinstance(module, Own)
+        and _has_parameters(module)
     ]
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers of the model itself, by name: no adapter's, no router's."""
-    ours = {
-        path
-        for path, module in model.named_modules()
-        if path == "sapt" or path.endswith(".sapt_pool")
-    }
+    own = own_paths(model)
     return {
         name: tensor
         for name, tensor in model.state_dict(keep_vars=True).items()
-        if isinstance(tensor, Tensor) and not any(name.startswith(f"{path}.") for path in ours)
+        if isinstance(tensor, Tensor) and not is_inside(name, own)
     }
 
 

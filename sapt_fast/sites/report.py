@@ -22,6 +22,11 @@ class PatchReport:
     prompted: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def places(self) -> list[str]:
+        """Every place that the method touches."""
+        return [*self.patched, *self.prompted]
+
     def __str__(self) -> str:
         if self.prompted:
             lines = [f"prompts are read by {', '.join(self.prompted)}; no layer is patched"]

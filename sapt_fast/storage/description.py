@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Collection, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from sapt_fast import __version__
+import torch
+from torch import nn
+
 from sapt_fast.files.names import is_safe_name
 from sapt_fast.files.reading import read_json
-from sapt_fast.pools.lora import is_scaling
+from sapt_fast.pools.sharding import is_sharded
 from sapt_fast.storage.lora import LORA_FILES
-from sapt_fast.storage.tensors import StoredFiles, read_tensors
+from sapt_fast.storage.tensors import StoredFiles, digest_of_file, read_tensors
+from sapt_fast.version import __version__
 
 __all__ = [
     "CONFIG_FILE",
@@ -27,13 +29,16 @@ __all__ = [
     "describe",
     "files_of_tasks",
     "is_sealed",
-    "per_layer",
+    "method_of",
     "read_description",
-    "require_routed",
+    "require_digest",
+    "require_own_strategy",
     "require_sealed",
     "seal",
     "stated_files",
     "strategy_of",
+    "write_sealed",
+    "writes",
 ]
 
 logger = logging.getLogger(__name__)
@@ -51,13 +56,14 @@ _SEALED_FIELDS = frozenset({"method", "strategy", "files", "digest"})
 _OPTIONAL_FIELDS: frozenset[str] = frozenset()
 # To store more of a task, name its field here; files of it are listed by `files_of_tasks`.
 _OPTIONAL_TASK_FIELDS: frozenset[str] = frozenset()
-_METHODS = {"lora": "sapt", "prompt": "sapt_prompt"}
-_MOST_RANK = 2**31
+# Strategies whose adapters earlier versions stored as those of SAPT, whose router they do not use.
+_NOT_ROUTED = ("epi", "l2p", "olora", "progprompt")
 
 _warned: set[str] = set()
 
 
 def describe(
+    method: str,
     config: Mapping[str, Any],
     tasks: list[dict[str, Any]],
     base_model: Mapping[str, Any],
@@ -66,7 +72,8 @@ def describe(
     """The content of sapt_config.json, which `seal` completes.
 
     Args:
-        config: of `SaptConfig.to_dict`.
+        method: that chooses among the adapters.
+        config: of the config's `to_dict`.
         tasks: name, and with LoRA rank and scaling, of each task in learning order.
         base_model: of `describe_base`.
         strategy: of the continual run that trained the tasks; None for none.
@@ -74,7 +81,7 @@ def describe(
     return {
         "format_version": FORMAT_VERSION,
         "sapt_fast_version": __version__,
-        "method": _METHODS[config["adapter"]],
+        "method": method,
         "strategy": strategy,
         "config": config,
         "tasks": tasks,
@@ -92,6 +99,20 @@ def seal(description: Mapping[str, Any], digests: Mapping[str, str]) -> str:
     content = json.loads(json.dumps({**description, "files": dict(digests)}, default=sorted))
     content.pop("digest", None)
     return json.dumps({**content, "digest": _digest(content)}, indent=2) + "\n"
+
+
+def write_sealed(folder: Path, name: str, description: Mapping[str, Any]) -> None:
+    """Writes a description, with the digests of the files that the folder holds by now."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    digests = {path.relative_to(folder).as_posix(): digest_of_file(path) for path in files}
+    (folder / name).write_text(seal(description, digests), encoding="utf-8")
+
+
+def writes(model: nn.Module, is_main_process: bool | None) -> bool:
+    """Whether this process writes, as a caller says, or None for rank 0 of a sharded model."""
+    if is_main_process is None:
+        return not is_sharded(model) or torch.distributed.get_rank() == 0
+    return is_main_process
 
 
 def files_of_tasks(names: Collection[str]) -> list[str]:
@@ -126,7 +147,7 @@ def check_description(description: Any, path: Path) -> dict[str, Any]:
     config = description["config"]
     adapter = config.get("adapter", "lora") if isinstance(config, dict) else None
     if is_sealed(description):
-        _require_method(description, adapter, path)
+        _require_method(description, path)
     _require_tasks(description["tasks"], adapter == "prompt", path)
     return description
 
@@ -136,15 +157,17 @@ def is_sealed(description: Mapping[str, Any]) -> bool:
     return "digest" in description
 
 
-def _require_method(description: Mapping[str, Any], adapter: Any, path: Path) -> None:
+def method_of(description: Mapping[str, Any]) -> str:
+    """The method that a folder names; of an earlier version's, the one that it must be of."""
+    if is_sealed(description):
+        return str(description["method"])
+    return "sapt_prompt" if description["config"].get("adapter") == "prompt" else "sapt"
+
+
+def _require_method(description: Mapping[str, Any], path: Path) -> None:
     method, strategy = description["method"], description["strategy"]
-    if method not in _METHODS.values():
-        raise ValueError(
-            f"{path}: method is {method!r}, which this version of sapt_fast does not have (it has "
-            f"{', '.join(_METHODS.values())}); load it with the version that wrote it"
-        )
-    if not isinstance(adapter, str) or _METHODS.get(adapter) != method:
-        raise ValueError(f"{path}: method is {method!r}, but config.adapter is {adapter!r}")
+    if not isinstance(method, str):
+        raise ValueError(f"{path}: method is {method!r}, expected a name")
     if strategy is not None and not isinstance(strategy, str):
         raise ValueError(f"{path}: strategy is {strategy!r}, expected a name or null")
     files = description["files"]
@@ -171,29 +194,6 @@ def _require_tasks(tasks: Any, prompts: bool, path: Path) -> None:
         distinct.remove(name)
     if not names:
         raise ValueError(f"{path}: tasks: got none")
-
-
-def per_layer(task: Mapping[str, Any], field: str, layers: Collection[str], source: str) -> Any:
-    """The rank or scaling of each layer.
-
-    Raises:
-        ValueError: if it is missing for a layer, or no plausible number.
-    """
-    value = task[field]
-    valid = _is_rank if field == "rank" else is_scaling
-    values = value if isinstance(value, dict) else dict.fromkeys(layers, value)
-    wrong = [number for number in values.values() if not valid(number)]
-    if set(values) != set(layers) or wrong:
-        shown = str(wrong[0] if wrong else value)
-        shown = shown if len(shown) <= 60 else f"{shown[:50]}..."
-        raise ValueError(
-            f"{source}: {field}: got {shown}, expected a number or one for each of {sorted(layers)}"
-        )
-    return values
-
-
-def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST_RANK
 
 
 # --- whose predictions ---
@@ -224,20 +224,17 @@ def strategy_of(description: Mapping[str, Any], folder: Path) -> str | None:
     return None
 
 
-def require_routed(strategy: str | None, source: str | os.PathLike[str]) -> None:
-    """Raises ValueError unless SAPT's router weighs the adapters of a strategy as it does."""
-    if strategy in (None, "sapt", "sapt_prompt"):
-        return
-    from sapt_fast.continual.strategies import STRATEGIES, Strategy
+def require_own_strategy(description: Mapping[str, Any], folder: Path) -> None:
+    """Raises ValueError if a folder holds, as SAPT's, adapters that SAPT's router never weighed.
 
-    if strategy not in STRATEGIES:
+    Earlier versions wrote such folders in continual runs.
+    """
+    if method_of(description) not in ("sapt", "sapt_prompt"):
+        return
+    strategy = strategy_of(description, folder)
+    if strategy in _NOT_ROUTED:
         raise ValueError(
-            f"{source}: strategy is {strategy!r}, which this version of sapt_fast does not have "
-            f"(it has {', '.join(STRATEGIES)}); load it with the version that wrote it"
-        )
-    if STRATEGIES[strategy].mixture is not Strategy.mixture:
-        raise ValueError(
-            f"{source}: holds the adapters of a continual run with strategy {strategy!r}, which "
+            f"{folder}: holds the adapters of a continual run with strategy {strategy!r}, which "
             "chooses among them in its own way: SAPT's router was not trained, and its weights "
             "would be wrong. To score the run use `sapt-fast eval RUN` or "
             "sapt_fast.continual.run.loop.evaluate_run; to use one task's adapter load its folder "
@@ -264,21 +261,40 @@ def require_sealed(description: Mapping[str, Any], files: StoredFiles) -> None:
         return
     advice = (
         "Take it from a backup; if you changed it on purpose, call "
-        f"sapt_fast.storage.saving.renew_digests({str(files.folder)!r})"
+        f"sapt_fast.storage.task_saving.renew_digests({str(files.folder)!r})"
     )
+    require_digest(description, files, stated_files(description), source, advice)
+
+
+def require_digest(
+    description: Mapping[str, Any],
+    files: StoredFiles,
+    expected: Collection[str],
+    source: Path,
+    advice: str = "Take it from a backup",
+) -> None:
+    """Raises ValueError unless a description and its files have the digests that it states.
+
+    Args:
+        description: the content of the file `source`.
+        files: that were taken.
+        expected: the files that must have a digest.
+        source: for messages.
+        advice: what to do then.
+    """
     content = {name: value for name, value in description.items() if name != "digest"}
     if description["digest"] != _digest(content):
         raise ValueError(
             f"{source}: its content is not that of its digest: it was damaged or edited by hand. "
             + advice
         )
-    odd = sorted(set(stated_files(description)) ^ set(description["files"]))
+    odd = sorted(set(expected) ^ set(description["files"]))
     if odd:
         raise ValueError(f"{source}: files: expected a digest of each file, {odd[0]!r} is odd")
     for name, digest in description["files"].items():
         if files.digests[name] != digest:
             raise ValueError(
-                f"{files.folder / name}: its SHA-256 is not the one in {CONFIG_FILE}: it was "
+                f"{files.folder / name}: its SHA-256 is not the one in {source.name}: it was "
                 f"damaged, edited by hand or taken from another folder. {advice}"
             )
 

@@ -3,7 +3,7 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +12,24 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sapt_fast.handle import Adapter
+from sapt_fast.pools.lora import Adapter, is_scaling
+from sapt_fast.pools.own import is_inside, own_paths
 from sapt_fast.sites.modules import outermost
+from sapt_fast.storage.adapter_config import require_lora_config
 from sapt_fast.storage.tensors import StoredFiles, read_tensors, write_tensors
 
 LORA_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _CONFIG_FILE, _WEIGHTS_FILE = LORA_FILES
 _PREFIX = "base_model.model."
 _TASK_MARK = "sapt_fast_task"
+_MOST_RANK = 2**31
 
 
 def write_lora(
     folder: Path,
     model: PreTrainedModel,
     adapters: Mapping[str, Adapter],
+    dropout: float,
     metadata: Mapping[str, str] | None = None,
     modules: Mapping[str, Tensor] | None = None,
 ) -> None:
@@ -36,6 +40,7 @@ def write_lora(
         model: the patched model, whose layer names and kinds PEFT is told.
         adapters: by the path of each layer, A [r, in_features], B [r, out_features] and the
             scaling; layers of rank 0 are left out.
+        dropout: on the adapters' input, in training.
         metadata: for the header of the weights' file.
         modules: tensors of modules that come with the adapter, by their names in the base model:
             PEFT's `modules_to_save`, which it takes as a whole.
@@ -48,7 +53,7 @@ def write_lora(
         raise ValueError(f"{folder.name}: the adapter has rank 0 in every layer, nothing to save")
     folder.mkdir(exist_ok=True)
     modules = modules or {}
-    config = _lora_config(model, adapters, owners(modules)).to_dict()
+    config = _lora_config(model, adapters, dropout, owners(modules)).to_dict()
     text = json.dumps(config, indent=2, sort_keys=True, default=sorted)
     (folder / _CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
     tensors = {}
@@ -156,7 +161,7 @@ def owners(modules: Iterable[str]) -> list[str] | None:
 
 
 def _lora_config(
-    model: Any, adapters: Mapping[str, Adapter], modules_to_save: list[str] | None
+    model: Any, adapters: Mapping[str, Adapter], dropout: float, modules_to_save: list[str] | None
 ) -> Any:
     from peft import LoraConfig
 
@@ -177,7 +182,7 @@ def _lora_config(
         rank_pattern={f"^{path}": r for path, r in ranks.items() if r != rank},
         alpha_pattern={f"^{path}": _tidy(x) for path, x in alphas.items() if x != alpha},
         target_modules=_target_modules(model, set(adapters)),
-        lora_dropout=model.sapt.config.lora_dropout,
+        lora_dropout=dropout,
         fan_in_fan_out=any(isinstance(model.get_submodule(path), Conv1D) for path in adapters),
         bias="none",
         modules_to_save=modules_to_save,
@@ -191,13 +196,135 @@ def _lora_config(
 def _target_modules(model: PreTrainedModel, paths: set[str]) -> list[str]:
     """The short names where they select just these layers, as servers like them, else the paths."""
     short = {path.rpartition(".")[2] for path in paths}
-    named = {
-        name
-        for name, _ in model.named_modules()
-        if name.rpartition(".")[2] in short and not name.startswith("sapt.")
-    }
+    named = {name for name in base_modules(model) if name.rpartition(".")[2] in short}
     return sorted(short if named == paths else paths)
 
 
 def _tidy(alpha: float) -> Any:
     return int(alpha) if alpha == int(alpha) else alpha
+
+
+def base_modules(model: PreTrainedModel) -> list[str]:
+    """The paths of the base model's own modules."""
+    own = own_paths(model)
+    return [name for name, _ in model.named_modules() if not is_inside(name, own)]
+
+
+class LoraFiles:
+    """How a task that is a LoRA adapter for each of some layers lies on disk.
+
+    An adapter is, by the path of each layer, (A [r, in_features], B [r, out_features], scaling).
+    """
+
+    fields = frozenset({"rank", "scaling"})
+
+    def described(self, adapter: Mapping[str, Adapter]) -> dict[str, Any]:
+        """The fields of a task in sapt_config.json."""
+        ranks = {path: len(a) for path, (a, _, _) in adapter.items()}
+        scaling = {path: scaling for path, (_, _, scaling) in adapter.items()}
+        return {"rank": _uniform(ranks), "scaling": _uniform(scaling)}
+
+    def write(
+        self,
+        folder: Path,
+        model: Any,
+        adapter: Mapping[str, Adapter],
+        config: Any,
+        mark: Mapping[str, str],
+        beside: Mapping[str, Tensor],
+    ) -> None:
+        """Writes a task's folder; `mark` and `beside` as in `write_lora`."""
+        write_lora(folder, model, adapter, config.lora_dropout, mark, beside)
+
+    def read(
+        self,
+        files: StoredFiles,
+        task: Mapping[str, Any],
+        layers: Mapping[str, tuple[int, int]],
+        config: Any,
+        width: int,
+        beside: Mapping[str, tuple[int, ...]],
+    ) -> dict[str, Adapter]:
+        """The adapter of a task, as sapt_config.json describes it."""
+        where = f"{files.folder}: task {task['name']!r}"
+        ranks = per_layer(task, "rank", layers, where)
+        scaling = per_layer(task, "scaling", layers, where)
+        shapes = {path: (ranks[path], *layers[path]) for path in layers}
+        weights = read_lora(files, task["name"], shapes, beside)
+        return {path: (*weights[path], float(scaling[path])) for path in layers}
+
+    def parts(
+        self,
+        adapter: Mapping[str, Adapter],
+        layers: Mapping[str, tuple[int, int]],
+        config: Any,
+        width: int,
+        source: str,
+    ) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
+        """The tensors of an adapter by name, and the shapes that they must have.
+
+        Raises:
+            ValueError: if it is for other layers.
+        """
+        if odd := sorted(set(adapter) ^ set(layers)):
+            raise ValueError(
+                f"{source} has adapters for other layers than those that the config chooses: "
+                f"{odd[0]} and {len(odd) - 1} more are in one but not in both"
+            )
+        tensors: dict[str, Tensor] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for path, (inputs, outputs) in layers.items():
+            a, b, _ = adapter[path]
+            tensors |= {f"{path} A": a, f"{path} B": b}
+            shapes |= {f"{path} A": (len(a), inputs), f"{path} B": (len(a), outputs)}
+        return tensors, shapes
+
+    def require_same_in_peft(
+        self,
+        files: StoredFiles,
+        name: str,
+        adapter: Mapping[str, Adapter],
+        model: Any,
+        config: Any,
+        beside: Collection[str],
+        sealed: bool,
+    ) -> None:
+        """Raises ValueError if PEFT would compute something else from a task's folder."""
+        present = {path: (len(a), scaling) for path, (a, _, scaling) in adapter.items() if len(a)}
+        require_lora_config(
+            files.folder / name / _CONFIG_FILE,
+            files.json(f"{name}/{_CONFIG_FILE}"),
+            present,
+            base_modules(model),
+            transposed=any(isinstance(model.get_submodule(path), Conv1D) for path in present),
+            dropout=config.lora_dropout,
+            expected={"modules_to_save": owners(beside)},
+            sealed=sealed,
+        )
+
+
+def per_layer(task: Mapping[str, Any], field: str, layers: Collection[str], source: str) -> Any:
+    """The rank or scaling of each layer.
+
+    Raises:
+        ValueError: if it is missing for a layer, or no plausible number.
+    """
+    value = task[field]
+    valid = _is_rank if field == "rank" else is_scaling
+    values = value if isinstance(value, dict) else dict.fromkeys(layers, value)
+    wrong = [number for number in values.values() if not valid(number)]
+    if set(values) != set(layers) or wrong:
+        shown = str(wrong[0] if wrong else value)
+        shown = shown if len(shown) <= 60 else f"{shown[:50]}..."
+        raise ValueError(
+            f"{source}: {field}: got {shown}, expected a number or one for each of {sorted(layers)}"
+        )
+    return values
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST_RANK
+
+
+def _uniform(values: dict[str, Any]) -> Any:
+    return next(iter(values.values())) if len(set(values.values())) == 1 else values

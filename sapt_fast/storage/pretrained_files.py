@@ -16,29 +16,66 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sapt_fast.files.directories import require_replaceable
+from sapt_fast.pools.own import is_inside, own_paths
 from sapt_fast.pools.sharding import is_sharded
 
-if TYPE_CHECKING:
-    from sapt_fast.handle import SaptHandle
-    from sapt_fast.methods.peft.pool import PeftHandle
-
-__all__ = ["PeftFiles", "PretrainedFiles", "is_ours"]
+__all__ = ["PeftFiles", "PretrainedFiles", "own_names"]
 
 logger = logging.getLogger(__name__)
 
-_PROBE = "sapt.router.down.weight"
+
+class Saved(Protocol):
+    """What of a method's handle matters here."""
+
+    attribute: ClassVar[str]
+    _model: Any
+
+    @property
+    def slot(self) -> str:
+        """The name that the method's modules have in layers."""
+
+    @property
+    def config_file(self) -> str:
+        """The file of a saved folder that describes the method."""
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of what was added."""
+
+    def require_unmerged(self) -> None:
+        """Raises RuntimeError if a mixture is merged into the base weights."""
+
+    def save(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        is_main_process: bool | None = None,
+        state: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Saves the tasks into a folder."""
+
+    def restore_values(self, directory: str | os.PathLike[str]) -> None:
+        """Gives the tasks the values that they have in a saved folder."""
 
 
-def is_ours(name: str) -> bool:
-    """Whether a key of a patched model's state_dict is of the adapters or the router."""
-    return ".sapt_pool." in name or name.startswith("sapt.") or ".sapt." in name
+def own_names(module: nn.Module, handle: Saved | None = None) -> list[str]:
+    """The keys of a model's state_dict that are of methods, not of the base model.
+
+    Args:
+        handle: of the one method to look at; None for all.
+    """
+    own = own_paths(module)
+    if handle is not None:
+        ends = (handle.attribute, handle.slot)
+        own = [path for path in own if path.rpartition(".")[2] in ends]
+    return [name for name in _names(module) if is_inside(name, own)]
 
 
 class _StandIn:
@@ -72,7 +109,7 @@ class PretrainedFiles(_StandIn):
         handle: of the model.
     """
 
-    def __init__(self, handle: SaptHandle) -> None:
+    def __init__(self, handle: Saved) -> None:
         super().__init__()
         self._handle = handle
         self._hook: Any = None
@@ -112,7 +149,7 @@ class PretrainedFiles(_StandIn):
         """
         handle = self._handle
         model = handle._model
-        handle.routing.require_unmerged()
+        handle.require_unmerged()
         if kwargs.get("distributed_checkpoint"):
             raise ValueError(
                 "distributed_checkpoint: not supported for a model that sapt_fast has patched; "
@@ -126,7 +163,7 @@ class PretrainedFiles(_StandIn):
         self._save_base(model, save_directory, is_main_process, state_dict, **kwargs)
         if handle.tasks:
             self._save_tasks(save_directory, is_main_process, given)
-        elif is_main_process and Path(save_directory, "sapt_config.json").exists():
+        elif is_main_process and Path(save_directory, handle.config_file).exists():
             logger.warning(
                 "%s: holds the tasks of an earlier save, and this model has none", save_directory
             )
@@ -139,7 +176,7 @@ class PretrainedFiles(_StandIn):
         """The state_dict, if it holds the adapters and the router."""
         if state_dict is None or not self._handle.tasks:
             return None
-        own = [name for name in _names(self._handle._model) if is_ours(name)]
+        own = own_names(self._handle._model, self._handle)
         missing = [name for name in own if name not in state_dict]
         if not missing:
             return state_dict
@@ -161,12 +198,10 @@ class PretrainedFiles(_StandIn):
         is_main_process: bool,
         state: Mapping[str, Tensor] | None,
     ) -> None:
-        from sapt_fast.storage.saving import save_pretrained
-
         model, writes = self._handle._model, bool(is_main_process)
         if is_sharded(model) and state is None:  # all processes call
             writes = writes and torch.distributed.get_rank() == 0
-        save_pretrained(model, directory, is_main_process=writes, state=state)
+        self._handle.save(directory, is_main_process=writes, state=state)
         if writes:
             kind = type(model).__name__.removeprefix("FSDP")
             logger.warning(
@@ -185,12 +220,13 @@ class PretrainedFiles(_StandIn):
         **kwargs: Any,
     ) -> None:
         """`save_pretrained` of a model inside the patched one, whose adapters are left out."""
-        self._handle.routing.require_unmerged()
+        self._handle.require_unmerged()
         self._save_base(part, save_directory, is_main_process, state_dict, **kwargs)
         if is_main_process and self._handle.tasks:
             logger.warning(
                 "%s: holds a part of the base model and nothing of the tasks; save them with "
-                "model.sapt.save_pretrained, or save the whole model", save_directory,
+                "model.%s.save_pretrained, or save the whole model",
+                save_directory, self._handle.attribute,
             )  # fmt: skip
 
     def _save_base(
@@ -202,13 +238,13 @@ class PretrainedFiles(_StandIn):
         **kwargs: Any,
     ) -> None:
         """The model's own `save_pretrained`, without what is ours."""
-        own = self._own_of(model)
+        own, paths = self._own_of(model), own_paths(model)
         if state_dict is not None:
-            state_dict = {name: x for name, x in state_dict.items() if not is_ours(name)}
+            state_dict = {n: x for n, x in state_dict.items() if not is_inside(n, paths)}
         # A quantised model's state_dict is made inside, whatever is passed.
         before = vars(model).get("_keys_to_ignore_on_save", ...)
         ignored = model._keys_to_ignore_on_save or ()
-        model._keys_to_ignore_on_save = [*ignored, *filter(is_ours, _names(model))]
+        model._keys_to_ignore_on_save = [*ignored, *own_names(model)]
         try:
             own(directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
         finally:
@@ -227,20 +263,19 @@ class PretrainedFiles(_StandIn):
         """
         handle = self._handle
         missing = set(keys.missing_keys)
-        probe = next((name for name in missing if name.endswith(_PROBE)), None)
-        if not handle.tasks or probe is None:
+        own = own_names(module, handle)
+        # Their keys have a prefix where a module around the model was loaded.
+        prefix = next((n.removesuffix(own[0]) for n in missing if own and n.endswith(own[0])), None)
+        if not handle.tasks or prefix is None:
             self._loaded_since.clear()
             return
-        prefix = probe.removesuffix(_PROBE)
-        own = [prefix + name for name in _names(module) if is_ours(name)]
+        own = [prefix + name for name in own]
         if not missing.issuperset(own):
             self._loaded_since.clear()
             return
         folder = _checkpoint_being_resumed()
-        if folder is not None and (folder / "sapt_config.json").is_file():
-            from sapt_fast.loading import restore_values
-
-            restore_values(handle, folder)
+        if folder is not None and (folder / handle.config_file).is_file():
+            handle.restore_values(folder)
             restored = set(own)
             keys.missing_keys[:] = [name for name in keys.missing_keys if name not in restored]
             return
@@ -254,8 +289,9 @@ class PretrainedFiles(_StandIn):
             "sapt_fast.SaptTrainer and transformers' Trainer resume from their checkpoints"
         )
         places: dict[int, set[str]] = {}  # of one tensor, where a weight is tied
+        paths = own_paths(module)
         for name, tensor in _names(module).items():
-            if not is_ours(name):
+            if not is_inside(name, paths):
                 places.setdefault(id(tensor), set()).add(name)
         loaded = {name for names in places.values() for name in names if name not in missing}
         self._loaded_since |= loaded
@@ -272,7 +308,7 @@ class PretrainedFiles(_StandIn):
 class PeftFiles(_StandIn):
     """Says, where PEFT saves a patched PeftModel, that a router of ours is not in its files."""
 
-    def __init__(self, handle: PeftHandle) -> None:
+    def __init__(self, handle: Any) -> None:
         super().__init__()
         self._handle = handle
 

@@ -1,7 +1,7 @@
 """PEFT's prompt-tuning layout on disk, in the files that its LoRA layout has, too."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from sapt_fast.pools.own import is_inside, own_paths
+from sapt_fast.storage.adapter_config import require_prompt_config
 from sapt_fast.storage.lora import LORA_FILES, read_task_tensors, require_shapes
 from sapt_fast.storage.tensors import StoredFiles, write_tensors
 
@@ -61,9 +63,75 @@ def read_prompt(files: StoredFiles, task: str, length: int, width: int) -> Tenso
 
 def outer_layers(model: PreTrainedModel) -> list[str]:
     """The paths of a base model's first and last linear layer."""
+    own = own_paths(model)
     paths = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and not name.startswith("sapt.")
+        if isinstance(module, (nn.Linear, Conv1D)) and not is_inside(name, own)
     ]
     return list(dict.fromkeys((paths[0], paths[-1])))
+
+
+class PromptFiles:
+    """How a task that is a prompt [P, D] lies on disk."""
+
+    fields: frozenset[str] = frozenset()
+
+    def described(self, adapter: Tensor) -> dict[str, Any]:
+        """The fields of a task in sapt_config.json beside its name: none."""
+        return {}
+
+    def write(
+        self,
+        folder: Path,
+        model: Any,
+        adapter: Tensor,
+        config: Any,
+        mark: Mapping[str, str],
+        beside: Mapping[str, Tensor],
+    ) -> None:
+        """Writes a task's folder; PEFT's prompt tuning keeps nothing beside the prompt."""
+        write_prompt(folder, model, adapter, mark)
+
+    def read(
+        self,
+        files: StoredFiles,
+        task: Mapping[str, Any],
+        layers: Mapping[str, tuple[int, int]],
+        config: Any,
+        width: int,
+        beside: Mapping[str, tuple[int, ...]],
+    ) -> Tensor:
+        """The prompt of a task."""
+        return read_prompt(files, task["name"], config.prompt_length, width)
+
+    def parts(
+        self,
+        adapter: Tensor,
+        layers: Mapping[str, tuple[int, int]],
+        config: Any,
+        width: int,
+        source: str,
+    ) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
+        """The tensors of an adapter by name, and the shapes that they must have."""
+        return {"prompt": adapter}, {"prompt": (config.prompt_length, width)}
+
+    def require_same_in_peft(
+        self,
+        files: StoredFiles,
+        name: str,
+        adapter: Tensor,
+        model: Any,
+        config: Any,
+        beside: Collection[str],
+        sealed: bool,
+    ) -> None:
+        """Raises ValueError if PEFT would compute something else from a task's folder."""
+        length, width = adapter.shape
+        require_prompt_config(
+            files.folder / name / _CONFIG_FILE,
+            files.json(f"{name}/{_CONFIG_FILE}"),
+            length,
+            width,
+            sealed=sealed,
+        )

@@ -10,7 +10,7 @@ from tiny_models import WIDTH, token_ids
 from tiny_prompts import LENGTH, bare, prompt_settings, prompted
 
 import sapt_fast
-from sapt_fast.storage import saving as checkpoint
+from sapt_fast.storage import prompt
 
 FAMILIES = ("t5", "bart", "llama", "gpt2")
 
@@ -111,7 +111,7 @@ def test_saving_again_replaces_the_whole(saved):
 
 def test_a_save_that_fails_leaves_the_old(saved, monkeypatch):
     family, model, folder = saved
-    before, own, written = logits(model), checkpoint.write_prompt, []
+    before, own, written = logits(model), prompt.write_prompt, []
 
     def fails(path, *args):
         if written:
@@ -119,7 +119,7 @@ def test_a_save_that_fails_leaves_the_old(saved, monkeypatch):
         written.append(path)
         own(path, *args)
 
-    monkeypatch.setattr(checkpoint, "write_prompt", fails)
+    monkeypatch.setattr(prompt, "write_prompt", fails)
     with torch.no_grad():
         model.sapt.prompts.rows.rows().zero_()
     with pytest.raises(OSError, match="disk full"):

@@ -9,7 +9,7 @@ from tiny_models import VOCABULARY, WIDTH, fill, patched, settings, tiny, token_
 from torch import nn
 
 import sapt_fast
-from sapt_fast import patching
+from sapt_fast.sites import attach
 from sapt_fast.sites import linear as layers
 from sapt_fast.sites.linear import InputGroup, MixedLinear
 
@@ -68,7 +68,7 @@ def groups(model):
     return list(found.values())
 
 
-@pytest.mark.parametrize("kind", patching._ONE_INPUT_MODELS)
+@pytest.mark.parametrize("kind", attach._ONE_INPUT_MODELS)
 def test_every_known_model_gives_a_group_one_input(kind, monkeypatch):
     """Each layer of a group that is called is called with the leader's very tensor."""
     model = model_of(kind)
@@ -205,7 +205,7 @@ def test_dropout_keeps_layers_apart():
 
 def test_only_models_known_for_it_have_groups(monkeypatch):
     assert groups(patched("llama"))
-    monkeypatch.setattr(patching, "_ONE_INPUT_MODELS", ())
+    monkeypatch.setattr(attach, "_ONE_INPUT_MODELS", ())
     assert not groups(patched("llama"))
 
 
@@ -227,7 +227,7 @@ def test_a_hook_on_each_layer_still_runs():
 def test_fullgraph_compile_with_groups():
     model = patched("llama", target_modules=["q_proj", "v_proj", "gate_proj", "up_proj"])
     assert groups(model)
-    assert tiny("llama").config.model_type in patching._ONE_INPUT_MODELS
+    assert tiny("llama").config.model_type in attach._ONE_INPUT_MODELS
     ids = token_ids()
     expected = model(input_ids=ids, use_cache=False).logits
     torch._dynamo.reset()

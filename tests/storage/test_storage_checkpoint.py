@@ -16,7 +16,7 @@ from tiny_models import patched, run, tiny, token_ids
 
 import sapt_fast
 from sapt_fast.files.names import require_folder_name
-from sapt_fast.storage.saving import renew_digests
+from sapt_fast.storage.task_saving import renew_digests
 
 CONFIG, ROUTER = "sapt_config.json", "router.safetensors"
 WEIGHTS = "adapter_model.safetensors"

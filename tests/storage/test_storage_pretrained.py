@@ -295,7 +295,7 @@ class TestRuns:
             raise KeyboardInterrupt
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("sapt_fast.handle.SaptHandle.save_pretrained", killed)
+            patch.setattr("sapt_fast.methods.sapt.SaptHandle.save_pretrained", killed)
             with pytest.raises(KeyboardInterrupt):
                 run_continual(make_model("t5"), CharTokenizer(), tasks, tmp_path / "run", settings)
         place.mkdir(parents=True)

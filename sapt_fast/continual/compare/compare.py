@@ -23,7 +23,7 @@ from sapt_fast.continual.run.state import read_json
 from sapt_fast.continual.settings import ContinualSettings, differences
 from sapt_fast.continual.strategies import STRATEGIES
 from sapt_fast.files.names import require_folder_name
-from sapt_fast.handle import SaptHandle
+from sapt_fast.methods.tasks import task_handle
 from sapt_fast.patching import unpatch
 
 __all__ = ["Cell", "Comparison", "compare", "settings_of_rows"]
@@ -362,5 +362,5 @@ def _run(model: tuple[Any, Any], run: _Planned, alone: Mapping[str, float] | Non
             alone=alone, source=run.source.to_dict(),
         )  # fmt: skip
     finally:
-        if isinstance(getattr(base, "sapt", None), SaptHandle):
+        if task_handle(base) is not None:
             unpatch(base)

@@ -16,6 +16,7 @@ from sapt_fast.continual.run import processes
 from sapt_fast.continual.scores.metrics import BENCHMARK_METRICS, Metric, score_predictions
 from sapt_fast.continual.settings import ContinualSettings
 from sapt_fast.devices import execution_device
+from sapt_fast.methods.tasks import pool_of
 
 __all__ = ["Mixture", "answers", "mean_attention", "metric_of", "score"]
 
@@ -107,7 +108,7 @@ def mean_attention(
     for ids, mask in _batches(model, tokenizer, rows, settings, "routing"):
         weights = None if mixture is None else mixture(ids, mask)
         if weights is None:
-            weights = model.sapt.route(ids, mask)
+            weights = pool_of(model).route(ids, mask)
         sums.append(weights.double().expand(len(ids), -1).sum(0).cpu())
     return (torch.stack(processes.gathered(sums)).sum(0) / len(rows)).float()
 

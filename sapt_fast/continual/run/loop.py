@@ -33,8 +33,9 @@ from sapt_fast.continual.strategies import STRATEGIES
 from sapt_fast.continual.strategies.base import Strategy
 from sapt_fast.continual.workbench import Workbench
 from sapt_fast.files.names import require_folder_name
-from sapt_fast.handle import SaptHandle
 from sapt_fast.loading import load_of_strategy
+from sapt_fast.methods.base import handles
+from sapt_fast.methods.tasks import task_handle
 from sapt_fast.patching import patch, unpatch
 
 __all__ = ["Results", "evaluate_run", "run_alone", "run_continual"]
@@ -156,7 +157,7 @@ def evaluate_run(
     for index in run.stages:
         run.restore(index + 1)
         run.folder.scores.append(run.score_seen(index, mixture))
-        target = model.sapt.targets.get(run.names[index])
+        target = run.bench.handle.targets.get(run.names[index])
         attention.append([] if target is None else target.tolist())
     run.folder.attention = attention
     return run.results(alone)
@@ -170,7 +171,7 @@ class _Run:
     def __init__(
         self, model: Any, tokenizer: Any, tasks: Sequence[TaskData], settings: ContinualSettings
     ) -> None:
-        if isinstance(getattr(model, "sapt", None), SaptHandle):
+        if handles(model):
             raise ValueError("model: got a patched model; pass it unpatched (sapt_fast.unpatch)")
         if getattr(tokenizer, "pad_token_id", None) is None:
             raise ValueError("tokenizer: has no pad token; set tokenizer.pad_token")
@@ -243,7 +244,7 @@ class _Run:
             if not self.folder.has_checkpoint(index):
                 self.learn(index)
             self.restore(index + 1)
-            target = self.model.sapt.targets.get(self.names[index])
+            target = self.bench.handle.targets.get(self.names[index])
             scores = self.score_seen(index)
             self.folder.scores.append(scores)
             self.folder.attention.append([] if target is None else target.tolist())
@@ -260,22 +261,22 @@ class _Run:
         learned = () if strategy.alone or strategy.together else self.tasks[:index]
         self._generate(learned)
         self.restore(0 if strategy.alone or strategy.together else index)
-        sapt = self.model.sapt
+        handle = self.bench.handle
         set_seed(seed)
         strategy.begin_task(task, learned)
         self._holds = None
-        self.folder.trained.append(sum(p.numel() for p in sapt.trainable_parameters()))
+        self.folder.trained.append(sum(p.numel() for p in handle.trainable_parameters()))
         self.folder.write()
         train_stage(
             self.bench, strategy, task, learned, self.folder.training(index), seed, self._steps()
         )
         strategy.end_task(task)
         if strategy.routes:
-            sapt.targets[task.name] = mean_attention(
+            handle.targets[task.name] = mean_attention(
                 self.model, self.tokenizer, task.dev, self.settings, strategy.mixture
             )
         self.folder.forget_unfinished(index)
-        sapt.save_pretrained(
+        handle.save_pretrained(
             self.folder.checkpoint(index),
             is_main_process=processes.is_first(),
             strategy_state=strategy.state(),
@@ -317,18 +318,23 @@ class _Run:
             return
         self.reset()
         if count:
-            load_of_strategy(self.model, self.folder.checkpoint(count - 1), self.settings.strategy)
+            load_of_strategy(
+                self.model,
+                self.folder.checkpoint(count - 1),
+                self.settings.strategy,
+                self.strategy.configure(self.settings.sapt),
+            )
             self.strategy.load_state(self.folder.strategy_state(count - 1))
         else:
             set_seed(self.settings.seed)
             patch(self.model, self.strategy.configure(self.settings.sapt))
-            self.model.sapt.strategy = self.settings.strategy
+            self.bench.handle.strategy = self.settings.strategy
             self.strategy.load_state({})
         self._holds = count
 
     def reset(self) -> None:
         """Takes the adapters off."""
-        if isinstance(getattr(self.model, "sapt", None), SaptHandle):
+        if task_handle(self.model) is not None:
             unpatch(self.model)
         self._holds = None
 

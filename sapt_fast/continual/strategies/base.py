@@ -80,8 +80,8 @@ class Strategy:
         except ValueError as error:
             raise ValueError(f"strategy_options: {name}.{error}") from error
 
-    def configure(self, config: SaptConfig) -> SaptConfig:
-        """The config the model is patched with, from the one that was asked for."""
+    def configure(self, config: SaptConfig) -> Any:
+        """The config of the method that the model is patched with, from the one asked for."""
         return config
 
     @classmethod
@@ -127,10 +127,14 @@ class Strategy:
         """The run's model."""
         return self.bench.model
 
+    @property
+    def handle(self) -> Any:
+        """The handle of the method on the run's model."""
+        return self.bench.handle
+
     def freeze_router(self) -> None:
         """Leaves the query projection and the keys out of training."""
-        for parameter in self.model.sapt.router.parameters():
-            parameter.requires_grad_(False)
+        self.handle.router.requires_grad_(False)
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters that a task trains."""

@@ -12,6 +12,8 @@ from sapt_fast.continual.data.rows import TaskData
 from sapt_fast.continual.objective import Step
 from sapt_fast.continual.settings import ContinualSettings
 from sapt_fast.continual.strategies.base import Strategy, require
+from sapt_fast.methods.lora_sum import LoraSumConfig
+from sapt_fast.methods.sapt import SaptConfig
 
 __all__ = ["OLora", "OLoraOptions"]
 
@@ -51,12 +53,11 @@ class OLora(Strategy):
         kind = settings.sapt.adapter
         require(kind == "lora", "adapter", kind, "'lora', whose matrices are kept orthogonal")
 
-    def begin_task(self, task: TaskData, learned: Sequence[TaskData]) -> None:
-        self.model.sapt.add_task(task.name)
-        self.freeze_router()
+    def configure(self, config: SaptConfig) -> LoraSumConfig:
+        return LoraSumConfig(**config.to_dict())
 
-    def mixture(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return torch.ones(1, len(self.model.sapt.tasks), device=input_ids.device)
+    def begin_task(self, task: TaskData, learned: Sequence[TaskData]) -> None:
+        self.handle.add_task(task.name)
 
     def objective(self, step: Step) -> Tensor:
         loss = step.loss + self.options.orthogonality * self.overlap()
@@ -64,12 +65,12 @@ class OLora(Strategy):
 
     def overlap(self) -> Tensor:
         """sum over layers of sum |A_past A_t^T|, a scalar."""
-        pools = self.model.sapt.pools.values()
+        pools = self.handle.pools.values()
         parts = [(pool.a.frozen @ pool.a.trainable.T).abs().sum() for pool in pools]
         return torch.stack(parts).sum()
 
     def norms(self) -> Tensor:
         """sum over layers of |A_t|_2 + |B_t|_2 (Frobenius), a scalar."""
-        pools = self.model.sapt.pools.values()
+        pools = self.handle.pools.values()
         parts = [part.trainable.norm() for pool in pools for part in (pool.a, pool.b)]
         return torch.stack(parts).sum()

@@ -27,12 +27,12 @@ class Sapt(Strategy):
     routes = True
 
     def begin_task(self, task: TaskData, learned: Sequence[TaskData]) -> None:
-        sapt = self.model.sapt
+        sapt = self.handle
         sapt.add_task(task.name)
         if sapt.config.key_init == "mean_query":
             sapt.init_key(*self.bench.pad(self.bench.inputs(task.train[:_ROWS_FOR_KEY])))
 
     def reflection(self, learned: Sequence[TaskData]) -> list[Replay]:
-        targets = self.model.sapt.targets
+        targets = self.handle.targets
         kept = ((task.name, self.bench.kept(task)) for task in learned)
         return [Replay(name, self.bench.inputs(rows), targets[name]) for name, rows in kept if rows]

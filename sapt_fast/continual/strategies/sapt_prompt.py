@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sapt_fast.continual.strategies.prompts import prompt_config
+from sapt_fast.continual.strategies.prompts import prompt_fields
 from sapt_fast.continual.strategies.sapt import Sapt
 from sapt_fast.methods.sapt import SaptConfig
 
@@ -19,4 +19,4 @@ class SaptPrompt(Sapt):
     """
 
     def configure(self, config: SaptConfig) -> SaptConfig:
-        return prompt_config(config)
+        return SaptConfig(**{**prompt_fields(config), "own_key_loss": config.own_key_loss})

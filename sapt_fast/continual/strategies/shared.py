@@ -19,8 +19,8 @@ class SeqLora(Strategy):
     adapter = "shared"
 
     def begin_task(self, task: TaskData, learned: Sequence[TaskData]) -> None:
-        if not self.model.sapt.tasks:
-            self.model.sapt.add_task(self.adapter)
+        if not self.handle.tasks:
+            self.handle.add_task(self.adapter)
         self.freeze_router()
 
 
@@ -40,5 +40,5 @@ class Single(Strategy):
     alone = True
 
     def begin_task(self, task: TaskData, learned: Sequence[TaskData]) -> None:
-        self.model.sapt.add_task(task.name)
+        self.handle.add_task(task.name)
         self.freeze_router()

@@ -1,10 +1,10 @@
 """patch and unpatch for PEFT models: their LoRA adapters become one pool."""
 
-import logging
 import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from sapt_fast.devices import is_offloaded
+from sapt_fast.methods.base import Handle, MethodConfig
 from sapt_fast.methods.peft.layers import OnePass, mixes_by_arrow, pooled_kind
 from sapt_fast.methods.peft.looks import Weighed, can_be_read, is_traced, version_of, weigh
 from sapt_fast.methods.peft.parts import why_not_plain
@@ -34,10 +35,18 @@ from sapt_fast.sites.report import PatchReport
 from sapt_fast.sites.towers import tower_notes
 from sapt_fast.storage.pretrained_files import PeftFiles
 
-logger = logging.getLogger(__name__)
+
+@dataclass
+class PeftPoolConfig(MethodConfig["PeftHandle"]):
+    """The config of a patched PeftModel: none, its adapters have their own."""
+
+    @property
+    def method(self) -> str:
+        """The name of the method."""
+        return "peft"
 
 
-class PeftHandle(nn.Module):
+class PeftHandle(Handle):
     """model.sapt of a PEFT model: which weights its LoRA adapters are mixed by.
 
     By default the active adapters are added up, as PEFT does. `fixed`, the argument `mixture=` of
@@ -67,14 +76,18 @@ class PeftHandle(nn.Module):
         2
     """
 
-    _model: Any
+    Config = PeftPoolConfig
+    method = "peft"
+    attribute = "sapt"
+    site = "linear"
+    freezes = False
     router: nn.Module | None
+    routing: Routing
 
-    def __init__(self, model: PeftModel) -> None:
-        super().__init__()
-        object.__setattr__(self, "_model", model)
+    def __init__(self, model: Any, config: Any, report: PatchReport) -> None:
+        super().__init__(model, config, report)
         inner = model.get_base_model()
-        self.routing = Routing(inner, self._route, self._has_router, self._count)
+        self.routing = Routing(inner, self.signal, self._has_router, self._count)
         self.routing.pools.append(self)
         self.routing.admit = self._admit
         self.files = PeftFiles(self)
@@ -94,11 +107,84 @@ class PeftHandle(nn.Module):
             value = _FunctionRouter(value)
         super().__setattr__(name, value)
 
+    # --- where the adapters are: in PEFT's layers ---
+
+    @classmethod
+    def sites(cls, model: Any, config: Any) -> PatchReport:
+        """PEFT's layers and wrappers that get a class of ours."""
+        if getattr(model, "sapt", None) is not None:
+            raise ValueError(
+                "model: the model inside the PeftModel is patched already; call sapt_fast.unpatch "
+                "on it"
+            )
+        require_unrouted(model.get_base_model())
+        if not _lora_names(model):
+            kinds = sorted({str(config.peft_type) for config in model.peft_config.values()})
+            raise ValueError(
+                f"model: got a PeftModel with adapters {kinds}, expected LoRA among them"
+            )
+        _require_fitting(model)
+        return PatchReport(patched=[path for path, _ in switched_parts(model)])
+
+    def attach(self, path: str) -> None:
+        """Gives a layer or wrapper of PEFT's its class."""
+        part = self._model.get_submodule(path)
+        if runs_its_class(part):
+            _swap(part, self)
+
+    def detach(self, path: str) -> None:
+        """Gives a layer or wrapper PEFT's class back."""
+        _restore(self._model.get_submodule(path))
+
+    def places(self) -> list[str]:
+        """The paths of all parts that have a class of ours; PEFT may have added some since."""
+        modules = self._model.named_modules()
+        return [path for path, part in modules if isinstance(part, (Pooled, Chosen))]
+
+    def require_own(self) -> None:
+        """Raises ValueError if another library has replaced a patched layer."""
+        for path, layer in self._model.base_model.named_modules():
+            if "sapt_routing" in vars(layer) and not _is_ours(layer):
+                kind = type(layer)
+                raise ValueError(
+                    f"{path}: got {kind.__module__}.{kind.__name__}, expected the layer that patch "
+                    "put there; undo first what another library did to the model since"
+                )
+
+    def install(self) -> None:
+        """Adds the hooks and stands in for some of PEFT's methods.
+
+        Raises:
+            ValueError: if no layer can be computed in one pass.
+        """
+        self.realign()
+        if not any(_has_poolable(part) for _, part in self._parts):
+            raise ValueError(
+                f"model: no LoRA layer can be computed in one pass: {self.report.skipped}"
+            )
+        vars(self._model.base_model).update(self.stand_ins())
+        self.routing.install()
+        self.files.install()
+
+    def remove(self) -> None:
+        """Takes hooks and stand-ins away."""
+        self.routing.remove()
+        self.files.remove()
+        for name in self.stand_ins():
+            del vars(self._model.base_model)[name]
+
+    def save_pretrained(self, directory: Any, *, is_main_process: bool | None = None) -> None:
+        """Not possible: PEFT saves its adapters, by `save_pretrained` of the PeftModel.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("model.sapt of a PeftModel: save the adapters by model.save_pretrained")
+
     @property
     def tasks(self) -> list[str]:
         """Names of the LoRA adapters, in the order of the weights."""
-        configs = self._model.peft_config.items()
-        return [name for name, config in configs if config.peft_type == PeftType.LORA]
+        return _lora_names(self._model)
 
     @property
     def report(self) -> PatchReport:
@@ -300,15 +386,6 @@ class PeftHandle(nn.Module):
         self.leave()
         return model
 
-    def leave(self) -> None:
-        """Takes hooks, stand-ins and this handle off the model, and gives layers their classes."""
-        self.routing.remove()
-        self.files.remove()
-        for name in self.stand_ins():
-            del vars(self._model.base_model)[name]
-        del self._model.sapt
-        _restore_all(self._model)
-
     def stand_ins(self) -> dict[str, Callable[..., Any]]:
         """By name, the methods that the model's tuner has in place of its own."""
         return {
@@ -317,7 +394,8 @@ class PeftHandle(nn.Module):
             "merge_and_unload": self._merge_and_unload,
         }
 
-    def _route(self, **inputs: Tensor | None) -> Tensor:
+    def signal(self, **inputs: Tensor | None) -> Tensor:
+        """The router's weights [1, K], [B, K] or [B, T, K]."""
         assert self.router is not None
         weights = self.router(**inputs)
         if not isinstance(weights, Tensor):
@@ -348,37 +426,9 @@ class _FunctionRouter(nn.Module):
         return self.function(**inputs)
 
 
-def patch_peft(model: PeftModel, *, strict: bool) -> None:
-    """`patch` of a PEFT model; see there."""
-    present = getattr(model, "sapt", None)
-    if isinstance(present, PeftHandle):
-        return
-    if present is not None:
-        raise ValueError(
-            "model: the model inside the PeftModel is patched already; call sapt_fast.unpatch on it"
-        )
-    require_unrouted(model.get_base_model())
-    handle = PeftHandle(model)
-    if not handle.tasks:
-        kinds = sorted({str(config.peft_type) for config in model.peft_config.values()})
-        raise ValueError(f"model: got a PeftModel with adapters {kinds}, expected LoRA among them")
-    _require_fitting(model)
-    handle.realign()
-    report = handle.report
-    try:
-        if not any(_has_poolable(part) for _, part in switched_parts(model)):
-            raise ValueError(f"model: no LoRA layer can be computed in one pass: {report.skipped}")
-        if strict and report.skipped:
-            raise ValueError(f"strict: not everything can be patched: {report.skipped}")
-    except ValueError:
-        _restore_all(model)
-        raise
-    for note in report.notes:
-        logger.warning("%s", note)
-    model.sapt = handle
-    vars(model.base_model).update(handle.stand_ins())
-    handle.routing.install()
-    handle.files.install()
+def _lora_names(model: Any) -> list[str]:
+    configs = model.peft_config.items()
+    return [name for name, config in configs if config.peft_type == PeftType.LORA]
 
 
 def _require_fitting(model: PeftModel) -> None:
@@ -405,19 +455,6 @@ def _require_fitting(model: PeftModel) -> None:
                     f"{path}: adapter {name!r} has A {tuple(a)} and B {tuple(b)}, expected "
                     f"[r, {inputs}] and [{outputs}, r]: it belongs to another base model"
                 )
-
-
-def unpatch_peft(model: PeftModel) -> None:
-    """`unpatch` of a PEFT model; see there."""
-    handle = model.sapt
-    for path, layer in model.base_model.named_modules():
-        if "sapt_routing" in vars(layer) and not _is_ours(layer):
-            kind = type(layer)
-            raise ValueError(
-                f"{path}: got {kind.__module__}.{kind.__name__}, expected the layer that patch put "
-                "there; undo first what another library did to the model since"
-            )
-    handle.leave()
 
 
 class _Seen(threading.local):
@@ -522,12 +559,10 @@ def _swap(part: Any, handle: PeftHandle) -> None:
     become(part, kind)  # last: other threads may be running the layer
 
 
-def _restore_all(model: PeftModel) -> None:
-    for part in model.base_model.modules():
-        if isinstance(part, (Pooled, Chosen)):
-            become(part, _before(type(part)))
-            for name in ("sapt_routing", "sapt_owners", "sapt_weighed"):
-                vars(part).pop(name, None)
+def _restore(part: Any) -> None:
+    become(part, _before(type(part)))
+    for name in ("sapt_routing", "sapt_owners", "sapt_weighed"):
+        vars(part).pop(name, None)
 
 
 def _why_not(part: Any) -> str:

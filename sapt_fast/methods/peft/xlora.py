@@ -1,4 +1,4 @@
-"""patch and unpatch for X-LoRA models: all experts of a layer in one pass, weights per token.
+"""X-LoRA models: all experts of a layer in one pass, weights per token.
 
 X-LoRA (Buehler and Buehler, 2024) classifies every token and scales each layer's LoRA experts by
 the result. PEFT's loop stores a scaled copy of x and an output for every expert; the numbers here
@@ -7,15 +7,16 @@ experts are skipped. Everything else stays PEFT's: the classifier, top-k and sof
 keeps keys and values where `xlora_generation` finds that sound.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
-from peft import PeftModel
 from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
 from peft.tuners.xlora.layer import XLoraLinearLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from sapt_fast.methods.base import Handle, MethodConfig
 from sapt_fast.methods.peft.layers import mixed
 from sapt_fast.methods.peft.parts import drop_rate, why_not_plain
 from sapt_fast.methods.peft.switched import switched_parts, why_switched
@@ -23,7 +24,17 @@ from sapt_fast.methods.peft.xlora_generation import CachedGeneration
 from sapt_fast.sites.report import PatchReport
 
 
-class XLoraHandle(nn.Module):
+@dataclass
+class XLoraConfig(MethodConfig["XLoraHandle"]):
+    """The config of a patched X-LoRA model: none, PEFT keeps its own."""
+
+    @property
+    def method(self) -> str:
+        """The name of the method."""
+        return "xlora"
+
+
+class XLoraHandle(Handle):
     """model.sapt of an X-LoRA model.
 
     Attributes:
@@ -32,26 +43,57 @@ class XLoraHandle(nn.Module):
         generation: what stands in for `model.generate`.
     """
 
-    def __init__(self, model: PeftModel) -> None:
-        super().__init__()
-        self.report = PatchReport()
+    Config = XLoraConfig
+    method = "xlora"
+    attribute = "sapt"
+    site = "linear"
+    freezes = False
+
+    def __init__(self, model: Any, config: Any, report: PatchReport) -> None:
+        super().__init__(model, config, report)
+        self.generation = CachedGeneration(model, all_pooled=not report.skipped)
+        if self.generation.obstacle is not None:
+            note = f"generation without a cache, as in PEFT: {self.generation.obstacle}"
+            report.notes.append(note)
+
+    @classmethod
+    def sites(cls, model: Any, config: Any) -> PatchReport:
+        """The linear layers whose experts are computed in one pass."""
+        report = PatchReport()
         for path, layer in model.named_modules():
             if not isinstance(layer, LoraLayer):
                 continue
             if type(layer) is lora.Linear and _loop_of(layer) is not None:
-                self.report.patched.append(path)
+                report.patched.append(path)
             else:
                 kind = repr(layer).partition("(")[0]
-                self.report.skipped[path] = f"{kind} runs its experts as in PEFT"
-        self.report.notes += [
+                report.skipped[path] = f"{kind} runs its experts as in PEFT"
+        report.notes += [
             f"{path}: {why_switched(part)}; PEFT takes the active adapter's, whatever X-LoRA scales"
             for path, part in switched_parts(model)
             if isinstance(part, AuxiliaryTrainingWrapper)
         ]
-        self.generation = CachedGeneration(model, all_pooled=not self.report.skipped)
-        if self.generation.obstacle is not None:
-            note = f"generation without a cache, as in PEFT: {self.generation.obstacle}"
-            self.report.notes.append(note)
+        if not report.patched:
+            raise ValueError(f"model: X-LoRA has no linear layer here. {report}")
+        return report
+
+    def attach(self, path: str) -> None:
+        """Replaces the forward that X-LoRA gave a layer."""
+        layer: Any = self._model.get_submodule(path)
+        layer.forward = PooledExperts(layer.forward.__self__, self.generation).forward
+
+    def detach(self, path: str) -> None:
+        """Gives the layer the forward back that X-LoRA gave it."""
+        layer: Any = self._model.get_submodule(path)
+        layer.forward = layer.forward.__self__.loop.forward
+
+    def install(self) -> None:
+        """Stands in for PEFT's generation."""
+        self.generation.install()
+
+    def remove(self) -> None:
+        """Gives the model PEFT's generation back."""
+        self.generation.remove()
 
 
 class PooledExperts:
@@ -90,31 +132,6 @@ class PooledExperts:
         """Whether PEFT's scaling pass, in which alone the layer is disabled, adds no expert."""
         classifier: Any = self.loop.model.internal_xlora_classifier
         return bool(classifier.override_scaling_pass_value == 0)
-
-
-def patch_xlora(model: PeftModel, *, strict: bool) -> None:
-    """`patch` of a PEFT model with X-LoRA; see there."""
-    if isinstance(getattr(model, "sapt", None), XLoraHandle):
-        return
-    handle = XLoraHandle(model)
-    if not handle.report.patched:
-        raise ValueError(f"model: X-LoRA has no linear layer here. {handle.report}")
-    if strict and handle.report.skipped:
-        raise ValueError(f"strict: not everything can be patched. {handle.report}")
-    for path in handle.report.patched:
-        layer: Any = model.get_submodule(path)
-        layer.forward = PooledExperts(layer.forward.__self__, handle.generation).forward
-    model.sapt = handle
-    handle.generation.install()
-
-
-def unpatch_xlora(model: PeftModel) -> None:
-    """`unpatch` of a PEFT model with X-LoRA; see there."""
-    model.sapt.generation.remove()
-    for path in model.sapt.report.patched:
-        layer: Any = model.get_submodule(path)
-        layer.forward = layer.forward.__self__.loop.forward
-    del model.sapt
 
 
 def _loop_of(layer: nn.Module) -> XLoraLinearLayer | None:

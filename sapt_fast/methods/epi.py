@@ -1,0 +1,165 @@
+"""EPI: a private adapter for each task; the nearest Gaussian tells which one an input gets.
+
+Wang et al., "Rehearsal-free Continual Language Learning via Efficient Parameter Isolation", ACL
+2023.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sapt_fast.methods.sapt import SaptHandle
+from sapt_fast.methods.task_config import TaskConfig, require
+
+__all__ = ["EpiConfig", "EpiHandle"]
+
+
+@dataclass
+class EpiConfig(TaskConfig["EpiHandle"]):
+    """How the adapters are shaped and placed; fields of the router have no effect."""
+
+    shrinkage: float = field(
+        default=0.1, metadata={"help": "Share of the identity in the covariance, in (0, 1]."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # A prompt is there even with weight zero, so features would not be the backbone's own.
+        expected = "'lora', without which the features are taken"
+        require(self.adapter == "lora", "adapter", self.adapter, expected)
+        require(0 < self.shrinkage <= 1, "shrinkage", self.shrinkage, "a share in (0, 1]")
+
+    @property
+    def method(self) -> str:
+        """The name of the method."""
+        return "epi"
+
+
+class EpiHandle(SaptHandle):
+    """`SaptHandle` whose inputs each get the adapter of one task, chosen without parameters.
+
+    Each learned task is a Gaussian over features of the frozen backbone, with a covariance common
+    to all tasks, and an input goes to
+
+        argmin_k (h(x) - mu_k)^T Sigma^-1 (h(x) - mu_k),  the least Mahalanobis distance.
+
+    The paper leaves open, and this class chooses: h is the mean over the prompt's tokens of the
+    last hidden states (of the encoder, where there is one) without any adapter; Sigma is the pooled
+    within-task covariance of all rows, mixed with `shrinkage` times the identity of equal trace,
+    since there may be fewer rows than features.
+
+    `fit` ends a task. Until then its adapter is used for every input.
+
+    Attributes:
+        means: [K, D] float64 of the tasks that were fitted. scatter: [D, D], summed over rows
+            around the mean of their task. rows: how many there were, a scalar.
+    """
+
+    Config = EpiConfig
+    method = "epi"
+    means: Tensor
+    scatter: Tensor
+    rows: Tensor
+    _precision: Tensor | None
+
+    def __init__(self, model: Any, config: Any, report: Any) -> None:
+        super().__init__(model, config, report)
+        self.restore_state({})
+
+    def signal(self, **inputs: Tensor | None) -> Tensor:
+        """One-hot weights [B, K], or [1, K] while the newest task is being learned."""
+        count = len(self.tasks)
+        if len(self.means) < count:
+            newest = torch.tensor([count - 1], device=self._device)
+            return F.one_hot(newest, count).float()
+        ids = inputs.get("input_ids")
+        if ids is None:
+            raise ValueError("input_ids: got None, expected [B, T], by which the task is chosen")
+        given = inputs.get("attention_mask")
+        mask = torch.ones_like(ids) if given is None else given
+        chosen = self._of_prompt(given, inputs.get("labels"))
+        mask = mask if chosen is None else mask * chosen
+        return F.one_hot(self.distances(self.features(ids, mask)).argmin(1), count).float()
+
+    def distances(self, features: Tensor) -> Tensor:
+        """Squared Mahalanobis distances [B, K] of features [B, D] to the tasks' means."""
+        if self._precision is None:
+            covariance = self.scatter / self.rows
+            scale = covariance.diagonal().mean()
+            # With one row for each task nothing varies, and the nearest mean is chosen.
+            spherical = torch.where(scale > 0, scale, 1.0) * torch.eye(
+                len(covariance), dtype=covariance.dtype, device=covariance.device
+            )
+            share = self.config.shrinkage
+            self._precision = torch.linalg.inv((1 - share) * covariance + share * spherical)
+        gaps = features.double()[:, None] - self.means
+        return torch.einsum("bkd,de,bke->bk", gaps, self._precision, gaps)
+
+    @torch.no_grad()
+    def features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """h(x) [B, D] of prompts [B, T], padded on either side."""
+        model = self._model
+        ids, mask = _padded_right(input_ids, attention_mask)
+        backbone = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
+        none = torch.zeros(len(self.tasks), device=ids.device)
+        with self.routing.apart(), self.fixed(none):
+            hidden = backbone(input_ids=ids, attention_mask=mask).last_hidden_state
+        weight = mask[..., None].float()
+        return (hidden.float() * weight).sum(1) / weight.sum(1)
+
+    @torch.no_grad()
+    def fit(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Takes the Gaussian of the newest task from its inputs.
+
+        Args:
+            batches: ids [B, T] and mask [B, T] of prompts.
+        """
+        features = torch.cat([self.features(*batch) for batch in batches]).double()
+        mean = features.mean(0)
+        gaps = features - mean
+        self.scatter = gaps.T @ gaps + (self.scatter if len(self.means) else 0.0)
+        self.means = torch.cat([self.means.to(mean).reshape(-1, len(mean)), mean[None]])
+        self.rows = self.rows + len(features)
+        self._precision = None
+
+    def state(self, held: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The Gaussians."""
+        return {"means": self.means, "scatter": self.scatter, "count": self.rows}
+
+    def restore_state(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over the Gaussians."""
+        empty = torch.zeros(0, dtype=torch.float64)
+        self.means = state.get("means", empty).to(self._device)
+        self.scatter = state.get("scatter", empty).to(self._device)
+        self.rows = state.get("count", torch.zeros((), dtype=torch.int64)).to(self._device)
+        self._precision = None
+
+    @classmethod
+    def require_state(
+        cls, model: Any, config: Any, state: Mapping[str, Tensor], source: os.PathLike[str]
+    ) -> None:
+        """Raises ValueError unless there are Gaussians of one width."""
+        means, scatter = state.get("means"), state.get("scatter")
+        fits = means is not None and scatter is not None and means.dim() == 2 and "count" in state
+        if not fits or tuple(state["scatter"].shape) != (state["means"].shape[1],) * 2:
+            raise ValueError(
+                f"{source}: got {sorted(state)}, expected means [K, D], scatter [D, D] and count"
+            )
+
+    def _task_added(self, name: str) -> None:
+        super()._task_added(name)
+        self.router.requires_grad_(False)
+
+
+def _padded_right(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Prompts [B, T'] whose tokens stand first, whatever side they were padded on."""
+    seen = attention_mask.bool()
+    order = (~seen).to(torch.int8).argsort(dim=1, stable=True)[:, : max(1, int(seen.sum(1).max()))]
+    return input_ids.gather(1, order), seen.gather(1, order).to(attention_mask.dtype)

@@ -1,0 +1,205 @@
+"""L2P: every input picks prompts from one pool, by keys.
+
+Wang et al., "Learning to Prompt for Continual Learning", CVPR 2022; here for text.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sapt_fast.methods.sapt_prompt import PromptHandle
+from sapt_fast.methods.task_config import TaskConfig, require
+from sapt_fast.ops import topk_keys
+from sapt_fast.pools.prompts import ConcatenatedPrompts
+from sapt_fast.sites.embeddings import PromptRouting
+
+__all__ = ["L2pConfig", "L2pHandle"]
+
+
+@dataclass
+class L2pConfig(TaskConfig["L2pHandle"]):
+    """The pool of prompts, and how inputs pick from it.
+
+    Of the other fields `pooling`, `standardize_query` and `mask_padding` say how the query is
+    taken; those of LoRA and of SAPT's router have no effect. `prompt_length` is derived.
+    """
+
+    adapter: str = field(default="prompt", metadata={"help": "Prompts: no other kind fits."})
+    prompts: int = field(default=10, metadata={"help": "M, the prompts of the pool."})
+    top: int = field(default=5, metadata={"help": "N, the prompts that an input gets."})
+    length: int = field(default=5, metadata={"help": "L_p, the rows of a prompt."})
+    strength: float = field(default=0.1, metadata={"help": "lambda, which draws keys to queries."})
+    diversified: bool = field(
+        default=True, metadata={"help": "In training, pass over prompts that past tasks used."}
+    )
+
+    def __post_init__(self) -> None:
+        require(self.prompts >= 1, "prompts", self.prompts, "at least 1")
+        require(1 <= self.top <= self.prompts, "top", self.top, f"1 to {self.prompts} (prompts)")
+        require(self.length >= 1, "length", self.length, "at least 1")
+        require(self.strength >= 0, "strength", self.strength, "at least 0")
+        self.prompt_length = self.prompts * self.length
+        super().__post_init__()
+        require(self.adapter == "prompt", "adapter", self.adapter, "'prompt'")
+
+    @property
+    def method(self) -> str:
+        """The name of the method."""
+        return "l2p"
+
+
+class L2pHandle(PromptHandle):
+    """model.l2p: a pool of M prompts that all tasks train, of which each input gets N.
+
+        L = CE(y | [P_s1; ...; P_sN; x]) - lambda (1 / B) sum_b sum_i cos(q(x_b), k_si)
+
+    s are the N keys nearest to the query, by cosine distance g(q, k) = 1 - cos(q, k). Training
+    picks by g(q, k_m) h_m instead, h_m being the share of prompt m in all that past tasks picked
+    (frequency-diversified selection); prediction is by g alone. The defaults are those of the
+    PyTorch port.
+
+    The paper is on images. This class takes as the query the pooled input embedding, frozen, in
+    place of a vision model's [CLS]; the model's own head predicts; h counts what a task's inputs
+    pick when it has ended (`count_picks`); each input has prompts of its own, without a vote of the
+    batch. `attention` holds the places [B, N] of the prompts.
+
+    Attributes:
+        prompt_keys: [M, D]. picked: [M] int64, how often past tasks picked each prompt.
+
+    Example:
+        >>> import sapt_fast, torch
+        >>> from sapt_fast.demo.backbone import load_backbone
+        >>> from sapt_fast.methods.l2p import L2pConfig
+        >>> model = sapt_fast.patch(load_backbone(), L2pConfig(prompts=6, top=2))
+        >>> model.l2p.grow("first")
+        >>> ids = torch.tensor([[4, 5, 6], [9, 8, 7]])
+        >>> loss = model(ids, labels=ids).loss + model.l2p.key_loss(ids)
+        >>> model.l2p.attention.shape
+        torch.Size([2, 2])
+    """
+
+    Config = L2pConfig
+    method = "l2p"
+    attribute = "l2p"
+    prompt_keys: nn.Parameter
+    picked: Tensor
+
+    def __init__(self, model: Any, config: Any, report: Any) -> None:
+        super().__init__(model, config, report)
+        table = model.get_input_embeddings().weight
+        keys = torch.empty(0, table.shape[1], device=self._device, dtype=table.dtype)
+        self.prompt_keys = nn.Parameter(keys, requires_grad=False)
+        picked = torch.zeros(config.prompts, dtype=torch.int64, device=self._device)
+        self.register_buffer("picked", picked, persistent=False)  # `state` has it
+        pool = ConcatenatedPrompts(self.prompts.rows, config.length, lambda: config.top)
+        self.routing = _Picks(model, self.signal, self._has_tasks, lambda: config.top, pool)
+
+    def grow(self, name: str, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Makes the pool for the first task; later tasks train the same one."""
+        if not self.tasks:
+            self.add_task(name, optimizer)
+
+    def signal(self, **inputs: Tensor | None) -> Tensor:
+        """The places [B, N] of the prompts that inputs get."""
+        return self.pick(self._query(**inputs), self._model.training)[1]
+
+    def pick(self, query: Tensor, training: bool) -> tuple[Tensor, Tensor]:
+        """Cosines [B, N] and places [B, N] of the prompts for queries [B, D]."""
+        keys, top = self.prompt_keys, self.config.top
+        if not (training and self.config.diversified and self.picked.any()):
+            return topk_keys(query, keys, top, metric="cosine")
+        cosines, places = topk_keys(query, keys, len(keys), metric="cosine")
+        share = self.picked / self.picked.sum()
+        # Stable: among prompts that were never picked the nearest come first.
+        order = ((1 - cosines) * share[places]).argsort(dim=1, stable=True)[:, :top]
+        return cosines.gather(1, order), places.gather(1, order)
+
+    def key_loss(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """The second term of the loss, which draws picked keys to their queries.
+
+        Args:
+            input_ids, attention_mask, labels: [B, T], as the model is given them.
+        """
+        query = self._query(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+        return -self.config.strength * self.pick(query, True)[0].sum(1).mean()
+
+    @torch.no_grad()
+    def count_picks(self, batches: Any) -> None:
+        """Ends a task: adds what its inputs pick to `picked`.
+
+        Args:
+            batches: iterable of ids [B, T] and mask [B, T] of prompts.
+        """
+        picked = torch.zeros_like(self.picked)
+        for ids, mask in batches:
+            _, places = self.pick(self._query(input_ids=ids, attention_mask=mask), True)
+            picked += torch.bincount(places.flatten(), minlength=len(picked))
+        self.picked += picked
+
+    @torch.no_grad()
+    def _query(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        return self._pooled(input_ids, inputs_embeds, attention_mask, labels)
+
+    def state(self, held: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The keys, and how often each prompt was picked."""
+        keys = (held or {}).get(f"{self.attribute}.prompt_keys", self.prompt_keys)
+        return {"picked": self.picked, "keys": keys}
+
+    @torch.no_grad()
+    def restore_state(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over the keys and the counts."""
+        self.picked.copy_(state["picked"])
+        self.prompt_keys.data = state["keys"].to(self.prompt_keys)
+
+    @classmethod
+    def require_state(
+        cls, model: Any, config: Any, state: Mapping[str, Tensor], source: os.PathLike[str]
+    ) -> None:
+        """Raises ValueError unless there are M keys and counts."""
+        width = model.get_input_embeddings().weight.shape[1]
+        expected = {"picked": (config.prompts,), "keys": (config.prompts, width)}
+        got = {name: tuple(state[name].shape) for name in expected if name in state}
+        if got != expected:
+            raise ValueError(f"{source}: got shapes {got}, expected {expected}")
+
+    def _add_key(self) -> None:
+        super()._add_key()
+        embedding = self._model.get_input_embeddings().weight
+        keys = torch.empty(self.config.prompts, embedding.shape[1]).uniform_(-1, 1)
+        self.prompt_keys = nn.Parameter(keys.to(embedding))
+
+    def _task_added(self, name: str) -> None:
+        super()._task_added(name)
+        self.router.requires_grad_(False)
+        self.prompt_keys.requires_grad_(True)
+
+
+class _Picks(PromptRouting):
+    """`PromptRouting` by the places of prompts in place of weights."""
+
+    def checked(self, weights: Tensor) -> Tensor:
+        """Places that a caller gives, as [1, N] or [B, N]."""
+        index, count = torch.as_tensor(weights), self.count()
+        if index.dtype != torch.int64 or index.dim() not in (1, 2) or index.shape[-1] != count:
+            raise ValueError(
+                f"mixture: got {index.dtype} of shape {tuple(index.shape)}, expected the places of "
+                f"prompts, int64 [{count}] or [B, {count}]"
+            )
+        return index[None] if index.dim() == 1 else index

@@ -1,0 +1,62 @@
+"""ProgPrompt: every task adds a prompt before those of the earlier tasks.
+
+Razdaibiedina et al., "Progressive Prompts: Continual Learning for Language Models", ICLR 2023.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sapt_fast.methods.sapt_prompt import PromptHandle
+from sapt_fast.methods.task_config import TaskConfig, require
+from sapt_fast.pools.prompts import ConcatenatedPrompts
+from sapt_fast.sites.embeddings import PromptRouting
+
+__all__ = ["ProgPromptConfig", "ProgPromptHandle"]
+
+
+@dataclass
+class ProgPromptConfig(TaskConfig["ProgPromptHandle"]):
+    """The length of a prompt; fields of LoRA and of the router have no effect."""
+
+    adapter: str = field(default="prompt", metadata={"help": "Prompts: no other kind fits."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.adapter == "prompt", "adapter", self.adapter, "'prompt'")
+
+    @property
+    def method(self) -> str:
+        """The name of the method."""
+        return "progprompt"
+
+
+class ProgPromptHandle(PromptHandle):
+    """`PromptHandle` whose prompts all stand before every input, the newest first.
+
+        input = [P_t; P_{t-1}; ...; P_1; x]
+
+    The newest prompt trains, the earlier ones are frozen; each starts as random rows of the
+    vocabulary. The original code knows which task an input is of and takes the prompts up to that
+    one; here the task is not known. The optional reparametrisation by a residual MLP is left out.
+    """
+
+    Config = ProgPromptConfig
+    method = "progprompt"
+
+    def __init__(self, model: Any, config: Any, report: Any) -> None:
+        super().__init__(model, config, report)
+        pool = ConcatenatedPrompts(self.prompts.rows, config.prompt_length, self._count)
+        self.routing = PromptRouting(model, self.signal, self._has_tasks, self._count, pool)
+
+    def signal(self, **inputs: Tensor | None) -> Tensor:
+        """The places [1, K] of the prompts, for all inputs."""
+        return torch.arange(len(self.tasks) - 1, -1, -1, device=self._device)[None]
+
+    def _task_added(self, name: str) -> None:
+        super()._task_added(name)
+        self.router.requires_grad_(False)

@@ -1,0 +1,43 @@
+"""The methods of sapt_fast, by the names that configs and saved folders have for them."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+
+from sapt_fast.methods.base import Handle
+
+__all__ = ["METHODS", "handle_type"]
+
+# Where the handle of each method is defined. A new method is one file and one row.
+METHODS: dict[str, str] = {
+    "sapt": "sapt_fast.methods.sapt:SaptHandle",
+    "sapt_prompt": "sapt_fast.methods.sapt_prompt:PromptHandle",
+    "lora_sum": "sapt_fast.methods.lora_sum:LoraSumHandle",
+    "epi": "sapt_fast.methods.epi:EpiHandle",
+    "l2p": "sapt_fast.methods.l2p:L2pHandle",
+    "progprompt": "sapt_fast.methods.progprompt:ProgPromptHandle",
+    "peft": "sapt_fast.methods.peft.pool:PeftHandle",
+    "xlora": "sapt_fast.methods.peft.xlora:XLoraHandle",
+}
+
+
+def handle_type(method: str, source: str | os.PathLike[str]) -> type[Handle]:
+    """The class of a method's handle.
+
+    Args:
+        method: its name.
+        source: what names it, for the message.
+
+    Raises:
+        ValueError: if this version has no such method.
+    """
+    if method not in METHODS:
+        raise ValueError(
+            f"{source}: method is {method!r}, which this version of sapt_fast does not have (it "
+            f"has {', '.join(METHODS)}); load it with the version that wrote it, or upgrade"
+        )
+    module, _, name = METHODS[method].partition(":")
+    kind: Any = getattr(importlib.import_module(module), name)
+    return kind

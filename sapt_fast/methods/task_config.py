@@ -1,0 +1,204 @@
+"""The config of methods with one adapter for each task: SAPT and its relatives."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+
+from sapt_fast.methods.base import Handle, MethodConfig
+from sapt_fast.ops.router import POOLINGS
+
+__all__ = ["TaskConfig", "require"]
+
+_Handle = TypeVar("_Handle", bound=Handle)
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MOST_COUNT
+
+
+def _number(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max  # neither NaN nor an integer beyond floats
+
+
+def _names(value: Any) -> bool:
+    names = [value] if isinstance(value, str) else value
+    listed = isinstance(names, (list, tuple)) and len(names) > 0
+    return value is None or (listed and all(isinstance(name, str) and name for name in names))
+
+
+def _loss_weight(value: Any) -> bool:
+    return _number(value) and 0 <= value <= _MOST
+
+
+_MOST = 2**31 - 1  # far larger numbers would overflow in float16 or float32 without an error
+_INITS, _KEY_INITS = ("linear", "normal"), ("uniform", "mean_query")
+_ADAPTERS = ("lora", "prompt")
+_FLAG = (lambda v: isinstance(v, bool), "True or False")
+_MOST_COUNT = 2**16  # memory is reserved by these
+_COUNT = (_count, f"an integer, at least 1 and at most {_MOST_COUNT}")
+_WEIGHT = (lambda v: _number(v) and v >= 0, "a number, at least 0")
+# What each field may be, and the words for it.
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "r": _COUNT,
+    "lora_alpha": (lambda v: _number(v) and 0 < v <= _MOST, f"a positive number, at most {_MOST}"),
+    "lora_dropout": (lambda v: _number(v) and 0 <= v < 1, "[0, 1)"),
+    "target_modules": (_names, "names, one regular expression, or None"),
+    "modules_to_save": (_names, "names, or None"),
+    "modules_per_task": _FLAG,
+    "adapter": (lambda v: v in _ADAPTERS, f"one of {_ADAPTERS}"),
+    "prompt_length": _COUNT,
+    "query_hidden_dim": _COUNT,
+    "query_init": (lambda v: v in _INITS, f"one of {_INITS}"),
+    "temperature": (
+        lambda v: v is None or (_number(v) and 1e-6 <= v <= _MOST),
+        f"a number from 1e-6 to {_MOST}, or None",
+    ),
+    "pooling": (lambda v: v in POOLINGS, f"one of {POOLINGS}"),
+    "standardize_query": _FLAG,
+    "key_init": (lambda v: v in _KEY_INITS, f"one of {_KEY_INITS}"),
+    "own_key_loss": (_loss_weight, f"{_WEIGHT[1]} and at most {_MOST}"),
+    "kl_ratio": (_loss_weight, f"{_WEIGHT[1]} and at most {_MOST}"),
+    "mask_padding": _FLAG,
+    "grad_through_frozen": _FLAG,
+    "autocast_adapter_dtype": _FLAG,
+    "top_k": (lambda v: v is None or _count(v), "an integer, at least 1, or None"),
+    "threshold": (lambda v: v is None or (_number(v) and 0 <= v <= 1), "[0, 1] or None"),
+    "reserve_tasks": _COUNT,
+}
+
+
+@dataclass
+class TaskConfig(MethodConfig[_Handle]):
+    """How a model's adapters are shaped, placed and routed, with one adapter for each task.
+
+    `SaptConfig` shows the fields at work. Methods that do not use a field ignore it.
+    """
+
+    r: int = field(default=8, metadata={"help": "Rank of each new adapter."})
+    lora_alpha: float = field(default=32, metadata={"help": "Scaling is lora_alpha / r."})
+    lora_dropout: float = field(
+        default=0.0, metadata={"help": "Dropout on the adapters' input while training."}
+    )
+    target_modules: Sequence[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Names (last parts of the path) of the linear layers to adapt, one regular "
+            "expression for the whole path, or 'all-linear' for all but the output head; None "
+            "takes query and value as PEFT does."
+        },
+    )
+    modules_to_save: Sequence[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names (last parts of the path) of modules that train in full and are saved "
+            "with the adapters, such as a classification head; None for no such module."
+        },
+    )
+    modules_per_task: bool = field(
+        default=False,
+        metadata={
+            "help": "Give each task its own copy of modules_to_save and mix the copies' outputs as "
+            "the adapters are mixed; otherwise all tasks train one."
+        },
+    )
+    adapter: str = field(
+        default="lora",
+        metadata={
+            "help": "Kind of adapter: 'lora', matrices beside linear layers, or 'prompt', rows "
+            "before the input embeddings, for which r, lora_alpha, grad_through_frozen and "
+            "target_modules mean nothing."
+        },
+    )
+    prompt_length: int = field(
+        default=10, metadata={"help": "Rows of each prompt, with adapter='prompt'."}
+    )
+    query_hidden_dim: int = field(
+        default=100, metadata={"help": "Bottleneck of the query projection."}
+    )
+    query_init: str = field(
+        default="linear",
+        metadata={"help": "'linear' (nn.Linear's default) or 'normal' (initializer_range)."},
+    )
+    temperature: float | None = field(
+        default=None, metadata={"help": "Divisor of the attention scores; None for sqrt(d)."}
+    )
+    pooling: str = field(
+        default="mean", metadata={"help": "'mean' or 'max' of the embeddings over the tokens."}
+    )
+    standardize_query: bool = field(
+        default=False,
+        metadata={
+            "help": "Subtract from the pooled embedding the mean, and divide by the deviation, "
+            "that random token sequences have: what all inputs share then no longer hides what "
+            "tells them apart."
+        },
+    )
+    key_init: str = field(
+        default="uniform",
+        metadata={"help": "'uniform' in (-1, 1), or 'mean_query' of the task's first inputs."},
+    )
+    own_key_loss: float = field(
+        default=0.0,
+        metadata={"help": "Weight of -log(weight of the task's own adapter), added in training."},
+    )
+    kl_ratio: float = field(default=0.5, metadata={"help": "Weight of the reflection loss."})
+    mask_padding: bool = field(default=True, metadata={"help": "Leave padding out of the pooling."})
+    grad_through_frozen: bool = field(
+        default=True,
+        metadata={"help": "Let inputs receive gradient through earlier tasks' adapters."},
+    )
+    autocast_adapter_dtype: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep adapters, keys and router in float32 where the model's weights are "
+            "float16 or bfloat16, as PEFT does by the option of this name; else they have the "
+            "weights' dtype."
+        },
+    )
+    top_k: int | None = field(default=None, metadata={"help": "Keep the k largest weights only."})
+    threshold: float | None = field(
+        default=None, metadata={"help": "Weights below this become zero."}
+    )
+    reserve_tasks: int = field(
+        default=16, metadata={"help": "Tasks to make room for; beyond it the pool doubles."}
+    )
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a value out of range; names become a list, as JSON has them."""
+        for name, (fits, expected) in _FIELDS.items():
+            value = getattr(self, name)
+            require(fits(value), name, value, expected)
+        sparse = self.top_k is not None or self.threshold is not None
+        require(
+            not (self.own_key_loss and sparse), "own_key_loss", self.own_key_loss,
+            "0 with top_k or threshold, which may drop the own adapter and its gradient",
+        )  # fmt: skip
+        if self.adapter == "prompt":
+            for name, without in (("target_modules", None), ("lora_dropout", 0)):
+                value = getattr(self, name)
+                require(value == without, name, value, f"{without} with adapter='prompt'")
+        if self.target_modules is not None and not isinstance(self.target_modules, str):
+            self.target_modules = list(self.target_modules)
+        if self.modules_to_save is not None:
+            named = self.modules_to_save
+            self.modules_to_save = [named] if isinstance(named, str) else list(named)
+        require(
+            not self.modules_per_task or self.modules_to_save is not None,
+            "modules_per_task", True, "False without modules_to_save",
+        )  # fmt: skip
+
+    def adapter_dtype(self, base: torch.dtype) -> torch.dtype:
+        """The dtype of adapters, keys and router on weights of the floating-point dtype `base`."""
+        return torch.promote_types(base, torch.float32) if self.autocast_adapter_dtype else base
+
+
+def require(holds: bool, name: str, got: object, expected: str) -> None:
+    """Raises ValueError unless a field of a config holds."""
+    if not holds:
+        raise ValueError(f"{name}: got {got!r}, expected {expected}")

@@ -1,0 +1,165 @@
+"""The files of a method that has no layout of its own: `<attribute>_config.json` and its tensors.
+
+SAPT and its relatives have one, for PEFT's sake (`storage.tasks`). Methods may share a folder: each
+has its own two files.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sapt_fast.files.directories import replace_directory
+from sapt_fast.files.reading import read_json
+from sapt_fast.pools.sharding import whole
+from sapt_fast.sites.find import layer_features
+from sapt_fast.storage.base_model import describe_base, require_base, require_model_type
+from sapt_fast.storage.description import FORMAT_VERSION, require_digest, write_sealed, writes
+from sapt_fast.storage.prompt import outer_layers
+from sapt_fast.storage.tensors import StoredFiles, require_finite, write_tensors
+from sapt_fast.version import __version__
+
+__all__ = ["StoredMethod", "config_file", "methods_in", "read_method", "write_method"]
+
+_SUFFIX = "_config.json"
+_FIELDS = frozenset(
+    {
+        *("format_version", "sapt_fast_version", "method", "config", "values"),
+        *("base_model", "files", "digest"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class StoredMethod:
+    """What a folder holds of one method, checked by itself and not yet in a model."""
+
+    source: Path
+    method: str
+    config: Mapping[str, Any]
+    values: Mapping[str, Any]
+    base_model: Mapping[str, Any]
+    tensors: dict[str, Tensor]
+
+    def require_model(self, model: Any) -> None:
+        """Raises ValueError unless this is the base model that the method was saved with."""
+        require_model_type(model, self.base_model, self.source)
+        require_base(model, _layers(model), self.base_model, self.source)
+
+
+def config_file(attribute: str) -> str:
+    """The name of the file that describes the method at `model.<attribute>`."""
+    return f"{attribute}{_SUFFIX}"
+
+
+def write_method(
+    handle: Any,
+    directory: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    values: Mapping[str, Any],
+    is_main_process: bool | None,
+) -> None:
+    """Writes a method's tensors and settings; the folder is replaced as a whole.
+
+    Args:
+        handle: of the method.
+        directory: the two files of an earlier call are replaced, all others stay.
+        tensors: by name; gathered where they are sharded.
+        values: that JSON can express.
+        is_main_process: as in `Handle.save_pretrained`.
+    """
+    model = handle._model
+    held = {name: whole(tensor) for name, tensor in tensors.items()}
+    description = {
+        "format_version": FORMAT_VERSION,
+        "sapt_fast_version": __version__,
+        "method": handle.method,
+        "config": handle.config.to_dict(),
+        "values": dict(values),
+        "base_model": describe_base(model, _layers(model)),
+    }
+    if not writes(model, is_main_process):
+        return
+    names = [config_file(handle.attribute), _tensor_file(handle.attribute)]
+    with replace_directory(directory, lambda folder: _written(folder, names)) as folder:
+        write_tensors(folder / names[1], held)
+        write_sealed(folder, names[0], description)
+
+
+def methods_in(folder: Path) -> dict[str, str]:
+    """The methods that have their two files in a folder, by the attribute that each is stored for.
+
+    Raises:
+        ValueError: if a file that sapt_fast wrote names none.
+    """
+    found = {}
+    for path in sorted(folder.glob(f"*{_SUFFIX}")):
+        attribute = path.name.removesuffix(_SUFFIX)
+        if attribute in ("sapt", "adapter", "generation"):
+            continue
+        try:
+            description = read_json(path)
+        except ValueError:
+            continue  # of another library, or damaged beyond knowing
+        if isinstance(description, dict) and "sapt_fast_version" in description:
+            if not isinstance(description.get("method"), str):
+                raise ValueError(
+                    f"{path}: method is {description.get('method')!r}, expected a name"
+                )
+            found[attribute] = description["method"]
+    return found
+
+
+def read_method(folder: Path, attribute: str) -> StoredMethod:
+    """What a folder holds of one method.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if one is damaged, or of a version that is not known.
+    """
+    files, name = StoredFiles(folder), config_file(attribute)
+    files.take(name)
+    files.take(_tensor_file(attribute))
+    description, source = files.json(name), folder / name
+    version = description.get("format_version") if isinstance(description, dict) else None
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise ValueError(
+            f"{source}: format_version is {str(version)[:40]}, expected {FORMAT_VERSION}"
+        )
+    if set(description) != _FIELDS:
+        raise ValueError(f"{source}: fields {sorted(description)}, expected {sorted(_FIELDS)}")
+    require_digest(description, files, [_tensor_file(attribute)], source)
+    tensors, _ = files.tensors(_tensor_file(attribute))
+    require_finite(folder / _tensor_file(attribute), tensors)
+    return StoredMethod(
+        source,
+        description["method"],
+        description["config"],
+        description["values"],
+        description["base_model"],
+        tensors,
+    )
+
+
+def _tensor_file(attribute: str) -> str:
+    return f"{attribute}.safetensors"
+
+
+def _layers(model: Any) -> dict[str, tuple[int, int]]:
+    """By which one base model is told from another."""
+    return {path: layer_features(model.get_submodule(path)) for path in outer_layers(model)}
+
+
+def _written(folder: Path, names: list[str]) -> list[str]:
+    """The files of this folder that `write_method` wrote."""
+    try:
+        description = read_json(folder / names[0])
+    except (FileNotFoundError, ValueError):
+        return []
+    ours = isinstance(description, dict) and "sapt_fast_version" in description
+    return names if ours else []

@@ -12,7 +12,7 @@ from sapt_fast.methods.base import Handle, MethodConfig, handles
 from sapt_fast.methods.registry import handle_type
 from sapt_fast.pools.own import is_inside, own_paths
 from sapt_fast.routing.hooks import require_unrouted
-from sapt_fast.sites.find import require_placement
+from sapt_fast.sites.find import linear_names, require_placement
 from sapt_fast.sites.report import PatchReport
 
 logger = logging.getLogger(__name__)
@@ -172,7 +172,7 @@ def _put_on(model: Any, kind: type[Handle], config: Any, strict: bool) -> None:
     require_placement(model)
     report = kind.sites(model, config)
     _refuse_clash(kind, report, others)
-    _require_all(report, strict)
+    _require_all(model, report, strict)
     method = kind(model, config, report)
     _refuse_second_routing(method, others)
     attached: list[str] = []
@@ -181,7 +181,7 @@ def _put_on(model: Any, kind: type[Handle], config: Any, strict: bool) -> None:
         for path in list(report.patched):
             method.attach(path)
             attached.append(path)
-        _require_all(method.report, strict)
+        _require_all(model, method.report, strict)
         if kind.freezes and not others:
             own = own_paths(model)
             for name, parameter in model.named_parameters():
@@ -226,9 +226,12 @@ def _take_off(model: Any, leaving: Handle) -> None:
         one.install()
 
 
-def _require_all(report: PatchReport, strict: bool) -> None:
+def _require_all(model: nn.Module, report: PatchReport, strict: bool) -> None:
     if strict and (report.skipped or report.unmatched):
-        raise ValueError(f"strict: not everything can be patched. {report}")
+        raise ValueError(
+            f"strict: not everything can be patched. {report}. Its linear layers are named: "
+            f"{linear_names(model)}"
+        )
 
 
 def _refuse_clash(kind: type[Handle], report: PatchReport, others: list[Handle]) -> None:

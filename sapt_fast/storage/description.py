@@ -58,6 +58,11 @@ _OPTIONAL_FIELDS: frozenset[str] = frozenset()
 _OPTIONAL_TASK_FIELDS: frozenset[str] = frozenset()
 # Strategies whose adapters earlier versions stored as those of SAPT, whose router they do not use.
 _NOT_ROUTED = ("epi", "l2p", "olora", "progprompt")
+# Those whose adapters its router does weigh.
+_ROUTED = (
+    *("sapt", "sapt_prompt", "seqlora", "joint", "replay", "generative_replay"),
+    *("ewc", "lwf", "lfpt5", "single"),
+)
 
 _warned: set[str] = set()
 
@@ -232,6 +237,12 @@ def require_own_strategy(description: Mapping[str, Any], folder: Path) -> None:
     if method_of(description) not in ("sapt", "sapt_prompt"):
         return
     strategy = strategy_of(description, folder)
+    if strategy is not None and strategy not in _ROUTED + _NOT_ROUTED:
+        raise ValueError(
+            f"{folder}: strategy is {strategy!r}, which this version of sapt_fast does not have "
+            f"(it has {', '.join(sorted(_ROUTED + _NOT_ROUTED))}); load it with the version that "
+            "wrote it, or upgrade"
+        )
     if strategy in _NOT_ROUTED:
         raise ValueError(
             f"{folder}: holds the adapters of a continual run with strategy {strategy!r}, which "

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from sapt_fast import SaptConfig
-from sapt_fast.methods.sapt import _FIELDS, SaptRouter
+from sapt_fast.methods.sapt import SaptRouter
+from sapt_fast.methods.task_config import _FIELDS
 
 
 @pytest.mark.parametrize(

@@ -370,7 +370,7 @@ def test_a_given_optimizer_follows_to_the_new_task():
 def test_an_optimizer_of_something_else_is_refused_before_anything_changes():
     model = patched("llama", tasks=1)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
-    with pytest.raises(ValueError, match="optimizer: holds none"):
+    with pytest.raises(ValueError, match="optimizer: contains none"):
         model.sapt.add_task("next", optimizer=optimizer)
     assert model.sapt.tasks == ["task0"]
     assert {len(p) for p in model.sapt.pools.values()} == {1}

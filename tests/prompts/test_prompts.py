@@ -483,7 +483,7 @@ def test_an_optimizer_follows_to_the_new_task():
     step()
     assert torch.equal(model.sapt.prompts.prompt(0), first)
     assert not torch.equal(model.sapt.prompts.prompt(1), second)
-    with pytest.raises(ValueError, match="optimizer: holds none"):
+    with pytest.raises(ValueError, match="optimizer: contains none"):
         model.sapt.add_task("third", torch.optim.SGD([nn.Parameter(torch.zeros(1))]))
     assert len(model.sapt.prompts) == 2
 

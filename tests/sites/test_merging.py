@@ -185,7 +185,7 @@ def test_adapters_that_would_act_while_merged():
 def test_prompts_cannot_be_merged():
     model = sapt_fast.patch(tiny("t5"), sapt_fast.SaptConfig(adapter="prompt"))
     model.sapt.add_task("only")
-    with pytest.raises(ValueError, match="prompts are inputs"):
+    with pytest.raises(ValueError, match="not available for prompts"):
         model.sapt.merge(torch.ones(1))
 
 

@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import patched, run, tiny, token_ids
 
 import sapt_fast
+from sapt_fast.continual.strategies import STRATEGIES
 from sapt_fast.files.names import require_folder_name
+from sapt_fast.storage import description
 from sapt_fast.storage.task_saving import renew_digests
 
 CONFIG, ROUTER = "sapt_config.json", "router.safetensors"
@@ -374,14 +376,9 @@ class TestStrategies:
             original[0].sapt.strategy = None
         refused(saved, "strategy is 'of tomorrow', which this version")
 
-    def test_such_a_model_is_not_routed_either(self, original):
-        original[0].sapt.strategy = "olora"
-        try:
-            with pytest.raises(ValueError, match="strategy 'olora'"):
-                run(original[0], token_ids())
-            run(original[0], token_ids(), mixture=torch.ones(2))
-        finally:
-            original[0].sapt.strategy = None
+    def test_all_strategies_are_known(self):
+        known = (*description._ROUTED, *description._NOT_ROUTED)
+        assert sorted(known) == sorted(STRATEGIES)
 
 
 class TestFullDisk:

@@ -21,7 +21,11 @@ from transformers import Trainer, TrainingArguments
 import sapt_fast
 from sapt_fast.continual.run.loop import evaluate_run, run_continual
 from sapt_fast.demo.tasks import CharTokenizer
-from sapt_fast.storage.pretrained_files import is_ours
+
+
+def is_ours(name):
+    """Whether a key of a state_dict is of the adapters or the router."""
+    return ".sapt_pool." in name or name.startswith("sapt.") or ".sapt." in name
 
 
 def base_keys(folder):

@@ -1,0 +1,97 @@
+"""Layers whose output a method adds to, replaces or scales."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from sapt_fast.pools.own import Own, is_inside, own_paths
+from sapt_fast.sites.report import PatchReport
+
+__all__ = ["AtOutput", "attach_output", "detach_output", "find_outputs"]
+
+
+class AtOutput(Own, nn.Module):
+    """What a method has at one layer: a module that is given the layer's output."""
+
+    def at_output(self, output: Tensor, args: tuple[Any, ...]) -> Tensor:
+        """What takes the place of the output.
+
+        Args:
+            output: of the layer, [..., O].
+            args: the positional arguments that the layer was called with.
+        """
+        raise NotImplementedError
+
+
+def find_outputs(model: nn.Module, names: Sequence[str] | str) -> PatchReport:
+    """The modules whose outputs a method can change.
+
+    Args:
+        model: not changed.
+        names: last parts of paths, or one regular expression for the whole path.
+
+    Raises:
+        ValueError: if nothing matches, or names is no regular expression.
+    """
+    report, own = PatchReport(), own_paths(model)
+    paths = [path for path, _ in model.named_modules() if path and not is_inside(path, own)]
+    if isinstance(names, str):
+        try:
+            report.patched = [path for path in paths if re.fullmatch(names, path)]
+        except re.error as error:
+            raise ValueError(
+                f"target_modules: {names!r} is no regular expression: {error}"
+            ) from None
+    else:
+        for name in names:
+            found = [path for path in paths if path == name or path.endswith(f".{name}")]
+            report.patched += [path for path in found if path not in report.patched]
+            if not found:
+                report.unmatched.append(name)
+    if not report.patched:
+        raise ValueError(f"target_modules: {names!r} matches no module of {type(model).__name__}")
+    return report
+
+
+def attach_output(model: nn.Module, path: str, slot: str, module: AtOutput) -> None:
+    """Puts `module` at a layer, as its child `slot`: it is given the layer's output from now on.
+
+    Raises:
+        ValueError: if the layer has a child or attribute of that name.
+    """
+    layer = model.get_submodule(path)
+    if hasattr(layer, slot):
+        raise ValueError(f"{path}: has {slot} already, expected a layer without it")
+    layer.add_module(slot, module)
+    layer.register_forward_hook(_Hook(slot))
+
+
+def detach_output(model: nn.Module, path: str, slot: str) -> None:
+    """Undoes `attach_output`."""
+    layer = model.get_submodule(path)
+    for key, hook in list(layer._forward_hooks.items()):
+        if isinstance(hook, _Hook) and hook.slot == slot:
+            del layer._forward_hooks[key]
+    delattr(layer, slot)
+
+
+class _Hook:
+    """Finds the module by its name, so that a copied layer asks its own copy."""
+
+    def __init__(self, slot: str) -> None:
+        self.slot = slot
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        module: Any = layer._modules[self.slot]
+        if isinstance(output, Tensor):
+            return module.at_output(output, args)
+        if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
+            return (module.at_output(output[0], args), *output[1:])
+        raise RuntimeError(
+            f"{type(layer).__name__}: got an output of type {type(output).__name__}, expected a "
+            "tensor, or a tuple that begins with one"
+        )

@@ -26,7 +26,7 @@ class Forward:
         per_row: the same with one row for each of the B rows of its input.
         segments: the texts of packed rows, if the weights are those of each text; or None.
         waiting: outputs of layers that were computed together with another layer.
-        inserted: whether a prompt stands before its tokens and has to be removed again.
+        inserted: whether a prompt was inserted before its tokens and has to be removed again.
     """
 
     def __init__(
@@ -45,8 +45,9 @@ class Forward:
     def interrupted(self) -> bool:
         """Whether its frame is gone from the stack although no hook has ended it.
 
-        torch calls no hook after a KeyboardInterrupt, and a try block would need a `forward` of
-        ours in the model, which accelerate and others wrap, so that it could not be removed.
+        torch calls no hook after a KeyboardInterrupt, and a try block would have to be in a
+        replacement of the model's `forward`, which accelerate wraps, so that it could not be
+        removed again.
         """
         frame = None if self.frame is None else sys._getframe()
         while frame is not None and frame is not self.frame:

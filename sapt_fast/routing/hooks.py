@@ -16,7 +16,7 @@ from sapt_fast.routing.packing import Segments, find_segments
 from sapt_fast.routing.recompute import Recomputation
 from sapt_fast.routing.router_call import RouterCall
 from sapt_fast.routing.running import Running
-from sapt_fast.routing.stand_in import StandIn, positional_names, remove_all
+from sapt_fast.routing.stand_in import StandIn, positional_names
 
 # Arguments of a patched model's forward that the model itself does not see. A decoder-only model's
 # `routing_labels` [B, T] tell the router what is prompt, as labels would.
@@ -92,11 +92,18 @@ class Routing(Running):
         Raises:
             ValueError: if another library has replaced a stand-in; nothing has changed then.
         """
-        remove_all(self._stand_ins)
+        self.require_removable()
+        for stand_in in self._stand_ins:
+            stand_in.remove()
         for hook in self._hooks:
             hook.remove()
         self.recomputation.remove()
         self._hooks, self._stand_ins = [], []
+
+    def require_removable(self) -> None:
+        """Raises ValueError if another library has replaced a stand-in."""
+        for stand_in in self._stand_ins:
+            stand_in.above()
 
     def _hook(
         self, module: nn.Module, enter: Callable[..., Any], leave: Callable[..., None]

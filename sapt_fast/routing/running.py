@@ -40,7 +40,8 @@ def _thread_state() -> threading.local:
     the router's. generating: whether the model's `generate` runs. weights, segments: of the
     forward that ended last.
     """
-    state = threading.local()  # no subclass: torch.compile would not see what a hook sets
+    # Not a subclass, in which a compiled step of `generate` did not find the forward.
+    state = threading.local()
     # Present from the start: a compiled forward is compiled again when an attribute appears.
     state.forward = state.pinned = state.segments = None
     state.generating = False
@@ -56,8 +57,8 @@ class Running:
 
     Attributes:
         merged: the mixture that the base weights contain, so that nothing is routed; or None.
-        pools: of the layers. A forward that is not compiled calls their `realign` before layers
-            that may be.
+        pools: those of the layers. A forward calls their `realign` before its layers run, because
+            layers may be compiled even if the forward is not.
     """
 
     def __init__(self, active: Callable[[], bool], count: Callable[[], int]) -> None:

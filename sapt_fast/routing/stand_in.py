@@ -1,7 +1,7 @@
 """Methods that stand in for a model's own: they take what the own takes, by the same names."""
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from transformers import GenerationMixin
@@ -83,15 +83,6 @@ class StandIn:
             vars(self._model)[self._of] = self.before
         else:
             del vars(self._model)[self._of]
-
-
-def remove_all(stand_ins: Iterable[StandIn]) -> None:
-    """Removes each, or none of them if one raises ValueError."""
-    stand_ins = list(stand_ins)
-    for stand_in in stand_ins:
-        stand_in.above()
-    for stand_in in stand_ins:
-        stand_in.remove()
 
 
 def positional_names(function: Callable[..., Any]) -> tuple[str, ...]:

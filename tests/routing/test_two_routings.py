@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
-from tiny_models import checkpointed, tiny, token_ids
+from tiny_models import checkpointed, patched, tiny, token_ids
+from tiny_peft import peft_model
 from transformers import PreTrainedModel
 
+import sapt_fast
 from sapt_fast.routing.hooks import Routing, require_unrouted
 
 
@@ -93,6 +95,30 @@ def test_a_stand_in_that_was_replaced_since_is_not_lost():
     model.generate = ours
     routing.remove()
     assert state(model) == before
+
+
+@pytest.mark.parametrize("leave", ["unpatch", "unpatch_peft", "unload", "merge_and_unload"])
+def test_unpatch_changes_nothing_if_a_stand_in_was_replaced(leave):
+    if leave == "unpatch":
+        model = inner = patched("llama")
+    else:
+        model = sapt_fast.patch(peft_model())
+        inner = model.get_base_model()
+    weights = torch.full((3, model.sapt.routing.count()), 0.3)
+
+    def logits():
+        with torch.no_grad():
+            return model(input_ids=token_ids(), mixture=weights).logits
+
+    expected, ours = logits(), inner.generate
+    inner.generate = lambda *args, **kwargs: ours(*args, **kwargs)
+    call = getattr(model, leave) if leave.endswith("unload") else lambda: sapt_fast.unpatch(model)
+    with pytest.raises(ValueError, match=r"generate: .* was replaced by"):
+        call()
+    assert torch.equal(logits(), expected)
+    inner.generate = ours
+    call()
+    assert "generate" not in vars(inner)
 
 
 def test_a_copy_is_removed_on_its_own():

@@ -97,8 +97,12 @@ class L2pHandle(PromptHandle):
         self.prompt_keys = nn.Parameter(keys, requires_grad=False)
         picked = torch.zeros(config.prompts, dtype=torch.int64, device=self._device)
         self.register_buffer("picked", picked, persistent=False)  # `state` has it
-        pool = ConcatenatedPrompts(self.prompts.rows, config.length, lambda: config.top)
-        self.routing = _Picks(model, self.signal, self._has_tasks, lambda: config.top, pool)
+        pool = ConcatenatedPrompts(self.prompts.rows, config.length, self._top)
+        self.routing = _Picks(model, self.signal, self._has_tasks, self._top, pool)
+
+    def _top(self) -> int:
+        top: int = self.config.top
+        return top
 
     def grow(self, name: str, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Makes the pool for the first task; later tasks train the same one."""

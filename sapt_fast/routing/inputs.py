@@ -1,30 +1,32 @@
-"""What a forward was given: how many rows its layers will see, and what a router can read of it."""
+"""The inputs of a forward: how many rows its layers will see, and what a router can read."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-_TOKENS = {"input_ids": 0, "inputs_embeds": 1}  # and their dimensions after the tokens'
+_TOKENS = {"input_ids": 0, "inputs_embeds": 1}  # dimensions after that of the tokens
 _OTHERS = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
 _PER_TOKEN = ("attention_mask", "position_ids", "labels")
 
 
 def row_counts(module: nn.Module, inputs: Mapping[str, Any]) -> tuple[int, int] | None:
-    """(samples, rows) of a forward; None if its inputs do not say.
+    """Counts the samples and the rows of a forward.
 
-    They differ where every sample has several choices, [B, C, T], which the model lays one below
-    the other.
+    They differ if every sample has several choices, [B, C, T], which the model flattens to rows.
 
     Args:
-        module: whose forward it is.
+        module: the module whose forward it is.
         inputs: its arguments by name.
+
+    Returns:
+        (samples, rows), or None if the inputs do not tell.
     """
     for name, after in _TOKENS.items():
         value = inputs.get(name)
         if value is not None:
             if not isinstance(value, Tensor) or value.dim() < 2 + after:
-                return None  # the model has a word for that
+                return None  # the model raises an error of its own
             rows = value.shape[0]
             return rows, rows * (value.shape[1] if _has_choices(module, value, after) else 1)
     main: str = getattr(module, "main_input_name", "")  # pixel_values, input_features, ...
@@ -37,11 +39,15 @@ def row_counts(module: nn.Module, inputs: Mapping[str, Any]) -> tuple[int, int] 
 
 
 def for_router(module: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The inputs with a row for each choice; they themselves where samples have no choices.
+    """Returns the inputs with one row per choice; unchanged if samples have no choices.
+
+    Args:
+        module: the module whose forward it is.
+        inputs: its arguments by name.
 
     Raises:
-        ValueError: input_ids or inputs_embeds has other dimensions than [B, T] and [B, C, T]
-            (with D behind, for embeddings).
+        ValueError: if input_ids are not [B, T] or [B, C, T], or inputs_embeds not [B, T, D] or
+            [B, C, T, D].
     """
     for name, after in _TOKENS.items():
         value = inputs.get(name)
@@ -67,7 +73,7 @@ def for_router(module: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any
 
 
 def unreadable(module: nn.Module, inputs: Mapping[str, Any]) -> str:
-    """What to say of a forward without input_ids and inputs_embeds, which routers read."""
+    """The error message for a forward without input_ids and inputs_embeds, which routers read."""
     given = [name for name, value in inputs.items() if isinstance(value, Tensor)]
     return (
         f"input_ids: got None and no inputs_embeds, which the router reads ({type(module).__name__}"

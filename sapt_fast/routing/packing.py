@@ -23,10 +23,10 @@ _INSTEAD = (
 
 
 class Segments:
-    """Where the S texts of packed rows [B, T] are.
+    """The places of the S texts of packed rows [B, T].
 
     Args:
-        starts: the first token of each text, counted over all rows; ascending.
+        starts: the index of the first token of each text, counted over all rows; ascending.
         shape: (B, T).
     """
 
@@ -56,7 +56,7 @@ class Segments:
             inputs: the arguments of a forward that have a value for every token of [B, T].
 
         Raises:
-            RuntimeError: route returns weights for other texts or tokens.
+            RuntimeError: if route returns weights for another number of texts or tokens.
         """
         places, parts = [], []
         for _, tokens, batch in self._batches(inputs):
@@ -73,7 +73,7 @@ class Segments:
         return _in_order(parts, places).view(*self.shape, -1)
 
     def rows(self, function: Callable[..., Tensor], inputs: Mapping[str, Any]) -> Tensor:
-        """[S, D], for every text the row that `function` returns for it; arguments as `weights`."""
+        """Returns [S, D], for every text the row that `function` returns; inputs as `weights`."""
         places, parts = [], []
         for texts, tokens, batch in self._batches(inputs):
             places.append(torch.tensor(texts, device=tokens.device))
@@ -83,7 +83,7 @@ class Segments:
     def _batches(
         self, inputs: Mapping[str, Any]
     ) -> Iterator[tuple[list[int], Tensor, dict[str, Tensor | None]]]:
-        """Texts of one length after the other: which, where their tokens are [n, L], the inputs."""
+        """Yields, for each length L, which n texts have it, their tokens [n, L] and the inputs."""
         flat: dict[str, Tensor | None] = dict.fromkeys(_PER_TOKEN)
         for name in _PER_TOKEN:
             value = inputs.get(name)
@@ -100,18 +100,18 @@ class Segments:
 
 
 def find_segments(inputs: Mapping[str, Any], causal: Callable[[], bool]) -> Segments | None:
-    """The texts of packed rows; None where each row is one.
+    """Finds the texts of packed rows; None if each row is one text.
 
-    A row without a mask is packed where transformers takes it to be: a text ends where the next
-    position is not one more. `cu_seq_lens_q` (or `_k`) and `seq_idx` say the same in other words.
+    A row without a mask is packed if transformers treats it so: a text ends where the next position
+    is not one more. `cu_seq_lens_q` (or `_k`) and `seq_idx` are other ways to give these ends.
 
     Args:
         inputs: the arguments of a forward, by name, with input_ids [B, T] or inputs_embeds.
-        causal: whether the model is decoder-only. Others are not known to keep texts apart.
+        causal: whether the model is decoder-only. Others may not keep the texts of a row apart.
 
     Raises:
-        RuntimeError: the inputs do not agree on where texts end, the texts do not all begin at
-            one position, or it cannot be told.
+        RuntimeError: if the inputs disagree on where texts end, the texts do not all begin at the
+            same position, or the inputs do not tell whether rows are packed.
     """
     source = inputs.get("input_ids")
     source = inputs.get("inputs_embeds") if source is None else source
@@ -125,8 +125,8 @@ def find_segments(inputs: Mapping[str, Any], causal: Callable[[], bool]) -> Segm
         return None
     if _is_traced(source):
         raise RuntimeError(
-            "position_ids: whether they restart, as those of packed texts do, cannot be looked at "
-            "in a compiled or captured forward: leave position_ids (and cu_seq_lens_q, seq_idx) "
+            "position_ids: whether they restart, as those of packed texts do, cannot be read in a "
+            "compiled or captured forward: leave position_ids (and cu_seq_lens_q, seq_idx) "
             f"out if each row is one text, {_INSTEAD}, as an uncompiled "
             "model.sapt.route(..., position_ids=...) returns them"
         )
@@ -147,8 +147,8 @@ def find_segments(inputs: Mapping[str, Any], causal: Callable[[], bool]) -> Segm
         if told[other] != told[first]:
             raise RuntimeError(
                 f"{first} and {other}: they put {len(told[first])} and {len(told[other])} texts "
-                f"into {rows} rows of {columns} tokens, or end them in other places; give one of "
-                f"them, {_INSTEAD}"
+                f"into {rows} rows of {columns} tokens, or end them in different places; give one "
+                f"of them, {_INSTEAD}"
             )
     if len(told[first]) == rows:
         return None
@@ -169,14 +169,14 @@ def find_segments(inputs: Mapping[str, Any], causal: Callable[[], bool]) -> Segm
 
 
 def _is_traced(source: Tensor) -> bool:
-    """Whether values cannot be looked at, since a graph is made of what runs."""
+    """Whether values cannot be read, because torch.compile or a CUDA graph records the forward."""
     if torch.compiler.is_compiling():
         return True
     return source.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _two_dimensional(value: Any, rows: int, columns: int) -> Tensor | None:
-    """[B, T] of a value per token; None if it is none, as rotary positions of images are."""
+    """[B, T] of a value per token; None for other shapes, such as rotary positions of images."""
     if not isinstance(value, Tensor):
         return None
     if value.dim() == 3 and value.shape[0] == 4:  # the text's own, then three for images
@@ -188,7 +188,7 @@ def _two_dimensional(value: Any, rows: int, columns: int) -> Tensor | None:
 
 
 def _restarts(positions: Tensor, mask: Any) -> Tensor:
-    """Where a position is not above that of the token before it; padding is passed over."""
+    """Where a position is not above that of the token before it, ignoring padding."""
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < positions.shape[1]:
         return positions[:, 1:] <= positions[:, :-1]
     real = (mask[:, -positions.shape[1] :] != 0).to(positions.device).expand_as(positions)

@@ -1,46 +1,86 @@
-"""Where a mixture of prompts enters a model, and how the rest of the model is told.
+"""Where a mixture of prompts enters a model.
 
 The mixture is written before the input embeddings of the encoder or, in a decoder-only model, of
 the first forward of a text; later forwards find it in the cache. Callers do not see it: masks,
 position ids and labels stay as long as their tokens and are extended here, logits and hidden states
-of a decoder-only model come out as long as its input. What does hold the prompt's positions is the
-encoder's output, the cache, and the keys' side of attention maps.
+of a decoder-only model are as long as its input. Only the encoder's output, the cache, and the
+keys' side of attention maps contain the prompt's positions.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import masking_utils
 
-from sapt_fast.routing.hooks import Routing, is_filled
-from sapt_fast.routing.packing import find_segments
-from sapt_fast.routing.stand_in import generation_arguments, positional_names
+from sapt_fast.routing.forward import Forward
+from sapt_fast.routing.hooks import Routing
+from sapt_fast.routing.stand_in import positional_names
+from sapt_fast.sites.prompt_generation import PromptGeneration
+from sapt_fast.sites.prompt_inputs import (
+    DECODER_INPUTS,
+    extended_mask,
+    moved_positions,
+    refuse_packed,
+    require_room,
+    without_prompt,
+)
 
-_ENCODER = {"input_ids", "inputs_embeds", "attention_mask"}
-_DECODER = {*_ENCODER, "position_ids", "past_key_values"}
-_KNOWN = {*_DECODER, "encoder_hidden_states", "encoder_attention_mask"}
+_ENCODER_INPUTS = {"input_ids", "inputs_embeds", "attention_mask"}
 _OTHER_INPUTS = {"pixel_values", "input_features", "global_attention_mask"}
 _OUTPUTS = ("last_hidden_state", "hidden_states", "attentions", "cross_attentions")
+
+
+class Prompts(Protocol):
+    """What is written before the input embeddings: `PromptPool`, or `ConcatenatedPrompts`."""
+
+    @property
+    def length(self) -> int:
+        """How many rows are written before an input."""
+
+    def realign(self) -> None:
+        """Puts rows back in place whose parameters were moved."""
+
+    def __call__(
+        self,
+        mixture: Tensor,
+        embedding: nn.Module,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None = None,
+        /,
+    ) -> Tensor:
+        """[B, length + T, D]; mixture is what the router returned, with a row per sample."""
 
 
 class PromptRouting(Routing):
     """`Routing` of a model whose tasks have prompts, which it mixes and inserts.
 
     Args:
-        model, route, active, count: as in `Routing`.
-        pool: the prompts: `PromptPool`, or `ConcatenatedPrompts` by places in place of weights.
+        model: the transformers model (inside any wrapper).
+        route: computes weights, as in `Routing`.
+        active: whether there is anything to mix, as in `Routing`.
+        count: K, as in `Routing`.
+        pool: the prompts.
     """
 
-    def __init__(self, model: Any, route: Any, active: Any, count: Any, pool: Any) -> None:
+    generation: PromptGeneration
+
+    def __init__(
+        self,
+        model: Any,
+        route: Callable[..., Tensor],
+        active: Callable[[], bool],
+        count: Callable[[], int],
+        pool: Prompts,
+    ) -> None:
         super().__init__(model, route, active, count)
+        self.generation = PromptGeneration(model, self, self.router, self._length)
         self.pool = pool
         self.pools.append(pool)
 
     def checked(self, weights: Tensor) -> Tensor:
-        """As `Routing.checked`, without weights per token."""
+        """As `Running.checked`, without weights per token."""
         weights = super().checked(weights)
         if weights.dim() == 3:
             raise ValueError(
@@ -50,113 +90,101 @@ class PromptRouting(Routing):
         return weights
 
     def install(self) -> None:
-        """Adds the hooks; `remove` takes them away again."""
+        """Adds the hooks and stand-ins; `remove` takes them away again."""
         super().install()
         place: Any = prompt_place(self.model)
         self._argument_names[type(place)] = positional_names(place.forward)
         self._hooks.append(place.register_forward_pre_hook(self._insert, with_kwargs=True))
-        if self._is_encoder_decoder:
+        if self.router.is_encoder_decoder:
             decoder = self.model.get_decoder()
             self._argument_names[type(decoder)] = positional_names(decoder.forward)
             hook = decoder.register_forward_pre_hook(self._extend_cross_mask, with_kwargs=True)
             self._hooks.append(hook)
-            return
-        # Before Routing's own hook, which ends the forward.
-        self._hooks.append(place.register_forward_hook(self._strip, prepend=True))
-        if hasattr(self.model, "generate"):
-            self._replace("_prefill", self._prefill)
-            self._replace("_prepare_static_cache", self._prepare_static_cache)
-            # A function of transformers unless the model has its own.
-            name = "create_masks_for_generate"
-            own = getattr(self.model, name, masking_utils.create_masks_for_generate)
-            self._own_masks: Callable[..., Any] = own
-            self._replace(name, self._create_masks)
+        else:  # before Routing's own hook, which ends the forward
+            self._hooks.append(place.register_forward_hook(self._strip, prepend=True))
 
-    # --- which weights ---
+    def _length(self) -> int:
+        return self.pool.length
 
-    def _chosen(self, inputs: dict[str, Any], given: Tensor | None) -> Tensor | None:
-        """As in `Routing`, except that a prompt which is in already stays the one that counts."""
+    def _chosen(
+        self, forward: Forward, inputs: dict[str, Any], given: Tensor | None
+    ) -> Tensor | None:
+        """As `Routing._chosen`, except that a prompt which has been inserted overrides all else."""
         held, cache = inputs.get("encoder_outputs"), inputs.get("past_key_values")
-        if self._is_encoder_decoder and held is not None:
-            weights = self._from_encoder_outputs(held)
-        elif not self._is_encoder_decoder and self._holds_prompt(cache):
-            held, weights = cache, self._from_cache(cache)
+        encodes = self.router.is_encoder_decoder
+        if encodes and held is not None:
+            weights = self.generation.from_encoder_outputs(held)
+        elif not encodes and self.generation.holds_prompt(cache):
+            held, weights = cache, self.generation.from_cache(cache)
         else:
-            return super()._chosen(inputs, given)
+            return super()._chosen(forward, inputs, given)
         if given is not None and weights is not None:
             raise ValueError(
-                f"mixture: got weights with a {type(held).__name__} that holds a prompt already; "
-                "give them to the forward that makes it"
+                f"mixture: got weights and a {type(held).__name__} that contains a prompt, "
+                "expected one of them: give the weights to the forward that inserts the prompt"
             )
         return weights
-
-    def _holds_prompt(self, cache: Any) -> bool:
-        """Whether a decoder-only model's cache has the prompt of its text."""
-        if cache is None or not self.active():
-            return False
-        ours = getattr(cache, "routing_weights", None) is not None
-        # To look into a static cache waits for the GPU, and breaks a graph.
-        if torch.compiler.is_compiling() or (ours and self.is_generating):
-            return ours
-        return is_filled(cache)
 
     # --- before and after the module that takes the embeddings ---
 
     def _insert(
         self, module: Any, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
-        forward = self._forward
+        forward = self.forward
         if forward is None or not self.active():
             return None
         inputs = self._named(module, args, kwargs)
         ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
         source = ids if embeds is None else embeds
         if source is None or (ids is not None and embeds is not None):
-            return None  # the model has a word for that
-        mask, tokens = inputs.get("attention_mask"), source.shape[1]
-        causal = not self._is_encoder_decoder
-        if causal and self._holds_prompt(inputs.get("past_key_values")):
-            # One that is no [B, T] comes from _create_masks.
-            if isinstance(mask, Tensor) and mask.dim() == 2:
-                mask = self._extended(mask)
-            positions = self._positions(inputs.get("position_ids"), mask, tokens)
-            return (), {**inputs, "attention_mask": mask, "position_ids": positions}
+            return None  # the model raises an error of its own
+        causal, cache = not self.router.is_encoder_decoder, inputs.get("past_key_values")
+        if causal and self.generation.holds_prompt(cache):
+            return (), self._behind_prompt(inputs, source.shape[1])
         if not self.is_generating:  # which has looked at what it was given
-            self._refuse_packed(inputs)
-        self._require_room(inputs, tokens)
+            refuse_packed(inputs, self.router.is_causal)
+        config = self.model.config.get_text_config()
+        require_room(inputs, source.shape[1], self.pool.length, config)
         weights: Any = forward.per_row
         mixed = self.pool(weights, module.get_input_embeddings(), ids, embeds)
-        mask = None if mask is None else self._extended(mask)
-        inputs = {**inputs, "input_ids": None, "inputs_embeds": mixed, "attention_mask": mask}
+        mask = inputs.get("attention_mask")
+        mask = None if mask is None else extended_mask(mask, self.pool.length)
         if causal:
             forward.inserted = True
-            given = inputs.get("position_ids")
-            positions = self._positions(given, mask, self.pool.length + tokens)
-            if given is not None and positions is not None:
-                first = torch.arange(self.pool.length, device=given.device)
-                positions = torch.cat([first.expand(len(given), -1), positions], 1)
-            inputs["position_ids"] = positions
-        return (), inputs
+            inputs = {**inputs, "position_ids": self._all_positions(inputs, mask, mixed.shape[1])}
+        return (), {**inputs, "input_ids": None, "inputs_embeds": mixed, "attention_mask": mask}
+
+    def _behind_prompt(self, inputs: dict[str, Any], tokens: int) -> dict[str, Any]:
+        """The inputs of a forward whose cache contains the prompt."""
+        mask, length = inputs.get("attention_mask"), self.pool.length
+        # One that is not [B, T] comes from `create_masks_for_generate`.
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            mask = extended_mask(mask, length)
+        positions = moved_positions(inputs.get("position_ids"), mask, tokens, length)
+        return {**inputs, "attention_mask": mask, "position_ids": positions}
+
+    def _all_positions(
+        self, inputs: dict[str, Any], mask: Tensor | None, count: int
+    ) -> Tensor | None:
+        """Positions [B, P + T] of the prompt and the tokens; None to leave them to the model."""
+        given, length = inputs.get("position_ids"), self.pool.length
+        positions = moved_positions(given, mask, count, length)
+        if given is None or positions is None:
+            return positions
+        first = torch.arange(length, device=given.device)
+        return torch.cat([first.expand(len(given), -1), positions], 1)
 
     def _strip(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        forward = self._forward
+        forward = self.forward
         if forward is None or not forward.inserted:
             return None
         forward.inserted = False
         if isinstance(output, tuple):
-            return tuple(self._without_prompt(value) for value in output)
+            return without_prompt(output, self.pool.length)
         for name in _OUTPUTS:
             if output.get(name) is not None:
-                output[name] = self._without_prompt(output[name])
+                output[name] = without_prompt(output[name], self.pool.length)
         return output
-
-    def _without_prompt(self, value: Any) -> Any:
-        """Hidden states [B, P + T, D] or attention maps [B, H, P + T, S] without the first P."""
-        if isinstance(value, tuple):
-            return tuple(self._without_prompt(inner) for inner in value)
-        if not isinstance(value, Tensor):
-            return value
-        return value[:, self.pool.length :] if value.dim() == 3 else value[:, :, self.pool.length :]
 
     def _extend_cross_mask(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
@@ -167,7 +195,7 @@ class PromptRouting(Routing):
             return None
         if mask.shape[-1] == hidden.shape[1]:
             return None
-        mask = self._extended(mask)
+        mask = extended_mask(mask, self.pool.length)
         if mask.shape[1] != hidden.shape[1]:
             raise ValueError(
                 f"attention_mask: got {mask.shape[1] - self.pool.length} tokens, expected "
@@ -175,136 +203,17 @@ class PromptRouting(Routing):
             )
         return (), {**inputs, "encoder_attention_mask": mask}
 
-    def _extended(self, mask: Any) -> Tensor:
-        """[B, P + T]"""
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
-            got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(
-                f"attention_mask: got {got}, expected [B, T], to which the prompt is added"
-            )
-        return torch.cat([mask.new_ones(mask.shape[0], self.pool.length), mask], 1)
-
-    def _positions(self, given: Tensor | None, mask: Any, count: int) -> Tensor | None:
-        """Positions of the last `count` columns of an extended mask, or the given ones moved on.
-
-        None where neither says that there is padding, which leaves them to the model.
-        """
-        if given is not None:
-            if given.dim() != 2:
-                raise ValueError(
-                    f"position_ids: got shape {tuple(given.shape)}, expected [B, T], to which the "
-                    "prompt is added"
-                )
-            return given + self.pool.length
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
-            return None
-        return (mask.long().cumsum(1) - 1)[:, -count:]
-
-    def _refuse_packed(self, inputs: Mapping[str, Any]) -> None:
-        segments = find_segments(inputs, self._is_causal)
-        if segments is not None:
-            raise RuntimeError(
-                f"position_ids: got {len(segments)} texts in {segments.shape[0]} rows, but a "
-                "prompt can only be written before a whole row, not before each text in it: give "
-                "each text a row of its own, with an attention_mask where it is padded"
-            )
-
-    def _require_room(self, inputs: dict[str, Any], tokens: int) -> None:
-        for name, value in inputs.items():
-            long = isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == tokens
-            if name == "cache_position" or (long and name not in _KNOWN):
-                if value is None:
-                    continue
-                raise ValueError(
-                    f"{name}: got shape {tuple(value.shape)}, expected None: it would have to tell "
-                    "about the prompt, too"
-                )
-        config = self.model.config.get_text_config()
-        limit = getattr(config, "max_position_embeddings", None)
-        rotary = getattr(config, "rope_parameters", None) is not None
-        if limit is not None and not rotary and self.pool.length + tokens > limit:
-            raise ValueError(
-                f"input_ids: got {tokens} tokens, expected at most {limit - self.pool.length}: a "
-                f"prompt of {self.pool.length} stands before them, and the model has {limit} "
-                "positions"
-            )
-
-    # --- methods that stand in for the model's own ---
-
-    def _generate(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._is_encoder_decoder and self.active():
-            named = generation_arguments(self._own("generate"), args, kwargs)
-            if getattr(named.get("generation_config"), "is_assistant", None):
-                raise RuntimeError(
-                    f"this {type(self.model).__name__} mixes prompts and cannot draft for another "
-                    "or, by early exit, for itself: the drafting counts a cache's tokens and finds "
-                    "the prompt's among them; use a model without prompts as assistant_model, or "
-                    "prompt_lookup_num_tokens"
-                )
-            cache = named.get("past_key_values")
-            if not is_filled(cache):
-                self._refuse_packed(self._prompt_of(named))
-                if cache is not None:
-                    cache.routing_weights = None  # of a text before its reset()
-        return super()._generate(*args, **kwargs)
-
-    def _prefill(
-        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any,
-        **kwargs: Any,
-    ) -> Any:  # fmt: skip
-        cache: Any = model_kwargs.get("past_key_values")
-        if self._holds_prompt(cache):
-            # The model's own takes the cache's length for that of the tokens it has seen.
-            if (
-                generation_config.prefill_chunk_size
-                or model_kwargs.get("inputs_embeds") is not None
-            ):
-                raise ValueError(
-                    "past_key_values: got a cache that holds a prompt, expected none with "
-                    "inputs_embeds or prefill_chunk_size"
-                )
-            mask = model_kwargs.get("attention_mask")
-            told = getattr(generation_config, "_mask_length", -1)
-            if input_ids.shape[1] == (told if mask is None else mask.shape[1]):
-                input_ids = input_ids[:, int(cache.get_seq_length()) - self.pool.length :]
-        own = self._own("_prefill")
-        return own(input_ids, generation_config, model_kwargs, *args, **kwargs)
-
-    def _prepare_static_cache(
-        self, cache_implementation: str, batch_size: int, max_cache_len: int, *args: Any,
-        **kwargs: Any,
-    ) -> Any:  # fmt: skip
-        length = max_cache_len + (self.pool.length if self.active() else 0)
-        own = self._own("_prepare_static_cache")
-        return own(cache_implementation, batch_size, length, *args, **kwargs)
-
-    def _create_masks(
-        self,
-        *args: Any,
-        attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        if self.active():
-            if not self._holds_prompt(past_key_values):
-                return attention_mask  # the forward that inserts the prompt makes its own
-            attention_mask = None if attention_mask is None else self._extended(attention_mask)
-        return self._own_masks(
-            *args, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
-        )
-
 
 def prompt_place(model: Any) -> Any:
     """The module of a model whose input embeddings get the prompt.
 
     Raises:
-        ValueError: it has none that takes embeddings, a mask and, in a decoder-only model,
-            positions.
+        ValueError: if no module takes embeddings, a mask and, in a decoder-only model, positions.
     """
     encodes = bool(getattr(model.config, "is_encoder_decoder", False))
     place = model.get_encoder() if encodes else model.base_model
     parameters = set(inspect.signature(place.forward).parameters)
-    missing = sorted((_ENCODER if encodes else _DECODER) - parameters)
+    missing = sorted((_ENCODER_INPUTS if encodes else DECODER_INPUTS) - parameters)
     causal = model.can_generate() or any(
         getattr(module, "is_causal", False) for module in place.modules()
     )

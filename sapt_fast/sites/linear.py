@@ -1,4 +1,4 @@
-"""The layers that a patched model has in place of its own: the same module, another forward."""
+"""The mixed layers of a patched model: the same modules with another class and forward."""
 
 import inspect
 from functools import cache
@@ -11,31 +11,28 @@ from transformers.pytorch_utils import Conv1D
 
 from sapt_fast.devices import is_wrapped_by_accelerate
 from sapt_fast.ops.mixed_lora import mix
+from sapt_fast.pools.lora import AdapterPool
+from sapt_fast.routing.forward import Waiting
+from sapt_fast.routing.running import Running, checked_mixture
 
 if TYPE_CHECKING:
-    from sapt_fast.pools.lora import AdapterPool
-    from sapt_fast.routing.hooks import Routing
-
     _Other = nn.Linear
 else:
     _Other = object
 
 
-# Of each group: its input, that tensor's version, and the outputs not yet asked for.
-Waiting = dict["InputGroup", tuple[Tensor, int | None, dict["MixedLinear", Tensor]]]
-
-
 class Mixed:
-    """What every mixed layer has besides its base class's own attributes.
+    """Attributes that every mixed layer has in addition to those of its base class.
 
     Attributes:
-        sapt_pool: the layer's adapters. sapt_routing: where the running weights are.
-        sapt_dropout: on the adapters' input, in training.
+        sapt_pool: the layer's adapters.
+        sapt_routing: the model's running weights.
+        sapt_dropout: probability of dropping an element of the adapters' input, in training.
         sapt_grad_through_frozen: of `ops.mixed_lora_linear`.
     """
 
-    sapt_pool: "AdapterPool"
-    sapt_routing: "Routing"
+    sapt_pool: AdapterPool
+    sapt_routing: Running
     sapt_dropout: float
     sapt_grad_through_frozen: bool
     training: bool
@@ -58,7 +55,7 @@ class MixedLinear(Mixed, nn.Linear):
     """`nn.Linear` plus the mixture of its pool.
 
     Attributes:
-        sapt_group: the layers that are given the same input, one after the other; or None.
+        sapt_group: the layers that the model calls with the same input; or None.
     """
 
     sapt_group: "InputGroup | None" = None
@@ -71,7 +68,7 @@ class MixedLinear(Mixed, nn.Linear):
 class InputGroup:
     """Layers with one input (queries, keys and values), computed when the first is called.
 
-    The others' results wait in the running forward until they are called with that same tensor.
+    The results of the others wait in the running forward until these are called with that tensor.
 
     Args:
         layers: in the order in which the model calls them.
@@ -99,7 +96,7 @@ class InputGroup:
         waiting[self] = x, _version(x), dict(zip(self.layers[1:], others, strict=True))
         return first
 
-    def _take(self, layer: MixedLinear, x: Tensor, waiting: "Waiting") -> Tensor | None:
+    def _take(self, layer: MixedLinear, x: Tensor, waiting: Waiting) -> Tensor | None:
         if self not in waiting:
             return None
         source, version, outputs = waiting[self]
@@ -130,7 +127,7 @@ def _version(x: Tensor) -> int | None:
 
 
 def _is_whole(layer: MixedLinear, x: Tensor) -> bool:
-    """Whether the weights are here; sharding and offloading bring them when a layer is called."""
+    """Whether the weights are present; sharding and offloading load them when a layer is called."""
     own = [p for p in layer._parameters.values() if p is not None]
     whole = all(type(p) is nn.Parameter and p.device == x.device for p in own)
     return whole and layer.weight.shape == (layer.out_features, layer.in_features)
@@ -150,9 +147,9 @@ class MixedConv1D(Mixed, Conv1D):
 
 
 class MixedOther(Mixed, _Other):
-    """What a layer of another class gains: it is called as it is, and the mixture is added.
+    """Adds the mixture to the output of a layer of any class.
 
-    Of this kind are quantised layers and subclasses of `nn.Linear` and `Conv1D`.
+    Quantised layers and subclasses of `nn.Linear` and `Conv1D` become layers of this kind.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -183,7 +180,7 @@ _MIXED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: MixedLinear, Conv1D
 
 
 def mixed_kind(layer: nn.Module) -> type[nn.Module] | None:
-    """The class that a layer gets when it is patched; None if it is no linear one that we know."""
+    """The class that a layer gets when it is patched; None if it is not a known linear layer."""
     kind: Any = type(layer)
     if kind in _MIXED:
         return _MIXED[kind]
@@ -216,10 +213,10 @@ def base_kind(layer: nn.Module) -> type[Any]:
 
 
 def packed_weight(layer: nn.Module) -> Tensor | None:
-    """What a quantised linear layer of its own class keeps its weight in; None for other layers.
+    """The tensor in which a quantised linear layer stores its weight; None for other layers.
 
-    Known by in_features, out_features and integers (or 8-bit floats) in place of a `weight` in
-    floating point, as the layers of bitsandbytes, GPTQ, AWQ, HQQ, AQLM and EETQ have them.
+    Such a layer has in_features, out_features and integers (or 8-bit floats) instead of a `weight`
+    in floating point. Layers of bitsandbytes, GPTQ, AWQ, HQQ, AQLM and EETQ do.
     """
     if not all(isinstance(getattr(layer, n, None), int) for n in ("in_features", "out_features")):
         return None
@@ -248,7 +245,7 @@ def _unfilled(kind: type) -> nn.Module:
 
 
 def _first_argument(kind: type[Any]) -> str:
-    """How a layer's forward calls its input."""
+    """The name of a forward's first argument."""
     return list(inspect.signature(kind.forward).parameters)[1]
 
 
@@ -256,36 +253,3 @@ def _described(output: object) -> str:
     if isinstance(output, Tensor):
         return f"shape {tuple(output.shape)}"
     return type(output).__name__
-
-
-def checked_mixture(weights: Tensor | None, x: Tensor, count: int, kind: str) -> Tensor:
-    """The weights as [S, count], where S divides the rows of x."""
-    if weights is None:
-        raise RuntimeError(
-            f"no mixture weights for {kind}: call the patched model itself, or run its parts "
-            "inside model.sapt.fixed(weights); to recompute activations, use the model's own "
-            "gradient_checkpointing_enable()"
-        )
-    if weights.shape[-1] != count:
-        raise RuntimeError(
-            f"mixture weights for {weights.shape[-1]} adapters, but this layer has {count}: they "
-            "were computed before the last add_task; run a full forward again"
-        )
-    if weights.device != x.device:
-        weights = weights.to(x.device)
-    if weights.dim() == 2 and weights.shape[0] == 1:
-        return weights
-    samples = weights.shape[:-1]
-    if x.dim() > 2:
-        fits = x.shape[: len(samples)] == samples
-    else:  # samples' tokens one after the other
-        rows, given = x.shape[:-1].numel(), samples.numel()
-        fits = rows == given or (weights.dim() == 2 and given > 0 and rows % given == 0)
-    if not fits:
-        raise RuntimeError(
-            f"{kind}: got an input of shape {tuple(x.shape)} for mixture weights of shape "
-            f"{tuple(weights.shape)}, expected {[*samples, '...']}. A layer whose first dimension "
-            "is not the batch can only mix one weight per adapter for all samples: leave it out of "
-            "target_modules, or use model.sapt.fixed(weights [K])"
-        )
-    return weights.reshape(-1, count)

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from sapt_fast.devices import is_offloaded
 from sapt_fast.pools.own import Own, is_inside, own_paths
 from sapt_fast.pools.sharding import is_sharded
-from sapt_fast.routing.hooks import Routing
+from sapt_fast.routing.running import Running
 from sapt_fast.sites.linear import Mixed
 
 
@@ -47,11 +47,11 @@ class TaskModules(nn.Module):
         self.copies = nn.ModuleList(nn.ModuleList() for _ in paths)
         self._hooks: list[Any] = []
 
-    def install(self, routing: Routing) -> None:
+    def install(self, routing: Running) -> None:
         """Lets the modules compute with the copies, until `remove`.
 
         Args:
-            routing: where the running weights are.
+            routing: the running weights of the model.
         """
         for path, copies in zip(self.paths, self.copies, strict=True):
             hook = _Mixture(self, copies, path, routing)
@@ -165,7 +165,7 @@ class TaskModules(nn.Module):
 class _Mixture:
     """Forward hook of a module: the mixture of its copies' outputs in place of its own."""
 
-    def __init__(self, owner: TaskModules, copies: Any, path: str, routing: Routing) -> None:
+    def __init__(self, owner: TaskModules, copies: Any, path: str, routing: Running) -> None:
         self.owner, self.copies, self.path, self.routing = owner, copies, path, routing
 
     def __call__(

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from sapt_fast.routing import hooks as routing
-from sapt_fast.sites.embeddings import PromptRouting
+from sapt_fast.routing import hooks
+from sapt_fast.sites import embeddings, prompt_generation
 
 
 class Prompts(Setting):
@@ -139,7 +139,7 @@ def test_encoder_outputs_keep_their_prompt(setting):
             got = setting.model(**given).logits
     assert torch.equal(got, expected)
     torch.testing.assert_close(setting.model.sapt.attention, setting.weights)
-    with pytest.raises(ValueError, match="mixture: got weights with a BaseModelOutput"):
+    with pytest.raises(ValueError, match="mixture: got weights and a BaseModelOutput"):
         setting.model(**given, mixture=setting.weights)
 
 
@@ -187,7 +187,7 @@ def test_a_text_keeps_the_prompt_it_began_with(setting):
     with setting.model.sapt.fixed(began.roll(1, 0)):
         got = setting.model(token, past_key_values=copy.deepcopy(cache)).logits
     assert torch.equal(got, expected)
-    with pytest.raises(ValueError, match="mixture: got weights with a DynamicCache that holds"):
+    with pytest.raises(ValueError, match="mixture: got weights and a DynamicCache that contains"):
         setting.model(token, past_key_values=cache, mixture=began)
 
 
@@ -251,7 +251,7 @@ def test_inputs_embeds(setting):
 @on("llama", "gpt2")
 @pytest.mark.parametrize("mode", ["beams", "several_returned", "no_cache_beams"])
 def test_wrong_order_of_beams_is_noticed(setting, mode, monkeypatch):
-    monkeypatch.setattr(routing, "_for_rows", lambda w, rows, _: repeated(w, rows))
+    monkeypatch.setattr(hooks, "for_rows", lambda w, rows, _: repeated(w, rows))
     with pytest.raises(AssertionError, match="row"):
         # As many beams as samples: the first beam of each, from which all go on, is a wrong one.
         setting.check(**{**MODES[mode], "num_beams": 3})
@@ -260,23 +260,24 @@ def test_wrong_order_of_beams_is_noticed(setting, mode, monkeypatch):
 
 @on("llama", "gpt2", "t5")
 def test_a_mask_that_leaves_the_prompt_out_is_noticed(setting, monkeypatch):
-    own = PromptRouting._extended
+    own = embeddings.extended_mask
 
-    def wrong(self, mask):
-        extended = own(self, mask)
-        extended[:, : self.pool.length] = 0
+    def wrong(mask, length):
+        extended = own(mask, length)
+        extended[:, :length] = 0
         return extended
 
-    monkeypatch.setattr(PromptRouting, "_extended", wrong)
+    for module in (embeddings, prompt_generation):
+        monkeypatch.setattr(module, "extended_mask", wrong)
     with pytest.raises(AssertionError, match="row"):
         setting.check(**GREEDY)
 
 
 @on("gpt2")
 def test_positions_that_leave_the_prompt_out_are_noticed(setting, monkeypatch):
-    own = PromptRouting._positions
+    own = embeddings.moved_positions
     monkeypatch.setattr(
-        PromptRouting, "_positions", lambda self, given, *rest: own(self, given - LENGTH, *rest)
+        embeddings, "moved_positions", lambda given, *rest: own(given - LENGTH, *rest)
     )
     with pytest.raises(AssertionError, match="row"):
         setting.check(**GREEDY)

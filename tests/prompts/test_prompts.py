@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import sapt_fast
 from sapt_fast.pools.prompts import PromptPool
-from sapt_fast.sites.embeddings import PromptRouting
+from sapt_fast.sites import embeddings
 
 FAMILIES = (*ENCODER_DECODER, *CAUSAL)
 TARGETS = 4
@@ -547,11 +547,7 @@ def test_reflection_loss_and_key_init_know_no_prompt():
 def test_a_prompt_in_the_middle_is_noticed(monkeypatch):
     """A control: where the prompt stands makes a difference."""
     model, ids = prompted("llama"), token_ids()
-    expected, own = model(ids).logits, PromptRouting._positions
-    monkeypatch.setattr(
-        PromptRouting,
-        "_positions",
-        lambda self, given, mask, count: own(self, given, mask, count) + 3,
-    )
+    expected, own = model(ids).logits, embeddings.moved_positions
+    monkeypatch.setattr(embeddings, "moved_positions", lambda *args: own(*args) + 3)
     got = model(ids, position_ids=torch.arange(9).expand(3, 9)).logits
     assert (got - expected).abs().max() > 1e-3

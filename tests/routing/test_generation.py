@@ -8,11 +8,11 @@ import torch
 from generation_cases import BEAMS, GREEDY, MODES, NEW, Setting, on, repeated
 from tiny_models import oracle, patched, tiny, token_ids
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor
 from transformers.modeling_outputs import BaseModelOutput
 
-from sapt_fast.routing import hooks as routing
-from sapt_fast.routing.hooks import Routing
+from sapt_fast.routing import hooks
+from sapt_fast.routing.generation import Generation
 
 
 class Adapters(Setting):
@@ -78,6 +78,32 @@ def test_chunked_prefill(setting, mode):
 @on("t5", "llama")
 def test_compiled_static_cache(setting):
     setting.check_compiled()
+
+
+class Noise(LogitsProcessor):
+    """What sampling at a low temperature draws by (Gumbel), the same for every row of a step."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(3)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        uniform = torch.rand(scores.shape[-1], generator=self.generator)
+        return scores - 0.12 * uniform.log().neg().log()
+
+
+@on("t5", "llama")
+def test_sampling_with_equal_noise_gives_equal_answers(setting):
+    """With the noise in the scores only the best token can be drawn, in a batch or alone."""
+    options = {"do_sample": True, "top_k": 1}
+    got = setting.generated(**options, logits_processor=[Noise()])
+    with setting.model.sapt.fixed(setting.weights.roll(1, 0)):
+        others = setting.generated(**options, logits_processor=[Noise()])
+    for row, text in enumerate(setting.batch.texts):
+        noise = {**options, "logits_processor": [Noise()], "max_new_tokens": NEW}
+        expected = setting.alone(text, setting.weights[row], **noise)
+        assert got[row, :, : expected.shape[1]].tolist() == expected.tolist(), f"row {row}"
+        assert got[row].tolist() != others[row].tolist()  # so other weights are noticed
+    assert got.tolist() != setting.generated(**GREEDY).tolist()
 
 
 @on("t5", "llama")
@@ -233,7 +259,7 @@ def test_nothing_stays_pinned_after_a_failed_call():
 @on("llama", "gpt2")
 @pytest.mark.parametrize("mode", ["beams", "several_returned", "no_cache_beams"])
 def test_wrong_order_of_beams_is_noticed(setting, mode, monkeypatch):
-    monkeypatch.setattr(routing, "_for_rows", lambda w, rows, _: repeated(w, rows))
+    monkeypatch.setattr(hooks, "for_rows", lambda w, rows, _: repeated(w, rows))
     with pytest.raises(AssertionError, match="row"):
         setting.check(**MODES[mode])
     setting.check(**GREEDY)  # one row per sample: the same either way
@@ -242,13 +268,13 @@ def test_wrong_order_of_beams_is_noticed(setting, mode, monkeypatch):
 @on("t5")
 @pytest.mark.parametrize("mode", ["beams", "several_returned"])
 def test_wrong_order_of_beams_is_noticed_in_encoder_outputs(setting, mode, monkeypatch):
-    own = Routing._from_encoder_outputs
+    own = Generation.from_encoder_outputs
 
     def wrong(self, outputs):
         weights = own(self, outputs)
         return repeated(weights[:: weights.shape[0] // 3], weights.shape[0])
 
-    monkeypatch.setattr(Routing, "_from_encoder_outputs", wrong)
+    monkeypatch.setattr(Generation, "from_encoder_outputs", wrong)
     with pytest.raises(AssertionError, match="row"):
         setting.check(**MODES[mode])
     setting.check(**GREEDY)

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import DataCollatorWithFlattening, DynamicCache, Seq2SeqTrainingArguments
 
 import sapt_fast
-from sapt_fast.routing import hooks as routing
+from sapt_fast.routing import hooks, router_call
 from sapt_fast.routing.packing import find_segments
 
 LENGTHS = (5, 4, 5, 1, 2)
@@ -400,7 +400,8 @@ def test_steps_of_decoding_do_not_look_at_positions(monkeypatch):
     def look(*_):
         raise AssertionError
 
-    monkeypatch.setattr(routing, "find_segments", look)
+    for module in (hooks, router_call):
+        monkeypatch.setattr(module, "find_segments", look)
     positions = torch.full((3, 1), 9)
     model(ids[:, :1], past_key_values=cache, position_ids=positions)
     with model.sapt.fixed(torch.eye(3)):

@@ -9,7 +9,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from sapt_fast.routing import hooks as routing
+from sapt_fast.routing.recompute import Checkpoint
 from sapt_fast.sites import linear as layers
 
 
@@ -130,7 +130,7 @@ def test_recomputation_that_nobody_hands_weights_to_raises():
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_without_handing_the_weights_over_is_noticed(reentrant, monkeypatch):
-    monkeypatch.setattr(routing._Checkpoint, "__call__", lambda s, *a, **k: s.function(*a, **k))
+    monkeypatch.setattr(Checkpoint, "__call__", lambda s, *a, **k: s.function(*a, **k))
     expected = two_forwards(patched("llama"))
     model = patched("llama")
     checkpointed(model, {"use_reentrant": reentrant})

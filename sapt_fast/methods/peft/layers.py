@@ -34,7 +34,8 @@ from sapt_fast.ops.mixed_lora import mix
 from sapt_fast.ops.own_lora import Adapter, add_own_lora_, own_lora
 from sapt_fast.ops.projection import PooledProjection, Projection
 from sapt_fast.ops.rank_table import cached_table, rank_table
-from sapt_fast.sites.linear import checked_mixture, is_torchao
+from sapt_fast.routing.running import checked_mixture
+from sapt_fast.sites.linear import is_torchao
 from sapt_fast.sites.merging import Addend
 
 # PEFT's layers over quantised ones, which are called as they are; those that run on a CPU are

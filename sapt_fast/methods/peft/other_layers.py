@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sapt_fast.methods.peft.looks import can_be_read
 from sapt_fast.methods.peft.pooled import Pooled
-from sapt_fast.sites.linear import checked_mixture
+from sapt_fast.routing.running import checked_mixture
 from sapt_fast.sites.merging import Addend
 
 

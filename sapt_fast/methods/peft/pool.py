@@ -366,9 +366,11 @@ class PeftHandle(Handle):
         """PEFT's `unload`, after which nothing of ours is left.
 
         Raises:
-            RuntimeError: a mixture is merged, which would stay in the base weights.
+            RuntimeError: if a mixture is merged, which would stay in the base weights.
+            ValueError: if another library has replaced a method that patch put on the model.
         """
         self.routing.require_unmerged()
+        self.routing.require_removable()
         tuner = self._model.base_model
         model = type(tuner).unload(tuner, *args, **kwargs)
         self.leave()
@@ -378,9 +380,12 @@ class PeftHandle(Handle):
         """PEFT's `merge_and_unload`, after which nothing of ours is left.
 
         Raises:
-            RuntimeError: a mixture is merged; nothing has changed then.
+            RuntimeError: if a mixture is merged; nothing has changed then.
+            ValueError: if another library has replaced a method that patch put on the model;
+                likewise.
         """
         self.routing.require_unmerged()
+        self.routing.require_removable()
         tuner = self._model.base_model
         model = type(tuner).merge_and_unload(tuner, *args, **kwargs)
         self.leave()

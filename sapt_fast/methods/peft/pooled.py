@@ -7,12 +7,11 @@ from peft.tuners.lora.layer import VARIANT_KWARG_KEYS
 from torch import Tensor
 
 from sapt_fast.methods.peft.looks import Weighed
+from sapt_fast.routing.running import Running
 from sapt_fast.sites.merging import Addend
 
 if TYPE_CHECKING:
     from peft.tuners.lora.layer import Linear as _LoraLayer
-
-    from sapt_fast.routing.hooks import Routing
 else:
     _LoraLayer = object
 
@@ -23,18 +22,18 @@ _PEFTS_OWN = ("adapter_names", *VARIANT_KWARG_KEYS)
 class Pooled(_LoraLayer):
     """What a LoRA layer of PEFT gains: with weights it mixes all of the model's adapters by them.
 
-    Weights come from `model.sapt.fixed`, `mixture=` or a router; `adapter_names=` goes before a
+    Weights come from `model.sapt.fixed`, `mixture=` or a router; `adapter_names=` overrides a
     router. Without weights, and while the adapters are disabled, it is PEFT's layer.
 
     Attributes:
         sapt_weighed: gives for the running weights [.., K] the adapters that have any, their
             columns, and whether this layer was found to be able to mix them.
-        sapt_routing: where the running weights are.
+        sapt_routing: the model's running weights.
         sapt_name: PEFT's name of the layer's class.
     """
 
     sapt_weighed: Callable[[Tensor], Weighed]
-    sapt_routing: "Routing"
+    sapt_routing: Running
     sapt_name: str
 
     def __init_subclass__(cls, **options: Any) -> None:

@@ -12,10 +12,10 @@ import torch
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
+from sapt_fast.routing.running import Running
+
 if TYPE_CHECKING:
     from peft.utils.other import AuxiliaryTrainingWrapper as _Wrapper
-
-    from sapt_fast.routing.hooks import Routing
 else:
     _Wrapper = object
 
@@ -30,11 +30,11 @@ class Chosen(_Wrapper):
         sapt_owners: for each sample, or once for all, the adapter whose copy runs, or None for the
             module without adapters; None in place of the list where PEFT decides; RuntimeError
             where the weights choose no copy.
-        sapt_routing: of the model.
+        sapt_routing: the model's running weights.
     """
 
     sapt_owners: Callable[["Chosen"], list[str | None] | None]
-    sapt_routing: "Routing"
+    sapt_routing: Running
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("adapter_names") is not None or self.disable_adapters:

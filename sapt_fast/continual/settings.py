@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from sapt_fast.checks import MOST_SEED, require_choice, require_count, require_number
+from sapt_fast.continual.registry import strategies
 from sapt_fast.methods.sapt import SaptConfig
 
 __all__ = ["PRESETS", "ContinualSettings", "GeneratorSettings", "differences", "parse_values"]
@@ -182,10 +183,9 @@ class ContinualSettings:
     progress: bool = field(default=True, metadata={"help": "Show progress bars."})
 
     def __post_init__(self) -> None:
-        from sapt_fast.continual.strategies import STRATEGIES
-
-        require_choice("strategy", self.strategy, STRATEGIES)
-        kind = STRATEGIES[self.strategy]
+        kinds = strategies()
+        require_choice("strategy", self.strategy, kinds)
+        kind = kinds[self.strategy]
         self.strategy_options = asdict(kind.options_of(self.strategy, self.strategy_options))
         require_choice("metric", self.metric, _METRICS)
         require_choice("scored", self.scored, ("test", "dev"))

@@ -5,6 +5,7 @@ model, trainer, pool and loop are the same for all. To add one, subclass `Strate
 `STRATEGIES`.
 """
 
+from sapt_fast.continual.registry import register
 from sapt_fast.continual.strategies.base import Strategy
 from sapt_fast.continual.strategies.epi import Epi
 from sapt_fast.continual.strategies.ewc import Ewc
@@ -37,3 +38,4 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "progprompt": ProgPrompt,
     "single": Single,
 }
+register(STRATEGIES)

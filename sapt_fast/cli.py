@@ -208,7 +208,7 @@ def train(
     """
     from sapt_fast.commands import train as runs
     from sapt_fast.continual.data.sources import Source
-    from sapt_fast.continual.scores.report import results_table
+    from sapt_fast.continual.scores.tables import results_table
     from sapt_fast.continual.settings import ContinualSettings, parse_values
 
     options = dict(locals())
@@ -362,7 +362,7 @@ def evaluate(
 ) -> None:
     """Compute the metrics of a run again from its checkpoints."""
     from sapt_fast.commands import train as runs
-    from sapt_fast.continual.scores.report import results_table
+    from sapt_fast.continual.scores.tables import results_table
 
     results, stored = runs.evaluate(
         run,

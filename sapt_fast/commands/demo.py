@@ -15,10 +15,10 @@ import torch
 from sapt_fast.checks import MOST_SEED, require_count, require_folder
 from sapt_fast.continual.data.sources import demo_tasks
 from sapt_fast.continual.run.loop import Results, run_alone, run_continual
-from sapt_fast.continual.scores.report import write_json
 from sapt_fast.continual.settings import ContinualSettings
 from sapt_fast.demo.backbone import load_backbone
 from sapt_fast.demo.tasks import CharTokenizer
+from sapt_fast.files.writing import write_json
 from sapt_fast.methods.sapt import SaptConfig
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ import pytest
 from tiny_tasks import make_model, make_settings, make_tasks
 
 from sapt_fast.continual.compare import compare as module
-from sapt_fast.continual.compare.compare import Cell, Comparison, compare, settings_of_rows
+from sapt_fast.continual.compare.cells import Cell, Comparison
+from sapt_fast.continual.compare.compare import compare, settings_of_rows
 from sapt_fast.continual.compare.report import (
     comparison_table,
     forgetting_curves,

@@ -6,7 +6,6 @@ import pytest
 
 from sapt_fast.continual.data.orders import ORDERS, resolve_order
 from sapt_fast.continual.data.rows import Example, TaskData, list_tasks, read_split, read_task
-from sapt_fast.continual.run.loop import _digest
 
 DATA = Path(__file__).parents[1] / "data"
 BENCHMARK = DATA / "CL_Benchmark"
@@ -378,4 +377,4 @@ def test_digests_stay_what_they_were():
     )
     counts = {"benchmark": "SuperNI", "train": 2, "dev": 1, "test": 1}
     assert task.describe() == {**counts, "digest": "827a7530460bc0de"}
-    assert _digest(task) == "218f97d94d9ec23d"
+    assert task.digest_of_prompts() == "218f97d94d9ec23d"

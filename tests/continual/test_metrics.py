@@ -214,7 +214,7 @@ class TestScorePredictions:
 def test_nothing_heavy_is_imported():
     code = (
         "import sys, sapt_fast.continual.data.rows, sapt_fast.continual.scores.metrics, "
-        "sapt_fast.continual.data.orders, sapt_fast.continual.scores.report\n"
+        "sapt_fast.continual.data.orders, sapt_fast.continual.scores.run_report\n"
         "print([m for m in ('matplotlib', 'rouge_score', 'nltk', 'rich', 'datasets') "
         "if m in sys.modules])"
     )

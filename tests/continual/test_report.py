@@ -9,15 +9,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from sapt_fast.continual.scores.report import (
-    attention_heat_map,
-    results_markdown,
-    results_table,
-    write_attention_heat_map,
-    write_json,
-    write_report,
-)
+from sapt_fast.continual.scores.heat_map import attention_heat_map, write_attention_heat_map
+from sapt_fast.continual.scores.run_report import write_report
+from sapt_fast.continual.scores.tables import results_markdown, results_table
 from sapt_fast.files.directories import atomic_write_bytes, atomic_write_text
+from sapt_fast.files.writing import write_json
 
 NAN = math.nan
 TASKS = ["sst2", "copa|x", "[qqp]"]

@@ -10,15 +10,17 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from sapt_fast.checks import require_folder
+from sapt_fast.continual.compare.cells import Cell, Comparison
+from sapt_fast.continual.compare.report import write_comparison
+from sapt_fast.continual.compare.tensorboard import require_tensorboard, write_scalars
 from sapt_fast.continual.data.orders import resolve_order
 from sapt_fast.continual.data.sources import Source
 from sapt_fast.continual.run import processes
-from sapt_fast.continual.run.loop import ALONE_NAME, check_processes, run_alone, run_continual
+from sapt_fast.continual.run.checks import check_processes
+from sapt_fast.continual.run.loop import ALONE_NAME, run_alone, run_continual
 from sapt_fast.continual.run.state import read_json
 from sapt_fast.continual.settings import ContinualSettings, differences
 from sapt_fast.continual.strategies import STRATEGIES
@@ -26,7 +28,7 @@ from sapt_fast.files.names import require_folder_name
 from sapt_fast.handle import SaptHandle
 from sapt_fast.patching import unpatch
 
-__all__ = ["Cell", "Comparison", "compare", "settings_of_rows"]
+__all__ = ["compare", "settings_of_rows"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,49 +49,6 @@ _SAID_ELSEWHERE = {
     "strategy_options": "the options by their own names",
     "seed": "seeds",
 }
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run of a comparison.
-
-    Attributes:
-        row: the method's name in the table.
-        order: name of the order of tasks.
-        seed: of the run and its rows.
-        folder: where the run is.
-        results: its results.json.
-    """
-
-    row: str
-    order: str
-    seed: int
-    folder: Path
-    results: Mapping[str, Any]
-
-    @property
-    def scores(self) -> NDArray[np.float64]:
-        """[T, T], nan above the diagonal."""
-        return np.array(self.results["scores"], dtype=np.float64)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What a comparison came to.
-
-    Attributes:
-        rows: the methods, in the order of the table.
-        cells: all runs, seeds and orders of a method one after the other.
-        folder: where the runs and the report are.
-    """
-
-    rows: tuple[str, ...]
-    cells: tuple[Cell, ...]
-    folder: Path
-
-    def of(self, row: str) -> list[Cell]:
-        """The runs of a method."""
-        return [cell for cell in self.cells if cell.row == row]
 
 
 def compare(
@@ -128,16 +87,12 @@ def compare(
             are several processes and a method that runs in one only. Nothing has run then.
         FileNotFoundError, ValueError: as `Source` and `run_continual`.
     """
-    from sapt_fast.continual.compare.report import write_comparison
-
     folder = Path(output_dir)
     named = _named_orders(source, orders)
     _check(rows, named, seeds)
     require_folder("output_dir", folder)
     source.check_files()
     if tensorboard:
-        from sapt_fast.continual.compare.tensorboard import require_tensorboard
-
         require_tensorboard()
     plan = [
         _Planned(
@@ -167,8 +122,6 @@ def compare(
         cell = Cell(run.row, run.order, run.seed, run.folder, read_json(run.done, *_REPORTED))
         cells[run.row, run.order, run.seed] = cell
         if tensorboard and processes.is_first():
-            from sapt_fast.continual.compare.tensorboard import write_scalars
-
             write_scalars(board, cell)
     ordered = [cells[row, order, seed] for row in rows for order in named for seed in seeds]
     comparison = Comparison(tuple(rows), tuple(ordered), folder)

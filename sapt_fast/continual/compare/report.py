@@ -12,22 +12,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sapt_fast.continual.compare.cells import Cell, Comparison
 from sapt_fast.continual.run.state import read_json
+from sapt_fast.continual.scores.heat_map import write_attention_heat_map
 from sapt_fast.continual.scores.metrics import average_performance, forgetting_rate
-from sapt_fast.continual.scores.report import (
-    markdown_table,
-    matrix_markdown,
-    write_attention_heat_map,
-    write_json,
-)
+from sapt_fast.continual.scores.tables import markdown_table, matrix_markdown
 from sapt_fast.continual.strategies import STRATEGIES
 from sapt_fast.files.directories import atomic_write_bytes, atomic_write_text
+from sapt_fast.files.writing import write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
-
-    from sapt_fast.continual.compare.compare import Cell, Comparison
 
 __all__ = ["comparison_table", "forgetting_curves", "summary", "write_comparison"]
 

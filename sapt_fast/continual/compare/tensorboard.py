@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from sapt_fast.continual.compare.cells import Cell
 from sapt_fast.continual.scores.metrics import continual_metrics
-
-if TYPE_CHECKING:
-    from sapt_fast.continual.compare.compare import Cell
 
 __all__ = ["require_tensorboard", "write_scalars"]
 

@@ -25,10 +25,12 @@ from sapt_fast.files.reading import DATA_BYTES, read_json
 
 __all__ = [
     "BENCHMARKS",
+    "SPLITS",
     "Example",
     "TaskData",
-    "digest",
+    "draw_rows",
     "list_tasks",
+    "merged",
     "read_pseudo_samples",
     "read_split",
     "read_task",
@@ -37,7 +39,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 BENCHMARKS = ("SuperNI", "Long_Sequence")
-_SPLITS = ("train", "dev", "test")
+SPLITS = ("train", "dev", "test")
 # qqp's labels.json is False/True in the release, its rows say no/yes.
 _RELEASED_LABEL_FAULTS: dict[tuple[str, str, tuple[str, ...]], tuple[str, ...]] = {
     ("Long_Sequence", "qqp", ("False", "True")): ("no", "yes")
@@ -91,18 +93,36 @@ class TaskData:
 
     def describe(self) -> dict[str, Any]:
         """JSON-ready: the benchmark, how many rows each split has, and a digest of all of it."""
-        splits = {name: getattr(self, name) for name in _SPLITS}
+        splits = {name: getattr(self, name) for name in SPLITS}
         rows = [
             [(row.input, row.prompt, row.output, *row.outputs) for row in split]
             for split in splits.values()
         ]
         counts = {name: len(split) for name, split in splits.items()}
-        content = digest([self.definition, self.labels, *rows])
+        content = _digest([self.definition, self.labels, *rows])
         return {"benchmark": self.benchmark, **counts, "digest": content}
 
+    def digest_of_prompts(self) -> str:
+        """A digest of the prompts and outputs of all rows; `describe` covers the files' content."""
+        return _digest(
+            [
+                (row.prompt, row.output, *row.outputs)
+                for split in SPLITS
+                for row in getattr(self, split)
+            ]
+        )
 
-def digest(content: Any) -> str:
-    """The first 16 hex digits of the SHA-256 of JSON-ready content; runs resume by it."""
+
+def merged(tasks: Sequence[TaskData]) -> TaskData:
+    """All tasks as one, under the name of the last."""
+    rows: dict[str, Any] = {
+        split: tuple(row for task in tasks for row in getattr(task, split)) for split in SPLITS
+    }
+    return replace(tasks[-1], definition="", labels=None, **rows)
+
+
+def _digest(content: Any) -> str:
+    """The first 16 hex digits of the SHA-256 of JSON-ready content; runs are compared by it."""
     return sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
@@ -146,8 +166,8 @@ def read_split(
         ValueError: unknown benchmark or split, broken JSON (with its position), a missing or
             malformed field, or no rows.
     """
-    if split not in _SPLITS:
-        raise ValueError(f"split must be one of {', '.join(_SPLITS)}, got {split!r}")
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     benchmark = _canonical_benchmark(benchmark)
     folder = _task_folder(root, benchmark, task)
     return _read_examples(folder / f"{split}.json", benchmark, task, seed)[1]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import math
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
@@ -15,24 +13,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from transformers import set_seed
 
 from sapt_fast import __version__
-from sapt_fast.continual.data.rows import TaskData, digest
+from sapt_fast.continual.data.rows import TaskData, merged
 from sapt_fast.continual.run import processes
+from sapt_fast.continual.run.checks import (
+    check_alone,
+    check_processes,
+    check_replay,
+    check_tasks,
+)
 from sapt_fast.continual.run.evaluate import Mixture, mean_attention, metric_of, score
+from sapt_fast.continual.run.gather import gather_results, write_results
 from sapt_fast.continual.run.memory import peak_memory, reset_peak_memory
 from sapt_fast.continual.run.pseudo_samples import make_pseudo_samples, pseudo_sample_file
 from sapt_fast.continual.run.stage import train_stage
 from sapt_fast.continual.run.state import RunFolder, read_alone, read_json
-from sapt_fast.continual.scores.metrics import continual_metrics
-from sapt_fast.continual.scores.report import write_json, write_report
 from sapt_fast.continual.scores.results import Results
 from sapt_fast.continual.settings import ContinualSettings, differences
 from sapt_fast.continual.strategies import STRATEGIES
-from sapt_fast.continual.strategies.base import Strategy
 from sapt_fast.continual.workbench import Workbench
-from sapt_fast.files.names import require_folder_name
+from sapt_fast.files.writing import write_json
 from sapt_fast.handle import SaptHandle
 from sapt_fast.loading import load_of_strategy
 from sapt_fast.patching import patch, unpatch
@@ -42,8 +45,6 @@ __all__ = ["Results", "evaluate_run", "run_alone", "run_continual"]
 logger = logging.getLogger(__name__)
 
 ALONE_NAME = "alone.json"
-_SPLITS = ("train", "dev", "test")
-_APPENDED = 40  # bytes at most that a checkpoint's folder, and hidden ones, add to a task's name
 
 
 def run_continual(
@@ -90,7 +91,7 @@ def run_continual(
         raise ValueError(f"strategy: {settings.strategy!r} has no sequence, use run_alone")
     run = _Run(model, tokenizer, tasks, settings)
     if alone is not None:
-        _check_alone(alone, run.names)
+        check_alone(alone, run.names)
     with run.open(Path(output_dir), source, resume):
         run.learn_all()
         return run.report(alone)
@@ -174,7 +175,7 @@ class _Run:
             raise ValueError("model: got a patched model; pass it unpatched (sapt_fast.unpatch)")
         if getattr(tokenizer, "pad_token_id", None) is None:
             raise ValueError("tokenizer: has no pad token; set tokenizer.pad_token")
-        _check_tasks(tasks)
+        check_tasks(tasks)
         self.device = processes.start(settings.device)
         if not processes.is_first():
             settings = replace(settings, progress=False)
@@ -194,7 +195,7 @@ class _Run:
         )
         # The tasks after whose training there is a checkpoint and a row of scores.
         self.stages = [len(tasks) - 1] if kind.together else list(range(len(tasks)))
-        self._check_replay()
+        check_replay(self.bench, self.strategy, self.tasks)
         model.to(self.device)
         # How many tasks the model holds; None before it is patched.
         self._holds: int | None = None
@@ -218,7 +219,7 @@ class _Run:
                 task.name: {
                     "position": position,
                     **given.describe(),
-                    "content": _digest(task),
+                    "content": task.digest_of_prompts(),
                 }
                 for position, (given, task) in enumerate(zip(self.given, self.tasks, strict=True))
             },
@@ -256,7 +257,7 @@ class _Run:
     def learn(self, index: int) -> None:
         """Trains on a task, from the model after the one before, and saves what it came to."""
         strategy, seed = self.strategy, 1000 * self.settings.seed + index
-        task = _merged(self.tasks) if strategy.together else self.tasks[index]
+        task = merged(self.tasks) if strategy.together else self.tasks[index]
         learned = () if strategy.alone or strategy.together else self.tasks[:index]
         self._generate(learned)
         self.restore(0 if strategy.alone or strategy.together else index)
@@ -357,147 +358,36 @@ class _Run:
         steps = self.settings.steps or -1
         return steps * len(self.tasks) if steps > 0 and self.strategy.together else steps
 
-    def _check_replay(self) -> None:
-        """Reads every file of pseudo-samples now, not when a task that needs it has trained."""
-        if self.settings.replay in ("none", "real") or not self.strategy.pseudo:
-            return
-        if self.settings.replay == "generated":
-            if self.bench.kind == "encoder":
-                raise ValueError(
-                    f"replay: got 'generated', but {type(self.model).__name__} does not generate "
-                    "text; expected 'real', 'none' or a folder of pseudo-samples"
-                )
-            return
-        for task in self.tasks[:-1]:
-            try:
-                self.bench.kept(task)
-            except (OSError, ValueError) as error:
-                raise ValueError(
-                    f"replay: got {self.settings.replay!r}, expected 'real', 'generated', 'none' "
-                    f"or a folder of pseudo-samples; {error}"
-                ) from error
-
-    # --- what it came to ---
+    # --- its results ---
 
     def results(self, alone: Sequence[float] | None) -> Results:
-        count, folder = len(self.tasks), self.folder
-        scores = np.full((count, count), np.nan)
-        for index, row in zip(self.stages, folder.scores, strict=True):
-            scores[index, : len(row)] = row
-        if self.strategy.together:
-            scores[:] = scores[-1]
-        metrics = continual_metrics(scores, alone)
-        if self.strategy.together:
-            metrics = replace(metrics, forgetting=math.nan, bwt=math.nan)
-        training = testing = None
-        if self.strategy.routes and all(folder.attention):
-            training, testing = np.full((count, count), np.nan), np.zeros((count, count))
-            self.restore(count)
-            for index, task in enumerate(self.tasks):
-                training[index, : index + 1] = folder.attention[index]
-                testing[index] = mean_attention(
-                    self.model,
-                    self.tokenizer,
-                    getattr(task, self.settings.scored),
-                    self.settings,
-                    self.strategy.mixture,
-                ).numpy()
-        return Results(
-            tasks=self.names,
-            scores=scores,
-            alone=None if alone is None else tuple(alone),
-            metrics=metrics,
-            training_attention=training,
-            testing_attention=testing,
-            seconds=tuple(folder.seconds),
-            trained_parameters=max(folder.trained, default=0),
-            peak_memory=max((p for p in folder.peaks if p is not None), default=None),
-            resumed=folder.resumed,
-            folder=folder.path,
+        return gather_results(
+            self.folder, self.stages, type(self.strategy), alone, self._testing_attention()
         )
+
+    def _testing_attention(self) -> NDArray[np.float64] | None:
+        """[T, T] float64: mean weights of each task's scored rows on the adapters after the last
+        task; None unless every task has an adapter that inputs choose."""
+        if not self.strategy.routes or not all(self.folder.attention):
+            return None
+        count = len(self.tasks)
+        attention = np.zeros((count, count))
+        self.restore(count)
+        for index, task in enumerate(self.tasks):
+            attention[index] = mean_attention(
+                self.model,
+                self.tokenizer,
+                getattr(task, self.settings.scored),
+                self.settings,
+                self.strategy.mixture,
+            ).numpy()
+        return attention
 
     def report(self, alone: Mapping[str, float] | None) -> Results:
         self.restore(len(self.tasks))
         results = self.results(None if alone is None else [alone[name] for name in self.names])
         if processes.is_first():
-            write_report(
-                self.folder.path,
-                self.names,
-                results.scores,
-                results.alone,
-                training_attention=results.training_attention,
-                testing_attention=results.testing_attention,
-                title=f"{self.settings.strategy} on {len(self.tasks)} tasks",
-                extra={
-                    "strategy": self.settings.strategy,
-                    "metric": sorted({metric_of(t.benchmark, self.settings) for t in self.tasks}),
-                    "seconds": results.seconds,
-                    "trained_parameters": results.trained_parameters,
-                    "peak_memory": results.peak_memory,
-                    "resumed": results.resumed,
-                },
-                metrics=results.metrics,
-            )
+            metrics = sorted({metric_of(t.benchmark, self.settings) for t in self.tasks})
+            write_results(results, self.settings.strategy, metrics)
         processes.wait()
         return results
-
-
-def _check_tasks(tasks: Sequence[TaskData]) -> None:
-    if not tasks:
-        raise ValueError("tasks: got none, expected at least one")
-    names = [task.name for task in tasks]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"tasks: named more than once: {', '.join(twice)}")
-    for place, task in enumerate(tasks):
-        require_folder_name("tasks: got the name", task.name, names[:place], appended=_APPENDED)
-        for split in _SPLITS:
-            if not getattr(task, split):
-                raise ValueError(f"tasks: {task.name!r} has no {split} rows, expected at least one")
-
-
-def _merged(tasks: Sequence[TaskData]) -> TaskData:
-    """All tasks as one, under the name of the last."""
-    rows: dict[str, Any] = {
-        split: tuple(row for task in tasks for row in getattr(task, split)) for split in _SPLITS
-    }
-    return replace(tasks[-1], definition="", labels=None, **rows)
-
-
-def check_processes(settings: ContinualSettings) -> None:
-    """Raises ValueError unless several processes come to what one comes to."""
-    count, kind = processes.count(), STRATEGIES[settings.strategy]
-    if settings.batch_size % count:
-        raise ValueError(
-            f"batch_size: got {settings.batch_size}, expected a multiple of {count}, the number of "
-            "processes that divide it"
-        )
-    if count > 1 and settings.replay == "generated":
-        raise ValueError(
-            "replay: got 'generated' in several processes, expected a folder of pseudo-samples "
-            "that one process has made"
-        )
-    if count > 1 and kind.objective is not Strategy.objective:
-        raise ValueError(
-            f"strategy: {settings.strategy!r} adds to the loss what several processes would add "
-            "each for itself; start it in one process"
-        )
-
-
-def _check_alone(alone: Mapping[str, float], names: Sequence[str]) -> None:
-    missing = sorted(set(names) - set(alone))
-    if missing:
-        raise ValueError(f"alone: got no score for {', '.join(missing)}")
-    for name in names:
-        score = alone[name]
-        if not isinstance(score, (int, float)) or not abs(score) <= sys.float_info.max:
-            shown = str(score)[:40]
-            raise ValueError(f"alone: got {shown} for {name}, expected a score in percent")
-
-
-def _digest(task: TaskData) -> str:
-    """Of what the model reads and answers; `TaskData.describe` digests what the files hold."""
-    rows = [
-        (row.prompt, row.output, *row.outputs) for split in _SPLITS for row in getattr(task, split)
-    ]
-    return digest(rows)

@@ -13,11 +13,11 @@ from typing import Any
 from torch import Tensor
 
 from sapt_fast.continual.run import processes
-from sapt_fast.continual.scores.report import write_json
 from sapt_fast.continual.settings import differences
 from sapt_fast.files import reading as _reading
 from sapt_fast.files.directories import whole_directory
 from sapt_fast.files.locks import FolderLock
+from sapt_fast.files.writing import write_json
 from sapt_fast.loading import read_strategy_state
 from sapt_fast.storage.description import STRATEGY_FILE
 

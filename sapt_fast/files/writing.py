@@ -17,7 +17,7 @@ __all__ = ["write_json"]
 
 
 def write_json(path: str | os.PathLike[str], data: Any) -> Path:
-    """Standard JSON, indented, written atomically; nan and infinities become null.
+    """Writes standard JSON, indented and atomically; nan and infinities become null.
 
     Args:
         path: target file.
@@ -27,7 +27,7 @@ def write_json(path: str | os.PathLike[str], data: Any) -> Path:
         `path` as a `Path`.
 
     Raises:
-        TypeError: a value JSON cannot hold.
+        TypeError: if JSON has no such value.
     """
     text = json.dumps(_plain(data), indent=2, ensure_ascii=False, allow_nan=False)
     return atomic_write_text(path, text + "\n")
@@ -37,7 +37,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
-                raise TypeError(f"data must have string keys, got {key!r}")
+                raise TypeError(f"data: got the key {key!r}, expected strings")
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (np.ndarray, np.generic)):
         return _plain(value.tolist())

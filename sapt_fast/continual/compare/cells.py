@@ -15,14 +15,14 @@ __all__ = ["Cell", "Comparison"]
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a comparison.
+    """One finished run of a comparison.
 
     Attributes:
-        row: the method's name in the table.
+        row: name of the strategy's row in the table.
         order: name of the order of tasks.
-        seed: of the run and its rows.
-        folder: where the run is.
-        results: its results.json.
+        seed: seed of the run and its data.
+        folder: the run's folder.
+        results: content of its results.json.
     """
 
     row: str
@@ -39,12 +39,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a comparison came to.
+    """The runs of a comparison.
 
     Attributes:
-        rows: the methods, in the order of the table.
-        cells: all runs, seeds and orders of a method one after the other.
-        folder: where the runs and the report are.
+        rows: names of the rows, in the order of the table.
+        cells: all runs, grouped by row, then by order.
+        folder: has the runs and the report.
     """
 
     rows: tuple[str, ...]
@@ -52,5 +52,5 @@ class Comparison:
     folder: Path
 
     def of(self, row: str) -> list[Cell]:
-        """The runs of a method."""
+        """The runs of one row."""
         return [cell for cell in self.cells if cell.row == row]

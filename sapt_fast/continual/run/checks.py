@@ -1,4 +1,4 @@
-"""Checks of what a run is given, made before it starts."""
+"""Checks of a run's tasks and settings before it starts."""
 
 from __future__ import annotations
 
@@ -24,12 +24,14 @@ def check_tasks(tasks: Sequence[TaskData]) -> None:
     names = [task.name for task in tasks]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"tasks: named more than once: {', '.join(twice)}")
+        raise ValueError(f"tasks: got {', '.join(twice)} more than once, expected distinct names")
     for place, task in enumerate(tasks):
         require_folder_name("tasks: got the name", task.name, names[:place], appended=_APPENDED)
         for split in SPLITS:
             if not getattr(task, split):
-                raise ValueError(f"tasks: {task.name!r} has no {split} rows, expected at least one")
+                raise ValueError(
+                    f"tasks: got {task.name!r} without {split} rows, expected at least one"
+                )
 
 
 def check_alone(alone: Mapping[str, float], names: Sequence[str]) -> None:
@@ -71,20 +73,20 @@ def check_replay(bench: Workbench, strategy: Strategy, tasks: Sequence[TaskData]
 
 
 def check_processes(settings: ContinualSettings) -> None:
-    """Raises ValueError unless several processes come to what one comes to."""
+    """Raises ValueError if several processes would not train as one process does."""
     count, kind = processes.count(), STRATEGIES[settings.strategy]
     if settings.batch_size % count:
         raise ValueError(
             f"batch_size: got {settings.batch_size}, expected a multiple of {count}, the number of "
-            "processes that divide it"
+            "processes, each of which gets an equal part"
         )
     if count > 1 and settings.replay == "generated":
         raise ValueError(
-            "replay: got 'generated' in several processes, expected a folder of pseudo-samples "
-            "that one process has made"
+            "replay: got 'generated' in several processes, expected a folder of pseudo-samples; "
+            "generate them in one process"
         )
     if count > 1 and kind.objective is not Strategy.objective:
         raise ValueError(
-            f"strategy: {settings.strategy!r} adds to the loss what several processes would add "
-            "each for itself; start it in one process"
+            f"strategy: {settings.strategy!r} does not support several processes: each would add "
+            "its loss term separately. Run it in one."
         )

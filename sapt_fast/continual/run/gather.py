@@ -1,4 +1,4 @@
-"""The results of a run, from what its folder holds."""
+"""Gathers the results of a run from its folder, and writes its report."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def gather_results(
     alone: Sequence[float] | None,
     testing_attention: NDArray[np.float64] | None,
 ) -> Results:
-    """The results of a run that has finished.
+    """Gathers the results of a finished run.
 
     Args:
-        folder: with the scores of every stage.
+        folder: has the scores and costs of every stage.
         stages: the tasks after which the model was scored.
-        strategy: the class; whether it learns all tasks at once decides which metrics there are.
+        strategy: the class; F.Ra and BWT are not defined if it learns all tasks at once.
         alone: [T] scores of the tasks learned alone; None if they were not given.
         testing_attention: [T, T] as in `Results`.
     """
@@ -67,9 +67,9 @@ def write_results(results: Results, strategy: str, metrics: Sequence[str]) -> No
     """Writes results.json, results.md and, with attention, attention.png into the run's folder.
 
     Args:
-        results: of the run.
-        strategy: its name.
-        metrics: names of the metrics that the tasks are scored by.
+        results: results of the run.
+        strategy: name of the strategy.
+        metrics: names of the metrics that score the tasks.
     """
     write_report(
         results.folder,

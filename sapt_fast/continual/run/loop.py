@@ -1,4 +1,4 @@
-"""The continual run: learn the tasks one after the other, score all that were seen, resume."""
+"""The continual run: learns the tasks in order, scores those seen so far, and resumes."""
 
 from __future__ import annotations
 
@@ -58,33 +58,35 @@ def run_continual(
     alone: Mapping[str, float] | None = None,
     source: Mapping[str, Any] | None = None,
 ) -> Results:
-    """Learns the tasks in order and reports how much of each is left.
+    """Learns the tasks in order and measures how much of each is retained.
 
-    Killed at any point and called again with the same arguments, it goes on where it was and
-    comes to the same weights.
+    To resume an interrupted run, call it again with the same arguments; it ends with the same
+    weights.
 
     Args:
-        model: a transformers model with a language-modelling head, or an encoder without any head
-            (`continual.encoder`); not patched. It is patched and stays so, with the last task's
-            adapters.
-        tokenizer: its tokenizer; needs a pad token.
+        model: an unpatched transformers model with a language-modelling head, or an encoder
+            without any head (`continual.data.encoder`). It is patched in place and keeps the
+            adapters of the last task.
+        tokenizer: its tokenizer, with a pad token.
         tasks: in learning order.
         output_dir: gets run.json, state.json, a checkpoint after each task (`load_pretrained`
             reads them), results.json, results.md and, with one adapter per task, attention.png.
-        settings: None for `ContinualSettings()`.
-        resume: whether to go on with a run that is in `output_dir`.
+        settings: defaults to `ContinualSettings()`.
+        resume: whether to resume a run that is in `output_dir`.
         alone: each task's score when learned alone (`run_alone`), for FWT.
-        source: JSON-ready note of where model and tasks come from, kept in run.json.
+        source: a JSON-ready note of where model and tasks come from, kept in run.json.
 
     Raises:
-        TypeError: `model` is no transformers model.
-        ValueError: no tasks, an empty split, a name twice, a patched model, a tokenizer without
-            pad token, or `output_dir` holds a run with other settings.
-        FileExistsError: `output_dir` holds other files, or a run and `resume` is False.
+        TypeError: if `model` is not a transformers model.
+        ValueError: if there are no tasks, a split is empty or a name is given twice.
+        ValueError: if the model is patched, or the tokenizer has no pad token.
+        ValueError: if `output_dir` holds a run with different settings or data, or another process
+            runs there.
+        FileExistsError: if `output_dir` holds other files, or a run and `resume` is False.
 
-    Several processes (torchrun, accelerate launch) come to what one comes to, up to rounding: they
-    divide each micro-batch and what is evaluated, and the first one writes. They may be more or
-    fewer when the run is resumed.
+    Several processes (torchrun, accelerate launch) give the results of one, up to rounding: they
+    divide each micro-batch and the evaluation, and the first one writes. A run may be resumed with
+    another number of processes.
     """
     settings = settings or ContinualSettings()
     if STRATEGIES[settings.strategy].alone:
@@ -107,10 +109,13 @@ def run_alone(
     resume: bool = True,
     source: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
-    """Score of each task when it is the only one, the reference of forward transfer.
+    """Learns every task alone on the base model; the scores are the reference of FWT.
 
-    Arguments, resuming and errors are those of `run_continual`; the strategy is "single". Writes
-    alone.json and leaves the model unpatched.
+    Args and Raises as in `run_continual`, with these differences: the strategy is always "single",
+    alone.json is written, and the model is unpatched at the end.
+
+    Returns:
+        The score of each task in percent, by name.
     """
     settings = replace(settings or ContinualSettings(), strategy="single", strategy_options={})
     run = _Run(model, tokenizer, tasks, settings)
@@ -132,17 +137,21 @@ def evaluate_run(
     settings: ContinualSettings,
     mixture: Callable[[str], Mixture] | None = None,
 ) -> Results:
-    """The results of a finished run again, from its checkpoints alone.
+    """Computes the results of a finished run again, from its checkpoints alone.
 
-    Arguments and errors are those of `run_continual`; nothing is written.
+    Nothing is written.
 
     Args:
-        mixture: called with a task's name, gives the weights by which its rows are answered; None
-            for those of the strategy. The attention in the results is always the strategy's.
+        model, tokenizer, tasks: as in `run_continual`.
+        output_dir: the run's folder.
+        settings: those of the run; device and evaluation batch size may differ.
+        mixture: called with a task's name, returns the weights of the adapters for its rows;
+            defaults to those of the strategy. The attention in the results is always the
+            strategy's.
 
     Raises:
-        FileNotFoundError: a checkpoint is missing.
-        ValueError: also where `model` or `tasks` are not those of the run.
+        FileNotFoundError: if a checkpoint is missing.
+        ValueError: as `run_continual`, and if `model` or `tasks` are not those of the run.
     """
     run = _Run(model, tokenizer, tasks, settings)
     run.folder = RunFolder(Path(output_dir), run.names)
@@ -150,7 +159,9 @@ def evaluate_run(
     for part in ("tasks", "model"):
         found = differences(stored[part], ours[part])
         if found:
-            raise ValueError(f"{part}: not those of the run in {output_dir}: " + "; ".join(found))
+            raise ValueError(
+                f"{part}: not the {part} of the run in {output_dir}: " + "; ".join(found)
+            )
     run.folder.read_costs()
     alone = read_alone(run.folder.path / "results.json", len(run.names))
     attention: list[list[float]] = []
@@ -164,7 +175,7 @@ def evaluate_run(
 
 
 class _Run:
-    """One run: `learn_all` brings it from where its folder is to the end."""
+    """One run; `learn_all` trains the stages that its folder does not have yet."""
 
     folder: RunFolder
 
@@ -174,7 +185,7 @@ class _Run:
         if isinstance(getattr(model, "sapt", None), SaptHandle):
             raise ValueError("model: got a patched model; pass it unpatched (sapt_fast.unpatch)")
         if getattr(tokenizer, "pad_token_id", None) is None:
-            raise ValueError("tokenizer: has no pad token; set tokenizer.pad_token")
+            raise ValueError("tokenizer: got one without a pad token; set tokenizer.pad_token")
         check_tasks(tasks)
         self.device = processes.start(settings.device)
         if not processes.is_first():
@@ -193,7 +204,7 @@ class _Run:
         self.strategy = kind(
             self.bench, kind.options_of(settings.strategy, settings.strategy_options)
         )
-        # The tasks after whose training there is a checkpoint and a row of scores.
+        # The tasks after which the model is saved and scored.
         self.stages = [len(tasks) - 1] if kind.together else list(range(len(tasks)))
         check_replay(self.bench, self.strategy, self.tasks)
         model.to(self.device)
@@ -203,7 +214,7 @@ class _Run:
     def open(
         self, path: Path, source: Mapping[str, Any] | None, resume: bool
     ) -> AbstractContextManager[Any]:
-        """Opens the folder, in which no other process may run until the context ends."""
+        """Opens the folder and locks it until the context ends."""
         description = {**self.description(), "source": dict(source or {})}
         with processes.first_goes_first():
             resume = resume or not processes.is_first()
@@ -212,7 +223,7 @@ class _Run:
         return closing(self.folder)
 
     def description(self) -> dict[str, Any]:
-        """What the run is asked to do, JSON-ready."""
+        """A JSON-ready description of the run; runs with equal ones are the same."""
         return {
             "settings": self.settings.to_dict(),
             "tasks": {
@@ -285,13 +296,13 @@ class _Run:
         self._remove(self.folder.training(index))
 
     def _remove(self, folder: Path) -> None:
-        """Deletes what is no longer needed once the files before it are whole."""
+        """Deletes a folder that is no longer needed, once the files written before are complete."""
         if processes.is_first():
             shutil.rmtree(folder, ignore_errors=True)
         processes.wait()
 
     def _generate(self, learned: Sequence[TaskData]) -> None:
-        """Makes the pseudo-samples of earlier tasks that are not there yet."""
+        """Generates the pseudo-samples of earlier tasks that do not exist yet."""
         folder, settings = self.bench.pseudo_samples, self.settings
         if folder is None or settings.replay != "generated" or not self.strategy.pseudo:
             return
@@ -336,7 +347,7 @@ class _Run:
     def score_seen(
         self, index: int, mixture: Callable[[str], Mixture] | None = None
     ) -> list[float]:
-        """Scores of the tasks up to `index`; of that one only where tasks are learned alone."""
+        """Scores of the tasks up to `index`; of that one only if tasks are learned alone."""
         seen = [self.tasks[index]] if self.strategy.alone else self.tasks[: index + 1]
         return [
             score(
@@ -354,7 +365,7 @@ class _Run:
     # --- training ---
 
     def _steps(self) -> int:
-        """Optimizer steps of a stage; -1 where epochs count."""
+        """Optimizer steps of a stage; -1 if epochs count."""
         steps = self.settings.steps or -1
         return steps * len(self.tasks) if steps > 0 and self.strategy.together else steps
 

@@ -31,7 +31,7 @@ def attention_heat_map(
     training: ArrayLike | None = None,
     testing: ArrayLike | None = None,
 ) -> Figure:
-    """Mean attention of every task's inputs on every adapter, one panel for each phase given.
+    """Draws the mean attention of every task's inputs on every adapter, one panel for each phase.
 
     Args:
         tasks: T task names in learning order.
@@ -40,11 +40,11 @@ def attention_heat_map(
         testing: `[T, T]`, row i: mean weights over task i's test inputs after the last task.
 
     Returns:
-        A matplotlib figure of its own canvas; nothing of matplotlib's global state is touched.
+        A matplotlib figure with its own canvas; matplotlib's global state is not changed.
 
     Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: no phase given, or a matrix of another shape, infinite, or outside [0, 1].
+        ImportError: if matplotlib is not installed.
+        ValueError: if no phase is given, or a matrix has another shape or values outside [0, 1].
     """
     panels = [
         (title, _attention_matrix(values, tasks, name))
@@ -55,7 +55,7 @@ def attention_heat_map(
         if values is not None
     ]
     if not panels:
-        raise ValueError("training and testing are both None, expected at least one matrix")
+        raise ValueError("training, testing: got None for both, expected at least one matrix")
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -80,7 +80,7 @@ def write_attention_heat_map(
     testing: ArrayLike | None = None,
     dpi: int = 150,
 ) -> Path:
-    """`attention_heat_map` as a PNG file, written atomically.
+    """Writes `attention_heat_map` as a PNG file, atomically.
 
     Returns:
         `path` as a `Path`.
@@ -95,18 +95,19 @@ def _attention_matrix(values: ArrayLike, tasks: Sequence[str], name: str) -> NDA
     try:
         matrix = np.array(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} must be a matrix of numbers: {error}") from error
+        raise ValueError(f"{name}: expected a matrix of numbers: {error}") from error
     expected = (len(tasks), len(tasks))
     if matrix.shape != expected or not matrix.size:
         raise ValueError(
-            f"{name} must have shape {list(expected)} (tasks x adapters, T >= 1), "
-            f"got {list(matrix.shape)}"
+            f"{name}: got shape {list(matrix.shape)}, expected {list(expected)} (tasks x adapters, "
+            "T >= 1)"
         )
     outside = ~np.isnan(matrix) & ~((matrix >= -1e-6) & (matrix <= 1 + 1e-6))
     if outside.any():
         row, column = np.argwhere(outside)[0]
         raise ValueError(
-            f"{name}[{row}][{column}] is {matrix[row, column]}, expected a weight in [0, 1] or nan"
+            f"{name}[{row}][{column}]: got {matrix[row, column]}, expected a weight in [0, 1] or "
+            "nan"
         )
     return matrix
 

@@ -34,7 +34,7 @@ def write_report(
     extra: Mapping[str, Any] | None = None,
     metrics: ContinualMetrics | None = None,
 ) -> dict[str, Path]:
-    """Everything about a run in one folder: results.json, results.md and, given one, attention.png.
+    """Writes results.json, results.md and, if attention is given, attention.png.
 
     Args:
         folder: target folder, created if missing; files of the same names are replaced.
@@ -45,13 +45,13 @@ def write_report(
         testing_attention: `[T, T]` as in `attention_heat_map`.
         title: heading of the Markdown file.
         extra: further entries of results.json (settings, versions, times).
-        metrics: in place of those of `scores`, where some are not defined.
+        metrics: written instead of those of `scores`, if some are not defined.
 
     Returns:
         The paths written, by kind: "json", "markdown", "attention".
 
     Raises:
-        ValueError: matrices or names do not fit, or `extra` has a key of the report itself.
+        ValueError: if matrices or names do not fit, or `extra` has a key of the report itself.
     """
     target = Path(folder)
     metrics = continual_metrics(scores, alone) if metrics is None else metrics
@@ -66,7 +66,7 @@ def write_report(
     }
     clash = sorted(content.keys() & (extra or {}).keys())
     if clash:
-        raise ValueError(f"extra must not hold keys of the report itself, got {', '.join(clash)}")
+        raise ValueError(f"extra: got {', '.join(clash)}, expected no keys of the report itself")
     markdown = results_markdown(tasks, scores, alone, title=title, metrics=metrics)
     written: dict[str, Path] = {}
     if training_attention is not None or testing_attention is not None:

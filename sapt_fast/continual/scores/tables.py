@@ -35,18 +35,18 @@ def results_table(
     title: str = "Score on each task (column) after learning a task (row)",
     metrics: ContinualMetrics | None = None,
 ) -> Table:
-    """The score matrix with its metrics as a `rich` table.
+    """Makes a `rich` table of the score matrix and its metrics.
 
     Args:
         tasks: T task names in learning order.
         scores: `[T, T]` as in `metrics.check_score_matrix`.
         alone: `[T]` scores of the tasks learned alone; adds a row.
-        title: heading; the metrics stand in the caption.
-        metrics: in place of those of `scores`, where some are not defined.
+        title: the heading; the caption has the metrics.
+        metrics: shown instead of those of `scores`, if some are not defined.
 
     Raises:
-        ImportError: rich is not installed.
-        ValueError: names and matrix do not fit, or a bad matrix.
+        ImportError: if rich is not installed.
+        ValueError: if the matrix is not valid, or has another number of tasks than `tasks`.
     """
     header, rows, computed = _cells(tasks, scores, alone)
     metrics = computed if metrics is None else metrics
@@ -74,10 +74,8 @@ def results_markdown(
     title: str = "Results",
     metrics: ContinualMetrics | None = None,
 ) -> str:
-    """The metrics and the score matrix as Markdown; arguments and errors as `results_table`.
-
-    `metrics` stand in for those of `scores`.
-    """
+    """Formats the metrics and the score matrix as Markdown; arguments and errors as in
+    `results_table`."""
     _, _, computed = _cells(tasks, scores, alone)
     named = (computed if metrics is None else metrics).as_dict()
     summary = markdown_table(list(named), [[_number(value) for value in named.values()]])
@@ -88,13 +86,13 @@ def results_markdown(
 
 
 def matrix_markdown(tasks: Sequence[str], scores: ArrayLike, alone: ArrayLike | None = None) -> str:
-    """The score matrix as a Markdown table; arguments and errors as `results_table`."""
+    """Formats the score matrix as a Markdown table; arguments and errors as in `results_table`."""
     header, rows, _ = _cells(tasks, scores, alone)
     return markdown_table(header, rows)
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; bars in cells are escaped."""
+    """Formats a Markdown table; `|` in cells is escaped."""
     lines = [header, ["---"] * len(header), *rows]
     escaped = ([cell.replace("|", "\\|") for cell in line] for line in lines)
     return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
@@ -105,7 +103,9 @@ def _cells(
 ) -> tuple[list[str], list[list[str]], ContinualMetrics]:
     matrix = check_score_matrix(scores)
     if isinstance(tasks, str) or len(tasks) != len(matrix):
-        raise ValueError(f"tasks must be {len(matrix)} names, one per row of scores, got {tasks!r}")
+        raise ValueError(
+            f"tasks: got {tasks!r}, expected {len(matrix)} names, one per row of scores"
+        )
     metrics = continual_metrics(matrix, alone)
     rows = [
         [name, *(_number(value) for value in row)] for name, row in zip(tasks, matrix, strict=True)

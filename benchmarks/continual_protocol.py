@@ -10,7 +10,8 @@ from typing import Any
 
 import measure
 
-from sapt_fast.continual.compare.compare import Comparison, compare
+from sapt_fast.continual.compare.cells import Comparison
+from sapt_fast.continual.compare.compare import compare
 from sapt_fast.continual.compare.report import summary
 from sapt_fast.continual.data.sources import Source
 from sapt_fast.continual.settings import ContinualSettings

@@ -27,7 +27,8 @@ from continual_protocol import record, report, tune
 from torch import Tensor
 
 from sapt_fast import SaptConfig, unpatch
-from sapt_fast.continual.compare.compare import Cell, compare
+from sapt_fast.continual.compare.cells import Cell
+from sapt_fast.continual.compare.compare import compare
 from sapt_fast.continual.compare.report import write_comparison
 from sapt_fast.continual.data.sources import Source
 from sapt_fast.continual.run.evaluate import Mixture

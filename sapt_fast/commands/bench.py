@@ -1,10 +1,9 @@
-"""A small timing of the mixed LoRA layer on this machine, for `sapt-fast bench`."""
+"""`sapt-fast bench`: times the mixed LoRA layer on this machine."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from rich.table import Table
@@ -12,32 +11,23 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from sapt_fast import dispatch
-from sapt_fast.checks import require_choice, require_count, require_number
+from sapt_fast.checks import require_choice, require_number
+from sapt_fast.commands.layer_size import LayerSize
+from sapt_fast.commands.output import show
+from sapt_fast.continual.data.sources import torch_dtype
 from sapt_fast.ops import mixed_lora_linear
 
-__all__ = ["LayerSize", "bench_table", "time_layer"]
+__all__ = ["bench_table", "show_times", "time_layer"]
 
 
-@dataclass(frozen=True)
-class LayerSize:
-    """A layer and a batch: `batch` samples of `tokens`, `tasks` adapters of rank `rank`."""
-
-    batch: int = 8
-    tokens: int = 128
-    inputs: int = 1024
-    outputs: int = 1024
-    tasks: int = 15
-    rank: int = 4
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            require_count(name, value)
-
-    def bytes(self, dtype: torch.dtype) -> int:
-        """What the tensors of a forward and backward pass take at least."""
-        rank, rows = self.tasks * self.rank, self.batch * self.tokens
-        weights = self.inputs * self.outputs + rank * (self.inputs + self.outputs)
-        return dtype.itemsize * (weights + 2 * rows * (self.inputs + self.outputs))
+def show_times(size: LayerSize, device: str, dtype: str, seconds: float) -> None:
+    """Prints a table of the forward pass and one of forward and backward; arguments as in
+    `time_layer`."""
+    for backward, title in ((False, "forward"), (True, "forward and backward")):
+        times = time_layer(
+            size, device=device, dtype=torch_dtype(dtype), backward=backward, seconds=seconds
+        )
+        show(bench_table(size, times, f"{title}, {dtype} on {device}"))
 
 
 def time_layer(
@@ -48,29 +38,31 @@ def time_layer(
     backward: bool = False,
     seconds: float = 0.5,
 ) -> dict[str, float]:
-    """Median seconds of `mixed_lora_linear` in each backend that runs here.
+    """Measures `mixed_lora_linear` in each backend that runs here.
 
     Args:
-        size: shapes.
-        backward: time forward and backward, the newest adapter training, instead of the forward.
-        seconds: time spent on each measurement.
+        size: sizes of the layer, the adapters and the batch.
+        device: "cpu" or "cuda".
+        dtype: dtype of the inputs and the weights.
+        backward: time the forward and the backward pass, with gradients of the newest adapter.
+        seconds: duration of each measurement, at most an hour.
 
     Returns:
-        By name: "base linear" (the layer without adapters), then the backends.
+        Median seconds by name: "base linear" (the layer without adapters), then the backends.
 
     Raises:
-        ValueError: no such device or it is not here, `seconds` is no duration of an hour at most,
-            or the layer does not fit into this machine's memory.
+        ValueError: if the device is not available, a value is out of range, or the layer does not
+            fit into memory.
     """
     require_choice("device", device, ("cpu", "cuda"))
     require_number("seconds", seconds, most=3600, positive=True)
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: got {device!r}, but torch sees no GPU; use 'cpu'")
     memory = _memory(device)
-    if size.bytes(dtype) > memory:
+    if size.bytes(dtype.itemsize) > memory:
         raise ValueError(
             f"batch, tokens, inputs, outputs, tasks, rank: got {size}, whose tensors take "
-            f"{size.bytes(dtype) / 1e9:.3g} GB, but {device} has {memory / 1e9:.3g} GB"
+            f"{size.bytes(dtype.itemsize) / 1e9:.3g} GB, but {device} has {memory / 1e9:.3g} GB"
         )
     generator = torch.Generator().manual_seed(0)
 

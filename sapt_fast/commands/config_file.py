@@ -1,4 +1,4 @@
-"""Options of the command line in a YAML file."""
+"""Reads options of the command line from a YAML file."""
 
 from __future__ import annotations
 
@@ -17,19 +17,24 @@ _MOST_VALUES, _MOST_DEPTH = 10_000, 20
 
 
 def read_config(path: Path, known: Collection[str]) -> dict[str, Any]:
-    """The options in a file, as the command line takes them.
+    """Reads the options in a file.
 
     Args:
-        path: a YAML mapping of options by name (`max_train` or `max-train`). An option that is
-            given as NAME=VALUE and may be repeated is a mapping.
-        known: the options that there are.
+        path: a YAML mapping of options by name (`max_train` or `max-train`). An option of repeated
+            NAME=VALUE texts is a mapping.
+        known: the names of the options.
+
+    Returns:
+        The options by name, with values in the form of the command line.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: no regular file, no YAML, values that JSON does not have (dates, bytes, sets,
-            Python objects) or numbers of more than 64 bits, larger, deeper or with more values
-            (aliases count where they are used) than options can be, no mapping, an option twice,
-            or an unknown option.
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not a regular file, or not a YAML mapping.
+        ValueError: if an option is unknown or given twice.
+        ValueError: if a value has a type that JSON does not have (dates, bytes, sets, Python
+            objects), or a number has more than 64 bits.
+        ValueError: if the file is larger or deeper, or has more values, than options need; an alias
+            counts at every use.
     """
     try:
         data = read_bytes(path, _BYTES)
@@ -56,7 +61,7 @@ def _parsed(data: bytes, path: Path) -> Any:
             node = loader.get_single_node()
             if node is None:
                 return None
-            # before values are made: a merge key copies what it names, however often
+            # before values are made: a merge key copies its mapping at every use
             _check(node, 0, [_MOST_VALUES])
             content = loader.construct_document(node)
         finally:
@@ -76,8 +81,8 @@ def _parsed(data: bytes, path: Path) -> Any:
 
 
 def _check(node: Any, depth: int, left: list[int]) -> None:
-    """Raises ValueError if a YAML node has a key twice or, with its aliases and merge keys written
-    out, is larger or deeper than options can be."""
+    """Raises ValueError if a YAML node has a key twice, or is larger or deeper than options need;
+    aliases and merge keys count at every use."""
     left[0] -= 1
     if left[0] < 0 or depth > _MOST_DEPTH:
         raise ValueError(
@@ -90,14 +95,14 @@ def _check(node: Any, depth: int, left: list[int]) -> None:
         keys = Counter(key.value for key, _ in inner if isinstance(key.value, str))
         twice, count = (keys.most_common(1) or [("", 0)])[0]
         if count > 1:
-            raise ValueError(f"the key {twice!r} stands twice")
+            raise ValueError(f"got the key {twice!r} twice")
         inner = [part for pair in inner for part in pair]
     for part in inner:
         _check(part, depth + 1, left)
 
 
 def _require_plain(value: Any) -> None:
-    """Raises ValueError if a value is none that JSON has, or a number of more than 64 bits."""
+    """Raises ValueError for a type that JSON does not have, or a number of more than 64 bits."""
     if isinstance(value, dict):
         value = [*value, *value.values()]
     if isinstance(value, list):
@@ -110,7 +115,7 @@ def _require_plain(value: Any) -> None:
     elif value is not None and not isinstance(value, (int, float)):
         raise ValueError(
             f"got a value of type {type(value).__name__}, expected text, numbers, lists and "
-            "mappings; quote what is to be text"
+            "mappings; quote a value to make it text"
         )
 
 

@@ -15,10 +15,10 @@ import torch
 from sapt_fast.checks import MOST_SEED, require_count, require_folder
 from sapt_fast.continual.data.sources import demo_tasks
 from sapt_fast.continual.run.loop import Results, run_alone, run_continual
-from sapt_fast.continual.scores.report import write_json
 from sapt_fast.continual.settings import ContinualSettings
 from sapt_fast.demo.backbone import load_backbone
 from sapt_fast.demo.tasks import CharTokenizer
+from sapt_fast.files.writing import write_json
 from sapt_fast.methods.sapt import SaptConfig
 
 if TYPE_CHECKING:
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 __all__ = ["demo_settings", "demo_tables", "run_demo", "tiny_model"]
 
 STRATEGIES = ("sapt", "seqlora")
-# Where a strategy needs other values than the recipe's: prompts learn at far higher rates.
+# Values that override the recipe for a strategy: prompts need far higher learning rates.
 STRATEGY_VALUES = {name: {"learning_rate": 0.3} for name in ("sapt_prompt", "progprompt", "l2p")}
 
 
 def demo_settings(
     strategy: str = "sapt", *, seed: int = 0, progress: bool = False
 ) -> ContinualSettings:
-    """The demo's recipe.
+    """The demo's settings.
 
-    The router learns about as fast as the LoRA: were it slower, B would grow to make up for a tiny
-    weight and routing would never settle.
+    The router learns about as fast as the LoRA. If it learned much more slowly, B would grow to
+    compensate for a tiny mixing weight, and routing would not converge.
     """
     return ContinualSettings(
         strategy=strategy,
@@ -68,16 +68,16 @@ def run_demo(
 
     Args:
         output_dir: gets a folder of each run (`sapt/attention.png` is the heat map) and demo.json;
-            a demo that was interrupted there goes on.
-        seed: of the rows, the initial weights and the order of training.
-        progress: show the bars of each training.
+            an interrupted demo in this folder is resumed.
+        seed: seed of the rows, the initial weights and the order of training.
+        progress: show progress bars of each training.
 
     Returns:
         The results by strategy.
 
     Raises:
-        NotADirectoryError: there is a file where `output_dir` is to be written.
-        ValueError: the seed is none, or the folder holds a demo of another seed.
+        NotADirectoryError: if `output_dir` is a file, or below one.
+        ValueError: if the seed is not valid, or the folder holds a demo with another seed.
     """
     require_folder("output", output_dir)
     require_count("seed", seed, least=0, most=MOST_SEED)
@@ -101,14 +101,14 @@ def run_demo(
 
 
 def demo_tables(results: Mapping[str, Results]) -> tuple[Table, Table]:
-    """The metrics, one row for each strategy; and what is left of each task at the end."""
+    """Two `rich` tables: the metrics by strategy, and each task's score after the last task."""
     from rich.table import Table
 
     first = next(iter(results.values()))
     metrics = Table(
         title=f"{len(first.tasks)} tasks in sequence, exact match in %",
-        caption="AP: mean after the last task. F.Ra: forgotten. FWT: gain over each task learned "
-        "alone. BWT: change since a task was learned.",
+        caption="AP: mean after the last task. F.Ra: score lost since its best. FWT: gain over "
+        "each task learned alone. BWT: change since a task was learned.",
     )
     metrics.add_column("strategy")
     for name in first.metrics.as_dict():
@@ -130,8 +130,11 @@ def demo_tables(results: Mapping[str, Results]) -> tuple[Table, Table]:
 
 @contextmanager
 def tiny_model() -> Iterator[None]:
-    """What many trainings of a tiny model want: a second thread only costs, and the garbage
-    collections of each Trainer need not search all that was imported."""
+    """A context that speeds up many trainings of a tiny model.
+
+    torch uses one thread, as a second one only costs time, and garbage collections skip what was
+    imported before.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     gc.freeze()

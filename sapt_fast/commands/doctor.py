@@ -1,4 +1,4 @@
-"""What this machine has, and which backend each op will use and why."""
+"""`sapt-fast doctor`: what this machine has, which backend each op uses, and why."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _VARIABLES = (dispatch.ENV_VARIABLE, "SAPT_FAST_CPU_CAPABILITY", "TRITON_INTERPR
 
 
 def environment_table() -> Table:
-    """Versions, processors, the compiled module and the environment variables that matter."""
+    """A table of versions, processors, the compiled module and the environment variables read."""
     table = Table(title="environment", show_header=False)
     table.add_column()
     table.add_column(overflow="fold")
@@ -30,7 +30,7 @@ def environment_table() -> Table:
 
 
 def backend_table() -> Table:
-    """For each op and kind of device: the backend that runs, and why the others do not."""
+    """A table of the backend of each op and kind of device, with the reason for each other one."""
     table = Table(title="backends")
     for name in ("op", "device", "backend", "why"):
         table.add_column(name, overflow="fold")
@@ -48,14 +48,16 @@ def backend_table() -> Table:
 
 def _why(op: str, kind: str, chosen: str) -> str:
     asked = os.environ.get(dispatch.ENV_VARIABLE)
-    lines = [f"asked for by {dispatch.ENV_VARIABLE}" if asked else "the first that can run here"]
+    lines = [f"set by {dispatch.ENV_VARIABLE}" if asked else "default here"]
     for backend in dispatch.BACKENDS:
         if backend != chosen:
             reason = dispatch.unavailable(op, backend, kind)
             if reason is None and backend == "cuda":
                 unchosen = dispatch.unchosen(op)
-                reason = "for few rows" if unchosen is None else f"by name only: {unchosen}"
-            reason = reason or "can run, asked for by name"
+                reason = (
+                    "default for few rows" if unchosen is None else f"on request only: {unchosen}"
+                )
+            reason = reason or "available on request"
             lines.append(f"{backend}: {reason}")
     return "\n".join(lines)
 
@@ -88,7 +90,12 @@ def _native_module() -> list[tuple[str, str]]:
     try:
         native: Any = importlib.import_module("sapt_fast._C")
     except ImportError as error:
-        return [("compiled module", f"not there ({error}); SAPT_FAST_BUILD=cpu builds or explains")]
+        return [
+            (
+                "compiled module",
+                f"missing ({error}); SAPT_FAST_BUILD=cpu builds it or reports why not",
+            )
+        ]
     cuda = native.cuda_runtime()
     report = "not compiled" if not cuda["compiled"] else ", ".join(cuda["architectures"])
     if cuda["compiled"] and cuda.get("error"):

@@ -1,4 +1,4 @@
-"""Measures the routes of `mixed_lora` on a GPU and records them, for `sapt-fast bench tune`."""
+"""`sapt-fast bench tune`: times the GEMM variants of `mixed_lora` on a GPU and records them."""
 
 from __future__ import annotations
 
@@ -10,44 +10,82 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 import sapt_fast
-from sapt_fast.checks import require_choice
+from sapt_fast.checks import require_choice, require_folder
+from sapt_fast.commands.output import show
 
 if TYPE_CHECKING:  # triton is optional
     from sapt_fast.triton_kernels.blocks.gemm_variants import Measurement, Route, Size
 
-__all__ = ["Gpu", "parse_grid", "record_routes", "routes_table", "this_gpu", "time_routes"]
+__all__ = [
+    "Gpu",
+    "parse_grid",
+    "record_routes",
+    "routes_table",
+    "this_gpu",
+    "time_routes",
+    "tune_routes",
+]
 
 _DTYPES = ("bfloat16", "float16", "float32")
 _MOST = 2**20
 _TOLERANCE = {"bfloat16": 2e-2, "float16": 2e-3, "float32": 1e-5}  # relative, between two routes
 
 Clock = Callable[[Callable[[], object]], float]
-"""Gives the seconds that a call takes on the GPU."""
+"""Measures the seconds that a call takes on the GPU."""
 
 
 class Gpu(NamedTuple):
-    """Where to measure, under which name to record it, and with which clock."""
+    """The device to measure on, the name to record it by, and the clock."""
 
     device: torch.device
     name: str
     clock: Clock
 
 
+def tune_routes(
+    widths: str, ranks: str, rows: str, dtypes: str, output: Path | None = None
+) -> None:
+    """Measures a grid on this GPU, writes its table and prints which route was the fastest.
+
+    Args:
+        widths, ranks, rows, dtypes: as in `parse_grid`.
+        output: as in `record_routes`.
+
+    Raises:
+        ValueError: if a value is not valid.
+        IsADirectoryError, NotADirectoryError: if `output` cannot be written.
+        typer.Exit: with code 2, after a message, if nothing can be measured here.
+    """
+    grid = parse_grid(widths, ranks, rows, dtypes)
+    if output is not None:
+        require_folder("output", output.parent)
+        if output.is_dir():
+            raise IsADirectoryError(f"output: got {str(output)!r}, which is a folder")
+    try:
+        gpu = this_gpu()
+    except ValueError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    path, measurements = record_routes(grid, gpu, output)
+    show(routes_table(measurements), f"written to {path}")
+
+
 def this_gpu() -> Gpu:
     """The current GPU with CUDA events as its clock; the L2 cache is emptied before every call.
 
     Raises:
-        ValueError: nothing can be measured here.
+        ValueError: if there is no GPU, or triton is not installed.
     """
     if not torch.cuda.is_available():
-        raise ValueError("bench tune measures on a GPU, and torch sees none here")
+        raise ValueError("bench tune needs a GPU, but torch sees none")
     if importlib.util.find_spec("triton") is None:
-        raise ValueError("bench tune measures Triton kernels: pip install 'sapt_fast[gpu]'")
+        raise ValueError("bench tune needs triton: pip install 'sapt_fast[gpu]'")
     from triton.testing import do_bench
 
     def clock(call: Callable[[], object]) -> float:
@@ -68,7 +106,7 @@ def parse_grid(
         dtypes: names of floating-point types.
 
     Raises:
-        ValueError: a value is none of these.
+        ValueError: if a value is not valid.
     """
     pairs = []
     for text in _items("widths", widths):
@@ -109,18 +147,18 @@ def _positive(name: str, text: str) -> int:
 def record_routes(
     grid: Sequence[tuple[int, int, int, int, str]], gpu: Gpu, output: Path | None = None
 ) -> tuple[Path, list[Measurement]]:
-    """Measure a grid on a GPU and write its table.
+    """Measures a grid on a GPU and writes its table.
 
     Args:
         grid: layers as `parse_grid` gives them; each is measured forward and backward.
-        gpu: see `this_gpu`.
-        output: the file, by default where `routes` looks for it.
+        gpu: where to measure, as from `this_gpu`.
+        output: the file; defaults to the one that later runs read.
 
     Returns:
-        The file and what it holds.
+        The file, and the measurements in it.
 
     Raises:
-        RuntimeError: two routes disagree; nothing is written then.
+        RuntimeError: if two variants disagree; then nothing is written.
     """
     import triton
 
@@ -149,10 +187,10 @@ def record_routes(
 
 
 def time_routes(size: Size, gpu: Gpu) -> dict[str, float]:
-    """Seconds of every route at a size, measured after checking that they agree.
+    """Measures the seconds of every variant at a size, after a check that they agree.
 
     Raises:
-        RuntimeError: two routes disagree.
+        RuntimeError: if two variants disagree.
     """
     from sapt_fast.triton_kernels.blocks.common import device_traits, round_up
     from sapt_fast.triton_kernels.blocks.gemm import RANK_ALIGN
@@ -166,7 +204,7 @@ def time_routes(size: Size, gpu: Gpu) -> dict[str, float]:
 
     padded = round_up(size.rank, RANK_ALIGN)
     a = draw(size.rows, size.d_in, 1)
-    # The forward reads a weight [O, I] transposed, the backward as it lies.
+    # The forward reads a weight [O, I] transposed, the backward as stored.
     forward = size.direction == "forward"
     sides = (size.d_out, size.d_in) if forward else (size.d_in, size.d_out)
     b = draw(*sides, size.d_in)
@@ -181,7 +219,7 @@ def time_routes(size: Size, gpu: Gpu) -> dict[str, float]:
     has_descriptors = device_traits(gpu.device).has_tma
     timed = [route for route in ROUTES if route != FUSED_POINTERS or has_descriptors]
     first, *others = timed
-    expected = call(first).double()  # a copy: every route writes into y
+    expected = call(first).double()  # a copy: every variant writes into y
     for route in others:
         error = float((call(route).double() - expected).norm() / expected.norm())
         if not error <= _TOLERANCE[size.dtype]:
@@ -192,7 +230,7 @@ def time_routes(size: Size, gpu: Gpu) -> dict[str, float]:
 
 
 def routes_table(measurements: Sequence[Measurement]) -> Table:
-    """How often each route was the fastest, by pass, dtype and width."""
+    """A table of how often each variant was the fastest, by pass, dtype and width."""
     table = Table(title="fastest route")
     for name in ("pass", "dtype", "d_in x d_out", "fastest"):
         table.add_column(name)

@@ -1,4 +1,4 @@
-"""What a continual run is asked to do."""
+"""Settings of a continual run."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from sapt_fast.checks import MOST_SEED, require_choice, require_count, require_number
+from sapt_fast.continual.registry import strategies
 from sapt_fast.methods.sapt import SaptConfig
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["PRESETS", "ContinualSettings", "GeneratorSettings", "differences", "parse_values"]
 
@@ -23,7 +25,7 @@ PRESETS = {
 
 _METRICS = (None, "rouge_l", "exact_match")
 _DEVICES = (None, "cpu", "cuda")
-# These change where and how a run computes, not what it comes to.
+# These change where a run computes and what it shows, not its results.
 _FREE = ("device", "progress")
 _POSITIVE = ("learning_rate", "epochs", "save_steps", "label_temperature")
 _POSITIVE_OR_NONE = ("key_learning_rate", "query_learning_rate")
@@ -37,32 +39,42 @@ _FLAGS = ("kl_per_micro_batch", "load_best", "bf16", "gradient_checkpointing", "
 
 @dataclass(frozen=True)
 class GeneratorSettings:
-    """How generators of pseudo-samples are trained and sampled; the defaults are the release's.
+    """How generators of pseudo-samples are trained and sampled.
 
-    `max_length`, `tries` and `answers` are ours.
+    The defaults are those of the original SAPT code, which has no `max_length`, `tries` and
+    `answers`.
+
+    Raises:
+        ValueError: if a value has another type or is out of range.
     """
 
     r: int = field(default=8, metadata={"help": "Rank of the generator's LoRA."})
-    lora_alpha: float = field(default=32, metadata={"help": "Scaling is lora_alpha / r."})
-    lora_dropout: float = field(default=0.1, metadata={"help": "Dropout before the LoRA."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate, constant."})
+    lora_alpha: float = field(
+        default=32, metadata={"help": "The LoRA is scaled by lora_alpha / r."}
+    )
+    lora_dropout: float = field(default=0.1, metadata={"help": "Dropout on the LoRA's input."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Constant learning rate."})
     steps: int = field(default=5000, metadata={"help": "Optimizer steps."})
     batch_size: int = field(
-        default=16, metadata={"help": "Rows of a step, and samples drawn together."}
+        default=16, metadata={"help": "Rows of a training step, and samples generated together."}
     )
-    max_length: int = field(default=512, metadata={"help": "Tokens of a sample."})
-    top_k: int = field(default=20, metadata={"help": "Likeliest tokens that are sampled from."})
+    max_length: int = field(default=512, metadata={"help": "Most tokens of a sample."})
+    top_k: int = field(
+        default=20, metadata={"help": "Sample from this many of the most likely tokens."}
+    )
     repetition_penalty: float = field(
-        default=2.5, metadata={"help": "Divisor of the scores of tokens that were there before."}
+        default=2.5,
+        metadata={"help": "Divisor of the scores of tokens that the sample already has."},
     )
     share: float = field(
-        default=0.02, metadata={"help": "Samples kept, as a share of the training rows."}
+        default=0.02, metadata={"help": "Samples to keep, as a fraction of the training rows."}
     )
     tries: int = field(
-        default=4, metadata={"help": "Draw at most so many times the samples that are kept."}
+        default=4, metadata={"help": "Draw at most this many samples per sample wanted."}
     )
     answers: bool = field(
-        default=False, metadata={"help": 'Generate " __ans__ {output}" after the input too.'}
+        default=False,
+        metadata={"help": 'Also generate an answer after the input, as " __ans__ {output}".'},
     )
 
     def __post_init__(self) -> None:
@@ -76,7 +88,11 @@ class GeneratorSettings:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GeneratorSettings:
-        """Raises ValueError on an unknown field."""
+        """The settings with these values.
+
+        Raises:
+            ValueError: if a field is unknown or a value does not fit.
+        """
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise ValueError(f"generator: got unknown fields {unknown}")
@@ -85,107 +101,125 @@ class GeneratorSettings:
 
 @dataclass
 class ContinualSettings:
-    """Settings of `run_continual`, the same for every task of a run."""
+    """Settings of `run_continual`, the same for every task of a run.
+
+    Raises:
+        ValueError: if the strategy or an option of it is unknown, if a value has another type or
+            is out of range, or if settings do not fit the strategy.
+    """
 
     strategy: str = field(
         default="sapt",
-        metadata={"help": "The method, a name in continual.strategies.STRATEGIES."},
+        metadata={
+            "help": "Continual-learning method: sapt, sapt_prompt, seqlora, joint, replay, "
+            "generative_replay, ewc, lwf, olora, epi, lfpt5, l2p, progprompt, or single (each "
+            "task alone)."
+        },
     )
     strategy_options: dict[str, Any] = field(
         default_factory=dict,
-        metadata={"help": "Options of the method by name; what is not given is its default."},
+        metadata={"help": "Options of the strategy by name; others keep their defaults."},
     )
     sapt: SaptConfig = field(
-        default_factory=SaptConfig, metadata={"help": "Adapters and router of the model."}
+        default_factory=SaptConfig, metadata={"help": "Settings of the adapters and the router."}
     )
-    learning_rate: float = field(default=3e-4, metadata={"help": "Learning rate, constant."})
+    learning_rate: float = field(default=3e-4, metadata={"help": "Constant learning rate."})
     key_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the key; none for learning_rate."}
+        default=None,
+        metadata={"help": "Learning rate of the newest key.", "default": "learning_rate"},
     )
     query_learning_rate: float | None = field(
         default=None,
-        metadata={"help": "Learning rate of the query projection; none for learning_rate."},
+        metadata={"help": "Learning rate of the query projection.", "default": "learning_rate"},
     )
-    epochs: float = field(default=10.0, metadata={"help": "Passes over each task's rows."})
+    epochs: float = field(default=10.0, metadata={"help": "Passes over each task's training rows."})
     steps: int | None = field(
-        default=None, metadata={"help": "Optimizer steps for each task, in place of epochs."}
+        default=None, metadata={"help": "Optimizer steps for each task, instead of epochs."}
     )
     batch_size: int = field(
-        default=8, metadata={"help": "Rows of a micro-batch, over all processes."}
+        default=8, metadata={"help": "Rows of a micro-batch, summed over all processes."}
     )
     accumulation: int = field(
-        default=4, metadata={"help": "Micro-batches whose gradients make one optimizer step."}
+        default=4,
+        metadata={"help": "Micro-batches whose gradients are added up for one optimizer step."},
     )
     weight_decay: float = field(default=0.0, metadata={"help": "Weight decay."})
     max_grad_norm: float = field(
-        default=1.0, metadata={"help": "Clip gradients to this norm; 0 for no clipping."}
+        default=1.0, metadata={"help": "Clip gradients to this norm; 0 turns clipping off."}
     )
-    max_source_length: int = field(default=512, metadata={"help": "Tokens of a prompt."})
+    max_source_length: int = field(
+        default=512, metadata={"help": "Most tokens of a prompt; longer prompts are cut."}
+    )
     instruction_tokens: int | None = field(
         default=None,
-        metadata={"help": "Tokens of the instruction that an encoder reads; none for all."},
+        metadata={
+            "help": "Keep this many tokens of the instruction, for an encoder.",
+            "default": "all",
+        },
     )
     label_temperature: float = field(
         default=0.05,
-        metadata={"help": "Divisor of the cosines by which an encoder matches labels."},
+        metadata={"help": "Divisor of the cosines between an encoder's inputs and the labels."},
     )
-    max_target_length: int = field(default=50, metadata={"help": "Tokens of an answer."})
+    max_target_length: int = field(default=50, metadata={"help": "Most tokens of an answer."})
     replay: str = field(
         default="real",
         metadata={
-            "help": "Inputs for the reflection loss: 'real' (a share of the training inputs), "
-            "'none', 'generated' (pseudo-samples by a generator for each task), or a folder of "
-            "pseudo-samples in the CL_Benchmark layout."
+            "help": "Earlier tasks' inputs for the reflection loss: 'real' (a share of the "
+            "training inputs), 'none', 'generated' (pseudo-samples from a generator of each "
+            "task), or a folder of pseudo-samples in the CL_Benchmark layout."
         },
     )
     generator: GeneratorSettings = field(
         default_factory=GeneratorSettings,
-        metadata={"help": "Training and sampling of the generators for replay 'generated'."},
+        metadata={"help": "Settings of the generators of replay 'generated'."},
     )
     replay_share: float = field(
-        default=0.02, metadata={"help": "Share of a task's inputs kept for replay; at least one."}
+        default=0.02,
+        metadata={"help": "Fraction of a task's inputs kept for replay, at least one input."},
     )
     replay_batch_size: int | None = field(
         default=None,
-        metadata={"help": "Replayed rows of each task per micro-batch; none for batch_size."},
+        metadata={"help": "Replayed rows of each task in a micro-batch.", "default": "batch_size"},
     )
     kl_per_micro_batch: bool = field(
         default=False,
-        metadata={"help": "Add the whole reflection loss in every micro-batch, as released."},
+        metadata={
+            "help": "Add the whole reflection loss in every micro-batch, as the original SAPT code "
+            "does."
+        },
     )
     metric: str | None = field(
         default=None,
-        metadata={"help": "'rouge_l' or 'exact_match'; none for the benchmark's own."},
+        metadata={"help": "'rouge_l' or 'exact_match'.", "default": "the benchmark's own"},
     )
     scored: str = field(
-        default="test", metadata={"help": "Rows that are scored; 'dev' to choose settings by."}
+        default="test",
+        metadata={"help": "Rows that are scored: 'test', or 'dev' to choose settings."},
     )
     eval_batch_size: int = field(default=16, metadata={"help": "Rows of a batch in evaluation."})
     save_steps: float = field(
         default=0.1,
-        metadata={
-            "help": "Steps between checkpoints within a task; below 1, a share of its steps."
-        },
+        metadata={"help": "Steps between checkpoints; below 1, a fraction of the task's steps."},
     )
     load_best: bool = field(
         default=False,
-        metadata={"help": "Keep the checkpoint with the least loss on dev, not the last one."},
+        metadata={"help": "Keep the checkpoint with the lowest dev loss, not the last one."},
     )
     bf16: bool = field(default=False, metadata={"help": "Train under bfloat16 autocast."})
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Recompute activations in the backward pass."}
     )
-    seed: int = field(default=0, metadata={"help": "Seed of everything that is drawn."})
+    seed: int = field(default=0, metadata={"help": "Seed of all random choices."})
     device: str | None = field(
-        default=None, metadata={"help": "'cpu' or 'cuda'; none for a GPU where there is one."}
+        default=None, metadata={"help": "'cpu' or 'cuda'.", "default": "cuda if there is a GPU"}
     )
     progress: bool = field(default=True, metadata={"help": "Show progress bars."})
 
     def __post_init__(self) -> None:
-        from sapt_fast.continual.strategies import STRATEGIES
-
-        require_choice("strategy", self.strategy, STRATEGIES)
-        kind = STRATEGIES[self.strategy]
+        kinds = strategies()
+        require_choice("strategy", self.strategy, kinds)
+        kind = kinds[self.strategy]
         self.strategy_options = asdict(kind.options_of(self.strategy, self.strategy_options))
         require_choice("metric", self.metric, _METRICS)
         require_choice("scored", self.scored, ("test", "dev"))
@@ -216,16 +250,16 @@ class ContinualSettings:
 
     @classmethod
     def official(cls, model: str, benchmark: str) -> ContinualSettings:
-        """The released hyperparameters, quirks included.
+        """The hyperparameters of the original SAPT code, quirks included.
 
-        The LLaMA runs used four GPUs with two rows each; here that is one micro-batch of eight.
+        Its LLaMA runs used four GPUs with two rows each; here that is one micro-batch of eight.
 
         Args:
             model: "t5" or "llama".
             benchmark: "superni" or "long_sequence".
 
         Raises:
-            ValueError: there is no such preset.
+            ValueError: if there are no such settings.
         """
         config = SaptConfig.official(model, benchmark)
         epochs = {
@@ -250,14 +284,15 @@ class ContinualSettings:
 
     @classmethod
     def of(cls, preset: str | None = None, **values: Any) -> ContinualSettings:
-        """Settings by name, those of the adapters and the router among them.
+        """Makes settings from a preset and values by name.
 
         Args:
-            preset: where to start: None for the defaults, or a name in `PRESETS`.
-            **values: fields of ContinualSettings or SaptConfig; None leaves one as it is.
+            preset: a name in `PRESETS`; None for the defaults.
+            **values: fields of ContinualSettings or SaptConfig, which override the preset; None
+                keeps the preset's value.
 
         Raises:
-            ValueError: an unknown preset or field, or a value that does not fit.
+            ValueError: if the preset or a field is unknown, or a value does not fit.
 
         Example:
             >>> ContinualSettings.of("t5-superni", r=8, steps=100).sapt.r
@@ -269,9 +304,14 @@ class ContinualSettings:
         return base.but(**values)
 
     def but(self, **values: Any) -> ContinualSettings:
-        """These settings with other values; arguments and errors as `of`.
+        """A copy of these settings with other values.
 
-        The options of another strategy start from its defaults.
+        Args:
+            **values: fields of ContinualSettings or SaptConfig; None keeps a field's value. With
+                another `strategy`, its options start from their defaults.
+
+        Raises:
+            ValueError: if a field is unknown or a value does not fit.
         """
         given = {name: value for name, value in values.items() if value is not None}
         unknown = sorted(set(given) - set(self.names()))
@@ -284,22 +324,28 @@ class ContinualSettings:
         return replace(self, sapt=config, **{n: v for n, v in given.items() if n not in router})
 
     def autocast(self, device: torch.device) -> torch.autocast:
-        """The bfloat16 autocast of training, or none, for forwards that are not of generation."""
+        """The autocast of training, for forwards other than generation: bfloat16 if `bf16`."""
+        import torch
+
         return torch.autocast(device.type, torch.bfloat16, enabled=self.bf16)
 
     @classmethod
     def names(cls) -> list[str]:
-        """What `of` takes."""
+        """The field names that `of` accepts."""
         own = [f.name for f in fields(cls) if f.name != "sapt"]
         return own + [f.name for f in fields(SaptConfig)]
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dict; `from_dict` gives the settings back."""
+        """A JSON-ready dict, from which `from_dict` makes equal settings."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ContinualSettings:
-        """Raises ValueError on an unknown field."""
+        """The settings of a dict from `to_dict`.
+
+        Raises:
+            ValueError: if a field is unknown or a value does not fit.
+        """
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise ValueError(f"ContinualSettings: got unknown fields {unknown}")
@@ -307,13 +353,20 @@ class ContinualSettings:
 
 
 def differences(stored: Any, asked: Mapping[str, Any]) -> list[str]:
-    """What differs between two JSON-ready descriptions of a run, one line for each entry.
+    """Compares two JSON-ready descriptions of a run.
 
-    A field of SaptConfig that the stored one lacks came later and had its default then; a digest
-    that it lacks is not compared.
+    A field of SaptConfig that `stored` lacks was added later and counts as its default. A digest
+    that `stored` lacks is not compared.
+
+    Args:
+        stored: the description in a run's folder.
+        asked: the description of the new run.
+
+    Returns:
+        A text for each entry that differs, such as "r was 8, now 4".
     """
     if not isinstance(stored, Mapping):
-        return [f"got {str(stored)[:80]!r} there, expected entries by name"]
+        return [f"got {str(stored)[:80]!r}, expected entries by name"]
     before, now = _flat(stored), _flat(asked)
     for name, value in _flat({"sapt": SaptConfig().to_dict()}).items():
         for place in (name, f"settings.{name}"):
@@ -321,21 +374,28 @@ def differences(stored: Any, asked: Mapping[str, Any]) -> list[str]:
                 before.setdefault(place, value)
     ignored = {name for name in {**before, **now} if name.split(".")[-1] in _FREE}
     ignored |= {name for name in now if name.split(".")[-1] == "digest" and name not in before}
-    return [
-        f"{name}: {before.get(name, 'absent')!r} there, {now.get(name, 'absent')!r} now"
+    different = [
+        name
         for name in {**before, **now}
         if before.get(name, ...) != now.get(name, ...) and name not in ignored
+    ]
+    return [
+        f"{name.removeprefix('settings.').removeprefix('sapt.')} was "
+        f"{before.get(name, 'absent')!r}, now {now.get(name, 'absent')!r}"
+        for name in different
     ]
 
 
 def parse_values(texts: Iterable[str], option: str) -> dict[str, Any]:
-    """NAME=VALUE texts of a command line; a value that is no JSON is a word.
+    """Reads the NAME=VALUE texts of a command line as JSON.
 
     Args:
-        option: their name, for the error.
+        texts: each "NAME=VALUE"; values that are not valid JSON are kept as strings.
+        option: the option's name, for the error.
 
     Raises:
-        ValueError: a text without "=" or a name, or a name given twice.
+        ValueError: if a text has no "=" or no name, a name is given twice, or a value is a number
+            that is too long or nested too deep.
 
     Example:
         >>> parse_values(["strength=100", "buffer=reservoir"], "strategy-option")
@@ -352,7 +412,9 @@ def parse_values(texts: Iterable[str], option: str) -> dict[str, Any]:
         except json.JSONDecodeError:
             values[name] = value.strip()
         except (RecursionError, ValueError) as error:
-            raise ValueError(f"{option}: {name}: got a value that is no JSON of ours") from error
+            raise ValueError(
+                f"{option}: {name}: got a value that is nested too deep or too long"
+            ) from error
     return values
 
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer
 
-from sapt_fast.continual.data.collate import model_kind, pad_rows
+from sapt_fast.continual.data.collate import pad_rows
 from sapt_fast.continual.data.encoder import LabelSpace
+from sapt_fast.continual.data.kinds import model_kind
 from sapt_fast.continual.objective import Step, forward, prompt_mask, token_loss
 from sapt_fast.files.directories import atomic_write_bytes
 from sapt_fast.files.reading import parse_json

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sapt_fast.continual.data.collate import Collator, encode_rows, model_kind, pad_rows, prompt_ids
+from sapt_fast.continual.data.collate import Collator, encode_rows, pad_rows, prompt_ids
 from sapt_fast.continual.data.encoder import (
     LabelSpace,
     encode_label_rows,
@@ -19,6 +19,7 @@ from sapt_fast.continual.data.encoder import (
     label_strings,
     plain_prompts,
 )
+from sapt_fast.continual.data.kinds import model_kind
 from sapt_fast.continual.data.rows import Example, TaskData, read_pseudo_samples
 from sapt_fast.continual.settings import ContinualSettings
 from sapt_fast.devices import execution_device

@@ -10,7 +10,7 @@ import real_encoder
 import torch
 from tiny_tasks import make_encoder, word_tokenizer
 
-from sapt_fast.continual.compare.compare import Cell
+from sapt_fast.continual.compare.cells import Cell
 from sapt_fast.continual.data.sources import Source
 
 DATA = Path(__file__).parents[1] / "data" / "CL_Benchmark"

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,10 @@ from tiny_tasks import save_byte_model
 from typer.testing import CliRunner
 
 from sapt_fast import cli
+from sapt_fast.commands.output import show
 from sapt_fast.continual.settings import ContinualSettings
+from sapt_fast.continual.strategies import STRATEGIES
+from sapt_fast.methods.sapt import SaptConfig
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests" / "data" / "CL_Benchmark"
@@ -60,10 +64,44 @@ def test_train_offers_every_setting() -> None:
     assert set(ContinualSettings.names()) - parameters <= python_only
 
 
+def test_options_have_the_names_defaults_and_texts_of_their_fields() -> None:
+    train = cli.typer.main.get_command(cli.app).commands["train"]
+    options = {p.name: p for p in train.params}
+    for kind in (ContinualSettings, SaptConfig):
+        for field in fields(kind):
+            option = options.get(field.name)
+            if option is None or field.name in ("strategy_options", "generator", "target_modules"):
+                continue
+            assert option.default == field.default, field.name
+            assert option.help == field.metadata["help"], field.name
+    assert "--lr" in options["learning_rate"].opts
+    assert all(name in options["strategy"].help for name in STRATEGIES)
+
+
+def test_of_several_processes_the_first_one_prints(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for world, rank, printed in (("2", "0", "text\n"), ("2", "1", ""), ("1", "1", "text\n")):
+        monkeypatch.setenv("WORLD_SIZE", world)
+        monkeypatch.setenv("RANK", rank)
+        show("text")
+        assert capsys.readouterr().out == printed
+
+
 def test_start_up_imports_nothing_heavy() -> None:
-    code = "import sys, sapt_fast.cli; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    """Neither the help of the program nor that of `bench`; `train` needs no transformers."""
+    code = """
+import sys
+from typer.testing import CliRunner
+from sapt_fast.cli import app
+for arguments in (["--help"], ["bench", "--help"], ["train", "--help"]):
+    assert "Usage" in CliRunner().invoke(app, arguments, catch_exceptions=False).output
+    print("torch" in sys.modules, "transformers" in sys.modules)
+"""
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert output.stdout.split() == ["False", "False"], output.stderr
+    lines = output.stdout.splitlines()
+    assert lines[:2] == ["False False"] * 2, output.stderr
+    assert lines[2].endswith(" False")
 
 
 def test_doctor_names_backends_and_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +159,7 @@ def test_errors_are_one_line(
             "l2p.top: got 11, expected 1 to 10",
         ),
         ((*real, "--tasks", "task363_sst2"), "no task 'task363_sst2'"),
-        ((*real, "--tasks", f"{TASKS[0]},{TASKS[0]}"), "names a task more than once"),
+        ((*real, "--tasks", f"{TASKS[0]},{TASKS[0]}"), f"got '{TASKS[0]}' more than once"),
         ((*real, "--r", "0"), "r: got 0, expected an integer, at least 1"),
         ((*real, "--dtype", "int8"), "dtype: got 'int8'"),
         ((*train, "--benchmark", "demo", "--tasks", "x"), "the demo has no ['x']"),
@@ -166,8 +204,8 @@ def test_compare_from_the_command_line(
         (("--strategies", "epi,magic"), "strategies: got 'magic', expected some of sapt"),
         (("--strategies", "epi", "--set", "steps"), "set: got 'steps', expected NAME=VALUE"),
         (("--seeds", "0,x"), "seeds: got '0,x'"),
-        (("--order", "max_min,max_min"), "order names a task more than once"),
-        (("--strategies", "epi", "--set", "steps=3"), "settings.steps: 2 there, 3 now"),
+        (("--order", "max_min,max_min"), "order: got 'max_min' more than once"),
+        (("--strategies", "epi", "--set", "steps=3"), "different settings: steps was 2, now 3"),
     ):
         assert message in fails(capsys, monkeypatch, *common, *arguments)
 
@@ -224,7 +262,7 @@ def test_real_tasks_killed_resumed_and_evaluated(tmp_path: Path) -> None:
     )
 
 
-def test_options_come_from_a_file_and_the_command_line_goes_before(
+def test_options_on_the_command_line_override_the_file(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sapt_fast.commands import train as runs

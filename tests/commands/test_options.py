@@ -91,7 +91,7 @@ ALONE = {"scores": '{"first": 1e400}', "nan": '{"first": NaN}', "list": "[1]"}
     [
         (("--model", "/missing"), "model: got '/missing', which does not exist"),
         (("--model", "./missing"), "model: got 'missing', which does not exist"),
-        (("--model", "~/missing/model"), "which does not exist; expected a folder that holds"),
+        (("--model", "~/missing/model"), "which does not exist; expected a folder that contains"),
         (("--model", "{file}"), "file', which is a file"),
         (("--model", "{folder}"), "which holds no config.json"),
         (("--model", ""), "model: got '', expected a folder"),

@@ -134,7 +134,7 @@ def test_without_a_gpu_the_command_says_so(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     result = CliRunner().invoke(cli.app, ["bench", "tune", "--output", str(tmp_path / "t.json")])
     assert result.exit_code == 2
-    assert result.output.startswith("error: bench tune measures on a GPU")
+    assert result.output.startswith("error: bench tune needs a GPU")
     assert result.output.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 

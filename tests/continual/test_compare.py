@@ -13,7 +13,8 @@ import pytest
 from tiny_tasks import make_model, make_settings, make_tasks
 
 from sapt_fast.continual.compare import compare as module
-from sapt_fast.continual.compare.compare import Cell, Comparison, compare, settings_of_rows
+from sapt_fast.continual.compare.cells import Cell, Comparison
+from sapt_fast.continual.compare.compare import compare, settings_of_rows
 from sapt_fast.continual.compare.report import (
     comparison_table,
     forgetting_curves,
@@ -102,7 +103,7 @@ def test_every_method_seed_and_order_is_run_once(
     again = compare(source, rows, tmp_path, **options)
     assert sorted(started) == sorted(f"plain/{f}" for f in folders)
     assert [c.results for c in again.of("sapt")] == [c.results for c in comparison.of("sapt")]
-    with pytest.raises(ValueError, match=r"other settings: settings\.steps: 2 there, 3 now"):
+    with pytest.raises(ValueError, match=r"different settings: steps was 2, now 3\. Use another"):
         compare(source, rows_of("sapt", steps=3), tmp_path, **options)
 
 
@@ -155,7 +156,7 @@ def test_runs_on_other_rows_are_refused_before_anything_runs(
     with monkeypatch.context() as patched:
         patched.setattr(Source, "load_tasks", changed)
         started = counted(patched)
-        message = rf"order1-seed0 holds a run on other rows .* tasks\.{NAMES[0]}\.digest: '"
+        message = rf"order1-seed0 holds a run on different data: tasks\.{NAMES[0]}\.digest was '"
         with pytest.raises(ValueError, match=message):
             compare(source, rows_of("ewc", "seqlora"), tmp_path, **options)
         assert started == []
@@ -175,7 +176,7 @@ def test_runs_on_other_rows_are_refused_before_anything_runs(
         run["tasks"]["gone"] = run["tasks"].pop(NAMES[1])
         run_file.write_text(json.dumps(run))
     message = (
-        rf"tasks\.gone\.benchmark: 'demo' there, 'absent' now.*{NAMES[1]}\.benchmark: 'absent'"
+        rf"tasks\.gone\.benchmark was 'demo', now 'absent'.*{NAMES[1]}\.benchmark was 'absent'"
     )
     with pytest.raises(ValueError, match=message):
         compare(source, rows, tmp_path, **options)
@@ -192,7 +193,7 @@ def test_tasks_learned_alone_on_other_rows_are_refused(
 
     monkeypatch.setattr(Source, "load_tasks", changed)
     with pytest.raises(
-        ValueError, match=r"alone/seed0 holds a run on other rows .*test: 2 there, 1"
+        ValueError, match=r"alone/seed0 holds a run on different data: .*test was 2, now 1"
     ):
         compare(source, rows_of("ewc"), tmp_path, alone=BASE, progress=False)
     assert not (tmp_path / "ewc").exists()
@@ -367,13 +368,13 @@ def test_settings_of_rows() -> None:
     [
         (["ewc", "magic"], {}, "strategies: got 'magic', expected some of sapt"),
         (["ewc", "ewc"], {}, "strategies: got 'ewc' twice"),
-        (["ewc"], {"lwf.strength": 1}, "there is no row 'lwf' among"),
+        (["ewc"], {"lwf.strength": 1}, "set: got 'lwf.strength', expected one of the rows"),
         (["ewc"], {"strenght": 1}, "ewc: strategy_options: 'ewc' has no 'strenght'"),
         (["ewc"], {"ewc.rows": 0}, "ewc: strategy_options: ewc.rows: got 0, expected at least 1"),
         (["ewc"], {"ewc.rows": float("inf")}, "ewc.rows: got inf, expected a whole number"),
         (["ewc"], {"steps": 0}, "ewc: steps: got 0"),
-        (["ewc"], {"strategy": "lwf"}, "set: got 'strategy', expected it among strategies"),
-        (["ewc"], {"ewc.seed": 3}, "set: got 'ewc.seed', expected it among seeds"),
+        (["ewc"], {"strategy": "lwf"}, "set: got 'strategy', which is set by strategies"),
+        (["ewc"], {"ewc.seed": 3}, "set: got 'ewc.seed', which is set by seeds"),
         (["lfpt5"], {}, "lfpt5: replay: got 'real'"),
         (["replay"], {"replay": "none"}, "replay: replay: got 'none'"),
     ],
@@ -389,13 +390,17 @@ def test_bad_rows_are_named(names: list[str], values: dict[str, Any], message: s
         ({}, {}, "rows: got none"),
         ({"a/b": BASE}, {}, "rows: got 'a/b', expected a name fit for a folder"),
         ({"alone": BASE}, {}, "rows: got 'alone'"),
-        ({"one": make_settings(strategy="single")}, {}, "'one' is 'single'"),
+        ({"one": make_settings(strategy="single")}, {}, "rows: got 'single' for 'one'"),
         ({"sapt": BASE}, {"seeds": ()}, "seeds: got none"),
         ({"sapt": BASE}, {"seeds": (1, 1)}, "seeds: got [1, 1], expected distinct"),
         ({"sapt": BASE}, {"orders": []}, "orders: got none"),
-        ({"sapt": BASE}, {"orders": ["a,b,a"]}, "order names a task more than once: a"),
+        ({"sapt": BASE}, {"orders": ["a,b,a"]}, "order: got 'a' more than once"),
         ({"sapt": BASE}, {"orders": ["a", "a"]}, "orders: got 'a' twice"),
-        ({"sapt": BASE}, {"orders": ["a,b", "b,c"]}, "orders: got other tasks in 'b,c' than in"),
+        (
+            {"sapt": BASE},
+            {"orders": ["a,b", "b,c"]},
+            "orders: got 'b,c', expected the tasks of 'a,b'",
+        ),
     ],
 )
 def test_bad_comparisons_are_named(

@@ -144,7 +144,7 @@ def test_nothing_usable_keeps_one_real_row_and_says_so(
     given = task(same=False)
     with caplog.at_level(logging.WARNING):
         path = make("t5", tmp_path, given, steps=1, max_length=2)
-    assert "gave nothing usable; one real training row is kept instead of 10" in caplog.text
+    assert "made no usable sample; one training row is kept instead of 10" in caplog.text
     (instance,) = json.loads(path.read_text())["Instances"]
     assert instance["input"] in {row.input for row in given.train}
     assert json.loads(path.read_text())["Source"] == ["a training row"]

@@ -9,15 +9,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from sapt_fast.continual.scores.report import (
-    attention_heat_map,
-    results_markdown,
-    results_table,
-    write_attention_heat_map,
-    write_json,
-    write_report,
-)
+from sapt_fast.continual.scores.heat_map import attention_heat_map, write_attention_heat_map
+from sapt_fast.continual.scores.run_report import write_report
+from sapt_fast.continual.scores.tables import results_markdown, results_table
 from sapt_fast.files.directories import atomic_write_bytes, atomic_write_text
+from sapt_fast.files.writing import write_json
 
 NAN = math.nan
 TASKS = ["sst2", "copa|x", "[qqp]"]
@@ -120,10 +116,10 @@ class TestHeatMap:
     @pytest.mark.parametrize(
         ("matrix", "message"),
         [
-            ([[1.0]], r"testing must have shape \[3, 3\].*got \[1, 1\]"),
-            ([["a"] * 3] * 3, "testing must be a matrix of numbers"),
-            ([[0.5, 0.5, 0.0], [0.5, 1.5, 0.0], [0.0] * 3], r"testing\[1\]\[1\] is 1.5"),
-            ([[0.5, math.inf, 0.0], [0.0] * 3, [0.0] * 3], r"testing\[0\]\[1\] is inf"),
+            ([[1.0]], r"testing: got shape \[1, 1\], expected \[3, 3\]"),
+            ([["a"] * 3] * 3, "testing: expected a matrix of numbers"),
+            ([[0.5, 0.5, 0.0], [0.5, 1.5, 0.0], [0.0] * 3], r"testing\[1\]\[1\]: got 1.5"),
+            ([[0.5, math.inf, 0.0], [0.0] * 3, [0.0] * 3], r"testing\[0\]\[1\]: got inf"),
         ],
     )
     def test_bad_matrix(self, matrix, message):
@@ -170,7 +166,7 @@ class TestTables:
     @pytest.mark.parametrize("function", [results_table, results_markdown])
     @pytest.mark.parametrize("tasks", [["a"], "abc", []])
     def test_names_and_scores_do_not_fit(self, function, tasks):
-        with pytest.raises(ValueError, match="tasks must be 3 names"):
+        with pytest.raises(ValueError, match=r"tasks: got .*, expected 3 names"):
             function(tasks, SCORES)
 
 
@@ -231,10 +227,10 @@ class TestReport:
         assert json.loads(written["json"].read_text())["metrics"]["FWT"] is None
 
     def test_bad_input_writes_nothing(self, tmp_path):
-        with pytest.raises(ValueError, match="keys of the report itself, got scores"):
+        with pytest.raises(ValueError, match="extra: got scores, expected no keys of the report"):
             write_report(tmp_path, TASKS, SCORES, extra={"scores": 1})
-        with pytest.raises(ValueError, match="tasks must be 3 names"):
+        with pytest.raises(ValueError, match=r"tasks: got .*, expected 3 names"):
             write_report(tmp_path, ["a"], SCORES)
-        with pytest.raises(ValueError, match="testing must have shape"):
+        with pytest.raises(ValueError, match="testing: got shape"):
             write_report(tmp_path, TASKS, SCORES, testing_attention=[[1.0]])
         assert not list(tmp_path.iterdir())

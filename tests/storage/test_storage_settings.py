@@ -9,7 +9,7 @@ import pytest
 from tiny_tasks import make_model, make_settings, make_tasks
 
 from sapt_fast.commands.config_file import read_config
-from sapt_fast.commands.train import evaluate
+from sapt_fast.commands.evaluate import evaluate
 from sapt_fast.continual.compare.compare import compare
 from sapt_fast.continual.data.rows import read_task
 from sapt_fast.continual.data.sources import Source
@@ -29,12 +29,12 @@ YAML = {
     "merge keys": (MERGES, "more than 10000 values"),
     "merge keys inside each other": ("a: " + "{<<: " * 30 + "{}" + "}" * 30, "inside each other"),
     "a merge of itself": ("a: &a {<<: *a}", "inside each other"),
-    "twice inside": ("a: {b: 1, b: 2}", "'b' stands twice"),
+    "twice inside": ("a: {b: 1, b: 2}", "the key 'b' twice"),
     "laughs": (LAUGHS, "more than 10000 values"),
     "recursive": ("a: &a [*a]", "inside each other"),
     "deep": ("a: " + "[" * 400 + "]" * 400, "nested too deep|inside each other"),
     "python": ("a: !!python/object/apply:os.system [ls]", "no YAML"),
-    "twice": ("seed: 1\nseed: 2", "'seed' stands twice"),
+    "twice": ("seed: 1\nseed: 2", "the key 'seed' twice"),
     "twice by spelling": ("max-train: 1\nmax_train: 2", "an option twice"),
     "not UTF-8": (b"a: \xff", "not UTF-8"),
     "zeros": (b"\0" * 1000, "no YAML"),

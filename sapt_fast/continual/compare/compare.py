@@ -1,4 +1,4 @@
-"""Several methods over several seeds and orders: one table, resumable cell by cell."""
+"""Runs several strategies over seeds and orders; finished runs are kept."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from sapt_fast.checks import require_folder
+from sapt_fast.continual.compare.cells import Cell, Comparison
+from sapt_fast.continual.compare.report import write_comparison
+from sapt_fast.continual.compare.tensorboard import require_tensorboard, write_scalars
 from sapt_fast.continual.data.orders import resolve_order
 from sapt_fast.continual.data.sources import Source
 from sapt_fast.continual.run import processes
-from sapt_fast.continual.run.loop import ALONE_NAME, check_processes, run_alone, run_continual
+from sapt_fast.continual.run.checks import check_processes
+from sapt_fast.continual.run.loop import ALONE_NAME, run_alone, run_continual
 from sapt_fast.continual.run.state import read_json
 from sapt_fast.continual.settings import ContinualSettings, differences
 from sapt_fast.continual.strategies import STRATEGIES
@@ -26,7 +28,7 @@ from sapt_fast.files.names import require_folder_name
 from sapt_fast.methods.tasks import task_handle
 from sapt_fast.patching import unpatch
 
-__all__ = ["Cell", "Comparison", "compare", "settings_of_rows"]
+__all__ = ["compare", "settings_of_rows"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,56 +42,13 @@ _REPORTED = (
     "peak_memory",
     "resumed",
 )
-_APPENDED = 40  # bytes at most that a run's folder adds to the name of its order
-# Settings that no row has of its own, and what gives them.
+_APPENDED = 40  # the most bytes that a run's folder adds to the name of its order
+# Settings that cannot be set for a row, and what sets them.
 _SAID_ELSEWHERE = {
     "strategy": "strategies, as NAME=METHOD",
     "strategy_options": "the options by their own names",
     "seed": "seeds",
 }
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run of a comparison.
-
-    Attributes:
-        row: the method's name in the table.
-        order: name of the order of tasks.
-        seed: of the run and its rows.
-        folder: where the run is.
-        results: its results.json.
-    """
-
-    row: str
-    order: str
-    seed: int
-    folder: Path
-    results: Mapping[str, Any]
-
-    @property
-    def scores(self) -> NDArray[np.float64]:
-        """[T, T], nan above the diagonal."""
-        return np.array(self.results["scores"], dtype=np.float64)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What a comparison came to.
-
-    Attributes:
-        rows: the methods, in the order of the table.
-        cells: all runs, seeds and orders of a method one after the other.
-        folder: where the runs and the report are.
-    """
-
-    rows: tuple[str, ...]
-    cells: tuple[Cell, ...]
-    folder: Path
-
-    def of(self, row: str) -> list[Cell]:
-        """The runs of a method."""
-        return [cell for cell in self.cells if cell.row == row]
 
 
 def compare(
@@ -103,49 +62,41 @@ def compare(
     tensorboard: bool = False,
     progress: bool = True,
 ) -> Comparison:
-    """Runs every method on every seed and order, and reports them in one table.
+    """Runs every strategy on every seed and order, and reports them in one table.
 
-    Killed at any point and called again with the same arguments, it goes on: runs that are
-    finished are read, one that is not is resumed. Methods, seeds, orders and FWT may be added
-    later. Several processes (torchrun) share the work of each run, and the first one reports.
+    To resume an interrupted comparison, call it again with the same arguments: finished runs are
+    read, an unfinished one is resumed. Strategies, seeds, orders and FWT may be added later.
+    Several processes (torchrun) share the work of each run, and the first one reports.
 
     Args:
-        source: the model and the tasks; its `tasks` and `seed` are those of each run.
-        rows: settings by the name that stands in the table; their `seed` is that of each run.
+        source: the model and the tasks; each run sets its `tasks` and `seed`.
+        rows: settings by the name of their row in the table; each run sets their `seed`.
         output_dir: gets a folder of each run (`<row>/<order>-seed<n>`), and compare.json,
-            compare.md and the plots of `comparison_report`.
-        orders: orders of the same tasks as `resolve_order` takes them; None for that of `source`.
+            compare.md and the plots of `write_comparison`.
+        orders: orders of the same tasks, as in `resolve_order`; defaults to that of `source`.
         seeds: distinct seeds.
-        alone: with these settings every task is learned alone first, once for each seed, for
-            FWT; None for no FWT.
+        alone: settings to learn every task alone first, once for each seed, for FWT; None leaves
+            FWT out.
         tensorboard: write the scores of each run for TensorBoard too.
-        progress: show how many runs are done.
+        progress: show a progress bar of the runs.
 
     Raises:
-        ImportError: `tensorboard` is not installed and asked for.
-        ValueError: no rows, orders or seeds, one twice, a row named as no folder can be; or
-            `output_dir` holds a run of that name with other settings or on other data; or there
-            are several processes and a method that runs in one only. Nothing has run then.
+        ImportError: if `tensorboard` is True and TensorBoard is not installed.
+        ValueError: if there are no rows, orders or seeds, one is given twice, or a row's name is
+            not valid for a folder.
+        ValueError: if `output_dir` holds a run of that name with different settings or data.
+        ValueError: if there are several processes and a strategy does not support them. These
+            errors are raised before anything runs.
         FileNotFoundError, ValueError: as `Source` and `run_continual`.
     """
-    from sapt_fast.continual.compare.report import write_comparison
-
     folder = Path(output_dir)
     named = _named_orders(source, orders)
     _check(rows, named, seeds)
     require_folder("output_dir", folder)
     source.check_files()
     if tensorboard:
-        from sapt_fast.continual.compare.tensorboard import require_tensorboard
-
         require_tensorboard()
-    plan = [
-        _Planned(
-            row, order, seed, folder / row / f"{order}-seed{seed}",
-            replace(source, tasks=named[order], seed=seed), replace(rows[row], seed=seed),
-        )
-        for order in named for seed in seeds for row in rows
-    ]  # fmt: skip
+    plan = _plan(source, rows, named, seeds, folder)
     singles = {} if alone is None else _singles(plan, alone, folder / ALONE_ROW)
     runs = [*singles.values(), *plan]
     processes.start(plan[0].settings.device)
@@ -158,7 +109,7 @@ def compare(
     for run in bar:
         bar.set_postfix_str(f"{run.row}, {run.order}, seed {run.seed}")
         board = folder / "tensorboard" / run.row / run.folder.name
-        # One that was finished without FWT is reported again, not trained.
+        # A run that was finished without FWT is reported again, not trained.
         if not run.done.is_file() or (singles and read_json(run.done, "alone")["alone"] is None):
             model = source.load_model() if model is None else model
             _run(model, run, _alone(model, singles[run.seed]) if singles else None)
@@ -167,8 +118,6 @@ def compare(
         cell = Cell(run.row, run.order, run.seed, run.folder, read_json(run.done, *_REPORTED))
         cells[run.row, run.order, run.seed] = cell
         if tensorboard and processes.is_first():
-            from sapt_fast.continual.compare.tensorboard import write_scalars
-
             write_scalars(board, cell)
     ordered = [cells[row, order, seed] for row in rows for order in named for seed in seeds]
     comparison = Comparison(tuple(rows), tuple(ordered), folder)
@@ -184,18 +133,22 @@ def settings_of_rows(
     values: Mapping[str, Any],
     defaults: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, ContinualSettings]:
-    """Settings of the rows of a comparison, as the command line names them.
+    """Makes the settings of a comparison's rows from names and values.
 
     Args:
-        base: what all start from.
-        names: "<strategy>", or "<row>=<strategy>" for a row of another name.
+        base: the settings that all rows start from.
+        names: "<strategy>", or "<row>=<strategy>" for a row with another name.
         values: by "<setting>" for all rows, or "<row>.<setting>" for one; a setting is a field of
             ContinualSettings or SaptConfig, or an option of the row's strategy.
-        defaults: of strategies, by name, where they are others than those of `base`.
+        defaults: values by strategy that override `base`.
+
+    Returns:
+        The settings by row.
 
     Raises:
-        ValueError: an unknown strategy, row or setting, a row twice, a value that does not fit, or
-            the strategy or seed among the values: the names and `compare` say these.
+        ValueError: if a strategy, row or setting is unknown, a row is given twice, or a value does
+            not fit.
+        ValueError: if `values` has the strategy or the seed, which `names` and `compare` set.
 
     Example:
         >>> rows = settings_of_rows(
@@ -207,7 +160,7 @@ def settings_of_rows(
     for name in names:
         row, _, strategy = (part.strip() for part in name.partition("="))
         if row in strategies:
-            raise ValueError(f"strategies: got {row!r} twice; name one of them NAME={row}")
+            raise ValueError(f"strategies: got {row!r} twice; rename one of them NAME={row}")
         strategies[row] = strategy or row
     unknown = sorted(set(strategies.values()) - set(STRATEGIES))
     if unknown:
@@ -218,11 +171,9 @@ def settings_of_rows(
     for name in values:
         row, dot, own = name.partition(".")
         if (place := _SAID_ELSEWHERE.get(own or name)) is not None:
-            raise ValueError(f"set: got {name!r}, expected it among {place}")
+            raise ValueError(f"set: got {name!r}, which is set by {place}")
         if dot and row not in strategies:
-            raise ValueError(
-                f"set: got {name!r}, but there is no row {row!r} among {[*strategies]}"
-            )
+            raise ValueError(f"set: got {name!r}, expected one of the rows {[*strategies]}")
     return {
         row: _settings_of(base, row, kind, {**(defaults or {}).get(kind, {}), **values})
         for row, kind in strategies.items()
@@ -257,7 +208,7 @@ def _named_orders(source: Source, orders: Sequence[str] | None) -> dict[str, str
     tasks = set(resolve_order(orders[0]))
     for number, order in enumerate(orders, start=1):
         if set(resolve_order(order)) != tasks:
-            raise ValueError(f"orders: got other tasks in {order!r} than in {orders[0]!r}")
+            raise ValueError(f"orders: got {order!r}, expected the tasks of {orders[0]!r}")
         name = f"order{number}" if "," in order else order
         if name in named:
             raise ValueError(f"orders: got {order!r} twice")
@@ -277,14 +228,14 @@ def _check(
         require_folder_name("rows: got", row, names)
         names.append(row)
         if STRATEGIES[settings.strategy].alone:
-            raise ValueError(f"rows: {row!r} is 'single', which has no sequence to compare")
+            raise ValueError(f"rows: got 'single' for {row!r}, which has no sequence to compare")
     for place, order in enumerate(orders):
         require_folder_name("orders: got", order, [*orders][:place], appended=_APPENDED)
 
 
 @dataclass(frozen=True)
 class _Planned:
-    """A run that is asked for."""
+    """A run that the comparison needs."""
 
     row: str
     order: str
@@ -295,14 +246,30 @@ class _Planned:
 
     @property
     def done(self) -> Path:
-        """The file that is there once the run is finished."""
+        """The file that exists once the run is finished."""
         return self.folder / (ALONE_NAME if self.row == ALONE_ROW else "results.json")
+
+
+def _plan(
+    source: Source,
+    rows: Mapping[str, ContinualSettings],
+    orders: Mapping[str, str | None],
+    seeds: Sequence[int],
+    folder: Path,
+) -> list[_Planned]:
+    return [
+        _Planned(
+            row, order, seed, folder / row / f"{order}-seed{seed}",
+            replace(source, tasks=orders[order], seed=seed), replace(rows[row], seed=seed),
+        )
+        for order in orders for seed in seeds for row in rows
+    ]  # fmt: skip
 
 
 def _singles(
     plan: Sequence[_Planned], alone: ContinualSettings, folder: Path
 ) -> dict[int, _Planned]:
-    """The runs of tasks learned alone, by seed; any order's will do."""
+    """The runs of tasks learned alone, by seed; they do not depend on the order."""
     alone = replace(alone, strategy="single", strategy_options={})
     return {
         run.seed: replace(
@@ -316,8 +283,8 @@ def _singles(
 
 
 def _check_stored(runs: Sequence[_Planned]) -> None:
-    """Raises ValueError where a run is there, finished or not, that is not the one asked for."""
-    contents: dict[int, dict[str, Any]] = {}  # of the tasks, which depend on the seed alone
+    """Raises ValueError if a folder holds a run, finished or not, other than the planned one."""
+    contents: dict[int, dict[str, Any]] = {}  # tasks by seed, on which alone they depend
     for run in runs:
         file = run.folder / "run.json"
         if not file.is_file() and not run.done.is_file():
@@ -329,7 +296,8 @@ def _check_stored(runs: Sequence[_Planned]) -> None:
         found = differences({name: stored[name] for name in asked}, asked)
         if found:
             raise ValueError(
-                f"output_dir: {run.folder} holds a run with other settings: " + "; ".join(found)
+                f"output_dir: {run.folder} holds a run with different settings: "
+                f"{'; '.join(found)}. Use another folder, or the stored settings."
             )
         if run.seed not in contents:
             contents[run.seed] = {t.name: t.describe() for t in run.source.load_tasks()}
@@ -340,8 +308,8 @@ def _check_stored(runs: Sequence[_Planned]) -> None:
         found = differences({"tasks": there}, {"tasks": contents[run.seed]})
         if found:
             raise ValueError(
-                f"output_dir: {run.folder} holds a run on other rows than the data has now: "
-                + "; ".join(found)
+                f"output_dir: {run.folder} holds a run on different data: {'; '.join(found)}. "
+                "Use another folder, or the stored data."
             )
 
 

@@ -12,22 +12,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sapt_fast.continual.compare.cells import Cell, Comparison
 from sapt_fast.continual.run.state import read_json
+from sapt_fast.continual.scores.heat_map import write_attention_heat_map
 from sapt_fast.continual.scores.metrics import average_performance, forgetting_rate
-from sapt_fast.continual.scores.report import (
-    markdown_table,
-    matrix_markdown,
-    write_attention_heat_map,
-    write_json,
-)
+from sapt_fast.continual.scores.tables import markdown_table, matrix_markdown
 from sapt_fast.continual.strategies import STRATEGIES
 from sapt_fast.files.directories import atomic_write_bytes, atomic_write_text
+from sapt_fast.files.writing import write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
-
-    from sapt_fast.continual.compare.compare import Cell, Comparison
 
 __all__ = ["comparison_table", "forgetting_curves", "summary", "write_comparison"]
 
@@ -35,20 +31,21 @@ METRICS = ("AP", "F.Ra", "FWT", "BWT")
 _HEADER = ("method", "runs", *METRICS, "trained", "time", "memory")
 _CAPTION = (
     "Mean and standard deviation over seeds and orders. AP: mean score after the last task. "
-    "F.Ra: forgotten. FWT: gain over each task learned alone. BWT: change since a task was "
-    "learned. trained: parameters that one task trains. time: of a whole run with its "
-    "evaluations; * where a run was interrupted, so that some is missing. memory: peak, on a CPU "
-    "of the whole process."
+    "F.Ra: score lost since its best. FWT: gain over each task learned alone. BWT: change since a "
+    "task was learned. trained: parameters that one task trains. time: of a whole run with its "
+    "evaluations; * excludes work lost in an interruption. memory: peak; on a CPU, of the whole "
+    "process."
 )
 
 
 def summary(cells: Sequence[Cell]) -> dict[str, Any]:
-    """What the runs of one method came to.
+    """Summarises the runs of one row.
 
     Returns:
-        For each metric `mean`, `deviation` (of the sample; None for one run) and `values`, None
-        where it is not defined; `trained_parameters`, `seconds` and `peak_memory`, the means;
-        `resumed`, whether a run was interrupted.
+        `runs`, their number; `metrics`, for each metric `mean`, `deviation` (of the sample; None
+        for one run) and `values`, which are None if the metric is not defined;
+        `trained_parameters`, `seconds` and `peak_memory`, the means; `resumed`, whether a run was
+        interrupted.
     """
     memory = [c.results["peak_memory"] for c in cells if c.results["peak_memory"] is not None]
     return {
@@ -62,7 +59,7 @@ def summary(cells: Sequence[Cell]) -> dict[str, Any]:
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """One row for each method, for the terminal."""
+    """A `rich` table with one row for each row of the comparison."""
     from rich.table import Table
     from rich.text import Text
 
@@ -75,12 +72,12 @@ def comparison_table(comparison: Comparison) -> Table:
 
 
 def forgetting_curves(comparison: Comparison) -> Figure:
-    """AP and F.Ra over the tasks seen so far, after each task: mean and deviation of each method.
+    """Plots AP and F.Ra over the tasks seen so far, after each task, with the deviation of a row.
 
-    A method without a sequence (joint training) is a dashed line across.
+    A strategy without a sequence (joint training) is a dashed horizontal line.
 
     Raises:
-        ImportError: matplotlib is not installed.
+        ImportError: if matplotlib is not installed.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -92,7 +89,7 @@ def forgetting_curves(comparison: Comparison) -> Figure:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2)
-    titles = ("mean score on the tasks seen so far", "forgotten of them (F.Ra)")
+    titles = ("mean score on the tasks seen so far", "forgetting on them (F.Ra)")
     for axis, title in zip(axes, titles, strict=True):
         axis.set(title=title, xlabel="tasks learned", ylabel="%")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -119,7 +116,7 @@ def forgetting_curves(comparison: Comparison) -> Figure:
 
 
 def write_comparison(comparison: Comparison) -> dict[str, Path]:
-    """compare.json, compare.md, forgetting.png and the heat maps of methods that route.
+    """Writes compare.json, compare.md, forgetting.png and the heat maps of strategies that route.
 
     Returns:
         The paths written, by name.
@@ -227,7 +224,7 @@ def _line(row: str, found: dict[str, Any]) -> list[str]:
 
 
 def with_deviation(spread: Mapping[str, Any]) -> str:
-    """Mean and deviation of a metric of `summary`, "-" for what is not defined."""
+    """Formats mean and deviation of a metric of `summary`; "-" if it is not defined."""
     if spread["mean"] is None:
         return "-"
     text = f"{spread['mean']:.1f}"

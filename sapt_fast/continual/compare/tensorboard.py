@@ -1,26 +1,24 @@
-"""Scores of finished runs for TensorBoard."""
+"""Writes scores of finished runs for TensorBoard."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from sapt_fast.continual.compare.cells import Cell
 from sapt_fast.continual.scores.metrics import continual_metrics
-
-if TYPE_CHECKING:
-    from sapt_fast.continual.compare.compare import Cell
 
 __all__ = ["require_tensorboard", "write_scalars"]
 
 
 def require_tensorboard() -> Any:
-    """The SummaryWriter of torch.
+    """Imports torch's SummaryWriter.
 
     Raises:
-        ImportError: TensorBoard is not installed.
+        ImportError: if TensorBoard is not installed.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -30,7 +28,7 @@ def require_tensorboard() -> Any:
 
 
 def write_scalars(folder: Path, cell: Cell) -> None:
-    """The metrics and each task's score after every task, as scalars; what is there stays."""
+    """Writes the metrics and each task's score after every task; an existing folder is kept."""
     if folder.exists():
         return
     scores, alone = cell.scores, cell.results.get("alone")
@@ -44,7 +42,8 @@ def write_scalars(folder: Path, cell: Cell) -> None:
             values = {
                 f"metrics/{name}": value
                 for name, value in metrics.items()
-                if cell.results["metrics"][name] is not None  # as of a run without a sequence
+                if cell.results["metrics"][name]
+                is not None  # a run without a sequence has some None
             }
             for task, value in zip(cell.results["tasks"], scores[index], strict=True):
                 values[f"scores/{task}"] = value

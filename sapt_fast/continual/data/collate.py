@@ -1,28 +1,19 @@
-"""From text rows to padded batches of token ids."""
+"""Turns text rows into padded batches of token ids."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sapt_fast.continual.data.rows import Example
 
-__all__ = ["Collator", "Kind", "encode_rows", "model_kind", "pad_rows", "prompt_ids"]
+__all__ = ["Collator", "encode_rows", "pad_rows", "prompt_ids"]
 
 LABEL_PADDING = -100
-
-Kind = Literal["seq2seq", "causal", "encoder"]
-
-
-def model_kind(model: Any) -> Kind:
-    """What a transformers model is trained to do here: to generate, or as an encoder to match."""
-    if getattr(model.config, "is_encoder_decoder", False):
-        return "seq2seq"
-    return "causal" if model.can_generate() else "encoder"
 
 
 def pad_rows(
@@ -42,9 +33,9 @@ def pad_rows(
 def prompt_ids(
     tokenizer: Any, prompts: Sequence[str], max_length: int | None, causal: bool
 ) -> list[list[int]]:
-    """Token ids of what the model reads, cut to `max_length` if that is given.
+    """Token ids of prompts, cut to `max_length` if that is given.
 
-    A decoder-only model continues its prompt, so an end token that the tokenizer adds is dropped.
+    A decoder-only model continues its prompt, so an end token that the tokenizer adds is removed.
     """
     cut = {} if max_length is None else {"truncation": True, "max_length": max_length}
     rows = tokenizer(list(prompts), **cut)["input_ids"]
@@ -61,11 +52,11 @@ def encode_rows(
     max_target_length: int,
     causal: bool,
 ) -> list[dict[str, list[int]]]:
-    """Training rows of token ids.
+    """Encodes training rows as token ids.
 
     Returns:
-        `input_ids` and `labels` of each row. For a decoder-only model the input is prompt and
-        target in one, and the prompt's labels are -100.
+        `input_ids` and `labels` of each row. For a decoder-only model the input is the prompt
+        followed by the target, and the prompt's labels are -100.
     """
     sources = prompt_ids(tokenizer, [row.prompt for row in rows], max_source_length, causal)
     targets = _target_ids(tokenizer, [row.output for row in rows], max_target_length, causal)
@@ -93,7 +84,7 @@ def _target_ids(
 
 @dataclass(frozen=True)
 class Collator:
-    """Rows of `encode_rows` to a batch padded on the right, where padding moves no position.
+    """Makes a batch of rows of `encode_rows`, padded on the right so that positions do not change.
 
     Attributes:
         pad_token_id: pads `input_ids`; labels are padded with -100.

@@ -1,10 +1,10 @@
 """Classification with an encoder: inputs are matched to frozen encodings of all label strings.
 
-There is no head to forget and the task of an input need not be known: an input's pooled encoding
-is compared with those of the labels of all tasks of the run, as the base model encoded them before
-any adapter was trained. Later tasks' labels are among them from the start: an adapter that was
-trained without them would not know them for wrong answers (sentiment "Good" loses to a later
-"positive").
+No classification head is trained, and the task of an input need not be known: an input's pooled
+encoding is compared with those of the labels of all tasks of the run. The base model encodes the
+labels before any adapter is trained. They include the labels of later tasks from the start: an
+adapter that was trained without them would not learn that they are wrong answers (sentiment "Good"
+loses to a later "positive").
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ __all__ = ["LabelSpace", "encode_label_rows", "encode_labels", "label_strings", 
 
 @dataclass(frozen=True)
 class LabelSpace:
-    """Label strings, their encodings, and how an input is matched to them.
+    """Label strings with their encodings, to which inputs are matched.
 
     Attributes:
         labels: C distinct strings.
-        encodings: [C, D] float32, of length one.
+        encodings: [C, D] float32, each of norm one.
         temperature: divisor of the cosines.
     """
 
@@ -52,16 +52,16 @@ class LabelSpace:
 
     @staticmethod
     def pooled(hidden: Tensor, mask: Tensor) -> Tensor:
-        """[B, D] float32 of length one: the normalised mean of the hidden states of the tokens."""
+        """[B, D] float32 of norm one: the normalised mean of the tokens' hidden states."""
         return F.normalize(pool_embeds(hidden.float(), mask=mask, pooling="mean"), dim=-1)
 
     def index(self, label: str) -> int:
-        """Place of a label, -100 (which no loss counts) of a string that is none."""
+        """The index of a label; -100, which the loss ignores, for a string that is not a label."""
         return self.labels.index(label) if label in self.labels else LABEL_PADDING
 
 
 def label_strings(task: TaskData) -> tuple[str, ...]:
-    """A task's labels: those of labels.json, else the distinct outputs of its training rows."""
+    """A task's labels: those of labels.json, or the distinct outputs of its training rows."""
     if task.labels is not None:
         return task.labels
     return tuple(sorted({output for row in task.train for output in row.outputs}))
@@ -71,12 +71,12 @@ def label_strings(task: TaskData) -> tuple[str, ...]:
 def encode_labels(
     model: Any, tokenizer: Any, labels: Sequence[str], temperature: float, batch_size: int = 64
 ) -> LabelSpace:
-    """The label space of a base encoder.
+    """Encodes labels with a base encoder.
 
     Args:
         model: an encoder without adapters; left in evaluation mode.
         tokenizer: its tokenizer.
-        labels: in any order; a string that several tasks have counts once.
+        labels: in any order; duplicates are removed.
         temperature: divisor of the cosines.
         batch_size: labels encoded at a time.
     """
@@ -94,7 +94,7 @@ def encode_labels(
 def encode_label_rows(
     tokenizer: Any, rows: Sequence[Example], space: LabelSpace, max_source_length: int
 ) -> list[dict[str, list[int]]]:
-    """Training rows: `input_ids`, and `labels` with the place of the row's output in the space."""
+    """Encodes training rows: `input_ids`, and as `labels` the index of the row's output."""
     sources = prompt_ids(tokenizer, [row.prompt for row in rows], max_source_length, causal=False)
     return [
         {"input_ids": source, "labels": [space.index(row.output)]}
@@ -105,15 +105,15 @@ def encode_label_rows(
 def plain_prompts(
     rows: Sequence[Example], definition: str, tokenizer: Any, instruction_tokens: int | None
 ) -> tuple[Example, ...]:
-    """Rows whose prompt is the instruction's first tokens and the input, with nothing around.
+    """Rows whose prompt is the instruction's first tokens followed by the input.
 
     Args:
         definition: the instruction of these rows.
-        tokenizer: says where a token of the instruction ends; must be a fast one.
-        instruction_tokens: how many to keep; None for the whole instruction, 0 for none of it.
+        tokenizer: a fast tokenizer, which reports where each token ends in the text.
+        instruction_tokens: how many to keep; None keeps the whole instruction, 0 removes it.
 
     Raises:
-        ValueError: the tokenizer does not say where its tokens end.
+        ValueError: if the tokenizer is not a fast one.
     """
     head = definition
     if instruction_tokens is not None and definition:

@@ -1,6 +1,6 @@
 """The published task orders of the SAPT benchmarks.
 
-Source: the task lists of the released generators, circle-hit/SAPT
+Source: the task lists of the original script generators, circle-hit/SAPT
 `gen_script_superni_{t5,llama}.py` (orders 1 and 2) and `gen_script_long_{t5,llama}.py` (orders 3
 and 4). The LLaMA script numbers the Long Sequence lists 3 and 4, the T5 script 5 and 4: the lists
 are the same, and the LLaMA script's numbers are used here.
@@ -91,18 +91,19 @@ _BY_NUMBER = {name.rsplit("-", 1)[1]: name for name in ORDERS}
 
 
 def resolve_order(order: str | int | Sequence[str]) -> tuple[str, ...]:
-    """Task names in the order they are learned.
+    """The task names of an order, in the order they are learned.
 
     Args:
         order: a name in `ORDERS` (`"superni-1"`), its number (`1` or `"1"`; the four orders are
-            numbered through), task names separated by commas, or a sequence of task names.
+            numbered consecutively), task names separated by commas, or a sequence of task names.
 
     Returns:
-        The task names, oldest first. Whether a task exists is left to the reader of its files.
+        The task names, oldest first. They are not checked against files.
 
     Raises:
-        TypeError: `order` or one of its tasks has another type.
-        ValueError: no task, an empty name, an unknown number, or a task named twice.
+        TypeError: if `order` or one of its tasks has another type.
+        ValueError: if there is no task, a name is empty, a number is unknown or a task is named
+            twice.
 
     Example:
         >>> resolve_order("superni-2")[0]
@@ -112,7 +113,7 @@ def resolve_order(order: str | int | Sequence[str]) -> tuple[str, ...]:
     """
     if isinstance(order, bool) or not isinstance(order, (str, int, Sequence)):
         raise TypeError(
-            f"order must be a name, a number or a sequence of task names, got {order!r}"
+            f"order: got {order!r}, expected a name, a number or a sequence of task names"
         )
     if isinstance(order, (str, int)):
         key = str(order).strip()
@@ -120,16 +121,18 @@ def resolve_order(order: str | int | Sequence[str]) -> tuple[str, ...]:
         if name in ORDERS:
             return ORDERS[name]
         if key.lstrip("-").isdigit():
-            raise ValueError(f"order {key} is unknown; published orders: {', '.join(ORDERS)}")
+            raise ValueError(f"order: got {key}, expected one of {', '.join(ORDERS)}")
         tasks = [task.strip() for task in key.split(",")]
     else:
         tasks = list(order)
         for task in tasks:
             if not isinstance(task, str):
-                raise TypeError(f"order must hold task names (strings), got {task!r}")
+                raise TypeError(f"order: got {task!r} among its tasks, expected strings")
     if not tasks or "" in tasks:
-        raise ValueError(f"order must name at least one task and no empty name, got {order!r}")
+        raise ValueError(f"order: got {order!r}, expected at least one task and no empty name")
     repeated = sorted({task for task in tasks if tasks.count(task) > 1})
     if repeated:
-        raise ValueError(f"order names a task more than once: {', '.join(repeated)}")
+        raise ValueError(
+            f"order: got {', '.join(map(repr, repeated))} more than once, expected each task once"
+        )
     return tuple(tasks)

@@ -1,11 +1,11 @@
-"""Reader of the CL_Benchmark layout: SuperNI and Long Sequence tasks, released pseudo-samples.
+"""Reader of the CL_Benchmark layout: SuperNI and Long Sequence tasks, and pseudo-samples.
 
     <root>/<benchmark>/<task>/{train,dev,test}.json     Definition, Instances: [{input, output}]
     <root>/Long_Sequence/<task>/labels.json             the task's label strings
 
-Prompts are the zero-shot ones of the release (circle-hit/SAPT `src/cl_dataset.py`), character for
-character. It uses the first definition only, no positive examples, and never reads labels.json:
-there is no list of options in a prompt.
+Prompts are the zero-shot ones of the original SAPT code (`src/cl_dataset.py`), character for
+character. It uses the first definition only and no positive examples, and it never reads
+labels.json: there is no list of options in a prompt.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ from sapt_fast.files.reading import DATA_BYTES, read_json
 
 __all__ = [
     "BENCHMARKS",
+    "SPLITS",
     "Example",
     "TaskData",
-    "digest",
+    "draw_rows",
     "list_tasks",
+    "merged",
     "read_pseudo_samples",
     "read_split",
     "read_task",
@@ -37,8 +39,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 BENCHMARKS = ("SuperNI", "Long_Sequence")
-_SPLITS = ("train", "dev", "test")
-# qqp's labels.json is False/True in the release, its rows say no/yes.
+SPLITS = ("train", "dev", "test")
+# qqp's original labels.json has False/True, its rows have no/yes.
 _RELEASED_LABEL_FAULTS: dict[tuple[str, str, tuple[str, ...]], tuple[str, ...]] = {
     ("Long_Sequence", "qqp", ("False", "True")): ("no", "yes")
 }
@@ -54,9 +56,9 @@ class Example:
         task: the task's name.
         input: the instance's text as the file has it.
         prompt: what the model reads: definition and `input`, ending in "Output: ".
-        output: the training target. Where a row has several outputs, one of them, drawn by the
-            reader's seed (the release draws one too).
-        outputs: every accepted output; scores take the best over them. (The release scores
+        output: the training target. If a row has several outputs, one of them, drawn by the
+            reader's seed (the original code draws one too).
+        outputs: every accepted output; scores take the best over them. (The original code scores
             against the drawn one alone: use `(output,)` for that.)
     """
 
@@ -74,11 +76,11 @@ class TaskData:
     Attributes:
         name: the task's name.
         benchmark: "SuperNI" or "Long_Sequence".
-        definition: the instruction, "" where the task has none (copa).
+        definition: the instruction, "" if the task has none (copa).
         train: training rows.
         dev: rows for model selection.
         test: test rows.
-        labels: label strings of labels.json, None where the task has no such file (SuperNI).
+        labels: label strings of labels.json, None if the task has no such file (SuperNI).
     """
 
     name: str
@@ -90,19 +92,37 @@ class TaskData:
     labels: tuple[str, ...] | None
 
     def describe(self) -> dict[str, Any]:
-        """JSON-ready: the benchmark, how many rows each split has, and a digest of all of it."""
-        splits = {name: getattr(self, name) for name in _SPLITS}
+        """A JSON-ready dict: the benchmark, the rows of each split and a digest of them."""
+        splits = {name: getattr(self, name) for name in SPLITS}
         rows = [
             [(row.input, row.prompt, row.output, *row.outputs) for row in split]
             for split in splits.values()
         ]
         counts = {name: len(split) for name, split in splits.items()}
-        content = digest([self.definition, self.labels, *rows])
+        content = _digest([self.definition, self.labels, *rows])
         return {"benchmark": self.benchmark, **counts, "digest": content}
 
+    def digest_of_prompts(self) -> str:
+        """A digest of the prompts and outputs of all rows; `describe` covers the files' content."""
+        return _digest(
+            [
+                (row.prompt, row.output, *row.outputs)
+                for split in SPLITS
+                for row in getattr(self, split)
+            ]
+        )
 
-def digest(content: Any) -> str:
-    """The first 16 hex digits of the SHA-256 of JSON-ready content; runs resume by it."""
+
+def merged(tasks: Sequence[TaskData]) -> TaskData:
+    """All tasks as one, under the name of the last."""
+    rows: dict[str, Any] = {
+        split: tuple(row for task in tasks for row in getattr(task, split)) for split in SPLITS
+    }
+    return replace(tasks[-1], definition="", labels=None, **rows)
+
+
+def _digest(content: Any) -> str:
+    """The first 16 hex digits of the SHA-256 of JSON-ready content; runs are compared by it."""
     return sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
@@ -110,13 +130,13 @@ def list_tasks(root: str | os.PathLike[str], benchmark: str) -> tuple[str, ...]:
     """Names of the tasks under `root/benchmark` that have a train.json, sorted.
 
     Raises:
-        ValueError: `benchmark` is not one of `BENCHMARKS`.
-        FileNotFoundError: the folder does not exist.
+        ValueError: if `benchmark` is not one of `BENCHMARKS`.
+        FileNotFoundError: if the folder does not exist.
     """
     folder = Path(root) / _canonical_benchmark(benchmark)
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"{folder} is no folder; root must be a folder that holds {' or '.join(BENCHMARKS)}"
+            f"{folder} is no folder; expected a root that contains {' or '.join(BENCHMARKS)}"
         )
     return tuple(sorted(path.parent.name for path in folder.glob("*/train.json")))
 
@@ -129,10 +149,10 @@ def read_split(
     *,
     seed: int = 0,
 ) -> tuple[Example, ...]:
-    """Rows of one file, unsplit and unchecked against labels.json.
+    """Reads the rows of one file, without a split and without a check against labels.json.
 
     Args:
-        root: folder that holds `benchmark`.
+        root: folder that contains `benchmark`.
         benchmark: "SuperNI" or "Long_Sequence" (any case).
         task: name of the task's folder.
         split: which file.
@@ -142,12 +162,12 @@ def read_split(
         The rows in file order.
 
     Raises:
-        FileNotFoundError: no such root, task or file; near names are listed.
-        ValueError: unknown benchmark or split, broken JSON (with its position), a missing or
-            malformed field, or no rows.
+        FileNotFoundError: if there is no such root, task or file; near names are listed.
+        ValueError: if the benchmark or split is unknown, the JSON is damaged (with its position), a
+            field is missing or malformed, or there are no rows.
     """
-    if split not in _SPLITS:
-        raise ValueError(f"split must be one of {', '.join(_SPLITS)}, got {split!r}")
+    if split not in SPLITS:
+        raise ValueError(f"split: got {split!r}, expected one of {', '.join(SPLITS)}")
     benchmark = _canonical_benchmark(benchmark)
     folder = _task_folder(root, benchmark, task)
     return _read_examples(folder / f"{split}.json", benchmark, task, seed)[1]
@@ -156,10 +176,10 @@ def read_split(
 def read_pseudo_samples(
     root: str | os.PathLike[str], benchmark: str, task: str
 ) -> tuple[str, tuple[Example, ...]]:
-    """Pseudo-samples of a task, released ones or those of `continual.pseudo_samples`.
+    """Reads the pseudo-samples of a task: original ones or those of `run.pseudo_samples`.
 
     Args:
-        root: folder that holds `benchmark`, such as `generated_data/lora_gen_superni_t5`.
+        root: folder that contains `benchmark`, such as `generated_data/lora_gen_superni_t5`.
         benchmark: as the task names it. Outside of `BENCHMARKS` the prompt is the bare input.
         task: name of the task's folder.
 
@@ -185,31 +205,33 @@ def read_task(
     max_eval: int | None = None,
     seed: int = 0,
 ) -> TaskData:
-    """One task with its training, dev and test rows.
+    """Reads one task with its training, dev and test rows.
 
-    The released dev.json holds the rows of test.json, so selecting a model on it selects on the
-    test set. By default dev rows are therefore taken out of train.json; the split depends on
-    `seed` and the task alone, and rows with one input stay on one side.
+    The original dev.json has the rows of test.json, so selecting a model on it selects on the test
+    set. By default dev rows are therefore held out of train.json. The split depends on `seed` and
+    the task alone; rows with the same input stay on the same side.
 
     Args:
-        root: folder that holds `benchmark`.
+        root: folder that contains `benchmark`.
         benchmark: "SuperNI" or "Long_Sequence" (any case).
         task: name of the task's folder.
         dev: "from_train", or "released" for dev.json as it is.
         dev_size: rows (int) or share of train.json (float in (0, 1)) for dev; at least one row.
             Used with "from_train" only.
-        max_train: keep at most so many training rows, drawn by `seed` after the split.
-        max_eval: keep at most so many dev and so many test rows, drawn by `seed`.
+        max_train: keep at most this many training rows, drawn by `seed` after the split.
+        max_eval: keep at most this many dev and this many test rows, drawn by `seed`.
         seed: draws the split, the kept rows and the target of rows with several outputs.
 
     Returns:
         The task. Rows keep their order in the files.
 
     Raises:
-        FileNotFoundError: no such root, task, split file, or (Long Sequence) labels.json.
-        ValueError: a bad argument, a broken file, an empty split, or rows whose output is absent
-            from labels.json: any in train, all in dev or test (some there are logged and kept, as
-            in the release, whose mnli test set has 131 rows labelled "-").
+        FileNotFoundError: if there is no such root, task or split file, or a Long Sequence task has
+            no labels.json.
+        ValueError: if an argument is not valid, a file is damaged or a split is empty.
+        ValueError: if an output is absent from labels.json: any in train, or all in dev or test.
+            (If only some in dev or test are, they are logged and kept: the original mnli test set
+            has 131 rows labelled "-".)
 
     Example:
         >>> data = read_task("tests/data/CL_Benchmark", "Long_Sequence", "copa", dev_size=4)
@@ -218,10 +240,10 @@ def read_task(
     """
     benchmark = _canonical_benchmark(benchmark)
     if dev not in ("from_train", "released"):
-        raise ValueError(f"dev must be 'from_train' or 'released', got {dev!r}")
+        raise ValueError(f"dev: got {dev!r}, expected 'from_train' or 'released'")
     for name, limit in (("max_train", max_train), ("max_eval", max_eval)):
         if limit is not None and (not _is_int(limit) or limit < 1):
-            raise ValueError(f"{name} must be None or an int of at least 1, got {limit!r}")
+            raise ValueError(f"{name}: got {limit!r}, expected None or an int of at least 1")
     folder = _task_folder(root, benchmark, task)
     definition, train_rows = _read_examples(folder / "train.json", benchmark, task, seed)
     test_rows = _read_examples(folder / "test.json", benchmark, task, seed)[1]
@@ -240,7 +262,7 @@ def read_task(
 
 
 def draw_rows(task: TaskData, max_train: int | None, max_eval: int | None, seed: int) -> TaskData:
-    """The task with at most so many training rows, and dev and test rows; None keeps all."""
+    """The task with at most `max_train` training rows, and `max_eval` dev and test rows each."""
     return replace(
         task,
         train=_draw(task.train, max_train, f"{seed}/{task.name}/train"),
@@ -253,7 +275,7 @@ def _canonical_benchmark(benchmark: str) -> str:
     for name in BENCHMARKS:
         if isinstance(benchmark, str) and benchmark.lower() == name.lower():
             return name
-    raise ValueError(f"benchmark must be one of {', '.join(BENCHMARKS)}, got {benchmark!r}")
+    raise ValueError(f"benchmark: got {benchmark!r}, expected one of {', '.join(BENCHMARKS)}")
 
 
 def _is_int(value: object) -> bool:
@@ -293,7 +315,7 @@ def _read_examples(
     definition = _definition(data["Definition"], benchmark, path)
     instances = data["Instances"]
     if not isinstance(instances, list):
-        raise ValueError(f"{path}: 'Instances' must be a list, got {type(instances).__name__}")
+        raise ValueError(f"{path}: 'Instances': got {type(instances).__name__}, expected a list")
     if not instances:
         raise ValueError(f"{path}: 'Instances' is empty, expected at least one row")
     draw = random.Random(f"{seed}/{task}/{path.stem}/output")
@@ -309,7 +331,7 @@ def _read_examples(
 def _strings(value: object, where: str) -> list[str]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{where} must be a string or a list of strings, got {value!r}")
+        raise ValueError(f"{where}: got {value!r}, expected a string or a list of strings")
     return texts
 
 
@@ -323,13 +345,13 @@ def _definition(value: object, benchmark: str, path: Path) -> str:
 
 def _fields(instance: object, where: str) -> tuple[str, tuple[str, ...]]:
     if not isinstance(instance, dict):
-        raise ValueError(f"{where} must be an object, got {type(instance).__name__}")
+        raise ValueError(f"{where}: got {type(instance).__name__}, expected an object")
     for key in ("input", "output"):
         if key not in instance:
             raise ValueError(f"{where} has no {key!r}; it has {', '.join(map(repr, instance))}")
     text = instance["input"]
     if not isinstance(text, str):
-        raise ValueError(f"{where}: 'input' must be a string, got {type(text).__name__}")
+        raise ValueError(f"{where}: 'input': got {type(text).__name__}, expected a string")
     outputs = _strings(instance["output"], f"{where}: 'output'")
     if not outputs:
         raise ValueError(f"{where}: 'output' is an empty list, expected at least one string")
@@ -384,7 +406,7 @@ def _split_dev(
     elif isinstance(size, float) and 0.0 < size < 1.0:
         wanted = max(1, round(size * len(rows)))
     else:
-        raise ValueError(f"dev_size must be an int >= 1 or a float in (0, 1), got {size!r}")
+        raise ValueError(f"dev_size: got {size!r}, expected an int >= 1 or a float in (0, 1)")
     groups: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
         groups.setdefault(row.input, []).append(index)

@@ -1,16 +1,14 @@
-"""Where the model and the tasks of a run come from; what run.json notes of it."""
+"""Where the model and the tasks of a run come from; run.json records it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from sapt_fast.checks import MOST_SEED, require_choice, require_count
-from sapt_fast.continual.data.collate import Kind, model_kind
+from sapt_fast.continual.data.kinds import Kind, model_kind
 from sapt_fast.continual.data.orders import resolve_order
 from sapt_fast.continual.data.rows import (
     BENCHMARKS,
@@ -21,55 +19,75 @@ from sapt_fast.continual.data.rows import (
     read_task,
 )
 
+if TYPE_CHECKING:
+    import torch
+
 __all__ = ["DEMO", "Source", "demo_tasks", "torch_dtype"]
 
 DEMO = "demo"
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = ("float32", "bfloat16", "float16")
 _DEVS = ("from_train", "released")
 _KINDS = ("auto", "seq2seq", "causal", "encoder")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model and a sequence of tasks, as the command line names them."""
+    """A model and a sequence of tasks, as the command line names them.
+
+    Raises:
+        ValueError: if a value is not one of those that its field names, or `data` is missing, or
+            given with the demo's tasks.
+    """
 
     model: str = field(metadata={"help": f"Folder or name of a transformers model, or '{DEMO}'."})
     benchmark: str = field(
         metadata={"help": f"'SuperNI', 'Long_Sequence', or '{DEMO}' for the generated tasks."}
     )
-    data: str | None = field(default=None, metadata={"help": "Folder that holds the benchmark."})
+    data: str | None = field(
+        default=None, metadata={"help": "Folder that contains SuperNI/ or Long_Sequence/."}
+    )
     tasks: str | None = field(
         default=None, metadata={"help": "A published order, or task names separated by commas."}
     )
     dev: str = field(
         default="from_train",
-        metadata={"help": "'from_train', or 'released' for dev.json (the test rows, as released)."},
+        metadata={
+            "help": "'from_train': hold out training rows; 'released': use dev.json, which in the "
+            "original data contains the test rows."
+        },
     )
-    max_train: int | None = field(default=None, metadata={"help": "Training rows kept of a task."})
+    max_train: int | None = field(
+        default=None,
+        metadata={"help": "Keep at most N training examples per task.", "default": "all"},
+    )
     max_eval: int | None = field(
-        default=None, metadata={"help": "Dev rows and test rows kept of a task."}
+        default=None,
+        metadata={"help": "Keep at most N dev and N test examples per task.", "default": "all"},
     )
-    dtype: str = field(default="float32", metadata={"help": f"One of {', '.join(_DTYPES)}."})
+    dtype: str = field(
+        default="float32", metadata={"help": f"Dtype of the weights: {', '.join(_DTYPES)}."}
+    )
     kind: str = field(
         default="auto",
         metadata={
-            "help": "'seq2seq', 'causal' or 'encoder' (classification by matching label strings); "
-            "'auto' goes by the model's architecture."
+            "help": "'seq2seq', 'causal' or 'encoder' (inputs are matched to label strings); "
+            "'auto' decides by the model's architecture."
         },
     )
     attention: str | None = field(
         default=None,
         metadata={
-            "help": "Attention implementation of transformers: 'eager', 'sdpa', ...; none for the "
-            "model's own."
+            "help": "Attention implementation of transformers, such as 'eager' or 'sdpa'.",
+            "default": "the model's own",
         },
     )
     seed: int = field(
-        default=0, metadata={"help": "Draws the dev rows and the rows that are kept."}
+        default=0,
+        metadata={"help": "Seed of the choice of dev rows and of the rows that are kept."},
     )
 
     def __post_init__(self) -> None:
-        torch_dtype(self.dtype)
+        require_choice("dtype", self.dtype, _DTYPES)
         require_choice("kind", self.kind, _KINDS)
         require_choice("dev", self.dev, _DEVS)
         for name in ("max_train", "max_eval"):
@@ -90,28 +108,29 @@ class Source:
                 f"{', '.join((*BENCHMARKS, DEMO))}"
             )
         if self.data is None:
-            raise ValueError(f"data: benchmark {self.benchmark!r} needs the folder that holds it")
+            raise ValueError(
+                f"data: benchmark {self.benchmark!r} needs the folder that contains it"
+            )
 
     def check_files(self) -> None:
-        """Whether the model and the data can be there, before anything is loaded.
+        """Checks the folders of the model and the data before anything is loaded.
 
         Raises:
-            FileNotFoundError: a folder does not exist or holds no model.
-            NotADirectoryError: it is a file.
+            FileNotFoundError: if a folder does not exist or contains no model.
+            NotADirectoryError: if it is a file.
         """
         if self.model != DEMO:
             _check_model(self.model)
         if self.data is not None:
-            _check_folder("data", self.data, "the folder that holds the benchmark")
+            _check_folder("data", self.data, "the folder that contains the benchmark")
 
     def load_model(self) -> tuple[Any, Any]:
-        """Model and tokenizer.
+        """Loads the model and its tokenizer.
 
         Raises:
-            ValueError: the tokenizer has neither a pad nor an end token, or the model is not of
-                the `kind` asked for.
-            ValueError: the model has no such `attention`.
-            OSError: there is no such model.
+            ValueError: if the tokenizer has neither a pad nor an end token, the model is not of
+                the given `kind`, or it does not have this `attention`.
+            OSError: if there is no such model.
         """
         if self.model == DEMO:
             from sapt_fast.demo.backbone import load_backbone
@@ -125,8 +144,8 @@ class Source:
             config = transformers.AutoConfig.from_pretrained(self.model)
         except OSError as error:
             raise OSError(
-                f"model: got {self.model!r}, which is no folder here and cannot be had from the "
-                f"Hugging Face hub: {str(error).splitlines()[0]}"
+                f"model: got {self.model!r}, which is not a folder here and cannot be loaded from "
+                f"the Hugging Face hub: {str(error).splitlines()[0]}"
             ) from error
         kind = _architecture(config) if self.kind == "auto" else self.kind
         loader = {
@@ -145,21 +164,21 @@ class Source:
         if tokenizer.pad_token_id is None:
             if tokenizer.eos_token_id is None:
                 raise ValueError(
-                    f"model: the tokenizer of {self.model} has no pad and no end token"
+                    f"model: the tokenizer of {self.model} has neither a pad nor an end token"
                 )
             tokenizer.pad_token = tokenizer.eos_token
         return model, tokenizer
 
     def _with_attention(self, model: Any) -> Any:
-        """The model with the implementation that was asked for, which it must have."""
+        """Sets the attention implementation; raises ValueError if the model does not have it."""
         if self.attention is None:
             return model
         try:
             model.set_attn_implementation(self.attention)
         except (ImportError, ValueError) as error:
             raise ValueError(
-                f"attention: got {self.attention!r}, which this {type(model).__name__} cannot use "
-                f"here: {str(error).splitlines()[0]}"
+                f"attention: got {self.attention!r}, which this {type(model).__name__} does not "
+                f"support here: {str(error).splitlines()[0]}"
             ) from error
         used = model.config._attn_implementation
         if used != self.attention:
@@ -170,10 +189,11 @@ class Source:
         return model
 
     def load_tasks(self) -> list[TaskData]:
-        """The tasks in learning order.
+        """Loads the tasks in learning order.
 
         Raises:
-            FileNotFoundError, ValueError: as `continual.data.read_task`.
+            FileNotFoundError, ValueError: as `continual.data.rows.read_task`, and if the demo has
+                no such task.
         """
         if self.benchmark == DEMO:
             tasks = demo_tasks(self.seed)
@@ -198,7 +218,7 @@ class Source:
         ]  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dict, which `Source(**...)` takes; folders made absolute."""
+        """A JSON-ready dict for `Source(**...)`, with absolute paths of folders."""
         values = asdict(self)
         for name in ("model", "data"):
             if values[name] is not None and Path(values[name]).is_dir():
@@ -214,15 +234,16 @@ def _attentions() -> list[str]:
 
 
 def _check_model(model: str) -> None:
-    """Raises where a model is meant to be a folder, by its name, and is none."""
+    """Raises FileNotFoundError or NotADirectoryError if `model` looks like a path of a folder but
+    there is no model in it."""
     if not model or "\0" in model:
         raise ValueError(f"model: got {model!r}, expected a folder, a name or '{DEMO}'")
     path = Path(model).expanduser()
     is_path = path.is_absolute() or model[0] in ".~" or model.endswith("/") or model.count("/") > 1
     if is_path or path.exists():
-        _check_folder("model", path, "a folder that holds a transformers model")
+        _check_folder("model", path, "a folder that contains a transformers model")
         if not (path / "config.json").is_file():
-            raise FileNotFoundError(f"model: got {model!r}, which holds no config.json")
+            raise FileNotFoundError(f"model: got {model!r}, which contains no config.json")
 
 
 def _check_folder(name: str, path: str | Path, expected: str) -> None:
@@ -235,7 +256,7 @@ def _check_folder(name: str, path: str | Path, expected: str) -> None:
 
 
 def _architecture(config: Any) -> Kind:
-    """What a saved model is for. Encoders are those that were pretrained on masked words."""
+    """The kind of a saved model; models that were pretrained on masked words are encoders."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     if getattr(config, "is_encoder_decoder", False):
@@ -250,11 +271,14 @@ def torch_dtype(name: str) -> torch.dtype:
     """The dtype of that name.
 
     Raises:
-        ValueError: none of "float32", "bfloat16", "float16".
+        ValueError: if it is none of "float32", "bfloat16", "float16".
     """
     if name not in _DTYPES:
         raise ValueError(f"dtype: got {name!r}, expected one of {', '.join(_DTYPES)}")
-    return _DTYPES[name]
+    import torch
+
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def demo_tasks(seed: int = 0) -> list[TaskData]:

@@ -1,4 +1,4 @@
-"""Answers of a patched model to a task's rows, their score, and the attention the rows get."""
+"""Answers of a patched model to a task's rows, their score, and the mean attention."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sapt_fast.continual.data.collate import model_kind, pad_rows, prompt_ids
+from sapt_fast.continual.data.collate import pad_rows, prompt_ids
 from sapt_fast.continual.data.encoder import LabelSpace
+from sapt_fast.continual.data.kinds import model_kind
 from sapt_fast.continual.data.rows import Example
 from sapt_fast.continual.run import processes
 from sapt_fast.continual.scores.metrics import BENCHMARK_METRICS, Metric, score_predictions
@@ -33,7 +34,7 @@ def score(
     mixture: Mixture | None = None,
     space: LabelSpace | None = None,
 ) -> float:
-    """Score of the model's answers to `rows`, in percent; arguments as of `answers`."""
+    """The score of the model's answers to `rows` in percent; arguments as in `answers`."""
     predictions = answers(model, tokenizer, rows, settings, mixture, space)
     return score_predictions(
         predictions, [row.outputs for row in rows], metric_of(benchmark, settings)
@@ -41,7 +42,7 @@ def score(
 
 
 def metric_of(benchmark: str, settings: ContinualSettings) -> Metric:
-    """The metric asked for, else the benchmark's own, else exact match."""
+    """The metric of the settings, otherwise the benchmark's own, otherwise exact match."""
     chosen = settings.metric or BENCHMARK_METRICS.get(benchmark, "exact_match")
     return "rouge_l" if chosen == "rouge_l" else "exact_match"
 
@@ -55,15 +56,19 @@ def answers(
     mixture: Mixture | None = None,
     space: LabelSpace | None = None,
 ) -> list[str]:
-    """Greedy answers, in the order of `rows`; the model is left in evaluation mode.
+    """Generates greedy answers, in the order of `rows`; the model stays in evaluation mode.
 
-    An encoder, which needs one forward, answers under the autocast it was trained under; for a
-    model that generates, autocast would cast all weights again at every token. Several processes
-    divide the batches among them; all get all answers.
+    An encoder needs one forward and runs under the autocast of its training. A model that generates
+    runs without autocast, which would cast all weights again at every token. Several processes
+    divide the batches, and each returns all answers.
 
     Args:
-        mixture: gives the weights of the adapters for each batch; None for the router's.
-        space: of an encoder, whose answer is the label that fits best.
+        model: a patched model.
+        tokenizer: its tokenizer.
+        rows: at least one row of a task.
+        settings: give lengths, batch size, autocast and progress bars.
+        mixture: returns the weights of the adapters for each batch; None uses the router's.
+        space: the labels of an encoder, whose answer is the label that fits best.
     """
     model.eval()
     causal = model_kind(model) == "causal"
@@ -99,9 +104,9 @@ def mean_attention(
     settings: ContinualSettings,
     mixture: Mixture | None = None,
 ) -> Tensor:
-    """Mean over `rows` of the adapters' weights, [K] float32 on the CPU, learning order.
+    """The mean over `rows` of the adapters' weights, [K] float32 on the CPU, in learning order.
 
-    `mixture` and several processes as in `answers`.
+    Arguments and several processes as in `answers`.
     """
     model.eval()
     sums = []

@@ -1,11 +1,9 @@
-"""The continual run: learn the tasks one after the other, score all that were seen, resume."""
+"""The continual run: learns the tasks in order, scores those seen so far, and resumes."""
 
 from __future__ import annotations
 
 import logging
-import math
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
@@ -15,24 +13,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from transformers import set_seed
 
 from sapt_fast import __version__
-from sapt_fast.continual.data.rows import TaskData, digest
+from sapt_fast.continual.data.rows import TaskData, merged
 from sapt_fast.continual.run import processes
+from sapt_fast.continual.run.checks import (
+    check_alone,
+    check_processes,
+    check_replay,
+    check_tasks,
+)
 from sapt_fast.continual.run.evaluate import Mixture, mean_attention, metric_of, score
+from sapt_fast.continual.run.gather import gather_results, write_results
 from sapt_fast.continual.run.memory import peak_memory, reset_peak_memory
 from sapt_fast.continual.run.pseudo_samples import make_pseudo_samples, pseudo_sample_file
 from sapt_fast.continual.run.stage import train_stage
 from sapt_fast.continual.run.state import RunFolder, read_alone, read_json
-from sapt_fast.continual.scores.metrics import continual_metrics
-from sapt_fast.continual.scores.report import write_json, write_report
 from sapt_fast.continual.scores.results import Results
 from sapt_fast.continual.settings import ContinualSettings, differences
 from sapt_fast.continual.strategies import STRATEGIES
-from sapt_fast.continual.strategies.base import Strategy
 from sapt_fast.continual.workbench import Workbench
-from sapt_fast.files.names import require_folder_name
+from sapt_fast.files.writing import write_json
 from sapt_fast.loading import load_of_strategy
 from sapt_fast.methods.base import handles
 from sapt_fast.methods.tasks import task_handle
@@ -43,8 +46,6 @@ __all__ = ["Results", "evaluate_run", "run_alone", "run_continual"]
 logger = logging.getLogger(__name__)
 
 ALONE_NAME = "alone.json"
-_SPLITS = ("train", "dev", "test")
-_APPENDED = 40  # bytes at most that a checkpoint's folder, and hidden ones, add to a task's name
 
 
 def run_continual(
@@ -58,40 +59,42 @@ def run_continual(
     alone: Mapping[str, float] | None = None,
     source: Mapping[str, Any] | None = None,
 ) -> Results:
-    """Learns the tasks in order and reports how much of each is left.
+    """Learns the tasks in order and measures how much of each is retained.
 
-    Killed at any point and called again with the same arguments, it goes on where it was and
-    comes to the same weights.
+    To resume an interrupted run, call it again with the same arguments; it ends with the same
+    weights.
 
     Args:
-        model: a transformers model with a language-modelling head, or an encoder without any head
-            (`continual.encoder`); not patched. It is patched and stays so, with the last task's
-            adapters.
-        tokenizer: its tokenizer; needs a pad token.
+        model: an unpatched transformers model with a language-modelling head, or an encoder
+            without any head (`continual.data.encoder`). It is patched in place and keeps the
+            adapters of the last task.
+        tokenizer: its tokenizer, with a pad token.
         tasks: in learning order.
         output_dir: gets run.json, state.json, a checkpoint after each task (`load_pretrained`
             reads them), results.json, results.md and, with one adapter per task, attention.png.
-        settings: None for `ContinualSettings()`.
-        resume: whether to go on with a run that is in `output_dir`.
+        settings: defaults to `ContinualSettings()`.
+        resume: whether to resume a run that is in `output_dir`.
         alone: each task's score when learned alone (`run_alone`), for FWT.
-        source: JSON-ready note of where model and tasks come from, kept in run.json.
+        source: a JSON-ready note of where model and tasks come from, kept in run.json.
 
     Raises:
-        TypeError: `model` is no transformers model.
-        ValueError: no tasks, an empty split, a name twice, a patched model, a tokenizer without
-            pad token, or `output_dir` holds a run with other settings.
-        FileExistsError: `output_dir` holds other files, or a run and `resume` is False.
+        TypeError: if `model` is not a transformers model.
+        ValueError: if there are no tasks, a split is empty or a name is given twice.
+        ValueError: if the model is patched, or the tokenizer has no pad token.
+        ValueError: if `output_dir` holds a run with different settings or data, or another process
+            runs there.
+        FileExistsError: if `output_dir` holds other files, or a run and `resume` is False.
 
-    Several processes (torchrun, accelerate launch) come to what one comes to, up to rounding: they
-    divide each micro-batch and what is evaluated, and the first one writes. They may be more or
-    fewer when the run is resumed.
+    Several processes (torchrun, accelerate launch) give the results of one, up to rounding: they
+    divide each micro-batch and the evaluation, and the first one writes. A run may be resumed with
+    another number of processes.
     """
     settings = settings or ContinualSettings()
     if STRATEGIES[settings.strategy].alone:
         raise ValueError(f"strategy: {settings.strategy!r} has no sequence, use run_alone")
     run = _Run(model, tokenizer, tasks, settings)
     if alone is not None:
-        _check_alone(alone, run.names)
+        check_alone(alone, run.names)
     with run.open(Path(output_dir), source, resume):
         run.learn_all()
         return run.report(alone)
@@ -107,10 +110,13 @@ def run_alone(
     resume: bool = True,
     source: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
-    """Score of each task when it is the only one, the reference of forward transfer.
+    """Learns every task alone on the base model; the scores are the reference of FWT.
 
-    Arguments, resuming and errors are those of `run_continual`; the strategy is "single". Writes
-    alone.json and leaves the model unpatched.
+    Args and Raises as in `run_continual`, with these differences: the strategy is always "single",
+    alone.json is written, and the model is unpatched at the end.
+
+    Returns:
+        The score of each task in percent, by name.
     """
     settings = replace(settings or ContinualSettings(), strategy="single", strategy_options={})
     run = _Run(model, tokenizer, tasks, settings)
@@ -132,17 +138,21 @@ def evaluate_run(
     settings: ContinualSettings,
     mixture: Callable[[str], Mixture] | None = None,
 ) -> Results:
-    """The results of a finished run again, from its checkpoints alone.
+    """Computes the results of a finished run again, from its checkpoints alone.
 
-    Arguments and errors are those of `run_continual`; nothing is written.
+    Nothing is written.
 
     Args:
-        mixture: called with a task's name, gives the weights by which its rows are answered; None
-            for those of the strategy. The attention in the results is always the strategy's.
+        model, tokenizer, tasks: as in `run_continual`.
+        output_dir: the run's folder.
+        settings: those of the run; device and evaluation batch size may differ.
+        mixture: called with a task's name, returns the weights of the adapters for its rows;
+            defaults to those of the strategy. The attention in the results is always the
+            strategy's.
 
     Raises:
-        FileNotFoundError: a checkpoint is missing.
-        ValueError: also where `model` or `tasks` are not those of the run.
+        FileNotFoundError: if a checkpoint is missing.
+        ValueError: as `run_continual`, and if `model` or `tasks` are not those of the run.
     """
     run = _Run(model, tokenizer, tasks, settings)
     run.folder = RunFolder(Path(output_dir), run.names)
@@ -150,7 +160,9 @@ def evaluate_run(
     for part in ("tasks", "model"):
         found = differences(stored[part], ours[part])
         if found:
-            raise ValueError(f"{part}: not those of the run in {output_dir}: " + "; ".join(found))
+            raise ValueError(
+                f"{part}: not the {part} of the run in {output_dir}: " + "; ".join(found)
+            )
     run.folder.read_costs()
     alone = read_alone(run.folder.path / "results.json", len(run.names))
     attention: list[list[float]] = []
@@ -164,7 +176,7 @@ def evaluate_run(
 
 
 class _Run:
-    """One run: `learn_all` brings it from where its folder is to the end."""
+    """One run; `learn_all` trains the stages that its folder does not have yet."""
 
     folder: RunFolder
 
@@ -174,8 +186,8 @@ class _Run:
         if handles(model):
             raise ValueError("model: got a patched model; pass it unpatched (sapt_fast.unpatch)")
         if getattr(tokenizer, "pad_token_id", None) is None:
-            raise ValueError("tokenizer: has no pad token; set tokenizer.pad_token")
-        _check_tasks(tasks)
+            raise ValueError("tokenizer: got one without a pad token; set tokenizer.pad_token")
+        check_tasks(tasks)
         self.device = processes.start(settings.device)
         if not processes.is_first():
             settings = replace(settings, progress=False)
@@ -193,9 +205,9 @@ class _Run:
         self.strategy = kind(
             self.bench, kind.options_of(settings.strategy, settings.strategy_options)
         )
-        # The tasks after whose training there is a checkpoint and a row of scores.
+        # The tasks after which the model is saved and scored.
         self.stages = [len(tasks) - 1] if kind.together else list(range(len(tasks)))
-        self._check_replay()
+        check_replay(self.bench, self.strategy, self.tasks)
         model.to(self.device)
         # How many tasks the model holds; None before it is patched.
         self._holds: int | None = None
@@ -203,7 +215,7 @@ class _Run:
     def open(
         self, path: Path, source: Mapping[str, Any] | None, resume: bool
     ) -> AbstractContextManager[Any]:
-        """Opens the folder, in which no other process may run until the context ends."""
+        """Opens the folder and locks it until the context ends."""
         description = {**self.description(), "source": dict(source or {})}
         with processes.first_goes_first():
             resume = resume or not processes.is_first()
@@ -212,14 +224,14 @@ class _Run:
         return closing(self.folder)
 
     def description(self) -> dict[str, Any]:
-        """What the run is asked to do, JSON-ready."""
+        """A JSON-ready description of the run; runs with equal ones are the same."""
         return {
             "settings": self.settings.to_dict(),
             "tasks": {
                 task.name: {
                     "position": position,
                     **given.describe(),
-                    "content": _digest(task),
+                    "content": task.digest_of_prompts(),
                 }
                 for position, (given, task) in enumerate(zip(self.given, self.tasks, strict=True))
             },
@@ -257,7 +269,7 @@ class _Run:
     def learn(self, index: int) -> None:
         """Trains on a task, from the model after the one before, and saves what it came to."""
         strategy, seed = self.strategy, 1000 * self.settings.seed + index
-        task = _merged(self.tasks) if strategy.together else self.tasks[index]
+        task = merged(self.tasks) if strategy.together else self.tasks[index]
         learned = () if strategy.alone or strategy.together else self.tasks[:index]
         self._generate(learned)
         self.restore(0 if strategy.alone or strategy.together else index)
@@ -285,13 +297,13 @@ class _Run:
         self._remove(self.folder.training(index))
 
     def _remove(self, folder: Path) -> None:
-        """Deletes what is no longer needed once the files before it are whole."""
+        """Deletes a folder that is no longer needed, once the files written before are complete."""
         if processes.is_first():
             shutil.rmtree(folder, ignore_errors=True)
         processes.wait()
 
     def _generate(self, learned: Sequence[TaskData]) -> None:
-        """Makes the pseudo-samples of earlier tasks that are not there yet."""
+        """Generates the pseudo-samples of earlier tasks that do not exist yet."""
         folder, settings = self.bench.pseudo_samples, self.settings
         if folder is None or settings.replay != "generated" or not self.strategy.pseudo:
             return
@@ -341,7 +353,7 @@ class _Run:
     def score_seen(
         self, index: int, mixture: Callable[[str], Mixture] | None = None
     ) -> list[float]:
-        """Scores of the tasks up to `index`; of that one only where tasks are learned alone."""
+        """Scores of the tasks up to `index`; of that one only if tasks are learned alone."""
         seen = [self.tasks[index]] if self.strategy.alone else self.tasks[: index + 1]
         return [
             score(
@@ -359,151 +371,40 @@ class _Run:
     # --- training ---
 
     def _steps(self) -> int:
-        """Optimizer steps of a stage; -1 where epochs count."""
+        """Optimizer steps of a stage; -1 if epochs count."""
         steps = self.settings.steps or -1
         return steps * len(self.tasks) if steps > 0 and self.strategy.together else steps
 
-    def _check_replay(self) -> None:
-        """Reads every file of pseudo-samples now, not when a task that needs it has trained."""
-        if self.settings.replay in ("none", "real") or not self.strategy.pseudo:
-            return
-        if self.settings.replay == "generated":
-            if self.bench.kind == "encoder":
-                raise ValueError(
-                    f"replay: got 'generated', but {type(self.model).__name__} does not generate "
-                    "text; expected 'real', 'none' or a folder of pseudo-samples"
-                )
-            return
-        for task in self.tasks[:-1]:
-            try:
-                self.bench.kept(task)
-            except (OSError, ValueError) as error:
-                raise ValueError(
-                    f"replay: got {self.settings.replay!r}, expected 'real', 'generated', 'none' "
-                    f"or a folder of pseudo-samples; {error}"
-                ) from error
-
-    # --- what it came to ---
+    # --- its results ---
 
     def results(self, alone: Sequence[float] | None) -> Results:
-        count, folder = len(self.tasks), self.folder
-        scores = np.full((count, count), np.nan)
-        for index, row in zip(self.stages, folder.scores, strict=True):
-            scores[index, : len(row)] = row
-        if self.strategy.together:
-            scores[:] = scores[-1]
-        metrics = continual_metrics(scores, alone)
-        if self.strategy.together:
-            metrics = replace(metrics, forgetting=math.nan, bwt=math.nan)
-        training = testing = None
-        if self.strategy.routes and all(folder.attention):
-            training, testing = np.full((count, count), np.nan), np.zeros((count, count))
-            self.restore(count)
-            for index, task in enumerate(self.tasks):
-                training[index, : index + 1] = folder.attention[index]
-                testing[index] = mean_attention(
-                    self.model,
-                    self.tokenizer,
-                    getattr(task, self.settings.scored),
-                    self.settings,
-                    self.strategy.mixture,
-                ).numpy()
-        return Results(
-            tasks=self.names,
-            scores=scores,
-            alone=None if alone is None else tuple(alone),
-            metrics=metrics,
-            training_attention=training,
-            testing_attention=testing,
-            seconds=tuple(folder.seconds),
-            trained_parameters=max(folder.trained, default=0),
-            peak_memory=max((p for p in folder.peaks if p is not None), default=None),
-            resumed=folder.resumed,
-            folder=folder.path,
+        return gather_results(
+            self.folder, self.stages, type(self.strategy), alone, self._testing_attention()
         )
+
+    def _testing_attention(self) -> NDArray[np.float64] | None:
+        """[T, T] float64: mean weights of each task's scored rows on the adapters after the last
+        task; None unless every task has an adapter that inputs choose."""
+        if not self.strategy.routes or not all(self.folder.attention):
+            return None
+        count = len(self.tasks)
+        attention = np.zeros((count, count))
+        self.restore(count)
+        for index, task in enumerate(self.tasks):
+            attention[index] = mean_attention(
+                self.model,
+                self.tokenizer,
+                getattr(task, self.settings.scored),
+                self.settings,
+                self.strategy.mixture,
+            ).numpy()
+        return attention
 
     def report(self, alone: Mapping[str, float] | None) -> Results:
         self.restore(len(self.tasks))
         results = self.results(None if alone is None else [alone[name] for name in self.names])
         if processes.is_first():
-            write_report(
-                self.folder.path,
-                self.names,
-                results.scores,
-                results.alone,
-                training_attention=results.training_attention,
-                testing_attention=results.testing_attention,
-                title=f"{self.settings.strategy} on {len(self.tasks)} tasks",
-                extra={
-                    "strategy": self.settings.strategy,
-                    "metric": sorted({metric_of(t.benchmark, self.settings) for t in self.tasks}),
-                    "seconds": results.seconds,
-                    "trained_parameters": results.trained_parameters,
-                    "peak_memory": results.peak_memory,
-                    "resumed": results.resumed,
-                },
-                metrics=results.metrics,
-            )
+            metrics = sorted({metric_of(t.benchmark, self.settings) for t in self.tasks})
+            write_results(results, self.settings.strategy, metrics)
         processes.wait()
         return results
-
-
-def _check_tasks(tasks: Sequence[TaskData]) -> None:
-    if not tasks:
-        raise ValueError("tasks: got none, expected at least one")
-    names = [task.name for task in tasks]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"tasks: named more than once: {', '.join(twice)}")
-    for place, task in enumerate(tasks):
-        require_folder_name("tasks: got the name", task.name, names[:place], appended=_APPENDED)
-        for split in _SPLITS:
-            if not getattr(task, split):
-                raise ValueError(f"tasks: {task.name!r} has no {split} rows, expected at least one")
-
-
-def _merged(tasks: Sequence[TaskData]) -> TaskData:
-    """All tasks as one, under the name of the last."""
-    rows: dict[str, Any] = {
-        split: tuple(row for task in tasks for row in getattr(task, split)) for split in _SPLITS
-    }
-    return replace(tasks[-1], definition="", labels=None, **rows)
-
-
-def check_processes(settings: ContinualSettings) -> None:
-    """Raises ValueError unless several processes come to what one comes to."""
-    count, kind = processes.count(), STRATEGIES[settings.strategy]
-    if settings.batch_size % count:
-        raise ValueError(
-            f"batch_size: got {settings.batch_size}, expected a multiple of {count}, the number of "
-            "processes that divide it"
-        )
-    if count > 1 and settings.replay == "generated":
-        raise ValueError(
-            "replay: got 'generated' in several processes, expected a folder of pseudo-samples "
-            "that one process has made"
-        )
-    if count > 1 and kind.objective is not Strategy.objective:
-        raise ValueError(
-            f"strategy: {settings.strategy!r} adds to the loss what several processes would add "
-            "each for itself; start it in one process"
-        )
-
-
-def _check_alone(alone: Mapping[str, float], names: Sequence[str]) -> None:
-    missing = sorted(set(names) - set(alone))
-    if missing:
-        raise ValueError(f"alone: got no score for {', '.join(missing)}")
-    for name in names:
-        score = alone[name]
-        if not isinstance(score, (int, float)) or not abs(score) <= sys.float_info.max:
-            shown = str(score)[:40]
-            raise ValueError(f"alone: got {shown} for {name}, expected a score in percent")
-
-
-def _digest(task: TaskData) -> str:
-    """Of what the model reads and answers; `TaskData.describe` digests what the files hold."""
-    rows = [
-        (row.prompt, row.output, *row.outputs) for split in _SPLITS for row in getattr(task, split)
-    ]
-    return digest(rows)

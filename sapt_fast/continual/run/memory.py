@@ -1,4 +1,4 @@
-"""Peak memory of a stretch of work."""
+"""Peak memory of a part of a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _STATUS = Path("/proc/self/status")
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Lets the peak start again from what is in use now; not everywhere possible on a CPU."""
+    """Resets the peak to the memory in use now; on a CPU only where the system allows it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -25,10 +25,10 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Bytes at the peak: allocated on a GPU, resident in the process on a CPU.
+    """The peak memory in bytes: allocated by torch on a GPU, resident in the process on a CPU.
 
     Returns:
-        None where the system does not say.
+        None if the system does not report it.
     """
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))

@@ -1,6 +1,6 @@
-"""A continual run in several processes, as torchrun and accelerate launch start them.
+"""A continual run in several processes, which torchrun or accelerate launch starts.
 
-All of them train each task together and divide what is evaluated; the first one alone writes.
+They train each task together and divide the evaluation; only the first one writes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _Item = TypeVar("_Item")
 
 
 def require_device(device: str | None) -> None:
-    """Raises ValueError for 'cuda' where there is none."""
+    """Raises ValueError for 'cuda' if torch sees no GPU."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: got 'cuda', but torch sees no GPU; use 'cpu'")
 
@@ -28,13 +28,13 @@ def start(device: str | None) -> torch.device:
     """Joins the other processes, if there are any.
 
     Args:
-        device: "cpu", "cuda", or None for a GPU where there is one.
+        device: "cpu", "cuda", or None for a GPU if there is one.
 
     Returns:
         This process's device.
 
     Raises:
-        ValueError: there is no GPU.
+        ValueError: if `device` is "cuda" and torch sees no GPU.
     """
     require_device(device)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -46,7 +46,7 @@ def start(device: str | None) -> torch.device:
 
 
 def count() -> int:
-    """How many processes there are."""
+    """The number of processes."""
     return dist.get_world_size() if _several() else 1
 
 
@@ -56,14 +56,14 @@ def is_first() -> bool:
 
 
 def wait() -> None:
-    """Returns when all processes have come here."""
+    """Waits until all processes have called it."""
     if _several():
         dist.barrier()
 
 
 @contextmanager
 def first_goes_first() -> Iterator[None]:
-    """The others enter when the first process has left."""
+    """A context that the first process enters alone, and the others after it has left."""
     if not is_first():
         wait()
     yield
@@ -72,12 +72,12 @@ def first_goes_first() -> Iterator[None]:
 
 
 def share(items: Sequence[_Item]) -> Sequence[_Item]:
-    """This process's part of what all have."""
+    """This process's part of the items: every `count()`-th, from its rank on."""
     return items[_rank() :: count()]
 
 
 def gathered(own: Sequence[_Item]) -> list[_Item]:
-    """What came of each process's `share`, in the order of the whole; all of them have to call."""
+    """The results of all processes' shares, in the order of the items; every process calls it."""
     if not _several():
         return list(own)
     parts: list[Any] = [None] * count()

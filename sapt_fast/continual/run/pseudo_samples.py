@@ -1,9 +1,9 @@
-"""Pseudo-samples: a generator for each task writes the inputs that stand in for its rows later.
+"""Pseudo-samples: a generator for each task generates inputs that later replace its rows.
 
-The generator is the base model with a LoRA of its own, trained to answer `__gen__` with
+The generator is the base model with its own LoRA, trained to answer `__gen__` with
 "{instruction} __inp__ {input}" (SAPT, ACL 2024, the attention reflection module). What it samples
-is stored in the CL_Benchmark layout, `<folder>/<benchmark>/<task>/train.json`, as the released
-pseudo-samples are, and read by `data.read_pseudo_samples`.
+is stored in the CL_Benchmark layout, `<folder>/<benchmark>/<task>/train.json`, like the original
+pseudo-samples, and read by `data.rows.read_pseudo_samples`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sapt_fast.continual.data.collate import LABEL_PADDING, Collator, model_kind
+from sapt_fast.continual.data.collate import LABEL_PADDING, Collator
+from sapt_fast.continual.data.kinds import model_kind
 from sapt_fast.continual.data.rows import TaskData
 from sapt_fast.continual.run.state import TRAINER_STATE, last_checkpoint, read_json
 from sapt_fast.continual.settings import GeneratorSettings
@@ -39,7 +40,7 @@ _MARKERS = ("__gen__", "__inp__", "__ans__")
 
 
 class PseudoSample(NamedTuple):
-    """What was generated: texts, `output` "" unless answers are generated."""
+    """A generated row; `output` is "" unless answers are generated."""
 
     instruction: str
     input: str
@@ -47,7 +48,7 @@ class PseudoSample(NamedTuple):
 
 
 def pseudo_sample_file(folder: str | PathLike[str], task: TaskData) -> Path:
-    """Where the pseudo-samples of a task lie."""
+    """The file of a task's pseudo-samples."""
     return Path(folder) / task.benchmark / task.name / "train.json"
 
 
@@ -66,25 +67,25 @@ def make_pseudo_samples(
 ) -> Path:
     """Trains a task's generator, samples it and writes int(share * rows) samples, at least one.
 
-    Killed in training or in sampling and called again with the same arguments, it goes on and
-    comes to the same samples. The base model is not touched: the generator is a copy of its
-    modules on the same parameters, with three more rows in the embeddings for the markers. These
-    rows train along with the LoRA; no token is added to the tokenizer.
+    To resume an interrupted call, repeat it with the same arguments; it ends with the same samples.
+    The base model does not change: the generator is a copy of its modules that shares its
+    parameters, with three more rows in the embeddings for the markers. These rows train along with
+    the LoRA; no token is added to the tokenizer.
 
-    A sample is usable if it has the `__inp__` marker, an input, an instruction where the task has
-    one, and with `settings.answers` an output. The file has one definition, as the released ones:
-    the instruction that was generated most often. Where no sample is usable, one training row
-    takes their place, with a warning.
+    A sample is usable if it has the `__inp__` marker, an input, an instruction if the task has one,
+    and with `settings.answers` an output. The file has one definition, like the original ones: the
+    instruction that was generated most often. If no sample is usable, one training row is stored
+    instead, with a warning.
 
     Args:
-        model: a transformers model that generates, on its device, not patched.
+        model: an unpatched transformers model that generates text, on its device.
         tokenizer: its tokenizer.
-        task: whose training rows are learned.
-        folder: gets `<benchmark>/<task>/train.json`; one that is there is left as it is.
-        settings: None for the release's.
-        work: checkpoints while it runs; None for a hidden folder in `folder`.
-        target_modules: as of `peft.LoraConfig`; None for query and value.
-        seed: of the initial weights, the order of rows and the samples.
+        task: the generator learns its training rows.
+        folder: gets `<benchmark>/<task>/train.json`; an existing file is kept.
+        settings: defaults to `GeneratorSettings()`.
+        work: folder of checkpoints while it runs; defaults to a hidden folder in `folder`.
+        target_modules: as in `peft.LoraConfig`; None adapts query and value.
+        seed: seed of the initial weights, the order of rows and the samples.
         bf16: train under bfloat16 autocast.
         progress: show progress bars.
 
@@ -92,7 +93,8 @@ def make_pseudo_samples(
         The file.
 
     Raises:
-        ValueError: the model is patched or does not generate, or the task has no training rows.
+        ValueError: if the model is patched or does not generate text, or the task has no training
+            rows.
     """
     settings = settings or GeneratorSettings()
     target = pseudo_sample_file(folder, task)
@@ -116,7 +118,7 @@ def make_pseudo_samples(
         samples = [PseudoSample(task.definition, row.input, output)]
         source = "a training row"
         logger.warning(
-            "%s: the generator gave nothing usable; one real training row is kept instead of %d "
+            "%s: the generator made no usable sample; one training row is kept instead of %d "
             "pseudo-samples", task.name, wanted,
         )  # fmt: skip
     elif len(samples) < wanted:
@@ -143,7 +145,7 @@ def _document(samples: Sequence[PseudoSample], source: str) -> str:
 
 
 class _Generator:
-    """A copy of the base model on the same memory, with markers and a LoRA."""
+    """A copy of the base model that shares its parameters, with markers and a LoRA."""
 
     def __init__(
         self,
@@ -168,7 +170,7 @@ class _Generator:
     # --- training ---
 
     def train(self, task: TaskData, place: Path, *, bf16: bool, progress: bool) -> None:
-        """Trains the LoRA, or loads what an interrupted call came to."""
+        """Trains the LoRA, or resumes the training of an interrupted call."""
         from transformers import PrinterCallback, Trainer, TrainingArguments
 
         from sapt_fast.continual.trainer import model_given_back
@@ -217,7 +219,7 @@ class _Generator:
         made = []
         for text, output in zip(inputs, outputs, strict=True):
             answer = [self.ans, *output] if self.settings.answers else []
-            # What is too long loses the end of its input, never a marker.
+            # A row that is too long loses the end of its input, never a marker.
             room = self.settings.max_length - len(instruction) - len(answer) - len(self.end) - 1
             target = [*instruction, self.inp, *text[: max(room, 0)], *answer, *self.end]
             if self.causal:
@@ -234,10 +236,12 @@ class _Generator:
     # --- sampling ---
 
     def sample(self, task: TaskData, file: Path, *, progress: bool) -> list[PseudoSample]:
-        """Usable samples, as many as are wanted or the allowed tries gave.
+        """Draws samples until enough are usable or the allowed tries are over.
 
         Args:
-            file: holds what the batches so far came to; each batch has a seed of its own.
+            task: gives the number of samples and whether they need an instruction.
+            file: has the usable samples so far; each batch has its own seed.
+            progress: show a progress bar.
         """
         wanted, size = _wanted(task, self.settings), self.settings.batch_size
         batches = math.ceil(wanted * self.settings.tries / size)
@@ -283,7 +287,7 @@ class _Generator:
         return (drawn[:, ids.shape[1] :] if self.causal else drawn[:, 1:]).tolist()
 
     def parse(self, ids: Sequence[int]) -> PseudoSample | None:
-        """The sample that these token ids are, None if it is not usable."""
+        """The sample of these token ids; None if it is not usable."""
         stops = [self.tokenizer.eos_token_id]
         kept = list(ids[: next((i for i, t in enumerate(ids) if t in stops), len(ids))])
         if self.inp not in kept:
@@ -304,7 +308,7 @@ class _Generator:
 
 
 def _sharing_copy(model: Any) -> Any:
-    """A model of the same modules on the same memory, all of it frozen."""
+    """A copy of a model that shares its memory, with all parameters frozen."""
     memo: dict[int, Any] = {
         id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()
     }
@@ -336,7 +340,7 @@ def _with_lora(
         trainable_token_indices=trained,
     )
     generator = get_peft_model(model, config)
-    # Checkpoints then hold the adapter alone, and no hub is asked about the base model.
+    # Checkpoints then have the adapter alone, and the hub is not asked about the base model.
     generator.peft_config["default"].base_model_name_or_path = None
     return generator
 
@@ -346,5 +350,5 @@ def _devices(model: Any) -> list[torch.device]:
 
 
 def _number(text: str) -> int:
-    """A seed from words."""
+    """A seed from a text."""
     return int.from_bytes(sha256(text.encode()).digest()[:4], "big")

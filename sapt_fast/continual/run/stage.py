@@ -1,4 +1,4 @@
-"""Training of one stage of a continual run, by the Trainer."""
+"""Trains one stage of a continual run with the Trainer."""
 
 from __future__ import annotations
 
@@ -30,13 +30,16 @@ def train_stage(
     seed: int,
     steps: int,
 ) -> None:
-    """Trains what `strategy.begin_task` left trainable; goes on where a kill left it.
+    """Trains the parameters that `strategy.begin_task` left trainable; resumes from a checkpoint.
 
     Args:
+        bench: the run's model, tokenizer and settings.
+        strategy: gives the loss, the reflection targets and the weights of the adapters.
+        task: the rows to train on.
         learned: the tasks before.
-        folder: of the Trainer's checkpoints.
-        seed: of the order of rows and of dropout.
-        steps: optimizer steps; -1 where `settings.epochs` count.
+        folder: the folder of the Trainer's checkpoints.
+        seed: the seed of the order of rows and of dropout.
+        steps: optimizer steps; -1 trains for `settings.epochs`.
     """
     model, settings = bench.model, bench.settings
     padding: Any = bench.tokenizer.pad_token_id
@@ -58,7 +61,7 @@ def train_stage(
             space=bench.space,
         )
         trainer.remove_callback(PrinterCallback)
-        with processes.first_goes_first():  # it deletes what is incomplete
+        with processes.first_goes_first():  # it deletes incomplete checkpoints
             checkpoint = last_checkpoint(folder)
         try:
             if settings.gradient_checkpointing:
@@ -104,7 +107,7 @@ def _arguments(
         dataloader_pin_memory=device.type != "cpu",
         remove_unused_columns=False,
     )
-    # One GPU: on several the Trainer would take DataParallel, which cannot route.
+    # One GPU: on several the Trainer would use DataParallel, which routing does not support.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
 
@@ -120,7 +123,7 @@ def _recompute_activations(model: Any, enable: bool) -> None:
 
 
 def _finished(trainer: SaptTrainer, checkpoint: Path) -> bool:
-    """Loads the outcome of a training that had come to its end; False if it had not."""
+    """Loads the weights of a training that was already finished; False if it was not."""
     state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
     if state.global_step < state.max_steps:
         return False

@@ -1,4 +1,4 @@
-"""The folder of a continual run: what was asked for, how far it came, its checkpoints."""
+"""The folder of a continual run: its description, its progress and its checkpoints."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any
 from torch import Tensor
 
 from sapt_fast.continual.run import processes
-from sapt_fast.continual.scores.report import write_json
 from sapt_fast.continual.settings import differences
 from sapt_fast.files import reading as _reading
 from sapt_fast.files.directories import whole_directory
 from sapt_fast.files.locks import FolderLock
+from sapt_fast.files.writing import write_json
 from sapt_fast.loading import read_strategy_state
 from sapt_fast.storage.description import STRATEGY_FILE
 
@@ -29,20 +29,20 @@ TRAINER_STATE = "trainer_state.json"
 
 
 class RunFolder:
-    """Files of one run; each is whole or absent, whenever the process dies.
+    """Files of one run; each is complete or absent, even if the process is killed.
 
-        run.json                    what was asked for
+        run.json                    description of the run: settings, tasks, model
         state.json                  scores and attention of the tasks learned so far
-        checkpoints/<n>-<task>/     adapters and router after the n-th task, and in
-                                    strategy.safetensors what else the strategy remembers
+        checkpoints/<n>-<task>/     adapters and router after the n-th task, and the strategy's
+                                    own state in strategy.safetensors
         training/<n>-<task>/        the Trainer's checkpoints of the task being learned
 
     Attributes:
         scores: `scores[i]`, the scores after task i, of tasks 0 to i.
         attention: `attention[i]`, the mean weights of task i's dev inputs when it was learned.
-        seconds: of training and evaluation, for each stage.
-        peaks: bytes of memory at most, for each stage; None where it is not known.
-        trained: numbers of parameters that were trained.
+        seconds: seconds of training and evaluation of each stage.
+        peaks: peak memory of each stage in bytes; None if it is not known.
+        trained: the number of trained parameters of each stage.
         resumed: whether the run was interrupted.
     """
 
@@ -61,15 +61,18 @@ class RunFolder:
     def open(
         cls, path: Path, tasks: Sequence[str], description: Mapping[str, Any], *, resume: bool
     ) -> RunFolder:
-        """The run that is in `path`, or a new one.
+        """Opens the run in `path`, or starts a new one, and locks the folder.
 
         Args:
+            path: the folder; it is created if it is missing.
+            tasks: names of the tasks, in learning order.
             description: JSON-ready; two runs are the same if theirs are, except under "source".
+            resume: whether an existing run may be resumed.
 
         Raises:
-            FileExistsError: there is a run and `resume` is False, or there are other files.
-            ValueError: the run that is there was asked for something else (the message says what),
-                a file of it is damaged, or another process runs in this folder.
+            FileExistsError: if there is a run and `resume` is False, or there are other files.
+            ValueError: if the run in the folder has another description (the message says which
+                entries differ), a file of it is damaged, or another process runs in this folder.
         """
         folder = cls(path, tasks)
         folder._occupy()
@@ -81,7 +84,7 @@ class RunFolder:
         return folder
 
     def _occupy(self) -> None:
-        """Keeps other processes out; of several that share a run, the first one does."""
+        """Locks the folder; of several processes that share a run, the first one does."""
         if not processes.is_first():
             return
         self.path.mkdir(parents=True, exist_ok=True)
@@ -90,11 +93,12 @@ class RunFolder:
             holder = self._lock.holder()
             self.close()
             raise ValueError(
-                f"output_dir: {holder} runs in {self.path} already; wait for it or choose another"
+                f"output_dir: {holder} already runs in {self.path}; wait for it or choose another "
+                "folder"
             )
 
     def close(self) -> None:
-        """Lets other processes run in this folder."""
+        """Unlocks the folder."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -103,30 +107,33 @@ class RunFolder:
         path = self.path
         run_file = path / "run.json"
         if not run_file.exists():
-            # Tasks learned alone may be there already, and hidden leftovers of a kill.
+            # Tasks learned alone may exist already, and hidden files of an interrupted run.
             names = [p.name for p in path.iterdir()] if path.is_dir() else []
             others = sorted(name for name in names if name != "alone" and name[0] != ".")
             if others:
                 raise FileExistsError(
-                    f"output_dir: {path} has no run.json but holds {', '.join(others[:5])}; "
+                    f"output_dir: {path} has no run.json but contains {', '.join(others[:5])}; "
                     "choose an empty folder"
                 )
             write_json(run_file, description)
             return
         if not resume:
-            raise FileExistsError(f"output_dir: {path} holds a run; resume it or choose another")
+            raise FileExistsError(
+                f"output_dir: {path} holds a run; resume it or choose another folder"
+            )
         stored = read_json(run_file)
         ours = json.loads(json.dumps(description))
         found = differences(_compared(stored), _compared(ours))
         if found:
             raise ValueError(
-                f"output_dir: {path} holds a run with other settings: " + "; ".join(found)
+                f"output_dir: {path} holds a run with different settings: {'; '.join(found)}. "
+                "Use another folder, or the stored settings."
             )
         self.read()
         self.resumed = self.resumed or not (path / "results.json").exists()
 
     def read(self) -> None:
-        """Takes over state.json, if there is one."""
+        """Reads state.json, if there is one."""
         path = self.path / "state.json"
         if path.exists():
             state = read_json(path, "scores", "attention")
@@ -135,7 +142,7 @@ class RunFolder:
             self.read_costs()
 
     def read_costs(self) -> None:
-        """Takes over from state.json what the run has cost so far."""
+        """Reads from state.json the time, memory and parameters of the run so far."""
         path = self.path / "state.json"
         state = read_json(path, "seconds")
         peaks = state.get("peaks", [])
@@ -146,18 +153,18 @@ class RunFolder:
         self.resumed = bool(state.get("resumed", False))
 
     def write(self) -> None:
-        """Writes state.json; of several processes the first does."""
+        """Writes state.json; of several processes, the first one does."""
         if not processes.is_first():
             return
         names = ("scores", "attention", "seconds", "peaks", "trained", "resumed")
         write_json(self.path / "state.json", {name: getattr(self, name) for name in names})
 
     def checkpoint(self, index: int) -> Path:
-        """Where the adapters after task `index` are, or will be."""
+        """The folder of the adapters after task `index`."""
         return self.path / "checkpoints" / self._name(index)
 
     def has_checkpoint(self, index: int) -> bool:
-        """Whether task `index` was trained to the end."""
+        """Whether the training of task `index` was finished."""
         try:
             whole_directory(self.checkpoint(index), "sapt_config.json")
         except FileNotFoundError:
@@ -165,16 +172,16 @@ class RunFolder:
         return True
 
     def forget_unfinished(self, index: int) -> None:
-        """Deletes the strategy's state that an earlier version, killed before it wrote the adapters
-        of task `index`, has left where the checkpoint will be."""
+        """Deletes the strategy's state of a checkpoint of task `index` that has no adapters, which
+        an interrupted run of an earlier version leaves."""
         if processes.is_first() and not self.has_checkpoint(index):
             (self.checkpoint(index) / STRATEGY_FILE).unlink(missing_ok=True)
 
     def strategy_state(self, index: int) -> dict[str, Tensor]:
-        """What the strategy remembered after task `index`, beside the adapters.
+        """The strategy's own state after task `index`.
 
         Raises:
-            ValueError: it is damaged.
+            ValueError: if it is damaged.
         """
         return read_strategy_state(self.checkpoint(index))
 
@@ -187,15 +194,15 @@ class RunFolder:
 
 
 def read_json(path: Path, *fields: str) -> dict[str, Any]:
-    """A JSON object of a run.
+    """Reads a JSON object of a run.
 
     Args:
         path: the file.
-        fields: that it must have.
+        fields: names that the object must have.
 
     Raises:
-        FileNotFoundError: it is missing.
-        ValueError: it is damaged.
+        FileNotFoundError: if the file is missing.
+        ValueError: if it is damaged.
     """
     try:
         content = _reading.read_json(path)
@@ -209,11 +216,11 @@ def read_json(path: Path, *fields: str) -> dict[str, Any]:
 
 
 def read_alone(path: Path, count: int) -> list[float] | None:
-    """The scores of the tasks learned alone in a results.json, None if it has none.
+    """Reads the scores of the tasks learned alone from a results.json; None if it has none.
 
     Raises:
-        FileNotFoundError: it is missing.
-        ValueError: it is damaged, or has not `count` of them.
+        FileNotFoundError: if the file is missing.
+        ValueError: if it is damaged, or does not have `count` scores.
     """
     stored = read_json(path).get("alone")
     if stored is None:
@@ -225,7 +232,7 @@ def read_alone(path: Path, count: int) -> list[float] | None:
 
 
 def _rows(value: Any, path: Path) -> list[list[float]]:
-    """A list of lists of numbers; ValueError if the file has anything else there."""
+    """`value` as a list of lists of numbers; raises ValueError if it is anything else."""
     try:
         return [[math.nan if x is None else float(x) for x in row] for row in value]
     except (OverflowError, TypeError, ValueError) as error:
@@ -233,9 +240,9 @@ def _rows(value: Any, path: Path) -> list[list[float]]:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a Trainer; those that a kill left half-written are deleted.
+    """The newest complete checkpoint of a Trainer; incomplete ones are deleted.
 
-    The Trainer writes trainer_state.json last, so a checkpoint is whole when that can be read.
+    The Trainer writes trainer_state.json last, so a checkpoint is complete if it can be read.
     """
     newest = None
     for path in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1])):

@@ -1,7 +1,7 @@
 """Scores of predictions, and the continual-learning metrics of a score matrix.
 
-Prediction scores follow the release (circle-hit/SAPT `src/compute_metrics.py`), the matrix metrics
-their definitions; the arithmetic of the released `score.py` is available as variant "released".
+Prediction scores follow the original SAPT code (circle-hit/SAPT `src/compute_metrics.py`). The
+matrix metrics follow their definitions; variant "released" gives the arithmetic of its `score.py`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Variant = Literal["definition", "released"]
 
 BENCHMARK_METRICS: dict[str, Metric] = {"SuperNI": "rouge_l", "Long_Sequence": "exact_match"}
 
-# Stands in score.py in place of the mean score of the tasks learned alone.
+# score.py subtracts it instead of the mean score of the tasks learned alone.
 _RELEASED_ALONE_MEAN = 50.94
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -48,7 +48,7 @@ class ContinualMetrics:
     Attributes:
         ap: average performance after the last task.
         forgetting: F.Ra, the mean fall from each earlier task's best score; nan for one task.
-        fwt: forward transfer; nan where the scores of the tasks learned alone are not given.
+        fwt: forward transfer; nan if the scores of the tasks learned alone are not given.
         bwt: backward transfer; nan for one task.
     """
 
@@ -58,7 +58,7 @@ class ContinualMetrics:
     bwt: float
 
     def as_dict(self) -> dict[str, float]:
-        """The metrics under the names AP, F.Ra, FWT and BWT of the paper."""
+        """The metrics by their names in the paper: AP, F.Ra, FWT and BWT."""
         return dict(zip(("AP", "F.Ra", "FWT", "BWT"), asdict(self).values(), strict=True))
 
 
@@ -74,8 +74,8 @@ def exact_match(prediction: str, references: str | Sequence[str]) -> float:
     """1.0 if the prediction equals one of the references after `normalize_answer`, else 0.0.
 
     Raises:
-        TypeError: `prediction` or a reference is not a string.
-        ValueError: no reference.
+        TypeError: if `prediction` or a reference is not a string.
+        ValueError: if there is no reference.
     """
     answer = normalize_answer(_text(prediction, "prediction"))
     return float(any(answer == normalize_answer(text) for text in _references(references)))
@@ -85,9 +85,9 @@ def rouge_l(prediction: str, references: str | Sequence[str]) -> float:
     """ROUGE-L F-measure in [0, 1], best over the references (rouge-score, Porter stemmer).
 
     Raises:
-        ImportError: rouge-score is not installed.
-        TypeError: `prediction` or a reference is not a string.
-        ValueError: no reference.
+        ImportError: if rouge-score is not installed.
+        TypeError: if `prediction` or a reference is not a string.
+        ValueError: if there is no reference.
     """
     return _rouge_l_scorer()(prediction, references)
 
@@ -108,58 +108,62 @@ def score_predictions(
         100 times the mean over the N pairs of the best score over a pair's references.
 
     Raises:
-        ImportError: metric "rouge_l" without rouge-score.
-        TypeError: a prediction or reference is not a string.
-        ValueError: unknown metric, no predictions, N differs, or a pair without references.
+        ImportError: if the metric is "rouge_l" and rouge-score is not installed.
+        TypeError: if a prediction or reference is not a string.
+        ValueError: if the metric is unknown, there are no predictions, the numbers differ, or a
+            pair has no reference.
 
     Example:
         >>> score_predictions(["The cat.", "dog"], ["the cat", ["cow", "hen"]], "exact_match")
         50.0
     """
     if metric not in get_args(Metric):
-        raise ValueError(f"metric must be one of {', '.join(get_args(Metric))}, got {metric!r}")
+        raise ValueError(f"metric: got {metric!r}, expected one of {', '.join(get_args(Metric))}")
     if isinstance(predictions, str) or isinstance(references, str):
-        raise TypeError("predictions and references must be sequences with one entry per row")
+        raise TypeError(
+            "predictions, references: got a string, expected sequences with one entry per row"
+        )
     if len(predictions) != len(references):
         raise ValueError(
-            f"predictions and references must have one length, got {len(predictions)} and "
-            f"{len(references)}"
+            f"predictions, references: got {len(predictions)} and {len(references)} entries, "
+            "expected the same number"
         )
     if not len(predictions):
-        raise ValueError("predictions is empty, expected at least one")
+        raise ValueError("predictions: got none, expected at least one")
     score = exact_match if metric == "exact_match" else _rouge_l_scorer()
     scores = [score(text, accepted) for text, accepted in zip(predictions, references, strict=True)]
     return 100.0 * math.fsum(scores) / len(scores)
 
 
 def check_score_matrix(scores: ArrayLike) -> NDArray[np.float64]:
-    """The score matrix as float64, checked.
+    """Checks a score matrix and converts it to float64.
 
     Args:
         scores: `[T, T]`, `scores[i][j]` on task j after learning task i, both in learning order.
-            Above the diagonal lie tasks not learned yet: a score, or nan where none was taken.
+            Above the diagonal are tasks not learned yet: a score, or nan if none was taken.
 
     Returns:
         A new `[T, T]` array.
 
     Raises:
-        ValueError: not square, empty, not numeric, infinite, or nan on or below the diagonal.
+        ValueError: if it is not square, empty, not numeric or infinite, or has nan on or below the
+            diagonal.
     """
     try:
         matrix = np.array(scores, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"scores must be a square matrix of numbers: {error}") from error
+        raise ValueError(f"scores: expected a square matrix of numbers: {error}") from error
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.size:
-        raise ValueError(f"scores must have shape [T, T] with T >= 1, got {list(matrix.shape)}")
+        raise ValueError(f"scores: got shape {list(matrix.shape)}, expected [T, T] with T >= 1")
     if np.isinf(matrix).any():
         row, column = np.argwhere(np.isinf(matrix))[0]
-        raise ValueError(f"scores[{row}][{column}] is {matrix[row, column]}, expected a number")
+        raise ValueError(f"scores[{row}][{column}]: got {matrix[row, column]}, expected a number")
     missing = np.argwhere(np.isnan(np.tril(matrix)))
     if len(missing):
         row, column = missing[0]
         raise ValueError(
-            f"scores[{row}][{column}] is nan, but task {column} was already learned then; "
-            "nan is for tasks above the diagonal only"
+            f"scores[{row}][{column}]: got nan, expected a number, as task {column} was already "
+            "learned; nan is for tasks above the diagonal only"
         )
     return matrix
 
@@ -172,8 +176,8 @@ def average_performance(scores: ArrayLike) -> float:
 def forgetting_rate(scores: ArrayLike, *, variant: Variant = "definition") -> float:
     """F.Ra: mean over j < T of (max over k < T of a[k, j]) - a[T, j]; nan for one task.
 
-    Scores taken before a task was learned count in the maximum where they were taken; variant
-    "released" takes them as 0, as score.py does.
+    Scores taken before a task was learned count in the maximum; variant "released" counts them as
+    0, as score.py does.
     """
     _check_variant(variant)
     matrix = check_score_matrix(scores)
@@ -192,11 +196,11 @@ def forward_transfer(
 
     Args:
         scores: as in `check_score_matrix`.
-        alone: `[T]` scores a0; without them the result is nan.
+        alone: `[T]` scores a0; None gives nan.
         variant: "released" subtracts the constant 50.94 of score.py instead and ignores `alone`.
 
     Raises:
-        ValueError: a bad matrix or variant, or `alone` is not T finite numbers.
+        ValueError: if the matrix or the variant is not valid, or `alone` is not T finite numbers.
     """
     _check_variant(variant)
     matrix = check_score_matrix(scores)
@@ -207,11 +211,11 @@ def forward_transfer(
     try:
         base = np.array(alone, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"alone must be {len(matrix)} numbers: {error}") from error
+        raise ValueError(f"alone: expected {len(matrix)} numbers: {error}") from error
     if base.shape != (len(matrix),) or not np.isfinite(base).all():
         raise ValueError(
-            f"alone must be {len(matrix)} finite numbers, one per task, got shape "
-            f"{list(base.shape)}: {base.tolist()}"
+            f"alone: got shape {list(base.shape)}: {base.tolist()}, expected {len(matrix)} finite "
+            "numbers, one per task"
         )
     return float((matrix.diagonal() - base).mean())
 
@@ -239,10 +243,10 @@ def continual_metrics(
         scores: `[T, T]` as in `check_score_matrix`; `scores[:t, :t]` gives the metrics after t
             tasks.
         alone: `[T]` scores of the tasks learned alone, for FWT.
-        variant: "definition", or "released" for the arithmetic of the released score.py.
+        variant: "definition", or "released" for the arithmetic of the original score.py.
 
     Raises:
-        ValueError: a bad matrix, `alone` or variant.
+        ValueError: if the matrix, `alone` or the variant is not valid.
 
     Example:
         >>> continual_metrics([[80.0, 0.0], [60.0, 70.0]], alone=[80.0, 72.0]).as_dict()
@@ -258,19 +262,21 @@ def continual_metrics(
 
 def _check_variant(variant: str) -> None:
     if variant not in get_args(Variant):
-        raise ValueError(f"variant must be one of {', '.join(get_args(Variant))}, got {variant!r}")
+        raise ValueError(
+            f"variant: got {variant!r}, expected one of {', '.join(get_args(Variant))}"
+        )
 
 
 def _text(value: object, name: str) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{name} must be a string, got {type(value).__name__}")
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a string")
     return value
 
 
 def _references(references: str | Sequence[str]) -> list[str]:
     texts = [references] if isinstance(references, str) else list(references)
     if not texts:
-        raise ValueError("references is empty, expected at least one accepted output")
+        raise ValueError("references: got none, expected at least one accepted output")
     return [_text(text, "references") for text in texts]
 
 

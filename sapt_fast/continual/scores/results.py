@@ -1,4 +1,4 @@
-"""What a continual run came to."""
+"""The results of a continual run."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ __all__ = ["Results"]
 
 @dataclass(frozen=True)
 class Results:
-    """What a run came to.
+    """The results of a run.
 
     Attributes:
         tasks: T names in learning order.
-        scores: [T, T] in percent, row i after learning task i; nan above the diagonal. Where all
-            tasks are learned at once every row is the last one.
-        alone: [T] scores of the tasks learned alone, None where they were not given.
+        scores: [T, T] in percent, row i after learning task i; nan above the diagonal. If all tasks
+            are learned at once, every row is the last one.
+        alone: [T] scores of the tasks learned alone; None if they were not given.
         metrics: AP, F.Ra, FWT, BWT.
         training_attention: [T, T], row i: mean weights of task i's dev inputs when it was
             learned, nan for later adapters; None unless there is one adapter per task.
         testing_attention: [T, T], mean weights of each task's test inputs after the last task
-            (of its dev inputs where those are scored).
-        seconds: of training and evaluation, one for each stage (a task, or all at once).
-        trained_parameters: that a stage trains, at most.
-        peak_memory: bytes, at most over the stages: on a GPU of what torch allocated, on a CPU of
-            the whole process; None where it is not known.
-        resumed: whether the run was interrupted, so that seconds lack what was lost.
-        folder: where the run is.
+            (of its dev inputs if those are scored).
+        seconds: seconds of training and evaluation of each stage (a task, or all at once).
+        trained_parameters: the most parameters that a stage trains.
+        peak_memory: the most bytes of a stage: those that torch allocated on a GPU, those of the
+            whole process on a CPU; None if it is not known.
+        resumed: whether the run was interrupted; `seconds` then exclude the work lost.
+        folder: the run's folder.
     """
 
     tasks: tuple[str, ...]
@@ -50,7 +50,7 @@ class Results:
     folder: Path
 
     def deviation(self, stored: Mapping[str, Any]) -> float:
-        """Largest difference to the scores and metrics of a results.json."""
+        """The largest difference to the scores and metrics of a results.json."""
         scores = np.array(stored["scores"], dtype=np.float64)
         gaps = [np.nanmax(np.abs(self.scores - scores))]
         for name, value in self.metrics.as_dict().items():

@@ -1,10 +1,11 @@
 """Methods of continual learning, one small file each, behind the interface of `base.Strategy`.
 
-A strategy says which adapter a task trains, what is added to its loss and which adapters answer;
-model, trainer, pool and loop are the same for all. To add one, subclass `Strategy` and name it in
-`STRATEGIES`.
+A strategy decides which adapter a task trains, which terms its loss adds, and which adapters are
+used for prediction. Model, trainer, pool and loop are the same for all. To add one, subclass
+`Strategy` and add it to `STRATEGIES`.
 """
 
+from sapt_fast.continual.registry import register
 from sapt_fast.continual.strategies.base import Strategy
 from sapt_fast.continual.strategies.epi import Epi
 from sapt_fast.continual.strategies.ewc import Ewc
@@ -37,3 +38,4 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "progprompt": ProgPrompt,
     "single": Single,
 }
+register(STRATEGIES)

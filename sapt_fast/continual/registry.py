@@ -1,0 +1,35 @@
+"""The strategies by name, for modules that the strategies themselves import."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+__all__ = ["StrategyKind", "register", "strategies"]
+
+_PACKAGE = "sapt_fast.continual.strategies"  # registers its strategies when it is imported
+
+
+class StrategyKind(Protocol):
+    """What settings ask of a strategy's class."""
+
+    def options_of(self, name: str, values: Mapping[str, Any]) -> Any:
+        """The strategy's options, a dataclass; raises ValueError for values that do not fit."""
+
+    def check(self, settings: Any) -> None:
+        """Raises ValueError if the settings do not fit the strategy."""
+
+
+_registered: dict[str, StrategyKind] = {}
+
+
+def register(kinds: Mapping[str, StrategyKind]) -> None:
+    """Adds strategies; a name that is already registered is replaced."""
+    _registered.update(kinds)
+
+
+def strategies() -> Mapping[str, StrategyKind]:
+    """All strategies by name, those of `continual.strategies` included."""
+    importlib.import_module(_PACKAGE)
+    return _registered

@@ -1,4 +1,7 @@
-"""SAPT and its relatives, fast: every input mixes its own share of a whole pool of adapters."""
+"""sapt_fast runs a whole pool of LoRA adapters in one pass.
+
+Each input gets its own weighted mixture.
+"""
 
 from typing import TYPE_CHECKING, Any
 

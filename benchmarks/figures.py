@@ -59,7 +59,8 @@ def table(result: Mapping[str, Any], labels: Mapping[str, str] | None = None) ->
         "|---|---|---|",
     ]
     rows = {row["what"]: row for row in result["targets"]}
-    for what, label in (labels or {what: what for what in rows}).items():
+    full = {what: what.replace("released", "original SAPT code") for what in rows}
+    for what, label in (labels or full).items():
         row = rows[what]
         sign = ">=" if row["at_least"] else "<="
         missed = "" if row["met"] else " (missed)"

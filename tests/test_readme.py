@@ -59,5 +59,14 @@ def test_one_wording_says_what_the_package_is(name: str):
     assert TAGLINE in " ".join((figures.ROOT / name).read_text().split())
 
 
+@pytest.mark.parametrize(
+    "name", ["README.md", "CHANGELOG.md", "examples/README.md", "recipes/README.md"]
+)
+def test_the_links_lead_to_files(name: str):
+    page = figures.ROOT / name
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
+    assert all("://" in link or (page.parent / link).exists() for link in links)
+
+
 def test_the_first_screens_stay_short():
     assert len(figures.README.read_text().splitlines()) <= 150

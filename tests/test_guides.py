@@ -15,7 +15,12 @@ from sapt_fast.continual.settings import ContinualSettings
 
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-PAGES = ("start/quickstart.md", "methods/sapt.md", "methods/sapt-prompt.md")
+PAGES = (
+    "start/quickstart.md",
+    "methods/sapt.md",
+    "methods/sapt-prompt.md",
+    "methods/peft.md",
+)
 VARIABLES = re.compile(r"SAPT_FAST_[A-Z_]+")
 
 

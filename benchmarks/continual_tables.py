@@ -1,4 +1,4 @@
-"""Draws the tables and plots of docs/guides/experiments.md from the recorded experiments.
+"""Draws the tables and plots of docs/results/continual.md from the recorded experiments.
 
 `python benchmarks/continual_tables.py` rewrites what lies between the page's `results` markers from
 the files that they name, and docs/images/<experiment>.png; with files of benchmarks/results given,
@@ -20,7 +20,7 @@ from measure import ROOT
 
 from sapt_fast.continual.compare.report import with_deviation
 
-PAGE = ROOT / "docs" / "guides" / "experiments.md"
+PAGE = ROOT / "docs" / "results" / "continual.md"
 # Neither replays inputs of earlier tasks nor keeps a private adapter for each.
 WITHOUT_REPLAY = ("seqlora", "ewc", "lwf", "olora")
 

@@ -1,13 +1,14 @@
 """A plain PyTorch loop with accelerate: a text classifier whose LoRAs learn at different speeds.
 
-One LoRA for each learning rate, all of them active: the fast one finds a rough answer, the slow
-ones refine it. The new classification head trains and is saved with the first (`modules_to_save`).
+There is one LoRA for each learning rate, and all are active: the fast one finds a rough answer, the
+slow ones refine it. The new classification head trains and is saved with the first LoRA
+(`modules_to_save`).
 
     python examples/accelerate_loop.py --learning-rates 1e-2 1e-3 1e-4 --output runs/reviews
     accelerate launch --mixed_precision bf16 examples/accelerate_loop.py
 
-The two lines marked `# sapt_fast` let all adapters of a layer run in one pass; without them PEFT
-runs one after the other, and the numbers are the same.
+With the two lines marked `# sapt_fast` all adapters of a layer run in one pass. Without them PEFT
+runs one after the other; the numbers are the same.
 """
 
 import argparse
@@ -36,7 +37,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--data", type=Path, default=DATA, help="CSV with columns text and label")
     parser.add_argument(
-        "--output", type=Path, default=Path("runs/reviews"), help="adapters go there"
+        "--output", type=Path, default=Path("runs/reviews"), help="folder for the adapters"
     )
     parser.add_argument(
         "--learning-rates", nargs="+", type=float, default=[1e-2, 1e-3, 1e-4], help="one per LoRA"

@@ -1,13 +1,13 @@
 """Supervised fine-tuning of a causal model with PEFT: the loss is on the completions alone.
 
-Two LoRAs are trained together, one of higher rank in the attention and one of lower rank in every
-linear layer, so that either can be left out later; rank-stabilised scaling (rsLoRA) keeps them
-comparable. Data are rows of a prompt and a completion, as TRL's SFTTrainer takes them.
+Two LoRAs train together: one of higher rank in the attention, one of lower rank in every linear
+layer. Either can be left out later; rank-stabilised scaling (rsLoRA) keeps them comparable. The
+data are rows of a prompt and a completion, as for TRL's SFTTrainer.
 
     python examples/causal_sft.py --output runs/sft
 
-The two lines marked `# sapt_fast` let all adapters of a layer run in one pass; without them PEFT
-runs one after the other, and the numbers are the same.
+With the two lines marked `# sapt_fast` all adapters of a layer run in one pass. Without them PEFT
+runs one after the other; the numbers are the same.
 """
 
 import argparse
@@ -42,7 +42,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--data", type=Path, default=DATA, help='one {"prompt", "completion"} in JSON a line'
     )
-    parser.add_argument("--output", type=Path, default=Path("runs/sft"), help="adapters go there")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/sft"), help="folder for the adapters"
+    )
     parser.add_argument("--attention-rank", type=int, default=16)
     parser.add_argument("--everywhere-rank", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=3e-4)

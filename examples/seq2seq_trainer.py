@@ -1,13 +1,13 @@
 """T5, PEFT and transformers' Seq2SeqTrainer: a new LoRA on top of earlier ones.
 
-The earlier adapters stay active and frozen, the new one learns beside them; PEFT adds up what
-they give. Run it once for a first adapter, then again with the folders of those that are there:
+The earlier adapters stay active and frozen while the new one trains; PEFT adds up their outputs.
+Run it once for a first adapter, then again with the folders of the earlier ones:
 
     python examples/seq2seq_trainer.py --name first --output runs/t5
     python examples/seq2seq_trainer.py --name second --earlier runs/t5/first --output runs/t5
 
-The two lines marked `# sapt_fast` let all adapters of a layer run in one pass; without them PEFT
-runs one after the other, and the numbers are the same.
+With the two lines marked `# sapt_fast` all adapters of a layer run in one pass. Without them PEFT
+runs one after the other; the numbers are the same.
 """
 
 import argparse
@@ -35,7 +35,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--model", default="google/flan-t5-small", help="name or folder of a T5")
     parser.add_argument("--data", type=Path, default=DATA, help='JSON list of {"input", "output"}')
-    parser.add_argument("--output", type=Path, default=Path("runs/t5"), help="adapters go there")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/t5"), help="folder for the adapters"
+    )
     parser.add_argument("--name", default="new", help="name of the adapter to train")
     parser.add_argument(
         "--earlier", nargs="*", type=Path, default=[], help="folders of adapters that stay frozen"

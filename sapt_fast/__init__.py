@@ -1,4 +1,7 @@
-"""Pools of adapters, computed in one pass: each input gets its own weighted mixture of them."""
+"""sapt_fast runs a whole pool of LoRA adapters in one pass.
+
+Each input gets its own weighted mixture.
+"""
 
 from typing import TYPE_CHECKING, Any
 

@@ -15,7 +15,12 @@ from sapt_fast.continual.settings import ContinualSettings
 
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-PAGES = ("quickstart.md", "guides/sapt.md", "guides/prompts.md")
+PAGES = (
+    "start/quickstart.md",
+    "methods/sapt.md",
+    "methods/sapt-prompt.md",
+    "methods/peft.md",
+)
 VARIABLES = re.compile(r"SAPT_FAST_[A-Z_]+")
 
 
@@ -52,12 +57,24 @@ def test_the_reference_has_every_public_name():
     assert {*sapt_fast.__all__, *ops.__all__} - {"__version__"} <= named
 
 
-def test_the_page_on_kernels_names_every_op_backend_and_variable():
-    text = (DOCS / "guides" / "kernels.md").read_text()
+def test_the_page_on_kernels_names_every_op_and_backend():
+    text = (DOCS / "reference" / "kernels.md").read_text()
+    for name in (*dispatch.ops(), *dispatch.BACKENDS):
+        assert f"`{name}`" in text
+
+
+def test_the_page_on_variables_names_every_variable():
+    text = (DOCS / "reference" / "variables.md").read_text()
     sources = Path(sapt_fast.__file__).parent.rglob("*.py")
     variables = {name for path in sources for name in VARIABLES.findall(path.read_text())}
-    for name in (*dispatch.ops(), *dispatch.BACKENDS, *variables):
+    for name in (*variables, *dispatch.BACKENDS):
         assert f"`{name}`" in text
+
+
+def test_the_page_on_the_command_line_names_every_command():
+    text = (DOCS / "reference" / "cli.md").read_text()
+    for name in typer.main.get_command(app).commands:
+        assert f"`sapt-fast {name}`" in text
 
 
 def test_every_option_that_the_pages_give_to_a_command_exists():
@@ -71,14 +88,14 @@ def test_every_option_that_the_pages_give_to_a_command_exists():
             assert given <= known, f"{page.name}: sapt-fast {name} has no {sorted(given - known)}"
 
 
-def test_the_table_of_released_flags_names_options_and_settings_that_exist():
-    page = (DOCS / "guides" / "migration.md").read_text()
+def test_the_tables_of_original_flags_names_options_and_settings_that_exist():
+    page = (DOCS / "train" / "original.md").read_text()
     rows = page.partition("## Flags")[2].partition("## Quirks")[0]
     cells = [line.split("|") for line in rows.splitlines() if line.startswith("| `--")]
     train = typer.main.get_command(app).commands["train"]
     known = {option for parameter in train.params for option in parameter.opts}
     assert len(cells) > 25
-    for _, released, ours, python, _ in cells:
-        assert set(re.findall(r"`(--[a-z0-9-]+)", ours)) <= known, released
+    for _, original, ours, python, _ in cells:
+        assert set(re.findall(r"`(--[a-z0-9-]+)", ours)) <= known, original
         fields = set(re.findall(r"`[A-Za-z]*\.([a-z_]+)`", python))
-        assert fields <= {*ContinualSettings.names(), "model", "max_train", "max_eval"}, released
+        assert fields <= {*ContinualSettings.names(), "model", "max_train", "max_eval"}, original

@@ -8,7 +8,8 @@ from typing import Any, TypeVar, cast
 from torch import nn
 from transformers import PreTrainedModel
 
-from sapt_fast.methods.base import Handle, MethodConfig, handles
+from sapt_fast.methods.base import Handle, handles
+from sapt_fast.methods.config import MethodConfig
 from sapt_fast.methods.registry import handle_type
 from sapt_fast.pools.own import is_inside, own_paths
 from sapt_fast.routing.hooks import require_unrouted

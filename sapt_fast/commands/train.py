@@ -31,11 +31,11 @@ from sapt_fast.continual.scores.results import Results
 from sapt_fast.continual.scores.tables import results_table
 from sapt_fast.continual.settings import PRESETS, ContinualSettings, parse_values
 from sapt_fast.files import reading as _reading
-from sapt_fast.methods.sapt import SaptConfig
+from sapt_fast.methods.task_config import TaskConfig
 
 __all__ = ["train", "train_alone", "train_command"]
 
-_KINDS = (ContinualSettings, SaptConfig, Source)
+_KINDS = (ContinualSettings, TaskConfig, Source)
 _FIELDS = {field.name for kind in _KINDS for field in fields(kind)}
 _OFFERED = [name for names in PANELS.values() for name in names if name in _FIELDS]
 

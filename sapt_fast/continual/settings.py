@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from sapt_fast.checks import MOST_SEED, require_choice, require_count, require_number
 from sapt_fast.continual.registry import strategies
-from sapt_fast.methods.sapt import SaptConfig
+from sapt_fast.methods.task_config import TaskConfig
 
 if TYPE_CHECKING:
     import torch
+
+    from sapt_fast.methods.sapt import SaptConfig
 
 __all__ = ["PRESETS", "ContinualSettings", "GeneratorSettings", "differences", "parse_values"]
 
@@ -35,6 +37,13 @@ _COUNTS = (
 _COUNTS_OR_NONE = ("steps", "replay_batch_size")
 _BELOW_ONE = math.nextafter(1.0, 0.0)
 _FLAGS = ("kl_per_micro_batch", "load_best", "bf16", "gradient_checkpointing", "progress")
+
+
+def _sapt_config() -> type[SaptConfig]:
+    """SaptConfig, which comes with torch: the options of a command line need it not."""
+    from sapt_fast.methods.sapt import SaptConfig
+
+    return SaptConfig
 
 
 @dataclass(frozen=True)
@@ -120,8 +129,9 @@ class ContinualSettings:
         default_factory=dict,
         metadata={"help": "Options of the strategy by name; others keep their defaults."},
     )
-    sapt: SaptConfig = field(
-        default_factory=SaptConfig, metadata={"help": "Settings of the adapters and the router."}
+    sapt: TaskConfig[Any] = field(
+        default_factory=lambda: _sapt_config()(),
+        metadata={"help": "Settings of the adapters and the router."},
     )
     learning_rate: float = field(default=3e-4, metadata={"help": "Constant learning rate."})
     key_learning_rate: float | None = field(
@@ -261,7 +271,7 @@ class ContinualSettings:
         Raises:
             ValueError: if there are no such settings.
         """
-        config = SaptConfig.official(model, benchmark)
+        config = _sapt_config().official(model, benchmark)
         epochs = {
             ("t5", "superni"): 100,
             ("t5", "long_sequence"): 10,
@@ -319,7 +329,7 @@ class ContinualSettings:
             raise ValueError(f"ContinualSettings: got unknown fields {unknown}")
         if given.get("strategy", self.strategy) != self.strategy:
             given.setdefault("strategy_options", {})
-        router = {f.name for f in fields(SaptConfig)}
+        router = {f.name for f in fields(TaskConfig)}
         config = replace(self.sapt, **{n: v for n, v in given.items() if n in router})
         return replace(self, sapt=config, **{n: v for n, v in given.items() if n not in router})
 
@@ -333,7 +343,7 @@ class ContinualSettings:
     def names(cls) -> list[str]:
         """The field names that `of` accepts."""
         own = [f.name for f in fields(cls) if f.name != "sapt"]
-        return own + [f.name for f in fields(SaptConfig)]
+        return own + [f.name for f in fields(TaskConfig)]
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict, from which `from_dict` makes equal settings."""
@@ -349,7 +359,7 @@ class ContinualSettings:
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise ValueError(f"ContinualSettings: got unknown fields {unknown}")
-        return cls(**{**values, "sapt": SaptConfig.from_dict(values["sapt"])})
+        return cls(**{**values, "sapt": _sapt_config().from_dict(values["sapt"])})
 
 
 def differences(stored: Any, asked: Mapping[str, Any]) -> list[str]:
@@ -368,7 +378,7 @@ def differences(stored: Any, asked: Mapping[str, Any]) -> list[str]:
     if not isinstance(stored, Mapping):
         return [f"got {str(stored)[:80]!r}, expected entries by name"]
     before, now = _flat(stored), _flat(asked)
-    for name, value in _flat({"sapt": SaptConfig().to_dict()}).items():
+    for name, value in _flat({"sapt": _sapt_config()().to_dict()}).items():
         for place in (name, f"settings.{name}"):
             if place in now:
                 before.setdefault(place, value)

@@ -10,55 +10,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, fields
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from sapt_fast.methods.config import MethodConfig
 from sapt_fast.pools.own import Own
 from sapt_fast.routing.hooks import Routing
 from sapt_fast.sites.report import PatchReport
 from sapt_fast.storage.method_files import config_file, write_method
 from sapt_fast.storage.pretrained_files import PretrainedFiles
 
-__all__ = ["Handle", "MethodConfig", "follow", "handles", "require_held"]
-
-_Handle = TypeVar("_Handle", bound="Handle")
-_Config = TypeVar("_Config", bound="MethodConfig[Any]")
-
-
-class MethodConfig(Generic[_Handle]):
-    """The base class of the methods' configs, which are dataclasses.
-
-    Its parameter is the type of the handle, by which `sapt_fast.handle(model, Config)` is typed.
-    """
-
-    @property
-    def method(self) -> str:
-        """The name of the method, as `sapt_fast.methods.registry.METHODS` has it."""
-        raise NotImplementedError
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dict; `from_dict` gives the config back."""
-        settings: Any = self
-        return asdict(settings)
-
-    @classmethod
-    def from_dict(cls: type[_Config], values: Mapping[str, Any]) -> _Config:
-        """The config with these values.
-
-        Raises:
-            ValueError: if a field is unknown, or a value is out of range.
-        """
-        settings: Any = cls
-        known = {f.name for f in fields(settings)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ValueError(
-                f"{cls.__name__}: got unknown fields {unknown}, expected among {sorted(known)}"
-            )
-        return cls(**values)
+__all__ = ["Handle", "follow", "handles", "require_held"]
 
 
 class Handle(Own, nn.Module):

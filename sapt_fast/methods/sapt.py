@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sapt_fast.devices import execution_device
-from sapt_fast.methods.base import MethodConfig
+from sapt_fast.methods.config import MethodConfig
 from sapt_fast.methods.sapt_router import SaptRouter, only_looks_up, router_shapes
 from sapt_fast.methods.task_config import TaskConfig
 from sapt_fast.methods.tasks import TaskHandle

@@ -5,16 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-from sapt_fast.methods.base import Handle, MethodConfig
-from sapt_fast.ops.router import POOLINGS
+from sapt_fast.methods.config import MethodConfig
 
 __all__ = ["TaskConfig", "require"]
 
-_Handle = TypeVar("_Handle", bound=Handle)
+_Handle = TypeVar("_Handle")
 
 
 def _count(value: Any) -> bool:
@@ -39,6 +39,7 @@ def _loss_weight(value: Any) -> bool:
 _MOST = 2**31 - 1  # far larger numbers would overflow in float16 or float32 without an error
 _INITS, _KEY_INITS = ("linear", "normal"), ("uniform", "mean_query")
 _ADAPTERS = ("lora", "prompt")
+_POOLINGS = ("mean", "max")  # of ops.pool_tokens, which a command line must not import
 _FLAG = (lambda v: isinstance(v, bool), "True or False")
 _MOST_COUNT = 2**16  # memory is reserved by these
 _COUNT = (_count, f"an integer, at least 1 and at most {_MOST_COUNT}")
@@ -59,7 +60,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: v is None or (_number(v) and 1e-6 <= v <= _MOST),
         f"a number from 1e-6 to {_MOST}, or None",
     ),
-    "pooling": (lambda v: v in POOLINGS, f"one of {POOLINGS}"),
+    "pooling": (lambda v: v in _POOLINGS, f"one of {_POOLINGS}"),
     "standardize_query": _FLAG,
     "key_init": (lambda v: v in _KEY_INITS, f"one of {_KEY_INITS}"),
     "own_key_loss": (_loss_weight, f"{_WEIGHT[1]} and at most {_MOST}"),
@@ -195,6 +196,8 @@ class TaskConfig(MethodConfig[_Handle]):
 
     def adapter_dtype(self, base: torch.dtype) -> torch.dtype:
         """The dtype of adapters, keys and router on weights of the floating-point dtype `base`."""
+        import torch
+
         return torch.promote_types(base, torch.float32) if self.autocast_adapter_dtype else base
 
 

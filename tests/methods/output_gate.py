@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sapt_fast.methods.base import Handle, MethodConfig
+from sapt_fast.methods.base import Handle
+from sapt_fast.methods.config import MethodConfig
 from sapt_fast.sites.output import AtOutput, attach_output, detach_output, find_outputs
 
 

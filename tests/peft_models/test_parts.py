@@ -330,7 +330,7 @@ def test_a_variant_beside_plain_adapters_is_left_to_peft(case):
     torch.testing.assert_close(got, run(models[0]), rtol=1e-4, atol=1e-4)
     with pytest.raises(RuntimeError, match=r"\['a1'\] that cannot be mixed"):
         run(models[1], mixture=torch.tensor([1.0, 0.5, 0.0]))
-    with pytest.raises(ValueError, match=r"strict: .*a1"):
+    with pytest.raises(ValueError, match=r"(?s)strict: .*a1"):
         sapt_fast.patch(peft_model(configs=configs), strict=True)
 
 

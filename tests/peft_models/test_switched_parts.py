@@ -176,7 +176,7 @@ def test_report_strict_and_merge_name_the_head():
     assert len(model.sapt.report.patched) == 4
     plain = with_heads()
     kinds = [type(m) for m in plain.modules()]
-    with pytest.raises(ValueError, match=r"strict: .*score"):
+    with pytest.raises(ValueError, match=r"(?s)strict: .*score"):
         sapt_fast.patch(plain, strict=True)
     assert [type(m) for m in plain.modules()] == kinds
     model = sapt_fast.patch(with_two_heads())

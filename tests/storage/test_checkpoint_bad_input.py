@@ -125,7 +125,7 @@ SPOILED = {
     ),
     "adapter that is no name": (
         lambda d: edit_json(d, lambda x: x["config"].update(adapter=[])),
-        ValueError, r"config.json: adapter: got \[\]",
+        ValueError, r"config.json: config: adapter: got \[\]",
     ),
     "half a character": (
         lambda d: edit_json(d, lambda x: x["base_model"].update({"class": "\ud800"})),

@@ -256,7 +256,7 @@ class TestLoading:
 class TestRuns:
     """Folders of continual runs, as `load_pretrained`, the loop and `eval` read them."""
 
-    @pytest.mark.parametrize("strategy", ["olora", "progprompt", "seqlora"])
+    @pytest.mark.parametrize("strategy", ["olora", "progprompt", "seqlora", "l2p", "epi"])
     def test_checkpoints_name_their_strategy(self, strategy, tmp_path):
         tasks = make_tasks(2)
         settings = make_settings(strategy=strategy, steps=2)
@@ -265,18 +265,13 @@ class TestRuns:
         folder = next((tmp_path / "run" / "checkpoints").glob("2-*"))
         assert json.loads((folder / "sapt_config.json").read_text())["strategy"] == strategy
         fresh = make_model("t5")
-        if strategy == "seqlora":
-            loaded = sapt_fast.load_pretrained(fresh, folder)
-            ids = torch.tensor([[5, 6, 7]])
-            got = [m(ids, **decoder_inputs(m, ids)).logits for m in (model.eval(), loaded.eval())]
-            assert torch.equal(*got)
-            sapt_fast.unpatch(fresh)
-        else:
-            with pytest.raises(ValueError, match=f"strategy '{strategy}'"):
-                sapt_fast.load_pretrained(fresh, folder)
-            model.sapt.save_pretrained(tmp_path / "elsewhere")
-            with pytest.raises(ValueError, match=f"strategy '{strategy}'"):
-                sapt_fast.load_pretrained(fresh, tmp_path / "elsewhere")
+        loaded = sapt_fast.load_pretrained(fresh, folder)
+        ids = torch.tensor([[5, 6, 7], [9, 8, 4]])
+        got = [m(ids, **decoder_inputs(m, ids)).logits for m in (model.eval(), loaded.eval())]
+        assert torch.equal(*got)
+        answers = [m.generate(ids, max_new_tokens=4) for m in (model, loaded)]
+        assert torch.equal(*answers)
+        sapt_fast.unpatch(fresh)
         again = evaluate_run(fresh, CharTokenizer(), tasks, tmp_path / "run", settings)
         assert (again.scores[-1] == results.scores[-1]).all()
 

@@ -15,7 +15,7 @@ from sapt_fast.continual.objective import Step, forward, prompt_mask, supervised
 from sapt_fast.continual.settings import ContinualSettings
 from sapt_fast.continual.trainer import Replay
 from sapt_fast.continual.workbench import Workbench
-from sapt_fast.methods.sapt import SaptConfig
+from sapt_fast.methods.task_config import TaskConfig
 
 __all__ = ["NoOptions", "Strategy", "require"]
 
@@ -80,7 +80,7 @@ class Strategy:
         except ValueError as error:
             raise ValueError(f"strategy_options: {name}.{error}") from error
 
-    def configure(self, config: SaptConfig) -> Any:
+    def configure(self, config: TaskConfig[Any]) -> Any:
         """The config of the method that the model is patched with, from the one asked for."""
         return config
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -11,7 +12,7 @@ from sapt_fast.continual.data.rows import TaskData
 from sapt_fast.continual.settings import ContinualSettings
 from sapt_fast.continual.strategies.base import Strategy, require
 from sapt_fast.methods.epi import EpiConfig
-from sapt_fast.methods.sapt import SaptConfig
+from sapt_fast.methods.task_config import TaskConfig
 
 __all__ = ["Epi", "EpiOptions"]
 
@@ -44,7 +45,7 @@ class Epi(Strategy):
         # A prompt is there even with weight zero, so features would not be the backbone's own.
         require(kind == "lora", "adapter", kind, "'lora', without which the features are taken")
 
-    def configure(self, config: SaptConfig) -> EpiConfig:
+    def configure(self, config: TaskConfig[Any]) -> EpiConfig:
         return EpiConfig(**config.to_dict(), shrinkage=self.options.shrinkage)
 
     def begin_task(self, task: TaskData, learned: Sequence[TaskData]) -> None:

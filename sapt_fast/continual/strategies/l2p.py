@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from sapt_fast.continual.objective import Step
 from sapt_fast.continual.strategies.base import Strategy, require
 from sapt_fast.continual.strategies.prompts import prompt_fields
 from sapt_fast.methods.l2p import L2pConfig
-from sapt_fast.methods.sapt import SaptConfig
+from sapt_fast.methods.task_config import TaskConfig
 
 __all__ = ["L2p", "L2pOptions"]
 
@@ -47,7 +48,7 @@ class L2p(Strategy):
     Options = L2pOptions
     options: L2pOptions
 
-    def configure(self, config: SaptConfig) -> L2pConfig:
+    def configure(self, config: TaskConfig[Any]) -> L2pConfig:
         return L2pConfig(**{**prompt_fields(config), **asdict(self.options)})
 
     def begin_task(self, task: TaskData, learned: Sequence[TaskData]) -> None:

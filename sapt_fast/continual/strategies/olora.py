@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from sapt_fast.continual.objective import Step
 from sapt_fast.continual.settings import ContinualSettings
 from sapt_fast.continual.strategies.base import Strategy, require
 from sapt_fast.methods.lora_sum import LoraSumConfig
-from sapt_fast.methods.sapt import SaptConfig
+from sapt_fast.methods.task_config import TaskConfig
 
 __all__ = ["OLora", "OLoraOptions"]
 
@@ -53,7 +54,7 @@ class OLora(Strategy):
         kind = settings.sapt.adapter
         require(kind == "lora", "adapter", kind, "'lora', whose matrices are kept orthogonal")
 
-    def configure(self, config: SaptConfig) -> LoraSumConfig:
+    def configure(self, config: TaskConfig[Any]) -> LoraSumConfig:
         return LoraSumConfig(**config.to_dict())
 
     def begin_task(self, task: TaskData, learned: Sequence[TaskData]) -> None:

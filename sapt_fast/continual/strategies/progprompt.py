@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from sapt_fast.continual.data.rows import TaskData
 from sapt_fast.continual.strategies.base import Strategy
 from sapt_fast.continual.strategies.prompts import prompt_fields
 from sapt_fast.methods.progprompt import ProgPromptConfig
-from sapt_fast.methods.sapt import SaptConfig
+from sapt_fast.methods.task_config import TaskConfig
 
 __all__ = ["ProgPrompt"]
 
@@ -21,7 +22,7 @@ class ProgPrompt(Strategy):
     The newest prompt trains, the earlier ones are frozen.
     """
 
-    def configure(self, config: SaptConfig) -> ProgPromptConfig:
+    def configure(self, config: TaskConfig[Any]) -> ProgPromptConfig:
         return ProgPromptConfig(**prompt_fields(config))
 
     def begin_task(self, task: TaskData, learned: Sequence[TaskData]) -> None:

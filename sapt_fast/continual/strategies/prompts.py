@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from sapt_fast.methods.sapt import SaptConfig
+from sapt_fast.methods.task_config import TaskConfig
 
 __all__ = ["prompt_fields"]
 
 
-def prompt_fields(config: SaptConfig) -> dict[str, Any]:
+def prompt_fields(config: TaskConfig[Any]) -> dict[str, Any]:
     """The fields of a config with prompts in place of LoRA; what concerns layers falls away.
 
     The weight of the own key's loss too, except in SAPT, where alone keys are trained by it.

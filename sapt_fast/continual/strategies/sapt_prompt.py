@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from sapt_fast.continual.strategies.prompts import prompt_fields
 from sapt_fast.continual.strategies.sapt import Sapt
 from sapt_fast.methods.sapt import SaptConfig
+from sapt_fast.methods.task_config import TaskConfig
 
 __all__ = ["SaptPrompt"]
 
@@ -18,5 +21,5 @@ class SaptPrompt(Sapt):
     does not.
     """
 
-    def configure(self, config: SaptConfig) -> SaptConfig:
+    def configure(self, config: TaskConfig[Any]) -> SaptConfig:
         return SaptConfig(**{**prompt_fields(config), "own_key_loss": config.own_key_loss})

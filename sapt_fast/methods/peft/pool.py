@@ -13,7 +13,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from sapt_fast.devices import is_offloaded
-from sapt_fast.methods.base import Handle, MethodConfig
+from sapt_fast.methods.base import Handle
+from sapt_fast.methods.config import MethodConfig
 from sapt_fast.methods.peft.layers import OnePass, mixes_by_arrow, pooled_kind
 from sapt_fast.methods.peft.looks import Weighed, can_be_read, is_traced, version_of, weigh
 from sapt_fast.methods.peft.parts import why_not_plain

@@ -16,7 +16,8 @@ from peft.tuners.xlora.layer import XLoraLinearLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from sapt_fast.methods.base import Handle, MethodConfig
+from sapt_fast.methods.base import Handle
+from sapt_fast.methods.config import MethodConfig
 from sapt_fast.methods.peft.layers import mixed
 from sapt_fast.methods.peft.parts import drop_rate, why_not_plain
 from sapt_fast.methods.peft.switched import switched_parts, why_switched
@@ -54,7 +55,8 @@ class XLoraHandle(Handle):
         self.generation = CachedGeneration(model, all_pooled=not report.skipped)
         if self.generation.obstacle is not None:
             note = f"generation without a cache, as in PEFT: {self.generation.obstacle}"
-            report.notes.append(note)
+            report.notes.append(note)  # which `patch` logs
+            self.generation.logged.add(self.generation.obstacle)
 
     @classmethod
     def sites(cls, model: Any, config: Any) -> PatchReport:

@@ -97,13 +97,16 @@ class CachedGeneration:
     Args:
         model: PeftModel with X-LoRA.
         all_pooled: whether every adapted layer is an expert layer that `patch` has taken.
+
+    Attributes:
+        logged: the obstacles that were logged already.
     """
 
     def __init__(self, model: PeftModel, *, all_pooled: bool) -> None:
         self.model: Any = model
         self._all_pooled = all_pooled
         self._running = _Running()
-        self._logged: set[str] = set()
+        self.logged: set[str] = set()
         self._replaced: list[tuple[Any, str, Any]] = []
         self._hook: Any = None
 
@@ -149,8 +152,8 @@ class CachedGeneration:
         generate = self._own(self.model, "generate")
         reason = self.obstacle or self._call_obstacle(args, kwargs)
         if reason is not None:
-            if reason not in self._logged:
-                self._logged.add(reason)
+            if reason not in self.logged:
+                self.logged.add(reason)
                 logger.warning("X-LoRA generates without a cache, as in PEFT: %s", reason)
             with self._within(None):
                 return generate(*args, **kwargs)

@@ -83,7 +83,7 @@ def test_resuming_after_sigkill_gives_the_same_weights(tmp_path: Path) -> None:
 
 
 def test_the_guides_own_method_runs(tmp_path: Path) -> None:
-    guide = Path(__file__).parents[3] / "docs" / "guides" / "strategies.md"
+    guide = Path(__file__).parents[3] / "docs" / "train" / "strategies.md"
     (code,) = re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL)
     names = set(STRATEGIES)
     try:
@@ -99,7 +99,7 @@ def test_the_guides_own_method_runs(tmp_path: Path) -> None:
 
 
 def test_the_guide_names_every_strategy_and_option() -> None:
-    guide = (Path(__file__).parents[3] / "docs" / "guides" / "strategies.md").read_text()
+    guide = (Path(__file__).parents[3] / "docs" / "train" / "strategies.md").read_text()
     for name, kind in STRATEGIES.items():
         (line,) = [line for line in guide.splitlines() if line.startswith(f"| `{name}` |")]
         for field in fields(kind.Options):

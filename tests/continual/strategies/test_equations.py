@@ -264,7 +264,7 @@ def test_olora_overlap_by_hand() -> None:
             frozen=torch.tensor([[1.0, 2.0]]), trainable=torch.tensor([[-1.0, 0.0], [1.0, 1.0]])
         )
     )
-    strategy.bench.model = SimpleNamespace(sapt=SimpleNamespace(pools={"layer": pool}))
+    strategy.bench = SimpleNamespace(handle=SimpleNamespace(pools={"layer": pool}))
     assert strategy.overlap() == 4
 
 
@@ -289,18 +289,18 @@ def test_olora_adds_up_all_adapters(kind: str) -> None:
 
 
 def test_epi_distances_by_hand() -> None:
-    strategy = made("epi", shrinkage=0.5)
-    strategy._means = torch.tensor([[0.0, 0.0], [2.0, 0.0]], dtype=torch.float64)
-    strategy._scatter = torch.tensor([[8.0, 4.0], [4.0, 8.0]], dtype=torch.float64)
-    strategy._count = torch.tensor(4)
+    handle = made("epi", shrinkage=0.5).handle
+    handle.means = torch.tensor([[0.0, 0.0], [2.0, 0.0]], dtype=torch.float64)
+    handle.scatter = torch.tensor([[8.0, 4.0], [4.0, 8.0]], dtype=torch.float64)
+    handle.rows = torch.tensor(4)
     # Covariance [[2, 1], [1, 2]], half of it and half of 2 I: [[2, .5], [.5, 2]], whose inverse is
     # [[2, -.5], [-.5, 2]] / 3.75.
-    found = strategy.distances(torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
+    found = handle.distances(torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
     expected = torch.tensor([[3.0, 5.0], [0.0, 8.0]], dtype=torch.float64) / 3.75
     torch.testing.assert_close(found, expected)
     # One row for each task: no spread, so the distance is that of Euclid, over the shrinkage.
-    strategy._scatter, strategy._precision = torch.zeros(2, 2, dtype=torch.float64), None
-    found = strategy.distances(torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
+    handle.restore_state({**handle.state(), "scatter": torch.zeros(2, 2, dtype=torch.float64)})
+    found = handle.distances(torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
     assert found.tolist() == [[4.0, 4.0], [0.0, 8.0]]
 
 
@@ -316,14 +316,14 @@ def test_epi_statistics_are_those_of_the_base_models_features(kind: str) -> None
             rows.append(backbone(input_ids=torch.tensor([ids])).last_hidden_state[0].mean(0))
         features.append(torch.stack(rows).double())
     means = torch.stack([f.mean(0) for f in features])
-    torch.testing.assert_close(strategy._means, means, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(strategy.handle.means, means, rtol=1e-4, atol=1e-5)
     centred = torch.cat([f - f.mean(0) for f in features])
-    torch.testing.assert_close(strategy._scatter, centred.T @ centred, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(strategy.handle.scatter, centred.T @ centred, rtol=1e-3, atol=1e-4)
     # Padding on either side changes nothing.
     inputs = strategy.bench.inputs(TASKS[0].train[:3])
     ids, mask = strategy.bench.pad(inputs)
-    right = strategy.features(ids, mask)
-    left = strategy.features(F.pad(ids, (2, 0)), F.pad(mask, (2, 0)))
+    right = strategy.handle.features(ids, mask)
+    left = strategy.handle.features(F.pad(ids, (2, 0)), F.pad(mask, (2, 0)))
     torch.testing.assert_close(left, right)
     torch.testing.assert_close(right.double(), features[0][:3], rtol=1e-4, atol=1e-5)
 
@@ -331,7 +331,8 @@ def test_epi_statistics_are_those_of_the_base_models_features(kind: str) -> None
 def test_epi_trains_its_own_adapter_and_answers_with_that_of_the_nearest_task() -> None:
     strategy = made("epi", tasks=2)
     ids, mask = strategy.bench.pad(strategy.bench.inputs(TASKS[1].test))
-    nearest = strategy.distances(strategy.features(ids, mask)).argmin(1)
+    handle = strategy.handle
+    nearest = handle.distances(handle.features(ids, mask)).argmin(1)
     chosen = strategy.mixture(ids, mask)
     assert chosen.argmax(1).tolist() == nearest.tolist()
     assert chosen.sum(1).tolist() == [1.0] * len(ids)

@@ -29,9 +29,8 @@ def by_hand(strategy: Any, row: Any, prompt: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def prompts_of(strategy: Any, rows: int) -> Tensor:
-    return strategy.model.sapt.prompts.rows.rows().view(
-        -1, rows, strategy.model.sapt.prompts.rows.width
-    )
+    stack = strategy.handle.prompts.rows
+    return stack.rows().view(-1, rows, stack.width)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -63,16 +62,16 @@ def test_progprompt_puts_the_newest_prompt_first_and_trains_it_alone(kind: str) 
     assert [p.shape[0] for p in trained.values()] == [2]
     (newest,) = trained.values()
     assert newest.grad.abs().max() > 0
-    assert strategy.model.sapt.prompts.rows.frozen.grad is None
+    assert strategy.handle.prompts.rows.frozen.grad is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_l2p_takes_the_prompts_of_the_nearest_keys(kind: str) -> None:
     options = {"prompts": 5, "top": 2, "length": 3, "strength": 0.4}
     strategy = made("l2p", kind, tasks=1, **options)
-    keys = strategy.model.sapt.prompt_keys
+    keys = strategy.handle.prompt_keys
     assert sorted(p.shape for _, p in strategy.trained()) == sorted(
-        [keys.shape, strategy.model.sapt.prompts.rows.trainable.shape]
+        [keys.shape, strategy.handle.prompts.rows.trainable.shape]
     )
     table = make_model(kind).get_input_embeddings().weight
     losses, similar = [], []
@@ -88,44 +87,44 @@ def test_l2p_takes_the_prompts_of_the_nearest_keys(kind: str) -> None:
     expected = F.cross_entropy(torch.cat([t[0] for t in losses]), torch.cat([t[1] for t in losses]))
     step = step_of(strategy, rows)
     torch.testing.assert_close(step.loss, expected, rtol=1e-4, atol=1e-5)
-    strategy._picked.zero_()
+    strategy.handle.picked.zero_()
     similarity = torch.stack(similar).mean()
     loss = strategy.objective(step)
     torch.testing.assert_close(loss, step.loss - 0.4 * similarity, rtol=1e-4, atol=1e-5)
     loss.backward()
     assert keys.grad.abs().max() > 0
-    assert strategy.model.sapt.prompts.rows.trainable.grad.abs().max() > 0
+    assert strategy.handle.prompts.rows.trainable.grad.abs().max() > 0
 
 
 def test_l2p_passes_over_prompts_that_past_tasks_used() -> None:
     strategy = made("l2p", prompts=4, top=2, length=1)
     strategy.begin_task(TASKS[0], [])
     ids, mask = strategy.bench.pad(strategy.bench.inputs(TASKS[0].train[:1]))
-    query = strategy.model.sapt.router.pool(strategy.model.get_input_embeddings(), ids, None, mask)[
-        0
-    ]
+    handle = strategy.handle
+    queries = handle.router.pool(strategy.model.get_input_embeddings(), ids, None, mask)
+    query = queries[0]
     other = torch.zeros_like(query)
     other[0], other[1] = query[1], -query[0]
     other = other * query.norm() / other.norm()  # orthogonal to the query
     # Cosines 0.8, 0.6, 0, -0.6, so distances 0.2, 0.4, 1, 1.6.
     parts = [(0.8, 0.6), (0.6, 0.8), (0.0, 1.0), (-0.6, 0.8)]
     with torch.no_grad():
-        strategy.model.sapt.prompt_keys.copy_(
-            torch.stack([a * query + b * other for a, b in parts])
-        )
-    assert strategy.pick(ids, mask, True)[1].tolist() == [[0, 1]]
+        strategy.handle.prompt_keys.copy_(torch.stack([a * query + b * other for a, b in parts]))
+    assert handle.pick(queries, True)[1].tolist() == [[0, 1]]
     # Shares 0.6, 0.2, 0.1, 0.1: 0.12, 0.08, 0.1, 0.16.
-    strategy._picked = torch.tensor([6, 2, 1, 1])
-    cosines, places = strategy.pick(ids, mask, True)
+    handle.picked = torch.tensor([6, 2, 1, 1])
+    cosines, places = handle.pick(queries, True)
     assert places.tolist() == [[1, 2]]
     torch.testing.assert_close(cosines, torch.tensor([[0.6, 0.0]]), atol=1e-5, rtol=0)
-    assert strategy.pick(ids, mask, False)[1].tolist() == [[0, 1]]
+    assert handle.pick(queries, False)[1].tolist() == [[0, 1]]
     # What was never picked comes first, the nearer one before the other.
-    strategy._picked = torch.tensor([6, 2, 0, 0])
-    assert strategy.pick(ids, mask, True)[1].tolist() == [[2, 3]]
+    handle.picked = torch.tensor([6, 2, 0, 0])
+    assert handle.pick(queries, True)[1].tolist() == [[2, 3]]
     # A task counts what its training rows picked.
-    strategy._picked = torch.zeros(4, dtype=torch.int64)
-    before = strategy.pick(*strategy.bench.pad(strategy.bench.inputs(TASKS[0].train)), True)[1]
+    handle.picked = torch.zeros(4, dtype=torch.int64)
+    ids, mask = strategy.bench.pad(strategy.bench.inputs(TASKS[0].train))
+    queries = handle.router.pool(strategy.model.get_input_embeddings(), ids, None, mask)
+    before = handle.pick(queries, True)[1]
     strategy.end_task(TASKS[0])
-    assert strategy._picked.tolist() == torch.bincount(before.flatten(), minlength=4).tolist()
-    assert strategy._picked.sum() == 2 * len(TASKS[0].train)
+    assert handle.picked.tolist() == torch.bincount(before.flatten(), minlength=4).tolist()
+    assert handle.picked.sum() == 2 * len(TASKS[0].train)

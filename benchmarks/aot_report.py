@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sapt_fast.ops.mix_experts import pair_groups
 from sapt_fast.ops.projection import Projection
-from sapt_fast.ops.router import QueryProjection
+from sapt_fast.ops.route import QueryProjection
 from sapt_fast.triton_kernels.blocks import common
 from sapt_fast.triton_kernels.blocks import gemm_variants as routes
 from sapt_fast.triton_kernels.mix_experts import mix_experts_bwd, mix_experts_fwd
@@ -47,7 +47,7 @@ from sapt_fast.triton_kernels.mix_prompts import mix_prompts_bwd, mix_prompts_fw
 from sapt_fast.triton_kernels.mixed_lora import mixed_lora_bwd, mixed_lora_fwd
 from sapt_fast.triton_kernels.nearest_key import nearest_key_fwd
 from sapt_fast.triton_kernels.pool_tokens import pool_tokens_bwd, pool_tokens_fwd
-from sapt_fast.triton_kernels.router import route_fwd, route_scores_fwd
+from sapt_fast.triton_kernels.route import route_fwd, route_scores_fwd
 from sapt_fast.triton_kernels.topk_keys import topk_keys_fwd
 
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}

@@ -21,7 +21,8 @@ from fuzz_formulas import Array, Values
 from torch import Tensor
 
 from sapt_fast import ops
-from sapt_fast.ops import router
+from sapt_fast.ops.pool_tokens import pool_embeds
+from sapt_fast.ops.route import route_scores
 
 
 def pool(draw: Draw, backend: MaybeBackend, wide: bool, tokens: bool) -> Call:
@@ -100,7 +101,7 @@ def pool(draw: Draw, backend: MaybeBackend, wide: bool, tokens: bool) -> Call:
         if ids.size and keep.all():  # ids that take no part may be anything
             spoiled += [("input_ids", lambda t: t + V), ("input_ids", lambda t: t - V - 1)]
         fixed |= {"input_ids": given_ids, "backend": backend}
-    function = ops.pool_tokens if tokens else router.pool_embeds
+    function = ops.pool_tokens if tokens else pool_embeds
     return Call(
         function.__name__,
         function,
@@ -189,7 +190,7 @@ def scored(draw: Draw, backend: MaybeBackend, wide: bool, scores_only: bool) -> 
                 ("projection", good._replace(**{n: 3})),
                 ("projection", good._replace(**{n: leaves[n].to("meta")})),
             ]
-    function = router.route_scores if scores_only else ops.route
+    function = route_scores if scores_only else ops.route
     return Call(
         function.__name__,
         function,

@@ -71,7 +71,7 @@ class RouterCase:
     width: int
     adapters: int
     hidden: int = 100
-    op: str = "router"
+    op: str = "route"
     trains: tuple[str, ...] = ("table", "keys", "down", "up", "norm_weight", "norm_bias")
     vocabulary: int = 256
 

@@ -14,7 +14,7 @@ from sapt_fast.devices import execution_device
 from sapt_fast.files.names import require_folder_name
 from sapt_fast.methods.sapt import SaptConfig, SaptRouter, only_looks_up
 from sapt_fast.ops import transforms
-from sapt_fast.ops.router import query, reflection_loss
+from sapt_fast.ops.route import query, reflection_loss
 from sapt_fast.pools.sharding import gathered, require_reduced
 from sapt_fast.routing.hooks import Routing
 from sapt_fast.sites.linear import Mixed

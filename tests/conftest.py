@@ -29,7 +29,7 @@ _ONE_IN = {
     "ops/test_dtypes.py": 2,
     "ops/test_mix_experts.py": 2,
     "ops/test_projections.py": 2,
-    "ops/test_router_backends.py": 3,
+    "ops/test_route_backends.py": 3,
     "ops/test_topk_keys.py": 2,
     "ops/test_zero_weights.py": 3,
     "prompts/test_generation.py": 2,

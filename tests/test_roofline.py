@@ -32,14 +32,14 @@ from traffic.router import Router, head_forward, pool_backward, pool_forward
 
 from sapt_fast.ops.mix_experts import pair_groups
 from sapt_fast.ops.projection import Projection
-from sapt_fast.ops.router import QueryProjection
+from sapt_fast.ops.route import QueryProjection
 from sapt_fast.triton_kernels.blocks import common
 from sapt_fast.triton_kernels.blocks import gemm_variants as routes
 from sapt_fast.triton_kernels.mix_prompts import mix_prompts_bwd, mix_prompts_fwd
 from sapt_fast.triton_kernels.mixed_lora import mixed_lora_bwd, mixed_lora_fwd
 from sapt_fast.triton_kernels.nearest_key import nearest_key_fwd
 from sapt_fast.triton_kernels.pool_tokens import pool_tokens_bwd, pool_tokens_fwd
-from sapt_fast.triton_kernels.router import route_fwd
+from sapt_fast.triton_kernels.route import route_fwd
 from sapt_fast.triton_kernels.topk_keys import topk_keys_fwd
 
 experts_kernels = import_module("sapt_fast.triton_kernels.mix_experts")

@@ -21,7 +21,7 @@ from sapt_fast.triton_kernels.blocks.grouped_experts import grouping_pays
 pytestmark = pytest.mark.skipif(
     not common.INTERPRETED, reason="the rehearsal needs interpreted kernels (TRITON_INTERPRET=1)"
 )
-OPS = {"router", "mix_prompts", "topk_keys", "nearest_key", "mix_experts"}
+OPS = {"route", "mix_prompts", "topk_keys", "nearest_key", "mix_experts"}
 PASSED = {op: {"ok": True} for op in OPS}
 
 
@@ -138,7 +138,7 @@ def test_cuda_kernels_are_timed_beside_those_of_triton(clock, monkeypatch):
         return lambda: None
 
     monkeypatch.setattr(op_checks, "bare", bare)
-    gate = {**PASSED, "nearest_key_cuda": {"ok": True}, "router_cuda": {"ok": False}}
+    gate = {**PASSED, "nearest_key_cuda": {"ok": True}, "route_cuda": {"ok": False}}
     result, targets = op_checks.speed("cpu", op_checks.QUICK, gate, repeats=2)
     assert [op for op, backend in given if backend == "cuda"] == ["nearest_key"]
     [row] = [row for row in result["rows"] if row["op"] == "nearest_key"]
@@ -149,11 +149,11 @@ def test_cuda_kernels_are_timed_beside_those_of_triton(clock, monkeypatch):
 
 
 def test_no_speed_where_correctness_failed(clock):
-    gate = {**PASSED, "topk_keys": {"ok": False}, "router": {"ok": False}}
+    gate = {**PASSED, "topk_keys": {"ok": False}, "route": {"ok": False}}
     result, targets = op_checks.speed("cpu", op_checks.QUICK, gate, repeats=2)
     rows = {row["op"]: row for row in result["rows"]}
     assert "ms" not in rows["topk_keys"]
-    assert "ms" not in rows["router"]
+    assert "ms" not in rows["route"]
     assert "ms" in rows["mix_prompts"]
     values = {row["what"]: row["value"] for row in targets}
     assert values["router under a graph: milliseconds"] is None
@@ -223,7 +223,7 @@ def nothing_fits(monkeypatch):
     ):
         for name in names:
             monkeypatch.setattr(module, name, _raises)
-    monkeypatch.setattr(op_checks, "correctness", lambda *_: {"router": {"ok": False}})
+    monkeypatch.setattr(op_checks, "correctness", lambda *_: {"route": {"ok": False}})
     monkeypatch.setattr(op_checks, "copy_bytes_per_second", lambda *_: 1e12)
 
 
@@ -238,7 +238,7 @@ def test_a_section_that_raises_leaves_the_others(nothing_fits, monkeypatch):
     assert sections[8:] == ["t5 step", "llama step", "K 2 and K 64"]
     assert all("not_measured" in row for row in result["ops"]["rows"])
     assert result["layers"] == []
-    assert result["correctness"] == right | {"router": {"ok": False}}
+    assert result["correctness"] == right | {"route": {"ok": False}}
 
 
 def test_no_layer_and_no_step_is_timed_where_correctness_failed(nothing_fits, monkeypatch):
@@ -266,14 +266,14 @@ def test_one_section_alone_is_kept_as_it_grows(nothing_fits, monkeypatch, tmp_pa
 
 def test_cuda_kernels_that_were_right_are_recorded(tmp_path, monkeypatch):
     recorded = tmp_path / "recorded.json"
-    recorded.write_text('{"router": "old", "topk_keys": "kept"}')
+    recorded.write_text('{"route": "old", "topk_keys": "kept"}')
     monkeypatch.setattr(cuda_common, "RECORDED", recorded)
     monkeypatch.setattr(cuda_common, "source_digest", lambda op: f"digest of {op}")
-    rows = {"ours_cuda": True, "ours_triton": True, "router_cuda": True, "topk_keys_cuda": False}
+    rows = {"ours_cuda": True, "ours_triton": True, "route_cuda": True, "topk_keys_cuda": False}
     result = {"correctness": {name: {"ok": ok} for name, ok in rows.items()}}
-    assert gpu_check._record(result) == ["mixed_lora", "router"]
+    assert gpu_check._record(result) == ["mixed_lora", "route"]
     assert json.loads(recorded.read_text()) == {
         "mixed_lora": "digest of mixed_lora",
-        "router": "digest of router",
+        "route": "digest of route",
         "topk_keys": "kept",
     }

@@ -18,7 +18,7 @@ def _run(module, op: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="protects pages by mprotect")
-@pytest.mark.parametrize("op", ["mixed_lora", "nearest_key", "topk_keys", "router", "mix_prompts"])
+@pytest.mark.parametrize("op", ["mixed_lora", "nearest_key", "topk_keys", "route", "mix_prompts"])
 def test_every_access_is_within_bounds(emulated_module, op):
     done = _run(emulated_module, op)
     assert done.stdout.strip() == "within bounds", f"{done.returncode}\n{done.stderr}"

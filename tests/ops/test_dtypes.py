@@ -76,7 +76,7 @@ OPS = {
     "nearest_key": (_nearest_key, "any", ""),
     "topk_keys": (_topk_keys, "same", "keys"),
     "pool_tokens": (_pool_tokens, "any", ""),
-    "router": (_route, "any", ""),
+    "route": (_route, "any", ""),
 }
 
 

@@ -437,12 +437,12 @@ def test_the_environment_names_a_backend_for_ops_that_have_it(monkeypatch):
     cpu = torch.device("cpu")
     monkeypatch.setenv(dispatch.ENV_VARIABLE, "cpu")
     assert dispatch.resolve("mixed_lora", cpu) == "cpu"
-    assert dispatch.resolve("router", cpu) == "reference"
+    assert dispatch.resolve("route", cpu) == "reference"
     with pytest.raises(dispatch.BackendError):
-        dispatch.resolve("router", cpu, "cpu")
+        dispatch.resolve("route", cpu, "cpu")
     monkeypatch.setenv(dispatch.ENV_VARIABLE, "rocket")
     with pytest.raises(ValueError, match="rocket"):
-        dispatch.resolve("router", cpu)
+        dispatch.resolve("route", cpu)
 
 
 def test_float64_has_no_triton_kernel():

@@ -24,7 +24,7 @@ from sapt_fast.ops import (
     topk_keys,
 )
 from sapt_fast.ops.own_lora import Adapter, add_own_lora_, own_lora
-from sapt_fast.ops.router import pool_embeds, route_scores
+from sapt_fast.ops.route import pool_embeds, route_scores
 
 D64 = torch.float64
 IDS = torch.tensor([[1, 4, 4], [0, 2, 5]])
@@ -185,9 +185,9 @@ CASES = {
         lambda e: torch.stack([e[0, :2].amax(0), e[1].amax(0)]),
         (X,),
     ),
-    "route": Case("router", _projected, lambda *t: torch.softmax(plain_projection(*t), -1), POOL),
+    "route": Case("route", _projected, lambda *t: torch.softmax(plain_projection(*t), -1), POOL),
     "route_top_k": Case(
-        "router",
+        "route",
         lambda *t, **k: _projected(*t, top_k=2, **k),
         lambda *t: (
             (w := torch.softmax(plain_projection(*t), -1))
@@ -197,13 +197,13 @@ CASES = {
         POOL,
     ),
     "route_scores": Case(
-        "router",
+        "route",
         lambda *t, **k: route_scores(*t[:2], QueryProjection(*t[2:]), **k),
         plain_projection,
         POOL,
     ),
     "reflection_loss": Case(
-        "router",
+        "route",
         lambda s, t, backend=None: reflection_loss(s, t),
         plain_kl,
         (draw(2, 3), TARGET),

@@ -1,4 +1,4 @@
-"""Triton backend of op `router`: see `ops.router` for what is computed.
+"""Triton backend of op `route`: see `ops.route` for what is computed.
 
 From the pooled embedding to the weights it is one launch with one program per sample: its vectors
 stay in the caches while the program streams the projection and the keys, everything in float32.
@@ -18,7 +18,7 @@ from torch import Tensor
 from sapt_fast.triton_kernels.blocks import common
 
 if TYPE_CHECKING:
-    from sapt_fast.ops.router import QueryProjection
+    from sapt_fast.ops.route import QueryProjection
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def _softmax_weights(
     RANKED: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """weights[K] = the softmax of scores[K], K <= KEYS, small ones dropped as `ops.router` says.
+    """weights[K] = the softmax of scores[K], K <= KEYS, small ones dropped as `ops.route` says.
 
     A weight's rank, the number of larger ones and of equal ones before it, tells whether it is
     among the top_k: K^2 comparisons in registers are fewer steps than a sort.

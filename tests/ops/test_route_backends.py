@@ -8,9 +8,9 @@ import torch
 
 from sapt_fast import dispatch
 from sapt_fast.ops import QueryProjection, pool_tokens, route
-from sapt_fast.ops.router import route_scores
+from sapt_fast.ops.route import route_scores
 
-op = importlib.import_module("sapt_fast.ops.router")
+op = importlib.import_module("sapt_fast.ops.route")
 pool_op = importlib.import_module("sapt_fast.ops.pool_tokens")
 
 BACKENDS = ["reference", "triton"]
@@ -26,7 +26,7 @@ def _seed():
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    reason = dispatch.unavailable("router", request.param, _device(request.param))
+    reason = dispatch.unavailable("route", request.param, _device(request.param))
     assert reason is None, reason
     return request.param
 
@@ -364,7 +364,7 @@ def test_more_keys_than_one_launch_takes(backend, monkeypatch):
 
 
 def test_weights_take_one_launch(monkeypatch):
-    kernels = importlib.import_module("sapt_fast.triton_kernels.router")
+    kernels = importlib.import_module("sapt_fast.triton_kernels.route")
     launches = []
 
     class Counted:
@@ -552,7 +552,7 @@ def test_autocast_leaves_the_kernels_in_float32():
 
 def test_the_automatic_choice_on_a_cpu():
     cpu = torch.device("cpu")
-    assert dispatch.resolve("router", cpu) == "reference"
+    assert dispatch.resolve("route", cpu) == "reference"
     assert dispatch.resolve("pool_tokens", cpu) == "cpu"
     ids, table, mask = _tokens((3, 7), 12)
     direct = op.pool_tokens_fwd(ids, table, mask, "max")

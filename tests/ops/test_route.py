@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from sapt_fast.ops import QueryProjection, pool_tokens, reflection_loss, route
-from sapt_fast.ops.router import pool_embeds, query, route_scores, sparsify
+from sapt_fast.ops.route import pool_embeds, query, route_scores, sparsify
 
 
 def _projection(width=12, hidden=5, dtype=torch.float64):

@@ -38,7 +38,7 @@ _ONE_IN = {
     "sites/test_layer_inputs.py": 3,
     "commands/test_options.py": 2,
     "routing/test_packed_rows.py": 2,
-    "test_roofline.py": 3,
+    "roofline/test_mixed_lora.py": 3,
     "storage/test_storage_checkpoint.py": 2,
     "triton_kernels/test_mixed_lora.py": 4,
 }

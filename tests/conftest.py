@@ -26,6 +26,7 @@ _ONE_IN = {
     "cpu_kernels/test_topk_keys.py": 3,
     "cuda_kernels/test_nearest_key.py": 2,
     "cuda_kernels/test_topk_keys.py": 2,
+    "ops/test_contract.py": 2,
     "ops/test_dtypes.py": 2,
     "ops/test_mix_experts.py": 2,
     "ops/test_projections.py": 2,

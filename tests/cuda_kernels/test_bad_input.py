@@ -14,7 +14,7 @@ from sapt_fast.cuda_kernels import common
 from sapt_fast.ops.route import QueryProjection
 
 CUDA = torch.device("cuda")
-OPS = ["mixed_lora", "nearest_key", "topk_keys", "route", "mix_prompts"]
+OPS = [op for op in dispatch.ops() if "cuda" in dispatch.backends(op)]
 OUT_OF_MEMORY, NO_KERNEL_IMAGE = 2, 209  # cudaError_t
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sapt_fast import dispatch
 from sapt_fast.cuda_kernels import common
 from sapt_fast.ops.projection import Projection
 from sapt_fast.ops.route import QueryProjection, sparsify
@@ -18,7 +19,7 @@ pytestmark = [
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-OPS = ["mixed_lora", "nearest_key", "topk_keys", "route", "mix_prompts"]
+OPS = [op for op in dispatch.ops() if "cuda" in dispatch.backends(op)]
 
 
 @pytest.fixture(autouse=True)

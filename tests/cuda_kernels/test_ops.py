@@ -15,8 +15,9 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture
 def on_cuda(cuda, monkeypatch):
     """Makes every op run its cuda kernels, whatever the device of its tensors."""
-    for op in ("mixed_lora", "nearest_key", "topk_keys", "route", "mix_prompts"):
-        cuda(op)
+    for op in dispatch.ops():
+        if "cuda" in dispatch.backends(op):
+            cuda(op)
     monkeypatch.setattr(dispatch, "resolve", lambda op, *_, **__: "cuda")
 
 

@@ -10,7 +10,7 @@ from ops.cases import ANY, SAME_OR_FLOAT32, draw
 from sapt_fast import dispatch, ops
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-BACKENDS = (None, "reference", "cpu", "triton")
+BACKENDS = (None, *(b for b in dispatch.BACKENDS if b != "cuda"))
 EXACT = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-1}
 
 

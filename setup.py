@@ -44,7 +44,8 @@ AVX512_FLAGS = [
     *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"),
     "-mprefer-vector-width=512",
 ]
-# Every file of csrc/cpu is compiled once per capability; the best one is chosen at run time.
+# Every file of kernels in csrc/cpu is compiled once per capability; the best one is chosen at run
+# time. Bindings are compiled once.
 CAPABILITY_FLAGS = {
     "default": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -118,14 +119,16 @@ class Plan:
         includes += [flag for path in system for flag in ("-isystem", path)]
         common = [*cxx, *CXX_FLAGS, *includes]
         defines = ["-DSAPT_FAST_WITH_CUDA"] if nvcc else []
-        for source in sorted((ROOT / "csrc").glob("*.cpp")):
+        bindings = sorted((ROOT / "csrc/cpu").glob("*bindings.cpp"))
+        for source in [*sorted((ROOT / "csrc").glob("*.cpp")), *bindings]:
             self._compile([*common, *defines], source, source.stem)
         x86 = platform.machine().lower() in ("x86_64", "amd64")
         for capability, flags in CAPABILITY_FLAGS.items():
             if capability != "default" and not x86:
                 continue
             namespace = "default_" if capability == "default" else capability
-            for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
+            kernels = set((ROOT / "csrc/cpu").glob("*.cpp")) - set(bindings)
+            for source in sorted(kernels):
                 define = f"-DSAPT_FAST_CAPABILITY={namespace}"
                 self._compile([*common, *flags, define], source, f"cpu_{source.stem}_{capability}")
         linker = [*cxx, "-fopenmp"]

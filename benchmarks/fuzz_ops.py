@@ -35,39 +35,29 @@ def _mixed(draw: Draw, backend: MaybeBackend, wide: bool, with_base: bool) -> Ca
         draw.pick(1, 3, 8, 17, 0),
         draw.pick(1, 2, 5, 16),
     )
-    if draw.chance(0.05):
-        T = 70  # past the kernels for few rows
+    T = 70 if draw.chance(0.05) else T  # past the kernels for few rows
     K = draw.pick(1, 1, 2, 3, 5)
-    ranks = [draw.pick(0, 1, 2, 3, 4) for _ in range(K)]
-    given: Any = ranks
-    if draw.chance(0.3):
-        ranks = [draw.pick(1, 2, 4)] * K
-        given = ranks[0]
+    ranks, given = _drawn_ranks(draw, K)
     R = sum(ranks)
     lead = (B,) if flat else (B, T)
     share = lead if per_token else (B,)
-    leaves = {
-        "x": draw.tensor(draw.normal(*lead, wide_in), dtype),
-        "lora_a": draw.tensor(draw.normal(R, wide_in), adapters),
-        "lora_b": draw.tensor(draw.normal(R, wide_out), adapters),
-        "mixture": draw.tensor(draw.weights(*share, K), draw.pick(torch.float32, dtype)),
+    sizes_of = {
+        "x": (*lead, wide_in),
+        "lora_a": (R, wide_in),
+        "lora_b": (R, wide_out),
+        "weight": (wide_out, wide_in),
     }
-    if with_base:
-        leaves["weight"] = draw.tensor(draw.normal(wide_out, wide_in), dtype)
-        if draw.chance(0.5):
-            leaves["bias"] = draw.tensor(draw.normal(wide_out), dtype)
+    leaves = _mixed_leaves(draw, sizes_of, (*share, K), dtype, adapters, with_base)
     if draw.chance(0.1) and not wide:
         draw.poison(leaves, ("x", "lora_a", "lora_b", "mixture"))
-    scaling: Any = draw.pick(1.0, 0.5, 2)
-    scales = [float(scaling)] * K
-    if draw.chance(0.4):
-        scales = [draw.pick(0.5, 2.0, 1.5, 0.0) for _ in range(K)]
-        scaling = torch.tensor(scales)
+    scaling, scales = _drawn_scaling(draw, K)
     trains = sorted({int(k) for k in draw.rng.integers(K, size=draw.pick(1, 2))})
     trainable = draw.pick(None, None, trains, [])
     through = draw.chance(0.7)
     trained = set(range(K)) if trainable is None else set(trainable)
     passes = [through or k in trained for k in range(K)]
+    spans = enumerate(formulas._spans(ranks))
+    frozen = [r for k, rows_of in spans if k not in trained for r in range(*rows_of.indices(R))]
     fixed = {
         "ranks": given,
         "scaling": scaling,
@@ -75,41 +65,26 @@ def _mixed(draw: Draw, backend: MaybeBackend, wide: bool, with_base: bool) -> Ca
         "grad_through_frozen": through,
         "backend": backend,
     }
-    rows = int(np.prod(lead))
-    samples = int(np.prod(share))
+    rows, samples = int(np.prod(lead)), int(np.prod(share))
 
     def split(v: Values) -> Values:
-        w = v["mixture"].reshape(-1, K)
-        each = {
-            **v,
-            "x": v["x"].reshape(rows, wide_in),
-            "w": np.repeat(w, rows // max(samples, 1), 0),
-        }
+        w = np.repeat(v["mixture"].reshape(-1, K), rows // max(samples, 1), 0)
         if dtype != torch.float64:  # weights narrower than the sums
-            each["w"] = each["w"].astype(np.float32).astype(np.float64)
-        return each
-
-    def sized(v: Values) -> Values:
-        return {n: np.abs(t) for n, t in v.items()}
+            w = w.astype(np.float32).astype(np.float64)
+        return {**v, "x": v["x"].reshape(rows, wide_in), "w": w}
 
     def values(v: Values) -> list[Any]:
         v = split(v)
         shape = (*lead, wide_out)
-        sizes = formulas.mixed(sized(v), ranks, scales)
+        sizes = formulas.mixed(_sized(v), ranks, scales)
         return [(formulas.mixed(v, ranks, scales).reshape(shape), sizes.reshape(shape))]
 
     def gradients(v: Values, cs: list[Array]) -> dict[str, Any]:
         c = cs[0].reshape(rows, wide_out)
         v = split(v)
         pairs = []
-        for given, cotangent in ((v, c), (sized(v), np.abs(c))):
+        for given, cotangent in ((v, c), (_sized(v), np.abs(c))):
             found = formulas.mixed_gradients(given, cotangent, ranks, scales, samples, passes)
-            frozen = [
-                r
-                for k, span in enumerate(formulas._spans(ranks))
-                if k not in trained
-                for r in range(span.start, span.stop)
-            ]
             for name in ("lora_a", "lora_b"):
                 found[name][frozen] = 0.0
             found["x"] = found["x"].reshape(*lead, wide_in)
@@ -117,29 +92,6 @@ def _mixed(draw: Draw, backend: MaybeBackend, wide: bool, with_base: bool) -> Ca
             pairs.append(found)
         return {n: (pairs[0][n], pairs[1][n]) for n in pairs[0]}
 
-    spoiled = [
-        *bad_float("x", widened),
-        *bad_float("lora_a", widened, lengthened),
-        *bad_float("lora_b", lengthened),
-        *bad_float("mixture", widened if given is ranks else deepened, lengthened),
-        ("ranks", "abc"),
-        ("ranks", 2.5),
-        ("ranks", [*ranks, 1]),
-        ("ranks", [r + 1 for r in ranks]),
-        ("ranks", None),
-        ("scaling", "abc"),
-        ("scaling", torch.ones(K + 1)),
-        ("scaling", None),
-        ("trainable", [K]),
-        ("trainable", [-1]),
-        ("trainable", 2.5),
-        ("trainable", ["a"]),
-        *BAD_BACKEND,
-    ]
-    if with_base:
-        spoiled += [*bad_float("weight", widened, lengthened), *bad_float("bias", widened)][
-            : None if "bias" in leaves else 9
-        ]
     function = ops.mixed_lora_linear if with_base else ops.mixed_lora
     extra = {"bias": None} if with_base and "bias" not in leaves else {}
     return Call(
@@ -150,10 +102,85 @@ def _mixed(draw: Draw, backend: MaybeBackend, wide: bool, with_base: bool) -> Ca
         values,
         wide_in + R + wide_out + rows,
         gradients=gradients,
-        spoiled=spoiled,
+        spoiled=_bad_mixed(leaves, ranks, given is not ranks),
         twice=all(passes) and len(trained) == K,
         poisoned=not all_finite(leaves),
     )
+
+
+def _sized(v: Values) -> Values:
+    """The magnitudes of values, which bound the error of their sums."""
+    return {n: np.abs(t) for n, t in v.items()}
+
+
+def _drawn_ranks(draw: Draw, count: int) -> tuple[list[int], Any]:
+    """The rank of each adapter, and what says so."""
+    ranks = [draw.pick(0, 1, 2, 3, 4) for _ in range(count)]
+    given: Any = ranks
+    if draw.chance(0.3):
+        ranks = [draw.pick(1, 2, 4)] * count
+        given = ranks[0]
+    return ranks, given
+
+
+def _drawn_scaling(draw: Draw, count: int) -> tuple[Any, list[float]]:
+    """What is given, and the scaling of each adapter."""
+    scaling: Any = draw.pick(1.0, 0.5, 2)
+    scales = [float(scaling)] * count
+    if draw.chance(0.4):
+        scales = [draw.pick(0.5, 2.0, 1.5, 0.0) for _ in range(count)]
+        scaling = torch.tensor(scales)
+    return scaling, scales
+
+
+def _mixed_leaves(
+    draw: Draw,
+    sizes: dict[str, tuple[int, ...]],
+    mixture: tuple[int, ...],
+    dtype: torch.dtype,
+    adapters: torch.dtype,
+    with_base: bool,
+) -> dict[str, torch.Tensor]:
+    """The tensors of a mixed layer, drawn in a fixed order."""
+    leaves = {
+        "x": draw.tensor(draw.normal(*sizes["x"]), dtype),
+        "lora_a": draw.tensor(draw.normal(*sizes["lora_a"]), adapters),
+        "lora_b": draw.tensor(draw.normal(*sizes["lora_b"]), adapters),
+        "mixture": draw.tensor(draw.weights(*mixture), draw.pick(torch.float32, dtype)),
+    }
+    if with_base:
+        leaves["weight"] = draw.tensor(draw.normal(*sizes["weight"]), dtype)
+        if draw.chance(0.5):
+            leaves["bias"] = draw.tensor(draw.normal(sizes["weight"][0]), dtype)
+    return leaves
+
+
+def _bad_mixed(leaves: dict[str, torch.Tensor], ranks: list[int], one_rank: bool) -> list[Any]:
+    """Arguments of a mixed layer that must be refused."""
+    spoiled = [
+        *bad_float("x", widened),
+        *bad_float("lora_a", widened, lengthened),
+        *bad_float("lora_b", lengthened),
+        *bad_float("mixture", deepened if one_rank else widened, lengthened),
+        ("ranks", "abc"),
+        ("ranks", 2.5),
+        ("ranks", [*ranks, 1]),
+        ("ranks", [r + 1 for r in ranks]),
+        ("ranks", None),
+        ("scaling", "abc"),
+        ("scaling", torch.ones(len(ranks) + 1)),
+        ("scaling", None),
+        ("trainable", [len(ranks)]),
+        ("trainable", [-1]),
+        ("trainable", 2.5),
+        ("trainable", ["a"]),
+        *BAD_BACKEND,
+    ]
+    if "weight" in leaves:
+        spoiled += [*bad_float("weight", widened, lengthened), *bad_float("bias", widened)][
+            : None if "bias" in leaves else 9
+        ]
+    return spoiled
 
 
 def _mix_prompts(draw: Draw, backend: MaybeBackend, wide: bool, tokens: bool) -> Call:
@@ -373,9 +400,9 @@ MAKERS: dict[str, tuple[str, Maker]] = {
     "mix_experts": ("mix_experts", _mix_experts),
     "pool_tokens": ("pool_tokens", lambda d, b, w: routing.pool(d, b, w, True)),
     "pool_embeds": ("pool_tokens", lambda d, b, w: routing.pool(d, b, w, False)),
-    "route": ("router", lambda d, b, w: routing.scored(d, b, w, False)),
-    "route_scores": ("router", lambda d, b, w: routing.scored(d, b, w, True)),
-    "reflection_loss": ("router", routing.reflection),
+    "route": ("route", lambda d, b, w: routing.scored(d, b, w, False)),
+    "route_scores": ("route", lambda d, b, w: routing.scored(d, b, w, True)),
+    "reflection_loss": ("route", routing.reflection),
     "nearest_key": ("nearest_key", routing.nearest),
     "topk_keys": ("topk_keys", routing.topk),
     "own_lora": ("own_lora", lambda d, b, w: _own_lora(d, b, w, False)),

@@ -21,7 +21,8 @@ from fuzz_formulas import Array, Values
 from torch import Tensor
 
 from sapt_fast import ops
-from sapt_fast.ops import router
+from sapt_fast.ops.pool_tokens import pool_embeds
+from sapt_fast.ops.route import route_scores
 
 
 def pool(draw: Draw, backend: MaybeBackend, wide: bool, tokens: bool) -> Call:
@@ -77,6 +78,28 @@ def pool(draw: Draw, backend: MaybeBackend, wide: bool, tokens: bool) -> Call:
             found.append(d)
         return {name: (found[0], found[1])}
 
+    fixed: dict[str, Any] = {"mask": mask, "pooling": pooling}
+    if tokens:
+        fixed |= {"input_ids": given_ids, "backend": backend}
+    function = ops.pool_tokens if tokens else pool_embeds
+    return Call(
+        function.__name__,
+        function,
+        leaves,
+        lambda t: {**t, **fixed},
+        values,
+        T + B + 1,
+        gradients=gradients,
+        differentiable=not least,
+        twice=not ties,
+        poisoned=poisoned,
+        spoiled=_bad_pool(name, tokens, ids, keep, V),
+    )
+
+
+def _bad_pool(name: str, tokens: bool, ids: Array, keep: Array, rows: int) -> list[Any]:
+    """Arguments of a pooling that must be refused."""
+    B, T = ids.shape
     spoiled = [
         *(pair for pair in bad_float(name) if tokens or pair[1] is not on_meta),
         ("pooling", "sum"),
@@ -93,27 +116,15 @@ def pool(draw: Draw, backend: MaybeBackend, wide: bool, tokens: bool) -> Call:
             )
         ],
     ]
-    fixed: dict[str, Any] = {"mask": mask, "pooling": pooling}
     if tokens:
         spoiled += BAD_BACKEND
         spoiled += [*bad_tensor("input_ids", lambda t: t.float(), lambda t: t != 0)]
         if ids.size and keep.all():  # ids that take no part may be anything
-            spoiled += [("input_ids", lambda t: t + V), ("input_ids", lambda t: t - V - 1)]
-        fixed |= {"input_ids": given_ids, "backend": backend}
-    function = ops.pool_tokens if tokens else router.pool_embeds
-    return Call(
-        function.__name__,
-        function,
-        leaves,
-        lambda t: {**t, **fixed},
-        values,
-        T + B + 1,
-        gradients=gradients,
-        differentiable=not least,
-        twice=not ties,
-        poisoned=poisoned,
-        spoiled=spoiled,
-    )
+            spoiled += [("input_ids", lambda t: t + rows), ("input_ids", lambda t: t - rows - 1)]
+    return spoiled
+
+
+_PARTS = ("down", "up", "norm_weight", "norm_bias")
 
 
 def scored(draw: Draw, backend: MaybeBackend, wide: bool, scores_only: bool) -> Call:
@@ -128,10 +139,9 @@ def scored(draw: Draw, backend: MaybeBackend, wide: bool, scores_only: bool) -> 
         "embeds": draw.tensor(draw.normal(B, D), dtype),
         "keys": draw.tensor(draw.normal(K, D), dtype),
     }
-    parts = ("down", "up", "norm_weight", "norm_bias")
     projected = draw.chance(0.6)
     if projected:
-        for name, shape in zip(parts, ((H, D), (D, H), (D,), (D,)), strict=True):
+        for name, shape in zip(_PARTS, ((H, D), (D, H), (D,), (D,)), strict=True):
             plain = torch.from_numpy(draw.normal(*shape)).to(dtype)
             leaves[name] = plain
     divisor = draw.pick(None, 1.0, 2.5)
@@ -140,7 +150,7 @@ def scored(draw: Draw, backend: MaybeBackend, wide: bool, scores_only: bool) -> 
         fixed |= {"top_k": draw.pick(None, 1, 2, K, K + 3), "threshold": draw.pick(None, 0.0, 0.2)}
 
     def arguments(t: dict[str, Tensor]) -> dict[str, Any]:
-        projection = ops.QueryProjection(*(t[n] for n in parts), eps=1e-3) if projected else None
+        projection = ops.QueryProjection(*(t[n] for n in _PARTS), eps=1e-3) if projected else None
         return {"embeds": t["embeds"], "keys": t["keys"], "projection": projection, **fixed}
 
     given = {n: numbers(t) for n, t in leaves.items()}
@@ -158,6 +168,21 @@ def scored(draw: Draw, backend: MaybeBackend, wide: bool, scores_only: bool) -> 
         w = w * formulas.kept(w, fixed.get("top_k"), fixed.get("threshold"))
         return [(w / w.sum(-1, keepdims=True), size)]
 
+    function = route_scores if scores_only else ops.route
+    return Call(
+        function.__name__,
+        function,
+        leaves,
+        arguments,
+        values,
+        D + H + K,
+        spoiled=_bad_scored(scores_only, arguments(leaves)["projection"]),
+        slack=64.0 if projected else 8.0,
+    )
+
+
+def _bad_scored(scores_only: bool, good: ops.QueryProjection | None) -> list[Any]:
+    """Arguments of a routing that must be refused."""
     spoiled = [
         *bad_float("keys", widened),
         *bad_tensor("embeds", widened),
@@ -167,10 +192,8 @@ def scored(draw: Draw, backend: MaybeBackend, wide: bool, scores_only: bool) -> 
         ("temperature", "abc"),
         ("projection", "abc"),
         ("projection", 3),
-        ("mask", "abc"),
         *BAD_BACKEND,
     ]
-    spoiled = [pair for pair in spoiled if pair[0] != "mask"]
     if not scores_only:
         spoiled += [
             ("top_k", 0),
@@ -181,25 +204,14 @@ def scored(draw: Draw, backend: MaybeBackend, wide: bool, scores_only: bool) -> 
             ("threshold", -0.1),
             ("threshold", "abc"),
         ]
-    if projected:
-        good = arguments(leaves)["projection"]
-        for n in parts:
+    if good is not None:
+        for n in _PARTS:
             spoiled += [
-                ("projection", good._replace(**{n: lengthened(leaves[n])})),
+                ("projection", good._replace(**{n: lengthened(getattr(good, n))})),
                 ("projection", good._replace(**{n: 3})),
-                ("projection", good._replace(**{n: leaves[n].to("meta")})),
+                ("projection", good._replace(**{n: getattr(good, n).to("meta")})),
             ]
-    function = router.route_scores if scores_only else ops.route
-    return Call(
-        function.__name__,
-        function,
-        leaves,
-        arguments,
-        values,
-        D + H + K,
-        spoiled=spoiled,
-        slack=64.0 if projected else 8.0,
-    )
+    return spoiled
 
 
 def _near_a_jump(w: Array, fixed: dict[str, Any]) -> bool:
@@ -379,19 +391,6 @@ def topk(draw: Draw, backend: MaybeBackend, wide: bool) -> Call:
                 ):
                     raise WrongError(f"index[{m}, {j}]: got {at}, expected {want}")
 
-    spoiled = [
-        *bad_float("query", widened),
-        *bad_float("keys", widened),
-        ("k", 0),
-        ("k", N + 1),
-        ("k", -1),
-        ("k", 1.5),
-        ("k", "abc"),
-        ("k", None),
-        ("metric", "abc"),
-        ("metric", None),
-        *BAD_BACKEND,
-    ]
     smooth = not poisoned and distinct(leaves["keys"]) and distinct(leaves["query"][:1])
     if smooth:
         smooth = _apart(ranked({n: numbers(t) for n, t in leaves.items()})[0], k)
@@ -404,7 +403,24 @@ def topk(draw: Draw, backend: MaybeBackend, wide: bool) -> Call:
         D + N,
         outputs=lambda result: [result[0]],
         judge=judge,
-        spoiled=spoiled,
+        spoiled=_bad_topk(N),
         differentiable=smooth,
         slack=4.0,
     )
+
+
+def _bad_topk(count: int) -> list[Any]:
+    """Arguments of a search that must be refused."""
+    return [
+        *bad_float("query", widened),
+        *bad_float("keys", widened),
+        ("k", 0),
+        ("k", count + 1),
+        ("k", -1),
+        ("k", 1.5),
+        ("k", "abc"),
+        ("k", None),
+        ("metric", "abc"),
+        ("metric", None),
+        *BAD_BACKEND,
+    ]

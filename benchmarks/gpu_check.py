@@ -142,14 +142,14 @@ def _layer_gate(
 
 
 def _ops(quick: bool, guard: "_Guard", result: Result) -> Iterator[None]:
-    sizes, repeats = (op_checks.QUICK, 5) if quick else (op_checks.FULL, 50)
-    gate = guard("correctness of the ops", op_checks.correctness, DEVICE, sizes.checked) or {}
+    repeats, cases = 5 if quick else 50, op_checks.checked(quick, "triton")
+    gate = guard("correctness of the ops", op_checks.correctness, DEVICE, cases) or {}
     result["correctness"] |= gate
     yield
-    result["correctness"] |= _cuda_gate(guard, sizes.checked)
+    result["correctness"] |= _cuda_gate(guard, quick)
     yield
     measured = guard(
-        "speed of the ops", op_checks.speed, DEVICE, sizes, result["correctness"], repeats=repeats
+        "speed of the ops", op_checks.speed, DEVICE, quick, result["correctness"], repeats=repeats
     )
     result["ops"], targets = measured or ({}, [])
     result["targets"] += targets
@@ -158,20 +158,19 @@ def _ops(quick: bool, guard: "_Guard", result: Result) -> Iterator[None]:
         "ways of mix_experts",
         op_checks.expert_ways,
         DEVICE,
-        sizes.ways,
+        quick,
         gate,
         repeats=repeats,
     )
     yield
 
 
-def _cuda_gate(guard: "_Guard", cases: Sequence[Any]) -> dict[str, dict[str, Any]]:
+def _cuda_gate(guard: "_Guard", quick: bool) -> dict[str, dict[str, Any]]:
     """`correctness` of the CUDA kernels, by the ops' names with `_cuda` behind them."""
     within = [
         case
-        for case in cases
+        for case in op_checks.checked(quick, "cuda")
         if dispatch.unavailable(case.op, "cuda", DEVICE) is None
-        and getattr(case, "k", 1) <= op_checks.CUDA_TOPK
     ]
     if not within:
         return {}

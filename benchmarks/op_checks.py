@@ -2,94 +2,27 @@
 
 import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
 from typing import Any
 
+import cases
 import checks
 import measure
 import torch
-from op_cases import (
-    ExpertsCase,
-    Inputs,
-    NearestKeyCase,
-    OpCase,
-    PromptCase,
-    RouterCase,
-    TopKeysCase,
-)
+from cases import mix_experts as experts
+from op_case import Growth, Inputs, OpCase, Timed
 from providers import Layer, Providers
 from torch import Tensor
 
-from sapt_fast.ops import topk_keys
+from sapt_fast import dispatch
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# An l2 score is a difference of squares.
-_SEARCH_FLOOR = 1e-5
-_SEARCHES = ("topk_keys", "nearest_key")
-CUDA_TOPK = 32  # the CUDA kernels of topk_keys take no larger k
+COPIED_BYTES, COPIED_BYTES_QUICK = 2**30, 2**16  # by the copy that bandwidth is measured on
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Cases by what they are for, and the elements of the copy that bandwidth is measured on."""
-
-    checked: tuple[OpCase, ...]
-    router: RouterCase
-    prompts: PromptCase
-    top_keys: TopKeysCase
-    nearest: NearestKeyCase
-    experts: tuple[ExpertsCase, ...]  # scattered, then crowded
-    ways: tuple[ExpertsCase, ...]  # timed by both ways of mix_experts
-    copied_bytes: int
-
-
-FULL = Sizes(
-    checked=(
-        RouterCase(8, 512, 1024, 15),
-        RouterCase(3, 77, 100, 7, hidden=13),
-        PromptCase(8, 512, 1024, 15, 10),
-        PromptCase(8, 512, 1024, 15, 10, from_ids=True),
-        PromptCase(3, 33, 100, 7, 5),
-        TopKeysCase(64, 100_000, 512, 32),
-        TopKeysCase(64, 100_000, 512, 32, "cosine"),
-        TopKeysCase(17, 100_000, 512, 100, "l2"),
-        TopKeysCase(5, 1003, 100, 32),
-        NearestKeyCase(16, 100_000, 1024),
-        NearestKeyCase(200, 1003, 100),
-        ExpertsCase(256, 8, 20_000, 4, 1024),
-        ExpertsCase(2048, 8, 500, 16, 1024),
-        ExpertsCase(1001, 3, 50, 5, 100),
-    ),
-    router=RouterCase(8, 512, 1024, 15),
-    prompts=PromptCase(64, 512, 1024, 15, 10),
-    top_keys=TopKeysCase(64, 1_000_000, 512, 32),
-    nearest=NearestKeyCase(16, 100_000, 1024),
-    experts=(ExpertsCase(512, 32, 100_000, 4, 1024), ExpertsCase(8192, 8, 1000, 16, 1024)),
-    ways=tuple(
-        ExpertsCase(4096, 8, 32768 // per_expert, rank, 1024)
-        for rank in (4, 16, 64)
-        for per_expert in (2, 4, 8, 16, 64)
-    ),
-    copied_bytes=2**30,
-)
-QUICK = Sizes(
-    checked=(
-        RouterCase(2, 9, 48, 5, hidden=16),
-        PromptCase(2, 9, 64, 3, 4),
-        PromptCase(2, 9, 64, 3, 4, from_ids=True),
-        *(TopKeysCase(3, 70, 16, 5, metric) for metric in ("dot", "cosine", "l2")),
-        NearestKeyCase(4, 50, 32),
-        ExpertsCase(6, 3, 50, 4, 32),
-        ExpertsCase(128, 8, 32, 4, 32),
-    ),
-    router=RouterCase(2, 9, 48, 5, hidden=16),
-    prompts=PromptCase(2, 9, 64, 3, 4),
-    top_keys=TopKeysCase(3, 130, 16, 5),
-    nearest=NearestKeyCase(4, 50, 32),
-    experts=(ExpertsCase(6, 3, 50, 4, 32), ExpertsCase(128, 8, 32, 4, 32)),
-    ways=(ExpertsCase(64, 8, 16, 4, 32),),
-    copied_bytes=2**16,
-)
+def checked(quick: bool, backend: str) -> list[OpCase]:
+    """The cases of `correctness` that a backend has kernels for."""
+    given = cases.gathered("CHECKED_QUICK" if quick else "CHECKED")
+    return [c for c in given if backend in dispatch.backends(c.op) and c.fits(backend)]
 
 
 def correctness(
@@ -119,7 +52,7 @@ def _compare(case: OpCase, dtype: torch.dtype, device: str, backend: str) -> dic
     exact = _values(case, wide, "reference")
     plain = _values(case, inputs, "reference")
     ours = _values(case, inputs, backend)
-    floor = max(checks.FLOOR[dtype], _SEARCH_FLOOR if case.op in _SEARCHES else 0.0)
+    floor = max(checks.FLOOR[dtype], case.floor)
     errors = {name: _error(ours[name], exact[name]) for name in exact}
     bounds = {name: max(2 * _error(plain[name], exact[name]), floor) for name in exact}
     return {"ok": all(errors[n] <= bounds[n] for n in exact), "errors": errors, "bounds": bounds}
@@ -128,18 +61,9 @@ def _compare(case: OpCase, dtype: torch.dtype, device: str, backend: str) -> dic
 def _values(case: OpCase, inputs: Inputs, backend: str) -> dict[str, Tensor]:
     leaves = {n: t.detach().requires_grad_(n in case.trains) for n, t in inputs.items()}
     outputs = case.run(leaves, backend)
-    first = next(iter(outputs.values()))
-    if case.op in _SEARCHES:
-        # Keys whose scores rounding cannot tell apart may change places, and the last its place
-        # with the best that is left out: what a key receives depends on its score alone and
-        # vanishes at the last place.
-        incoming = first.detach()
-        if isinstance(case, TopKeysCase):
-            incoming = incoming - incoming[:, -1:]
-    else:
-        generator = torch.Generator(first.device).manual_seed(1)
-        incoming = torch.randn(first.shape, generator=generator, device=first.device)
-    first.backward(incoming.to(first))
+    if case.trains:
+        first = next(iter(outputs.values()))
+        first.backward(case.incoming(first).to(first))
     values = {name: t.detach() for name, t in outputs.items()}
     return values | {f"d_{name}": leaves[name].grad for name in case.trains}
 
@@ -181,7 +105,7 @@ def copy_bytes_per_second(device: str, size: int, repeats: int) -> float:
 
 def speed(
     device: str,
-    sizes: Sizes,
+    quick: bool,
     gate: dict[str, dict[str, Any]],
     *,
     repeats: int,
@@ -193,9 +117,11 @@ def speed(
     Each op is timed by itself and as a CUDA graph, in bytes against a copy in the same run; where
     `gate` has a verdict of its CUDA kernels ("<op>_cuda") and it is good, by these too.
     """
-    copied = copy_bytes_per_second(device, sizes.copied_bytes, repeats)
-    rows = []
-    for case in (sizes.router, sizes.prompts, sizes.top_keys, sizes.nearest, *sizes.experts):
+    size = COPIED_BYTES_QUICK if quick else COPIED_BYTES
+    copied = copy_bytes_per_second(device, size, repeats)
+    rows, targets = [], []
+    for timed in cases.gathered("TIMED"):
+        case = timed.quick if quick else timed.full
         row: dict[str, Any] = {"op": case.op, "case": str(case), "dtype": str(dtype)}
         if gate.get(case.op, {}).get("ok"):
             backends = {"ours": backend}
@@ -205,8 +131,13 @@ def speed(
         else:
             row["not_measured"] = "its correctness check failed"
         rows.append(row)
-    result = {"copy_bytes_per_second": copied, "rows": rows}
-    return result, _targets(sizes, rows, device, backend, dtype)
+        targets += _targets(timed, row)
+        if timed.growth:
+            value = None
+            if "ms" in row:
+                value = _memory_growth(case, timed.growth, device, backend, dtype)
+            targets.append(checks.target(timed.growth.what, value, timed.growth.most))
+    return {"copy_bytes_per_second": copied, "rows": rows}, targets
 
 
 def _guarded(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
@@ -229,7 +160,7 @@ def _op_times(
     inputs = case.inputs(dtype, device)
     functions: dict[str, Callable[[], object]] = {}
     for name, backend in backends.items():
-        functions[name] = bare(case, inputs, backend)
+        functions[name] = case.bare(inputs, backend)
         functions[f"{name}_graph"] = replayed(functions[name], device)
     functions |= case.rivals(inputs)
     times = measure.interleaved_ms(functions, device, repeats=repeats)
@@ -248,71 +179,50 @@ def _op_times(
     }
 
 
-def bare(case: OpCase, inputs: Inputs, backend: str) -> Callable[[], object]:
-    """Our op alone, without what `run` adds to check an index."""
-    if isinstance(case, TopKeysCase):
-        query, keys = inputs.values()
-        return lambda: topk_keys(query, keys, case.k, metric=case.metric, backend=backend)
-    return lambda: case.run(inputs, backend)
-
-
-def _targets(
-    sizes: Sizes, rows: list[dict[str, Any]], device: str, backend: str, dtype: torch.dtype
-) -> list[dict[str, Any]]:
-    router, prompts, top_keys, nearest, scattered, crowded = rows
-
-    def share(row: dict[str, Any], bound: float, by: str = "ours") -> dict[str, Any]:
-        what = f"{row['op']}{'' if by == 'ours' else f' ({by})'}: share of copy bandwidth"
-        return checks.target(what, row.get("share_of_copy", {}).get(by), bound, at_least=True)
-
-    def against_torch(row: dict[str, Any], name: str) -> dict[str, Any]:
-        return checks.target(
-            f"{name}: ours / torch", checks.ratio(row.get("ms", {}), "ours", "torch"), 1.0
-        )
-
-    milliseconds = router.get("ms", {}).get("ours_graph", {}).get("median")
-    growth = None
-    if "ms" in top_keys:
-        growth = _memory_growth(sizes.top_keys, device, backend, dtype)
-    return [
-        checks.target("router under a graph: milliseconds", milliseconds, 0.012),
-        share(prompts, 0.8),
-        share(top_keys, 0.7),
-        checks.target("topk_keys: peak memory, all / a quarter of the keys", growth, 1.1),
-        against_torch(nearest, "nearest_key"),
-        share(nearest, 0.6),
-        share(nearest, 0.6, by="cuda"),
-        against_torch(scattered, "mix_experts, scattered"),
-        against_torch(crowded, "mix_experts, crowded"),
-    ]
+def _targets(timed: Timed, row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of the table of targets that one measurement fills."""
+    targets, times = [], row.get("ms", {})
+    if timed.graph_milliseconds is not None:
+        milliseconds = times.get("ours_graph", {}).get("median")
+        what = f"{timed.name} under a graph: milliseconds"
+        targets.append(checks.target(what, milliseconds, timed.graph_milliseconds))
+    if timed.over_torch is not None:
+        over = checks.ratio(times, "ours", "torch")
+        targets.append(checks.target(f"{timed.name}: ours / torch", over, timed.over_torch))
+    for by, least in timed.share.items():
+        what = f"{timed.name}{'' if by == 'ours' else f' ({by})'}: share of copy bandwidth"
+        share = row.get("share_of_copy", {}).get(by)
+        targets.append(checks.target(what, share, least, at_least=True))
+    return targets
 
 
 @torch.no_grad()
 def _memory_growth(
-    case: TopKeysCase, device: str, backend: str, dtype: torch.dtype
+    case: OpCase, growth: Growth, device: str, backend: str, dtype: torch.dtype
 ) -> float | None:
-    """Peak memory of a search over all keys, over that of a search through a quarter of them."""
+    """Peak memory of a case over that of the smaller one."""
     if not device.startswith("cuda"):
         return None  # a process's high-water mark is no measure of one call's tensors
     peaks = []
-    for keys in (case.keys, case.keys // 4):
-        smaller = replace(case, keys=keys)
-        search = bare(smaller, smaller.inputs(dtype, device), backend)
-        search()
-        peaks.append(measure.peak_bytes(search, device))
+    for sized in (case, growth.smaller(case)):
+        run = sized.bare(sized.inputs(dtype, device), backend)
+        run()
+        peaks.append(measure.peak_bytes(run, device))
     return peaks[0] / max(1, peaks[1])
 
 
 @torch.no_grad()
 def expert_ways(
-    device: str, cases: Iterable[ExpertsCase], gate: dict[str, dict[str, Any]], *, repeats: int,
+    device: str, quick: bool, gate: dict[str, dict[str, Any]], *, repeats: int,
     dtype: torch.dtype = torch.bfloat16,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Both ways of the Triton kernels of `mix_experts` on each size, and which one they choose."""
     from sapt_fast.triton_kernels import mix_experts as kernels
 
-    rows = []
-    for case in cases if gate.get("mix_experts", {}).get("ok") else ():
+    rows: list[dict[str, Any]] = []
+    if not gate.get("mix_experts", {}).get("ok"):
+        return rows
+    for case in experts.WAYS_QUICK if quick else experts.WAYS:
         inputs = case.inputs(dtype, device)
         pairs = case.rows * case.k
         size = (pairs, case.experts, case.rank, 2 * case.width, dtype.itemsize)
@@ -321,7 +231,7 @@ def expert_ways(
         try:
             for name, grouped in (("gathered_ms", False), ("grouped_ms", True)):
                 kernels.grouping_pays = lambda *_, grouped=grouped: grouped
-                run = bare(case, inputs, "triton")
+                run = case.bare(inputs, "triton")
                 row[name] = measure.interleaved_ms({"ours": run}, device, repeats=repeats)["ours"]
         finally:
             kernels.grouping_pays = choose

@@ -6,7 +6,7 @@ An op is a sequence of passes, one per launch. A pass reads every byte that it n
 the cache were perfect, and writes every byte of its results once; what one pass leaves for the
 next is written and read. A pass takes its bytes over the bandwidth of a copy or its FLOPs over the
 rate of a large bf16 product, whichever is longer, and an op the sum of its passes. Launches take
-no time here. `tests/test_roofline.py` compares the bytes with the loads and stores of the kernels.
+no time here. `tests/roofline` compares the bytes with the loads and stores of the kernels.
 
 Letters: M rows, of S samples; I in, O out, R total rank, K adapters, B batch, T tokens, D width,
 P prompt length, N keys or experts, V vocabulary; s bytes of an element, 4 unless said otherwise
@@ -18,85 +18,20 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
+import cases
+from passes import Device, Row, bound, total_bytes, total_flops, total_seconds
 from rich.console import Console
 from rich.table import Table
-from traffic.keys import Search, nearest_key, topk_keys
-from traffic.mix_experts import Experts, experts_backward, experts_forward
-from traffic.mix_prompts import Prompts, prompts_backward, prompts_forward
-from traffic.mixed_lora import (
-    Member,
-    MixedLora,
-    base_linear,
-    mixed_lora_backward,
-    mixed_lora_forward,
-)
-from traffic.passes import Device, Passes, bound, total_bytes, total_flops, total_seconds
-from traffic.router import Router, head_backward, head_forward, pool_backward, pool_forward
 
 DEVICES = {"h200": Device("H200", 4.3e12, 790e12)}
 
 
-@dataclass(frozen=True)
-class Row:
-    """A line of the table; `base` is what its time is compared with."""
-
-    op: str
-    sizes: str
-    passes: Passes
-    base: Passes = field(default_factory=list)
-
-
 def rows() -> list[Row]:
     """Every op at the sizes of the project's targets, bf16."""
-    return [*_mixed_lora_rows(), *_other_rows()]
-
-
-def _mixed_lora_rows() -> Iterable[Row]:
-    for d, rank, adapters in ((1024, 60, 15), (4096, 60, 15), (4096, 240, 15), (8192, 1024, 64)):
-        newest = (rank - rank // adapters, rank)
-        for count in (1, 2):
-            c = MixedLora(8192, d, 16, adapters, (Member(d, rank, newest),) * count)
-            base = base_linear(c)
-            sizes = f"M 8192, d {d}, R {rank}" + (f", {count} projections" if count > 1 else "")
-            yield Row("base linear", sizes, base, base)
-            for route in ("fused", "expand first"):
-                forward = mixed_lora_forward(c, route)
-                yield Row(f"mixed_lora forward, {route}", sizes, forward, base)
-                for through in (True, False):
-                    frozen = "" if through else ", none through frozen"
-                    backward = mixed_lora_backward(c, route, through)
-                    # Alone the base layer, frozen, has dx to compute.
-                    yield Row(f"mixed_lora backward, {route}{frozen}", sizes, backward, base)
-
-
-def _other_rows() -> Iterable[Row]:
-    router = Router(8, 512, 1024)
-    sizes = "B 8, T 512, D 1024"
-    yield Row("pool_tokens forward", sizes, pool_forward(router))
-    for pooling in ("max", "mean"):
-        yield Row(f"pool_tokens backward, {pooling}", sizes, pool_backward(router, pooling))
-    sizes = "B 8, D 1024, H 100, K 15"
-    yield Row("router head forward", sizes, head_forward(router))
-    yield Row("router head backward", sizes, head_backward(router))
-    whole = [*pool_forward(router), *head_forward(router)]
-    yield Row("router, ids to weights", "B 8, T 512, D 1024, K 15", whole)
-    for d in (1024, 4096):
-        prompts = Prompts(8, 512, d, 15, 10)
-        sizes = f"B 8, T 512, D {d}, K 15, P 10"
-        yield Row("mix_prompts forward", sizes, prompts_forward(prompts))
-        yield Row("mix_prompts backward", sizes, prompts_backward(prompts))
-    search = Search(64, 1_000_000, 512, 32)
-    yield Row("topk_keys", "M 64, N 1e6, D 512, k 32", topk_keys(search))
-    yield Row("nearest_key", "M 64, N 1e6, D 512", nearest_key(search))
-    for m, k, n, rank in ((512, 32, 1_000_000, 4), (8192, 8, 1000, 16)):
-        experts, crowded = Experts(m, k, n, 1024, 1024, rank), m * k > 16 * n
-        sizes = f"M {m}, k {k}, N {n:.0e}, d 1024, r {rank}"
-        kind = "crowded" if crowded else "scattered"
-        yield Row(f"mix_experts forward, {kind}", sizes, experts_forward(experts, crowded))
-        yield Row(f"mix_experts backward, {kind}", sizes, experts_backward(experts, crowded))
+    modules = cases.modules().values()
+    return [row for module in modules if hasattr(module, "roofline") for row in module.roofline()]
 
 
 _COLUMNS: dict[str, Callable[[Row, Device], str]] = {

@@ -16,7 +16,7 @@
 #include "cuda/bindings.h"
 #include "cuda/runtime.h"
 #endif
-#include "lookup_bindings.h"
+#include "cpu/search_bindings.h"
 #include "memory.h"
 #include "threads.h"
 
@@ -300,7 +300,7 @@ PYBIND11_MODULE(_C, m) {
           arg("b"), arg("ranks"), arg("scales"), arg("owner"), arg("rows"), arg("inputs"),
           arg("outputs"), arg("threads"), py::call_guard<py::gil_scoped_release>(),
           "y += scale (x a^T) b^T, every sample with its own adapter.");
-    bind_lookups(m);
+    bind_searches(m);
 #ifdef SAPT_FAST_WITH_CUDA
     bind_cuda(m);
 #endif

@@ -1,51 +1,52 @@
 """Which backend runs an op: the only place that decides.
 
-A backend is a folder of kernels with one module per op, and every module of an op has the same
-functions: ``<op>_fwd``, ``<op>_bwd``. To admit a new kernel, add its row to ``_TABLE``.
+An op is a module of ``sapt_fast.ops`` with a row `DISPATCH`. A backend is a package
+``sapt_fast.<name>_kernels``; it has an op if it has a module of the op's name, with the functions
+``<op>_fwd`` and ``<op>_bwd``. The package itself says, as `Backend` describes, whether its kernels
+can run and whether they may be chosen unasked. So a new op or kernel needs no line here, and a new
+backend only its name in `BACKENDS`.
 """
 
 import importlib
 import importlib.util
 import logging
 import os
+import pkgutil
 from functools import cache
 from types import ModuleType
+from typing import NamedTuple, Protocol, cast
 
 import torch
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("reference", "cpu", "triton", "cuda")
+BACKENDS = ("reference", "cpu", "triton", "cuda")  # later ones are preferred
 ENV_VARIABLE = "SAPT_FAST_BACKEND"
 
-_FOLDERS = {
-    "reference": "sapt_fast.ops",
-    "cpu": "sapt_fast.cpu_kernels",
-    "triton": "sapt_fast.triton_kernels",
-    "cuda": "sapt_fast.cuda_kernels",
-}
 
-# Backends of each op, the preferred one first; "cuda" comes before them for `_FEW_ROWS`.
-_TABLE: dict[str, tuple[str, ...]] = {
-    "mixed_lora": ("triton", "cpu", "cuda", "reference"),
-    "own_lora": ("cpu", "reference"),
-    "nearest_key": ("triton", "cpu", "cuda", "reference"),
-    "topk_keys": ("triton", "cpu", "cuda", "reference"),
-    "pool_tokens": ("triton", "cpu", "reference"),
-    "router": ("triton", "cuda", "reference"),
-    "mix_experts": ("triton", "cpu", "reference"),
-    "mix_prompts": ("triton", "cuda", "reference"),
-}
+class Op(NamedTuple):
+    """The row of an op, its module's `DISPATCH`.
 
-# Up to so many rows, of 16-bit and of wider tensors, a call that wants no gradient takes the CUDA
-# kernels: where a launch costs more than the work. Assumed, until a GPU has measured them.
-_FEW_ROWS = {
-    "mixed_lora": (64, 64),
-    "nearest_key": (16, 4),
-    "topk_keys": (16, 4),
-    "router": (4, 4),
-    "mix_prompts": (4, 4),
-}
+    Attributes:
+        few_rows: up to so many rows, of 16-bit and of wider tensors, a call that wants no gradient
+            may take kernels for few rows: where a launch costs more than the work. Assumed, until
+            a GPU has measured them.
+    """
+
+    few_rows: tuple[int, int] = (0, 0)
+
+
+class Backend(Protocol):
+    """What the package of a backend says of itself."""
+
+    BACKWARD: str
+    """The backend that computes the gradients of ops whose module here has no ``<op>_bwd``."""
+
+    def unavailable(self, op: str, device_type: str, dtype: torch.dtype | None) -> str | None:
+        """Why it cannot run an op that it has on such tensors, or None."""
+
+    def unchosen(self, op: str, device_type: str, few: bool) -> str | None:
+        """Why it is taken by name only for a call of few or of many rows, or None."""
 
 
 class BackendError(RuntimeError):
@@ -54,36 +55,27 @@ class BackendError(RuntimeError):
 
 def ops() -> tuple[str, ...]:
     """The names of all ops that are dispatched."""
-    return tuple(_TABLE)
+    return tuple(_rows())
+
+
+@cache
+def backends(op: str) -> tuple[str, ...]:
+    """The backends that have `op`, the preferred one first.
+
+    Raises:
+        KeyError: there is no such op.
+    """
+    _rows()[op]
+    return tuple(b for b in reversed(BACKENDS) if b == "reference" or _has(b, op))
 
 
 def unavailable(
     op: str, backend: str, device_type: str, dtype: torch.dtype | None = None
 ) -> str | None:
     """Why `backend` cannot run `op` on tensors of that device and dtype, or None when it can."""
-    if backend not in _TABLE[op]:
-        return f"op '{op}' has no {backend} kernel (it has: {', '.join(_TABLE[op])})"
-    if backend == "cpu":
-        if device_type != "cpu":
-            return f"the tensors are on '{device_type}': move them to the CPU or choose triton"
-        return _import_failure(
-            "sapt_fast._C", "reinstall with SAPT_FAST_BUILD=cpu to see the error"
-        )
-    if backend == "cuda":
-        if device_type != "cuda":
-            return f"the tensors are on '{device_type}': move them to a GPU"
-        if dtype == torch.float64:
-            return "float64 runs in the reference and on the CPU only"
-        return _cuda_unavailable()
-    if backend == "triton":
-        if dtype == torch.float64:
-            return "float64 runs in the reference and on the CPU only"
-        missing = _import_failure("triton", "pip install 'sapt_fast[gpu]'")
-        if missing or device_type == "cuda":
-            return missing
-        if not triton_interpreted():
-            return f"the tensors are on '{device_type}' and TRITON_INTERPRET=1 is not set"
-    return None
+    if backend not in backends(op):
+        return f"op '{op}' has no {backend} kernel (it has: {', '.join(backends(op))})"
+    return None if backend == "reference" else _backend(backend).unavailable(op, device_type, dtype)
 
 
 @torch.compiler.assume_constant_result
@@ -115,7 +107,20 @@ def resolve(
 @torch.compiler.assume_constant_result
 def kernels(op: str, backend: str) -> ModuleType:
     """The module that holds the kernels of `op` for `backend`."""
-    return _load(f"{_FOLDERS[backend]}.{op}")
+    return _load("sapt_fast.ops" if backend == "reference" else _package(backend), op)
+
+
+@torch.compiler.assume_constant_result
+def backward(op: str, backend: str) -> str:
+    """The backend that computes the gradients of what `backend` computed: itself, if it can."""
+    if hasattr(kernels(op, backend), f"{op}_bwd"):
+        return backend
+    return _backend(backend).BACKWARD
+
+
+def unchosen(op: str) -> str | None:
+    """Why the CUDA kernels of an op that has some are not chosen unasked for few rows, or None."""
+    return _backend("cuda").unchosen(op, "cuda", True)
 
 
 def triton_interpreted() -> bool:
@@ -123,14 +128,26 @@ def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 
+@cache
+def import_failure(module: str, remedy: str) -> str | None:
+    """Why a module that a backend needs cannot be imported, and what to do; or None."""
+    if importlib.util.find_spec(module) is None:
+        return f"{module} is not installed ({remedy})"
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        return f"{module} cannot be imported ({error}); {remedy}"
+    return None
+
+
 def _from_environment(op: str) -> str | None:
     named = os.environ.get(ENV_VARIABLE) or None
-    elsewhere = named not in _TABLE[op] and any(named in row for row in _TABLE.values())
+    elsewhere = named in BACKENDS and named not in backends(op)
     return None if elsewhere else named
 
 
 def _are_few(op: str, rows: int, dtype: torch.dtype | None) -> bool:
-    narrow, wide = _FEW_ROWS.get(op, (0, 0))
+    narrow, wide = _rows()[op].few_rows
     return rows <= (narrow if dtype in (torch.float16, torch.bfloat16) else wide)
 
 
@@ -148,41 +165,39 @@ def _resolve(
             raise BackendError(f"backend '{requested}' cannot run op '{op}': {reason}")
         chosen = requested
     else:
-        interpreted = device_type != "cuda" and triton_interpreted()
-        passed_over = {"cuda"} | ({"triton"} if interpreted else set())
-        candidates = [b for b in _TABLE[op] if b not in passed_over]
-        if few and unchosen(op) is None:
-            candidates.insert(0, "cuda")
-        chosen = next(b for b in candidates if unavailable(op, b, device_type, dtype) is None)
+        chosen = next(
+            b
+            for b in backends(op)
+            if b == "reference"
+            or (
+                _backend(b).unchosen(op, device_type, few) is None
+                and unavailable(op, b, device_type, dtype) is None
+            )
+        )
     logger.info("op %s on %s: backend %s", op, device_type, chosen)
     return chosen
 
 
 @cache
-def _cuda_unavailable() -> str | None:
-    return importlib.import_module("sapt_fast.cuda_kernels.common").unavailable()
+def _rows() -> dict[str, Op]:
+    """The row of every op, by name."""
+    folder = importlib.import_module("sapt_fast.ops").__path__
+    modules = {m.name: _load("sapt_fast.ops", m.name) for m in pkgutil.iter_modules(folder)}
+    return {name: m.DISPATCH for name, m in modules.items() if hasattr(m, "DISPATCH")}
+
+
+def _package(backend: str) -> str:
+    return f"sapt_fast.{backend}_kernels"
+
+
+def _backend(name: str) -> Backend:
+    return cast(Backend, importlib.import_module(_package(name)))
+
+
+def _has(backend: str, op: str) -> bool:
+    return importlib.util.find_spec(f"{_package(backend)}.{op}") is not None
 
 
 @cache
-def unchosen(op: str) -> str | None:
-    """Why the CUDA kernels of an op that has some are not chosen unasked, or None."""
-    reason = _cuda_unavailable()
-    if reason is not None:
-        return reason
-    return importlib.import_module("sapt_fast.cuda_kernels.common").unrecorded(op)
-
-
-@cache
-def _load(name: str) -> ModuleType:
-    return importlib.import_module(name)
-
-
-@cache
-def _import_failure(module: str, remedy: str) -> str | None:
-    if importlib.util.find_spec(module) is None:
-        return f"{module} is not installed ({remedy})"
-    try:
-        importlib.import_module(module)
-    except ImportError as error:
-        return f"{module} cannot be imported ({error}); {remedy}"
-    return None
+def _load(package: str, op: str) -> ModuleType:
+    return importlib.import_module(f"{package}.{op}")

@@ -6,8 +6,8 @@ and which lanes are masked off. `counted` wraps these two for as long as a block
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from passes import Pass
 from torch import Tensor
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
@@ -141,3 +142,48 @@ def counted() -> Iterator[Recorder]:
         patch.setattr(InterpreterBuilder, "create_masked_store", store)
         patch.setattr(GridExecutor, "__call__", launch)
         yield recorder
+
+
+def _expected(passes: Iterable[Pass], named: dict[str, Tensor]) -> tuple[Counter, Counter]:
+    """(reads, writes) of the kernels' passes by tensor, what is not named as scratch."""
+    sides = Counter(), Counter()
+    for p in passes:
+        if not p.library:
+            for side, sizes in zip(sides, (p.reads, p.writes), strict=True):
+                for name, size in sizes.items():
+                    side[name if name in named else SCRATCH] += size
+    return tuple(Counter({n: b for n, b in side.items() if b}) for side in sides)
+
+
+def check(
+    call: Callable[[], dict[str, Tensor | None]],
+    inputs: dict[str, Tensor],
+    passes: Iterable[Pass],
+    rereads: dict[str, float],
+) -> Traffic:
+    """Runs `call`, which returns its results by name, and compares its traffic with `passes`.
+
+    `rereads` says of some tensors how often a pass may read them on average, as its tiles explain.
+
+    Raises:
+        AssertionError: they differ.
+    """
+    with counted() as recorder:
+        results = call()
+    named = {n: t for n, t in {**inputs, **results}.items() if t is not None}
+    traffic = recorder.traffic(named)
+    passes = list(passes)
+    launches = sum(not p.library for p in passes)
+    assert len(recorder.kernels) == launches, f"launches: got {recorder.kernels}"
+    reads, writes = traffic.unique()
+    expected_reads, expected_writes = _expected(passes, named)
+    assert reads == dict(expected_reads), f"reads: got {reads}, expected {expected_reads}"
+    assert writes == dict(expected_writes), f"writes: got {writes}, expected {expected_writes}"
+    for name, most in rereads.items():
+        assert traffic.reads[name].total <= most * traffic.reads[name].unique, name
+    return traffic
+
+
+def tiles(size: int, block: int) -> int:
+    """How many blocks cover a size."""
+    return -(-size // block)

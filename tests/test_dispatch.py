@@ -1,5 +1,9 @@
 """Which backend runs: by name, by preference, and the CUDA kernels for few rows."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,31 +12,60 @@ from sapt_fast.cuda_kernels import common
 from sapt_fast.triton_kernels.blocks import common as triton_common
 
 CUDA = torch.device("cuda")
+FEW_ROWS = {op: row.few_rows for op, row in dispatch._rows().items() if any(row.few_rows)}
+
+
+def test_ops_and_backends_are_what_the_folders_hold():
+    """An op is a module of sapt_fast.ops with a row; a backend has it by a module of its name."""
+    package = Path(dispatch.__file__).parent
+    texts = {p.stem: p.read_text() for p in (package / "ops").glob("*.py")}
+    assert set(dispatch.ops()) == {op for op, text in texts.items() if "DISPATCH =" in text}
+    assert {f"{b}_kernels" for b in dispatch.BACKENDS[1:]} == {
+        folder.name for folder in package.glob("*_kernels")
+    }
+    for op in dispatch.ops():
+        for backend in dispatch.BACKENDS[1:]:
+            module = package / f"{backend}_kernels" / f"{op}.py"
+            assert (backend in dispatch.backends(op)) == module.exists(), (op, backend)
+
+
+def test_a_gradient_is_computed_by_a_backend_that_has_it():
+    for op in ("mixed_lora", "mix_prompts"):
+        assert dispatch.backward(op, "cuda") == "triton"
+        assert dispatch.backward(op, "triton") == "triton"
+    assert dispatch.backward("mixed_lora", "cpu") == "cpu"
+
+
+@pytest.mark.parametrize(
+    "first", ["import sapt_fast.ops.route", "from sapt_fast.ops.route import QueryProjection"]
+)
+def test_an_op_named_like_its_module_is_the_function(first):
+    code = f"{first}\nfrom sapt_fast import dispatch\ndispatch.ops()\n"
+    code += "import sapt_fast.ops as ops\nfrom sapt_fast.ops import route\n"
+    code += "assert all(callable(getattr(ops, name)) for name in ops.__all__)\n"
+    code += "assert callable(route) and dispatch.kernels('route', 'reference').route is route"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.fixture
 def gpu(monkeypatch):
     """As if a GPU were here and ran everything; gives the record of what ran correctly."""
     recorded = {}
-    monkeypatch.setattr(dispatch, "_import_failure", lambda *_: None)
+    monkeypatch.setattr(dispatch, "import_failure", lambda *_: None)
     monkeypatch.setattr(common, "unavailable", lambda: None)
     monkeypatch.setattr(common, "unrecorded", lambda op: recorded.get(op, "not recorded"))
-    caches = (dispatch._resolve, dispatch.unchosen, dispatch._cuda_unavailable)
-    for cached in caches:
-        cached.cache_clear()
+    dispatch._resolve.cache_clear()
     yield recorded
-    for cached in caches:
-        cached.cache_clear()
+    dispatch._resolve.cache_clear()
 
 
-@pytest.mark.parametrize("op", sorted(dispatch._FEW_ROWS))
+@pytest.mark.parametrize("op", FEW_ROWS)
 def test_cuda_kernels_are_chosen_for_few_rows_once_they_ran_correctly(gpu, op):
-    narrow, wide = dispatch._FEW_ROWS[op]
+    narrow, wide = FEW_ROWS[op]
     half, single = torch.bfloat16, torch.float32
     assert dispatch.resolve(op, CUDA, None, half, 1) == "triton"
     gpu[op] = None
     dispatch._resolve.cache_clear()
-    dispatch.unchosen.cache_clear()
     assert dispatch.resolve(op, CUDA, None, half, narrow) == "cuda"
     assert dispatch.resolve(op, CUDA, None, half, narrow + 1) == "triton"
     assert dispatch.resolve(op, CUDA, None, single, wide) == "cuda"
@@ -40,7 +73,7 @@ def test_cuda_kernels_are_chosen_for_few_rows_once_they_ran_correctly(gpu, op):
     assert dispatch.resolve(op, CUDA, None, half) == "triton"  # a gradient may be wanted
 
 
-@pytest.mark.parametrize("op", sorted(dispatch._FEW_ROWS))
+@pytest.mark.parametrize("op", FEW_ROWS)
 def test_cuda_by_name_runs_whatever_is_recorded(gpu, op):
     assert dispatch.resolve(op, CUDA, "cuda", torch.bfloat16, 10**6) == "cuda"
     with pytest.raises(dispatch.BackendError, match="float64"):
@@ -56,12 +89,9 @@ def test_an_op_without_cuda_kernels_says_so(gpu):
 
 def test_cuda_without_a_gpu_or_a_build_says_why(monkeypatch):
     monkeypatch.setattr(common, "unavailable", lambda: "built without CUDA")
-    dispatch._cuda_unavailable.cache_clear()
-    try:
-        with pytest.raises(dispatch.BackendError, match="built without CUDA"):
-            dispatch.resolve("mixed_lora", CUDA, "cuda", torch.float32)
-    finally:
-        dispatch._cuda_unavailable.cache_clear()
+    dispatch._resolve.cache_clear()
+    with pytest.raises(dispatch.BackendError, match="built without CUDA"):
+        dispatch.resolve("mixed_lora", CUDA, "cuda", torch.float32)
 
 
 def test_interpreted_triton_is_taken_by_name_only(monkeypatch):

@@ -11,7 +11,7 @@
 #include "cuda/mix_prompts.h"
 #include "cuda/mixed_lora.h"
 #include "cuda/nearest_key.h"
-#include "cuda/router.h"
+#include "cuda/route.h"
 #include "cuda/topk_keys.h"
 #include "memory.h"
 

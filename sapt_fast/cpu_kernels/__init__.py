@@ -1,1 +1,20 @@
-"""CPU backend: torch GEMMs, with C++ from ``sapt_fast._C`` where torch would need an extra pass."""
+"""CPU backend: C++ kernels of ``sapt_fast._C``, and torch's own where those are as fast."""
+
+import torch
+
+from sapt_fast import dispatch
+
+BACKWARD = "cpu"
+
+
+def unavailable(op: str, device_type: str, dtype: torch.dtype | None) -> str | None:
+    """Why no kernel of this backend can run on tensors of that device, or None."""
+    if device_type != "cpu":
+        return f"the tensors are on '{device_type}': move them to the CPU or choose triton"
+    remedy = "reinstall with SAPT_FAST_BUILD=cpu to see the error"
+    return dispatch.import_failure("sapt_fast._C", remedy)
+
+
+def unchosen(op: str, device_type: str, few: bool) -> str | None:
+    """None: it is taken wherever it can run."""
+    return None

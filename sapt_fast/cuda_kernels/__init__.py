@@ -1,1 +1,23 @@
 """CUDA backend: hand-written kernels of ``sapt_fast._C`` for decoding and search, forward only."""
+
+import torch
+
+from sapt_fast.cuda_kernels import common
+
+BACKWARD = "triton"  # kernels for few rows have none of their own
+
+
+def unavailable(op: str, device_type: str, dtype: torch.dtype | None) -> str | None:
+    """Why no kernel of this backend can run on tensors of that device and dtype, or None."""
+    if device_type != "cuda":
+        return f"the tensors are on '{device_type}': move them to a GPU"
+    if dtype == torch.float64:
+        return "float64 runs in the reference and on the CPU only"
+    return common.unavailable()
+
+
+def unchosen(op: str, device_type: str, few: bool) -> str | None:
+    """They are for few rows, once their present source has passed its checks on a GPU."""
+    if not few:
+        return "they are for few rows"
+    return common.unavailable() or common.unrecorded(op)

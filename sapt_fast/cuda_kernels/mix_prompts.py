@@ -45,16 +45,3 @@ def mix_prompts_fwd(
             out, samples, adapters, length, tokens, width, common.stream(source.device),
         )  # fmt: skip
     return out
-
-
-def mix_prompts_bwd(
-    dy: Tensor, prompts: Tensor, mixture: Tensor, needs_prompts: bool, needs_mixture: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of `mix_prompts_fwd`, by the Triton kernels.
-
-    Raises:
-        ImportError: Triton is not installed.
-    """
-    from sapt_fast.triton_kernels import mix_prompts as triton_backend
-
-    return triton_backend.mix_prompts_bwd(dy, prompts, mixture, needs_prompts, needs_mixture)

@@ -57,34 +57,6 @@ def mixed_lora_fwd(
     return [(y, empty_h(x, 0)) for y in ys]
 
 
-def mixed_lora_bwd(
-    dys: Sequence[Tensor],
-    x: Tensor,
-    mixture: Tensor,
-    projections: Sequence[Projection],
-    hs: Sequence[Tensor | None],
-    train_rows: Sequence[list[int]],
-    needs_x: bool,
-    needs_mixture: bool,
-    grad_through_frozen: bool,
-) -> tuple[Tensor | None, Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
-    """Gradients of `mixed_lora_fwd` by the Triton kernels, after h has been computed for them.
-
-    Raises:
-        ImportError: Triton is not installed.
-    """
-    from sapt_fast.triton_kernels import mixed_lora as triton_backend
-
-    if any(h is not None for h in hs):
-        ranks_alone = [
-            p._replace(weight=None, bias=None, lora_b=p.lora_b[:, :1]) for p in projections
-        ]
-        hs = [h for _, h in triton_backend.mixed_lora_fwd(x, mixture, ranks_alone)]
-    return triton_backend.mixed_lora_bwd(
-        dys, x, mixture, projections, hs, train_rows, needs_x, needs_mixture, grad_through_frozen
-    )
-
-
 def _has_no_base(projection: Projection) -> bool:
     return projection.weight is None and projection.bias is None
 

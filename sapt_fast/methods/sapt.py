@@ -22,7 +22,7 @@ from sapt_fast.methods.sapt_router import SaptRouter, only_looks_up, router_shap
 from sapt_fast.methods.task_config import TaskConfig
 from sapt_fast.methods.tasks import TaskHandle
 from sapt_fast.ops import transforms
-from sapt_fast.ops.router import query, reflection_loss
+from sapt_fast.ops.route import query, reflection_loss
 from sapt_fast.pools.lora import AdapterPool
 from sapt_fast.pools.sharding import gathered, require_reduced
 from sapt_fast.routing.hooks import Routing

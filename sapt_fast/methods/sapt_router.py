@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from sapt_fast.devices import Resident, ResidentLinear, ResidentNorm, is_offloaded
 from sapt_fast.ops._common import without_autocast
-from sapt_fast.ops.router import (
+from sapt_fast.ops.route import (
     QueryProjection,
     pool_embeds,
     pool_tokens,

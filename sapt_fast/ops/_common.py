@@ -36,12 +36,16 @@ def kernel(
 ) -> Callable[..., Any]:
     """A kernel of the backend that dispatch chooses; autocast does not reach into it."""
     chosen = dispatch.resolve(op, x.device, backend, x.dtype, rows)
-    function = getattr(dispatch.kernels(op, chosen), name)
+    return guarded(getattr(dispatch.kernels(op, chosen), name), x)
+
+
+def guarded(function: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
+    """The function, which autocast for tensors of x's device does not reach into."""
     if not autocasts(x.device):
         return function
 
-    def guarded(*arguments: Any) -> Any:
+    def call(*arguments: Any) -> Any:
         with without_autocast(x.device):
             return function(*arguments)
 
-    return guarded
+    return call

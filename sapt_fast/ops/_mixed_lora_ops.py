@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sapt_fast import dispatch
 from sapt_fast.ops import formulas, transforms
-from sapt_fast.ops._common import kernel, without_autocast
+from sapt_fast.ops._common import guarded, kernel, without_autocast
 from sapt_fast.ops.projection import PooledProjection, Projection
 
 _OP = "mixed_lora"
@@ -114,7 +115,14 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
     """`mixed_lora_bwd` of the backend, with empty tensors in place of None."""
     projections = _projections(len(dys), weights, (), lora_a, lora_b, row_adapter, row_scale)
-    dx, d_mixture, factors = kernel(_OP, "mixed_lora_bwd", backend, x)(
+    ran = dispatch.resolve(_OP, x.device, backend, x.dtype)
+    through = dispatch.backward(_OP, ran)
+    kernels = dispatch.kernels(_OP, through)
+    if through != ran and any(h is not None for h in hs):
+        # A backend without a backward keeps no h: the other one computes its own, and no y.
+        ranks = [p._replace(weight=None, bias=None, lora_b=p.lora_b[:, :1]) for p in projections]
+        hs = [h for _, h in guarded(kernels.mixed_lora_fwd, x)(x, mixture, ranks)]
+    dx, d_mixture, factors = guarded(kernels.mixed_lora_bwd, x)(
         dys, x, mixture, projections, hs, [_rows_of(i, train_rows) for i in range(len(dys))],
         needs_x, needs_mixture, grad_through_frozen,
     )  # fmt: skip

@@ -18,6 +18,7 @@ from sapt_fast.ops._presence import without_undefined
 from sapt_fast.ops._scalars import number
 
 _OP = "mix_experts"
+DISPATCH = dispatch.Op()
 # Elements of gathered experts that the reference holds at a time.
 _GATHER_CHUNK = 1 << 22
 

@@ -18,6 +18,7 @@ from sapt_fast.ops._presence import present_product, without_undefined
 from sapt_fast.ops.pool_tokens import check_ids
 
 _OP = "mix_prompts"
+DISPATCH = dispatch.Op(few_rows=(4, 4))
 
 
 def mix_prompts(
@@ -201,7 +202,8 @@ def _backward_op(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """`mix_prompts_bwd` of the backend, with empty tensors in place of None."""
-    kernel = dispatch.kernels(_OP, dispatch.resolve(_OP, dy.device, backend, dy.dtype))
+    ran = dispatch.resolve(_OP, dy.device, backend, dy.dtype)
+    kernel = dispatch.kernels(_OP, dispatch.backward(_OP, ran))
     grads = kernel.mix_prompts_bwd(dy, prompts, mixture, needs_prompts, needs_mixture)
     d_prompts, d_mixture = (dy.new_empty(0) if grad is None else grad for grad in grads)
     return d_prompts, d_mixture

@@ -34,6 +34,7 @@ from sapt_fast.ops.rank_table import (
     trained_rows,
 )
 
+DISPATCH = dispatch.Op(few_rows=(64, 64))
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 

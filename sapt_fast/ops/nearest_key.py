@@ -21,6 +21,7 @@ from sapt_fast.ops._keys import (
 )
 
 _OP = "nearest_key"
+DISPATCH = dispatch.Op(few_rows=(16, 4))
 
 
 def nearest_key(

@@ -18,6 +18,7 @@ from sapt_fast.ops import formulas, transforms
 from sapt_fast.ops._common import FLOATS, kernel, require_tensors
 from sapt_fast.ops._scalars import integers, number
 
+DISPATCH = dispatch.Op()
 # What an output starts from: the weight [O, I] and bias [O] of a linear layer, or its output.
 Base = tuple[Tensor, Tensor | None] | Tensor
 

@@ -12,6 +12,7 @@ from sapt_fast.ops._common import require_tensors
 from sapt_fast.ops._scalars import require_float
 
 _OP = "pool_tokens"
+DISPATCH = dispatch.Op()
 POOLINGS = ("max", "mean")
 # Elements of gathered embeddings that the reference holds at a time.
 _GATHER_CHUNK = 1 << 22

@@ -21,6 +21,7 @@ from sapt_fast.ops._keys import (
 from sapt_fast.ops._scalars import integer
 
 _OP = "topk_keys"
+DISPATCH = dispatch.Op(few_rows=(16, 4))
 _MAX_K_FEW_ROWS = 32  # of the kernels for few rows
 METRICS = ("dot", "cosine", "l2")
 # Elements of gathered keys that the backward holds at a time.

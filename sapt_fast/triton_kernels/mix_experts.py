@@ -55,16 +55,19 @@ def _into_ranks_kernel(
     ranks = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs = tl.arange(0, BLOCK_K)
     expert = tl.load(index_ptr + pair)
+    # [BLOCK_R, BLOCK_K], summed over its columns at the end
     acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
     if (expert >= 0) & (expert < N):
         x_ptrs = x_ptr + pair // k * stride_xm + offs
         a_ptrs = bank_ptr + expert * stride_bn + ranks.to(tl.int64)[:, None] * stride_br
         for d in range(0, D, BLOCK_K):
             inside = offs < D - d
+            # x [BLOCK_K], a [BLOCK_R, BLOCK_K]
             x = tl.load(x_ptrs + d, mask=inside, other=0.0).to(tl.float32)
             mask = (ranks < R)[:, None] & inside[None, :]
             a = tl.load(a_ptrs + (d + offs)[None, :], mask=mask, other=0.0).to(tl.float32)
             acc += a * x[None, :]
+    # [BLOCK_R] of h [M k, R], float32
     tl.store(h_ptr + pair * R + ranks, tl.sum(acc, axis=1), mask=ranks < R)
 
 
@@ -88,6 +91,7 @@ def _out_of_ranks_kernel(
     """out[row, columns] = sum over j and ranks of scaling weights[row, j] h[row, j] bank[n_j]."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # [BLOCK_R, BLOCK_N], summed over ranks at the end
     acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
     for j in range(k):
         pair = row * k + j
@@ -97,6 +101,7 @@ def _out_of_ranks_kernel(
         last = tl.where((expert >= 0) & (expert < N) & (weight != 0), R, 0)
         for r in range(0, R, BLOCK_R):
             ranks = r + tl.arange(0, BLOCK_R)
+            # h [BLOCK_R], b [BLOCK_R, BLOCK_N]
             h = tl.load(h_ptr + pair * R + ranks, mask=ranks < last, other=0.0)
             b = tl.load(
                 bank_ptr
@@ -108,6 +113,7 @@ def _out_of_ranks_kernel(
             )
             acc += (h * weight * scaling)[:, None] * b.to(tl.float32)
     out = tl.sum(acc, axis=0).to(out_ptr.dtype.element_ty)
+    # [BLOCK_N]
     tl.store(out_ptr + row * D + columns, out, mask=columns < D)
 
 
@@ -145,20 +151,25 @@ def _bank_grad_kernel(
         columns = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
         ranks = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
         offs = tl.arange(0, BLOCK_K)
+        # [BLOCK_M columns, BLOCK_N ranks]: the matrix instruction wants 64 rows
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for p in range(start, stop, BLOCK_K):
             inside = offs < stop - p
+            # [BLOCK_K] pairs and their weights
             pairs = tl.load(order_ptr + p + offs, mask=inside, other=0)
             weights = tl.load(weights_ptr + pairs, mask=inside, other=0.0) * scaling
             h_mask = inside[:, None] & (ranks < R)[None, :]
+            # h [BLOCK_K, BLOCK_N], x [BLOCK_K, BLOCK_M]
             h = tl.load(h_ptr + pairs[:, None] * R + ranks[None, :], mask=h_mask, other=0.0)
             x_ptrs = x_ptr + (pairs // k)[:, None] * stride_xm + columns[None, :]
             x = tl.load(x_ptrs, mask=inside[:, None] & (columns < D)[None, :], other=0.0)
             hw = h * weights[:, None]
+            # x^T (h * w), summed over pairs
             acc = tl.dot(x.to(COMPUTE).T, hw.to(COMPUTE), acc, input_precision="ieee")
         out_rows = (target * R + ranks) * D
         mask = (columns < D)[:, None] & (ranks < R)[None, :]
         out_ptrs = out_ptr + out_rows[None, :] + columns[:, None]
+        # [BLOCK_M, BLOCK_N], transposed into out [rows, R, D]
         tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 

@@ -55,12 +55,16 @@ def _mix_prompts_kernel(
         offsets = rows.to(tl.int64)[:, None] * D + cols[None, :]
         prompt_ptrs = prompts_ptr + offsets
         mixture_ptr += b * K
+        # [BLOCK_M, BLOCK_N]
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in tl.range(0, K, loop_unroll_factor=4):
+            # [BLOCK_M, BLOCK_N] of prompt k; its weight is a scalar
             prompt = tl.load(prompt_ptrs, mask=mask, other=0.0)
             weight = tl.load(mixture_ptr + k)
+            # a weight of 0: the prompt is not there, whatever it holds
             acc += tl.where(weight == 0, 0.0, weight * prompt.to(tl.float32))
             prompt_ptrs += P.to(tl.int64) * D
+        # [BLOCK_M, BLOCK_N]
         tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)
     else:
         rows = (tile - prompt_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -68,9 +72,11 @@ def _mix_prompts_kernel(
         mask = in_rows[:, None] & in_cols
         offsets = (P + rows).to(tl.int64)[:, None] * D + cols[None, :]
         if ids_ptr is not None:
+            # [BLOCK_M]
             ids = tl.load(ids_ptr + b * T + rows, mask=in_rows, other=0).to(tl.int64)
             known = (ids >= 0) & (ids < V)
             source_ptrs = source_ptr + tl.where(known, ids, 0)[:, None] * stride_sr + cols[None, :]
+            # [BLOCK_M, BLOCK_N]
             values = tl.load(source_ptrs, mask=mask, other=0.0).to(tl.float32)
             values = tl.where(known[:, None], values, float("nan"))
             tl.store(out_ptr + offsets, values.to(out_ptr.dtype.element_ty), mask=mask)
@@ -102,8 +108,10 @@ def _prompt_grad_kernel(
     stop = min(start + samples_per_part, B)
     dy_ptrs = dy_ptr + start.to(tl.int64) * stride_b + cols
     mixture_ptrs = mixture_ptr + start.to(tl.int64) * K + ks
+    # [BLOCK_K prompts, BLOCK_N columns of P D]
     acc = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
     for _ in tl.range(start, stop, loop_unroll_factor=2):
+        # dy [BLOCK_N], weights [BLOCK_K], of one sample at a time
         dy = tl.load(dy_ptrs, mask=cols < N, other=0.0).to(tl.float32)
         weights = tl.load(mixture_ptrs, mask=ks < K, other=0.0)
         acc += tl.where((weights == 0)[:, None], 0.0, weights[:, None] * dy[None, :])
@@ -111,6 +119,7 @@ def _prompt_grad_kernel(
         mixture_ptrs += K
     out_ptrs = out_ptr + (part.to(tl.int64) * K + ks)[:, None] * N + cols[None, :]
     mask = (ks < K)[:, None] & (cols < N)[None, :]
+    # [BLOCK_K, BLOCK_N]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -134,14 +143,17 @@ def _prompt_mixture_grad_kernel(
     start = part * columns_per_part
     stop = min(start + columns_per_part, N)
     safe_ks = tl.where(ks < K, ks, 0).to(tl.int64)
+    # [BLOCK_K, BLOCK_N], summed over its columns at the end
     acc = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
     for n in range(start, stop, BLOCK_N):
         cols = n + tl.arange(0, BLOCK_N)
+        # dy [BLOCK_N], prompt [BLOCK_K, BLOCK_N]
         dy = tl.load(dy_ptr + b * stride_b + cols, mask=cols < stop, other=0.0).to(tl.float32)
         prompt_ptrs = prompts_ptr + safe_ks[:, None] * N + cols[None, :]
         prompt = tl.load(prompt_ptrs, mask=(cols < stop)[None, :], other=0.0).to(tl.float32)
         acc += prompt * dy[None, :]
     out_ptrs = out_ptr + (part.to(tl.int64) * B + b) * K + ks
+    # [BLOCK_K] of out [part, B, K]
     tl.store(out_ptrs, tl.sum(acc, axis=1), mask=ks < K)
 
 

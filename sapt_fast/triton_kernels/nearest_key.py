@@ -43,10 +43,12 @@ def _nearest_stream_kernel(
     start = split * keys_per_split
     # Not start + keys_per_split, which may pass 2^31.
     stop = start + min(keys_per_split, N - start)
+    # [BLOCK_N, BLOCK_M]: the best of each place in the tiles, reduced once at the end
     best = tl.full((BLOCK_N, BLOCK_M), float("-inf"), tl.float32)
     at = tl.full((BLOCK_N, BLOCK_M), -1, tl.int32)
     for tile in range(0, tl.cdiv(stop - start, BLOCK_N)):
         key_ids = start + tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        # [BLOCK_N, BLOCK_M]: l2 without the square of the query
         scores = tile_scores(
             query_ptr, keys_ptr, None, rows, key_ids, M, stop, D, stride_qm, stride_kn,
             BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, 2, COMPUTE,
@@ -54,6 +56,7 @@ def _nearest_stream_kernel(
         better = (scores > best) & (key_ids < stop)[:, None]
         best = tl.where(better, scores, best)
         at = tl.where(better, key_ids[:, None], at)
+    # [BLOCK_M] int64
     packed = tl.max(tl.where(at < 0, EMPTY, pack(best, at)), axis=0)
     tl.store(best_ptr + split.to(tl.int64) * M + rows, packed, mask=rows < M)
 
@@ -78,6 +81,7 @@ def _nearest_merge_kernel(
     """One query: the best of the shares, its distance, and whether that is within its radius."""
     m = tl.program_id(0).to(tl.int64)
     offs_s, offs_d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_K)
+    # [BLOCK_S] shares at a time
     best = tl.full((BLOCK_S,), EMPTY, tl.int64)
     for s in range(0, splits, BLOCK_S):
         share = (s + offs_s).to(tl.int64)
@@ -86,9 +90,11 @@ def _nearest_merge_kernel(
     found = winner != EMPTY
     _, at = unpack(winner)
     at = tl.where(found, at, 0)
+    # [BLOCK_K]; from the differences, which the expanded square would lose
     acc = tl.zeros((BLOCK_K,), tl.float32)
     for d in range(0, D, BLOCK_K):
         mask = offs_d < D - d
+        # q, k [BLOCK_K]
         q = tl.load(query_ptr + m * stride_qm + d + offs_d, mask=mask, other=0.0).to(tl.float32)
         k = tl.load(keys_ptr + at * stride_kn + d + offs_d, mask=mask, other=0.0).to(tl.float32)
         acc += (q - k) * (q - k)

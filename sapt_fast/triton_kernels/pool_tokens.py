@@ -30,22 +30,10 @@ def _finished(value, count, MEAN: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "V", "splits", "tokens_per_split"])
 def _pool_kernel(
-    ids_ptr,
-    mask_ptr,
-    table_ptr,
-    pooled_ptr,
-    winner_ptr,
-    count_ptr,
-    T,
-    V,
-    D,
-    splits,
-    tokens_per_split,
-    stride_v,
-    MEAN: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    ids_ptr, mask_ptr, table_ptr, pooled_ptr, winner_ptr, count_ptr,
+    T, V, D, splits, tokens_per_split, stride_v,
+    MEAN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """Pools one range of tokens; with `count_ptr` the result is a part for `_merge_kernel`.
 
     pooled, winner: [B, splits, D]; count: [B, splits], the tokens that took part. The winner, None
@@ -64,6 +52,7 @@ def _pool_kernel(
         mask_ptr += b * T
 
     empty = 0.0 if MEAN else float("-inf")
+    # acc, first [BLOCK_T, BLOCK_D]; counts [BLOCK_T]
     acc = tl.full((BLOCK_T, BLOCK_D), empty, tl.float32)
     first = tl.full((BLOCK_T, BLOCK_D), _NO_TOKEN, tl.int32)
     counts = tl.zeros((BLOCK_T,), tl.int32)
@@ -73,9 +62,11 @@ def _pool_kernel(
         if mask_ptr is not None:
             keep = keep & (tl.load(mask_ptr + tokens, mask=keep, other=0) != 0)
         counts += keep.to(tl.int32)
+        # [BLOCK_T]
         ids = tl.load(ids_ptr + tokens, mask=keep, other=0).to(tl.int64)
         known = (ids >= 0) & (ids < V)
         rows = table_ptr + tl.where(known, ids, 0)[:, None] * stride_v + cols[None, :]
+        # [BLOCK_T, BLOCK_D]: rows of the table; B T D is never stored
         values = tl.load(rows, mask=keep[:, None] & in_cols, other=0.0).to(tl.float32)
         values = tl.where(known[:, None], values, float("nan"))
         values = tl.where(keep[:, None], values, empty)
@@ -91,8 +82,10 @@ def _pool_kernel(
 
     count = tl.sum(counts, axis=0)
     if MEAN:
+        # [BLOCK_D]
         value = tl.sum(acc, axis=0)
     else:
+        # [BLOCK_D]
         value = tl.max(acc, axis=0)
         undefined = acc != acc
         value = tl.where(tl.max(undefined.to(tl.int32), axis=0) > 0, float("nan"), value)
@@ -101,11 +94,13 @@ def _pool_kernel(
             token = tl.min(tl.where(reached, first, _NO_TOKEN), axis=0)
             found = token != _NO_TOKEN
             winner = tl.load(ids_ptr + tl.where(found, token, 0), mask=found, other=-1)
+            # [BLOCK_D] int32
             tl.store(winner_ptr + row * D + cols, winner.to(tl.int32), mask=cols < D)
     if count_ptr is None:
         value = _finished(value, count, MEAN)
     else:
         tl.store(count_ptr + row, count)  # the same from every block of columns
+    # [BLOCK_D]
     tl.store(pooled_ptr + row * D + cols, value.to(pooled_ptr.dtype.element_ty), mask=cols < D)
 
 
@@ -132,6 +127,7 @@ def _merge_kernel(
     winner = tl.full((BLOCK_D,), -1, tl.int32)
     count = 0
     for s in tl.range(0, splits, loop_unroll_factor=4):
+        # [BLOCK_D]
         part = tl.load(part_ptr + offsets, mask=in_cols, other=0.0)
         count += tl.load(count_ptr + s)
         if MEAN:
@@ -144,6 +140,7 @@ def _merge_kernel(
             value = tl.maximum(value, part, propagate_nan=tl.PropagateNan.ALL)
         offsets += D
     pooled = _finished(value, count, MEAN)
+    # [BLOCK_D]
     tl.store(pooled_ptr + b * D + cols, pooled.to(pooled_ptr.dtype.element_ty), mask=in_cols)
     if winner_ptr is not None:
         tl.store(winner_ptr + b * D + cols, winner, mask=in_cols)
@@ -169,17 +166,21 @@ def _max_grad_kernel(
     cols = tl.program_id(0) % tiles_d * BLOCK_D + tl.arange(0, BLOCK_D)
     in_cols = cols < D
     own_ptrs = winner_ptr + (tl.program_id(0) // tiles_d).to(tl.int64) * D + cols
+    # [BLOCK_D]: the winner of each column of this sample
     own = tl.load(own_ptrs, mask=in_cols, other=-1)
+    # [BLOCK_B, BLOCK_D]
     acc = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
     for start in range(0, B, BLOCK_B):
         samples = start + tl.arange(0, BLOCK_B)
         mask = (samples < B)[:, None] & in_cols[None, :]
         offsets = samples.to(tl.int64)[:, None] * D + cols[None, :]
+        # winner, dy [BLOCK_B, BLOCK_D]
         winner = tl.load(winner_ptr + offsets, mask=mask, other=-1)
         dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         acc += tl.where(winner == own[None, :], dy, 0.0)
     d_table_ptrs = d_table_ptr + own.to(tl.int64) * D + cols
     known = in_cols & (own >= 0) & (own < V)
+    # [BLOCK_D], each column into the row of its winner
     tl.store(d_table_ptrs, tl.sum(acc, axis=0).to(d_table_ptr.dtype.element_ty), mask=known)
 
 
@@ -209,13 +210,16 @@ def _mean_grad_kernel(
     before = tl.load(sorted_ptr + i - 1, mask=i > 0, other=-1)
     sums = (own >= 0) & (own < V) & (own != before)
     stop = tl.where(sums, tl.load(end_ptr + i).to(tl.int32), i)
+    # [BLOCK_T, BLOCK_D]
     acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     for start in range(i, stop, BLOCK_T):
         places = start + tl.arange(0, BLOCK_T)
         in_run = places < stop
+        # [BLOCK_T]: the sample of each token of the run, and 1 / its count
         b = tl.load(order_ptr + places, mask=in_run, other=0) // T
         share = tl.load(share_ptr + b, mask=in_run, other=0.0)
         offsets = b[:, None] * D + cols[None, :]
+        # [BLOCK_T, BLOCK_D]
         dy = tl.load(dy_ptr + offsets, mask=in_run[:, None] & in_cols[None, :], other=0.0)
         acc += share[:, None] * dy.to(tl.float32)
     d_table_ptrs = d_table_ptr + own.to(tl.int64) * D + cols

@@ -70,14 +70,17 @@ def _topk_stream_kernel(
     start = split * keys_per_split
     # Not start + keys_per_split, which may pass 2^31.
     stop = start + min(keys_per_split, N - start)
+    # [BLOCK_M, KEPT], descending; worst [BLOCK_M]
     kept = tl.full((BLOCK_M, KEPT), EMPTY, tl.int64)
     worst = tl.full((BLOCK_M,), EMPTY, tl.int64)
     for tile in range(0, tl.cdiv(stop - start, BLOCK_N)):
         key_ids = start + tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        # [BLOCK_N, BLOCK_M]
         scores = tile_scores(
             query_ptr, keys_ptr, squares_ptr, rows, key_ids, M, stop, D, stride_qm, stride_kn,
             BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, METRIC, COMPUTE,
         )  # fmt: skip
+        # [BLOCK_M, BLOCK_N] int64
         pairs = pack(tl.trans(scores), key_ids[None, :])
         pairs = tl.where((key_ids < stop)[None, :], pairs, EMPTY)
         if bound_ptr is not None:
@@ -87,9 +90,11 @@ def _topk_stream_kernel(
         above = tl.reshape((pairs > worst[:, None]).to(tl.int32), (BLOCK_M * BLOCK_N,))
         better = tl.max(above, axis=0)
         if better > 0:
+            # Rare once the best are found: a tile without a better key is not sorted.
             kept = _best_of_both(kept, tl.topk(pairs, KEPT), KEPT, BLOCK_M)
             worst = tl.min(kept, axis=1)
     places = (split.to(tl.int64) * M + rows[:, None]) * KEPT + tl.arange(0, KEPT)[None, :]
+    # [BLOCK_M, KEPT] of kept [splits, M, KEPT]
     tl.store(kept_ptr + places, kept, mask=(rows < M)[:, None])
 
 
@@ -110,9 +115,11 @@ def _topk_merge_kernel(
     them, if bound_ptr is given, bounds the next pass."""
     m = tl.program_id(0).to(tl.int64)
     places = tl.arange(0, SHARES * KEPT)
+    # [1, KEPT], descending
     kept = tl.full((1, KEPT), EMPTY, tl.int64)
     for s in range(0, splits, SHARES):
         share = (s + places // KEPT).to(tl.int64)
+        # [SHARES KEPT]
         pairs = tl.load(
             kept_ptr + (share * M + m) * KEPT + places % KEPT, mask=share < splits, other=EMPTY
         )
@@ -120,6 +127,7 @@ def _topk_merge_kernel(
         kept = _best_of_both(kept, best, KEPT, 1)
     scores, index = unpack(kept)
     out = first + tl.arange(0, KEPT)[None, :]
+    # [1, KEPT], of which k - first are wanted
     tl.store(scores_ptr + m * k + out, scores, mask=out < k)
     tl.store(index_ptr + m * k + out, index, mask=out < k)
     if bound_ptr is not None:

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 
+import cases
 import checks
 import decode_pair
 import gpu_check
@@ -10,7 +11,14 @@ import measure
 import op_checks
 import pytest
 import torch
-from op_cases import ExpertsCase, NearestKeyCase, PromptCase, RouterCase, TopKeysCase
+from cases import mix_experts as experts
+from cases import topk_keys as topk_cases
+from cases.mix_experts import ExpertsCase
+from cases.mix_prompts import PromptCase
+from cases.nearest_key import NearestKeyCase
+from cases.route import RouterCase
+from cases.topk_keys import TopKeysCase
+from op_case import OpCase
 from providers import Providers
 
 from sapt_fast import dispatch
@@ -21,7 +29,7 @@ from sapt_fast.triton_kernels.blocks.grouped_experts import grouping_pays
 pytestmark = pytest.mark.skipif(
     not common.INTERPRETED, reason="the rehearsal needs interpreted kernels (TRITON_INTERPRET=1)"
 )
-OPS = {"router", "mix_prompts", "topk_keys", "nearest_key", "mix_experts"}
+OPS = {case.op for case in op_checks.checked(True, "triton")}
 PASSED = {op: {"ok": True} for op in OPS}
 
 
@@ -41,7 +49,7 @@ def clock(monkeypatch):
 
 
 @dataclass(frozen=True)
-class Spoiled:
+class Spoiled(OpCase):
     """A case whose kernel is wrong by one per cent, or raises."""
 
     raises: bool = False
@@ -60,10 +68,11 @@ class Spoiled:
 @pytest.mark.slow
 @pytest.mark.thorough
 def test_every_op_is_checked_in_every_dtype():
-    report = op_checks.correctness("cpu", op_checks.QUICK.checked)
+    report = op_checks.correctness("cpu", op_checks.checked(True, "triton"))
     assert report.keys() == OPS
-    # The layers are checked elsewhere; the router's case begins with the pooling.
-    assert set(dispatch.ops()) - OPS <= {"mixed_lora", "own_lora", "pool_tokens"}
+    # Layers are checked elsewhere.
+    with_kernels = {op for op in dispatch.ops() if "triton" in dispatch.backends(op)}
+    assert with_kernels - OPS == {"mixed_lora"}
     for op, row in report.items():
         assert row["ok"], (op, [case for case in row["cases"] if not case["ok"]])
         assert {case["dtype"] for case in row["cases"]} == {str(d) for d in op_checks.DTYPES}
@@ -96,25 +105,23 @@ def test_a_kernel_that_raises_is_wrong_and_the_others_are_checked():
     ids=["order", "twice"],
 )
 def test_a_wrong_index_of_a_search_is_noticed(spoil, monkeypatch):
-    import op_cases
-
-    search = op_cases.topk_keys
+    search = topk_cases.topk_keys
 
     def wrong(*given, backend, **named):
         scores, index = search(*given, backend=backend, **named)
         return scores, index if backend == "reference" else spoil(index).contiguous()
 
-    monkeypatch.setattr(op_cases, "topk_keys", wrong)
+    monkeypatch.setattr(topk_cases, "topk_keys", wrong)
     report = op_checks.correctness("cpu", [TopKeysCase(3, 60, 16, 5)], dtypes=(torch.float32,))
     assert not report["topk_keys"]["ok"]
     assert report["topk_keys"]["cases"][0]["errors"]["scores"] < 1e-5
 
 
 def test_speed_of_every_op_and_its_targets(clock):
-    result, targets = op_checks.speed("cpu", op_checks.QUICK, PASSED, repeats=2)
-    size = op_checks.QUICK.copied_bytes
+    result, targets = op_checks.speed("cpu", True, PASSED, repeats=2)
+    size = op_checks.COPIED_BYTES_QUICK
     assert result["copy_bytes_per_second"] == pytest.approx(2 * size / 1e-3)
-    assert len(result["rows"]) == 6
+    assert len(result["rows"]) == len(cases.gathered("TIMED"))
     for row in result["rows"]:
         assert {"ours", "ours_graph", "torch"} == row["ms"].keys()
         assert row["peak_bytes"].keys() == {"ours", "torch"}
@@ -137,9 +144,10 @@ def test_cuda_kernels_are_timed_beside_those_of_triton(clock, monkeypatch):
         given.append((case.op, backend))
         return lambda: None
 
-    monkeypatch.setattr(op_checks, "bare", bare)
-    gate = {**PASSED, "nearest_key_cuda": {"ok": True}, "router_cuda": {"ok": False}}
-    result, targets = op_checks.speed("cpu", op_checks.QUICK, gate, repeats=2)
+    for kind in {type(timed.quick) for timed in cases.gathered("TIMED")}:
+        monkeypatch.setattr(kind, "bare", bare)
+    gate = {**PASSED, "nearest_key_cuda": {"ok": True}, "route_cuda": {"ok": False}}
+    result, targets = op_checks.speed("cpu", True, gate, repeats=2)
     assert [op for op, backend in given if backend == "cuda"] == ["nearest_key"]
     [row] = [row for row in result["rows"] if row["op"] == "nearest_key"]
     assert list(row["ms"]) == ["ours", "ours_graph", "cuda", "cuda_graph", "torch"]
@@ -149,11 +157,11 @@ def test_cuda_kernels_are_timed_beside_those_of_triton(clock, monkeypatch):
 
 
 def test_no_speed_where_correctness_failed(clock):
-    gate = {**PASSED, "topk_keys": {"ok": False}, "router": {"ok": False}}
-    result, targets = op_checks.speed("cpu", op_checks.QUICK, gate, repeats=2)
+    gate = {**PASSED, "topk_keys": {"ok": False}, "route": {"ok": False}}
+    result, targets = op_checks.speed("cpu", True, gate, repeats=2)
     rows = {row["op"]: row for row in result["rows"]}
     assert "ms" not in rows["topk_keys"]
-    assert "ms" not in rows["router"]
+    assert "ms" not in rows["route"]
     assert "ms" in rows["mix_prompts"]
     values = {row["what"]: row["value"] for row in targets}
     assert values["router under a graph: milliseconds"] is None
@@ -161,10 +169,10 @@ def test_no_speed_where_correctness_failed(clock):
 
 
 def test_both_ways_of_mix_experts(clock):
-    rows = op_checks.expert_ways("cpu", op_checks.QUICK.ways, PASSED, repeats=2)
+    rows = op_checks.expert_ways("cpu", True, PASSED, repeats=2)
     assert [row["pairs_per_expert"] for row in rows] == [32.0]
     assert {"gathered_ms", "grouped_ms", "grouped"} <= rows[0].keys()
-    assert op_checks.expert_ways("cpu", op_checks.QUICK.ways, {}, repeats=2) == []
+    assert op_checks.expert_ways("cpu", True, {}, repeats=2) == []
 
 
 def test_the_sizes_reach_both_ways_of_mix_experts():
@@ -172,9 +180,8 @@ def test_the_sizes_reach_both_ways_of_mix_experts():
         pairs = case.rows * case.k
         return grouping_pays(pairs, case.experts, case.rank, 2 * case.width, element_size)
 
-    assert [grouped(case) for case in op_checks.FULL.experts] == [False, True]
-    for sizes in (op_checks.QUICK, op_checks.FULL):
-        checked = [case for case in sizes.checked if isinstance(case, ExpertsCase)]
+    assert [grouped(timed.full) for timed in experts.TIMED] == [False, True]
+    for checked in (experts.CHECKED_QUICK, experts.CHECKED):
         assert {grouped(case) for case in checked} == {False, True}
         assert {grouped(case, 4) for case in checked} == {False, True}
 
@@ -223,7 +230,7 @@ def nothing_fits(monkeypatch):
     ):
         for name in names:
             monkeypatch.setattr(module, name, _raises)
-    monkeypatch.setattr(op_checks, "correctness", lambda *_: {"router": {"ok": False}})
+    monkeypatch.setattr(op_checks, "correctness", lambda *_: {"route": {"ok": False}})
     monkeypatch.setattr(op_checks, "copy_bytes_per_second", lambda *_: 1e12)
 
 
@@ -238,7 +245,7 @@ def test_a_section_that_raises_leaves_the_others(nothing_fits, monkeypatch):
     assert sections[8:] == ["t5 step", "llama step", "K 2 and K 64"]
     assert all("not_measured" in row for row in result["ops"]["rows"])
     assert result["layers"] == []
-    assert result["correctness"] == right | {"router": {"ok": False}}
+    assert result["correctness"] == right | {"route": {"ok": False}}
 
 
 def test_no_layer_and_no_step_is_timed_where_correctness_failed(nothing_fits, monkeypatch):
@@ -266,14 +273,14 @@ def test_one_section_alone_is_kept_as_it_grows(nothing_fits, monkeypatch, tmp_pa
 
 def test_cuda_kernels_that_were_right_are_recorded(tmp_path, monkeypatch):
     recorded = tmp_path / "recorded.json"
-    recorded.write_text('{"router": "old", "topk_keys": "kept"}')
+    recorded.write_text('{"route": "old", "topk_keys": "kept"}')
     monkeypatch.setattr(cuda_common, "RECORDED", recorded)
     monkeypatch.setattr(cuda_common, "source_digest", lambda op: f"digest of {op}")
-    rows = {"ours_cuda": True, "ours_triton": True, "router_cuda": True, "topk_keys_cuda": False}
+    rows = {"ours_cuda": True, "ours_triton": True, "route_cuda": True, "topk_keys_cuda": False}
     result = {"correctness": {name: {"ok": ok} for name, ok in rows.items()}}
-    assert gpu_check._record(result) == ["mixed_lora", "router"]
+    assert gpu_check._record(result) == ["mixed_lora", "route"]
     assert json.loads(recorded.read_text()) == {
         "mixed_lora": "digest of mixed_lora",
-        "router": "digest of router",
+        "route": "digest of route",
         "topk_keys": "kept",
     }

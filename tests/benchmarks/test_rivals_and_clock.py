@@ -10,7 +10,7 @@ import measure
 import op_checks
 import pytest
 import torch
-from op_cases import TopKeysCase
+from cases.topk_keys import TopKeysCase
 from providers import Layer, Providers
 
 from sapt_fast import dispatch

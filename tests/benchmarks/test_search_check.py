@@ -1,13 +1,15 @@
 """search_check in small: it runs, it finds errors, and it reports no speed where there are any."""
 
+import cases
 import measure
 import op_checks
 import pytest
 import search_check
 import torch
+from cases.pool_tokens import PoolCase
 
 pytest.importorskip("sapt_fast._C", reason="built without native kernels")
-OPS = {"topk_keys", "nearest_key", "pool_tokens", "mix_experts"}
+OPS = {case.op for case in cases.gathered("CPU_CHECKED")}
 
 
 @pytest.fixture(autouse=True)
@@ -44,5 +46,5 @@ def test_no_speed_where_correctness_failed(monkeypatch):
 
 
 def test_the_pooling_case_has_no_ties():
-    table = search_check.PoolCase(2, 3, 5, 250).inputs(torch.bfloat16, "cpu")["table"]
+    table = PoolCase(2, 3, 5, 250).inputs(torch.bfloat16, "cpu")["table"]
     assert all(len(column.unique()) == 250 for column in table.t())

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from own_lora_cases import (
+from ops.cases.own_lora import (
     TOLERANCE,
     assert_right,
     expected,

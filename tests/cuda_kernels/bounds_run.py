@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sapt_fast.cuda_kernels import common
 from sapt_fast.ops.projection import Projection
-from sapt_fast.ops.router import QueryProjection
+from sapt_fast.ops.route import QueryProjection
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -76,7 +76,7 @@ def _topk_keys(kernel, dtype: torch.dtype) -> None:
         kernel.topk_keys_fwd(query, keys, 9, "cosine")
 
 
-def _router(kernel, dtype: torch.dtype) -> None:
+def _route(kernel, dtype: torch.dtype) -> None:
     for samples, width, hidden, count in ((1, 32, 8, 8), (3, 63, 5, 9), (2, 2100, 3, 300)):
         shapes = (hidden, width), (width, hidden), (width,), (width,)
         projection = QueryProjection(*(normal(*shape, dtype=dtype) for shape in shapes))

@@ -11,10 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sapt_fast import dispatch, ops
 from sapt_fast.cuda_kernels import common
-from sapt_fast.ops.router import QueryProjection
+from sapt_fast.ops.route import QueryProjection
 
 CUDA = torch.device("cuda")
-OPS = ["mixed_lora", "nearest_key", "topk_keys", "router", "mix_prompts"]
+OPS = [op for op in dispatch.ops() if "cuda" in dispatch.backends(op)]
 OUT_OF_MEMORY, NO_KERNEL_IMAGE = 2, 209  # cudaError_t
 
 
@@ -24,7 +24,7 @@ def runtime(monkeypatch) -> dict:
     report = {"compiled": False, "error": "", "architectures": [], "devices": [], "sources": {}}
     module = SimpleNamespace(cuda_runtime=lambda: report)
     monkeypatch.setitem(sys.modules, "sapt_fast._C", module)
-    caches = common.native, dispatch._cuda_unavailable, dispatch.unchosen, dispatch._resolve
+    caches = common.native, dispatch._resolve
     for cached in caches:
         cached.cache_clear()
     yield report
@@ -81,7 +81,7 @@ def _call(op: str) -> tuple[list[Tensor], Callable[[], Tensor]]:
     if op == "topk_keys":
         given = [normal(3, 8), normal(20, 8)]
         return given, lambda: ops.topk_keys(*given, 4)[0]
-    if op == "router":
+    if op == "route":
         given = [normal(3, 16), normal(5, 16), normal(4, 16), normal(16, 4), normal(16), normal(16)]
         return given, lambda: ops.route(*given[:2], QueryProjection(*given[2:]), top_k=3)
     given = [normal(3, 2, 8), torch.softmax(normal(2, 3), -1), normal(2, 4, 8)]

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from sapt_fast import dispatch
+
 SCRIPT = Path(__file__).with_name("bounds_run.py")
 
 
@@ -18,7 +20,7 @@ def _run(module, op: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="protects pages by mprotect")
-@pytest.mark.parametrize("op", ["mixed_lora", "nearest_key", "topk_keys", "router", "mix_prompts"])
+@pytest.mark.parametrize("op", [op for op in dispatch.ops() if "cuda" in dispatch.backends(op)])
 def test_every_access_is_within_bounds(emulated_module, op):
     done = _run(emulated_module, op)
     assert done.stdout.strip() == "within bounds", f"{done.returncode}\n{done.stderr}"

@@ -54,12 +54,12 @@ def test_float64():
 
 
 def test_a_changed_source_is_unrecorded(monkeypatch, tmp_path):
-    report = {"compiled": True, "sources": {"mixed_lora": "0a1b", "router": "2c3d"}}
+    report = {"compiled": True, "sources": {"mixed_lora": "0a1b", "route": "2c3d"}}
     monkeypatch.setattr(common, "native", lambda: SimpleNamespace(cuda_runtime=lambda: report))
     monkeypatch.setattr(common, "RECORDED", tmp_path / "recorded.json")
-    common.RECORDED.write_text('{"mixed_lora": "0a1b", "router": "ffff"}')
+    common.RECORDED.write_text('{"mixed_lora": "0a1b", "route": "ffff"}')
     assert common.unrecorded("mixed_lora") is None
-    assert "has changed" in str(common.unrecorded("router"))
+    assert "has changed" in str(common.unrecorded("route"))
     assert "no correct run" in str(common.unrecorded("topk_keys"))
 
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from sapt_fast import dispatch
 from sapt_fast.cuda_kernels import common
 from sapt_fast.ops.projection import Projection
-from sapt_fast.ops.router import QueryProjection, sparsify
+from sapt_fast.ops.route import QueryProjection, sparsify
 
 DEVICE = "cuda"
 pytestmark = [
@@ -18,7 +19,7 @@ pytestmark = [
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-OPS = ["mixed_lora", "nearest_key", "topk_keys", "router", "mix_prompts"]
+OPS = [op for op in dispatch.ops() if "cuda" in dispatch.backends(op)]
 
 
 @pytest.fixture(autouse=True)
@@ -167,12 +168,10 @@ def test_router(samples, dtype):
         ]
         given = (pooled, keys, QueryProjection(*parts), width**0.5)
         wide = QueryProjection(*(t.double() for t in parts))
-        scores = _kernel("router").route_scores_fwd(*given)
-        exact = _reference("router").route_scores_fwd(
-            pooled.double(), keys.double(), wide, given[3]
-        )
+        scores = _kernel("route").route_scores_fwd(*given)
+        exact = _reference("route").route_scores_fwd(pooled.double(), keys.double(), wide, given[3])
         _close(scores, exact, torch.float32)
-        weights = _kernel("router").route_fwd(*given, 3, 0.1)
+        weights = _kernel("route").route_fwd(*given, 3, 0.1)
         want = sparsify(torch.softmax(scores.double(), -1), top_k=3, threshold=0.1)
         _close(weights, want, torch.float32)
 
@@ -210,9 +209,9 @@ def _calls() -> dict[str, tuple[Tensor, Callable[[Tensor], Tensor]]]:
             _normal(6, 64, dtype=torch.bfloat16),
             lambda q: _kernel("topk_keys").topk_keys_fwd(q, keys, 5, "dot")[0],
         ),
-        "router": (
+        "route": (
             _normal(2, 64),
-            lambda e: _kernel("router").route_fwd(
+            lambda e: _kernel("route").route_fwd(
                 e, router_keys, QueryProjection(*parts), 8.0, 2, None
             ),
         ),

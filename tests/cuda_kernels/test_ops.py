@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from sapt_fast import dispatch, ops
-from sapt_fast.ops.router import QueryProjection
+from sapt_fast.ops.route import QueryProjection
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="gradients come from Triton, which takes CUDA tensors there"
@@ -15,8 +15,9 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture
 def on_cuda(cuda, monkeypatch):
     """Makes every op run its cuda kernels, whatever the device of its tensors."""
-    for op in ("mixed_lora", "nearest_key", "topk_keys", "router", "mix_prompts"):
-        cuda(op)
+    for op in dispatch.ops():
+        if "cuda" in dispatch.backends(op):
+            cuda(op)
     monkeypatch.setattr(dispatch, "resolve", lambda op, *_, **__: "cuda")
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from op_cases import ExpertsCase, PromptCase
+from cases.mix_experts import ExpertsCase
+from cases.mix_prompts import PromptCase
 from tiny_models import patched, tiny, token_ids
 from torch import nn
 

@@ -125,72 +125,6 @@ def test_only_what_is_wanted_gets_a_gradient(backend, wanted):
     _assert_close(leaves[wanted].grad.cpu(), _exact(inputs)[1][wanted], torch.float32, wanted)
 
 
-@pytest.mark.parametrize("case", [(0, 3, 4, 5, 8), (2, 0, 4, 5, 8), (2, 3, 0, 5, 8)])
-def test_empty_inputs(backend, case):
-    inputs = _inputs(case)
-    exact, exact_grads = _exact(inputs)
-    y, grads = _run(_leaves(inputs, backend), lambda *t: mix_prompts(*t, backend=backend))
-    assert torch.equal(y, exact.float())
-    assert all(torch.equal(grads[n], exact_grads[n].float()) for n in grads)
-
-
-def _non_contiguous(t):
-    wide = torch.empty(*t.shape[:-1], 2 * t.shape[-1], dtype=t.dtype, device=t.device)
-    wide[..., ::2] = t
-    return wide[..., ::2]
-
-
-@pytest.mark.parametrize("layout", ["strided", "sliced", "expanded"])
-def test_non_contiguous_inputs_and_gradient(backend, layout):
-    inputs = _inputs((3, 4, 5, 6, 20))
-    views = {n: t.detach() for n, t in _leaves(inputs, backend).items()}
-    if layout == "strided":
-        views = {n: _non_contiguous(t) for n, t in views.items()}
-    elif layout == "sliced":
-        views["embeds"] = torch.cat([views["embeds"]] * 2, -1)[:, :, :20]
-    else:
-        inputs["embeds"] = inputs["embeds"][:, :1].expand(-1, 6, -1)
-        views["embeds"] = views["embeds"][:, :1].expand(-1, 6, -1)
-    leaves = {n: t.requires_grad_() for n, t in views.items()}
-    y = mix_prompts(*leaves.values(), backend=backend)
-    y.backward(_non_contiguous(_incoming(y)))
-    exact, exact_grads = _exact(inputs)
-    assert y.is_contiguous()
-    _assert_close(y.detach().cpu(), exact, torch.float32, "y")
-    for name in ("prompts", "mixture"):
-        _assert_close(leaves[name].grad.cpu(), exact_grads[name], torch.float32, name)
-
-
-def test_expanded_incoming_gradient_is_not_written_to(backend):
-    inputs = _inputs((2, 3, 4, 5, 16))
-    leaves, again = _leaves(inputs, backend), _leaves(inputs, backend)
-    mix_prompts(*leaves.values(), backend=backend).sum().backward()
-    y = mix_prompts(*again.values(), backend=backend)
-    ones = torch.ones_like(y)
-    y.backward(ones)
-    assert torch.equal(ones, torch.ones_like(y))
-    for name in leaves:
-        torch.testing.assert_close(leaves[name].grad, again[name].grad)
-
-
-def test_unwritten_memory_never_shows_and_bits_repeat(backend, monkeypatch):
-    def poisoned(make):
-        def allocate(*args, **kwargs):
-            t = make(*args, **kwargs)
-            return t.fill_(float("nan")) if t.is_floating_point() else t
-
-        return allocate
-
-    inputs = _inputs((19, 5, 3, 4, 33))
-    expected = _run(_leaves(inputs, backend), lambda *t: mix_prompts(*t, backend=backend))
-    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
-    y, grads = _run(_leaves(inputs, backend), lambda *t: mix_prompts(*t, backend=backend))
-    assert torch.equal(y, expected[0])
-    assert all(torch.equal(grads[n], expected[1][n]) for n in grads)
-
-
 @pytest.mark.parametrize("width", [64, 50], ids=["aligned", "unaligned"])
 def test_the_tiles_of_a_large_gpu(monkeypatch, width):
     """Interpreted kernels have small tiles of their own; here they run those of an H200."""
@@ -235,46 +169,6 @@ def test_the_triton_kernel_gives_nan_for_unknown_ids():
     assert y[0].isnan().any(-1).tolist() == [False, False, False, True, True]
 
 
-def test_gradcheck():
-    leaves = [t.requires_grad_() for t in _inputs((2, 3, 2, 2, 3), torch.float64).values()]
-    assert torch.autograd.gradcheck(mix_prompts, leaves)
-    ids = torch.randint(0, 4, (2, 5))
-    table = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(
-        lambda p, m, t: mix_prompts_with_tokens(p, m, ids, t), (*leaves[:2], table)
-    )
-
-
-@pytest.mark.parametrize("tokens", [False, True], ids=["embeds", "tokens"])
-def test_opcheck(backend, tokens):
-    prompts, mixture, source = _leaves(_inputs((2, 3, 4, 5, 8)), backend).values()
-    ids = None
-    if tokens:
-        ids = torch.randint(0, 2, (2, 5), device=source.device)
-        source = source.detach()[:, 0].clone().requires_grad_()
-    torch.library.opcheck(op._forward_op, (prompts, mixture, source, ids, backend))
-    dy = torch.randn(2, 9, 8, device=prompts.device)
-    for needs in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(
-            op._backward_op, (dy, prompts.detach(), mixture.detach(), *needs, backend)
-        )
-
-
-def test_fullgraph_compile_forward_and_backward(backend):
-    def layer(prompts, mixture, embeds):
-        return mix_prompts(prompts, torch.softmax(mixture, -1), embeds, backend=backend).relu()
-
-    torch._dynamo.reset()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    for batch in (2, 3):
-        inputs = _inputs((batch, 3, 4, 5, 16), seed=batch)
-        pair = [_leaves(inputs, backend) for _ in range(2)]
-        for function, leaves in zip((layer, compiled), pair, strict=True):
-            function(*leaves.values()).square().sum().backward()
-        for name in inputs:
-            torch.testing.assert_close(pair[0][name].grad, pair[1][name].grad)
-
-
 def test_no_activation_is_saved(backend):
     leaves = _leaves(_inputs((2, 3, 4, 5, 16)), backend)
     own = {t.data_ptr() for t in leaves.values()}
@@ -282,41 +176,3 @@ def test_no_activation_is_saved(backend):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         mix_prompts(*leaves.values(), backend=backend)
     assert all(t.data_ptr() in own for t in saved)
-
-
-BAD = {
-    "embeds": ({"embeds": torch.zeros(5, 8)}, ValueError, r"embeds: .*expected \[B, T, D\]"),
-    "embeds dtype": ({"embeds": torch.zeros(2, 5, 8).int()}, TypeError, "embeds: got dtype"),
-    "prompts": ({"prompts": torch.zeros(3, 4, 7)}, ValueError, r"expected \[K, P, 8\]"),
-    "prompts dtype": ({"prompts": torch.zeros(3, 4, 8).half()}, TypeError, "prompts: got dtype"),
-    "mixture": ({"mixture": torch.zeros(2, 4)}, ValueError, r"mixture: .*expected \[2, 3\]"),
-    "mixture dtype": ({"mixture": torch.zeros(2, 3).int()}, TypeError, "mixture: got dtype"),
-    "device": ({"mixture": torch.zeros(2, 3, device="meta")}, ValueError, "mixture: got device"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_names_the_argument(name):
-    changes, error, message = BAD[name]
-    with pytest.raises(error, match=message):
-        mix_prompts(*{**_inputs((2, 3, 4, 5, 8)), **changes}.values())
-
-
-def test_bad_tokens_name_the_argument():
-    prompts, mixture, _ = _inputs((2, 3, 4, 5, 8)).values()
-    table = torch.zeros(VOCABULARY, 8)
-    with pytest.raises(ValueError, match=r"input_ids: .*expected \[B, T\]"):
-        mix_prompts_with_tokens(prompts, mixture, torch.zeros(5).long(), table)
-    with pytest.raises(TypeError, match="input_ids: got dtype"):
-        mix_prompts_with_tokens(prompts, mixture, torch.zeros(2, 5), table)
-    with pytest.raises(ValueError, match=r"table: .*expected \[V, D\]"):
-        mix_prompts_with_tokens(prompts, mixture, torch.zeros(2, 5).long(), table[0])
-    with pytest.raises(ValueError, match=r"mixture: .*expected \[1, 3\]"):
-        mix_prompts_with_tokens(prompts, mixture, torch.zeros(1, 5).long(), table)
-
-
-@pytest.mark.parametrize("backend", ["cpu", "cuda", "triton"])
-def test_a_named_backend_that_cannot_run_raises(backend):
-    dtype = torch.float64 if backend == "triton" else torch.float32
-    with pytest.raises(dispatch.BackendError, match=backend):
-        mix_prompts(*_inputs((2, 3, 4, 5, 8), dtype).values(), backend=backend)

@@ -145,43 +145,6 @@ def test_more_than_one_pass_over_the_keys(monkeypatch):
             assert torch.equal(expected, got)
 
 
-def test_non_contiguous_inputs(backend):
-    query, keys = _inputs("odd")
-    expected = _search(query, keys, 5, backend, metric="l2")
-    strided = torch.full((35, 19, 2), float("nan"))
-    strided[..., 0] = keys
-    wide = torch.full((3, 30), float("nan"))
-    wide[:, :19] = query
-    got = _search(wide[:, :19], strided[..., 0], 5, backend, metric="l2")
-    assert torch.equal(got[0], expected[0])
-    assert torch.equal(got[1], expected[1])
-    got = _search(query.t().contiguous().t(), keys, 5, backend, metric="l2")
-    assert torch.equal(got[1], expected[1])
-
-
-def test_no_queries(backend):
-    query, keys = torch.zeros(0, 4), torch.randn(5, 4)
-    scores, index = _search(query.requires_grad_(), keys, 2, backend)
-    scores.sum().backward()
-    assert scores.shape == index.shape == (0, 2)
-    assert query.grad.shape == (0, 4)
-
-
-def test_unwritten_memory_never_shows(backend, monkeypatch):
-    query, keys = _inputs("keys_in_parts")
-    expected = _search(query, keys, 3, backend, metric="cosine")
-    new_empty = torch.Tensor.new_empty
-
-    def poisoned(*args, **kwargs):
-        t = new_empty(*args, **kwargs)
-        return t.fill_(float("nan") if t.is_floating_point() else 2**62)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
-    got = _search(query, keys, 3, backend, metric="cosine")
-    assert torch.equal(got[0], expected[0])
-    assert torch.equal(got[1], expected[1])
-
-
 @pytest.mark.parametrize("metric", METRICS)
 def test_chunks_change_nothing(metric, monkeypatch):
     query, keys = (t.requires_grad_() for t in _inputs("odd"))
@@ -196,77 +159,12 @@ def test_chunks_change_nothing(metric, monkeypatch):
         torch.testing.assert_close(whole, chunked)
 
 
-@pytest.mark.parametrize("metric", METRICS)
-def test_gradcheck(metric):
-    query, keys = (t.requires_grad_() for t in _inputs("odd", torch.float64))
-    torch.autograd.gradcheck(
-        lambda q, t: topk_keys(q, t, 4, metric=metric, backend="reference")[0], (query, keys)
-    )
-
-
-def test_opcheck(backend):
-    query, keys = (t.to(_device(backend)).requires_grad_() for t in _inputs("odd"))
-    torch.library.opcheck(op._forward_op, (query, keys, 3, "cosine", backend))
-    scores, index = op._forward_op(query.detach(), keys.detach(), 3, "cosine", backend)
-    saved = torch.ones_like(scores), query.detach(), keys.detach(), scores, index
-    torch.library.opcheck(op._backward_op, (*saved, "cosine", True, True))
-    torch.library.opcheck(op._backward_op, (*saved, "cosine", False, True))
-
-
-def test_fullgraph_compile_forward_and_backward(backend):
-    def look_up(query, keys):
-        return topk_keys(query, keys, 3, metric="l2", backend=backend)
-
-    torch._dynamo.reset()
-    compiled = torch.compile(look_up, fullgraph=True, backend="aot_eager")
-    for case in ("odd", "all_keys"):
-        grads = []
-        for function in (look_up, compiled):
-            leaves = [t.to(_device(backend)).requires_grad_() for t in _inputs(case)]
-            scores, index = function(*leaves)
-            scores.square().sum().backward()
-            grads.append([index, *(leaf.grad for leaf in leaves)])
-        for eager, graph in zip(*grads, strict=True):
-            torch.testing.assert_close(eager, graph)
-
-
-def test_without_gradients_the_same(backend):
-    query, keys = _inputs("odd")
-    expected = _search(query, keys, 5, backend)
-    with torch.no_grad():
-        got = _search(query, keys, 5, backend)
-    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
-
-
 def test_autocast_takes_the_dtype_of_the_keys(backend):
     query, keys = _inputs("odd")
     expected = _search(query.bfloat16().float(), keys, 5, backend)
     with torch.autocast(_device(backend), torch.bfloat16):
         got = _search(query.bfloat16(), keys, 5, backend)
     assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
-
-
-BAD = {
-    "query": ({"query": torch.zeros(4)}, ValueError, r"query: got shape \(4,\)"),
-    "width": ({"query": torch.zeros(2, 0), "keys": torch.zeros(5, 0)}, ValueError, "query: got"),
-    "keys": ({"keys": torch.zeros(5, 3)}, ValueError, r"keys: .*expected \[N, 4\]"),
-    "dtype": ({"query": torch.zeros(2, 4).long()}, TypeError, "query: got dtype"),
-    "two dtypes": ({"keys": torch.zeros(5, 4).half()}, TypeError, "keys: got dtype"),
-    "device": ({"keys": torch.zeros(5, 4, device="meta")}, ValueError, "keys: got device"),
-    "k": ({"k": 6}, ValueError, "k: got 6, expected 1 to 5"),
-    "no k": ({"k": 0}, ValueError, "k: got 0"),
-    "k type": ({"k": 1.5}, TypeError, "k: got 1.5"),
-    "metric": ({"metric": "manhattan"}, ValueError, "metric: got 'manhattan'"),
-    "backend": ({"backend": "rocket"}, ValueError, "rocket"),
-    "no such kernel": ({"backend": "cuda"}, dispatch.BackendError, "cuda"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_names_the_argument(name):
-    changes, error, message = BAD[name]
-    with pytest.raises(error, match=message):
-        topk_keys(**{"query": torch.zeros(2, 4), "keys": torch.zeros(5, 4), "k": 2, **changes})
 
 
 def test_more_keys_than_an_index_can_name():

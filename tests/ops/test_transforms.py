@@ -1,234 +1,30 @@
 """Every op under torch.func, forward-mode AD and second derivatives, against plain torch."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
+from ops import cases
+from ops.cases import D64, draw
+from ops.cases.mix_experts import CHOSEN, plain_experts
+from ops.cases.mixed_lora import MIXED, A, B, M, X, plain_mixed
 from torch import Tensor
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 from sapt_fast import dispatch
 from sapt_fast.ops import (
-    QueryProjection,
     mix_experts,
     mix_prompts,
-    mix_prompts_with_tokens,
     mixed_lora,
-    mixed_lora_linear,
     nearest_key,
-    pool_tokens,
-    reflection_loss,
-    route,
     topk_keys,
 )
 from sapt_fast.ops.own_lora import Adapter, add_own_lora_, own_lora
-from sapt_fast.ops.router import pool_embeds, route_scores
-
-D64 = torch.float64
-IDS = torch.tensor([[1, 4, 4], [0, 2, 5]])
-MASK = torch.tensor([[1, 1, 0], [1, 1, 1]])
-CHOSEN = torch.tensor([[0, 3], [2, -1], [1, 1]])
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(shape, generator=generator, dtype=D64)
-
-
-class Case(NamedTuple):
-    """One way to call an op: `run(*inputs, backend=...)` and the same in plain torch."""
-
-    op: str
-    run: Callable[..., Tensor]
-    plain: Callable[..., Tensor]
-    inputs: tuple[Tensor, ...]
-
-
-def plain_mixed(x, a, b, mixture, ranks=(2, 0, 1), scaling=(0.5, 2.0, 3.0), weight=None, bias=None):
-    y = x.new_zeros(*x.shape[:-1], b.shape[1]) if weight is None else x @ weight.t()
-    y = y if bias is None else y + bias
-    start = 0
-    for k, rank in enumerate(ranks):
-        share = mixture[..., k]
-        share = share[..., None, None] if x.dim() == mixture.dim() + 1 else share[..., None]
-        y = y + share * scaling[k] * (x @ a[start : start + rank].t() @ b[start : start + rank])
-        start += rank
-    return y
-
-
-SCALING = torch.tensor([0.5, 2.0, 3.0], dtype=D64)
-MIXED = {"ranks": [2, 0, 1], "scaling": SCALING}
-
-
-def frozen_mixed(x, a, b, mixture):
-    """Adapter 2 alone trains, and x hears of it alone."""
-    a_old, b_old = a.detach(), b.detach()
-    old = plain_mixed(x.detach(), a_old, b_old, mixture * x.new_tensor([1.0, 1.0, 0.0]))
-    new = plain_mixed(x, a, b, mixture * x.new_tensor([0.0, 0.0, 1.0]))
-    return old + new
-
-
-def plain_projection(e, keys, down, up, weight, bias):
-    z = e @ down.t() @ up.t()
-    active = z * torch.sigmoid(z)
-    centred = active - active.mean(-1, keepdim=True)
-    q = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight + bias
-    return q @ keys.t() / keys.shape[1] ** 0.5
-
-
-def plain_pool(table, mask, pooling):
-    rows = []
-    for ids, kept in zip(IDS, mask, strict=True):
-        e = table[ids[kept != 0]]
-        rows.append(e.amax(0) if pooling == "max" else e.mean(0))
-    return torch.stack(rows)
-
-
-def plain_experts(x, a, b, weights):
-    rows = []
-    for m in range(3):
-        y = x.new_zeros(b.shape[2])
-        for j in range(2):
-            n = int(CHOSEN[m, j])
-            if n >= 0:
-                y = y + 0.7 * weights[m, j] * (x[m] @ a[n].t() @ b[n])
-        rows.append(y)
-    return torch.stack(rows)
-
-
-def plain_kl(scores, target):
-    logs = torch.log_softmax(scores, -1)
-    return ((target * target.log()).sum() - (target * logs[:, :2]).sum()) / scores.shape[0]
-
-
-def plain_topk(metric):
-    def run(query, keys):
-        s = query @ keys.t()
-        if metric == "l2":
-            s = 2 * s - query.square().sum(1)[:, None] - keys.square().sum(1)
-        if metric == "cosine":
-            s = s / query.norm(dim=1)[:, None] / keys.norm(dim=1)[None]
-        return s.sort(dim=1, descending=True).values[:, :2]
-
-    return run
-
-
-POOL = (draw(2, 4), draw(3, 4), draw(2, 4, seed=3), draw(4, 2), draw(4), draw(4, seed=5))
-X, A, B, M = draw(2, 3, 4), draw(3, 4), draw(3, 5), draw(2, 3).abs()
-TARGET = torch.tensor([[0.25, 0.75], [0.5, 0.5]], dtype=D64)
-
-
-def _projected(e, keys, *parts, backend=None, **kwargs):
-    return route(e, keys, QueryProjection(*parts), backend=backend, **kwargs)
-
 
 CASES = {
-    "mixed_lora": Case(
-        "mixed_lora", lambda *t, **k: mixed_lora(*t, **MIXED, **k), plain_mixed, (X, A, B, M)
-    ),
-    "mixed_lora_per_token": Case(
-        "mixed_lora",
-        lambda *t, **k: mixed_lora(*t, **MIXED, **k),
-        plain_mixed,
-        (X, A, B, draw(2, 3, 3)),
-    ),
-    "mixed_lora_with_a_weight_of_zero": Case(
-        "mixed_lora",
-        lambda *t, **k: mixed_lora(*t, **MIXED, **k),
-        plain_mixed,
-        (X, A, B, torch.tensor([[0.0, 1.0, 0.0], [0.5, 0.0, 0.0]], dtype=D64)),
-    ),
-    "mixed_lora_of_frozen_adapters": Case(
-        "mixed_lora",
-        lambda *t, **k: mixed_lora(*t, **MIXED, trainable=[2], grad_through_frozen=False, **k),
-        frozen_mixed,
-        (X, A, B, M),
-    ),
-    "mixed_lora_linear": Case(
-        "mixed_lora",
-        lambda x, a, b, m, w, c, **k: mixed_lora_linear(x, w, c, a, b, m, **MIXED, **k),
-        lambda x, a, b, m, w, c: plain_mixed(x, a, b, m, weight=w, bias=c),
-        (X, A, B, M, draw(5, 4), draw(5)),
-    ),
-    "mix_prompts": Case(
-        "mix_prompts",
-        mix_prompts,
-        lambda p, m, e: torch.cat([torch.einsum("bk,kpd->bpd", m, p), e], 1),
-        (draw(3, 2, 4), M, X),
-    ),
-    "mix_prompts_with_tokens": Case(
-        "mix_prompts",
-        lambda p, m, t, **k: mix_prompts_with_tokens(p, m, IDS, t, **k),
-        lambda p, m, t: torch.cat([torch.einsum("bk,kpd->bpd", m, p), t[IDS]], 1),
-        (draw(3, 2, 4), M, draw(6, 4)),
-    ),
-    **{
-        f"pool_tokens_{pooling}": Case(
-            "pool_tokens",
-            lambda t, pooling=pooling, **k: pool_tokens(IDS, t, mask=MASK, pooling=pooling, **k),
-            lambda t, pooling=pooling: plain_pool(t, MASK, pooling),
-            (draw(6, 4),),
-        )
-        for pooling in ("max", "mean")
-    },
-    "pool_tokens_unmasked": Case(
-        "pool_tokens",
-        lambda t, **k: pool_tokens(IDS, t, **k),
-        lambda t: plain_pool(t, torch.ones(2, 3), "max"),
-        (draw(6, 4),),
-    ),
-    "pool_embeds": Case(
-        "pool_tokens",
-        lambda e, backend=None: pool_embeds(e, mask=MASK),
-        lambda e: torch.stack([e[0, :2].amax(0), e[1].amax(0)]),
-        (X,),
-    ),
-    "route": Case("router", _projected, lambda *t: torch.softmax(plain_projection(*t), -1), POOL),
-    "route_top_k": Case(
-        "router",
-        lambda *t, **k: _projected(*t, top_k=2, **k),
-        lambda *t: (
-            (w := torch.softmax(plain_projection(*t), -1))
-            * (kept := (w > w.amin(-1, keepdim=True)).to(w))
-            / (w * kept).sum(-1, keepdim=True)
-        ),
-        POOL,
-    ),
-    "route_scores": Case(
-        "router",
-        lambda *t, **k: route_scores(*t[:2], QueryProjection(*t[2:]), **k),
-        plain_projection,
-        POOL,
-    ),
-    "reflection_loss": Case(
-        "router",
-        lambda s, t, backend=None: reflection_loss(s, t),
-        plain_kl,
-        (draw(2, 3), TARGET),
-    ),
-    "nearest_key": Case(
-        "nearest_key",
-        lambda q, k, **b: nearest_key(q, k, torch.ones(5), **b)[1],
-        lambda q, k: (q[:, None] - k[None]).square().sum(-1).sqrt().amin(1),
-        (draw(3, 4), draw(5, 4)),
-    ),
-    **{
-        f"topk_keys_{metric}": Case(
-            "topk_keys",
-            lambda q, k, metric=metric, **b: topk_keys(q, k, 2, metric=metric, **b)[0],
-            plain_topk(metric),
-            (draw(3, 4), draw(5, 4)),
-        )
-        for metric in ("dot", "cosine", "l2")
-    },
-    "mix_experts": Case(
-        "mix_experts",
-        lambda x, a, b, w, **k: mix_experts(x, a, b, CHOSEN, w, scaling=0.7, **k),
-        plain_experts,
-        (draw(3, 4), draw(4, 2, 4), draw(4, 2, 3), draw(3, 2)),
-    ),
+    name: case for module in cases.modules().values() for name, case in module.FORMULAS.items()
 }
 NOT_DIFFERENTIABLE = {"own_lora"}
 each_case = pytest.mark.parametrize("name", CASES)
@@ -250,7 +46,8 @@ def scalar(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def test_every_op_has_a_case():
-    assert {case.op for case in CASES.values()} | NOT_DIFFERENTIABLE == set(dispatch.ops())
+    having = {op for op, module in cases.modules().items() if module.FORMULAS}
+    assert having | NOT_DIFFERENTIABLE == set(dispatch.ops())
 
 
 @each_backend

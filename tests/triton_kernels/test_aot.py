@@ -42,9 +42,10 @@ def test_kernels_compile_soundly(capability: str) -> None:
 
 GROWING_POOL = """
 import aot_report
+from cases.mixed_lora import Launch
 jobs, counts = {}, []
 for adapters in (13, 14, 15, 16):  # 52 to 64 ranks, and 13 to 16
-    case = aot_report.Case(
+    case = Launch(
         "grows", 16, 512, 1024, 1024, (4,) * adapters, siblings=((512, (1,) * adapters),)
     )
     aot_report.record(case, 90, jobs)

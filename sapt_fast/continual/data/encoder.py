@@ -20,7 +20,7 @@ from torch import Tensor
 from sapt_fast.continual.data.collate import LABEL_PADDING, pad_rows, prompt_ids
 from sapt_fast.continual.data.rows import Example, TaskData
 from sapt_fast.devices import execution_device
-from sapt_fast.ops.router import pool_embeds
+from sapt_fast.ops.route import pool_embeds
 
 __all__ = ["LabelSpace", "encode_label_rows", "encode_labels", "label_strings", "plain_prompts"]
 

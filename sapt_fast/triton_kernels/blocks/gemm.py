@@ -10,6 +10,8 @@ pipelined.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -76,49 +78,32 @@ def _write_present(
         cols = col + tl.arange(0, 16)
         y_ptrs = y_ptr + safe_rows[:, None] * N + cols[None, :]
         mask = (rows < M)[:, None] & (cols < N)[None, :]
+        # [BLOCK_M, 16]
         acc = tl.zeros((BLOCK_M, 16), tl.float32)
         if ACCUMULATE:
             acc += tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
         p_ptrs = p_ptr + safe_rows * stride_pm + start
         q_ptrs = q_ptr + start.to(tl.int64) * stride_qr + cols
         for _ in tl.range(start, stop, num_stages=1):
+            # p [BLOCK_M, 1], q [1, 16]: one rank column at a time
             p = tl.load(p_ptrs).to(tl.float32)[:, None]
             q = tl.load(q_ptrs, mask=cols < N, other=0.0).to(COMPUTE).to(tl.float32)[None, :]
             acc += tl.where(is_absent(p), 0.0, p * q)
             p_ptrs += 1
             q_ptrs += stride_qr
+        # [BLOCK_M, 16]
         tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
     tl.debug_barrier()  # what one thread has written another reads
 
 
 @triton.jit(do_not_specialize=["M", "R", "rank_lo", "rank_hi"])
 def _gemm_kernel(
-    a_ptr,
-    b_ptr,
-    p_ptr,
-    q_ptr,
-    bias_ptr,
-    y_ptr,
-    M,
-    N,
-    K,
-    R,
-    rank_lo,
-    rank_hi,
-    stride_am,
-    stride_bk,
-    stride_bn,
-    stride_pm,
-    stride_qr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
+    a_ptr, b_ptr, p_ptr, q_ptr, bias_ptr, y_ptr,
+    M, N, K, R, rank_lo, rank_hi, stride_am, stride_bk, stride_bn, stride_pm, stride_qr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, ACCUMULATE: tl.constexpr,
     COMPUTE: tl.constexpr,
-):
+):  # fmt: skip
     """One tile of y[M, N] = [y +] a[M, K] b[K, N] + p[M, lo:hi] q[lo:hi, N] + bias, by pointers.
 
     Absent sources are None. `rank_lo` and `rank_hi` count groups of 16 rank columns; p is zero
@@ -133,6 +118,7 @@ def _gemm_kernel(
     # along them, and a wrapped index is no longer known to be.
     safe_rows = tl.where(rows < M, rows, 0).to(tl.int64)
     in_cols = (cols < N)[None, :]
+    # [BLOCK_M, BLOCK_N]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
     if p_ptr is not None:
@@ -142,12 +128,15 @@ def _gemm_kernel(
         p_ptrs = p_ptr + safe_rows[:, None] * stride_pm + (lo + offs_r)[None, :]
         q_ptrs = q_ptr + (lo + offs_r).to(tl.int64)[:, None] * stride_qr + cols[None, :]
         for r in range(lo, hi, BLOCK_R):
+            # p [BLOCK_M, BLOCK_R], q [BLOCK_R, BLOCK_N]
             p = tl.load(p_ptrs, mask=offs_r[None, :] < hi - r, other=0.0)
             in_rank = offs_r[:, None] < min(hi, R) - r
             q = tl.load(q_ptrs, mask=in_rank & in_cols, other=0.0)
+            # rank term; p has the weights applied
             acc = tl.dot(p.to(COMPUTE), q.to(COMPUTE), acc, input_precision="ieee")
             p_ptrs += BLOCK_R
             q_ptrs += BLOCK_R * stride_qr
+        # 0 times an infinity: once more, over the adapters that are there
         if _any_undefined(acc):
             _write_present(
                 y_ptr, p_ptr, q_ptr, tile_m * BLOCK_M, tile_n * BLOCK_N, M, N, lo, min(hi, R),
@@ -166,53 +155,37 @@ def _gemm_kernel(
         b_ptrs = b_ptr + cols.to(tl.int64)[None, :] * stride_bn + offs_k[:, None] * stride_bk
         for k in range(0, K, BLOCK_K):
             if EVEN_K:
+                # a [BLOCK_M, BLOCK_K], b [BLOCK_K, BLOCK_N]
                 a = tl.load(a_ptrs)
                 b = tl.load(b_ptrs, mask=in_cols, other=0.0)
             else:
                 a = tl.load(a_ptrs, mask=offs_k[None, :] < K - k, other=0.0)
                 b = tl.load(b_ptrs, mask=(offs_k[:, None] < K - k) & in_cols, other=0.0)
+            # base product
             acc = tl.dot(a.to(COMPUTE), b.to(COMPUTE), acc, input_precision="ieee")
             a_ptrs += BLOCK_K
             b_ptrs += BLOCK_K * stride_bk
 
     if bias_ptr is not None:
+        # [BLOCK_N]
         bias = tl.load(bias_ptr + cols, mask=cols < N, other=0.0)
         acc += bias.to(tl.float32)[None, :]
     y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :]
     mask = (rows < M)[:, None] & in_cols
     if ACCUMULATE:
         acc += tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
+    # [BLOCK_M, BLOCK_N] in y's dtype: rounded once
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M", "R", "rank_lo", "rank_hi"])
 def _gemm_tma_kernel(
-    a_desc,
-    b_desc,
-    p_desc,
-    q_desc,
-    p_ptr,
-    q_ptr,
-    bias_ptr,
-    y_ptr,
-    y_desc,
-    M,
-    N,
-    K,
-    R,
-    rank_lo,
-    rank_hi,
-    stride_pm,
-    stride_qr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    B_IS_NK: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
+    a_desc, b_desc, p_desc, q_desc, p_ptr, q_ptr, bias_ptr, y_ptr, y_desc,
+    M, N, K, R, rank_lo, rank_hi, stride_pm, stride_qr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr, B_IS_NK: tl.constexpr, ACCUMULATE: tl.constexpr,
     COMPUTE: tl.constexpr,
-):
+):  # fmt: skip
     """`_gemm_kernel` by tensor descriptors; each program walks over the tiles of y.
 
     Descriptors read zeros out of range, so nothing is masked. With B_IS_NK the descriptor of b
@@ -235,6 +208,7 @@ def _gemm_tma_kernel(
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if p_desc is not None:
             for r in range(lo, hi, BLOCK_R):
+                # p [BLOCK_M, BLOCK_R], q [BLOCK_R, BLOCK_N]
                 p = p_desc.load([row, r])
                 q = q_desc.load([r, col])
                 acc = tl.dot(p.to(COMPUTE), q.to(COMPUTE), acc, input_precision="ieee")
@@ -249,6 +223,7 @@ def _gemm_tma_kernel(
                 acc = tl.load(y_ptrs + cols[None, :], mask=(cols < N)[None, :]).to(tl.float32)
         if a_desc is not None:
             for k in range(0, K, BLOCK_K):
+                # a [BLOCK_M, BLOCK_K], b [BLOCK_K, BLOCK_N]
                 a = a_desc.load([row, k])
                 if B_IS_NK:  # noqa: SIM108 - Triton has no conditional expression on tensors
                     b = b_desc.load([col, k]).T
@@ -257,8 +232,10 @@ def _gemm_tma_kernel(
                 acc = tl.dot(a.to(COMPUTE), b.to(COMPUTE), acc, input_precision="ieee")
         if bias_ptr is not None:
             cols = col + tl.arange(0, BLOCK_N)
+            # [BLOCK_N]
             bias = tl.load(bias_ptr + cols, mask=cols < N, other=0.0)
             acc += bias.to(tl.float32)[None, :]
+        # [BLOCK_M, BLOCK_N]
         y_desc.store([row, col], acc.to(y_desc.dtype))
 
 
@@ -350,63 +327,53 @@ def two_source_gemm(
     aligned = all(_is_aligned(t) for t in (a, b, p, q, y))
     with torch.cuda.device_of(y):
         if descriptors and traits.has_tma and aligned and itemsize == 2 and M > 64:
-            tile = _tma_config(traits, M, N)
-            b_is_nk = b is not None and b.stride(0) == 1
-            operands = [None, None, None, None]
-            if a is not None and b is not None:
-                operands[0] = _descriptor(a, (M, K), tile.m, tile.k)
-                if b_is_nk:
-                    operands[1] = _descriptor(b.t(), (N, K), tile.n, tile.k)
-                else:
-                    operands[1] = _descriptor(b, (K, N), tile.k, tile.n)
-            if p is not None and q is not None:
-                operands[2] = _descriptor(p, (M, rank_window[1]), tile.m, block_r)
-                operands[3] = _descriptor(q, (q.shape[0], N), block_r, tile.n)
-            tiles = cdiv(M, tile.m) * cdiv(N, tile.n)
-            _gemm_tma_kernel[(min(tiles, traits.num_sms),)](
-                *operands,
-                p,
-                q,
-                bias,
-                y,
-                _descriptor(y, (M, N), tile.m, tile.n),
-                M,
-                N,
-                K,
-                0 if q is None else q.shape[0],
-                lo,
-                hi,
-                0 if p is None else p.stride(0),
-                0 if q is None else q.stride(0),
-                **tile.launch_options(),
-                **meta,
-                B_IS_NK=b_is_nk,
-            )
+            _launch_by_descriptors(a, b, p, q, bias, y, lo, hi, traits, meta)
             return y
         tile = _pointer_config(traits, itemsize, M, N, aligned)
         _gemm_kernel[(cdiv(M, tile.m) * cdiv(N, tile.n),)](
-            a,
-            b,
-            p,
-            q,
-            bias,
-            y,
-            M,
-            N,
-            K,
-            0 if q is None else q.shape[0],
-            lo,
-            hi,
+            a, b, p, q, bias, y, M, N, K, 0 if q is None else q.shape[0], lo, hi,
             0 if a is None else a.stride(0),
-            0 if b is None else b.stride(0),
-            0 if b is None else b.stride(1),
-            0 if p is None else p.stride(0),
-            0 if q is None else q.stride(0),
-            **tile.launch_options(),
-            **meta,
-            EVEN_K=K % tile.k == 0,
-        )
+            0 if b is None else b.stride(0), 0 if b is None else b.stride(1),
+            0 if p is None else p.stride(0), 0 if q is None else q.stride(0),
+            **tile.launch_options(), **meta, EVEN_K=K % tile.k == 0,
+        )  # fmt: skip
     return y
+
+
+def _launch_by_descriptors(
+    a: Tensor | None,
+    b: Tensor | None,
+    p: Tensor | None,
+    q: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor,
+    lo: int,
+    hi: int,
+    traits: DeviceTraits,
+    meta: dict[str, Any],
+) -> None:
+    """Fill y by `_gemm_tma_kernel`; lo and hi count groups of rank columns."""
+    M, N = y.shape
+    K = 0 if a is None else a.shape[1]
+    tile, block_r = _tma_config(traits, M, N), meta["BLOCK_R"]
+    b_is_nk = b is not None and b.stride(0) == 1
+    operands = [None, None, None, None]
+    if a is not None and b is not None:
+        operands[0] = _descriptor(a, (M, K), tile.m, tile.k)
+        if b_is_nk:
+            operands[1] = _descriptor(b.t(), (N, K), tile.n, tile.k)
+        else:
+            operands[1] = _descriptor(b, (K, N), tile.k, tile.n)
+    if p is not None and q is not None:
+        operands[2] = _descriptor(p, (M, hi * RANK_ALIGN), tile.m, block_r)
+        operands[3] = _descriptor(q, (q.shape[0], N), block_r, tile.n)
+    tiles = cdiv(M, tile.m) * cdiv(N, tile.n)
+    _gemm_tma_kernel[(min(tiles, traits.num_sms),)](
+        *operands, p, q, bias, y, _descriptor(y, (M, N), tile.m, tile.n), M, N, K,
+        0 if q is None else q.shape[0], lo, hi,
+        0 if p is None else p.stride(0), 0 if q is None else q.stride(0),
+        **tile.launch_options(), **meta, B_IS_NK=b_is_nk,
+    )  # fmt: skip
 
 
 @torch.no_grad()

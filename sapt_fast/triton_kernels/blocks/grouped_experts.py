@@ -79,23 +79,28 @@ def _grouped_into_ranks_kernel(
     """h[pair, ranks of the tile] = x[row] bank[index[pair], ranks]^T for a tile of sorted pairs;
     0 without an expert."""
     tl.assume(D > 0)
+    # [BLOCK_M] places in the order by expert
     places = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs = tl.arange(0, BLOCK_K)
+    # [BLOCK_M] int64: the pair (row, choice) at each place, and its expert
     pairs = tl.load(order_ptr + places, mask=places < P, other=0)
     experts = tl.load(index_ptr + pairs, mask=places < P, other=-1)
     x_ptrs = x_ptr + (pairs // k)[:, None] * stride_xm + offs[None, :]
     bank_ptrs = bank_ptr + ranks.to(tl.int64)[None, :] * stride_br + offs[:, None]
     h_ptrs = h_ptr + pairs[:, None] * R + ranks[None, :]
+    # Pairs without an expert get zeros here; all others below.
     none = (places < P) & ((experts < 0) | (experts >= N))
     zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     tl.store(h_ptrs, zeros, mask=none[:, None] & (ranks < R)[None, :])
     expert = _next_expert(experts, -1, N)
     while expert < N:
         mine = experts == expert
+        # [BLOCK_M, BLOCK_N]; one pass for each expert of the tile
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for d in range(0, D, BLOCK_K):
             inside = offs < D - d
+            # x [BLOCK_M, BLOCK_K], of the pairs of this expert; a [BLOCK_K, BLOCK_N]
             x = tl.load(x_ptrs + d, mask=mine[:, None] & inside[None, :], other=0.0)
             a = tl.load(
                 bank_ptrs + expert * stride_bn + d,
@@ -103,6 +108,7 @@ def _grouped_into_ranks_kernel(
                 other=0.0,
             )
             acc = tl.dot(x.to(COMPUTE), a.to(COMPUTE), acc, input_precision="ieee")
+        # [BLOCK_M, BLOCK_N] float32, scattered to h [P, R]
         tl.store(h_ptrs, acc, mask=mine[:, None] & (ranks < R)[None, :])
         expert = _next_expert(experts, expert, N)
 
@@ -132,12 +138,14 @@ def _grouped_out_of_ranks_kernel(
     """out[pair, width] = scaling weights[pair] h[pair] bank[index[pair]], columns `first` and on
     of D, for a tile of sorted pairs; not written without an expert."""
     tl.assume(R > 0)
+    # [BLOCK_M] places in the order by expert
     places = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     local = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = first + local
     offs = tl.arange(0, BLOCK_K)
     pairs = tl.load(order_ptr + places, mask=places < P, other=0)
     experts = tl.load(index_ptr + pairs, mask=places < P, other=-1)
+    # [BLOCK_M]
     weights = tl.load(weights_ptr + pairs) * scaling
     in_columns = (columns < D)[None, :]
     h_ptrs = h_ptr + pairs[:, None] * R + offs[None, :]
@@ -146,9 +154,11 @@ def _grouped_out_of_ranks_kernel(
     expert = _next_expert(experts, -1, N)
     while expert < N:
         mine = (experts == expert)[:, None]
+        # [BLOCK_M, BLOCK_N]; one pass for each expert of the tile
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for r in range(0, R, BLOCK_K):
             inside = offs < R - r
+            # h [BLOCK_M, BLOCK_K], weighted; b [BLOCK_K, BLOCK_N]
             h = tl.load(h_ptrs + r, mask=mine & inside[None, :], other=0.0) * weights[:, None]
             b = tl.load(
                 bank_ptrs + expert * stride_bn + r * stride_br,
@@ -161,6 +171,7 @@ def _grouped_out_of_ranks_kernel(
             if upper.dtype != tl.float32:
                 lower = (h - upper.to(tl.float32)).to(COMPUTE)
                 acc = tl.dot(lower, b, acc, input_precision="ieee")
+        # [BLOCK_M, BLOCK_N] float32, scattered to out [P, width]
         tl.store(out_ptrs, acc, mask=mine & in_columns)
         expert = _next_expert(experts, expert, N)
 
@@ -187,7 +198,9 @@ def _sum_choices_kernel(
         pair = row * k + j
         expert = tl.load(index_ptr + pair)
         weight = tl.load(weights_ptr + pair)
+        # A pair without an expert or weight was not written: it is not read either.
         last = tl.where((expert >= 0) & (expert < N) & (weight != 0), D, 0)
+        # [BLOCK_N]
         acc += tl.load(products_ptr + pair * width + local, mask=columns < last, other=0.0)
     tl.store(out_ptr + row * D + columns, acc.to(out_ptr.dtype.element_ty), mask=columns < D)
 

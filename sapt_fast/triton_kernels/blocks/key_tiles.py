@@ -52,19 +52,23 @@ def tile_scores(
     """
     tl.assume(D > 0)
     offs_d = tl.arange(0, BLOCK_K)
+    # Rows and keys past the end read the first: the caller masks them.
     safe_rows = tl.where(rows < M, rows, 0)
     safe_keys = tl.where(key_ids < stop, key_ids, 0).to(tl.int64)
     q_ptrs = query_ptr + safe_rows.to(tl.int64)[None, :] * stride_qm + offs_d[:, None]
     k_ptrs = keys_ptr + safe_keys[:, None] * stride_kn + offs_d[None, :]
+    # [BLOCK_N keys, BLOCK_M queries]; squares [BLOCK_N]
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     squares = tl.zeros((BLOCK_N,), tl.float32)
     for d in range(0, D, BLOCK_K):
         if EVEN_K:
+            # k [BLOCK_N, BLOCK_K], q [BLOCK_K, BLOCK_M]
             k = tl.load(k_ptrs)
             q = tl.load(q_ptrs)
         else:
             k = tl.load(k_ptrs, mask=offs_d[None, :] < D - d, other=0.0)
             q = tl.load(q_ptrs, mask=offs_d[:, None] < D - d, other=0.0)
+        # [BLOCK_N, BLOCK_K] [BLOCK_K, BLOCK_M]
         acc = tl.dot(k.to(COMPUTE), q.to(COMPUTE), acc, input_precision="ieee")
         if METRIC != 0:
             wide = k.to(tl.float32)
@@ -72,9 +76,11 @@ def tile_scores(
         k_ptrs += BLOCK_K
         q_ptrs += BLOCK_K
     if METRIC == 1:
+        # [BLOCK_M]
         query_squares = tl.load(squares_ptr + safe_rows)
         acc = acc * _inverse_root(squares)[:, None] * _inverse_root(query_squares)[None, :]
     elif METRIC == 2:
+        # -|k|^2 + 2 q k; with the next term -|q - k|^2, which is at most 0
         acc = 2.0 * acc - squares[:, None]
         if squares_ptr is not None:
             acc = tl.minimum(
@@ -91,7 +97,9 @@ def _inverse_root(squares):
 @triton.jit
 def pack(scores, key_ids):
     """Score and index in one int64 that orders as (score, then lower index); NaN comes last."""
+    # -0 and +0 tie
     bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)
+    # flips the magnitude of negative numbers, so that integers order as floats do
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     ordered = tl.where(scores == scores, ordered, -2147483648)
     return (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - key_ids).to(tl.int64)
@@ -116,8 +124,10 @@ def _row_squares_kernel(
     row_ptrs = x_ptr + rows.to(tl.int64)[:, None] * stride_xm + offs[None, :]
     for d in range(0, D, BLOCK_K):
         mask = (rows < M)[:, None] & (offs < D - d)[None, :]
+        # [BLOCK_M, BLOCK_K]
         x = tl.load(row_ptrs + d, mask=mask, other=0.0).to(tl.float32)
         acc += x * x
+    # [BLOCK_M]
     tl.store(out_ptr + rows, tl.sum(acc, axis=1), mask=rows < M)
 
 

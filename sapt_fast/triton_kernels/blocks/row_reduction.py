@@ -48,6 +48,7 @@ def _mixture_grad_kernel(
     """
     k = tl.program_id(0) % K
     samples = tl.program_id(0) // K * BLOCK_S + tl.arange(0, BLOCK_S)
+    # Ranks start:stop are those of adapter k: adapters ascend with the rank rows.
     start = 0
     stop = 0
     for r in range(0, R, 1024):
@@ -57,10 +58,13 @@ def _mixture_grad_kernel(
         stop += tl.sum((adapters <= k).to(tl.int32), axis=0)
 
     safe_samples = tl.where(samples < S, samples, 0)
+    # [BLOCK_S]: the tiles that meet each sample
     first_tile = safe_samples * T // tile_rows
     last_tile = ((safe_samples + 1) * T - 1) // tile_rows
+    # [BLOCK_S, BLOCK_T]
     acc = tl.zeros((BLOCK_S, BLOCK_T), tl.float32)
     for t in range(0, (T + tile_rows - 2) // tile_rows + 1, BLOCK_T):
+        # [BLOCK_S, BLOCK_T]: tile, and the segment in it that belongs to the sample
         tiles = first_tile[:, None] + (t + tl.arange(0, BLOCK_T))[None, :]
         segment = safe_samples[:, None] - tiles * tile_rows // T
         row_ptrs = partial_ptr + (tiles * segments + segment).to(tl.int64) * stride_pm
@@ -68,15 +72,18 @@ def _mixture_grad_kernel(
         for r in range(start, stop, BLOCK_R):
             ranks = r + tl.arange(0, BLOCK_R)
             mask = in_sample[:, :, None] & (ranks < stop)[None, None, :]
+            # [BLOCK_S, BLOCK_T, BLOCK_R]
             values = tl.load(row_ptrs[:, :, None] + ranks[None, None, :], mask=mask, other=0.0)
             acc += tl.sum(values, axis=2)
     d_mixture_ptrs = d_mixture_ptr + samples.to(tl.int64) * K + k
     total = tl.sum(acc, axis=1)
+    # [BLOCK_S]
     weights = tl.load(mixture_ptr + samples.to(tl.int64) * K + k, mask=samples < S, other=0.0)
     finite = tl.abs(total) < float("inf")
     total = tl.where((weights == 0) & (finite == 0), 0.0, total)
     if ACCUMULATE:
         total += tl.load(d_mixture_ptrs, mask=samples < S, other=0.0)
+    # [BLOCK_S]: column k of d_mixture [S, K]
     tl.store(d_mixture_ptrs, total, mask=samples < S)
 
 
@@ -107,6 +114,7 @@ def _factor_grad_kernel(
     features = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks = first_group * 16 + tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     part = tl.program_id(2)
+    # this part of the rows; a part is never empty
     m_start = part * rows_per_part
     m_stop = min(m_start + rows_per_part, M)
     tl.assume(m_stop > m_start)
@@ -116,11 +124,14 @@ def _factor_grad_kernel(
     x_ptrs = x_ptr + rows[:, None] * stride_xm + features[None, :]
     in_ranks = (ranks < stride_pm)[None, :]
     in_features = (features < N)[None, :]
+    # [BLOCK_M features, BLOCK_N ranks]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for m in range(m_start, m_stop, BLOCK_K):
         in_part = (offs_m < m_stop - m)[:, None]
+        # p [BLOCK_K, BLOCK_N], x [BLOCK_K, BLOCK_M]
         p = tl.load(p_ptrs, mask=in_part & in_ranks, other=0.0)
         x = tl.load(x_ptrs, mask=in_part & in_features, other=0.0)
+        # x^T p, summed over rows
         acc = tl.dot(x.to(COMPUTE).T, p.to(COMPUTE), acc, input_precision="ieee")
         p_ptrs += BLOCK_K * stride_pm
         x_ptrs += BLOCK_K * stride_xm
@@ -132,6 +143,7 @@ def _factor_grad_kernel(
         p_row = p_ptr + m_start.to(tl.int64) * stride_pm + ranks
         x_row = x_ptr + m_start.to(tl.int64) * stride_xm + features
         for _ in tl.range(m_start, m_stop, num_stages=1):
+            # p [1, BLOCK_N], x [BLOCK_M, 1]: one row at a time
             p = tl.load(p_row, mask=in_range, other=0.0).to(tl.float32)[None, :]
             x = tl.load(x_row, mask=features < N, other=0.0).to(tl.float32)[:, None]
             acc += tl.where(is_absent(p), 0.0, x * p)
@@ -140,6 +152,7 @@ def _factor_grad_kernel(
     out_rows = (part.to(tl.int64) * (stop - start) + ranks - start) * N
     mask = in_range[None, :] & (features < N)[:, None]
     out_ptrs = out_ptr + out_rows[None, :] + features[:, None]
+    # [BLOCK_M, BLOCK_N], transposed into out [part, stop - start, N]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -151,6 +164,7 @@ def _sum_parts_kernel(parts_ptr, out_ptr, parts, size, BLOCK: tl.constexpr):
     part_ptrs = parts_ptr + offsets
     acc = tl.zeros((BLOCK,), tl.float32)
     for _ in range(parts):
+        # [BLOCK]; the order of the sum is fixed
         acc += tl.load(part_ptrs, mask=mask, other=0.0)
         part_ptrs += size
     tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)

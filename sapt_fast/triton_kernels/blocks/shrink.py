@@ -41,40 +41,13 @@ from sapt_fast.triton_kernels.blocks.shrink_tiles import (
 
 @triton.jit(do_not_specialize=["parts", "M", "S", "T", "K", "tiles_r", *RANK_ARGUMENTS])
 def _shrink_fwd_kernel(
-    x_ptr,
-    a_ptrs,
-    parts_ptr,
-    parts,
-    mixture_ptr,
-    row_adapter_ptrs,
-    row_scale_ptrs,
-    h_ptrs,
-    hw_ptr,
-    M,
-    D,
-    S,
-    T,
-    K,
-    tiles_r,
-    rank_0,
-    rank_1,
-    rank_2,
-    rank_3,
-    rank_4,
-    rank_5,
-    rank_6,
-    rank_7,
-    stride_xm,
-    stride_ar,
-    stride_hwm,
-    MEMBERS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):
+    x_ptr, a_ptrs, parts_ptr,
+    parts, mixture_ptr, row_adapter_ptrs, row_scale_ptrs, h_ptrs, hw_ptr, M, D, S, T, K,
+    tiles_r, rank_0, rank_1, rank_2, rank_3, rank_4, rank_5, rank_6, rank_7, stride_xm,
+    stride_ar, stride_hwm,
+    MEMBERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr, SEGMENTS: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
     """One tile of one member's h = x a^T and hw = h * w, with zeros in the padding of its ranks.
 
     h is [M, Rp] for each member; hw is [M, stride_hwm] with the members side by side.
@@ -84,30 +57,40 @@ def _shrink_fwd_kernel(
         tl.program_id(0) % tiles_r, ranks_of, 0, BLOCK_N, MEMBERS
     )
     hi = tl.cdiv(R, 16) * 16
+    # M: BLOCK_M rows of x; N: BLOCK_N rank columns of one member; K: steps over D
     first_row = tl.program_id(0) // tiles_r * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
     ranks = tile_r * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (rows < M)[:, None] & (ranks < hi)[None, :]
+    # into hw [M, stride_hwm], where this member begins at `column`
     hw_offsets = rows.to(tl.int64)[:, None] * stride_hwm + (column + ranks)[None, :]
     if parts_ptr is None:
         a_ptr = pointer_of(member, a_ptrs, MEMBERS)
+        # h [BLOCK_M, BLOCK_N] = x [BLOCK_M, D] a [BLOCK_N, D]^T, float32
         h = tile_product(
             x_ptr, a_ptr, rows, ranks, M, R, 0, D, stride_xm, stride_ar,
             BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, COMPUTE,
         )  # fmt: skip
     else:
         part_size = M.to(tl.int64) * stride_hwm
+        # h [BLOCK_M, BLOCK_N], of the parts that `_split_kernel` left
         h = sum_of_parts(parts_ptr, parts, hw_offsets, part_size, mask, BLOCK_M, BLOCK_N)
 
+    # Ranks in the padding read those of rank 0: their h is zeroed below.
     safe_ranks = tl.where(ranks < R, ranks, 0)
+    # [BLOCK_N] int32, float32
     adapters = tl.load(pointer_of(member, row_adapter_ptrs, MEMBERS) + safe_ranks)
     scales = tl.load(pointer_of(member, row_scale_ptrs, MEMBERS) + safe_ranks)
     h = tl.where((ranks < R)[None, :], h, 0.0)
     h_ptr = pointer_of(member, h_ptrs, MEMBERS)
+    # into h [M, hi], hi the ranks and their padding
     h_offsets = rows.to(tl.int64)[:, None] * hi + ranks[None, :]
+    # [BLOCK_M, BLOCK_N] float32: the backward needs h unrounded
     tl.store(h_ptr + h_offsets, h.to(h_ptr.dtype.element_ty), mask=mask)
+    # [BLOCK_M]: the sample of each row
     samples = tl.where(rows < M, rows, 0) // T
     hw = weighted(h, mixture_ptr, adapters, scales, samples, first_row // T, S, K, SEGMENTS)
+    # [BLOCK_M, BLOCK_N] in x's dtype, as the product with lora_b takes it
     tl.store(hw_ptr + hw_offsets, hw.to(hw_ptr.dtype.element_ty), mask=mask)
 
 
@@ -118,44 +101,13 @@ def _shrink_fwd_kernel(
     ]
 )  # fmt: skip
 def _shrink_bwd_kernel(
-    dy_ptr,
-    b_ptr,
-    parts_ptr,
-    parts,
-    mixture_ptr,
-    row_adapter_ptr,
-    row_scale_ptr,
-    gate_ptr,
-    h_ptr,
-    gw_ptr,
-    hw_ptr,
-    partial_ptr,
-    M,
-    D,
-    R,
-    S,
-    T,
-    K,
-    rank_lo,
-    rank_hi,
-    gw_lo,
-    gw_hi,
-    train_lo,
-    train_hi,
-    gate_start,
-    gate_stop,
-    h_columns,
-    stride_dym,
-    stride_br,
-    stride_hm,
-    stride_gm,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):
+    dy_ptr, b_ptr, parts_ptr,
+    parts, mixture_ptr, row_adapter_ptr, row_scale_ptr, gate_ptr, h_ptr, gw_ptr, hw_ptr,
+    partial_ptr, M, D, R, S, T, K, rank_lo, rank_hi, gw_lo, gw_hi, train_lo, train_hi,
+    gate_start, gate_stop, h_columns, stride_dym, stride_br, stride_hm, stride_gm,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+    SEGMENTS: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
     """One tile of g = dy b^T in the columns lo:hi, never stored itself. Outputs, None if unwanted:
 
     gw = g * w in its own columns, w taken with the scale `gate` of each rank; hw = h * w in the
@@ -164,52 +116,65 @@ def _shrink_bwd_kernel(
     """
     lo, hi = rank_lo * 16, rank_hi * 16
     tiles_r = tl.cdiv(hi - lo, BLOCK_N)
+    # All rank tiles of a row tile follow each other, so that its dy stays in L2.
     tile_m = tl.program_id(0) // tiles_r
     first_row = tile_m * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
     ranks = lo + tl.program_id(0) % tiles_r * BLOCK_N + tl.arange(0, BLOCK_N)
     in_rows = (rows < M)[:, None]
     mask = in_rows & (ranks < hi)[None, :]
+    # into gw, hw, partial and the parts, all of row stride stride_gm
     offsets = rows.to(tl.int64)[:, None] * stride_gm + ranks[None, :]
     if parts_ptr is None:
+        # g [BLOCK_M, BLOCK_N] = dy [BLOCK_M, D] b [BLOCK_N, D]^T, float32
         g = tile_product(
             dy_ptr, b_ptr, rows, ranks, M, R, 0, D, stride_dym, stride_br,
             BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, COMPUTE,
         )  # fmt: skip
     else:
         part_size = M.to(tl.int64) * stride_gm
+        # g [BLOCK_M, BLOCK_N], of the parts that `_split_kernel` left
         g = sum_of_parts(parts_ptr, parts, offsets, part_size, mask, BLOCK_M, BLOCK_N)
 
     safe_ranks = tl.where(ranks < R, ranks, 0)
+    # [BLOCK_N] int32
     adapters = tl.load(row_adapter_ptr + safe_ranks)
+    # [BLOCK_M]: the sample of each row; `first` is that of the tile
     samples = tl.where(rows < M, rows, 0) // T
     first = first_row // T
     g = tl.where((ranks < R)[None, :], g, 0.0)
     # gw goes out before h comes in: both in registers at once would spill.
     if gw_ptr is not None:
+        # [BLOCK_N]: the scale, or 0 where no gradient reaches the input
         gates = tl.load(gate_ptr + safe_ranks)
         gates = tl.where((ranks >= gate_start) & (ranks < gate_stop), gates, 0.0)
         gw = weighted(g, mixture_ptr, adapters, gates, samples, first, S, K, SEGMENTS)
         in_gw = (ranks >= gw_lo * 16) & (ranks < gw_hi * 16)
+        # [BLOCK_M, BLOCK_N] in dy's dtype, in the columns of its window
         tl.store(gw_ptr + offsets, gw.to(gw_ptr.dtype.element_ty), mask=in_rows & in_gw[None, :])
     if h_ptr is not None:
+        # [BLOCK_N]
         scales = tl.load(row_scale_ptr + safe_ranks)
         h_ptrs = h_ptr + rows.to(tl.int64)[:, None] * stride_hm + ranks[None, :]
+        # [BLOCK_M, BLOCK_N]; the columns that pad R may hold anything
         h = tl.load(h_ptrs, mask=in_rows & (ranks < h_columns)[None, :], other=0.0).to(tl.float32)
         h = tl.where((ranks < R)[None, :], h, 0.0)
         if hw_ptr is not None:
             hw = weighted(h, mixture_ptr, adapters, scales, samples, first, S, K, SEGMENTS)
             trains = (ranks >= train_lo * 16) & (ranks < train_hi * 16)
+            # [BLOCK_M, BLOCK_N] in the columns of the rows that train
             tl.store(
                 hw_ptr + offsets, hw.to(hw_ptr.dtype.element_ty), mask=in_rows & trains[None, :]
             )
         if partial_ptr is not None:
+            # [BLOCK_M, BLOCK_N]: what each row and rank adds to the gradient of its weight
             product = tl.where((scales == 0)[None, :], 0.0, g * h * scales[None, :])
             if SEGMENTS == 0:
                 tl.store(partial_ptr + offsets, product, mask=mask)
             else:
                 for i in tl.static_range(SEGMENTS):
                     inside = (samples == first + i)[:, None]
+                    # [BLOCK_N]: over the rows of sample first + i
                     sums = tl.sum(tl.where(inside, product, 0.0), axis=0)
                     row = (tile_m * SEGMENTS + i).to(tl.int64)
                     tl.store(partial_ptr + row * stride_gm + ranks, sums, mask=ranks < hi)
@@ -259,31 +224,14 @@ def shrink_fwd(
     with torch.cuda.device_of(x):
         plan = plan_shrink(x, factors, stride_ar, None, S, backward=False)
         _shrink_fwd_kernel[(plan.tiles_m * plan.tiles_r,)](
-            x,
-            tuple(factors),
-            plan.parts,
-            plan.num_parts,
-            mixings[0].mixture,
+            x, tuple(factors), plan.parts, plan.num_parts, mixings[0].mixture,
             tuple(mixing.row_adapter for mixing in mixings),
-            tuple(mixing.row_scale for mixing in mixings),
-            tuple(hs),
-            hw,
-            M,
-            D,
-            S,
-            M // S,
-            K,
-            plan.tiles_r,
-            *rank_arguments([factor.shape[0] for factor in factors]),
-            x.stride(0),
-            stride_ar,
-            hw.stride(0),
-            MEMBERS=len(factors),
-            **plan.tile.launch_options(),
-            EVEN_K=D % plan.tile.k == 0,
-            SEGMENTS=plan.segments,
+            tuple(mixing.row_scale for mixing in mixings), tuple(hs), hw, M, D, S, M // S, K,
+            plan.tiles_r, *rank_arguments([factor.shape[0] for factor in factors]), x.stride(0),
+            stride_ar, hw.stride(0), MEMBERS=len(factors), **plan.tile.launch_options(),
+            EVEN_K=D % plan.tile.k == 0, SEGMENTS=plan.segments,
             COMPUTE=common.compute_dtype(x.dtype),
-        )
+        )  # fmt: skip
     return list(hw.split(widths, dim=1))
 
 
@@ -348,40 +296,15 @@ def shrink_bwd(
             partial_rows = plan.tiles_m * plan.segments if plan.segments else M
             partial = dy.new_empty((partial_rows, columns), dtype=torch.float32)
         _shrink_bwd_kernel[(plan.tiles_m * plan.tiles_r,)](
-            dy,
-            lora_b,
-            plan.parts,
-            plan.num_parts,
-            *mixing,
-            gate.scale,
-            h,
-            gw,
-            hw,
-            partial,
-            M,
-            D,
-            R,
-            S,
-            M // S,
-            K,
-            window[0] // RANK_ALIGN,
-            window[1] // RANK_ALIGN,
-            gw_lo // RANK_ALIGN,
-            gw_hi // RANK_ALIGN,
-            train_lo // RANK_ALIGN,
-            train_hi // RANK_ALIGN,
-            gate.start,
-            gate.stop,
-            0 if h is None else _readable_columns(h, columns),
-            dy.stride(0),
-            lora_b.stride(0),
-            0 if h is None else h.stride(0),
-            columns,
-            **plan.tile.launch_options(),
-            EVEN_K=D % plan.tile.k == 0,
-            SEGMENTS=plan.segments,
+            dy, lora_b, plan.parts, plan.num_parts, *mixing, gate.scale, h, gw, hw, partial, M,
+            D, R, S, M // S, K, window[0] // RANK_ALIGN, window[1] // RANK_ALIGN,
+            gw_lo // RANK_ALIGN, gw_hi // RANK_ALIGN, train_lo // RANK_ALIGN,
+            train_hi // RANK_ALIGN, gate.start, gate.stop,
+            0 if h is None else _readable_columns(h, columns), dy.stride(0), lora_b.stride(0),
+            0 if h is None else h.stride(0), columns, **plan.tile.launch_options(),
+            EVEN_K=D % plan.tile.k == 0, SEGMENTS=plan.segments,
             COMPUTE=common.compute_dtype(dy.dtype),
-        )
+        )  # fmt: skip
         if partial is not None and d_mixture is not None:
             tile_rows = plan.tile.m if plan.segments else 1
             segments = max(plan.segments, 1)

@@ -69,18 +69,22 @@ def tile_product(
     """x[rows, k_start:k_stop] a[ranks, k_start:k_stop]^T, float32; k_stop > k_start."""
     tl.assume(k_stop > k_start)
     offs_k = tl.arange(0, BLOCK_K)
+    # Rows and ranks past the end read the first: whoever stores masks them.
     safe_rows = tl.where(rows < M, rows, 0).to(tl.int64)
     safe_ranks = tl.where(ranks < R, ranks, 0).to(tl.int64)
     x_ptrs = x_ptr + safe_rows[:, None] * stride_xm + (k_start + offs_k)[None, :]
     a_ptrs = a_ptr + safe_ranks[None, :] * stride_ar + (k_start + offs_k)[:, None]
+    # [BLOCK_M, BLOCK_N]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(k_start, k_stop, BLOCK_K):
         if EVEN_K:
+            # x [BLOCK_M, BLOCK_K], a [BLOCK_K, BLOCK_N]
             x = tl.load(x_ptrs)
             a = tl.load(a_ptrs)
         else:
             x = tl.load(x_ptrs, mask=offs_k[None, :] < k_stop - k, other=0.0)
             a = tl.load(a_ptrs, mask=offs_k[:, None] < k_stop - k, other=0.0)
+        # [BLOCK_M, BLOCK_K] [BLOCK_K, BLOCK_N]; "ieee": float32 is not cut to tf32
         acc = tl.dot(x.to(COMPUTE), a.to(COMPUTE), acc, input_precision="ieee")
         x_ptrs += BLOCK_K
         a_ptrs += BLOCK_K
@@ -107,14 +111,17 @@ def weighted(tile, mixture_ptr, adapters, scales, samples, first, S, K, SEGMENTS
     Where the mixture or the scale is exactly 0 the result is +0, whatever the tile holds.
     """
     if SEGMENTS == 0:
+        # [BLOCK_M, BLOCK_N]: a weight for each element
         offsets = samples.to(tl.int64)[:, None] * K + adapters[None, :]
         weights = _product_or_zero(scales[None, :], tl.load(mixture_ptr + offsets))
         return _coefficient(tile, weights)
+    # [BLOCK_N]: the weights of the first sample serve all rows
     weights = tl.load(mixture_ptr + first.to(tl.int64) * K + adapters)
     result = _coefficient(tile, _product_or_zero(scales, weights)[None, :])
     for i in tl.static_range(1, SEGMENTS):
         sample = tl.minimum(first + i, S - 1)
         weights = tl.load(mixture_ptr + sample.to(tl.int64) * K + adapters)
+        # [BLOCK_M, BLOCK_N], taken in the rows of sample first + i
         own = _coefficient(tile, _product_or_zero(scales, weights)[None, :])
         result = tl.where((samples == first + i)[:, None], own, result)
     return result
@@ -128,6 +135,7 @@ def sum_of_parts(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     part_ptrs = parts_ptr + offsets
     for _ in tl.range(parts, loop_unroll_factor=4):
+        # [BLOCK_M, BLOCK_N] float32
         acc += tl.load(part_ptrs, mask=mask, other=0.0)
         part_ptrs += part_size
     return acc
@@ -173,17 +181,21 @@ def _split_kernel(
         tl.program_id(0) % tiles_r, ranks_of, lo, BLOCK_N, MEMBERS
     )
     a_ptr = pointer_of(member, a_ptrs, MEMBERS)
+    # [BLOCK_M]; ranks [BLOCK_N]
     rows = tl.program_id(0) // tiles_r * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks = lo + tile_r * BLOCK_N + tl.arange(0, BLOCK_N)
     part = tl.program_id(1)
+    # this part of the reduced dimension
     k_start = part * steps * BLOCK_K
     k_stop = min(k_start + steps * BLOCK_K, D)
+    # [BLOCK_M, BLOCK_N]
     acc = tile_product(
         x_ptr, a_ptr, rows, ranks, M, R, k_start, k_stop, stride_xm, stride_ar,
         BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, COMPUTE,
     )  # fmt: skip
     mask = (rows < M)[:, None] & (ranks < tl.cdiv(R, 16) * 16)[None, :]
     offsets = (part.to(tl.int64) * M + rows[:, None]) * stride_pm + (column + ranks)[None, :]
+    # [BLOCK_M, BLOCK_N] float32, of parts [s, M, stride_pm]
     tl.store(parts_ptr + offsets, acc, mask=mask)
 
 

@@ -1,4 +1,4 @@
-#include "lookup_bindings.h"
+#include "cpu/search_bindings.h"
 
 #include <algorithm>
 #include <cmath>
@@ -282,7 +282,7 @@ void experts_grad(int dtype, int bank_dtype, const Memory& out, const Memory& co
 
 }  // namespace
 
-void bind_lookups(py::module_& m) {
+void bind_searches(py::module_& m) {
     using py::arg;
     m.attr("METRIC_DOT") = static_cast<int>(Metric::dot);
     m.attr("METRIC_COSINE") = static_cast<int>(Metric::cosine);

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 INT64 = 8  # bytes
@@ -67,3 +67,13 @@ def bound(passes: Sequence[Pass], device: Device) -> str:
     """What most of the time goes to: "memory" or "arithmetic"."""
     memory = sum(p.seconds(device) for p in passes if p.is_memory_bound(device))
     return "memory" if 2 * memory >= total_seconds(passes, device) else "arithmetic"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the roofline's table; `base` is what its time is compared with."""
+
+    op: str
+    sizes: str
+    passes: Passes
+    base: Passes = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Triton backend of op `router`: see `ops.router` for what is computed.
+"""Triton backend of op `route`: see `ops.route` for what is computed.
 
 From the pooled embedding to the weights it is one launch with one program per sample: its vectors
 stay in the caches while the program streams the projection and the keys, everything in float32.
@@ -18,7 +18,7 @@ from torch import Tensor
 from sapt_fast.triton_kernels.blocks import common
 
 if TYPE_CHECKING:
-    from sapt_fast.ops.router import QueryProjection
+    from sapt_fast.ops.route import QueryProjection
 
 
 @triton.jit
@@ -34,10 +34,12 @@ def _products(
     """matrix[rows, COLS] @ vector[COLS] in float32; zero for rows beyond ROWS."""
     row_ptrs = matrix_ptr + rows.to(tl.int64)[:, None] * COLS
     in_rows = (rows < ROWS)[:, None]
+    # [BLOCK_ROWS, BLOCK_COLS], summed over its columns at the end
     acc = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
     for c in range(0, COLS, BLOCK_COLS):
         cols = c + tl.arange(0, BLOCK_COLS)
         in_cols = cols < COLS
+        # matrix [BLOCK_ROWS, BLOCK_COLS], vector [BLOCK_COLS]
         matrix = tl.load(row_ptrs + cols[None, :], mask=in_rows & in_cols[None, :], other=0.0)
         vector = tl.load(vector_ptr + cols, mask=in_cols, other=0.0)
         acc += matrix.to(tl.float32) * vector.to(tl.float32)[None, :]
@@ -56,24 +58,27 @@ def _softmax_weights(
     RANKED: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """weights[K] = the softmax of scores[K], K <= KEYS, small ones dropped as `ops.router` says.
+    """weights[K] = the softmax of scores[K], K <= KEYS, small ones dropped as `ops.route` says.
 
     A weight's rank, the number of larger ones and of equal ones before it, tells whether it is
     among the top_k: K^2 comparisons in registers are fewer steps than a sort.
     """
     ks = tl.arange(0, KEYS)
     in_keys = ks < K
+    # [KEYS]; the largest is subtracted before exp
     scores = tl.load(scores_ptr + ks, mask=in_keys, other=float("-inf"))
     weights = tl.exp(scores - tl.max(scores, axis=0))
     weights = weights / tl.sum(weights, axis=0)
     if SPARSE:
         keep = weights >= tl.minimum(tl.max(weights, axis=0), threshold)
         if RANKED:
+            # [KEYS]
             tl.store(weights_ptr + ks, weights, mask=in_keys)
             tl.debug_barrier()
             rank = tl.zeros((KEYS,), tl.int32)
             for k in range(0, K, BLOCK_K):
                 others = k + tl.arange(0, BLOCK_K)
+                # other [1, BLOCK_K], own [KEYS, 1]
                 other = tl.load(weights_ptr + others, mask=others < K, other=-1.0)[None, :]
                 own = weights[:, None]
                 ahead = (other > own) | ((other == own) & (others[None, :] < ks[:, None]))
@@ -87,32 +92,12 @@ def _softmax_weights(
 
 @triton.jit(do_not_specialize=["K", "top_k"])
 def _route_kernel(
-    pooled_ptr,
-    down_ptr,
-    up_ptr,
-    norm_weight_ptr,
-    norm_bias_ptr,
-    keys_ptr,
-    hidden_ptr,
-    query_ptr,
-    scores_ptr,
-    weights_ptr,
-    D,
-    H,
-    K,
-    eps,
-    divisor,
-    top_k,
-    threshold,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    KEYS: tl.constexpr,
-    SPARSE: tl.constexpr,
-    RANKED: tl.constexpr,
-):
+    pooled_ptr, down_ptr, up_ptr, norm_weight_ptr, norm_bias_ptr, keys_ptr, hidden_ptr,
+    query_ptr, scores_ptr, weights_ptr,
+    D, H, K, eps, divisor, top_k, threshold,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr, KEYS: tl.constexpr, SPARSE: tl.constexpr, RANKED: tl.constexpr,
+):  # fmt: skip
     """scores[b] = LayerNorm(SiLU(up down pooled[b])) keys^T / divisor; without down: no query.
 
     With weights_ptr also weights[b], from the scores. hidden [B, H] and query [B, D] are float32
@@ -125,6 +110,7 @@ def _route_kernel(
         query_ptr += b * D
         for h in range(0, H, BLOCK_M):
             rows = h + tl.arange(0, BLOCK_M)
+            # hidden [BLOCK_M] = down [BLOCK_M, D] pooled [D]
             hidden = _products(down_ptr, pooled_ptr, rows, H, D, BLOCK_M, BLOCK_N)
             tl.store(hidden_ptr + rows, hidden, mask=rows < H)
         tl.debug_barrier()
@@ -132,6 +118,7 @@ def _route_kernel(
         total = tl.zeros((BLOCK_M,), tl.float32)
         for d in range(0, D, BLOCK_M):
             rows = d + tl.arange(0, BLOCK_M)
+            # z [BLOCK_M] = up [BLOCK_M, H] hidden [H], then SiLU
             z = _products(up_ptr, hidden_ptr, rows, D, H, BLOCK_M, BLOCK_H)
             z = z / (1.0 + tl.exp(-z))
             total += z
@@ -139,6 +126,7 @@ def _route_kernel(
         mean = tl.sum(total, axis=0) / D
         tl.debug_barrier()
 
+        # LayerNorm in two passes: the mean first, then the squares about it
         squares = tl.zeros((BLOCK_D,), tl.float32)
         for d in range(0, D, BLOCK_D):
             cols = d + tl.arange(0, BLOCK_D)
@@ -149,6 +137,7 @@ def _route_kernel(
             cols = d + tl.arange(0, BLOCK_D)
             in_cols = cols < D
             z = tl.load(query_ptr + cols, mask=in_cols, other=0.0)
+            # weight, bias [BLOCK_D]
             weight = tl.load(norm_weight_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)
             bias = tl.load(norm_bias_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)
             tl.store(query_ptr + cols, (z - mean) / deviation * weight + bias, mask=in_cols)
@@ -158,6 +147,7 @@ def _route_kernel(
 
     for k in range(0, K, BLOCK_K):
         rows = k + tl.arange(0, BLOCK_K)
+        # scores [BLOCK_K] = keys [BLOCK_K, D] query [D]
         scores = _products(keys_ptr, query_ptr, rows, K, D, BLOCK_K, BLOCK_D)
         tl.store(scores_ptr + b * K + rows, scores / divisor, mask=rows < K)
     if weights_ptr is not None:

@@ -40,7 +40,8 @@ __all__ = [
     "sparsify",
 ]
 
-_OP = "router"
+_OP = "route"
+DISPATCH = dispatch.Op(few_rows=(4, 4))
 _FUSED_KEYS = 1024  # so many keys at most from embedding to weights in one launch
 
 

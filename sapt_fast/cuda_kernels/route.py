@@ -1,4 +1,4 @@
-"""CUDA backend of op `router`, for a few samples: see csrc/cuda/router.cu.
+"""CUDA backend of op `route`, for a few samples: see csrc/cuda/route.cu.
 
 From pooled embeddings to weights.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from sapt_fast.cuda_kernels import common
 
 if TYPE_CHECKING:
-    from sapt_fast.ops.router import QueryProjection
+    from sapt_fast.ops.route import QueryProjection
 
 
 def route_scores_fwd(

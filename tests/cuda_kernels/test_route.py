@@ -1,12 +1,14 @@
 """The cuda backend of router, its kernels on the emulator, against the float64 reference."""
 
+import importlib
+
 import pytest
 import torch
 from torch import Tensor
 
-from sapt_fast.ops import router as reference
-from sapt_fast.ops.router import QueryProjection
+from sapt_fast.ops.route import QueryProjection
 
+reference = importlib.import_module("sapt_fast.ops.route")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -42,7 +44,7 @@ def _wide(case: tuple[Tensor, Tensor, QueryProjection | None]):
 
 @pytest.fixture
 def check(cuda, emulated_module):
-    kernel = cuda("router")
+    kernel = cuda("route")
 
     def run(case, top_k=None, threshold=None) -> Tensor:
         pooled, keys, projection = case
@@ -114,7 +116,7 @@ def test_threshold_above_every_weight_keeps_the_largest(check):
 
 
 def test_scores_of_more_keys_than_are_chosen_from(cuda):
-    kernel = cuda("router")
+    kernel = cuda("route")
     case = _case(width=8, hidden=None, count=1030)
     scores = kernel.route_scores_fwd(*case, 2.0)
     exact = reference.route_scores_fwd(*_wide(case), 2.0)
@@ -128,6 +130,6 @@ def test_the_limit_of_the_op(emulated_module):
 
 
 def test_nothing(cuda):
-    kernel = cuda("router")
+    kernel = cuda("route")
     assert kernel.route_fwd(*_case(samples=0), 1.0, 1, None).shape == (0, 5)
     assert kernel.route_scores_fwd(*_case(count=0), 1.0).shape == (2, 0)

@@ -1,4 +1,4 @@
-#include "cuda/router.h"
+#include "cuda/route.h"
 
 #include "cuda/any.h"
 #include "cuda/launch.h"

@@ -5,6 +5,6 @@
 
 namespace sapt_fast {
 
-void bind_lookups(pybind11::module_& m);
+void bind_searches(pybind11::module_& m);
 
 }  // namespace sapt_fast

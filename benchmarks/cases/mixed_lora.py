@@ -1,10 +1,19 @@
-"""Traffic of `mixed_lora`, of a group of projections at once, and of the base layer."""
+"""Op `mixed_lora`: traffic and launches, of a group of projections at once and the base layer.
+
+It is checked and timed inside of a layer: see `providers.Layer`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from traffic.passes import Pass, Passes
+import torch
+from op_case import NewTensor
+from passes import Pass, Passes, Row
+
+from sapt_fast import dispatch
+from sapt_fast.ops.projection import Projection
 
 RANK_ALIGN = 16  # rows of h, h * w and g * w are padded to so many elements
 
@@ -199,3 +208,135 @@ def _product(
         Pass(f"{y} expand", term, y_bytes, flops * rank),
         Pass(f"{y} cuBLAS", base | y_bytes, y_bytes, flops * depth, library=True),
     ]
+
+
+def roofline() -> Iterable[Row]:
+    """Both ways to compute y, beside the linear layer alone."""
+    for d, rank, adapters in ((1024, 60, 15), (4096, 60, 15), (4096, 240, 15), (8192, 1024, 64)):
+        newest = (rank - rank // adapters, rank)
+        for count in (1, 2):
+            c = MixedLora(8192, d, 16, adapters, (Member(d, rank, newest),) * count)
+            base = base_linear(c)
+            sizes = f"M 8192, d {d}, R {rank}" + (f", {count} projections" if count > 1 else "")
+            yield Row("base linear", sizes, base, base)
+            for route in ("fused", "expand first"):
+                forward = mixed_lora_forward(c, route)
+                yield Row(f"mixed_lora forward, {route}", sizes, forward, base)
+                for through in (True, False):
+                    frozen = "" if through else ", none through frozen"
+                    backward = mixed_lora_backward(c, route, through)
+                    # Alone the base layer, frozen, has dx to compute.
+                    yield Row(f"mixed_lora backward, {route}{frozen}", sizes, backward, base)
+
+
+# --- launches ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Sizes and options of one forward and backward of `mixed_lora`."""
+
+    name: str
+    samples: int
+    rows: int  # per sample
+    i: int
+    o: int
+    ranks: tuple[int, ...]
+    dtype: torch.dtype = torch.bfloat16
+    lora_dtype: torch.dtype | None = None
+    weight: str = "plain"  # plain, transposed, none
+    bias: bool = False
+    siblings: tuple[tuple[int, tuple[int, ...]], ...] = ()  # o and ranks of further projections
+    quick: bool = False
+    aligned: bool = True
+
+    def launch(self, tensor: NewTensor) -> None:
+        """By every route: forward, backward in both gradient modes and for the factors alone."""
+        from sapt_fast.triton_kernels.blocks import gemm_variants
+
+        kernels = dispatch.kernels("mixed_lora", "triton")
+        m = self.samples * self.rows
+        x, mixture = tensor(m, self.i), tensor(self.samples, len(self.ranks), dtype=torch.float32)
+        members = ((self.o, self.ranks), *self.siblings)
+        projections = [self._projection(tensor, o, sum(ranks)) for o, ranks in members]
+        dys = [tensor(m, o) for o, _ in members]
+        newest = [[sum(ranks[:-1]), sum(ranks)] for _, ranks in members]
+        for route in gemm_variants.ROUTES:
+            with gemm_variants.forced(route):
+                hs = [h for _, h in kernels.mixed_lora_fwd(x, mixture, projections)]
+                given = dys, x, mixture, projections, hs, newest
+                for through_frozen in (True, False):
+                    kernels.mixed_lora_bwd(*given, True, True, through_frozen)
+                kernels.mixed_lora_bwd(*given, False, False, False)
+
+    def _projection(self, tensor: NewTensor, o: int, r: int) -> Projection:
+        weight = None if self.weight == "none" else tensor(o, self.i)
+        if self.weight == "transposed":
+            weight = tensor(self.i, o).t()
+        lora_dtype = self.lora_dtype or self.dtype
+        return Projection(
+            weight,
+            tensor(o) if self.bias else None,
+            tensor(r, self.i, dtype=lora_dtype),
+            tensor(r, o, dtype=lora_dtype),
+            tensor(r, dtype=torch.int32),
+            tensor(r, dtype=torch.float32),
+        )
+
+
+FOUR_MORE = (
+    (1024, (4,) * 15), (1024, (8,) * 15), (11008, (1,) * 14 + (3,)), (11008, (16,) * 15),
+)  # fmt: skip
+
+LAUNCHES = (
+    Launch("d1024", 16, 512, 1024, 1024, (4,) * 15, quick=True),
+    Launch("d4096", 8, 1024, 4096, 4096, (16,) * 15, quick=True),
+    Launch("short rows", 64, 48, 1024, 1024, (4,) * 15),
+    Launch("short rows, many", 512, 48, 1024, 1024, (4,) * 15),
+    Launch("unequal tiles", 200, 100, 1024, 1024, (4,) * 15),
+    Launch("long", 32, 1024, 4096, 4096, (4,) * 15),
+    Launch("long, R 240", 32, 1024, 4096, 4096, (16,) * 15),
+    Launch("one adapter", 16, 512, 1024, 1024, (4,)),
+    Launch("one adapter, rank 32", 16, 512, 1024, 1024, (32,)),
+    Launch("one adapter, rank 64", 16, 512, 1024, 1024, (64,)),
+    Launch("one adapter, rank 256", 16, 512, 1024, 1024, (256,)),
+    Launch("per token", 8192, 1, 4096, 4096, (16,) * 15, quick=True),
+    Launch("decode", 4, 1, 4096, 4096, (4,) * 15, quick=True),
+    Launch("decode, batch 32", 32, 1, 4096, 4096, (4,) * 15),
+    Launch("no weight", 16, 512, 4096, 4096, (4,) * 15, weight="none"),
+    Launch("no weight, decode", 4, 1, 4096, 4096, (4,) * 15, weight="none"),
+    Launch("Conv1D", 16, 512, 768, 2304, (8,) * 5, weight="transposed", bias=True),
+    Launch("float32 factors", 16, 512, 1024, 1024, (4,) * 15, lora_dtype=torch.float32),
+    Launch("float32 factors, d4096", 8, 1024, 4096, 4096, (16,) * 15, lora_dtype=torch.float32),
+    Launch("float32 factors, decode", 4, 1, 4096, 4096, (4,) * 15, lora_dtype=torch.float32),
+    Launch("float16", 16, 512, 1024, 1024, (4,) * 15, dtype=torch.float16),
+    Launch("float32", 16, 512, 1024, 1024, (4,) * 15, dtype=torch.float32),
+    Launch("odd width", 4, 50, 100, 100, (4,) * 3, aligned=False),
+    Launch("two", 16, 512, 1024, 1024, (4,) * 15, siblings=((1024, (4,) * 15),), quick=True),
+    Launch("five", 8, 1024, 4096, 4096, (16,) * 15, siblings=FOUR_MORE, quick=True),
+    Launch("five, decode", 4, 1, 4096, 4096, (16,) * 15, siblings=FOUR_MORE),
+    Launch("five, short rows", 64, 48, 1024, 1024, (4,) * 15, siblings=FOUR_MORE),
+    Launch("five, per token", 8192, 1, 4096, 4096, (16,) * 15, siblings=FOUR_MORE),
+    Launch("two, no weight", 16, 512, 1024, 1024, (4,) * 15, siblings=FOUR_MORE[:1], weight="none"),
+    Launch(
+        "two, float32 factors",
+        16,
+        512,
+        1024,
+        1024,
+        (4,) * 15,
+        siblings=FOUR_MORE[:1],
+        lora_dtype=torch.float32,
+    ),
+    Launch(
+        "two, float32",
+        16,
+        512,
+        1024,
+        1024,
+        (4,) * 15,
+        siblings=FOUR_MORE[:1],
+        dtype=torch.float32,
+    ),
+    Launch("two, odd width", 4, 50, 100, 100, (4,) * 3, siblings=((52, (1,) * 3),), aligned=False),
+)

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import checks
 import measure
@@ -14,6 +15,17 @@ from training_step import Step
 LAYER = Layer(8, 512, 1024, 1024, 15, 4, torch.float32)
 DECODE = Layer(1, 1, 1024, 1024, 15, 4, torch.float32)
 STEP = Step("t5", 512, 2048, 6, 8, 32128, batch=8, source=256, target=50, adapters=15)
+
+
+class Measured(NamedTuple):
+    """What the targets are about; each as `checks` returned it."""
+
+    train32: dict[str, Any]
+    train16: dict[str, Any]
+    decoding: dict[str, Any]
+    steps: dict[str, Any]
+    pools: dict[str, Any]
+    saved: dict[str, Any]
 
 
 def main() -> int:
@@ -56,8 +68,26 @@ def main() -> int:
     )
     saved = checks.saved_for_backward(layer)
     searches = search_check.run(quick=options.quick, repeats=max(3, repeats // 2))
+    measured = Measured(train32, train16, decoding, steps, pools, saved)
+    targets = [*_targets(measured), *searches["targets"]]
+    result = {
+        "kind": "cpu_check",
+        "quick": options.quick,
+        "environment": measure.environment("cpu"),
+        "correctness": {**gate, **searches["correctness"]},
+        "targets": targets,
+        "layers": [train32, train16, decoding],
+        "saved_for_backward": saved,
+        "steps": [steps, pools],
+        "ops": searches["rows"],
+    }
+    return checks.finish(result, options.out)
+
+
+def _targets(measured: Measured) -> list[dict[str, Any]]:
+    train32, train16, decoding, steps, pools, saved = measured
     step_ms = steps["ms"]
-    targets = [
+    return [
         target("layer forward+backward fp32: ours / base", under(train32, "base"), 1.08),
         target("layer fp32: ours / base, both by oneDNN", under(train32, "base_onednn"), 1.08),
         target("layer fp32: released / ours", over(train32, "released"), 3.8, at_least=True),
@@ -93,20 +123,7 @@ def main() -> int:
             measure.import_seconds("sapt_fast", after="torch"),
             0.15,
         ),
-        *searches["targets"],
     ]
-    result = {
-        "kind": "cpu_check",
-        "quick": options.quick,
-        "environment": measure.environment("cpu"),
-        "correctness": {**gate, **searches["correctness"]},
-        "targets": targets,
-        "layers": [train32, train16, decoding],
-        "saved_for_backward": saved,
-        "steps": [steps, pools],
-        "ops": searches["rows"],
-    }
-    return checks.finish(result, options.out)
 
 
 if __name__ == "__main__":

@@ -99,13 +99,7 @@ def load_official(
     if isinstance(directories, (str, os.PathLike)):
         raise TypeError(f"directories: got {directories!r}, expected a list with a folder per task")
     folders = [Path(directory) for directory in directories]
-    if not folders:
-        raise ValueError("directories: got none, expected a saved_weights folder per task")
-    names = [_task_name(folder) for folder in folders]
-    if len(set(names)) < len(names):
-        raise ValueError(f"directories: the folders name a task twice: {names}")
-    for place, name in enumerate(names):
-        require_folder_name("directories: got the name", name, names[:place])
+    names = _task_names(folders)
     released = [_read(folder, index + 1) for index, folder in enumerate(folders)]
     last = released[-1]
     for earlier in released[:-1]:
@@ -145,6 +139,17 @@ def load_official(
         },
     )
     return install(model, stored)
+
+
+def _task_names(folders: Sequence[Path]) -> list[str]:
+    if not folders:
+        raise ValueError("directories: got none, expected a saved_weights folder per task")
+    names = [_task_name(folder) for folder in folders]
+    if len(set(names)) < len(names):
+        raise ValueError(f"directories: the folders name a task twice: {names}")
+    for place, name in enumerate(names):
+        require_folder_name("directories: got the name", name, names[:place])
+    return names
 
 
 def _task_name(folder: Path) -> str:

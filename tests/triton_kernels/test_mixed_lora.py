@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,71 +12,18 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from kernel_work import counted_work
+from triton_mixed_lora_cases import CASES, DEVICE, Case, expected_values, made_inputs, viewed
 
 from sapt_fast.ops.projection import Projection
 from sapt_fast.triton_kernels.blocks import common, gemm, shrink, shrink_tiles
 from sapt_fast.triton_kernels.blocks import gemm_variants as routes
 from sapt_fast.triton_kernels.mixed_lora import empty_h, mixed_lora_bwd, mixed_lora_fwd
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = pytest.mark.skipif(
     DEVICE.type == "cpu" and not common.INTERPRETED, reason="neither a GPU nor TRITON_INTERPRET=1"
 )
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-@dataclass
-class Case:
-    """Sizes and options of one call; `ranks` gives the adapters."""
-
-    samples: int = 3
-    rows: int = 14  # per sample
-    i: int = 40
-    o: int = 24
-    ranks: tuple[int, ...] = (4, 0, 7)
-    trainable: tuple[int, ...] = (2,)  # adapters
-    weight: str = "plain"  # plain, transposed, strided, none
-    bias: bool = True
-    x: str = "plain"  # plain, sliced, transposed
-    dy: str = "plain"  # plain, expanded, sliced
-    lora_dtype: torch.dtype | None = None
-    through_frozen: bool = True
-    needs_x: bool = True
-    needs_mixture: bool = True
-    name: str = field(default="", compare=False)
-
-
-CASES = [
-    Case(name="mixed-ranks"),
-    Case(ranks=(4,), trainable=(0,), name="one-adapter-of-rank-4"),
-    Case(samples=1, rows=37, i=33, o=29, name="one-sample-odd-sizes"),
-    Case(samples=1, rows=1, name="one-row"),
-    Case(samples=23, rows=1, ranks=(4, 4, 9), name="per-token"),
-    Case(samples=9, rows=3, name="many-samples-per-tile"),
-    Case(samples=6, rows=8, name="two-samples-per-tile"),
-    Case(samples=2, rows=16, ranks=(16, 16), trainable=(1,), name="aligned"),
-    Case(samples=2, rows=45, i=48, o=64, ranks=(20, 4, 13), trainable=(1, 2), name="descriptors"),
-    Case(samples=2, rows=33, i=32, o=40, weight="transposed", name="descriptors-transposed"),
-    Case(samples=2, rows=5, i=288, o=544, ranks=(3, 2), trainable=(1,), name="split-reduction"),
-    Case(samples=1, rows=530, i=32, o=32, ranks=(2, 6), trainable=(0, 1), name="split-rows"),
-    Case(ranks=(9, 9, 9, 9), trainable=(0, 2), through_frozen=False, name="two-ranges-cut"),
-    Case(ranks=(20, 30, 4), trainable=(2,), through_frozen=False, name="last-trains-cut"),
-    Case(ranks=(20, 30, 4), through_frozen=False, needs_mixture=False, name="last-trains-cut-only"),
-    Case(trainable=(), through_frozen=False, name="nothing-trains-cut"),
-    Case(trainable=(), needs_mixture=False, name="input-only"),
-    Case(trainable=(), needs_x=False, name="mixture-only"),
-    Case(ranks=(20, 30, 4), needs_x=False, needs_mixture=False, name="factors-only"),
-    Case(weight="none", bias=False, name="no-weight"),
-    Case(weight="none", bias=False, trainable=(), through_frozen=False, name="no-weight-cut"),
-    Case(weight="strided", x="transposed", dy="expanded", name="strided-operands"),
-    Case(weight="transposed", x="sliced", dy="sliced", bias=False, name="views"),
-    Case(lora_dtype=torch.float32, name="float32-factors"),
-    Case(samples=2, rows=45, lora_dtype=torch.float32, name="float32-factors-descriptors"),
-    Case(ranks=(0, 0), trainable=(), name="no-ranks"),
-    Case(i=0, name="no-inputs"),
-    Case(o=0, name="no-outputs"),
-]
 
 
 @pytest.fixture(autouse=True)
@@ -93,92 +40,6 @@ def _poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
     monkeypatch.setattr(Tensor, "new_empty", poisoned(Tensor.new_empty))
-
-
-def _view(t: Tensor, how: str) -> Tensor:
-    """The values of `t` [rows, columns] under other strides."""
-    if how == "transposed":
-        return t.t().contiguous().t()
-    if how == "sliced":
-        wide = torch.full(
-            (t.shape[0], t.shape[1] + 8), float("nan"), dtype=t.dtype, device=t.device
-        )
-        wide[:, :-8] = t
-        return wide[:, :-8]
-    if how == "strided":
-        wide = torch.full((*t.shape, 2), float("nan"), dtype=t.dtype, device=t.device)
-        wide[..., 0] = t
-        return wide[..., 0]
-    return t[:1, :1].expand_as(t) if how == "expanded" else t
-
-
-def _inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int, scale: float = 1.0, of: torch.dtype = dtype) -> Tensor:
-        return (torch.randn(shape, generator=generator) * scale).to(of).to(DEVICE)
-
-    m, r = case.samples * case.rows, sum(case.ranks)
-    lora_dtype = case.lora_dtype or dtype
-    adapter = torch.repeat_interleave(torch.arange(len(case.ranks)), torch.tensor(case.ranks))
-    scaling = torch.rand(len(case.ranks), generator=generator) + 0.5
-    starts = [sum(case.ranks[:k]) for k in range(len(case.ranks))]
-    weight = normal(case.o, case.i, scale=max(case.i, 1) ** -0.5)
-    return {
-        "x": _view(normal(m, case.i), case.x),
-        "weight": None if case.weight == "none" else _view(weight, case.weight),
-        "bias": normal(case.o) if case.bias else None,
-        "lora_a": normal(r, case.i, scale=max(case.i, 1) ** -0.5, of=lora_dtype),
-        "lora_b": normal(r, case.o, scale=max(r, 1) ** -0.5, of=lora_dtype),
-        "mixture": torch.rand(case.samples, len(case.ranks), generator=generator).to(DEVICE),
-        "row_adapter": adapter.int().to(DEVICE),
-        "row_scale": scaling[adapter].to(DEVICE),
-        "dy": _view(normal(m, case.o), case.dy),
-        "train_rows": [n for k in case.trainable for n in (starts[k], starts[k] + case.ranks[k])],
-    }
-
-
-def _expected(case: Case, t: dict[str, Any], dtype: torch.dtype) -> list[Tensor | None]:
-    """y, dx, d_mixture, d_a, d_b by autograd through a loop over the adapters, in `dtype`."""
-
-    def leaf(value: Tensor) -> Tensor:
-        return value.detach().to(dtype).requires_grad_()
-
-    x, a, b = leaf(t["x"]), leaf(t["lora_a"]), leaf(t["lora_b"])
-    mixture = t["mixture"].detach().to(dtype).requires_grad_()
-    w = mixture.repeat_interleave(case.rows, 0)
-    y = x.new_zeros(x.shape[0], case.o)
-    if t["weight"] is not None:
-        y = x @ t["weight"].to(dtype).t()
-    start = 0
-    for k, rank in enumerate(case.ranks):
-        rows = slice(start, start + rank)
-        start += rank
-        if rank:
-            source = x if case.through_frozen or k in case.trainable else x.detach()
-            scale = t["row_scale"][rows][0].to(dtype)
-            y = y + w[:, k, None] * scale * ((source @ a[rows].t()) @ b[rows])
-    if t["bias"] is not None:
-        y = y + t["bias"].to(dtype)
-    dx, d_mixture = torch.zeros_like(x), torch.zeros_like(mixture)
-    d_a = d_b = None
-    if y.requires_grad:
-        inputs = [x, mixture, a, b]
-        grads = torch.autograd.grad(y, inputs, t["dy"].to(dtype), allow_unused=True)
-        dx, d_mixture, d_a, d_b = (
-            torch.zeros_like(leaf) if grad is None else grad
-            for grad, leaf in zip(grads, inputs, strict=True)
-        )
-        ranges = list(zip(t["train_rows"][::2], t["train_rows"][1::2], strict=True))
-        keep = [row for start, stop in ranges for row in range(start, stop)]
-        d_a, d_b = (d_a[keep], d_b[keep]) if keep else (None, None)
-    return [
-        y.detach(),
-        dx if case.needs_x else None,
-        d_mixture if case.needs_mixture else None,
-        d_a,
-        d_b,
-    ]
 
 
 def _projection(t: dict[str, Any]) -> Projection:
@@ -233,10 +94,10 @@ def route(request: pytest.FixtureRequest) -> Any:
     indirect=["route"],
 )
 def test_forward_and_gradients(case: Case, dtype: torch.dtype, route: str) -> None:
-    inputs = _inputs(case, dtype)
+    inputs = made_inputs(case, dtype)
     before = {k: v.clone() for k, v in inputs.items() if isinstance(v, Tensor)}
-    exact = _expected(case, inputs, torch.float64)
-    plain = _expected(case, inputs, dtype)
+    exact = expected_values(case, inputs, torch.float64)
+    plain = expected_values(case, inputs, dtype)
     outputs = _actual(case, inputs)
     for name, value in before.items():
         assert torch.equal(inputs[name], value), f"{name} was written to"
@@ -311,7 +172,7 @@ GROUPS = {
 
 def _group_inputs(cases: list[Case], dtype: torch.dtype) -> list[dict[str, Any]]:
     """Inputs of the members, with one x and one mixture."""
-    inputs = [_inputs(case, dtype, seed) for seed, case in enumerate(cases)]
+    inputs = [made_inputs(case, dtype, seed) for seed, case in enumerate(cases)]
     for member in inputs:
         member["x"], member["mixture"] = inputs[0]["x"], inputs[0]["mixture"]
     return inputs
@@ -321,7 +182,7 @@ def _group_expected(
     cases: list[Case], inputs: list[dict[str, Any]], dtype: torch.dtype
 ) -> list[Tensor | None]:
     """y of each member, then dx and d_mixture summed, then d_a and d_b of each."""
-    made = [_expected(case, t, dtype) for case, t in zip(cases, inputs, strict=True)]
+    made = [expected_values(case, t, dtype) for case, t in zip(cases, inputs, strict=True)]
     summed = [
         None if all(grad is None for grad in grads) else sum(g for g in grads if g is not None)
         for grads in ([m[1] for m in made], [m[2] for m in made])
@@ -401,7 +262,7 @@ def test_factors_of_a_group_may_have_any_row_strides(i: int) -> None:
     inputs = _group_inputs(cases, torch.float32)
     want = _group_actual(cases, inputs)
     inputs[0]["lora_a"] = inputs[0]["lora_a"].as_strided((1, i), (3, 1))
-    inputs[2]["lora_a"] = _view(inputs[2]["lora_a"], "sliced")
+    inputs[2]["lora_a"] = viewed(inputs[2]["lora_a"], "sliced")
     for got, same in zip(_group_actual(cases, inputs), want, strict=True):
         assert (got is None) == (same is None)
         if got is not None and same is not None:
@@ -417,7 +278,7 @@ def test_members_do_not_share_memory() -> None:
 
 def test_empty_batch() -> None:
     case = Case(samples=2, rows=0)
-    inputs = _inputs(case, torch.float32)
+    inputs = made_inputs(case, torch.float32)
     y, dx, d_mixture, d_a, d_b = _actual(case, inputs)
     assert y is not None
     assert dx is not None
@@ -430,7 +291,7 @@ def test_empty_batch() -> None:
 
 def test_h_may_come_back_without_padding() -> None:
     case = Case()
-    inputs = _inputs(case, torch.float16)
+    inputs = made_inputs(case, torch.float16)
     _, h = _forward(inputs)
     want = _backward(inputs, h, True, True, True)
     tight = h.clone(memory_format=torch.contiguous_format)
@@ -442,7 +303,7 @@ def test_h_may_come_back_without_padding() -> None:
 
 
 def test_h_is_laid_out_as_announced() -> None:
-    inputs = _inputs(Case(), torch.float32)
+    inputs = made_inputs(Case(), torch.float32)
     _, h = _forward(inputs)
     announced = empty_h(inputs["x"], h.shape[1])
     assert (h.shape, h.stride(), h.dtype) == (announced.shape, announced.stride(), announced.dtype)
@@ -451,7 +312,7 @@ def test_h_is_laid_out_as_announced() -> None:
 
 def test_two_runs_agree_bit_for_bit() -> None:
     case = Case(samples=4, rows=21)
-    inputs = _inputs(case, torch.float16)
+    inputs = made_inputs(case, torch.float16)
     for a, b in zip(_actual(case, inputs), _actual(case, inputs), strict=True):
         assert a is not None
         assert b is not None
@@ -459,7 +320,7 @@ def test_two_runs_agree_bit_for_bit() -> None:
 
 
 def test_double_precision_is_refused() -> None:
-    inputs = _inputs(Case(), torch.float64)
+    inputs = made_inputs(Case(), torch.float64)
     with pytest.raises(TypeError, match="float64"):
         _forward(inputs)
 

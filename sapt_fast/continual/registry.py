@@ -6,9 +6,9 @@ import importlib
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-__all__ = ["StrategyKind", "register", "strategies"]
+__all__ = ["STRATEGIES", "StrategyKind", "strategies"]
 
-_PACKAGE = "sapt_fast.continual.strategies"  # registers its strategies when it is imported
+_PACKAGE = "sapt_fast.continual.strategies"  # fills the registry when it is imported
 
 
 class StrategyKind(Protocol):
@@ -21,15 +21,11 @@ class StrategyKind(Protocol):
         """Raises ValueError if the settings do not fit the strategy."""
 
 
-_registered: dict[str, StrategyKind] = {}
-
-
-def register(kinds: Mapping[str, StrategyKind]) -> None:
-    """Adds strategies; a name that is already registered is replaced."""
-    _registered.update(kinds)
+# By name; the strategies package fills it, and users may add their own.
+STRATEGIES: dict[str, Any] = {}
 
 
 def strategies() -> Mapping[str, StrategyKind]:
     """All strategies by name, those of `continual.strategies` included."""
     importlib.import_module(_PACKAGE)
-    return _registered
+    return STRATEGIES

@@ -5,7 +5,7 @@ used for prediction. Model, trainer, pool and loop are the same for all. To add 
 `Strategy` and add it to `STRATEGIES`.
 """
 
-from sapt_fast.continual.registry import register
+from sapt_fast.continual import registry
 from sapt_fast.continual.strategies.base import Strategy
 from sapt_fast.continual.strategies.epi import Epi
 from sapt_fast.continual.strategies.ewc import Ewc
@@ -22,20 +22,22 @@ from sapt_fast.continual.strategies.shared import Joint, SeqLora, Single
 
 __all__ = ["STRATEGIES", "Strategy"]
 
-STRATEGIES: dict[str, type[Strategy]] = {
-    "sapt": Sapt,
-    "sapt_prompt": SaptPrompt,
-    "seqlora": SeqLora,
-    "joint": Joint,
-    "replay": Replay,
-    "generative_replay": GenerativeReplay,
-    "ewc": Ewc,
-    "lwf": Lwf,
-    "olora": OLora,
-    "epi": Epi,
-    "lfpt5": Lfpt5,
-    "l2p": L2p,
-    "progprompt": ProgPrompt,
-    "single": Single,
-}
-register(STRATEGIES)
+STRATEGIES: dict[str, type[Strategy]] = registry.STRATEGIES
+STRATEGIES.update(
+    {
+        "sapt": Sapt,
+        "sapt_prompt": SaptPrompt,
+        "seqlora": SeqLora,
+        "joint": Joint,
+        "replay": Replay,
+        "generative_replay": GenerativeReplay,
+        "ewc": Ewc,
+        "lwf": Lwf,
+        "olora": OLora,
+        "epi": Epi,
+        "lfpt5": Lfpt5,
+        "l2p": L2p,
+        "progprompt": ProgPrompt,
+        "single": Single,
+    }
+)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from sapt_fast.continual.trainer import Replay
 from sapt_fast.continual.workbench import Workbench
 from sapt_fast.methods.task_config import TaskConfig
 
-__all__ = ["NoOptions", "Strategy", "require"]
+__all__ = ["NoOptions", "Strategy", "options_from", "require"]
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,30 @@ class Strategy:
     def token_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Mean token loss of a batch."""
         return F.cross_entropy(*self.token_logits(batch))
+
+
+def options_from(name: str, config: type[Any], *names: str) -> type[Any]:
+    """A dataclass of options that are fields of a method's config, with its defaults and checks.
+
+    Args:
+        name: of the dataclass.
+        config: the config's class.
+        names: of the fields.
+    """
+    chosen = [f for f in fields(config) if f.name in names]
+
+    def check(options: Any) -> None:
+        config(**{f.name: getattr(options, f.name) for f in chosen})
+
+    return make_dataclass(
+        name,
+        [(f.name, f.type, field(default=f.default, metadata=f.metadata)) for f in chosen],
+        namespace={
+            "__doc__": f"Options that are fields of {config.__name__}.",
+            "__post_init__": check,
+        },
+        frozen=True,
+    )
 
 
 def require(holds: bool, name: str, got: object, expected: str) -> None:

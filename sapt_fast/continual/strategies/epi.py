@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from sapt_fast.continual.data.rows import TaskData
 from sapt_fast.continual.settings import ContinualSettings
-from sapt_fast.continual.strategies.base import Strategy, require
+from sapt_fast.continual.strategies.base import Strategy, options_from, require
 from sapt_fast.methods.epi import EpiConfig
 from sapt_fast.methods.task_config import TaskConfig
 
-__all__ = ["Epi", "EpiOptions"]
-
-
-@dataclass(frozen=True)
-class EpiOptions:
-    """Options of `Epi`."""
-
-    shrinkage: float = field(
-        default=0.1, metadata={"help": "Share of the identity in the covariance, in (0, 1]."}
-    )
-
-    def __post_init__(self) -> None:
-        require(0 < self.shrinkage <= 1, "shrinkage", self.shrinkage, "a share in (0, 1]")
+__all__ = ["Epi"]
 
 
 class Epi(Strategy):
@@ -35,8 +22,7 @@ class Epi(Strategy):
     `sapt_fast.methods.epi.EpiHandle` chooses the adapter by the nearest Gaussian.
     """
 
-    Options = EpiOptions
-    options: EpiOptions
+    Options = options_from("EpiOptions", EpiConfig, "shrinkage")
     routes = True
 
     @classmethod

@@ -3,38 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
 
 from sapt_fast.continual.data.rows import TaskData
 from sapt_fast.continual.objective import Step
-from sapt_fast.continual.strategies.base import Strategy, require
+from sapt_fast.continual.strategies.base import Strategy, options_from
 from sapt_fast.continual.strategies.prompts import prompt_fields
 from sapt_fast.methods.l2p import L2pConfig
 from sapt_fast.methods.task_config import TaskConfig
 
-__all__ = ["L2p", "L2pOptions"]
-
-
-@dataclass(frozen=True)
-class L2pOptions:
-    """Options of `L2p`."""
-
-    prompts: int = field(default=10, metadata={"help": "M, the prompts of the pool."})
-    top: int = field(default=5, metadata={"help": "N, the prompts that an input gets."})
-    length: int = field(default=5, metadata={"help": "L_p, the rows of a prompt."})
-    strength: float = field(default=0.1, metadata={"help": "lambda, which draws keys to queries."})
-    diversified: bool = field(
-        default=True, metadata={"help": "In training, pass over prompts that past tasks used."}
-    )
-
-    def __post_init__(self) -> None:
-        require(self.prompts >= 1, "prompts", self.prompts, "at least 1")
-        require(1 <= self.top <= self.prompts, "top", self.top, f"1 to {self.prompts} (prompts)")
-        require(self.length >= 1, "length", self.length, "at least 1")
-        require(self.strength >= 0, "strength", self.strength, "at least 0")
+__all__ = ["L2p"]
 
 
 class L2p(Strategy):
@@ -45,8 +26,9 @@ class L2p(Strategy):
     All prompts and keys train in every task.
     """
 
-    Options = L2pOptions
-    options: L2pOptions
+    Options = options_from(
+        "L2pOptions", L2pConfig, "prompts", "top", "length", "strength", "diversified"
+    )
 
     def configure(self, config: TaskConfig[Any]) -> L2pConfig:
         return L2pConfig(**{**prompt_fields(config), **asdict(self.options)})

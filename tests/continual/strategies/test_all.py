@@ -84,7 +84,7 @@ def test_resuming_after_sigkill_gives_the_same_weights(tmp_path: Path) -> None:
 
 def test_the_guides_own_method_runs(tmp_path: Path) -> None:
     guide = Path(__file__).parents[3] / "docs" / "train" / "strategies.md"
-    (code,) = re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL)
+    (code,) = re.findall(r"``` \{ \.python \}\n(.*?)```", guide.read_text(), re.DOTALL)
     names = set(STRATEGIES)
     try:
         exec(code, {})

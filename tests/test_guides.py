@@ -51,6 +51,11 @@ def test_the_code_of_a_page_runs(page, name):
     assert left["model"].sapt.tasks == ["reviews", "plurals"]
 
 
+@pytest.mark.parametrize("name", ["methods/l2p.md", "methods/others.md", "concepts/methods.md"])
+def test_the_code_of_a_methods_page_runs(page, name):
+    assert "model" in page(name)
+
+
 def test_the_reference_has_every_public_name():
     text = "\n".join(path.read_text() for path in (DOCS / "api").glob("*.md"))
     named = {line.rpartition(".")[2] for line in text.splitlines() if line.startswith("::: ")}

@@ -71,11 +71,7 @@ def pool(draw: Draw, backend: MaybeBackend, wide: bool, tokens: bool) -> Call:
         found = []
         for c in (cs[0], np.abs(cs[0])):
             d = formulas.pooled_gradients(embeds(v), keep, pooling, c)
-            if tokens:
-                d_table = np.zeros((V, D))
-                np.add.at(d_table, ids, d)
-                d = d_table
-            found.append(d)
+            found.append(formulas.gathered_gradients(d, ids, V) if tokens else d)
         return {name: (found[0], found[1])}
 
     fixed: dict[str, Any] = {"mask": mask, "pooling": pooling}

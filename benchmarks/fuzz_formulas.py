@@ -19,6 +19,18 @@ def finite_or_zero(values: Array) -> Array:
     return np.where(np.isfinite(values), values, 0.0)
 
 
+def sized(values: Values) -> Values:
+    """The magnitudes of values, which bound the error of their sums."""
+    return {name: np.abs(value) for name, value in values.items()}
+
+
+def gathered_gradients(d: Array, ids: NDArray[np.int64], rows: int) -> Array:
+    """The gradient [rows, D] of a table from that of its rows `ids` [B, T], d [B, T, D]."""
+    table = np.zeros((rows, d.shape[-1]))
+    np.add.at(table, ids, d)
+    return table
+
+
 # --- mixed_lora --------------------------------------------------------------------------------
 
 

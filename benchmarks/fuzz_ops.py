@@ -76,14 +76,14 @@ def _mixed(draw: Draw, backend: MaybeBackend, wide: bool, with_base: bool) -> Ca
     def values(v: Values) -> list[Any]:
         v = split(v)
         shape = (*lead, wide_out)
-        sizes = formulas.mixed(_sized(v), ranks, scales)
+        sizes = formulas.mixed(formulas.sized(v), ranks, scales)
         return [(formulas.mixed(v, ranks, scales).reshape(shape), sizes.reshape(shape))]
 
     def gradients(v: Values, cs: list[Array]) -> dict[str, Any]:
         c = cs[0].reshape(rows, wide_out)
         v = split(v)
         pairs = []
-        for given, cotangent in ((v, c), (_sized(v), np.abs(c))):
+        for given, cotangent in ((v, c), (formulas.sized(v), np.abs(c))):
             found = formulas.mixed_gradients(given, cotangent, ranks, scales, samples, passes)
             for name in ("lora_a", "lora_b"):
                 found[name][frozen] = 0.0
@@ -106,11 +106,6 @@ def _mixed(draw: Draw, backend: MaybeBackend, wide: bool, with_base: bool) -> Ca
         twice=all(passes) and len(trained) == K,
         poisoned=not all_finite(leaves),
     )
-
-
-def _sized(v: Values) -> Values:
-    """The magnitudes of values, which bound the error of their sums."""
-    return {n: np.abs(t) for n, t in v.items()}
 
 
 def _drawn_ranks(draw: Draw, count: int) -> tuple[list[int], Any]:
@@ -213,17 +208,15 @@ def _mix_prompts(draw: Draw, backend: MaybeBackend, wide: bool, tokens: bool) ->
 
     def values(v: Values) -> list[Any]:
         v = full(v)
-        return [(formulas.prompts(v), formulas.prompts({n: np.abs(t) for n, t in v.items()}))]
+        return [(formulas.prompts(v), formulas.prompts(formulas.sized(v)))]
 
     def gradients(v: Values, cs: list[Array]) -> dict[str, Any]:
         v = full(v)
         pairs = []
-        for given, c in ((v, cs[0]), ({n: np.abs(t) for n, t in v.items()}, np.abs(cs[0]))):
+        for given, c in ((v, cs[0]), (formulas.sized(v), np.abs(cs[0]))):
             found = formulas.prompts_gradients(given, c)
             if tokens:
-                d_table = np.zeros((V, D))
-                np.add.at(d_table, ids.numpy(), found.pop("embeds"))
-                found["table"] = d_table
+                found["table"] = formulas.gathered_gradients(found.pop("embeds"), ids.numpy(), V)
             pairs.append(found)
         return {n: (pairs[0][n], pairs[1][n]) for n in pairs[0]}
 
@@ -284,13 +277,13 @@ def _mix_experts(draw: Draw, backend: MaybeBackend, wide: bool) -> Call:
 
     def values(v: Values) -> list[Any]:
         v = full(v)
-        sizes = {n: np.abs(t) for n, t in v.items()}
+        sizes = formulas.sized(v)
         return [tuple(formulas.experts(t, index.numpy(), scaling) for t in (v, sizes))]
 
     def gradients(v: Values, cs: list[Array]) -> dict[str, Any]:
         v = full(v)
         found = formulas.experts_gradients(v, cs[0], index.numpy(), scaling)
-        sizes = {n: np.abs(t) for n, t in v.items()}
+        sizes = formulas.sized(v)
         large = formulas.experts_gradients(sizes, np.abs(cs[0]), index.numpy(), scaling)
         return {n: (found[n], large[n]) for n in found}
 
@@ -352,7 +345,7 @@ def _own_lora(draw: Draw, backend: MaybeBackend, wide: bool, in_place: bool) -> 
 
     def values(v: Values) -> list[Any]:
         pairs = []
-        for given in (v, {n: np.abs(t) for n, t in v.items()}):
+        for given in (v, formulas.sized(v)):
             base = given["y"] if in_place else given["x"] @ given["weight"].T + given["bias"]
             pairs.append(formulas.own(base, given["x"], adapters(given), owner))
         return [tuple(pairs)]

@@ -71,11 +71,7 @@ def pool(draw: Draw, backend: MaybeBackend, wide: bool, tokens: bool) -> Call:
         found = []
         for c in (cs[0], np.abs(cs[0])):
             d = formulas.pooled_gradients(embeds(v), keep, pooling, c)
-            if tokens:
-                d_table = np.zeros((V, D))
-                np.add.at(d_table, ids, d)
-                d = d_table
-            found.append(d)
+            found.append(formulas.gathered_gradients(d, ids, V) if tokens else d)
         return {name: (found[0], found[1])}
 
     fixed: dict[str, Any] = {"mask": mask, "pooling": pooling}
@@ -263,7 +259,11 @@ def reflection(draw: Draw, backend: MaybeBackend, wide: bool) -> Call:
     )
 
 
-def _search(draw: Draw, dtype: torch.dtype, least: int) -> tuple[dict[str, Tensor], int, int, int]:
+def _search(
+    draw: Draw, backend: MaybeBackend, wide: bool, least: int
+) -> tuple[dict[str, Tensor], bool, int, int, int]:
+    """Query and keys, whether they are poisoned, and M, N and D."""
+    dtype, _ = drawn_dtypes(draw, backend, wide)
     M, N, D = draw.pick(0, 1, 2, 5), draw.pick(least, 1, 2, 6, 13), draw.pick(1, 3, 8, 16)
     keys = draw.normal(N, D)
     if N > 2 and draw.chance(0.4):
@@ -271,7 +271,10 @@ def _search(draw: Draw, dtype: torch.dtype, least: int) -> tuple[dict[str, Tenso
     if N > 1 and draw.chance(0.1):
         keys[1] = 0.0
     leaves = {"query": draw.tensor(draw.normal(M, D), dtype), "keys": draw.tensor(keys, dtype)}
-    return leaves, M, N, D
+    poisoned = draw.chance(0.1) and not wide
+    if poisoned:
+        draw.poison(leaves, tuple(leaves))
+    return leaves, poisoned, M, N, D
 
 
 def _apart(scores: Array, k: int) -> bool:
@@ -281,11 +284,7 @@ def _apart(scores: Array, k: int) -> bool:
 
 
 def nearest(draw: Draw, backend: MaybeBackend, wide: bool) -> Call:
-    dtype, _ = drawn_dtypes(draw, backend, wide)
-    leaves, M, N, D = _search(draw, dtype, 0)
-    poisoned = draw.chance(0.1) and not wide
-    if poisoned:
-        draw.poison(leaves, tuple(leaves))
+    leaves, poisoned, M, N, D = _search(draw, backend, wide, 0)
     radius = torch.from_numpy(np.abs(draw.normal(N)) * 2).to(torch.float32)
     if N and draw.chance(0.2):
         radius[0] = draw.pick(float("nan"), float("inf"), -1.0, 0.0)
@@ -338,11 +337,7 @@ def nearest(draw: Draw, backend: MaybeBackend, wide: bool) -> Call:
 
 
 def topk(draw: Draw, backend: MaybeBackend, wide: bool) -> Call:
-    dtype, _ = drawn_dtypes(draw, backend, wide)
-    leaves, M, N, D = _search(draw, dtype, 1)
-    poisoned = draw.chance(0.1) and not wide
-    if poisoned:
-        draw.poison(leaves, tuple(leaves))
+    leaves, poisoned, M, N, D = _search(draw, backend, wide, 1)
     k, metric = int(draw.rng.integers(1, N + 1)), draw.pick("dot", "cosine", "l2")
 
     def ranked(v: Values) -> tuple[Array, Any]:

@@ -30,7 +30,7 @@ import parity
 import torch
 
 import sapt_fast
-from sapt_fast.commands import train as runs
+from sapt_fast.commands import evaluate, train
 from sapt_fast.commands.config_file import read_config
 from sapt_fast.commands.demo import demo_settings
 from sapt_fast.continual.data.sources import DEMO, Source
@@ -79,7 +79,7 @@ def targets(work: Path) -> dict[str, Target]:
     run = work / "run"
     source = Source(DEMO, DEMO, tasks="last_first")
     settings = demo_settings("sapt").but(steps=1, save_steps=1, learning_rate=1e-3)
-    runs.train(source, settings, run)
+    train.train(source, settings, run)
     config = work / "config"
     config.mkdir()
     (config / "options.yaml").write_text("max_train: 4\nlearning_rate: 0.5\ntasks: a,b\n")
@@ -102,7 +102,7 @@ def targets(work: Path) -> dict[str, Target]:
         "run": Target(
             run,
             ("run.json", "results.json", "state.json"),
-            lambda folder: runs.evaluate(folder, progress=False)[0].scores,
+            lambda folder: evaluate.evaluate(folder, progress=False)[0].scores,
         ),
         "config": Target(
             config,

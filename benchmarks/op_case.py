@@ -118,3 +118,8 @@ class Draw:
 
     def weights(self, *shape: int) -> Tensor:
         return torch.rand(shape, **self.options)
+
+    def table(self, rows: int, width: int) -> Tensor:
+        """No two rows are equal in any column."""
+        order = self.weights(rows, width).argsort(0)
+        return ((order - rows // 2) / 64).to(self.dtype)

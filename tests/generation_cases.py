@@ -1,5 +1,8 @@
 """Ways to generate with a patched model, against what each sample's own model gives."""
 
+from functools import cache
+from typing import Any
+
 import pytest
 import torch
 from tiny_models import Padded, token_ids
@@ -44,6 +47,10 @@ class Setting:
         """[returned, length], what the own model of a text [1, T] with weights [K] generates."""
         raise NotImplementedError
 
+    def logits(self, text: Tensor, weights: Tensor, decoder_ids: Tensor | None = None) -> Tensor:
+        """[T, V], what that model gives at a text's positions, or at the decoder's."""
+        raise NotImplementedError
+
     def expected(self, row: int, **options) -> Tensor:
         """`alone` of a row of the batch."""
         options = {k: v for k, v in options.items() if k in FOLLOWED}
@@ -68,6 +75,35 @@ class Setting:
             fill = got[row, :, length:]
             assert (fill <= self.last_fill).all(), f"row {row} goes on after its end"
 
+    def check_sampling(self, copies: int) -> None:
+        """What each token was drawn from is what the row's own model gives after those before."""
+        torch.manual_seed(5)
+        ids, mask = self.batch.ids, self.batch.mask
+        out = self.model.generate(
+            ids, attention_mask=mask, max_new_tokens=NEW, do_sample=True,
+            num_return_sequences=copies, output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+        logits = torch.stack(out.logits, 1)  # [rows * returned, steps, vocabulary]
+        steps = logits.shape[1]
+        for i, (tokens, drawn_from) in enumerate(zip(out.sequences, logits, strict=True)):
+            text, weights = self.batch.texts[i // copies], self.weights[i // copies]
+            with torch.no_grad():
+                if self.encodes:
+                    expected = self.logits(text, weights, tokens[None, :steps])
+                else:
+                    whole = torch.cat([text, tokens[None, ids.shape[1] :]], 1)
+                    expected = self.logits(whole, weights)[text.shape[1] - 1 :][:steps]
+            alive = (tokens[-steps:] != 0).sum()  # what follows the end token is padding
+            torch.testing.assert_close(drawn_from[:alive], expected[:alive], atol=1e-4, rtol=1e-4)
+
+    def check_inputs_embeds(self) -> None:
+        """The embeddings of the tokens in their place give the same."""
+        embeds = self.model.get_input_embeddings()(self.batch.ids)
+        tokens = self.model.generate(
+            inputs_embeds=embeds, attention_mask=self.batch.mask, max_new_tokens=NEW, **BEAMS
+        )
+        assert tokens.tolist() == self.generated(**BEAMS)[:, 0].tolist()
+
     def check_compiled(self) -> None:
         """generate() compiles the decoding step; further prompts run in the same graphs."""
         config = CompileConfig(backend="eager", fullgraph=True, mode=None)
@@ -84,6 +120,17 @@ class Setting:
         # The second prompt may show dynamo what is dynamic, the third nothing new.
         assert graphs[2] == graphs[1] > 0
         assert graphs[1] - graphs[0] <= 1
+
+
+def made_once(kind: type[Setting]) -> Any:
+    """The fixture `setting`, one of each family."""
+    made = cache(kind)
+
+    @pytest.fixture
+    def setting(request: pytest.FixtureRequest) -> Setting:
+        return made(request.param)
+
+    return setting
 
 
 def on(*families: str):

@@ -1,29 +1,20 @@
 """setup.py's choices, and what the built module brings into the process."""
 
 import ast
-import importlib.util
 import subprocess
 import sys
 import tarfile
-from pathlib import Path
 
 import pytest
+from setup_script import ROOT, setup_script
 from setuptools import Distribution
 
 import sapt_fast
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 @pytest.fixture(scope="module")
 def build():
-    """setup.py as a module; it builds only when run as a script."""
-    spec = importlib.util.spec_from_file_location("sapt_fast_setup", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return setup_script()
 
 
 @pytest.fixture

@@ -27,9 +27,8 @@ class PoolCase(OpCase):
 
     def inputs(self, dtype: torch.dtype, device: str) -> Inputs:
         draw = Draw(dtype, device)
-        order = draw.weights(self.vocabulary, self.width).argsort(0)
         ids = draw.integers(self.vocabulary, self.batch, self.tokens)
-        return {"ids": ids, "table": ((order - self.vocabulary // 2) / 64).to(dtype)}
+        return {"ids": ids, "table": draw.table(self.vocabulary, self.width)}
 
     def run(self, inputs: Inputs, backend: str) -> dict[str, Tensor]:
         return {"pooled": pool_tokens(inputs["ids"], inputs["table"], backend=backend)}

@@ -31,10 +31,9 @@ class RouterCase(OpCase):
 
     def inputs(self, dtype: torch.dtype, device: str) -> Inputs:
         draw, width = Draw(dtype, device), self.width
-        order = draw.weights(self.vocabulary, width).argsort(0)
         return {
             "ids": draw.integers(self.vocabulary, self.batch, self.tokens),
-            "table": ((order - self.vocabulary // 2) / 64).to(dtype),
+            "table": draw.table(self.vocabulary, width),
             "keys": draw(self.adapters, width),
             "down": draw(self.hidden, width, scale=width**-0.5),
             "up": draw(width, self.hidden, scale=self.hidden**-0.5),

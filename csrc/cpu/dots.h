@@ -10,8 +10,6 @@ namespace {
 
 constexpr int kRowBlock = 4;  // rows of x that share one read of a weight row
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // out[r][c] = x row r . w row c, for ROWS rows and COLS columns.
 template <int ROWS, int COLS, class T, class W>
 inline __attribute__((always_inline)) void dots(acc_t<T>* out, int64_t out_stride, const T* x,

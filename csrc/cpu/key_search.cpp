@@ -6,6 +6,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "cpu/by_dtype.h"
+#include "cpu/counts.h"
 #include "cpu/vec.h"
 
 namespace sapt_fast {
@@ -21,9 +23,6 @@ constexpr int64_t kTaskChunks = 32;  // chunks that a thread takes at a time, at
 constexpr int64_t kTasks = 8;        // tasks per thread, at least, where there are so many chunks
 constexpr int64_t kGlance = 64;     // scores that are compared with the limit at once
 constexpr int64_t kFewWithoutLimit = 64;  // of so many keys, one may be met without a limit
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 // Values of R in a vector.
 template <class R>
@@ -413,23 +412,15 @@ void search(const KeySearch& search, const SearchScratch& scratch) {
 }
 
 void search_any(const KeySearch& given, const SearchScratch& scratch) {
-    switch (given.dtype) {
-        case DType::float32:
-            return search<float>(given, scratch);
-        case DType::bfloat16:
 #if defined(__AVX512BF16__)
-            // A thread has no limit until it has filled a list.
-            if (given.metric != Metric::l2 ||
-                given.key_count >= kFewWithoutLimit * scratch.capacity * scratch.threads) {
-                return search<BFloat16, BFloat16>(given, scratch);
-            }
-#endif
-            return search<BFloat16>(given, scratch);
-        case DType::float16:
-            return search<Float16>(given, scratch);
-        case DType::float64:
-            return search<double>(given, scratch);
+    // A thread has no limit until it has filled a list.
+    const bool limited = given.key_count >= kFewWithoutLimit * scratch.capacity * scratch.threads;
+    if (given.dtype == DType::bfloat16 && (given.metric != Metric::l2 || limited)) {
+        return search<BFloat16, BFloat16>(given, scratch);
     }
+#endif
+    by_dtype(given.dtype,
+             [&](auto type) { search<typename decltype(type)::type>(given, scratch); });
 }
 
 }  // namespace

@@ -5,7 +5,7 @@
 
 #include <stdint.h>
 
-#include "cpu/dots.h"
+#include "cpu/counts.h"
 #include "cpu/mixed_lora.h"
 #include "cpu/vec.h"
 

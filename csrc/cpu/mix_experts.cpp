@@ -1,14 +1,13 @@
 #include "cpu/mix_experts.h"
 
+#include "cpu/by_dtype.h"
+#include "cpu/columns.h"
 #include "cpu/vec.h"
 
 namespace sapt_fast {
 namespace {
 
-constexpr int kVectors = 8;            // of a block of columns, kept in registers
 constexpr int64_t kAheadBytes = 4096;  // of the next expert, whose place no prefetcher can guess
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // The chosen expert, or null.
 template <class L>
@@ -98,25 +97,18 @@ inline void sum_column(const ChosenExperts& chosen, T* out, const acc_t<T>* by, 
 
 template <class T, class L>
 void sum(const ChosenExperts& chosen, void* out, const void* coefficients, int threads) {
-    constexpr int64_t kBlock = kVectors * kLanes<T>;
-    const int64_t blocks = (chosen.width + kBlock - 1) / kBlock;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t task = 0; task < chosen.rows * blocks; ++task) {
-        const int64_t row = task / blocks;
-        int64_t start = task % blocks * kBlock;
-        const int64_t stop = smaller(start + kBlock, chosen.width);
-        const acc_t<T>* by =
-            static_cast<const acc_t<T>*>(coefficients) + row * chosen.k * chosen.rank;
-        T* to = static_cast<T*>(out) + row * chosen.width;
-        if (stop - start == kBlock) {
-            sum_block<kVectors, T, L>(chosen, to, by, row, start);
-            continue;
-        }
-        for (; start + kLanes<T> <= stop; start += kLanes<T>) {
-            sum_block<1, T, L>(chosen, to, by, row, start);
-        }
-        for (; start < stop; ++start) sum_column<T, L>(chosen, to, by, row, start);
-    }
+    const auto by = [&](int64_t row) {
+        return static_cast<const acc_t<T>*>(coefficients) + row * chosen.k * chosen.rank;
+    };
+    const auto to = [&](int64_t row) { return static_cast<T*>(out) + row * chosen.width; };
+    for_columns<T>(
+        chosen.rows, chosen.width, threads,
+        [&](int64_t row, int64_t start, auto vectors) {
+            sum_block<vectors(), T, L>(chosen, to(row), by(row), row, start);
+        },
+        [&](int64_t row, int64_t column) {
+            sum_column<T, L>(chosen, to(row), by(row), row, column);
+        });
 }
 
 // Columns [start, stop) of rank r of a gradient: the sum over the pairs [first, last).
@@ -149,7 +141,7 @@ void grad_block(const ExpertGrad& args, L* out, int64_t r, int64_t first, int64_
 template <class T, class L>
 void grad(const ExpertGrad& args, int threads) {
     constexpr int64_t kBlock = 256;
-    const int64_t blocks = (args.width + kBlock - 1) / kBlock;
+    const int64_t blocks = parts(args.width, kBlock);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 16)
     for (int64_t task = 0; task < args.pairs * blocks; ++task) {
         const int64_t first = task / blocks;
@@ -168,34 +160,25 @@ void grad(const ExpertGrad& args, int threads) {
     }
 }
 
-template <class T, class L>
-constexpr MixExpertsKernels kKernels = {dot<T, L>, sum<T, L>, grad<T, L>};
-
-inline const MixExpertsKernels& kernels(DType dtype, DType bank_dtype) {
-    const bool same = dtype == bank_dtype;
-    switch (dtype) {
-        case DType::bfloat16:
-            return same ? kKernels<BFloat16, BFloat16> : kKernels<BFloat16, float>;
-        case DType::float16:
-            return same ? kKernels<Float16, Float16> : kKernels<Float16, float>;
-        case DType::float64:
-            return kKernels<double, double>;
-        case DType::float32:
-            break;
-    }
-    return kKernels<float, float>;
-}
-
 void dot_any(const ChosenExperts& chosen, void* out, const void* values, int threads) {
-    kernels(chosen.dtype, chosen.bank_dtype).dot(chosen, out, values, threads);
+    by_dtypes(chosen.dtype, chosen.bank_dtype, [&](auto type, auto bank_type) {
+        typedef typename decltype(type)::type T;
+        dot<T, typename decltype(bank_type)::type>(chosen, out, values, threads);
+    });
 }
 
 void sum_any(const ChosenExperts& chosen, void* out, const void* coefficients, int threads) {
-    kernels(chosen.dtype, chosen.bank_dtype).sum(chosen, out, coefficients, threads);
+    by_dtypes(chosen.dtype, chosen.bank_dtype, [&](auto type, auto bank_type) {
+        typedef typename decltype(type)::type T;
+        sum<T, typename decltype(bank_type)::type>(chosen, out, coefficients, threads);
+    });
 }
 
 void grad_any(const ExpertGrad& args, int threads) {
-    kernels(args.dtype, args.bank_dtype).grad(args, threads);
+    by_dtypes(args.dtype, args.bank_dtype, [&](auto type, auto bank_type) {
+        typedef typename decltype(type)::type T;
+        grad<T, typename decltype(bank_type)::type>(args, threads);
+    });
 }
 
 }  // namespace

@@ -3,6 +3,8 @@
 #include <cmath>
 #include <type_traits>
 
+#include "cpu/by_dtype.h"
+#include "cpu/counts.h"
 #include "cpu/dots.h"
 #include "cpu/lanes.h"
 #include "cpu/outer.h"
@@ -330,9 +332,9 @@ void decode(const Decode& args, const RankWeights& weights, int threads) {
     constexpr int64_t kTile = 4 * kLanes<T>;
     constexpr int64_t kRanks = 4;
     constexpr int64_t kPacked = 64;
-    const int64_t rank_tasks = (weights.ranks + kRanks - 1) / kRanks;
-    const int64_t tiles = (args.outputs + kTile - 1) / kTile;
-    const int64_t pack_tasks = args.packed == nullptr ? 0 : (args.inputs + kPacked - 1) / kPacked;
+    const int64_t rank_tasks = parts(weights.ranks, kRanks);
+    const int64_t tiles = parts(args.outputs, kTile);
+    const int64_t pack_tasks = args.packed == nullptr ? 0 : parts(args.inputs, kPacked);
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static) nowait
@@ -363,9 +365,9 @@ template <class T, class L>
 void factor_grad(const FactorGrad& args, int threads) {
     typedef acc_t<T> A;
     // Each sum is made by one thread in the order of the rows: results repeat with any number.
-    const int64_t share = (args.columns + threads - 1) / threads;
-    const int64_t block = share >= kGradColumns ? kGradColumns : (share + 63) / 64 * 64;
-    const int64_t blocks = (args.columns + block - 1) / block;
+    const int64_t share = parts(args.columns, threads);
+    const int64_t block = share >= kGradColumns ? kGradColumns : parts(share, 64) * 64;
+    const int64_t blocks = parts(args.columns, block);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t task = 0; task < blocks; ++task) {
         const int64_t start = task * block;
@@ -394,66 +396,31 @@ void factor_grad(const FactorGrad& args, int threads) {
 
 void weight_ranks_any(DType dtype, void* out, const void* h, const RankWeights& weights,
                       int threads) {
-    switch (dtype) {
-        case DType::float32:
-            return weight_ranks(static_cast<float*>(out), static_cast<const float*>(h), weights,
-                                threads);
-        case DType::bfloat16:
-            return weight_ranks(static_cast<BFloat16*>(out), static_cast<const BFloat16*>(h),
-                                weights, threads);
-        case DType::float16:
-            return weight_ranks(static_cast<Float16*>(out), static_cast<const Float16*>(h),
-                                weights, threads);
-        case DType::float64:
-            return weight_ranks(static_cast<double*>(out), static_cast<const double*>(h), weights,
-                                threads);
-    }
+    by_dtype(dtype, [&](auto type) {
+        typedef typename decltype(type)::type T;
+        weight_ranks(static_cast<T*>(out), static_cast<const T*>(h), weights, threads);
+    });
 }
 
 void weight_ranks_backward_any(DType dtype, const RankBackward& args, const RankWeights& weights,
                                int threads) {
-    switch (dtype) {
-        case DType::float32:
-            return weight_ranks_backward<float>(args, weights, threads);
-        case DType::bfloat16:
-            return weight_ranks_backward<BFloat16>(args, weights, threads);
-        case DType::float16:
-            return weight_ranks_backward<Float16>(args, weights, threads);
-        case DType::float64:
-            return weight_ranks_backward<double>(args, weights, threads);
-    }
+    by_dtype(dtype, [&](auto type) {
+        weight_ranks_backward<typename decltype(type)::type>(args, weights, threads);
+    });
 }
 
 void decode_any(const Decode& args, const RankWeights& weights, int threads) {
-    const bool same = args.lora_dtype == args.dtype;
-    switch (args.dtype) {
-        case DType::float32:
-            return decode<float, float>(args, weights, threads);
-        case DType::bfloat16:
-            return same ? decode<BFloat16, BFloat16>(args, weights, threads)
-                        : decode<BFloat16, float>(args, weights, threads);
-        case DType::float16:
-            return same ? decode<Float16, Float16>(args, weights, threads)
-                        : decode<Float16, float>(args, weights, threads);
-        case DType::float64:
-            return decode<double, double>(args, weights, threads);
-    }
+    by_dtypes(args.dtype, args.lora_dtype, [&](auto type, auto lora_type) {
+        typedef typename decltype(type)::type T;
+        decode<T, typename decltype(lora_type)::type>(args, weights, threads);
+    });
 }
 
 void factor_grad_any(const FactorGrad& args, int threads) {
-    const bool same = args.factor_dtype == args.dtype;
-    switch (args.dtype) {
-        case DType::float32:
-            return factor_grad<float, float>(args, threads);
-        case DType::bfloat16:
-            return same ? factor_grad<BFloat16, BFloat16>(args, threads)
-                        : factor_grad<BFloat16, float>(args, threads);
-        case DType::float16:
-            return same ? factor_grad<Float16, Float16>(args, threads)
-                        : factor_grad<Float16, float>(args, threads);
-        case DType::float64:
-            return factor_grad<double, double>(args, threads);
-    }
+    by_dtypes(args.dtype, args.factor_dtype, [&](auto type, auto factor_type) {
+        typedef typename decltype(type)::type T;
+        factor_grad<T, typename decltype(factor_type)::type>(args, threads);
+    });
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 
 #include <type_traits>
 
+#include "cpu/by_dtype.h"
 #include "cpu/dots.h"
 #include "cpu/vec.h"
 
@@ -85,19 +86,10 @@ void add(const OwnLora& args, int threads) {
 }
 
 void add_any(const OwnLora& args, int threads) {
-    const bool same = args.lora_dtype == args.dtype;
-    switch (args.dtype) {
-        case DType::float32:
-            return add<float, float>(args, threads);
-        case DType::bfloat16:
-            return same ? add<BFloat16, BFloat16>(args, threads)
-                        : add<BFloat16, float>(args, threads);
-        case DType::float16:
-            return same ? add<Float16, Float16>(args, threads)
-                        : add<Float16, float>(args, threads);
-        case DType::float64:
-            return add<double, double>(args, threads);
-    }
+    by_dtypes(args.dtype, args.lora_dtype, [&](auto type, auto lora_type) {
+        typedef typename decltype(type)::type T;
+        add<T, typename decltype(lora_type)::type>(args, threads);
+    });
 }
 
 }  // namespace

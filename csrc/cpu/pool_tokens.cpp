@@ -2,15 +2,14 @@
 
 #include <type_traits>
 
+#include "cpu/by_dtype.h"
+#include "cpu/columns.h"
 #include "cpu/vec.h"
 
 namespace sapt_fast {
 namespace {
 
-constexpr int kVectors = 8;          // of a block of columns, kept in registers
 constexpr int64_t kTokensAhead = 4;  // whose embeddings are being fetched
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Whether a value takes the place of the best so far: a NaN does, and nothing takes its place.
 template <class V>
@@ -86,41 +85,20 @@ void pool_column(const PoolTokens& args, int64_t sample, int64_t column) {
 
 template <bool WINNER, class T>
 void pool(const PoolTokens& args, int threads) {
-    constexpr int64_t kBlock = kVectors * kLanes<T>;
-    const int64_t blocks = (args.width + kBlock - 1) / kBlock;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t task = 0; task < args.samples * blocks; ++task) {
-        const int64_t sample = task / blocks;
-        int64_t start = task % blocks * kBlock;
-        const int64_t stop = smaller(start + kBlock, args.width);
-        if (stop - start == kBlock) {
-            pool_block<kVectors, WINNER, T>(args, sample, start);
-            continue;
-        }
-        for (; start + kLanes<T> <= stop; start += kLanes<T>) {
-            pool_block<1, WINNER, T>(args, sample, start);
-        }
-        for (; start < stop; ++start) pool_column<WINNER, T>(args, sample, start);
-    }
-}
-
-template <class T>
-void pool_max(const PoolTokens& args, int threads) {
-    if (args.winner != nullptr) return pool<true, T>(args, threads);
-    pool<false, T>(args, threads);
+    for_columns<T>(
+        args.samples, args.width, threads,
+        [&](int64_t sample, int64_t start, auto vectors) {
+            pool_block<vectors(), WINNER, T>(args, sample, start);
+        },
+        [&](int64_t sample, int64_t column) { pool_column<WINNER, T>(args, sample, column); });
 }
 
 void pool_max_any(const PoolTokens& args, int threads) {
-    switch (args.dtype) {
-        case DType::float32:
-            return pool_max<float>(args, threads);
-        case DType::bfloat16:
-            return pool_max<BFloat16>(args, threads);
-        case DType::float16:
-            return pool_max<Float16>(args, threads);
-        case DType::float64:
-            return pool_max<double>(args, threads);
-    }
+    by_dtype(args.dtype, [&](auto type) {
+        typedef typename decltype(type)::type T;
+        if (args.winner != nullptr) return pool<true, T>(args, threads);
+        pool<false, T>(args, threads);
+    });
 }
 
 }  // namespace

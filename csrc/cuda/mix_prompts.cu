@@ -1,6 +1,7 @@
 #include "cuda/mix_prompts.h"
 
 #include "cuda/any.h"
+#include "cuda/by_dtype.h"
 #include "cuda/launch.h"
 #include "cuda/vec.h"
 
@@ -123,17 +124,7 @@ void mix_prompts(const MixPrompts& mix, void* stream) {
     const int64_t size = mix.prompts_dtype == DType::float32 ? 4 : 2;
     arguments.prompts = {mix.prompts, mix.prompts_dtype, aligned16(mix.prompts, mix.width * size)};
     arguments.vectors_per_row = ceil_div(mix.width, kVector);
-    switch (mix.dtype) {
-        case DType::float32:
-            return run<float>(arguments, stream);
-        case DType::bfloat16:
-            return run<__nv_bfloat16>(arguments, stream);
-        case DType::float16:
-            return run<__half>(arguments, stream);
-        case DType::float64:
-            break;
-    }
-    throw std::invalid_argument("dtype: float64 has no CUDA kernel");
+    by_dtype(mix.dtype, [&](auto type) { run<typename decltype(type)::type>(arguments, stream); });
 }
 
 }  // namespace sapt_fast

@@ -1,5 +1,6 @@
 #include "cuda/mixed_lora.h"
 
+#include "cuda/by_dtype.h"
 #include "cuda/launch.h"
 #include "cuda/vec.h"
 
@@ -359,20 +360,10 @@ void mixed_lora_decode(const DecodeGroup& group, void* stream) {
     arguments.splits = splits_of(group.inputs);
     arguments.inputs_per_split =
         ceil_div(ceil_div(group.inputs, kShrinkStep), arguments.splits) * kShrinkStep;
-    const bool same = group.lora_dtype == group.dtype;
-    switch (group.dtype) {
-        case DType::float32:
-            return run_rows<float, float>(arguments, group, stream);
-        case DType::bfloat16:
-            return same ? run_rows<__nv_bfloat16, __nv_bfloat16>(arguments, group, stream)
-                        : run_rows<__nv_bfloat16, float>(arguments, group, stream);
-        case DType::float16:
-            return same ? run_rows<__half, __half>(arguments, group, stream)
-                        : run_rows<__half, float>(arguments, group, stream);
-        case DType::float64:
-            break;
-    }
-    throw std::invalid_argument("dtype: float64 has no CUDA kernel");
+    by_dtypes(group.dtype, group.lora_dtype, [&](auto type, auto factor_type) {
+        run_rows<typename decltype(type)::type, typename decltype(factor_type)::type>(
+            arguments, group, stream);
+    });
 }
 
 }  // namespace sapt_fast

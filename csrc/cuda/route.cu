@@ -209,6 +209,19 @@ AnyTensor any(const TypedAddress& tensor, int64_t columns) {
     return {tensor.data, tensor.dtype, aligned16(tensor.data, columns * size)};
 }
 
+// Of a vector of its own for each sample, with a matrix [rows, columns] for all.
+Product product_of(const TypedAddress& matrix, const TypedAddress& vector, float* out,
+                   int64_t rows, int64_t columns) {
+    Product product = {};
+    product.matrix = any(matrix, columns);
+    product.vector = any(vector, columns);
+    product.out = out;
+    product.rows = rows;
+    product.columns = columns;
+    product.factor = 1.0f;
+    return product;
+}
+
 void run(Product product, int64_t samples, void* stream) {
     if (product.rows == 0) return;
     // All warps of a block on a row that is long enough for them.
@@ -226,30 +239,14 @@ void run(Product product, int64_t samples, void* stream) {
 
 void route(const Route& route, void* stream) {
     if (route.samples == 0 || route.count == 0) return;
-    Product scores = {};
-    scores.matrix = any(route.keys, route.width);
-    scores.vector = any(route.pooled, route.width);
-    scores.out = route.scores;
-    scores.rows = route.count;
-    scores.columns = route.width;
+    Product scores = product_of(route.keys, route.pooled, route.scores, route.count, route.width);
     scores.factor = 1.0f / route.divisor;
     if (route.down.data != nullptr) {
+        const TypedAddress hidden = {route.workspace, DType::float32};
         float* query = route.workspace + route.samples * route.hidden;
-        Product down = {};
-        down.matrix = any(route.down, route.width);
-        down.vector = any(route.pooled, route.width);
-        down.out = route.workspace;
-        down.rows = route.hidden;
-        down.columns = route.width;
-        down.factor = 1.0f;
-        run(down, route.samples, stream);
-        Product up = {};
-        up.matrix = any(route.up, route.hidden);
-        up.vector = any({route.workspace, DType::float32}, route.hidden);
-        up.out = query;
-        up.rows = route.width;
-        up.columns = route.hidden;
-        up.factor = 1.0f;
+        run(product_of(route.down, route.pooled, route.workspace, route.hidden, route.width),
+            route.samples, stream);
+        Product up = product_of(route.up, hidden, query, route.width, route.hidden);
         up.silu = true;
         run(up, route.samples, stream);
         scores.vector = any({query, DType::float32}, route.width);

@@ -1,5 +1,6 @@
 #include "cuda/topk_keys.h"
 
+#include "cuda/key_search.h"
 #include "cuda/key_tile.h"
 #include "cuda/launch.h"
 #include "cuda/ordered.h"
@@ -10,16 +11,9 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kKeys = 4;             // that a warp compares at a time without tensor cores
-constexpr int64_t kMaxSplits = 264;  // shares of the keys: two blocks on each of many processors
-constexpr int64_t kMinKeys = 256;    // of a share
+constexpr int kKeys = 4;  // that a warp compares at a time without tensor cores
 
-struct Arguments {
-    TopkKeys search;
-    int64_t splits;
-    int64_t keys_per_split;
-    bool aligned;
-};
+typedef SharedKeys<TopkKeys> Arguments;
 
 template <int QUERIES>
 struct Shared {
@@ -247,65 +241,38 @@ __global__ void __launch_bounds__(kThreads) merge(const __grid_constant__ Argume
     search.index[m * search.k + lane] = index_of(best.word);
 }
 
-int64_t splits_of(int64_t count) {
-    const int64_t most = ceil_div(count, kMinKeys);
-    return most < kMaxSplits ? most : kMaxSplits;
-}
+struct Launches {
+    static constexpr int64_t kMaxSplits = 264;  // two blocks on each of many processors
+    static constexpr int64_t kMinKeys = 256;
 
-template <class T, int QUERIES>
-void run_compare(const Arguments& arguments, void* stream) {
-    const dim3 grid(static_cast<unsigned>(arguments.splits),
-                    static_cast<unsigned>(ceil_div(arguments.search.queries, QUERIES)));
-    launch<compare<T, QUERIES>>("topk_keys compare", grid, kThreads, sizeof(Shared<QUERIES>),
-                                stream, arguments);
-}
-
-template <class T>
-void run(Arguments& arguments, void* stream) {
-    const TopkKeys& search = arguments.search;
-    const int64_t row = search.width * static_cast<int64_t>(sizeof(T));
-    arguments.aligned = aligned16(search.query, row) && aligned16(search.keys, row);
-    if (search.queries == 1) {
-        run_compare<T, 1>(arguments, stream);
-    } else if constexpr (sizeof(T) == 2) {
-        if (search.queries <= 4) {
-            run_compare<T, 4>(arguments, stream);
-        } else {
-            const dim3 grid(static_cast<unsigned>(arguments.splits),
-                            static_cast<unsigned>(ceil_div(search.queries, kTile)));
-            launch<multiply<T>>("topk_keys multiply", grid, kThreads, sizeof(Shared<kTile>), stream,
-                                arguments);
-        }
-    } else {
-        run_compare<T, 4>(arguments, stream);
+    template <class T, int QUERIES>
+    static void compare(dim3 grid, const Arguments& arguments, void* stream) {
+        launch<sapt_fast::compare<T, QUERIES>>("topk_keys compare", grid, kThreads,
+                                               sizeof(Shared<QUERIES>), stream, arguments);
     }
-    launch<merge>("topk_keys merge", dim3(static_cast<unsigned>(search.queries)), kThreads,
-                  sizeof(Shared<1>), stream, arguments);
-}
+
+    template <class T>
+    static void multiply(dim3 grid, const Arguments& arguments, void* stream) {
+        launch<sapt_fast::multiply<T>>("topk_keys multiply", grid, kThreads, sizeof(Shared<kTile>),
+                                       stream, arguments);
+    }
+
+    template <class T>
+    static void merge(dim3 grid, const Arguments& arguments, void* stream) {
+        launch<sapt_fast::merge>("topk_keys merge", grid, kThreads, sizeof(Shared<1>), stream,
+                                 arguments);
+    }
+};
 
 }  // namespace
 
 int64_t topk_keys_workspace(int64_t queries, int64_t count) {
-    return splits_of(count) * queries * kWarp;
+    return splits_of<Launches>(count) * queries * kWarp;
 }
 
 void topk_keys(const TopkKeys& search, void* stream) {
     if (search.queries == 0) return;
-    Arguments arguments = {};
-    arguments.search = search;
-    arguments.keys_per_split = ceil_div(search.count, splits_of(search.count));
-    arguments.splits = ceil_div(search.count, arguments.keys_per_split);
-    switch (search.dtype) {
-        case DType::float32:
-            return run<float>(arguments, stream);
-        case DType::bfloat16:
-            return run<__nv_bfloat16>(arguments, stream);
-        case DType::float16:
-            return run<__half>(arguments, stream);
-        case DType::float64:
-            break;
-    }
-    throw std::invalid_argument("dtype: float64 has no CUDA kernel");
+    search_keys<Launches>(search, stream);
 }
 
 }  // namespace sapt_fast

@@ -19,6 +19,17 @@ def require_tensors(**named: object) -> None:
             raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor")
 
 
+def require_ids_of_table(input_ids: Tensor, table: Tensor) -> None:
+    """Raises unless input_ids [B, T] are whole numbers and table is [V, D]; their values may be
+    any."""
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids: got shape {tuple(input_ids.shape)}, expected [B, T]")
+    if input_ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"input_ids: got dtype {input_ids.dtype}, expected int32 or int64")
+    if table.dim() != 2:
+        raise ValueError(f"table: got shape {tuple(table.shape)}, expected [V, D]")
+
+
 def autocasts(device: torch.device) -> bool:
     """Whether autocast is on for tensors of that device; torch raises when asked for meta's."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)

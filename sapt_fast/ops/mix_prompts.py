@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sapt_fast import dispatch
 from sapt_fast.ops import formulas, transforms
-from sapt_fast.ops._common import FLOATS, require_tensors, without_autocast
+from sapt_fast.ops._common import FLOATS, require_ids_of_table, require_tensors, without_autocast
 from sapt_fast.ops._presence import present_product, without_undefined
 from sapt_fast.ops.pool_tokens import check_ids
 
@@ -87,12 +87,7 @@ def mix_prompts_with_tokens(
         True
     """
     require_tensors(prompts=prompts, mixture=mixture, input_ids=input_ids, table=table)
-    if input_ids.dim() != 2:
-        raise ValueError(f"input_ids: got shape {tuple(input_ids.shape)}, expected [B, T]")
-    if input_ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"input_ids: got dtype {input_ids.dtype}, expected int32 or int64")
-    if table.dim() != 2:
-        raise ValueError(f"table: got shape {tuple(table.shape)}, expected [V, D]")
+    require_ids_of_table(input_ids, table)
     return _checked(prompts, mixture, "table", table, input_ids, backend)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sapt_fast import dispatch
 from sapt_fast.ops import formulas, transforms
-from sapt_fast.ops._common import require_tensors
+from sapt_fast.ops._common import require_ids_of_table, require_tensors
 from sapt_fast.ops._scalars import require_float
 
 _OP = "pool_tokens"
@@ -57,12 +57,7 @@ def pool_tokens(
         tensor([[2., 3.]])
     """
     require_tensors(input_ids=input_ids, table=table, mask=mask)
-    if input_ids.dim() != 2:
-        raise ValueError(f"input_ids: got shape {tuple(input_ids.shape)}, expected [B, T]")
-    if input_ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"input_ids: got dtype {input_ids.dtype}, expected int32 or int64")
-    if table.dim() != 2:
-        raise ValueError(f"table: got shape {tuple(table.shape)}, expected [V, D]")
+    require_ids_of_table(input_ids, table)
     require_float("table", table)
     _check_pooling(pooling, mask, input_ids.shape)
     check_devices(table, input_ids=input_ids, mask=mask)

@@ -5,7 +5,9 @@ needs what they lack (a tokenizer, trained weights, a size) fails with and witho
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers as T
@@ -39,34 +41,31 @@ def _gptj() -> T.PreTrainedModel:
     return T.GPTJForCausalLM(config)
 
 
-def _rope(config: type, kind: type, **more: object) -> Callable[[], T.PreTrainedModel]:
-    """Llama and its kin."""
-    sizes = {
-        **_SIZES,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "pad_token_id": 0,
-        **more,
-    }
-    return lambda: kind(config(**sizes))
+_ROPE = {  # of Llama and its kin
+    **_SIZES,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+}
+_BERT = {  # of Bert and its kin
+    **_SIZES,
+    "hidden_size": 32,
+    "intermediate_size": 37,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
 
 
-def _bert(config: type, kind: type, **more: object) -> Callable[[], T.PreTrainedModel]:
-    """Bert and its kin."""
-    sizes = {
-        **_SIZES,
-        "hidden_size": 32,
-        "intermediate_size": 37,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 128,
-        **more,
-    }
-    return lambda: kind(config(**sizes))
+def _of(
+    sizes: dict[str, Any], config: type, kind: type, **more: object
+) -> Callable[[], T.PreTrainedModel]:
+    """A model of a family, which gives its fields the same names."""
+    return lambda: kind(config(**sizes | more))
 
 
 def _bart() -> T.PreTrainedModel:
@@ -105,19 +104,11 @@ def _bloom() -> T.PreTrainedModel:
     return T.BloomForCausalLM(T.BloomConfig(**_SIZES, hidden_size=32, n_layer=2, n_head=4))
 
 
-def _neox() -> T.PreTrainedModel:
-    return T.GPTNeoXForCausalLM(
-        T.GPTNeoXConfig(
-            **_SIZES,
-            hidden_size=32,
-            intermediate_size=37,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-        )
-    )
-
-
+_rope, _bert = partial(_of, _ROPE), partial(_of, _BERT)
 _llama = _rope(T.LlamaConfig, T.LlamaForCausalLM)
+_neox = _bert(
+    T.GPTNeoXConfig, T.GPTNeoXForCausalLM, num_hidden_layers=2, max_position_embeddings=2048
+)
 _gemma = {"head_dim": 8, "sliding_window": 32}
 MODELS: dict[str, Callable[[], T.PreTrainedModel]] = {
     "peft-internal-testing/tiny-random-OPTForCausalLM": _opt,

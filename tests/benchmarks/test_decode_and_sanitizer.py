@@ -4,25 +4,13 @@ from dataclasses import replace
 
 import decode_pair
 import gpu_check
-import measure
 import pytest
 import sanitizer
 import torch
 from providers import Layer
 
+pytestmark = pytest.mark.usefixtures("clock")
 LAYER = Layer(3, 1, 32, 32, 6, 4, torch.float32)
-
-
-@pytest.fixture(autouse=True)
-def clock(monkeypatch):
-    """Every function is called once and takes as long as its place says."""
-
-    def interleaved(functions, device, *, repeats, warmup=2):
-        for function in functions.values():
-            function()
-        return {name: {"median": place + 1.0} for place, name in enumerate(functions)}
-
-    monkeypatch.setattr(measure, "interleaved_ms", interleaved)
 
 
 @pytest.fixture

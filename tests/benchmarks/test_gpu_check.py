@@ -7,7 +7,6 @@ import cases
 import checks
 import decode_pair
 import gpu_check
-import measure
 import op_checks
 import pytest
 import torch
@@ -31,21 +30,6 @@ pytestmark = pytest.mark.skipif(
 )
 OPS = {case.op for case in op_checks.checked(True, "triton")}
 PASSED = {op: {"ok": True} for op in OPS}
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """Every function is called once and takes as long as its place says."""
-
-    def interleaved(functions, device, *, repeats, warmup=2):
-        for function in functions.values():
-            function()
-        return {
-            name: {"p20": 1.0, "median": float(place + 1), "p80": 9.0}
-            for place, name in enumerate(functions)
-        }
-
-    monkeypatch.setattr(measure, "interleaved_ms", interleaved)
 
 
 @dataclass(frozen=True)

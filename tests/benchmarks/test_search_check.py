@@ -1,7 +1,6 @@
 """search_check in small: it runs, it finds errors, and it reports no speed where there are any."""
 
 import cases
-import measure
 import op_checks
 import pytest
 import search_check
@@ -9,19 +8,8 @@ import torch
 from cases.pool_tokens import PoolCase
 
 pytest.importorskip("sapt_fast._C", reason="built without native kernels")
+pytestmark = pytest.mark.usefixtures("clock")
 OPS = {case.op for case in cases.gathered("CPU_CHECKED")}
-
-
-@pytest.fixture(autouse=True)
-def clock(monkeypatch):
-    """Ours takes one millisecond, the others a millisecond more than the one before."""
-
-    def interleaved(functions, device, *, repeats, warmup=2):
-        for function in functions.values():
-            function()
-        return {name: {"median": place + 1.0} for place, name in enumerate(functions)}
-
-    monkeypatch.setattr(measure, "interleaved_ms", interleaved)
 
 
 def test_every_kernel_is_checked_and_timed():

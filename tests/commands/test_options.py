@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,18 +27,24 @@ CHOICES += ("adapter", "pooling", "key-init", "benchmark", "dev")
 SHORT = {"lora-alpha": "alpha", "lora-dropout": "dropout"}
 
 
-def error_of(
-    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, *arguments: str
-) -> str:
-    """The error of a command, which must be a single line of ours."""
-    monkeypatch.setattr(sys, "argv", ["sapt-fast", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    text = capsys.readouterr().err
-    assert ended.value.code in (1, 2)  # 2 is the parser's
-    assert text.startswith("error: ")
-    assert text.count("\n") == 1
-    return text
+ErrorOf = Callable[..., str]
+
+
+@pytest.fixture
+def error_of(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> ErrorOf:
+    """Runs a command for its error, which must be a single line of ours."""
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["sapt-fast", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        text = capsys.readouterr().err
+        assert ended.value.code in (1, 2)  # 2 is the parser's
+        assert text.startswith("error: ")
+        assert text.count("\n") == 1
+        return text
+
+    return run
 
 
 @pytest.fixture(autouse=True)
@@ -67,16 +74,14 @@ TRAIN = (
 
 
 @pytest.mark.parametrize("name", sorted({name for name, _ in TRAIN}))
-def test_train(
-    name: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_train(name: str, error_of: ErrorOf, tmp_path: Path) -> None:
     given = {"model": "demo", "benchmark": "demo", "output": str(tmp_path / "run")}
     if name == "dev":  # the demo has none to choose
         given |= {"benchmark": "superni", "data": str(tmp_path)}
     option = f"--{SHORT.get(name, name)}"
     for value in [value for other, value in TRAIN if other == name]:
         arguments = [x for n, v in given.items() if n != name for x in (f"--{n}", v)]
-        text = error_of(capsys, monkeypatch, "train", *arguments, f"{option}={value}")
+        text = error_of("train", *arguments, f"{option}={value}")
         words = (name, name.replace("-", "_"), option)
         assert any(word in text for word in words), text
         assert "got" in text or "has no 'zz'" in text, text
@@ -121,7 +126,7 @@ ALONE = {"scores": '{"first": 1e400}', "nan": '{"first": NaN}', "list": "[1]"}
 def test_train_paths_and_contradictions(
     arguments: tuple[str, ...],
     message: str,
-    capsys: pytest.CaptureFixture,
+    error_of: ErrorOf,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
@@ -134,7 +139,7 @@ def test_train_paths_and_contradictions(
         places[name].write_text(text)
     filled = [text.format(**places) for text in arguments]
     defaults = ("--model", "demo", "--benchmark", "demo", "--output", str(tmp_path / "run"))
-    assert message in error_of(capsys, monkeypatch, "train", *defaults, *filled)
+    assert message in error_of("train", *defaults, *filled)
     assert not (tmp_path / "run").exists()
 
 
@@ -163,14 +168,10 @@ def test_train_paths_and_contradictions(
     ],
 )
 def test_compare(
-    arguments: tuple[str, ...],
-    message: str,
-    capsys: pytest.CaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    arguments: tuple[str, ...], message: str, error_of: ErrorOf, tmp_path: Path
 ) -> None:
     defaults = ("--model", "demo", "--benchmark", "demo", "--output", str(tmp_path / "all"))
-    assert message in error_of(capsys, monkeypatch, "compare", *defaults, *arguments)
+    assert message in error_of("compare", *defaults, *arguments)
     assert not (tmp_path / "all").exists()
 
 
@@ -186,9 +187,9 @@ BENCH = (
 
 
 @pytest.mark.parametrize("name", sorted({name for name, _ in BENCH}))
-def test_bench(name: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench(name: str, error_of: ErrorOf) -> None:
     for value in [value for other, value in BENCH if other == name]:
-        text = error_of(capsys, monkeypatch, "bench", f"--{name}={value}")
+        text = error_of("bench", f"--{name}={value}")
         assert name in text, text
 
 
@@ -207,13 +208,8 @@ def test_bench(name: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.Mon
         (("--seconds", "1", "tune"), "seconds: `bench tune` does not take it"),
     ],
 )
-def test_bench_tune(
-    arguments: tuple[str, ...],
-    message: str,
-    capsys: pytest.CaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    assert message in error_of(capsys, monkeypatch, "bench", *arguments)
+def test_bench_tune(arguments: tuple[str, ...], message: str, error_of: ErrorOf) -> None:
+    assert message in error_of("bench", *arguments)
 
 
 @pytest.mark.parametrize(
@@ -224,13 +220,8 @@ def test_bench_tune(
         (("--output", "/dev/null"), "output: got '/dev/null'"),
     ],
 )
-def test_demo(
-    arguments: tuple[str, ...],
-    message: str,
-    capsys: pytest.CaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    assert message in error_of(capsys, monkeypatch, "demo", *arguments)
+def test_demo(arguments: tuple[str, ...], message: str, error_of: ErrorOf) -> None:
+    assert message in error_of("demo", *arguments)
 
 
 def test_demo_from_python(tmp_path: Path) -> None:

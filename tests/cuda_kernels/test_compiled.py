@@ -1,27 +1,19 @@
 """The kernels as nvcc compiles them, and the compiled module on a machine without a GPU."""
 
-import importlib.util
 import re
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from setup_script import ROOT, setup_script
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 KERNELS = sorted(p for p in (ROOT / "csrc/cuda").glob("*.cu") if p.stem != "runtime")
 TARGETS = "80;90a;100"
 
 
 @pytest.fixture(scope="module")
 def build():
-    """setup.py as a module."""
-    spec = importlib.util.spec_from_file_location("sapt_fast_setup", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return setup_script()
 
 
 @pytest.mark.slow

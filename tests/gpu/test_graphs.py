@@ -1,5 +1,7 @@
 """On a GPU: patched models inside CUDA graphs and without synchronisation, and compiled ops."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from cases.mix_experts import ExpertsCase
@@ -44,6 +46,17 @@ def _mixture(seed):
     return torch.rand(3, 3, generator=generator).softmax(-1).to(DEVICE)
 
 
+@contextmanager
+def _no_waiting():
+    """An error where the CPU waits for the GPU."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["llama", "t5"])
 @torch.no_grad()
@@ -73,12 +86,8 @@ def test_a_step_waits_for_nothing(family):
     step = DecodeStep(family, torch.bfloat16)
     with step.model.sapt.fixed(_mixture(0)):
         step()
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with _no_waiting():
             step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_routing_and_training_wait_for_nothing():
@@ -93,12 +102,8 @@ def test_routing_and_training_wait_for_nothing():
 
     with model.sapt.fixed(_mixture(0)):
         step()
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with _no_waiting():
             step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 def _same_compiled(function, leaves, tolerance):

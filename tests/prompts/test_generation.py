@@ -2,11 +2,10 @@
 time, given the mixed prompt as embeddings."""
 
 import copy
-from functools import cache
 
 import pytest
 import torch
-from generation_cases import BEAMS, GREEDY, MODES, NEW, Setting, on, repeated
+from generation_cases import GREEDY, MODES, NEW, Setting, made_once, on, repeated
 from tiny_models import patched, tiny, token_ids
 from tiny_prompts import LENGTH, prompt_oracle, prompted
 from torch import Tensor
@@ -29,14 +28,11 @@ class Prompts(Setting):
     def alone(self, text: Tensor, weights: Tensor, **options) -> Tensor:
         return self.oracle.generate(text, weights, **options)
 
+    def logits(self, text: Tensor, weights: Tensor, decoder_ids: Tensor | None = None) -> Tensor:
+        return self.oracle.logits(text, weights, decoder_ids)
 
-_made = cache(Prompts)
 
-
-@pytest.fixture
-def setting(request) -> Prompts:
-    """One `Setting` per family, made once."""
-    return _made(request.param)
+setting = made_once(Prompts)
 
 
 @on("t5", "llama")
@@ -98,24 +94,7 @@ def test_compiled_static_cache(setting):
 @on("t5", "llama")
 @pytest.mark.parametrize("copies", [1, 2])
 def test_sampling_draws_from_the_mixed_model(setting, copies):
-    torch.manual_seed(5)
-    batch = setting.batch
-    out = setting.model.generate(
-        batch.ids, attention_mask=batch.mask, max_new_tokens=NEW, do_sample=True,
-        num_return_sequences=copies, output_logits=True, return_dict_in_generate=True,
-    )  # fmt: skip
-    logits = torch.stack(out.logits, 1)  # [rows * returned, steps, vocabulary]
-    steps = logits.shape[1]
-    for i, (tokens, drawn_from) in enumerate(zip(out.sequences, logits, strict=True)):
-        text, weights = batch.texts[i // copies], setting.weights[i // copies]
-        with torch.no_grad():
-            if setting.encodes:
-                expected = setting.oracle.logits(text, weights, tokens[None, :steps])
-            else:
-                whole = torch.cat([text, tokens[None, batch.ids.shape[1] :]], 1)
-                expected = setting.oracle.logits(whole, weights)[text.shape[1] - 1 :][:steps]
-        alive = (tokens[-steps:] != 0).sum()  # what follows the end token is padding
-        torch.testing.assert_close(drawn_from[:alive], expected[:alive], atol=1e-4, rtol=1e-4)
+    setting.check_sampling(copies)
 
 
 @on("t5", "bart")
@@ -238,11 +217,7 @@ def test_a_cache_of_another_model_is_refused(setting):
 
 @on("llama", "t5")
 def test_inputs_embeds(setting):
-    embeds = setting.model.get_input_embeddings()(setting.batch.ids)
-    tokens = setting.model.generate(
-        inputs_embeds=embeds, attention_mask=setting.batch.mask, max_new_tokens=NEW, **BEAMS
-    )
-    assert tokens.tolist() == setting.generated(**BEAMS)[:, 0].tolist()
+    setting.check_inputs_embeds()
 
 
 # --- negative controls: a wrong match of rows to samples must show ---

@@ -1,11 +1,10 @@
 """Every way of generating with a patched model, against one merged model per sample."""
 
 import copy
-from functools import cache
 
 import pytest
 import torch
-from generation_cases import BEAMS, GREEDY, MODES, NEW, Setting, on, repeated
+from generation_cases import BEAMS, GREEDY, MODES, NEW, Setting, made_once, on, repeated
 from tiny_models import oracle, patched, tiny, token_ids
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor
@@ -27,14 +26,12 @@ class Adapters(Setting):
         tokens = self.oracle.merged(weights).generate(text, attention_mask=mask, **options)
         return tokens if self.encodes else tokens[:, text.shape[1] :]
 
+    def logits(self, text: Tensor, weights: Tensor, decoder_ids: Tensor | None = None) -> Tensor:
+        given = {"decoder_input_ids": decoder_ids} if self.encodes else {}
+        return self.oracle.merged(weights)(text, **given).logits[0]
 
-_made = cache(Adapters)
 
-
-@pytest.fixture
-def setting(request) -> Adapters:
-    """One `Setting` per family, made once."""
-    return _made(request.param)
+setting = made_once(Adapters)
 
 
 @on("t5", "llama")
@@ -107,26 +104,9 @@ def test_sampling_with_equal_noise_gives_equal_answers(setting):
 
 
 @on("t5", "llama")
-@pytest.mark.parametrize("options", [{}, {"num_return_sequences": 2}], ids=["one", "two_returned"])
-def test_sampling_draws_from_the_merged_model(setting, options):
-    torch.manual_seed(5)
-    out = setting.model.generate(
-        setting.batch.ids, attention_mask=setting.batch.mask, max_new_tokens=NEW, do_sample=True,
-        output_logits=True, return_dict_in_generate=True, **options,
-    )  # fmt: skip
-    logits = torch.stack(out.logits, 1)  # [rows * returned, steps, vocabulary]
-    copies, steps = logits.shape[0] // 3, logits.shape[1]
-    for i, (tokens, drawn_from) in enumerate(zip(out.sequences, logits, strict=True)):
-        merged = setting.oracle.merged(setting.weights[i // copies])
-        text = setting.batch.texts[i // copies]
-        with torch.no_grad():
-            if setting.encodes:
-                expected = merged(text, decoder_input_ids=tokens[None, :steps]).logits[0]
-            else:
-                whole = torch.cat([text, tokens[None, setting.batch.ids.shape[1] :]], 1)
-                expected = merged(whole).logits[0, text.shape[1] - 1 :][:steps]
-        alive = (tokens[-steps:] != 0).sum()  # what follows the end token is padding
-        torch.testing.assert_close(drawn_from[:alive], expected[:alive], atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize("copies", [1, 2], ids=["one", "two_returned"])
+def test_sampling_draws_from_the_merged_model(setting, copies):
+    setting.check_sampling(copies)
 
 
 @on("t5")
@@ -224,11 +204,7 @@ def test_no_padding_mask_where_the_pad_token_ends_the_text(setting):
 
 @on("llama")
 def test_inputs_embeds(setting):
-    embeds = setting.model.get_input_embeddings()(setting.batch.ids)
-    tokens = setting.model.generate(
-        inputs_embeds=embeds, attention_mask=setting.batch.mask, max_new_tokens=NEW, **BEAMS
-    )
-    assert tokens.tolist() == setting.generated(3, **BEAMS)[:, 0].tolist()
+    setting.check_inputs_embeds()
 
 
 @on("t5", "llama")

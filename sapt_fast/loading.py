@@ -20,7 +20,6 @@ from sapt_fast.sites.report import PatchReport
 from sapt_fast.storage.description import (
     CONFIG_FILE,
     STRATEGY_FILE,
-    is_sealed,
     method_of,
     require_own_strategy,
     require_sealed,
@@ -31,11 +30,12 @@ from sapt_fast.storage.tasks import (
     Expected,
     StoredTasks,
     read_files,
+    read_state,
     read_tasks,
     require_fits,
     require_same_config,
 )
-from sapt_fast.storage.tensors import StoredFiles, read_tensors
+from sapt_fast.storage.tensors import StoredFiles
 
 __all__ = ["install", "load_of_strategy", "load_pretrained", "read_strategy_state"]
 
@@ -132,16 +132,8 @@ def read_strategy_state(directory: str | os.PathLike[str]) -> dict[str, Tensor]:
         FileNotFoundError, ValueError: as `load_pretrained`.
     """
     description, files = read_directory(directory, CONFIG_FILE, read_files)
-    return _state(description, files)
-
-
-def _state(description: dict[str, Any], files: StoredFiles) -> dict[str, Tensor]:
-    if STRATEGY_FILE in files.digests:
-        require_sealed(description, files)
-        return files.tensors(STRATEGY_FILE)[0]
-    if not is_sealed(description) and (files.folder / STRATEGY_FILE).is_file():
-        return read_tensors(files.folder / STRATEGY_FILE)[0]
-    return {}
+    require_sealed(description, files)
+    return read_state(description, files)
 
 
 def install(model: Any, stored: StoredTasks) -> PreTrainedModel:
@@ -179,8 +171,8 @@ def _read(
     if config.method != method:
         raise ValueError(f"{source}: method is {method!r}, but its config is of {config.method!r}")
     stored = read_tasks(model, _expected(model, kind, config, source), description, files)
-    stored.state = _state(description, files)
-    kind.require_state(model, config, stored.state, files.folder / STRATEGY_FILE)
+    count = len(stored.names)
+    kind.require_state(model, config, stored.state, count, files.folder / STRATEGY_FILE)
     return stored
 
 

@@ -5,9 +5,9 @@ Wang et al., "Learning to Prompt for Continual Learning", CVPR 2022; here for te
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -174,14 +174,22 @@ class L2pHandle(PromptHandle):
 
     @classmethod
     def require_state(
-        cls, model: Any, config: Any, state: Mapping[str, Tensor], source: os.PathLike[str]
+        cls, model: Any, config: Any, state: Mapping[str, Tensor], tasks: int, source: Path
     ) -> None:
-        """Raises ValueError unless there are M keys and counts."""
+        """Raises ValueError unless there are one pool, M keys and counts."""
+        if tasks != 1:
+            raise ValueError(f"{source}: got {tasks} pools of prompts, expected one")
         width = model.get_input_embeddings().weight.shape[1]
         expected = {"picked": (config.prompts,), "keys": (config.prompts, width)}
         got = {name: tuple(state[name].shape) for name in expected if name in state}
         if got != expected:
             raise ValueError(f"{source}: got shapes {got}, expected {expected}")
+        keys, picked = state["keys"], state["picked"]
+        if not keys.is_floating_point() or picked.dtype != torch.int64 or (picked < 0).any():
+            raise ValueError(
+                f"{source}: got keys of {keys.dtype} and picked of {picked.dtype}, expected floats "
+                "and counts (int64, at least 0)"
+            )
 
     def _add_key(self) -> None:
         super()._add_key()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +26,7 @@ from sapt_fast.sites.modules import (
     trained_tensors,
 )
 from sapt_fast.sites.report import PatchReport
-from sapt_fast.storage.description import CONFIG_FILE
+from sapt_fast.storage.description import CONFIG_FILE, STRATEGY_FILE
 from sapt_fast.storage.task_saving import export_mixture, save_tasks
 from sapt_fast.storage.tasks import (
     AdapterFiles,
@@ -124,9 +125,9 @@ class TaskHandle(Handle):
 
     @classmethod
     def require_state(
-        cls, model: Any, config: Any, state: Mapping[str, Tensor], source: os.PathLike[str]
+        cls, model: Any, config: Any, state: Mapping[str, Tensor], tasks: int, source: Path
     ) -> None:
-        """Raises ValueError unless a stored state has what `restore_state` needs."""
+        """Raises ValueError unless a state of `tasks` tasks has what `restore_state` needs."""
 
     @classmethod
     def expected(cls, model: Any, config: Any, report: PatchReport) -> Expected:
@@ -383,6 +384,8 @@ class TaskHandle(Handle):
             raise ValueError(
                 f"{files.folder}: holds the tasks {stored.names}, but the model has {self.tasks}"
             )
+        source = files.folder / STRATEGY_FILE
+        self.require_state(self._model, self.config, stored.state, len(stored.names), source)
         self.set_values(stored)
 
     # --- hooks ---

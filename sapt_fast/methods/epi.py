@@ -64,6 +64,7 @@ class EpiHandle(SaptHandle):
 
     Config = EpiConfig
     method = "epi"
+    trains_router = False
     means: Tensor
     scatter: Tensor
     rows: Tensor
@@ -169,10 +170,6 @@ class EpiHandle(SaptHandle):
                 f"{source}: got {_described(got)}, expected means [K, D] of at most {tasks} tasks "
                 "and scatter [D, D], both float64, and a positive count"
             )
-
-    def _task_added(self, name: str) -> None:
-        super()._task_added(name)
-        self.router.requires_grad_(False)
 
 
 def _described(tensors: Mapping[str, Tensor]) -> dict[str, str]:

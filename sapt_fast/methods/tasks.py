@@ -77,6 +77,10 @@ class TaskHandle(Handle):
                 f"it with the tasks, name it in modules_to_save={unsaved} of the config"
             )
         self._in_place = [] if config.modules_per_task else saved
+        # Parameters of the base model that train beside the adapters.
+        self._beside = [
+            p for path in self._in_place for p in model.get_submodule(path).parameters()
+        ]
         self._changes = Changes(model)
         self._hooks: list[Any] = []
 
@@ -268,8 +272,9 @@ class TaskHandle(Handle):
             for name, tensor in tensors.items():
                 own[name].copy_(tensor)
         for name in tensors:
-            if isinstance(own[name], nn.Parameter):
-                own[name].requires_grad_(True)
+            parameter = own[name]
+            if isinstance(parameter, nn.Parameter):
+                self._beside.append(parameter.requires_grad_(True))
 
     # --- saving ---
 
@@ -397,8 +402,8 @@ class TaskHandle(Handle):
         self.task_modules.install(self.routing)
         if self.task_modules.paths and self.task_modules not in self.routing.pools:
             self.routing.pools.append(self.task_modules)
-        for path in self._in_place:
-            self._model.get_submodule(path).requires_grad_(True)
+        for parameter in self._beside:
+            parameter.requires_grad_(True)
         self._hooks = [
             self._model.register_load_state_dict_pre_hook(self._before_load),
             self._model.register_load_state_dict_post_hook(self._after_load),
@@ -409,6 +414,8 @@ class TaskHandle(Handle):
         self.routing.remove()
         super().remove()
         self.task_modules.remove()
+        for parameter in self._beside:
+            parameter.requires_grad_(False)
         for hook in self._hooks:
             hook.remove()
 

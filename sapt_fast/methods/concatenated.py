@@ -25,6 +25,8 @@ class ConcatenatedConfig(TaskConfig[_Handle]):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.adapter == "prompt", "adapter", self.adapter, "'prompt'")
+        keyless = "0: a prompt has no weight"
+        require(self.own_key_loss == 0, "own_key_loss", self.own_key_loss, keyless)
         expected = "False: there are no weights by which outputs of modules could be mixed"
         require(not self.modules_per_task, "modules_per_task", True, expected)
 

@@ -26,7 +26,7 @@ from sapt_fast.sites.modules import (
     trained_tensors,
 )
 from sapt_fast.sites.report import PatchReport
-from sapt_fast.storage.description import CONFIG_FILE, STRATEGY_FILE
+from sapt_fast.storage.description import CONFIG_FILE, STRATEGY_FILE, is_sealed, method_of
 from sapt_fast.storage.task_saving import export_mixture, save_tasks
 from sapt_fast.storage.tasks import (
     AdapterFiles,
@@ -382,6 +382,9 @@ class TaskHandle(Handle):
             ValueError: as `sapt_fast.load_pretrained`, or if the folder holds other tasks.
         """
         description, files = read_directory(directory, CONFIG_FILE, read_files)
+        method = method_of(description)
+        if is_sealed(description) and method != self.method:
+            raise ValueError(f"{files.folder}: method is {method!r}, expected {self.method!r}")
         require_same_config(self.config, description["config"], files.folder / CONFIG_FILE)
         expected = self.expected(self._model, self.config, self.report)
         stored = read_tasks(self._model, expected, description, files)

@@ -8,10 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import fill, run, tiny, token_ids
 from tiny_prompts import bare
+from transformers import Trainer, TrainingArguments
 
 import sapt_fast
+from sapt_fast.loading import load_of_strategy
 from sapt_fast.methods.epi import EpiConfig
 from sapt_fast.methods.l2p import L2pConfig
+from sapt_fast.methods.lora_sum import LoraSumConfig
 from sapt_fast.storage.task_saving import renew_digests
 
 
@@ -76,6 +79,41 @@ def test_a_trainer_that_resumes_gets_the_state(method, tmp_path):
         tensor.data.zero_()
     handle.restore_values(tmp_path)
     assert_same(model, expected)
+
+
+@pytest.mark.parametrize("method", MADE)
+def test_a_trainer_goes_on_from_its_checkpoint(method, tmp_path):
+    """transformers' own, in another process."""
+    make = MADE[method][0]
+    arguments = TrainingArguments(tmp_path, use_cpu=True, report_to="none", max_steps=1)
+    model, other = make(), make()
+    with torch.no_grad():
+        for parameter in handle_of(other).parameters():
+            parameter.zero_()
+    if method == "l2p":
+        other.l2p.picked.zero_()
+    else:
+        other.sapt.restore_state({})
+    Trainer(model, arguments).save_model(str(tmp_path / "checkpoint-1"))
+    Trainer(other, arguments)._load_from_checkpoint(str(tmp_path / "checkpoint-1"))
+    assert_same(model, other)
+
+
+def test_values_of_another_method_are_not_taken(tmp_path):
+    """They have the same fields and shapes."""
+    model, other = tiny("llama"), tiny("llama")
+    sapt_fast.patch(model, LoraSumConfig(r=2)).sapt.add_task("a")
+    sapt_fast.patch(other, sapt_fast.SaptConfig(r=2)).sapt.add_task("a")
+    model.sapt.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="method is 'lora_sum', expected 'sapt'"):
+        other.sapt.restore_values(tmp_path)
+    with pytest.raises(ValueError, match="method is 'lora_sum', expected 'sapt'"):
+        load_of_strategy(tiny("llama"), tmp_path, "sapt", sapt_fast.SaptConfig(r=2))
+
+
+def test_a_weight_of_the_own_key_has_no_meaning_for_l2p():
+    with pytest.raises(ValueError, match=r"own_key_loss: got 0.5, expected 0"):
+        L2pConfig(own_key_loss=0.5)
 
 
 def test_epi_is_saved_before_its_first_task_ends(tmp_path):

@@ -72,6 +72,13 @@ class EpiHandle(SaptHandle):
 
     def __init__(self, model: Any, config: Any, report: Any) -> None:
         super().__init__(model, config, report)
+        inside = set(self._backbone().modules())
+        copied = [p for p in self.task_modules.paths if model.get_submodule(p) in inside]
+        if copied:
+            raise ValueError(
+                f"modules_to_save: {copied[0]} is in the backbone by whose features tasks are told "
+                "apart, so tasks cannot have copies of it; use modules_per_task=False"
+            )
         self.restore_state({})
 
     def signal(self, **inputs: Tensor | None) -> Tensor:
@@ -110,14 +117,16 @@ class EpiHandle(SaptHandle):
     @torch.no_grad()
     def features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """h(x) [B, D] of prompts [B, T], padded on either side."""
-        model = self._model
         ids, mask = _padded_right(input_ids, attention_mask)
-        backbone = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
         none = torch.zeros(len(self.tasks), device=ids.device)
         with self.routing.apart(), self.fixed(none):
-            hidden = backbone(input_ids=ids, attention_mask=mask).last_hidden_state
+            hidden = self._backbone()(input_ids=ids, attention_mask=mask).last_hidden_state
         weight = mask[..., None].float()
         return (hidden.float() * weight).sum(1) / weight.sum(1)
+
+    def _backbone(self) -> Any:
+        model = self._model
+        return model.get_encoder() if model.config.is_encoder_decoder else model.base_model
 
     @torch.no_grad()
     def fit(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -127,8 +136,11 @@ class EpiHandle(SaptHandle):
             batches: ids [B, T] and mask [B, T] of prompts.
 
         Raises:
-            RuntimeError: if the tasks that have a Gaussian are not those before the newest one.
+            RuntimeError: if the tasks that have a Gaussian are not those before the newest one, or
+                the model is in training mode, where dropout would change the features.
         """
+        if self._model.training:
+            raise RuntimeError("fit: the model is in training mode: call model.eval() first")
         if len(self.means) != len(self.tasks) - 1:
             raise RuntimeError(
                 f"fit: got {len(self.means)} Gaussians and the tasks {self.tasks}, expected one "

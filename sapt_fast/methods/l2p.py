@@ -92,7 +92,8 @@ class L2pHandle(ConcatenatedHandle):
     def __init__(self, model: Any, config: Any, report: Any) -> None:
         super().__init__(model, config, report)
         table = model.get_input_embeddings().weight
-        keys = torch.empty(0, table.shape[1], device=self._device, dtype=table.dtype)
+        dtype = config.adapter_dtype(table.dtype)
+        keys = torch.empty(0, table.shape[1], device=self._device, dtype=dtype)
         self.prompt_keys = nn.Parameter(keys, requires_grad=False)
         picked = torch.zeros(config.prompts, dtype=torch.int64, device=self._device)
         self.register_buffer("picked", picked, persistent=False)  # `state` has it
@@ -170,7 +171,8 @@ class L2pHandle(ConcatenatedHandle):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> Tensor:
-        return self._pooled(input_ids, inputs_embeds, attention_mask, labels)
+        pooled = self._pooled(input_ids, inputs_embeds, attention_mask, labels)
+        return pooled.to(self.prompt_keys.dtype)
 
     def state(self, held: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The keys, and how often each prompt was picked."""

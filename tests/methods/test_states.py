@@ -133,6 +133,34 @@ def test_epi_ends_each_task_once():
         epi(tasks=2, fitted=0).sapt.fit([inputs(12)])
 
 
+def test_epi_takes_features_without_dropout():
+    model = epi(tasks=1, fitted=0).train()
+    with pytest.raises(RuntimeError, match=r"fit: .*training mode: call model\.eval"):
+        model.sapt.fit([inputs(12)])
+
+
+def test_epi_takes_features_that_no_copy_changes():
+    """Copies of a module are mixed by weights, which are all zero while features are taken."""
+    model = tiny("llama")
+    config = {"r": 2, "modules_per_task": True}
+    with pytest.raises(ValueError, match=r"modules_to_save: model\.norm is in the backbone"):
+        sapt_fast.patch(model, EpiConfig(**config, modules_to_save=["norm"]))
+    sapt_fast.patch(model, EpiConfig(**config, modules_to_save=["lm_head"])).sapt.add_task("a")
+    expected = tiny("llama").base_model(*inputs(10)).last_hidden_state.mean(1)
+    torch.testing.assert_close(model.sapt.features(*inputs(10)), expected)
+
+
+def test_l2p_keeps_keys_in_float32_if_asked():
+    model = bare("llama").to(torch.bfloat16)
+    config = L2pConfig(prompts=4, top=2, length=3, autocast_adapter_dtype=True)
+    sapt_fast.patch(model, config).l2p.grow("first")
+    assert {p.dtype for p in model.l2p.parameters()} == {torch.float32}
+    ids = token_ids()
+    loss = model(ids, labels=ids).loss + model.l2p.key_loss(ids)
+    loss.backward()
+    assert model.l2p.prompt_keys.grad.abs().max() > 0
+
+
 def test_epi_leaves_the_attention_of_the_last_forward():
     model = epi()
     run(model, token_ids(seed=11))

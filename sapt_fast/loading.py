@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from sapt_fast.files.directories import read_directory, whole_directory
 from sapt_fast.methods.base import Handle, handles
 from sapt_fast.methods.registry import handle_type
-from sapt_fast.methods.tasks import TaskHandle
+from sapt_fast.methods.tasks import TaskHandle, pool_of
 from sapt_fast.patching import patch, require_pretrained, unpatch
 from sapt_fast.sites.report import PatchReport
 from sapt_fast.storage.description import (
@@ -31,11 +32,12 @@ from sapt_fast.storage.tasks import (
     Expected,
     StoredTasks,
     read_files,
+    read_state,
     read_tasks,
     require_fits,
     require_same_config,
 )
-from sapt_fast.storage.tensors import StoredFiles, read_tensors
+from sapt_fast.storage.tensors import StoredFiles
 
 __all__ = ["install", "load_of_strategy", "load_pretrained", "read_strategy_state"]
 
@@ -75,22 +77,24 @@ def load_pretrained(model: PreTrainedModel, directory: str | os.PathLike[str]) -
         ['first']
     """
     require_pretrained(model)
-    stored = _others(model, directory)
+    folder = Path(directory)
+    found = methods_in(folder) if folder.is_dir() else {}
     tasks = None
-    if not stored or _has_tasks(directory):
+    if not found or _has_tasks(directory):
         description, files = read_directory(directory, CONFIG_FILE, read_files)
         require_own_strategy(description, files.folder)
         tasks = _read(model, method_of(description), description["config"], description, files)
-    done: list[Handle] = []
+    stored = _others(model, directory, found, () if tasks is None else tasks.trained)
+    before = handles(model)
     try:
-        if tasks is not None:
-            _put_in(model, tasks)
-            done += handles(model)[-1:]
         for method, config in stored:
             _restore(model, method, config)
+        if tasks is not None:  # last: of them all has been checked
+            _put_in(model, tasks)
     except BaseException:
-        for one in reversed(done):
-            unpatch(model, one.attribute)
+        for one in reversed(handles(model)):
+            if one not in before:
+                unpatch(model, one.attribute)
         raise
     return model
 
@@ -117,11 +121,15 @@ def load_of_strategy(
             f"{files.folder}: holds the adapters of strategy {stored!r}, expected {strategy!r}"
         )
     method, values = method_of(description), description["config"]
-    if method != config.method and method in ("sapt", "sapt_prompt"):
+    if method != config.method:
+        if is_sealed(description):
+            raise ValueError(
+                f"{files.folder}: method is {method!r}, expected {config.method!r}, by which the "
+                f"strategy {strategy!r} predicts"
+            )
         method, values = config.method, {**config.to_dict(), **values}
     _put_in(model, _read(model, method, values, description, files))
-    handle: Any = handles(model)[-1]
-    handle.strategy = strategy
+    pool_of(model).strategy = strategy
     return model
 
 
@@ -132,16 +140,8 @@ def read_strategy_state(directory: str | os.PathLike[str]) -> dict[str, Tensor]:
         FileNotFoundError, ValueError: as `load_pretrained`.
     """
     description, files = read_directory(directory, CONFIG_FILE, read_files)
-    return _state(description, files)
-
-
-def _state(description: dict[str, Any], files: StoredFiles) -> dict[str, Tensor]:
-    if STRATEGY_FILE in files.digests:
-        require_sealed(description, files)
-        return files.tensors(STRATEGY_FILE)[0]
-    if not is_sealed(description) and (files.folder / STRATEGY_FILE).is_file():
-        return read_tensors(files.folder / STRATEGY_FILE)[0]
-    return {}
+    require_sealed(description, files)
+    return read_state(description, files)
 
 
 def install(model: Any, stored: StoredTasks) -> PreTrainedModel:
@@ -179,8 +179,8 @@ def _read(
     if config.method != method:
         raise ValueError(f"{source}: method is {method!r}, but its config is of {config.method!r}")
     stored = read_tasks(model, _expected(model, kind, config, source), description, files)
-    stored.state = _state(description, files)
-    kind.require_state(model, config, stored.state, files.folder / STRATEGY_FILE)
+    count = len(stored.names)
+    kind.require_state(model, config, stored.state, count, files.folder / STRATEGY_FILE)
     return stored
 
 
@@ -218,7 +218,7 @@ def _put_in(model: Any, stored: StoredTasks) -> PreTrainedModel:
             found.restore_tasks(stored)
     except BaseException:
         if handle is None:
-            unpatch(model, handles(model)[-1].attribute)
+            unpatch(model, pool_of(model).attribute)
         raise
     return model
 
@@ -246,11 +246,19 @@ def _has_tasks(directory: str | os.PathLike[str]) -> bool:
     return True
 
 
-def _others(model: Any, directory: str | os.PathLike[str]) -> list[tuple[StoredMethod, Any]]:
-    """The methods with files of their own, checked against the model, and their configs."""
-    folder = Path(directory)
-    found = methods_in(folder) if folder.is_dir() else {}
-    checked = []
+def _others(
+    model: Any,
+    directory: str | os.PathLike[str],
+    found: Mapping[str, str],
+    trained: Collection[str],
+) -> list[tuple[StoredMethod, Any]]:
+    """The methods with files of their own, checked against the model, and their configs.
+
+    Args:
+        found: of `methods_in`.
+        trained: names of tensors of the base model that the tasks beside them bring.
+    """
+    folder, checked = Path(directory), []
     for attribute, method in found.items():
         kind = handle_type(method, folder / config_file(attribute))
         read = partial(read_method, attribute=attribute)
@@ -259,7 +267,7 @@ def _others(model: Any, directory: str | os.PathLike[str]) -> list[tuple[StoredM
             config = kind.Config.from_dict(stored.config)
         except (OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"{stored.source}: config: {error}") from error
-        stored.require_model(model)
+        stored.require_model(model, trained)
         handle = _without_tasks(model, kind)
         if handle is not None:
             require_same_config(handle.config, config.to_dict(), stored.source)

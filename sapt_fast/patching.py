@@ -159,6 +159,8 @@ def unpatch(model: _Model, method: str | None = None) -> _Model:
     for one in leaving:
         one.require_unmerged()
         one.require_own()
+    for one in present[present.index(leaving[0]) :]:  # whose hooks are taken off
+        one.require_removable()
     for one in reversed(leaving):
         _take_off(given, one)
     return model
@@ -172,12 +174,18 @@ def _put_on(model: Any, kind: type[Handle], config: Any, strict: bool) -> None:
         _refuse_adapters_inside(model)
     require_placement(model)
     report = kind.sites(model, config)
+    if hasattr(model, kind.attribute):
+        raise ValueError(
+            f"model: this {type(model).__name__} has an attribute {kind.attribute!r} of its own, "
+            f"where the handle of {kind.method!r} would be; rename it"
+        )
     _refuse_clash(kind, report, others)
     _require_all(model, report, strict)
     method = kind(model, config, report)
     _refuse_second_routing(method, others)
     attached: list[str] = []
     frozen: list[nn.Parameter] = []
+    installing = False
     try:
         for path in list(report.patched):
             method.attach(path)
@@ -190,8 +198,11 @@ def _put_on(model: Any, kind: type[Handle], config: Any, strict: bool) -> None:
                     method.unfrozen_before.append(name)
                     frozen.append(parameter.requires_grad_(False))
         setattr(model, kind.attribute, method)
+        installing = True
         method.install()
     except BaseException:
+        if installing:
+            method.remove()
         model._modules.pop(kind.attribute, None)
         for parameter in frozen:
             parameter.requires_grad_(True)

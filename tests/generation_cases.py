@@ -10,6 +10,8 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, PreTrainedModel
 
+from sapt_fast.methods.tasks import pool_of
+
 NEW = 8
 GREEDY = {"do_sample": False}
 BEAMS = {"do_sample": False, "num_beams": 4}
@@ -41,7 +43,8 @@ class Setting:
         self.encodes = model.config.is_encoder_decoder
         self.batch = Padded(self.encodes)
         with torch.no_grad():
-            self.weights = torch.cat([model.sapt.route(text) for text in self.batch.texts])
+            route = pool_of(model).route
+            self.weights = torch.cat([route(text) for text in self.batch.texts])
 
     def alone(self, text: Tensor, weights: Tensor, **options) -> Tensor:
         """[returned, length], what the own model of a text [1, T] with weights [K] generates."""

@@ -153,6 +153,11 @@ class Handle(Own, nn.Module):
     def require_own(self) -> None:
         """Raises ValueError if another library has replaced what `attach` put there."""
 
+    def require_removable(self) -> None:
+        """Raises ValueError if another library has replaced a method that `install` put there."""
+        if self.routing is not None:
+            self.routing.require_removable()
+
     def leave(self) -> None:
         """Takes the method off the model: hooks, what was attached, and this handle."""
         places = self.places()
@@ -195,6 +200,8 @@ class Handle(Own, nn.Module):
         state: Mapping[str, Tensor] | None = None,
     ) -> None:
         """`save_pretrained`, with values from a state_dict of the model if one is given."""
+        for one in handles(self._model):  # the base model is recognised by its weights
+            one.require_unmerged()
         tensors, values = self.stored()
         write_method(self, directory, tensors, values, is_main_process)
 

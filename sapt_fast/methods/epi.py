@@ -6,9 +6,9 @@ Wang et al., "Rehearsal-free Continual Language Learning via Efficient Parameter
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,6 +64,7 @@ class EpiHandle(SaptHandle):
 
     Config = EpiConfig
     method = "epi"
+    trains_router = False
     means: Tensor
     scatter: Tensor
     rows: Tensor
@@ -71,6 +72,13 @@ class EpiHandle(SaptHandle):
 
     def __init__(self, model: Any, config: Any, report: Any) -> None:
         super().__init__(model, config, report)
+        inside = set(self._backbone().modules())
+        copied = [p for p in self.task_modules.paths if model.get_submodule(p) in inside]
+        if copied:
+            raise ValueError(
+                f"modules_to_save: {copied[0]} is in the backbone by whose features tasks are told "
+                "apart, so tasks cannot have copies of it; use modules_per_task=False"
+            )
         self.restore_state({})
 
     def signal(self, **inputs: Tensor | None) -> Tensor:
@@ -90,7 +98,10 @@ class EpiHandle(SaptHandle):
 
     def distances(self, features: Tensor) -> Tensor:
         """Squared Mahalanobis distances [B, K] of features [B, D] to the tasks' means."""
-        if self._precision is None:
+        precision, device = self._precision, features.device
+        if precision is None or precision.device != device:  # no buffers: they stay float64
+            parts = (self.means, self.scatter, self.rows)
+            self.means, self.scatter, self.rows = (part.to(device) for part in parts)
             covariance = self.scatter / self.rows
             scale = covariance.diagonal().mean()
             # With one row for each task nothing varies, and the nearest mean is chosen.
@@ -98,21 +109,24 @@ class EpiHandle(SaptHandle):
                 len(covariance), dtype=covariance.dtype, device=covariance.device
             )
             share = self.config.shrinkage
-            self._precision = torch.linalg.inv((1 - share) * covariance + share * spherical)
+            precision = torch.linalg.inv((1 - share) * covariance + share * spherical)
+            self._precision = precision
         gaps = features.double()[:, None] - self.means
-        return torch.einsum("bkd,de,bke->bk", gaps, self._precision, gaps)
+        return torch.einsum("bkd,de,bke->bk", gaps, precision, gaps)
 
     @torch.no_grad()
     def features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """h(x) [B, D] of prompts [B, T], padded on either side."""
-        model = self._model
         ids, mask = _padded_right(input_ids, attention_mask)
-        backbone = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
         none = torch.zeros(len(self.tasks), device=ids.device)
         with self.routing.apart(), self.fixed(none):
-            hidden = backbone(input_ids=ids, attention_mask=mask).last_hidden_state
+            hidden = self._backbone()(input_ids=ids, attention_mask=mask).last_hidden_state
         weight = mask[..., None].float()
         return (hidden.float() * weight).sum(1) / weight.sum(1)
+
+    def _backbone(self) -> Any:
+        model = self._model
+        return model.get_encoder() if model.config.is_encoder_decoder else model.base_model
 
     @torch.no_grad()
     def fit(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -120,13 +134,24 @@ class EpiHandle(SaptHandle):
 
         Args:
             batches: ids [B, T] and mask [B, T] of prompts.
+
+        Raises:
+            RuntimeError: if the tasks that have a Gaussian are not those before the newest one, or
+                the model is in training mode, where dropout would change the features.
         """
+        if self._model.training:
+            raise RuntimeError("fit: the model is in training mode: call model.eval() first")
+        if len(self.means) != len(self.tasks) - 1:
+            raise RuntimeError(
+                f"fit: got {len(self.means)} Gaussians and the tasks {self.tasks}, expected one "
+                "for each task but the newest: call it once after each task"
+            )
         features = torch.cat([self.features(*batch) for batch in batches]).double()
         mean = features.mean(0)
         gaps = features - mean
-        self.scatter = gaps.T @ gaps + (self.scatter if len(self.means) else 0.0)
+        self.scatter = gaps.T @ gaps + (self.scatter.to(mean) if len(self.means) else 0.0)
         self.means = torch.cat([self.means.to(mean).reshape(-1, len(mean)), mean[None]])
-        self.rows = self.rows + len(features)
+        self.rows = self.rows.to(mean.device) + len(features)
         self._precision = None
 
     def state(self, held: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -143,23 +168,30 @@ class EpiHandle(SaptHandle):
 
     @classmethod
     def require_state(
-        cls, model: Any, config: Any, state: Mapping[str, Tensor], source: os.PathLike[str]
+        cls, model: Any, config: Any, state: Mapping[str, Tensor], tasks: int, source: Path
     ) -> None:
         """Raises ValueError unless there are Gaussians of one width."""
-        means, scatter = state.get("means"), state.get("scatter")
-        fits = means is not None and scatter is not None and means.dim() == 2 and "count" in state
-        if not fits or tuple(state["scatter"].shape) != (state["means"].shape[1],) * 2:
+        got = {name: state[name] for name in ("means", "scatter", "count") if name in state}
+        shapes = {name: tuple(tensor.shape) for name, tensor in got.items()}
+        first, last = (*shapes.get("means", ()), 0, 0)[:2]
+        known = {"means": (first, last), "scatter": (last, last), "count": ()}
+        none = {"means": (0,), "scatter": (0,), "count": ()}  # no task has ended
+        fits = shapes == none or (shapes == known and 1 <= first <= tasks and got["count"] > 0)
+        if not fits or any(got[n].dtype != torch.float64 for n in ("means", "scatter")):
             raise ValueError(
-                f"{source}: got {sorted(state)}, expected means [K, D], scatter [D, D] and count"
+                f"{source}: got {_described(got)}, expected means [K, D] of at most {tasks} tasks "
+                "and scatter [D, D], both float64, and a positive count"
             )
 
-    def _task_added(self, name: str) -> None:
-        super()._task_added(name)
-        self.router.requires_grad_(False)
+
+def _described(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: f"{t.dtype} of shape {tuple(t.shape)}" for name, t in tensors.items()}
 
 
 def _padded_right(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Prompts [B, T'] whose tokens stand first, whatever side they were padded on."""
     seen = attention_mask.bool()
-    order = (~seen).to(torch.int8).argsort(dim=1, stable=True)[:, : max(1, int(seen.sum(1).max()))]
+    order = (~seen).to(torch.int8).argsort(dim=1, stable=True)
+    if not torch.compiler.is_compiling():  # where no size may depend on values
+        order = order[:, : max(1, int(seen.sum(1).max()))]
     return input_ids.gather(1, order), seen.gather(1, order).to(attention_mask.dtype)

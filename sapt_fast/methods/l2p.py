@@ -5,32 +5,31 @@ Wang et al., "Learning to Prompt for Continual Learning", CVPR 2022; here for te
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sapt_fast.methods.sapt_prompt import PromptHandle
-from sapt_fast.methods.task_config import TaskConfig, require
+from sapt_fast.methods.concatenated import ConcatenatedConfig, ConcatenatedHandle
+from sapt_fast.methods.task_config import require
 from sapt_fast.ops import topk_keys
 from sapt_fast.pools.prompts import ConcatenatedPrompts
-from sapt_fast.sites.embeddings import PromptRouting
+from sapt_fast.sites.embeddings import PlacesRouting
 
 __all__ = ["L2pConfig", "L2pHandle"]
 
 
 @dataclass
-class L2pConfig(TaskConfig["L2pHandle"]):
+class L2pConfig(ConcatenatedConfig["L2pHandle"]):
     """The pool of prompts, and how inputs pick from it.
 
     Of the other fields `pooling`, `standardize_query` and `mask_padding` say how the query is
     taken; those of LoRA and of SAPT's router have no effect. `prompt_length` is derived.
     """
 
-    adapter: str = field(default="prompt", metadata={"help": "Prompts: no other kind fits."})
     prompts: int = field(default=10, metadata={"help": "M, the prompts of the pool."})
     top: int = field(default=5, metadata={"help": "N, the prompts that an input gets."})
     length: int = field(default=5, metadata={"help": "L_p, the rows of a prompt."})
@@ -40,13 +39,13 @@ class L2pConfig(TaskConfig["L2pHandle"]):
     )
 
     def __post_init__(self) -> None:
-        require(self.prompts >= 1, "prompts", self.prompts, "at least 1")
-        require(1 <= self.top <= self.prompts, "top", self.top, f"1 to {self.prompts} (prompts)")
-        require(self.length >= 1, "length", self.length, "at least 1")
+        for name in ("prompts", "top", "length"):
+            value = getattr(self, name)
+            require(type(value) is int and value >= 1, name, value, "an integer, at least 1")
+        require(self.top <= self.prompts, "top", self.top, f"1 to {self.prompts} (prompts)")
         require(self.strength >= 0, "strength", self.strength, "at least 0")
         self.prompt_length = self.prompts * self.length
         super().__post_init__()
-        require(self.adapter == "prompt", "adapter", self.adapter, "'prompt'")
 
     @property
     def method(self) -> str:
@@ -54,7 +53,7 @@ class L2pConfig(TaskConfig["L2pHandle"]):
         return "l2p"
 
 
-class L2pHandle(PromptHandle):
+class L2pHandle(ConcatenatedHandle):
     """model.l2p: a pool of M prompts that all tasks train, of which each input gets N.
 
         L = CE(y | [P_s1; ...; P_sN; x]) - lambda (1 / B) sum_b sum_i cos(q(x_b), k_si)
@@ -93,21 +92,34 @@ class L2pHandle(PromptHandle):
     def __init__(self, model: Any, config: Any, report: Any) -> None:
         super().__init__(model, config, report)
         table = model.get_input_embeddings().weight
-        keys = torch.empty(0, table.shape[1], device=self._device, dtype=table.dtype)
+        dtype = config.adapter_dtype(table.dtype)
+        keys = torch.empty(0, table.shape[1], device=self._device, dtype=dtype)
         self.prompt_keys = nn.Parameter(keys, requires_grad=False)
         picked = torch.zeros(config.prompts, dtype=torch.int64, device=self._device)
         self.register_buffer("picked", picked, persistent=False)  # `state` has it
         pool = ConcatenatedPrompts(self.prompts.rows, config.length, self._top)
-        self.routing = _Picks(model, self.signal, self._has_tasks, self._top, pool)
+        self.routing = PlacesRouting(model, self.signal, self._has_tasks, self._top, pool)
 
     def _top(self) -> int:
         top: int = self.config.top
         return top
 
-    def grow(self, name: str, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def add_task(self, name: str, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Makes the pool for the first task; later tasks train the same one."""
         if not self.tasks:
-            self.add_task(name, optimizer)
+            super().add_task(name, optimizer)
+
+    def put_task(
+        self,
+        name: str,
+        adapters: Any,
+        key: Tensor,
+        modules: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """`PromptHandle.put_task`, of the one pool that there is."""
+        if self.tasks:
+            raise ValueError(f"name: got {name!r}, expected none: all tasks train one pool")
+        super().put_task(name, adapters, key, modules)
 
     def signal(self, **inputs: Tensor | None) -> Tensor:
         """The places [B, N] of the prompts that inputs get."""
@@ -159,7 +171,8 @@ class L2pHandle(PromptHandle):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> Tensor:
-        return self._pooled(input_ids, inputs_embeds, attention_mask, labels)
+        pooled = self._pooled(input_ids, inputs_embeds, attention_mask, labels)
+        return pooled.to(self.prompt_keys.dtype)
 
     def state(self, held: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The keys, and how often each prompt was picked."""
@@ -174,36 +187,29 @@ class L2pHandle(PromptHandle):
 
     @classmethod
     def require_state(
-        cls, model: Any, config: Any, state: Mapping[str, Tensor], source: os.PathLike[str]
+        cls, model: Any, config: Any, state: Mapping[str, Tensor], tasks: int, source: Path
     ) -> None:
-        """Raises ValueError unless there are M keys and counts."""
+        """Raises ValueError unless there are one pool, M keys and counts."""
+        if tasks != 1:
+            raise ValueError(f"{source}: got {tasks} pools of prompts, expected one")
         width = model.get_input_embeddings().weight.shape[1]
         expected = {"picked": (config.prompts,), "keys": (config.prompts, width)}
         got = {name: tuple(state[name].shape) for name in expected if name in state}
         if got != expected:
             raise ValueError(f"{source}: got shapes {got}, expected {expected}")
+        keys, picked = state["keys"], state["picked"]
+        if not keys.is_floating_point() or picked.dtype != torch.int64 or (picked < 0).any():
+            raise ValueError(
+                f"{source}: got keys of {keys.dtype} and picked of {picked.dtype}, expected floats "
+                "and counts (int64, at least 0)"
+            )
 
     def _add_key(self) -> None:
         super()._add_key()
         embedding = self._model.get_input_embeddings().weight
         keys = torch.empty(self.config.prompts, embedding.shape[1]).uniform_(-1, 1)
-        self.prompt_keys = nn.Parameter(keys.to(embedding))
+        self.prompt_keys = nn.Parameter(keys.to(self.prompt_keys))
 
     def _task_added(self, name: str) -> None:
         super()._task_added(name)
-        self.router.requires_grad_(False)
         self.prompt_keys.requires_grad_(True)
-
-
-class _Picks(PromptRouting):
-    """`PromptRouting` by the places of prompts in place of weights."""
-
-    def checked(self, weights: Tensor) -> Tensor:
-        """Places that a caller gives, as [1, N] or [B, N]."""
-        index, count = torch.as_tensor(weights), self.count()
-        if index.dtype != torch.int64 or index.dim() not in (1, 2) or index.shape[-1] != count:
-            raise ValueError(
-                f"mixture: got {index.dtype} of shape {tuple(index.shape)}, expected the places of "
-                f"prompts, int64 [{count}] or [B, {count}]"
-            )
-        return index[None] if index.dim() == 1 else index

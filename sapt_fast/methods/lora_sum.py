@@ -47,11 +47,8 @@ class LoraSumHandle(SaptHandle):
 
     Config = LoraSumConfig
     method = "lora_sum"
+    trains_router = False
 
     def signal(self, **inputs: Tensor | None) -> Tensor:
         """Ones [1, K], for all inputs."""
         return torch.ones(1, len(self.tasks), device=self._device)
-
-    def _task_added(self, name: str) -> None:
-        super()._task_added(name)
-        self.router.requires_grad_(False)

@@ -5,29 +5,22 @@ Razdaibiedina et al., "Progressive Prompts: Continual Learning for Language Mode
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sapt_fast.methods.sapt_prompt import PromptHandle
-from sapt_fast.methods.task_config import TaskConfig, require
+from sapt_fast.methods.concatenated import ConcatenatedConfig, ConcatenatedHandle
 from sapt_fast.pools.prompts import ConcatenatedPrompts
-from sapt_fast.sites.embeddings import PromptRouting
+from sapt_fast.sites.embeddings import PlacesRouting
 
 __all__ = ["ProgPromptConfig", "ProgPromptHandle"]
 
 
 @dataclass
-class ProgPromptConfig(TaskConfig["ProgPromptHandle"]):
+class ProgPromptConfig(ConcatenatedConfig["ProgPromptHandle"]):
     """The length of a prompt; fields of LoRA and of the router have no effect."""
-
-    adapter: str = field(default="prompt", metadata={"help": "Prompts: no other kind fits."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.adapter == "prompt", "adapter", self.adapter, "'prompt'")
 
     @property
     def method(self) -> str:
@@ -35,7 +28,7 @@ class ProgPromptConfig(TaskConfig["ProgPromptHandle"]):
         return "progprompt"
 
 
-class ProgPromptHandle(PromptHandle):
+class ProgPromptHandle(ConcatenatedHandle):
     """`PromptHandle` whose prompts all stand before every input, the newest first.
 
         input = [P_t; P_{t-1}; ...; P_1; x]
@@ -51,12 +44,8 @@ class ProgPromptHandle(PromptHandle):
     def __init__(self, model: Any, config: Any, report: Any) -> None:
         super().__init__(model, config, report)
         pool = ConcatenatedPrompts(self.prompts.rows, config.prompt_length, self._count)
-        self.routing = PromptRouting(model, self.signal, self._has_tasks, self._count, pool)
+        self.routing = PlacesRouting(model, self.signal, self._has_tasks, self._count, pool)
 
     def signal(self, **inputs: Tensor | None) -> Tensor:
         """The places [1, K] of the prompts, for all inputs."""
         return torch.arange(len(self.tasks) - 1, -1, -1, device=self._device)[None]
-
-    def _task_added(self, name: str) -> None:
-        super()._task_added(name)
-        self.router.requires_grad_(False)

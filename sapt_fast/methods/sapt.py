@@ -131,6 +131,7 @@ class SaptHandle(TaskHandle):
     attribute = "sapt"
     site = "linear"
     adapter_files: ClassVar[AdapterFiles] = LoraFiles()
+    trains_router: ClassVar[bool] = True
 
     def __init__(self, model: Any, config: Any, report: PatchReport) -> None:
         super().__init__(model, config, report)
@@ -442,6 +443,8 @@ class SaptHandle(TaskHandle):
         if not self.tasks:
             for parameter in self.router.parameters():
                 parameter.requires_grad_(parameter is not self.router.keys.frozen)
+        if not self.trains_router:
+            self.router.requires_grad_(False)
         super()._task_added(name)
 
     @property

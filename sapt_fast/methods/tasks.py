@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +26,7 @@ from sapt_fast.sites.modules import (
     trained_tensors,
 )
 from sapt_fast.sites.report import PatchReport
-from sapt_fast.storage.description import CONFIG_FILE
+from sapt_fast.storage.description import CONFIG_FILE, STRATEGY_FILE, is_sealed, method_of
 from sapt_fast.storage.task_saving import export_mixture, save_tasks
 from sapt_fast.storage.tasks import (
     AdapterFiles,
@@ -76,6 +77,10 @@ class TaskHandle(Handle):
                 f"it with the tasks, name it in modules_to_save={unsaved} of the config"
             )
         self._in_place = [] if config.modules_per_task else saved
+        # Parameters of the base model that train beside the adapters.
+        self._beside = [
+            p for path in self._in_place for p in model.get_submodule(path).parameters()
+        ]
         self._changes = Changes(model)
         self._hooks: list[Any] = []
 
@@ -124,9 +129,9 @@ class TaskHandle(Handle):
 
     @classmethod
     def require_state(
-        cls, model: Any, config: Any, state: Mapping[str, Tensor], source: os.PathLike[str]
+        cls, model: Any, config: Any, state: Mapping[str, Tensor], tasks: int, source: Path
     ) -> None:
-        """Raises ValueError unless a stored state has what `restore_state` needs."""
+        """Raises ValueError unless a state of `tasks` tasks has what `restore_state` needs."""
 
     @classmethod
     def expected(cls, model: Any, config: Any, report: PatchReport) -> Expected:
@@ -267,8 +272,9 @@ class TaskHandle(Handle):
             for name, tensor in tensors.items():
                 own[name].copy_(tensor)
         for name in tensors:
-            if isinstance(own[name], nn.Parameter):
-                own[name].requires_grad_(True)
+            parameter = own[name]
+            if isinstance(parameter, nn.Parameter):
+                self._beside.append(parameter.requires_grad_(True))
 
     # --- saving ---
 
@@ -376,6 +382,9 @@ class TaskHandle(Handle):
             ValueError: as `sapt_fast.load_pretrained`, or if the folder holds other tasks.
         """
         description, files = read_directory(directory, CONFIG_FILE, read_files)
+        method = method_of(description)
+        if is_sealed(description) and method != self.method:
+            raise ValueError(f"{files.folder}: method is {method!r}, expected {self.method!r}")
         require_same_config(self.config, description["config"], files.folder / CONFIG_FILE)
         expected = self.expected(self._model, self.config, self.report)
         stored = read_tasks(self._model, expected, description, files)
@@ -383,6 +392,8 @@ class TaskHandle(Handle):
             raise ValueError(
                 f"{files.folder}: holds the tasks {stored.names}, but the model has {self.tasks}"
             )
+        source = files.folder / STRATEGY_FILE
+        self.require_state(self._model, self.config, stored.state, len(stored.names), source)
         self.set_values(stored)
 
     # --- hooks ---
@@ -394,8 +405,8 @@ class TaskHandle(Handle):
         self.task_modules.install(self.routing)
         if self.task_modules.paths and self.task_modules not in self.routing.pools:
             self.routing.pools.append(self.task_modules)
-        for path in self._in_place:
-            self._model.get_submodule(path).requires_grad_(True)
+        for parameter in self._beside:
+            parameter.requires_grad_(True)
         self._hooks = [
             self._model.register_load_state_dict_pre_hook(self._before_load),
             self._model.register_load_state_dict_post_hook(self._after_load),
@@ -406,6 +417,8 @@ class TaskHandle(Handle):
         self.routing.remove()
         super().remove()
         self.task_modules.remove()
+        for parameter in self._beside:
+            parameter.requires_grad_(False)
         for hook in self._hooks:
             hook.remove()
 

@@ -129,6 +129,11 @@ class ConcatenatedPrompts:
         """How many rows are put before an input."""
         return self.count() * self.rows
 
+    @property
+    def total(self) -> int:
+        """How many prompts there are."""
+        return len(self.stack) // self.rows
+
     def realign(self) -> None:
         """Puts rows back in place whose parameters were moved."""
         self.stack.realign()

@@ -81,9 +81,9 @@ class Routing(Running):
         for name in _ADAPTERS_INSIDE:
             if hasattr(model, name):
                 methods[name] = _refuse_adapters_inside
-        self._stand_ins = [StandIn(model, name, method) for name, method in methods.items()]
-        for stand_in in self._stand_ins:
+        for stand_in in [StandIn(model, name, method) for name, method in methods.items()]:
             stand_in.install()
+            self._stand_ins.append(stand_in)
         self.recomputation.install()
 
     def remove(self) -> None:

@@ -214,10 +214,12 @@ class Running:
     def apart(self) -> Iterator[None]:
         """Lets the model run inside one of its own forwards, of which that one knows nothing."""
         before, self._thread.forward = self.forward, None
+        weights, segments = self.weights, getattr(self._thread, "segments", None)
         try:
             yield
         finally:
             self._thread.forward = before
+            self.weights, self._thread.segments = weights, segments
 
     # --- one call of generate ---
 

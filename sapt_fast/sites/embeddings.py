@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from sapt_fast.ops import transforms
+from sapt_fast.pools.prompts import ConcatenatedPrompts
 from sapt_fast.routing.forward import Forward
 from sapt_fast.routing.hooks import Routing
 from sapt_fast.routing.stand_in import positional_names
@@ -202,6 +204,35 @@ class PromptRouting(Routing):
                 f"{hidden.shape[1] - self.pool.length}, those of encoder_outputs without the prompt"
             )
         return (), {**inputs, "encoder_attention_mask": mask}
+
+
+class PlacesRouting(PromptRouting):
+    """`PromptRouting` by the places of prompts in place of weights.
+
+    Args:
+        model, route, active: as in `PromptRouting`.
+        count: N, the prompts that each input gets.
+        pool: of the prompts.
+    """
+
+    pool: ConcatenatedPrompts
+
+    def checked(self, weights: Tensor) -> Tensor:
+        """Places that a caller gives, as [1, N] or [B, N].
+
+        Raises:
+            ValueError: if they have another shape or dtype or, on a CPU, there is no such prompt.
+        """
+        index, count, total = torch.as_tensor(weights), self.count(), self.pool.total
+        if index.dtype != torch.int64 or index.dim() not in (1, 2) or index.shape[-1] != count:
+            raise ValueError(
+                f"mixture: got {index.dtype} of shape {tuple(index.shape)}, expected the places of "
+                f"prompts, int64 [{count}] or [B, {count}]"
+            )
+        known = transforms.values(index) if index.device.type == "cpu" else None
+        if known is not None and not bool(((known >= 0) & (known < total)).all()):
+            raise ValueError(f"mixture: got places {known.tolist()}, expected 0 to {total - 1}")
+        return index[None] if index.dim() == 1 else index
 
 
 def prompt_place(model: Any) -> Any:

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sapt_fast.devices import require_supported_hooks
+from sapt_fast.pools.own import is_inside, own_paths
 from sapt_fast.pools.sharding import is_sharded
 from sapt_fast.sites.linear import Mixed, MixedOther, mixed_kind, packed_weight, runs_its_class
 from sapt_fast.sites.modules import find_modules
@@ -64,10 +65,10 @@ def find_layers(model: PreTrainedModel, config: Chosen) -> PatchReport:
             f"model: the layers of {kind!r} models see tokens first and samples second, so a batch "
             "as long as its texts would mix the wrong ones; expected another model type"
         )
-    report, targets = PatchReport(), chosen_names(model, config)
+    report, targets, own = PatchReport(), chosen_names(model, config), own_paths(model)
     bypassed: dict[str, None] = {}
     for name, module in model.named_modules():
-        if not _matches(name, targets):
+        if not _matches(name, targets) or is_inside(name, own):
             continue
         path, _, last = name.rpartition(".")
         parent = model.get_submodule(path)
@@ -161,7 +162,7 @@ def is_linear(module: nn.Module) -> bool:
 
 def linear_names(model: nn.Module) -> list[str]:
     """The last parts of the paths of a model's linear layers, sorted."""
-    return sorted({n.rpartition(".")[2] for n, m in model.named_modules() if is_linear(m)})
+    return sorted({path.rpartition(".")[2] for path, _ in _linear(model)})
 
 
 def all_linear(model: PreTrainedModel) -> frozenset[str]:
@@ -172,7 +173,15 @@ def all_linear(model: PreTrainedModel) -> frozenset[str]:
     head: Any = model.get_output_embeddings()
     if head is None:
         head = next((getattr(model, n) for n in _HEADS if hasattr(model, n)), None)
-    return frozenset(n for n, m in model.named_modules() if is_linear(m) and m is not head)
+    return frozenset(path for path, module in _linear(model) if module is not head)
+
+
+def _linear(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The linear layers of the model itself: none that a method added."""
+    own = own_paths(model)
+    for path, module in model.named_modules():
+        if is_linear(module) and not is_inside(path, own):
+            yield path, module
 
 
 def obstacle(module: Any, parent: nn.Module, name: str) -> str | None:

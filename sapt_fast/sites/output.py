@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sapt_fast.pools.own import Own, is_inside, own_paths
 from sapt_fast.sites.report import PatchReport
 
-__all__ = ["AtOutput", "attach_output", "detach_output", "find_outputs"]
+__all__ = ["AtOutput", "attach_output", "detach_output", "find_outputs", "require_output"]
 
 
 class AtOutput(Own, nn.Module):
@@ -70,13 +70,31 @@ def attach_output(model: nn.Module, path: str, slot: str, module: AtOutput) -> N
     layer.register_forward_hook(_Hook(slot))
 
 
+def require_output(model: nn.Module, path: str, slot: str) -> None:
+    """Raises ValueError if the layer no longer has what `attach_output` put there."""
+    try:
+        layer = model.get_submodule(path)
+    except AttributeError:
+        raise ValueError(f"{path}: the model has no such layer any more") from None
+    hooks = layer._forward_hooks.values()
+    if slot not in layer._modules or not any(_is_hook(hook, slot) for hook in hooks):
+        raise ValueError(
+            f"{path}: got {type(layer).__module__}.{type(layer).__name__} without {slot}, expected "
+            "the layer that patch changed; undo first what another library did to the model since"
+        )
+
+
 def detach_output(model: nn.Module, path: str, slot: str) -> None:
     """Undoes `attach_output`."""
     layer = model.get_submodule(path)
     for key, hook in list(layer._forward_hooks.items()):
-        if isinstance(hook, _Hook) and hook.slot == slot:
+        if _is_hook(hook, slot):
             del layer._forward_hooks[key]
     delattr(layer, slot)
+
+
+def _is_hook(hook: Any, slot: str) -> bool:
+    return isinstance(hook, _Hook) and hook.slot == slot
 
 
 class _Hook:

@@ -7,7 +7,7 @@ has its own two files.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,10 +46,14 @@ class StoredMethod:
     base_model: Mapping[str, Any]
     tensors: dict[str, Tensor]
 
-    def require_model(self, model: Any) -> None:
-        """Raises ValueError unless this is the base model that the method was saved with."""
+    def require_model(self, model: Any, trained: Collection[str] = ()) -> None:
+        """Raises ValueError unless this is the base model that the method was saved with.
+
+        Args:
+            trained: names of parameters whose values may differ.
+        """
         require_model_type(model, self.base_model, self.source)
-        require_base(model, _layers(model), self.base_model, self.source)
+        require_base(model, _layers(model), self.base_model, self.source, trained)
 
 
 def config_file(attribute: str) -> str:
@@ -95,7 +99,7 @@ def methods_in(folder: Path) -> dict[str, str]:
     """The methods that have their two files in a folder, by the attribute that each is stored for.
 
     Raises:
-        ValueError: if a file that sapt_fast wrote names none.
+        ValueError: if a file that sapt_fast wrote names none, or is no JSON.
     """
     found = {}
     for path in sorted(folder.glob(f"*{_SUFFIX}")):
@@ -105,7 +109,9 @@ def methods_in(folder: Path) -> dict[str, str]:
         try:
             description = read_json(path)
         except ValueError:
-            continue  # of another library, or damaged beyond knowing
+            if (folder / _tensor_file(attribute)).exists():
+                raise
+            continue  # of another library
         if isinstance(description, dict) and "sapt_fast_version" in description:
             if not isinstance(description.get("method"), str):
                 raise ValueError(

@@ -127,7 +127,8 @@ class PretrainedFiles(_StandIn):
     def remove(self) -> None:
         """Gives the model its own methods back."""
         super().remove()
-        self._hook.remove()
+        if self._hook is not None:
+            self._hook.remove()
 
     # --- saving ---
 
@@ -239,7 +240,8 @@ class PretrainedFiles(_StandIn):
     ) -> None:
         """The model's own `save_pretrained`, without what is ours."""
         own, paths = self._own_of(model), own_paths(model)
-        if state_dict is not None:
+        # Another method's, which is below, takes its own tensors from there.
+        if state_dict is not None and not isinstance(_owner(own), PretrainedFiles):
             state_dict = {n: x for n, x in state_dict.items() if not is_inside(n, paths)}
         # A quantised model's state_dict is made inside, whatever is passed.
         before = vars(model).get("_keys_to_ignore_on_save", ...)
@@ -324,6 +326,10 @@ class PeftFiles(_StandIn):
                 "%s: PEFT saves the adapters, but not model.sapt.router (%s): save and load its "
                 "state_dict yourself", save_directory, type(router).__name__,
             )  # fmt: skip
+
+
+def _owner(method: Any) -> Any:
+    return getattr(method, "__self__", None)
 
 
 def _names(module: nn.Module) -> dict[str, Tensor]:

@@ -86,7 +86,7 @@ def save_tasks(
     for name, target in handle.targets.items():
         router[f"targets.{name}"] = target.float()
     adapters = handle.adapters(state)
-    remembered = {**handle.state(state), **(strategy_state or {})}
+    remembered = {n: whole(t) for n, t in {**handle.state(state), **(strategy_state or {})}.items()}
     modules = _modules(handle, state)
     shared = _beside(handle, modules)
     description = _description(handle, adapters, state)

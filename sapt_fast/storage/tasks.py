@@ -26,19 +26,21 @@ from sapt_fast.storage.description import (
     CONFIG_FILE,
     MODULES_FILE,
     ROUTER_FILE,
+    STRATEGY_FILE,
     check_description,
     is_sealed,
     require_sealed,
     stated_files,
 )
 from sapt_fast.storage.lora import require_shapes
-from sapt_fast.storage.tensors import StoredFiles, require_finite
+from sapt_fast.storage.tensors import StoredFiles, read_tensors, require_finite
 
 __all__ = [
     "AdapterFiles",
     "Expected",
     "StoredTasks",
     "read_files",
+    "read_state",
     "read_tasks",
     "require_fits",
     "require_same_config",
@@ -190,7 +192,17 @@ def read_tasks(
             files, name, adapter, model, config, beside, is_sealed(description)
         )
     require_sealed(description, files)
+    stored.state = read_state(description, files)
     return stored
+
+
+def read_state(description: dict[str, Any], files: StoredFiles) -> dict[str, Tensor]:
+    """What the method and the strategy of a saved folder remember; empty if there is none."""
+    if STRATEGY_FILE in files.digests:
+        return files.tensors(STRATEGY_FILE)[0]
+    if not is_sealed(description) and (files.folder / STRATEGY_FILE).is_file():
+        return read_tensors(files.folder / STRATEGY_FILE)[0]
+    return {}
 
 
 def _read_modules(

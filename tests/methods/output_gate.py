@@ -11,7 +11,13 @@ from torch import nn
 
 from sapt_fast.methods.base import Handle
 from sapt_fast.methods.config import MethodConfig
-from sapt_fast.sites.output import AtOutput, attach_output, detach_output, find_outputs
+from sapt_fast.sites.output import (
+    AtOutput,
+    attach_output,
+    detach_output,
+    find_outputs,
+    require_output,
+)
 
 
 @dataclass
@@ -47,6 +53,10 @@ class OutputGateHandle(Handle):
 
     def detach(self, path: str) -> None:
         detach_output(self._model, path, self.slot)
+
+    def require_own(self) -> None:
+        for path in self.report.patched:
+            require_output(self._model, path, self.slot)
 
     def gates(self) -> dict[str, nn.Parameter]:
         layers = {path: self._model.get_submodule(path) for path in self.report.patched}

@@ -14,6 +14,7 @@ from sapt_fast.methods.base import handles
 from sapt_fast.methods.l2p import L2pConfig
 from sapt_fast.methods.lora_sum import LoraSumConfig
 from sapt_fast.methods.registry import METHODS
+from sapt_fast.storage.pretrained_files import PretrainedFiles
 
 CONFIG = OutputGateConfig(width=tiny("t5").config.d_model)
 
@@ -108,13 +109,13 @@ def test_a_copy_is_its_own():
 class TestBesideSapt:
     """Two methods on one model."""
 
-    def both(self, first):
+    def both(self, first, **options):
         model = tiny("t5")
         for kind in (first, "gate" if first == "sapt" else "sapt"):
             if kind == "gate":
                 gated(model)
                 continue
-            sapt_fast.patch(model, SaptConfig(r=2, reserve_tasks=2))
+            sapt_fast.patch(model, SaptConfig(r=2, reserve_tasks=2, **options))
             for name in ("a", "b"):
                 model.sapt.add_task(name)
                 for pool in model.sapt.pools.values():
@@ -134,13 +135,11 @@ class TestBesideSapt:
         if leaving == "sapt":
             assert torch.equal(left, run(gated(), token_ids()))
         assert not any(p.requires_grad for n, p in model.named_parameters() if n in before[1])
-        assert torch.equal(
-            model.generate(token_ids(), max_new_tokens=4)[:, :1] * 0, token_ids()[:, :1] * 0
-        )
+        tokens = model.generate(token_ids(), max_new_tokens=4)
         model.save_pretrained(tmp_path / "saved")
-        assert torch.equal(
-            run(sapt_fast.load_pretrained(bare, tmp_path / "saved"), token_ids()), left
-        )
+        loaded = sapt_fast.load_pretrained(bare, tmp_path / "saved")
+        assert torch.equal(run(loaded, token_ids()), left)
+        assert torch.equal(loaded.generate(token_ids(), max_new_tokens=4), tokens)
         assert_as_before(sapt_fast.unpatch(model), before)
 
     @pytest.mark.parametrize("first", ["sapt", "gate"])
@@ -165,6 +164,108 @@ class TestBesideSapt:
         with pytest.raises(ValueError, match=r"output_gate\.safetensors: its SHA-256"):
             sapt_fast.load_pretrained(other, tmp_path)
         assert_as_before(other, before)
+
+    @pytest.mark.parametrize("first", ["sapt", "gate"])
+    def test_values_of_a_state_dict_are_saved_of_both(self, first, tmp_path):
+        model = self.both(first)
+        expected = run(model, token_ids())
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with torch.no_grad():
+            for handle in handles(model):
+                for parameter in handle.trainable_parameters():
+                    parameter.zero_()
+        model.save_pretrained(tmp_path, state_dict=state)
+        loaded = sapt_fast.load_pretrained(tiny("t5"), tmp_path)
+        for pool, other in zip(
+            loaded.sapt.pools.values(), self.both(first).sapt.pools.values(), strict=True
+        ):
+            assert torch.equal(pool.b.rows(), other.b.rows())
+        gates = loaded.output_gate.gates()
+        with torch.no_grad():
+            for path, gate in gated().output_gate.gates().items():
+                gates[path].copy_(gate)
+        assert torch.equal(run(loaded, token_ids()), expected)
+
+    @pytest.mark.parametrize("first", ["sapt", "gate"])
+    @pytest.mark.parametrize("leaving", ["sapt", "output_gate", None])
+    def test_modules_that_train_beside_the_adapters(self, first, leaving):
+        model = self.both(first, modules_to_save=["lm_head"])
+        before = snapshot(tiny("t5"))
+        assert model.lm_head.weight.requires_grad
+        sapt_fast.unpatch(model, leaving)
+        assert model.lm_head.weight.requires_grad == (leaving != "sapt")
+        if leaving is not None:
+            sapt_fast.unpatch(model)
+        assert_as_before(model, before)
+
+    def test_a_base_that_was_trained_beside_the_adapters(self, tmp_path):
+        model = self.both("sapt", modules_to_save=["lm_head"])
+        fill(model.lm_head.weight)
+        for handle in handles(model):
+            handle.save_pretrained(tmp_path)
+        loaded = sapt_fast.load_pretrained(tiny("t5"), tmp_path)
+        assert torch.equal(run(loaded, token_ids()), run(model, token_ids()))
+
+    def test_nothing_is_saved_while_a_mixture_is_merged(self, tmp_path):
+        model = self.both("sapt")
+        model.sapt.merge([0.5, 0.5])
+        with pytest.raises(RuntimeError, match=r"model\.sapt\.unmerge"):
+            model.output_gate.save_pretrained(tmp_path / "saved")
+        assert not (tmp_path / "saved").exists()
+
+    def test_a_description_that_is_cut_off(self, tmp_path):
+        model = self.both("sapt")
+        for handle in handles(model):
+            handle.save_pretrained(tmp_path)
+        path = tmp_path / "output_gate_config.json"
+        path.write_bytes(path.read_bytes()[:-20])
+        other = tiny("t5")
+        before = snapshot(other)
+        with pytest.raises(ValueError, match=r"output_gate_config\.json: broken JSON"):
+            sapt_fast.load_pretrained(other, tmp_path)
+        assert_as_before(other, before)
+
+    @pytest.mark.parametrize("patched", [False, True])
+    def test_a_method_that_cannot_be_restored(self, patched, tmp_path, monkeypatch):
+        """Nothing of the others is in the model then."""
+        model = self.both("sapt")
+        for handle in handles(model):
+            handle.save_pretrained(tmp_path)
+
+        def restore(self, tensors, values):
+            raise ValueError("tensors: got others")
+
+        monkeypatch.setattr(OutputGateHandle, "restore", restore)
+        other = tiny("t5")
+        if patched:
+            sapt_fast.patch(other, model.sapt.config)
+        before = snapshot(other)
+        with pytest.raises(ValueError, match="tensors: got others"):
+            sapt_fast.load_pretrained(other, tmp_path)
+        assert_as_before(other, before)
+
+    def test_a_copy_has_both(self, tmp_path):
+        model = self.both("gate")
+        expected = run(model, token_ids())
+        other = copy.deepcopy(model)
+        assert_as_before(sapt_fast.unpatch(other), snapshot(tiny("t5")))
+        assert torch.equal(run(model, token_ids()), expected)
+        torch.save(model, tmp_path / "model.pt")
+        loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+        assert torch.equal(run(loaded, token_ids()), expected)
+        loaded.save_pretrained(tmp_path / "saved")
+        again = sapt_fast.load_pretrained(tiny("t5"), tmp_path / "saved")
+        assert torch.equal(run(again, token_ids()), expected)
+
+    def test_layers_inside_of_a_method_get_no_adapters(self):
+        model = gated()
+        layer = model.get_submodule(model.output_gate.report.patched[0])
+        layer.sapt_output_gate.inside = torch.nn.Linear(4, 4)
+        sapt_fast.patch(model, SaptConfig(r=2, target_modules="all-linear"))
+        assert not any("sapt_output_gate" in path for path in model.sapt.report.patched)
+        sapt_fast.unpatch(model, "sapt")
+        with pytest.raises(ValueError, match="leaves no layer"):
+            sapt_fast.patch(model, SaptConfig(r=2, target_modules=["inside"]))
 
 
 class TestBadInput:
@@ -250,6 +351,38 @@ class TestBadInput:
         model = tiny("t5")
         config = OutputGateConfig(CONFIG.width, ["nothing"])
         self.refused(model, lambda: sapt_fast.patch(model, config), "matches no module")
+
+    def test_an_attribute_of_the_models_own(self):
+        model = tiny("t5")
+        model.output_gate = torch.nn.Linear(2, 2)
+        self.refused(
+            model, lambda: sapt_fast.patch(model, CONFIG), "has an attribute 'output_gate'"
+        )
+
+    @pytest.mark.parametrize("what", ["method", "layer"])
+    def test_another_library_has_replaced(self, what):
+        model = TestBesideSapt().both("sapt")
+        if what == "method":
+            model.generate = print
+        else:
+            path = model.output_gate.report.patched[0]
+            parent = model.get_submodule(path.rpartition(".")[0])
+            setattr(parent, path.rpartition(".")[2], torch.nn.Sequential(parent.o))
+        message = "generate: the method" if what == "method" else "without sapt_output_gate"
+        self.refused(model, lambda: sapt_fast.unpatch(model), message)
+
+    @pytest.mark.parametrize("config", [CONFIG, SaptConfig(r=2, modules_to_save=["lm_head"])])
+    @pytest.mark.parametrize("beside", [False, True])
+    def test_hooks_that_fail_half_way(self, config, beside, monkeypatch):
+        model = tiny("t5")
+        if beside:
+            sapt_fast.patch(model, CONFIG if config is not CONFIG else SaptConfig(r=2))
+
+        def install(self):
+            raise RuntimeError("no more")
+
+        monkeypatch.setattr(PretrainedFiles, "install", install)
+        self.refused(model, lambda: sapt_fast.patch(model, config), "no more", RuntimeError)
 
     def test_a_layer_that_fails_half_way(self, monkeypatch):
         model, calls = tiny("t5"), []

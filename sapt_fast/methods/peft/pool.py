@@ -172,7 +172,7 @@ class PeftHandle(Handle):
         self.routing.remove()
         self.files.remove()
         for name in self.stand_ins():
-            del vars(self._model.base_model)[name]
+            vars(self._model.base_model).pop(name, None)
 
     def save_pretrained(self, directory: Any, *, is_main_process: bool | None = None) -> None:
         """Not possible: PEFT saves its adapters, by `save_pretrained` of the PeftModel.

@@ -284,7 +284,7 @@ class TestBadInput:
     def test_model_with_tasks(self, copied):
         model, _ = base_model("t5")
         sapt_fast.load_official(model, copied)
-        with pytest.raises(ValueError, match="already has the tasks"):
+        with pytest.raises(ValueError, match="got one with tasks"):
             sapt_fast.load_official(model, copied)
 
 

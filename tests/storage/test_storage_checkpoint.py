@@ -221,7 +221,7 @@ def test_what_is_no_regular_file_of_sane_size(kind, file, saved):
         (lambda c: c["tasks"][0].update(name="\ud800"), "no JSON"),
         (lambda c: c["tasks"][0].update(name="x" * 300), "no folder name"),
         (lambda c: c.update(method="grace"), "method is 'grace', which this version"),
-        (lambda c: c.update(method="sapt_prompt"), "method is 'sapt_prompt', but"),
+        (lambda c: c.update(method="sapt_prompt"), "method: got 'sapt_prompt', expected 'sapt'"),
         (lambda c: c.update(files={"../../etc/passwd": "0"}), "content is not that of its digest"),
     ],
 )  # fmt: skip

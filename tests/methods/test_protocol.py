@@ -181,7 +181,7 @@ class TestBadInput:
         self.refused(
             model,
             lambda: sapt_fast.patch(model, L2pConfig()),
-            "'l2p' and 'sapt'.*travel with the forward.*unpatch",
+            "'l2p' cannot be added, .*weights of the forward .*'sapt'.*unpatch",
         )
         other = gated()
 
@@ -229,7 +229,7 @@ class TestBadInput:
             ("method", 3, "method: got 3, expected a name"),
             ("format_version", 2, "format_version: got 2, expected 1"),
             ("config", {"width": 3, "depth": 1}, r"unknown fields \['depth'\]|digest"),
-            ("values", {"tasks": ["other"]}, "not that of its digest"),
+            ("values", {"tasks": ["other"]}, "does not match its digest"),
         ],
     )
     def test_folders(self, field, value, message, tmp_path):

@@ -129,7 +129,7 @@ SPOILED = {
     ),
     "half a character": (
         lambda d: edit_json(d, lambda x: x["base_model"].update({"class": "\ud800"})),
-        ValueError, "config.json: no JSON .*surrogates not allowed",
+        ValueError, "config.json: not JSON .*surrogates not allowed",
     ),
     "no base model": (
         lambda d: edit_json(d, lambda x: x.update(base_model={})), ValueError, "base_model"

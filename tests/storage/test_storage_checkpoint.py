@@ -150,7 +150,7 @@ def test_scalings_that_are_not_plausible(scaling, saved):
     if scaling == "NaN":
         text = (saved / CONFIG).read_text().replace('"scaling": 2.0', '"scaling": NaN', 1)
         (saved / CONFIG).write_text(text)
-        refused(saved, "NaN is no JSON number")
+        refused(saved, "NaN is not a JSON number")
         return
     edit(saved, lambda c: c["tasks"][0].update(scaling=scaling))
     refused(saved, "scaling: got")

@@ -1,4 +1,4 @@
-"""L2P: every input picks prompts from one pool, by keys."""
+"""L2P: every input selects prompts from one pool by their keys."""
 
 from __future__ import annotations
 
@@ -22,12 +22,16 @@ __all__ = ["L2p", "L2pOptions"]
 class L2pOptions:
     """Options of `L2p`."""
 
-    prompts: int = field(default=10, metadata={"help": "M, the prompts of the pool."})
-    top: int = field(default=5, metadata={"help": "N, the prompts that an input gets."})
-    length: int = field(default=5, metadata={"help": "L_p, the rows of a prompt."})
-    strength: float = field(default=0.1, metadata={"help": "lambda, which draws keys to queries."})
+    prompts: int = field(default=10, metadata={"help": "M, number of prompts in the pool."})
+    top: int = field(default=5, metadata={"help": "N, number of prompts per input."})
+    length: int = field(default=5, metadata={"help": "L_p, number of rows of a prompt."})
+    strength: float = field(
+        default=0.1,
+        metadata={"help": "lambda, weight of the loss that moves selected keys to their queries."},
+    )
     diversified: bool = field(
-        default=True, metadata={"help": "In training, pass over prompts that past tasks used."}
+        default=True,
+        metadata={"help": "While training, prefer prompts that past tasks selected less often."},
     )
 
     def __post_init__(self) -> None:

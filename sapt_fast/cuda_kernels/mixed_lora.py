@@ -39,9 +39,9 @@ def mixed_lora_fwd(
         no weight, so that the backward computes its own.
 
     Raises:
-        TypeError: a dtype has no kernel.
-        ValueError: the tensors are not on a CUDA device.
-        RuntimeError: a launch failed.
+        TypeError: if a dtype has no kernel.
+        ValueError: if the tensors are not on a CUDA device.
+        RuntimeError: if a launch failed.
     """
     x, mixture = x.contiguous(), mixture.contiguous()
     ys = [_base(x, projection) for projection in projections]

@@ -30,7 +30,7 @@ _PRODUCT_BYTES = 1 << 25
 
 
 def grouping_pays(pairs: int, experts: int, rank: int, width: int, element_size: int) -> bool:
-    """Whether to sort the pairs by expert; `width` is I + O.
+    """Returns whether to sort the pairs by expert; `width` is I + O.
 
     With rho = pairs / experts: no below 4, yes above 16 (and a rank of at least 4). Between, if
     fewer bytes move. Unsorted, each pair reads its expert:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def mix_experts_fwd(
     x: Tensor, bank_a: Tensor, bank_b: Tensor, index: Tensor, weights: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """The forward.
+    """Computes the forward.
 
     Args:
         x: Of shape `[M, I]`, any of the floating-point dtypes.
@@ -53,7 +53,7 @@ def mix_experts_bwd(
     needs_x: bool,
     needs_weights: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients.
+    """Computes the gradients.
 
     Args:
         dy: Of shape `[M, O]`, any strides.

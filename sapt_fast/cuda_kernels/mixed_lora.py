@@ -18,7 +18,7 @@ from sapt_fast.ops.projection import Projection
 
 
 def empty_h(x: Tensor, total_rank: int) -> Tensor:
-    """The h of `mixed_lora_fwd`: none is kept, `[M, 0]`."""
+    """Returns the h of `mixed_lora_fwd`: none is kept, `[M, 0]`."""
     return x.new_empty(x.shape[0], 0)
 
 
@@ -62,7 +62,7 @@ def _has_no_base(projection: Projection) -> bool:
 
 
 def _base(x: Tensor, projection: Projection) -> Tensor:
-    """What the mixture is added to; without a base product uninitialised."""
+    """Returns the tensor to which the mixture is added; uninitialised without a base product."""
     outputs = projection.lora_b.shape[1]
     if projection.weight is not None:
         return F.linear(x, projection.weight, projection.bias)

@@ -55,7 +55,7 @@ def _flattened(projections: Sequence[Projection]) -> list[list[Any]]:
 
 
 def _projections(count: int, *fields: Sequence[Tensor]) -> list[Projection]:
-    """The inverse of `_flattened`."""
+    """Returns the inverse of `_flattened`."""
     filled: list[Sequence[Any]] = [field or [None] * count for field in fields]
     return [Projection(*values) for values in zip(*filled, strict=True)]
 

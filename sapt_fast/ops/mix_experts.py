@@ -388,7 +388,7 @@ def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Any, ...]:
 def _sparse_backward(
     ctx: Any, dy: Tensor, needs_x: bool, needs_weights: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
-    """The backward with gradients of the banks over the chosen experts only."""
+    """Computes the backward, with gradients of the banks over the selected experts only."""
     x, bank_a, bank_b, index, weights, h = ctx.saved_tensors
     kernel = dispatch.kernels(_OP, dispatch.resolve(_OP, x.device, ctx.backend, x.dtype))
     groups = pair_groups(_present(index, weights), bank_a.shape[0], True)

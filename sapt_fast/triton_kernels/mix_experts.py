@@ -176,7 +176,7 @@ def _bank_grad_kernel(
 def mix_experts_fwd(
     x: Tensor, bank_a: Tensor, bank_b: Tensor, index: Tensor, weights: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """The weighted sum of the chosen experts' outputs.
+    """Returns the weighted sum of the chosen experts' outputs.
 
     Args:
         x: Of shape `[M, I]`, float32, float16 or bfloat16, any strides.

@@ -384,7 +384,7 @@ def _block(traits: DeviceTraits, columns: int, itemsize: int) -> tuple[int, int]
 
 
 def _bytes(mask: Tensor | None) -> Tensor | None:
-    """The mask without strides; booleans as bytes, which kernels can read."""
+    """Returns the mask without strides; booleans as bytes, which kernels can read."""
     if mask is None:
         return None
     return (mask.view(torch.uint8) if mask.dtype == torch.bool else mask).contiguous()

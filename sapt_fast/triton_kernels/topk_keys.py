@@ -153,7 +153,7 @@ def _register_limit(query: Tensor, kept: int) -> int | None:
 
 
 def topk_keys_fwd(query: Tensor, keys: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
-    """The k best keys of every query, best first.
+    """Returns the k best keys of every query, best first.
 
     Args:
         query: Of shape `[M, D]`, float32, float16 or bfloat16, any strides.

@@ -203,7 +203,7 @@ def _seconds(traits: DeviceTraits, size: Size, depth: int, share: float, element
 
 
 def nearest(table: Sequence[Measurement], size: Size) -> Measurement | None:
-    """The measurement nearest to a size, of the same direction and dtype, or None.
+    """Returns the measurement nearest to a size, of the same direction and dtype, or None.
 
     Distances are ratios: none of the four numbers may be off by more than a factor of 2, and the
     product of the four factors decides, of equals the earlier.
@@ -237,7 +237,7 @@ def user_folder() -> Path:
 
 @cache
 def recorded(device: str) -> tuple[Measurement, ...]:
-    """The table of a kind of GPU, the user's before the package's; empty if there is none.
+    """Returns the table of a kind of GPU, the user's before the package's; empty if there is none.
 
     Raises:
         ValueError: if the file is not such a table.

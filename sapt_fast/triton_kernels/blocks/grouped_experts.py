@@ -263,7 +263,7 @@ def grouped_out_of_ranks(
     scaling: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The weighted sum of the experts' factors with coefficients h.
+    """Returns the weighted sum of the experts' factors with coefficients h.
 
     Beside its result it holds one float32 per pair and column, for as many columns at a time as
     fit into 32 MiB, but at least for 64 (32 in the interpreter).

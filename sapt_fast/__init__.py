@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Loads what is asked for, so that `import sapt_fast` alone stays light."""
+    """Imports exports on first use, so that `import sapt_fast` alone is fast."""
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib

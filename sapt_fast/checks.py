@@ -1,4 +1,4 @@
-"""Checks of options: an error names the option, what came and what was expected."""
+"""Checks options; errors have the form `name: got X, expected Y`."""
 
 from __future__ import annotations
 
@@ -43,10 +43,15 @@ def require_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
 
 
 def require_folder(name: str, path: str | os.PathLike[str]) -> None:
-    """Raises NotADirectoryError if there is a file where a folder is to be written.
+    """Checks a path at which a folder will be written.
+
+    Args:
+        name: the option's name, for the message.
+        path: the path.
 
     Raises:
-        ValueError: the path is empty or has a NUL character.
+        ValueError: if the path is empty or has a NUL character.
+        NotADirectoryError: if it, or one of its parents, is a file.
     """
     text = os.fspath(path)
     if not text or "\0" in text:
@@ -55,11 +60,11 @@ def require_folder(name: str, path: str | os.PathLike[str]) -> None:
     while not os.path.lexists(place):
         place = os.path.dirname(place)
     if not os.path.isdir(place):
-        raise NotADirectoryError(f"{name}: got {text!r}, but {place} is no folder")
+        raise NotADirectoryError(f"{name}: got {text!r}, but {place} is not a folder")
 
 
 def _shown(value: Any) -> str:
-    """Its repr, without the middle of a long one."""
+    """Returns the repr of a value, shortened in the middle."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**40:
         return f"a number of {value.bit_length()} bits"
     text = repr(value)

@@ -1,7 +1,7 @@
-"""Models that accelerate has dispatched: over several devices, or offloaded to the CPU or a disk.
+"""Supports models that accelerate has dispatched to several devices, or offloaded to CPU or disk.
 
-Its hooks stay: each module's forward runs inside its hook, which moves the inputs to the execution
-device and brings weights that are elsewhere. What reads a weight without a call asks here.
+accelerate's hooks stay on the modules: they move the inputs to the execution device and load
+offloaded weights. Code that reads a weight without calling its module uses these functions.
 """
 
 import functools
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Where a module with weights computes: as its hook says, else where they are."""
+    """Returns the device on which a module computes: its hook's, else that of its weights."""
     for hook in _hooks(module):
         device = getattr(hook, "execution_device", None)
         if device is not None:
@@ -23,12 +23,12 @@ def execution_device(module: nn.Module) -> torch.device:
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Whether a module's own weights are here only while it is called."""
+    """Returns whether a module's own weights are in memory only while it is called."""
     return any(getattr(hook, "offload", False) for hook in _hooks(module))
 
 
 def present_weight(module: nn.Module) -> Tensor:
-    """The weight of a module; of an offloaded one, as it is kept in memory or on the disk."""
+    """Returns the weight of a module; for an offloaded module, the CPU's or disk's copy."""
     weight: Any = module.weight
     if weight.is_meta:
         for hook in _hooks(module):
@@ -38,13 +38,13 @@ def present_weight(module: nn.Module) -> Tensor:
 
 
 def only_places(module: nn.Module) -> bool:
-    """Whether accelerate's hooks of a module do no more than move its inputs and weights."""
+    """Returns whether accelerate's hooks of a module only move its inputs and weights."""
     kinds = {type(hook).__name__ for hook in _hooks(module)}
     return kinds <= {"AlignDevicesHook", "ModelHook"}
 
 
 def is_wrapped_by_accelerate(module: nn.Module) -> bool:
-    """Whether the forward on the instance is accelerate's, which calls `_old_forward` inside."""
+    """Returns whether the instance's forward is accelerate's, which calls `_old_forward`."""
     own = vars(module)
     forward = own.get("forward")
     return (
@@ -58,31 +58,31 @@ def is_wrapped_by_accelerate(module: nn.Module) -> bool:
 def require_supported_hooks(model: nn.Module) -> None:
     """Raises ValueError if a hook treats adapters inside a layer or block as base weights.
 
-    One that loads a block's weights at once would put its own copies in the place of what trains,
-    and one that casts a layer's weights for each forward would round them.
+    A hook that loads a block's weights at once would replace trained parameters by copies. A hook
+    that casts a layer's weights in each forward would round them.
     """
     for name, module in model.named_modules():
         for hook in _hooks(module):
             if getattr(hook, "storage_dtype", None) is not None:
                 raise ValueError(
                     f"model: accelerate casts {name or 'the model'} to {hook.storage_dtype} after "
-                    "each forward, and would round adapters inside it as well; remove that hook, "
-                    "or quantise the base model"
+                    "each forward, which would also round adapters inside it; remove this hook, or "
+                    "quantise the base model"
                 )
             whole = getattr(hook, "offload", False) and getattr(hook, "place_submodules", False)
             if whole and next(module.children(), None) is not None:
                 raise ValueError(
                     f"model: accelerate loads all weights below {name or 'the model'} at once "
-                    "(preload_module_classes), adapters included, which would lose what is "
-                    "trained; dispatch the model without preload_module_classes"
+                    "(preload_module_classes), including adapters, whose training would be lost; "
+                    "dispatch the model without preload_module_classes"
                 )
 
 
 class Resident(nn.Module):
     """A module whose parameters accelerate may move to another device, but not offload.
 
-    They are read without calling the module, so no hook would bring them back. They also stay the
-    same objects, which an optimizer may hold already.
+    They are read without calling the module, so no hook would load them again. They also stay the
+    same objects, because an optimizer may contain them.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -106,11 +106,11 @@ class Resident(nn.Module):
 
 
 class ResidentLinear(Resident, nn.Linear):
-    """`nn.Linear` whose weight is read where it is not called."""
+    """`nn.Linear` whose weight is read without calling it."""
 
 
 class ResidentNorm(Resident, nn.LayerNorm):
-    """`nn.LayerNorm` whose weights are read where it is not called."""
+    """`nn.LayerNorm` whose weights are read without calling it."""
 
 
 def _hooks(module: nn.Module) -> Iterator[Any]:
@@ -119,7 +119,7 @@ def _hooks(module: nn.Module) -> Iterator[Any]:
 
 
 def _parts(hook: Any) -> Iterator[Any]:
-    """A hook, or those that accelerate's SequentialHook runs one after the other."""
+    """Yields a hook, or the hooks of accelerate's SequentialHook."""
     inner = getattr(hook, "hooks", None)
     if inner is None:
         yield hook

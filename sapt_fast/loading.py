@@ -1,4 +1,4 @@
-"""load_pretrained(model, folder): the methods that a folder holds, put onto a model of its base."""
+"""load_pretrained(model, folder) patches a base model with the methods of a saved folder."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ __all__ = ["install", "load_of_strategy", "load_pretrained", "read_strategy_stat
 
 
 def load_pretrained(model: PreTrainedModel, directory: str | os.PathLike[str]) -> PreTrainedModel:
-    """Puts what `save_pretrained` saved into a model of the same base.
+    """Loads what `save_pretrained` saved into a model of the same base.
 
-    The last task is then the trainable one, as after training it. Weights take the device
-    of the model and the dtype that the stored config asks for on it. Everything is read and checked
-    before the model changes. A folder with several methods loads them all.
+    The last task is trainable, as after training it. Weights have the model's device and the dtype
+    that the stored config specifies for the model. Everything is read and checked before the model
+    changes. If a folder contains several methods, all are loaded.
 
     Args:
         model: not patched (it gets the stored config), or patched with the stored config and
-            still without tasks.
-        directory: written by `save_pretrained`, of a handle or of the model itself.
+            without tasks.
+        directory: written by `save_pretrained` of a handle or of the model itself.
 
     Returns:
         model.
@@ -60,11 +60,14 @@ def load_pretrained(model: PreTrainedModel, directory: str | os.PathLike[str]) -
     Raises:
         TypeError: if model is not a PreTrainedModel.
         FileNotFoundError: if a file is missing.
-        ValueError: if the model has tasks, another config, or another base model; if a file is
-            damaged, hostile or not the one that was saved, does not fit the others, or holds
-            values that are not finite or a scaling above 2**30; if an adapter_config.json tells
-            PEFT something else; if the folder's method is unknown; or if an earlier version wrote
-            it for a continual strategy whose predictions are not those of SAPT's router.
+        ValueError: if the model has tasks, another config, or another base model.
+        ValueError: if a file is damaged, unsafe, or not the one that was saved.
+        ValueError: if the files do not fit each other.
+        ValueError: if a file contains non-finite values or a scaling above 2**30.
+        ValueError: if PEFT would read something else from an adapter_config.json.
+        ValueError: if the folder's method is unknown.
+        ValueError: if an earlier version wrote the folder for a continual strategy that does not
+            predict with SAPT's router.
 
     Example:
         >>> import sapt_fast, tempfile
@@ -102,23 +105,24 @@ def load_pretrained(model: PreTrainedModel, directory: str | os.PathLike[str]) -
 def load_of_strategy(
     model: PreTrainedModel, directory: str | os.PathLike[str], strategy: str, config: Any
 ) -> PreTrainedModel:
-    """`load_pretrained` for the continual strategy that trained the tasks.
+    """Loads a folder as `load_pretrained` does, for the continual strategy that trained it.
 
     Args:
         model, directory: as in `load_pretrained`.
-        strategy: its name.
-        config: that it patches a model with. Earlier versions wrote the tasks of every strategy as
-            those of SAPT; they are read as this method's.
+        strategy: the strategy's name.
+        config: the config with which the strategy patches a model. Earlier versions stored the
+            tasks of every strategy as SAPT's; they are read as those of this config's method.
 
     Raises:
-        ValueError: as `load_pretrained`, or if another strategy trained the tasks.
+        TypeError, FileNotFoundError, ValueError: as `load_pretrained`.
+        ValueError: if another strategy trained the tasks.
     """
     require_pretrained(model)
     description, files = read_directory(directory, CONFIG_FILE, read_files)
     stored = strategy_of(description, files.folder)
     if stored not in (None, strategy):
         raise ValueError(
-            f"{files.folder}: holds the adapters of strategy {stored!r}, expected {strategy!r}"
+            f"{files.folder}: got adapters of strategy {stored!r}, expected {strategy!r}"
         )
     method, values = method_of(description), description["config"]
     if method != config.method:
@@ -134,7 +138,7 @@ def load_of_strategy(
 
 
 def read_strategy_state(directory: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The `strategy_state` of a saved folder; empty if there is none.
+    """Reads the `strategy_state` of a saved folder; empty if it has none.
 
     Raises:
         FileNotFoundError, ValueError: as `load_pretrained`.
@@ -145,10 +149,11 @@ def read_strategy_state(directory: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def install(model: Any, stored: StoredTasks) -> PreTrainedModel:
-    """Checks the names and shapes of stored tasks against a model and puts them in.
+    """Checks the names and shapes of stored tasks against a model, and adds them to it.
 
     Args:
         model: not patched, or patched with the stored config and without tasks.
+        stored: the tasks.
 
     Returns:
         model, patched.
@@ -163,13 +168,13 @@ def install(model: Any, stored: StoredTasks) -> PreTrainedModel:
     return _put_in(model, stored)
 
 
-# --- SAPT and its relatives ---
+# --- methods with tasks ---
 
 
 def _read(
     model: Any, method: str, values: Any, description: dict[str, Any], files: StoredFiles
 ) -> StoredTasks:
-    """The content of a saved folder, parsed and checked by itself and against the model."""
+    """Reads a saved folder, and checks it alone and against the model."""
     source = files.folder / CONFIG_FILE
     kind = _task_method(method, source)
     try:
@@ -177,7 +182,9 @@ def _read(
     except (OverflowError, TypeError, ValueError) as error:
         raise ValueError(f"{source}: config: {error}") from error
     if config.method != method:
-        raise ValueError(f"{source}: method is {method!r}, but its config is of {config.method!r}")
+        raise ValueError(
+            f"{source}: method: got {method!r}, expected {config.method!r}, the config's"
+        )
     stored = read_tasks(model, _expected(model, kind, config, source), description, files)
     count = len(stored.names)
     kind.require_state(model, config, stored.state, count, files.folder / STRATEGY_FILE)
@@ -187,14 +194,14 @@ def _read(
 def _task_method(method: str, source: str | os.PathLike[str]) -> type[TaskHandle]:
     kind = handle_type(method, source)
     if not issubclass(kind, TaskHandle):
-        raise ValueError(f"{source}: method is {method!r}, whose tasks are not stored so")
+        raise ValueError(f"{source}: method: got {method!r}, expected a method with tasks")
     return kind
 
 
 def _expected(
     model: Any, kind: type[TaskHandle], config: Any, source: str | os.PathLike[str]
 ) -> Expected:
-    """What the folder must hold for this model."""
+    """Returns what the folder must contain for this model."""
     handle = _without_tasks(model, kind)
     if handle is not None:
         if type(handle.config) is not type(config):
@@ -224,13 +231,14 @@ def _put_in(model: Any, stored: StoredTasks) -> PreTrainedModel:
 
 
 def _without_tasks(model: Any, kind: type[Handle]) -> Any:
-    """The handle that the model has of a method, without tasks; None if it is not patched."""
+    """Returns the model's handle of a method, without tasks; None if it is not patched."""
     handle = model._modules.get(kind.attribute)
     if not isinstance(handle, Handle):
         return None
     if handle.tasks:
         raise ValueError(
-            f"model: already has the tasks {handle.tasks}; call sapt_fast.unpatch(model) first"
+            f"model: got one with tasks {handle.tasks}, expected none; call "
+            "sapt_fast.unpatch(model) first"
         )
     return handle
 
@@ -252,7 +260,7 @@ def _others(
     found: Mapping[str, str],
     trained: Collection[str],
 ) -> list[tuple[StoredMethod, Any]]:
-    """The methods with files of their own, checked against the model, and their configs.
+    """Reads the methods with their own files, checked against the model, and their configs.
 
     Args:
         found: of `methods_in`.
@@ -276,7 +284,7 @@ def _others(
 
 
 def _restore(model: Any, stored: StoredMethod, config: Any) -> None:
-    """Patches the model with a stored method, if it is not, and fills it."""
+    """Patches the model with a stored method, unless it is patched, and restores its values."""
     kind = handle_type(stored.method, stored.source)
     before = _without_tasks(model, kind)
     if before is None:

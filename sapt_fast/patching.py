@@ -1,4 +1,4 @@
-"""patch(model): find the layers, swap them, report; unpatch(model): put everything back."""
+"""patch(model) finds the layers, swaps their classes and reports; unpatch(model) undoes it."""
 
 from __future__ import annotations
 
@@ -27,41 +27,50 @@ def patch(
 ) -> _Model:
     """Patches a transformers or PEFT model in place so that it mixes a pool of adapters.
 
-    The chosen linear layers keep their weights, their place and their state_dict keys; the model
-    gains `model.sapt`, the handle with the tasks, the router and the losses. The base parameters
-    are frozen. Until the first `model.sapt.add_task(name)` the model's output is unchanged.
+    The selected linear layers keep their weights, paths and state_dict keys. The model gets a
+    handle, `model.sapt`, with the tasks, the router and the losses. The base parameters are frozen.
+    Until the first `model.sapt.add_task(name)`, the model's output is unchanged.
 
-    With `SaptConfig(adapter="prompt")` no layer changes: each input's mixture of prompts is written
-    before its embeddings, and masks, positions, labels and logits stay as long as its tokens.
+    With `SaptConfig(adapter="prompt")` no layer changes: each input's mixture of prompts is
+    inserted before its embeddings. Masks, positions, labels and logits keep the length of its
+    tokens.
 
-    The config of another method puts that method on the model, with a handle of its own. Several
-    methods may be on one model if they do not touch it in the same place.
+    The config of another method patches the model with that method, which has its own handle. One
+    model supports several methods if they do not change the same place.
 
-    A PeftModel keeps its LoRA adapters: they are the pool, computed in one pass, and all that PEFT
-    does with them works on. Its `model.sapt`, a `methods.peft.pool.PeftHandle`, takes weights or a
-    router; without either the active adapters are added up, as before. Its parameters stay where
-    they are; its `unload` and `merge_and_unload` take our hooks off with the adapters.
+    A PeftModel keeps its LoRA adapters: they become the pool, computed in one pass, and PEFT's own
+    functions keep working. Its `model.sapt` (a `methods.peft.pool.PeftHandle`) accepts weights or a
+    router; without either, the active adapters are summed, as in PEFT. Parameters are not replaced.
+    `unload` and `merge_and_unload` remove our hooks together with the adapters.
 
     Args:
         model: a PreTrainedModel, or a PeftModel of one with LoRA adapters. Patching it again with
             an equal config (or none) changes nothing.
-        config: of the method. Defaults to `SaptConfig()`; must be None for a PeftModel, whose
+        config: the method's config. Defaults to `SaptConfig()`; must be None for a PeftModel, whose
             adapters keep their own PEFT configs.
-        strict: raise if any layer that matches `target_modules` cannot be patched, or a name in
-            it matches nothing.
+        strict: whether to raise if a layer that matches `target_modules` cannot be patched, or if a
+            name in `target_modules` matches no layer.
 
     Returns:
         model.
 
     Raises:
-        TypeError: if model is neither of them, or config is not the config of a method.
-        ValueError: if nothing matches; if the model is patched with another config, or with a
-            method that this one would clash with; if its layers do not see the batch first; if it
-            has no table of token embeddings, cannot take prompts, is sharded or not initialised
-            (LazyLinear); if accelerate's hooks would change adapters; if a PeftModel has no LoRA
-            adapters or comes with a config; if PEFT's layers are in a model that is no PeftModel;
-            if the hooks of an earlier patch are still there; and for what `strict` adds. Nothing
-            has changed then.
+        TypeError: if model is neither a PreTrainedModel nor a PeftModel of one.
+        TypeError: if config is not the config of a method.
+        ValueError: if no layer matches.
+        ValueError: if the model is patched with another config.
+        ValueError: if it is patched with a method that changes the same place, or that also mixes
+            by weights of the forward.
+        ValueError: if the first dimension of its layers' inputs is not the batch.
+        ValueError: if it has no table of token embeddings, or does not support prompts.
+        ValueError: if it is sharded, or not initialised (LazyLinear).
+        ValueError: if accelerate's hooks would change adapters.
+        ValueError: if a PeftModel has no LoRA adapters, or config is not None for it.
+        ValueError: if the model contains PEFT's layers but is not a PeftModel.
+        ValueError: if hooks of an earlier patch are left on the model.
+        ValueError: with `strict`, if a layer cannot be patched or a name matches no layer.
+
+    Nothing has changed after an error.
 
     Example:
         >>> import sapt_fast, transformers
@@ -93,7 +102,7 @@ def patch(
         if config is not None and config != present.config:
             raise ValueError(
                 "config: the model is patched with another config; call sapt_fast.unpatch(model) "
-                f"first (has {present.config}, got {config})"
+                f"first (got {config}, expected {present.config})"
             )
         return model
     _put_on(given, kind, kind.Config() if config is None else config, strict)
@@ -101,10 +110,10 @@ def patch(
 
 
 def handle(model: nn.Module, config: type[MethodConfig[_Handle]]) -> _Handle:
-    """The handle of a method on a model: `model.<attribute>`, with its type.
+    """Returns the handle of a method on a model, `model.<attribute>`, with its type.
 
     Args:
-        model: patched.
+        model: a patched model.
         config: the class of the method's config.
 
     Raises:
@@ -128,16 +137,22 @@ def handle(model: nn.Module, config: type[MethodConfig[_Handle]]) -> _Handle:
 
 
 def unpatch(model: _Model, method: str | None = None) -> _Model:
-    """Undoes `patch`: classes, methods, hooks and requires_grad are as before; adapters are gone.
+    """Undoes `patch`: restores classes, methods, hooks and requires_grad, and deletes adapters.
 
     Args:
-        model: patched.
-        method: takes off the one whose handle is `model.<method>`; None for all of them.
+        model: a patched model.
+        method: the attribute name of the handle to remove (`model.<method>`); None for all.
+
+    Returns:
+        model.
 
     Raises:
-        ValueError: if the model is not patched (with this method), it is sharded, or another
-            library has replaced patched layers. Nothing has changed then.
-        RuntimeError: if a mixture is merged into the base weights; nothing has changed then.
+        ValueError: if the model is not patched (with this method).
+        ValueError: if it is sharded.
+        ValueError: if another library has replaced patched layers.
+        RuntimeError: if a mixture is merged into the base weights.
+
+    Nothing has changed after an error.
 
     Example:
         >>> import sapt_fast
@@ -167,7 +182,7 @@ def unpatch(model: _Model, method: str | None = None) -> _Model:
 
 
 def _put_on(model: Any, kind: type[Handle], config: Any, strict: bool) -> None:
-    """Patches a model with a method that it does not have; it is as before if that fails."""
+    """Patches a model with a method that it does not have; undoes everything on an error."""
     others = handles(model)
     if not others and kind.freezes:
         require_unrouted(model)
@@ -211,14 +226,14 @@ def _put_on(model: Any, kind: type[Handle], config: Any, strict: bool) -> None:
         raise
     described = method.report
     if described.unmatched:
-        logger.warning("target_modules: nothing in the model is named %s", described.unmatched)
+        logger.warning("target_modules: no module of the model is named %s", described.unmatched)
     for note in described.notes:
         logger.warning("%s: %s", type(model).__name__, note)
     logger.info("%s: %s", type(model).__name__, str(described).splitlines()[0])
 
 
 def _take_off(model: Any, leaving: Handle) -> None:
-    """Takes one method off; hooks of methods that were patched later are laid anew without it."""
+    """Removes one method; reinstalls the hooks of methods that were patched after it."""
     present = handles(model)
     later = present[present.index(leaving) + 1 :]
     for one in reversed(later):
@@ -247,33 +262,35 @@ def _require_all(model: nn.Module, report: PatchReport, strict: bool) -> None:
 
 
 def _refuse_clash(kind: type[Handle], report: PatchReport, others: list[Handle]) -> None:
-    """Raises ValueError if another method touches the model in the same place and way."""
+    """Raises ValueError if another method of the same kind changes the same place."""
     for other in others:
         shared = [p for p in report.places if p in set(other.report.places)]
         if other.site == kind.site and shared:
             raise ValueError(
-                f"config: {kind.method!r} and {other.method!r}, which the model is patched with, "
-                f"would both act at {shared[0]} ({kind.site}; {len(shared)} places in all); leave "
-                f"these out, or call sapt_fast.unpatch(model, {other.attribute!r}) first"
+                f"config: {kind.method!r} cannot be added, because it would change {shared[0]} "
+                f"({kind.site}; {len(shared)} places in all), which {other.method!r} has patched "
+                f"already; exclude them, or call sapt_fast.unpatch(model, {other.attribute!r}) "
+                "first"
             )
 
 
 def _refuse_second_routing(method: Handle, others: list[Handle]) -> None:
-    """Raises ValueError if weights of two methods would travel with one forward.
+    """Raises ValueError if two methods would compute mixture weights for one forward.
 
-    Caches and encoder outputs carry one method's weights, and so does `mixture=`.
+    Caches, encoder outputs and `mixture=` support the weights of one method.
     """
     routed = next((other for other in others if other.routing is not None), None)
     if method.routing is not None and routed is not None:
         raise ValueError(
-            f"config: {method.method!r} and {routed.method!r}, which the model is patched with, "
-            "both mix by weights that travel with the forward; one model can have one such method: "
-            f"call sapt_fast.unpatch(model, {routed.attribute!r}) first"
+            f"config: {method.method!r} cannot be added, because it computes mixture weights of "
+            f"the forward and so does {routed.method!r}, with which the model is patched; a model "
+            "supports one such method: call "
+            f"sapt_fast.unpatch(model, {routed.attribute!r}) first"
         )
 
 
 def _refuse_adapters_inside(model: PreTrainedModel) -> None:
-    """Raises ValueError if PEFT's layers are in a model that no PeftModel wraps, as given here."""
+    """Raises ValueError if a model that is not a PeftModel contains PEFT's layers."""
     inside = (name for name, module in model.named_modules() if _is_adapted(module))
     first = next(inside, None)
     if first is None:
@@ -282,33 +299,34 @@ def _refuse_adapters_inside(model: PreTrainedModel) -> None:
         adapters = list(getattr(model, "peft_config", ()))
         raise ValueError(
             f"model: transformers put adapters {adapters} inside this {type(model).__name__} "
-            "(add_adapter or load_adapter); expected a PeftModel, which keeps them together. Save "
-            "each: model.set_adapter(name); model.save_pretrained(folder). Then load the base "
-            "model anew, load the first by model = peft.PeftModel.from_pretrained(base, folder, "
-            "adapter_name=name) and others by model.load_adapter(folder, name), and patch that"
+            "(add_adapter or load_adapter); expected a PeftModel. Save each adapter: "
+            "model.set_adapter(name); model.save_pretrained(folder). Then load the base model "
+            "again, load the first adapter with model = peft.PeftModel.from_pretrained(base, "
+            "folder, adapter_name=name) and the others with model.load_adapter(folder, name), and "
+            "patch that model"
         )
     raise ValueError(
-        f"model: {first} of this {type(model).__name__} is a layer of PEFT's; pass the PeftModel "
-        "around it (what peft.get_peft_model or PeftModel.from_pretrained returned). Adapters that "
-        "were injected without one have to be loaded into one by PeftModel.from_pretrained"
+        f"model: {first} of this {type(model).__name__} is a PEFT layer; pass the PeftModel that "
+        "contains it (returned by peft.get_peft_model or PeftModel.from_pretrained). If adapters "
+        "were injected without a PeftModel, load them with PeftModel.from_pretrained"
     )
 
 
 def _is_adapted(module: nn.Module) -> bool:
-    """Whether it is a layer or wrapper of PEFT's; PEFT is not loaded for that."""
+    """Returns whether a module is a PEFT layer or wrapper, without importing PEFT."""
     names = {kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("peft.")}
     return not names.isdisjoint(("BaseTunerLayer", "AuxiliaryTrainingWrapper"))
 
 
 def _peft_method(model: Any) -> str:
-    """The name of the method for the kind of PeftModel."""
+    """Returns the name of the method for a kind of PeftModel."""
     from peft.tuners.xlora import XLoraModel
 
     return "xlora" if isinstance(model.base_model, XLoraModel) else "peft"
 
 
 def is_peft_model(model: object) -> bool:
-    """Whether model is PEFT's; PEFT is loaded only if it may be."""
+    """Returns whether model is a PeftModel; imports PEFT only if it may be."""
     if not any(kind.__module__.startswith("peft.") for kind in type(model).__mro__):
         return False
     from peft import PeftModel

@@ -1,10 +1,15 @@
-"""Checkpoints of the released SAPT (github.com/circle-hit/SAPT), read without running pickles.
+"""Reads checkpoints of the original SAPT code (github.com/circle-hit/SAPT) without unpickling.
 
-The release writes, after each task, a folder `<output>/<i>-<task>/saved_weights` with five files:
-trans_input.pt (the query projection), lora_weights_A.pt and lora_weights_B.pt (the task's own
-LoRA, and those before it as previous_lora_weights), prompts_keys_till_now.pt and
-attention_weights.pkl. It counts from the newest task; everything here is turned into learning
-order.
+After each task, the original code writes a folder `<output>/<i>-<task>/saved_weights` with five
+files:
+
+- trans_input.pt: the query projection;
+- lora_weights_A.pt and lora_weights_B.pt: the task's own LoRA, and the earlier ones as
+  previous_lora_weights;
+- prompts_keys_till_now.pt: the keys;
+- attention_weights.pkl: the mean attention.
+
+The original code counts from the newest task; here everything is converted to learning order.
 """
 
 import os
@@ -47,8 +52,11 @@ class _Released:
     """One saved_weights folder, newest task first.
 
     Attributes:
+        folder: its path.
         adapters: by (path of the attention, projection letter), one (A [r, I], B [O, r]) per task.
-        projection: under our router's names. keys: [K, D]. attention: [K].
+        projection: the query projection, by our router's names.
+        keys: [K, D].
+        attention: [K].
     """
 
     folder: Path
@@ -63,36 +71,37 @@ def load_official(
     directories: Sequence[str | os.PathLike[str]],
     config: SaptConfig | None = None,
 ) -> PreTrainedModel:
-    """Puts the tasks of a released SAPT run into the base model that it was trained on.
+    """Loads the tasks of a run of the original SAPT code into its base model.
 
-    All numbers are the last folder's. The earlier ones give the tasks' names (the parent folder's,
-    without its leading number) and attention targets, and must agree with it. Nothing in the files
-    is executed. Everything is read and checked before the model changes.
+    Adapters, keys and projection come from the last folder. The earlier folders must agree with
+    it, and provide attention targets. A task has the name of its folder's parent, without the
+    leading number. Nothing in the files is executed. Everything is read and checked before the
+    model changes.
 
     Args:
-        model: T5 or LLaMA; not patched, or patched and still without tasks.
+        model: T5 or LLaMA; not patched, or patched and without tasks.
         directories: each task's saved_weights folder, in learning order.
-        config: None for the model's own if it is patched, else the released preset with the rank
-            and the projection's width from the files.
+        config: defaults to the config of a patched model, else to the settings of the original
+            code, with the rank and the projection's width from the files.
 
     Returns:
-        model, patched; `model.sapt.targets` holds each task's attention.
+        model, patched; `model.sapt.targets` contains each task's attention.
 
     Raises:
-        TypeError: model is not a PreTrainedModel, or directories is one path.
-        FileNotFoundError: a folder or file is missing.
-        ValueError: a file is damaged or holds more than tensors, or the files do not fit each
-            other, the config or the model.
+        TypeError: if model is not a PreTrainedModel, or directories is one path.
+        FileNotFoundError: if a folder or file is missing.
+        ValueError: if a file is damaged, or contains anything other than tensors.
+        ValueError: if the files do not fit each other, the config or the model.
 
     Example:
         >>> import json, pathlib, sapt_fast, transformers
-        >>> run = pathlib.Path("tests/data/oracle/t5")  # a recorded run of the release
+        >>> run = pathlib.Path("tests/data/oracle/t5")  # a run recorded with the original code
         >>> config = transformers.T5Config(**json.loads((run / "run.json").read_text())["config"])
         >>> model = transformers.T5ForConditionalGeneration(config)
         >>> folders = [run / f"task{number}" / "saved_weights" for number in range(3)]
         >>> sapt_fast.load_official(model, folders).sapt.tasks
         ['task0', 'task1', 'task2']
-        >>> model.sapt.targets["task1"]  # mean attention once it was learned: learning order
+        >>> model.sapt.targets["task1"]  # mean attention when it was learned, in learning order
         tensor([0.5232, 0.4768])
     """
     require_pretrained(model)
@@ -110,10 +119,13 @@ def load_official(
         config = _default_config(model, rank, last.projection["down.weight"].shape[0])
     if config.adapter != "lora":
         raise ValueError(
-            f"config: got adapter={config.adapter!r}, expected 'lora', which all released runs have"
+            f"config: got adapter={config.adapter!r}, expected 'lora', as in all runs of the "
+            "original SAPT code"
         )
     if config.r != rank:
-        raise ValueError(f"config: r is {config.r}, but the adapters in {last.folder} have {rank}")
+        raise ValueError(
+            f"config: got r={config.r}, expected {rank}, the rank of the adapters in {last.folder}"
+        )
     layers = {part: _layer_path(model, *part) for part in last.adapters}
     count = len(folders)
     adapters: list[dict[str, Adapter]] = [{} for _ in folders]
@@ -146,7 +158,7 @@ def _task_names(folders: Sequence[Path]) -> list[str]:
         raise ValueError("directories: got none, expected a saved_weights folder per task")
     names = [_task_name(folder) for folder in folders]
     if len(set(names)) < len(names):
-        raise ValueError(f"directories: the folders name a task twice: {names}")
+        raise ValueError(f"directories: got task names {names}, expected distinct ones")
     for place, name in enumerate(names):
         require_folder_name("directories: got the name", name, names[:place])
     return names
@@ -165,8 +177,8 @@ def _default_config(model: PreTrainedModel, rank: int, hidden: int) -> SaptConfi
     kind = model.config.model_type
     if kind not in ("t5", "llama"):
         raise ValueError(
-            f"config: got None, but there are no released settings for model type {kind!r}; pass a "
-            "SaptConfig"
+            f"config: got None, but the original SAPT code has no settings for model type {kind!r};"
+            " pass a SaptConfig"
         )
     presets = [SaptConfig.official(kind, name) for name in ("superni", "long_sequence")]
     preset = next((preset for preset in presets if preset.r == rank), presets[0])
@@ -185,7 +197,7 @@ def _layer_path(model: PreTrainedModel, parent: str, letter: str) -> str:
 
 
 def _require_tail(last: _Released, earlier: _Released) -> None:
-    """The older part of the last checkpoint is the earlier one."""
+    """Raises ValueError unless the last checkpoint contains the earlier one."""
     newer = len(last.keys) - len(earlier.keys)
     same = last.adapters.keys() == earlier.adapters.keys()
     same = same and torch.equal(last.keys[newer:], earlier.keys)
@@ -195,7 +207,7 @@ def _require_tail(last: _Released, earlier: _Released) -> None:
     if not same:
         raise ValueError(
             f"directories: {last.folder} does not continue {earlier.folder}: its previous adapters "
-            "or keys are others. Are these folders of one run, in learning order?"
+            "or keys differ. Pass the folders of one run, in learning order"
         )
 
 
@@ -204,7 +216,7 @@ def _require_tail(last: _Released, earlier: _Released) -> None:
 
 def _read(folder: Path, count: int) -> _Released:
     if not folder.is_dir():
-        raise FileNotFoundError(f"directories: {folder} is no folder")
+        raise FileNotFoundError(f"directories: {folder} is not a folder")
     projection, a, b, keys = (read_torch(folder / f"{name}.pt") for name in _FILES)
     keys_path = folder / "prompts_keys_till_now.pt"
     if not isinstance(keys, Tensor) or keys.dim() != 2 or len(keys) != count:
@@ -225,7 +237,7 @@ def _projection(path: Path, entries: Any) -> dict[str, Tensor]:
         raise ValueError(f"{path}: got {sorted(tensors)}, expected {sorted(_PROJECTION)}")
     down = tensors["0.weight"]
     if down.dim() != 2 or not down.numel():
-        raise ValueError(f"{path}: 0.weight has {_kind(down)}, expected [hidden, D]")
+        raise ValueError(f"{path}: 0.weight: got {_kind(down)}, expected [hidden, D]")
     return {ours: tensors[name] for name, ours in _PROJECTION.items()}
 
 
@@ -238,26 +250,26 @@ def _adapters(
         for name, tensor in _tensors(path, entries).items():
             match = _ENTRY.fullmatch(name)
             if match is None or match["side"] != side or tensor.dim() != 2:
-                raise ValueError(f"{path}: {name} ({_kind(tensor)}) is no LoRA entry of SAPT's")
+                raise ValueError(f"{path}: {name} ({_kind(tensor)}) is not a LoRA entry of SAPT")
             age = 0 if match["previous"] is None else int(match["previous"]) + 1
             found.setdefault((match["parent"], match["letter"]), {})[age, side] = tensor
     wanted = {(age, side) for age in range(count) for side in "AB"}
     for (parent, letter), tensors in found.items():
         if set(tensors) != wanted:
             raise ValueError(
-                f"{folder}: {parent}, projection {letter}, has {len(tensors)} LoRA entries, "
+                f"{folder}: {parent}, projection {letter}: got {len(tensors)} LoRA entries, "
                 f"expected A and B of {count} tasks"
             )
     if not found:
-        raise ValueError(f"{folder}: no LoRA entries")
+        raise ValueError(f"{folder}: got no LoRA entries, expected A and B of {count} tasks")
     rank = next(iter(found.values()))[0, "A"].shape[0]
     for (parent, letter), tensors in found.items():
         for (_, side), tensor in tensors.items():
             if tensor.shape["AB".index(side)] != rank or not tensor.numel():
                 raise ValueError(
-                    f"{folder / f'lora_weights_{side}.pt'}: {parent}, projection {letter}, has "
-                    f"{_kind(tensor)}, expected a rank of at least 1, the same in A and B "
-                    f"everywhere (the first has {rank})"
+                    f"{folder / f'lora_weights_{side}.pt'}: {parent}, projection {letter}: got "
+                    f"{_kind(tensor)}, expected a rank of at least 1, the same in all A and B "
+                    f"(the first has {rank})"
                 )
     return {
         part: [(tensors[age, "A"], tensors[age, "B"]) for age in range(count)]
@@ -271,7 +283,7 @@ def _tensors(path: Path, entries: Any) -> dict[str, Tensor]:
     for name, value in entries.items():
         if not isinstance(value, Tensor):
             raise ValueError(
-                f"{path}: {name[:80]} is {_kind(value)}, expected a dense tensor of floats"
+                f"{path}: {name[:80]}: got {_kind(value)}, expected a dense tensor of floats"
             )
     require_finite(path, entries)
     return dict(entries)

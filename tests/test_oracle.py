@@ -1,4 +1,4 @@
-"""Our numbers against recorded runs of the released implementation."""
+"""Our numbers against recorded runs of the original SAPT code."""
 
 import json
 import sys

@@ -34,7 +34,7 @@ STRATEGY_VALUES = {name: {"learning_rate": 0.3} for name in ("sapt_prompt", "pro
 def demo_settings(
     strategy: str = "sapt", *, seed: int = 0, progress: bool = False
 ) -> ContinualSettings:
-    """The demo's settings.
+    """Returns the demo's settings.
 
     The router learns about as fast as the LoRA. If it learned much more slowly, B would grow to
     compensate for a tiny mixing weight, and routing would not converge.

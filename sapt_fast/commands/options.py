@@ -70,7 +70,7 @@ _SHOWN = {
 
 
 def option(help: str, *names: str, panel: str | None = None, default: str | None = None) -> Any:
-    """An option of a command.
+    """Returns an option of a command.
 
     Args:
         help: its help text.
@@ -141,17 +141,17 @@ def _parameter(field: dataclasses.Field[Any], hint: Any, panel: str | None) -> i
 
 
 def is_given(context: typer.Context, name: str) -> bool:
-    """Whether the command line has the option."""
+    """Returns whether the command line has the option."""
     return _source(context, name) == "COMMANDLINE"
 
 
 def is_from_file(context: typer.Context, name: str) -> bool:
-    """Whether the file of --config has the option, and the command line does not."""
+    """Returns whether the file of --config has the option, and the command line does not."""
     return _source(context, name) == "DEFAULT_MAP"
 
 
 def given(context: typer.Context, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `values` that the command line or the file of --config sets."""
+    """Returns those of `values` that the command line or the file of --config sets."""
     return {
         name: value
         for name, value in values.items()

@@ -230,7 +230,7 @@ def time_routes(size: Size, gpu: Gpu) -> dict[str, float]:
 
 
 def routes_table(measurements: Sequence[Measurement]) -> Table:
-    """A table of how often each variant was the fastest, by pass, dtype and width."""
+    """Returns a table of how often each variant was the fastest, by pass, dtype and width."""
     table = Table(title="fastest route")
     for name in ("pass", "dtype", "d_in x d_out", "fastest"):
         table.add_column(name)

@@ -1,4 +1,4 @@
-"""Forwards under teacher forcing, and the token loss."""
+"""Forward under teacher forcing, and the token loss."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ __all__ = ["Step", "forward", "prompt_mask", "supervised", "token_loss"]
 
 @dataclass(frozen=True)
 class Step:
-    """A micro-batch in training, as the objective of a strategy sees it.
+    """A micro-batch in training, the argument of a strategy's objective.
 
     Attributes:
-        number: of the micro-batch, counted over all steps and processes; a resumed run goes on
-            counting where it was.
+        number: the micro-batch's number, counted over all steps and processes, and continued by a
+            resumed run.
         batch: `input_ids` and `attention_mask` [B, T], `labels` [B, T'].
-        logits: [B, T', V] of the model on it.
-        loss: the token loss, scaled such that its mean over the micro-batches of an optimizer
-            step is the mean over the step's tokens.
+        logits: [B, T', V], the model's output.
+        loss: the token loss, a scalar. It is scaled such that its mean over the micro-batches of
+            an optimizer step is the mean over the step's tokens.
     """
 
     number: int
@@ -44,16 +44,19 @@ def forward(
     base: Any = None,
     space: LabelSpace | None = None,
 ) -> Any:
-    """Outputs of a patched model on a batch with labels, under teacher forcing.
+    """Runs a patched model on a batch with labels, under teacher forcing.
 
-    The labels are kept from the model, which would compute a loss of its own.
+    The labels are not passed to the model, because it would compute its own loss.
 
     Args:
-        model: what is called: the patched model, or something around it.
+        model: the patched model, or a wrapper of it.
         batch: `input_ids` and `attention_mask` [B, T], `labels` [B, T'].
-        weights: mixture [B, K] or [1, K]; None for those of the router.
-        base: the patched model, where `model` is not.
-        space: what an encoder's inputs are matched to; gives the logits [B, 1, C].
+        weights: mixture [B, K] or [1, K]; None for the router's weights.
+        base: the patched model, if `model` is a wrapper.
+        space: the labels of an encoder's tasks; the logits are then [B, 1, C].
+
+    Returns:
+        The model's outputs, with `logits`.
     """
     base = model if base is None else base
     inputs = dict(batch)
@@ -75,17 +78,23 @@ def forward(
 
 
 def prompt_mask(batch: Mapping[str, Tensor], causal: bool) -> Tensor:
-    """[B, T], 1 where a batch has a token of the prompt: for a decoder-only model no answer."""
+    """Returns a mask [B, T] of the prompt's tokens, without answers.
+
+    Args:
+        batch: `attention_mask` [B, T] and `labels` [B, T'].
+        causal: whether the inputs contain the answers (decoder-only models).
+    """
     mask = batch["attention_mask"]
     return mask * (batch["labels"] == LABEL_PADDING) if causal else mask
 
 
 def supervised(logits: Tensor, labels: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """Logits [N, V] in float32 and labels [N] of the N positions that are trained on.
+    """Returns logits [N, V] in float32 and labels [N] of the N positions that have a label.
 
     Args:
-        logits: [B, T, V]. labels: [B, T], -100 where nothing is predicted.
-        causal: logits predict the label of the next position.
+        logits: [B, T, V].
+        labels: [B, T], -100 at positions without a label.
+        causal: whether logits predict the label of the next position.
     """
     if causal:
         logits, labels = logits[:, :-1], labels[:, 1:]
@@ -96,7 +105,12 @@ def supervised(logits: Tensor, labels: Tensor, causal: bool) -> tuple[Tensor, Te
 def token_loss(
     logits: Tensor, labels: Tensor, causal: bool, label_smoothing: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Sum of the token losses and how many tokens there are; arguments as `supervised`."""
+    """Returns the sum of the token losses, and the number of tokens.
+
+    Args:
+        logits, labels, causal: as in `supervised`.
+        label_smoothing: in [0, 1).
+    """
     if causal:
         logits, labels = logits[:, :-1], labels[:, 1:]
     total = F.cross_entropy(

@@ -12,10 +12,10 @@ _PACKAGE = "sapt_fast.continual.strategies"  # fills the registry when it is imp
 
 
 class StrategyKind(Protocol):
-    """What settings ask of a strategy's class."""
+    """The members of a strategy's class that settings use."""
 
     def options_of(self, name: str, values: Mapping[str, Any]) -> Any:
-        """The strategy's options, a dataclass; raises ValueError for values that do not fit."""
+        """Builds the strategy's options, a dataclass; raises ValueError for invalid values."""
 
     def check(self, settings: Any) -> None:
         """Raises ValueError if the settings do not fit the strategy."""
@@ -26,6 +26,6 @@ STRATEGIES: dict[str, Any] = {}
 
 
 def strategies() -> Mapping[str, StrategyKind]:
-    """All strategies by name, those of `continual.strategies` included."""
+    """Returns all strategies by name, including those of `continual.strategies`."""
     importlib.import_module(_PACKAGE)
     return STRATEGIES

@@ -97,7 +97,7 @@ class GeneratorSettings:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GeneratorSettings:
-        """The settings with these values.
+        """Returns the settings with these values.
 
         Raises:
             ValueError: if a field is unknown or a value does not fit.
@@ -260,7 +260,7 @@ class ContinualSettings:
 
     @classmethod
     def official(cls, model: str, benchmark: str) -> ContinualSettings:
-        """The hyperparameters of the original SAPT code, quirks included.
+        """Returns the hyperparameters of the original SAPT code, quirks included.
 
         Its LLaMA runs used four GPUs with two rows each; here that is one micro-batch of eight.
 
@@ -314,7 +314,7 @@ class ContinualSettings:
         return base.but(**values)
 
     def but(self, **values: Any) -> ContinualSettings:
-        """A copy of these settings with other values.
+        """Returns a copy of these settings with other values.
 
         Args:
             **values: fields of ContinualSettings or SaptConfig; None keeps a field's value. With
@@ -341,17 +341,17 @@ class ContinualSettings:
 
     @classmethod
     def names(cls) -> list[str]:
-        """The field names that `of` accepts."""
+        """Returns the field names that `of` accepts."""
         own = [f.name for f in fields(cls) if f.name != "sapt"]
         return own + [f.name for f in fields(TaskConfig)]
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dict, from which `from_dict` makes equal settings."""
+        """Returns a JSON-ready dict, from which `from_dict` makes equal settings."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ContinualSettings:
-        """The settings of a dict from `to_dict`.
+        """Returns the settings of a dict from `to_dict`.
 
         Raises:
             ValueError: if a field is unknown or a value does not fit.

@@ -34,12 +34,13 @@ STATE_NAME = "sapt_state.safetensors"
 
 @dataclass(frozen=True)
 class Replay:
-    """Inputs of an earlier task and the attention they are held to.
+    """Inputs of an earlier task and their target attention, for the reflection loss.
 
     Attributes:
         task: the task's name.
-        inputs: token ids of each input, without target; at least one row.
-        target: [K'] mean attention of the task's inputs when it was learned, learning order.
+        inputs: token ids of each input, without its answer; at least one input.
+        target: [K'], mean attention over the task's inputs when it had been learned, in learning
+            order.
     """
 
     task: str
@@ -50,40 +51,43 @@ class Replay:
 class SaptTrainer(Seq2SeqTrainer):
     """Trains the newest adapter, its key and the query projection of a patched model.
 
-    The loss of an optimizer step is
+    The loss of an optimizer step (SAPT, ACL 2024) is
 
         (sum of the token losses) / tokens + kl_ratio * (sum over earlier tasks of KL)
             + own_key_loss * mean(-log(weight of the task's own adapter))
 
-    (SAPT, ACL 2024; `kl_ratio` and `own_key_loss` are those of the model's SaptConfig), and does
-    not depend on how the step is divided into micro-batches and processes. Every micro-batch draws
-    one pseudo-batch of each earlier task; which rows is a function of the seed and the step alone,
-    so a resumed run draws what the interrupted one would have.
+    with `kl_ratio` and `own_key_loss` of the model's SaptConfig. It does not depend on how the step
+    is divided into micro-batches and processes. Every micro-batch draws one pseudo-batch of each
+    earlier task. The draw depends only on the seed and the step, so a resumed run draws the same
+    inputs.
 
-    Checkpoints hold the adapters and the router, not the frozen base model. For use after
-    training save with `model.sapt.save_pretrained`, as `save_model` does.
+    Checkpoints contain the adapters and the router, not the frozen base model. To use the model
+    after training, save it with `model.sapt.save_pretrained`, as `save_model` does.
 
     Args:
         model: a patched model with at least one task.
         args: Seq2SeqTrainingArguments; `remove_unused_columns=False` for custom data sets.
         replay: one entry per earlier task; empty for no reflection loss.
-        replay_batch_size: rows of each task per micro-batch, over all processes; None for as many
-            as are trained on. Never more than the task has.
-        pad_token_id: pads replayed inputs; None for the tokenizer's, else the model's.
-        key_learning_rate: of the newest key; None for `args.learning_rate`.
-        query_learning_rate: of the query projection; None for `args.learning_rate`.
-        kl_per_micro_batch: add the whole reflection loss in every micro-batch instead of its
-            share, as the released implementation does.
-        mixture: called with the input ids and the mask of a batch, [B, T]; gives the weights
-            [B, K] or [1, K] that stand in for the router's, or None. None for the router's.
-        objective: called with a `Step` in training; gives the loss that takes the place of the
-            token loss. None for the token loss.
-        space: the labels that an encoder's inputs are matched to.
-        **kwargs: of Seq2SeqTrainer.
+        replay_batch_size: number of inputs of each earlier task per micro-batch, over all
+            processes, limited to the task's inputs. None for the training batch size.
+        pad_token_id: pads replayed inputs; defaults to the tokenizer's, else the model's.
+        key_learning_rate: learning rate of the newest key; defaults to `args.learning_rate`.
+        query_learning_rate: learning rate of the query projection; defaults to
+            `args.learning_rate`.
+        kl_per_micro_batch: whether to add the whole reflection loss in every micro-batch, as the
+            original SAPT code does, instead of its fraction.
+        mixture: called with the input ids and the mask of a batch, [B, T]; returns the weights
+            [B, K] or [1, K] that replace the router's, or None. None for the router's.
+        objective: called with a `Step` in training; returns the loss that replaces the token loss.
+            None for the token loss.
+        space: the labels of an encoder's tasks; None for models that generate.
+        **kwargs: further arguments of Seq2SeqTrainer.
 
     Raises:
-        ValueError: the model is not patched or has no task, an encoder has no `space` or another
-            model has one, or a replay entry is empty or has a target that does not fit.
+        ValueError: if the model is not patched, or has no task.
+        ValueError: if an encoder has no `space`, or another model has one.
+        ValueError: if a replay entry has no inputs, or a target of another length.
+        ValueError: if replay_batch_size is less than 1, or kwargs has compute_loss_func.
 
     Example:
         >>> import sapt_fast, tempfile, torch, transformers
@@ -126,11 +130,14 @@ class SaptTrainer(Seq2SeqTrainer):
         sapt = task_handle(model)
         if sapt is None or not sapt.tasks:
             raise ValueError(
-                "model: expected a patched model with a task; call sapt_fast.patch(model) and "
-                "model.sapt.add_task(name) first"
+                f"model: got a {type(model).__name__} without a task, expected a patched model "
+                "with a task; call sapt_fast.patch(model) and model.sapt.add_task(name) first"
             )
         if kwargs.get("compute_loss_func") is not None:
-            raise ValueError("compute_loss_func: not supported, SaptTrainer has its own loss")
+            raise ValueError(
+                "compute_loss_func: not supported, because SaptTrainer has its own loss; pass "
+                "objective"
+            )
         if replay_batch_size is not None and replay_batch_size < 1:
             raise ValueError(
                 f"replay_batch_size: got {replay_batch_size}, expected at least 1 or None"
@@ -140,13 +147,13 @@ class SaptTrainer(Seq2SeqTrainer):
         if (space is not None) != (kind == "encoder"):
             raise ValueError(
                 f"space: got {'none' if space is None else 'one'} for {type(model).__name__}, "
-                "expected a label space for an encoder and none for a model that generates"
+                "expected a label space for an encoder, and None for a model that generates"
             )
         super().__init__(model=model, args=args, **kwargs)
         self.sapt: Any = sapt
         self._causal = kind == "causal"
         self.space = space
-        # The token loss is divided by the tokens of the whole step, whatever the model's own does.
+        # The token loss is divided by the tokens of the whole step, unlike the model's own loss.
         self.model_accepts_loss_kwargs = True
         self.replay = list(replay)
         self.replay_batch_size = replay_batch_size
@@ -160,7 +167,7 @@ class SaptTrainer(Seq2SeqTrainer):
             RowStream(len(entry.inputs), f"{self.args.seed}/{entry.task}") for entry in replay
         ]
         self._micro_batch = (-1, 0)
-        # The KL of each micro-batch and its share of a step.
+        # The KL of each micro-batch and its fraction of a step.
         self._kl_since_log: list[tuple[Tensor, float]] = []
 
     # --- the loss ---
@@ -172,7 +179,17 @@ class SaptTrainer(Seq2SeqTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss of the class's docstring; in evaluation the token loss alone."""
+        """Computes the loss in the class's docstring; in evaluation, only the token loss.
+
+        Args:
+            model: the model, possibly wrapped.
+            inputs: `input_ids` and `attention_mask` [B, T], `labels` [B, T'].
+            return_outputs: whether to return the model's outputs too.
+            num_items_in_batch: the number of tokens of the optimizer step.
+
+        Returns:
+            The loss, a scalar; or (loss, outputs).
+        """
         outputs = self._forward(model, inputs)
         loss = self._token_loss(outputs.logits, inputs["labels"], num_items_in_batch)
         if model.training:
@@ -207,7 +224,7 @@ class SaptTrainer(Seq2SeqTrainer):
         total, tokens = token_loss(logits, labels, self._causal, smoothing)
         if num_items_in_batch is None:
             return total / tokens.clamp(min=1)
-        # The tokens were counted over all processes, which then average their gradients.
+        # The tokens are counted over all processes, which average their gradients later.
         scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return total * scale / num_items_in_batch
 
@@ -219,15 +236,15 @@ class SaptTrainer(Seq2SeqTrainer):
         return -ratio * own.log().mean()
 
     def _reflection_loss(self, number: int) -> Tensor:
-        """Sum over the earlier tasks of KL(target || prediction) on their next pseudo-batches."""
+        """Returns the sum over earlier tasks of KL(target || prediction) on their next inputs."""
         total = torch.zeros((), device=self.args.device)
         world, own = self.args.world_size, self.args.process_index
         size = self.replay_batch_size or self.args.per_device_train_batch_size * world
         for entry, stream in zip(self.replay, self._streams, strict=True):
             rows = stream.batch(number // world, min(size, len(entry.inputs)))
             mine = rows[own::world]
-            share = len(mine) * world / len(rows)  # the mean over the processes is that of the rows
-            # Of a sharded model all processes gather the router: one without rows joins in.
+            share = len(mine) * world / len(rows)  # so that processes average to the inputs' mean
+            # All processes of a sharded model gather the router, also one without inputs.
             mine = mine or rows[:1]
             ids, mask = pad_rows([entry.inputs[row] for row in mine], self._pad_token_id())
             ids, mask = ids.to(self.args.device), mask.to(self.args.device)
@@ -236,7 +253,7 @@ class SaptTrainer(Seq2SeqTrainer):
         return total
 
     def _next_micro_batch(self) -> int:
-        """Number of the running micro-batch, over all steps and processes."""
+        """Returns the number of the running micro-batch, counted over all steps and processes."""
         step, index = self._micro_batch
         index = index + 1 if step == self.state.global_step else 0
         self._micro_batch = (self.state.global_step, index)
@@ -254,7 +271,7 @@ class SaptTrainer(Seq2SeqTrainer):
     # --- what is optimised ---
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The Trainer's optimizer, with the key and the query projection at their own rates."""
+        """Creates the Trainer's optimizer, with the learning rates of key and projection."""
         if self.optimizer is not None:
             return self.optimizer
         optimizer = super().create_optimizer(model)
@@ -268,7 +285,7 @@ class SaptTrainer(Seq2SeqTrainer):
     # --- logs and checkpoints ---
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds `kl`, the mean over the steps since the last log of the unweighted KL."""
+        """Adds `kl` to the logs: the unweighted KL, averaged over the steps since the last log."""
         if "loss" in logs and self.replay and self._kl_since_log:
             steps = sum(share for _, share in self._kl_since_log)
             kl = torch.stack([value * share for value, share in self._kl_since_log]).sum() / steps
@@ -277,7 +294,10 @@ class SaptTrainer(Seq2SeqTrainer):
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """`model.sapt.save_pretrained(output_dir)`; of a sharded model on every process."""
+        """Calls `model.sapt.save_pretrained(output_dir)`.
+
+        Every process of a sharded model has to call this.
+        """
         if _internal_call:
             self._save(output_dir)
         else:
@@ -300,11 +320,11 @@ class SaptTrainer(Seq2SeqTrainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        """Loads into the parameters that are there: they share memory with the pool."""
+        """Loads a checkpoint into the existing parameters, which share memory with the pool."""
         path = os.path.join(resume_from_checkpoint, STATE_NAME)
         if not os.path.isfile(path):
             raise ValueError(
-                f"{resume_from_checkpoint} is no checkpoint of SaptTrainer: no {STATE_NAME}"
+                f"{resume_from_checkpoint}: not a checkpoint of SaptTrainer, it has no {STATE_NAME}"
             )
         target = self.model if model is None else model
         held, metadata = read_tensors(Path(path))
@@ -314,7 +334,7 @@ class SaptTrainer(Seq2SeqTrainer):
         tensors: dict[str, Any] = {re.sub(r"^sapt\.", place, n): t for n, t in held.items()}
         tasks = parse_json(metadata.get("tasks", "null").encode(), path)
         if tasks != self.sapt.tasks:
-            raise ValueError(f"{path} is of tasks {tasks}, the model has {self.sapt.tasks}")
+            raise ValueError(f"{path}: got tasks {tasks}, expected {self.sapt.tasks}, the model's")
         if is_sharded(target):
             from torch.distributed.checkpoint.state_dict import (
                 StateDictOptions,
@@ -328,12 +348,12 @@ class SaptTrainer(Seq2SeqTrainer):
         missing = sorted(set(keys.missing_keys) & set(own_names(target)))
         if missing or keys.unexpected_keys:
             raise ValueError(
-                f"{path} does not fit the model: missing {missing}, "
+                f"{path}: does not fit the model: missing {missing}, "
                 f"unexpected {keys.unexpected_keys}"
             )
 
     def _load_best_model(self) -> None:
-        if self.is_deepspeed_enabled:  # which keeps checkpoints of its own
+        if self.is_deepspeed_enabled:  # DeepSpeed has its own checkpoints
             super()._load_best_model()
         else:
             self._load_from_checkpoint(str(self.state.best_model_checkpoint))
@@ -341,11 +361,11 @@ class SaptTrainer(Seq2SeqTrainer):
 
 @contextmanager
 def model_given_back(model: Any) -> Iterator[None]:
-    """Undoes what a Trainer does to its model, once the one made inside is done.
+    """Returns a context that undoes the changes of a Trainer to its model.
 
-    It turns the cache off and, for bf16, puts autocast around `forward`. accelerate's own
-    unwrapping drops the decorators of `forward` too, and leaves the mark by which the next Trainer
-    takes the model for one that has its autocast.
+    A Trainer disables the cache and, for bf16, wraps `forward` in autocast. accelerate's own
+    unwrapping would also remove the decorators of `forward`. It would leave the mark by which the
+    next Trainer assumes that the model has its autocast.
     """
     cache, own = model.config.use_cache, vars(model)
     names = ("forward", "_original_forward", "_is_accelerate_prepared")
@@ -360,7 +380,12 @@ def model_given_back(model: Any) -> Iterator[None]:
 
 
 class RowStream:
-    """An endless stream of row numbers: one seeded permutation after the other."""
+    """An endless stream of row numbers in seeded permutations.
+
+    Args:
+        rows: the number of rows.
+        seed: the seed of the permutations.
+    """
 
     def __init__(self, rows: int, seed: str) -> None:
         self.rows = rows
@@ -368,7 +393,7 @@ class RowStream:
         self._order: tuple[int, list[int]] = (-1, [])
 
     def batch(self, number: int, size: int) -> list[int]:
-        """Rows `number * size` to `(number + 1) * size` of the stream."""
+        """Returns the elements `number * size` to `(number + 1) * size` of the stream."""
         positions = range(number * size, (number + 1) * size)
         return [self._permutation(p // self.rows)[p % self.rows] for p in positions]
 
@@ -383,18 +408,19 @@ class RowStream:
 def _check_replay(replay: Sequence[Replay], sapt: TaskHandle) -> None:
     for entry in replay:
         if not len(entry.inputs):
-            raise ValueError(f"replay: task {entry.task!r} has no inputs, expected at least one")
+            raise ValueError(f"replay: got no inputs of task {entry.task!r}, expected at least one")
         if entry.target.dim() != 1 or not 1 <= len(entry.target) <= len(sapt.tasks):
             raise ValueError(
-                f"replay: the target of task {entry.task!r} has shape {tuple(entry.target.shape)}, "
-                f"expected [k] with k <= {len(sapt.tasks)}, the number of tasks"
+                f"replay: got a target of shape {tuple(entry.target.shape)} for task "
+                f"{entry.task!r}, expected [k] with 1 <= k <= {len(sapt.tasks)}, the number of "
+                "tasks"
             )
 
 
 def _separate(
     optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], rate: float | None
 ) -> None:
-    """Moves `parameters` to groups with a learning rate of their own."""
+    """Moves parameters to new groups with the given learning rate, unless it is None."""
     if rate is None:
         return
     chosen = {id(parameter) for parameter in parameters}

@@ -1,4 +1,4 @@
-"""A model, its tokenizer and the settings of a run: what rows become, and what is kept of them."""
+"""The model, tokenizer and settings of a run, with functions that encode examples for them."""
 
 from __future__ import annotations
 
@@ -29,15 +29,21 @@ __all__ = ["Workbench"]
 
 
 class Workbench:
-    """What the loop and the strategies work with.
+    """The objects that the loop and the strategies share.
+
+    Args:
+        model: a transformers model.
+        tokenizer: its tokenizer.
+        settings: the run's settings.
 
     Attributes:
-        model: the transformers model, patched while tasks are learned.
+        model: the model, patched while tasks are learned.
         tokenizer: its tokenizer.
-        settings: of the run.
-        kind: "seq2seq", "causal" or "encoder". causal: whether it is "causal".
-        pseudo_samples: the folder of those that the run generates.
-        space: the labels that an encoder chooses from; None for the other kinds.
+        settings: the run's settings.
+        kind: "seq2seq", "causal" or "encoder".
+        causal: whether kind is "causal".
+        pseudo_samples: the folder of the pseudo-samples that the run generates.
+        space: the labels that an encoder predicts; None for the other kinds.
     """
 
     def __init__(self, model: Any, tokenizer: Any, settings: ContinualSettings) -> None:
@@ -48,27 +54,27 @@ class Workbench:
         self.pseudo_samples: Path | None = None
 
     def prepare(self, tasks: Sequence[TaskData]) -> tuple[TaskData, ...]:
-        """The tasks as the model reads them.
+        """Converts tasks for the model.
 
-        An encoder gets plain prompts, and the labels of all tasks are encoded, which must happen
-        before adapters are there.
+        For an encoder, prompts become plain, and the labels of all tasks are encoded. Call this
+        before the model has adapters.
 
         Raises:
-            ValueError: an encoder with a head, or a prompt without tokens, of which a model can
-                tell nothing and which a decoder-only one cannot continue.
+            ValueError: if an encoder has a head.
+            ValueError: if a prompt has no tokens.
         """
         prepared = tuple(tasks) if self.kind != "encoder" else self._as_encoder_reads(tasks)
         for task in prepared:
             for split in ("train", "dev", "test"):
                 self._require_tokens(
-                    getattr(task, split), f"tasks: {task.name!r} has a {split} row"
+                    getattr(task, split), f"tasks: {task.name!r} has a {split} example"
                 )
         return prepared
 
     def _as_encoder_reads(self, tasks: Sequence[TaskData]) -> tuple[TaskData, ...]:
         if self.model.base_model is not self.model:
             raise ValueError(
-                f"model: got {type(self.model).__name__}, which neither generates nor is an "
+                f"model: got {type(self.model).__name__}, expected a model that generates or an "
                 "encoder without a head; load it with AutoModel"
             )
         labels = [label for task in tasks for label in label_strings(task)]
@@ -91,17 +97,20 @@ class Workbench:
 
     @property
     def device(self) -> torch.device:
-        """Where the input embeddings are."""
+        """The device of the input embeddings."""
         return execution_device(self.model.get_input_embeddings())
 
     def inputs(self, rows: Sequence[Example]) -> list[list[int]]:
-        """Token ids of the prompts of `rows`."""
+        """Returns the token ids of the examples' prompts."""
         prompts = [row.prompt for row in rows]
         return prompt_ids(self.tokenizer, prompts, self.settings.max_source_length, self.causal)
 
     def encode(self, rows: Sequence[Example]) -> list[dict[str, list[int]]]:
-        """Training rows of token ids: `encoder.encode_label_rows` or `collate.encode_rows`."""
-        if not rows:  # which transformers' tokenizers do not take
+        """Returns the token ids of training examples.
+
+        Uses `encoder.encode_label_rows` for an encoder, else `collate.encode_rows`.
+        """
+        if not rows:  # transformers' tokenizers do not support an empty list
             return []
         if self.space is not None:
             limit = self.settings.max_source_length
@@ -115,20 +124,23 @@ class Workbench:
         )
 
     def pad(self, inputs: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Token ids [B, T] and mask [B, T] of inputs, padded on the right, on the device."""
+        """Returns ids [B, T] and mask [B, T] of inputs, padded on the right, on the device."""
         ids, mask = pad_rows(inputs, self.tokenizer.pad_token_id)
         return ids.to(self.device), mask.to(self.device)
 
     def collate(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
-        """The batch of encoded rows, on the device."""
+        """Returns the batch of encoded examples, on the device."""
         batch = Collator(self.tokenizer.pad_token_id)(rows)
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     def kept(self, task: TaskData) -> Sequence[Example]:
-        """What `settings.replay` keeps of an earlier task: real rows or pseudo-samples.
+        """Returns the examples that `settings.replay` keeps of an earlier task.
+
+        They are real ones or pseudo-samples.
 
         Raises:
-            OSError, ValueError: pseudo-samples cannot be read, or one has a prompt without tokens.
+            OSError, ValueError: if pseudo-samples cannot be read.
+            ValueError: if the prompt of a pseudo-sample has no tokens.
         """
         if self.settings.replay == "none":
             return []
@@ -136,23 +148,25 @@ class Workbench:
             root = self.settings.replay
             if root == "generated":
                 if self.pseudo_samples is None:
-                    raise ValueError("replay: 'generated' has no folder outside of a run")
+                    raise ValueError(
+                        "replay: got 'generated', but the run's folder of pseudo-samples is not set"
+                    )
                 root = str(self.pseudo_samples)
             definition, rows = read_pseudo_samples(root, task.benchmark, task.name)
             rows = self._plain(rows, definition) if self.kind == "encoder" else rows
-            self._require_tokens(rows, f"pseudo-samples: {task.name!r} has a row")
+            self._require_tokens(rows, f"pseudo-samples: {task.name!r} has an example")
             return rows
         count = max(1, int(self.settings.replay_share * len(task.train)))
         draw = random.Random(f"{self.settings.seed}/{task.name}/replay")
         return [task.train[i] for i in sorted(draw.sample(range(len(task.train)), count))]
 
     def _require_tokens(self, rows: Sequence[Example], what: str) -> None:
-        # Only blank texts can be without, and few are tokenized for it.
+        # Only blank texts can have no tokens, so only those are tokenized.
         blank = [row for row in rows if not row.prompt.strip()]
         if blank and not all(self.inputs(blank)):
             raise ValueError(
-                f"{what} whose prompt has no tokens, expected at least one; give the row an input, "
-                "or take a tokenizer that adds a start token"
+                f"{what} whose prompt has no tokens, expected at least one; add an input, or use a "
+                "tokenizer that adds a start token"
             )
 
     def _plain(self, rows: Sequence[Example], definition: str) -> tuple[Example, ...]:

@@ -1,4 +1,4 @@
-"""What the CPU kernels share: how tensors are handed to ``sapt_fast._C``."""
+"""Helpers of the CPU kernels: how tensors are passed to `sapt_fast._C`."""
 
 import torch
 from torch import Tensor
@@ -14,5 +14,5 @@ CODES = {
 
 
 def with_unit_column_stride(matrix: Tensor) -> Tensor:
-    """The matrix, copied unless the elements of a row lie side by side."""
+    """Returns the matrix, copied unless the elements of a row are adjacent in memory."""
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()

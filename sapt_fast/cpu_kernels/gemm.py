@@ -1,4 +1,4 @@
-"""Products on the CPU, each by what is fastest for its size: a BLAS, oneDNN or one call of ours."""
+"""Matrix products on the CPU, by the fastest library for their size: BLAS, oneDNN or our own."""
 
 from typing import Any
 
@@ -26,12 +26,12 @@ _ONEDNN = _find_onednn()
 
 
 def is_few(x: Tensor, weight: Tensor) -> bool:
-    """Whether our kernels multiply x [M, I] with the weight [O, I] faster than a library."""
+    """Returns whether our kernels multiply x [M, I] by weight [O, I] faster than a library."""
     return x.shape[0] <= _FEW_ROWS[x.dtype] and weight.is_contiguous()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [M, I] . weight [O, I]^T + bias [O], a new tensor; x is contiguous."""
+    """Computes x [M, I] . weight [O, I]^T + bias [O], a new tensor; x is contiguous."""
     if bias is not None:
         bias = bias.contiguous()  # oneDNN and our kernels read it without strides
     if is_few(x, weight):
@@ -42,7 +42,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def multiply_tn(packed: Tensor, x: Tensor) -> Tensor:
-    """packed [M, R]^T . x [M, I]"""
+    """Computes packed [M, R]^T . x [M, I]."""
     if _uses_onednn(x, packed.shape[1]):
         return _ONEDNN(packed.t(), x.t(), None, "none", [], "")
     return torch.mm(packed.t().contiguous(), x)
@@ -56,10 +56,10 @@ def two_products(
     rows: Tensor,
     onto: Tensor | None = None,
 ) -> Tensor:
-    """x [M, I] . matrix [I, O] + bias + ranks [M, R] . rows [R, O], or the last alone.
+    """Computes x [M, I] . matrix [I, O] + bias + ranks [M, R] . rows [R, O], or the last term only.
 
     Args:
-        onto: [M, O] to add to, in place.
+        onto: [M, O], to which the result is added in place.
     """
     # In place onto the large product: a product of its own would cost the page faults of a new
     # [M, O] tensor, which on CPUs is more than reading y once more.
@@ -70,9 +70,9 @@ def two_products(
 
 
 def _uses_onednn(x: Tensor, columns: int) -> bool:
-    """Whether oneDNN is called directly for x [M, I] times [I, columns].
+    """Returns whether oneDNN is called directly for x [M, I] times [I, columns].
 
-    torch.mm gives float32 to a BLAS, which is slower here; the 16-bit types reach oneDNN by it.
+    torch.mm uses a BLAS for float32, which is slower here; for 16-bit types it uses oneDNN.
     """
     return (
         _ONEDNN is not None

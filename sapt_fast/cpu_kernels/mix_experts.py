@@ -1,7 +1,7 @@
 """CPU backend of op `mix_experts`: see `ops.mix_experts` for what is computed.
 
-The chosen experts are read where they lie in their bank; the gradient of an expert is one sum over
-its pairs, in their order.
+The selected experts are read in place; the gradient of an expert is one sum over its pairs, in
+their order.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 def mix_experts_fwd(
     x: Tensor, bank_a: Tensor, bank_b: Tensor, index: Tensor, weights: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """The forward.
+    """Computes the forward.
 
     Args:
         x: Of shape `[M, I]`, any of the floating-point dtypes.
-        bank_a: Of shape `[N, r, I]` in x's dtype or float32; the elements of an expert must lie
-            side by side, or the bank is copied.
-        bank_b: Of shape `[N, r, O]` in bank_a's dtype; likewise.
-        index: Of shape `[M, k]`, int64; those out of range give zeros.
+        bank_a: Of shape `[N, r, I]` in x's dtype or float32; copied unless the elements of an
+            expert are adjacent in memory.
+        bank_b: Of shape `[N, r, O]` in bank_a's dtype; copied likewise.
+        index: Of shape `[M, k]`, int64; values out of range yield zeros.
         weights: Of shape `[M, k]`, float32, float64 for float64.
 
     Returns:
@@ -53,16 +53,16 @@ def mix_experts_bwd(
     needs_x: bool,
     needs_weights: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients.
+    """Computes the gradients.
 
     Args:
         dy: Of shape `[M, O]`, any strides.
         h: Of shape `[M, k, r]`, as the forward returned it.
-        groups: Where the gradients of the banks go; None if they are not wanted.
+        groups: The rows of the banks' gradients; None if these are not needed.
 
     Returns:
-        dx `[M, I]`, d_weights `[M, k]`, d_a `[rows, r, I]`, d_b `[rows, r, O]`, None where not
-        asked for. Every sum has a fixed order.
+        dx `[M, I]`, d_weights `[M, k]`, d_a `[rows, r, I]`, d_b `[rows, r, O]`, None for what is
+        not needed. Every sum has a fixed order.
     """
     x, dy, index = x.contiguous(), dy.contiguous(), index.contiguous()
     by = (weights * scaling).unsqueeze(-1)
@@ -79,12 +79,12 @@ def mix_experts_bwd(
 
 
 def _present(index: Tensor, weights: Tensor) -> Tensor:
-    """The index, -1 where the weight is exactly 0: that expert is not there."""
+    """Returns the index, with -1 if the weight is exactly 0: that expert is absent."""
     return index.masked_fill(weights == 0, -1)
 
 
 def _products(values: Tensor, bank: Tensor, index: Tensor) -> Tensor:
-    """[M, k, r], the products of values [M, D] with the rows of the chosen experts [N, r, D]."""
+    """Computes [M, k, r], products of values [M, D] with rows of the selected experts [N, r, D]."""
     wide = torch.promote_types(values.dtype, torch.float32)
     bank = _whole_experts(bank, values.dtype)
     out = values.new_empty((*index.shape, bank.shape[1]), dtype=wide)
@@ -96,7 +96,7 @@ def _products(values: Tensor, bank: Tensor, index: Tensor) -> Tensor:
 
 
 def _mixture(x: Tensor, coefficients: Tensor, bank: Tensor, index: Tensor) -> Tensor:
-    """[M, D] in x's dtype, the sum of coefficients [M, k, r] times the chosen experts' rows."""
+    """Computes [M, D] in x's dtype: the sum of coefficients [M, k, r] times the experts' rows."""
     bank, coefficients = _whole_experts(bank, x.dtype), coefficients.contiguous()
     out = x.new_empty(x.shape[0], bank.shape[2])
     _C.experts_sum(
@@ -120,7 +120,7 @@ def _bank_grad(coefficients: Tensor, values: Tensor, groups: PairGroups, bank: T
 
 
 def _bank_dtype(bank: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """What the kernels read the bank in: its own dtype, or float64 beside float64."""
+    """Returns the dtype in which the kernels read the bank: its own, or float64 with float64."""
     return dtype if dtype == torch.float64 else bank.dtype
 
 

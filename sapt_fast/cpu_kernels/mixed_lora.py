@@ -1,7 +1,7 @@
-"""Mixed LoRA on the CPU: stacked GEMMs by torch, everything between them by ``sapt_fast._C``.
+"""Mixed LoRA on the CPU: stacked GEMMs by torch, the steps between them by `sapt_fast._C`.
 
-The contract of both functions is that of the reference in ``sapt_fast.ops.mixed_lora``. Small M
-(decoding) runs as one call, the base product included.
+The contract of both functions is that of the reference in `sapt_fast.ops.mixed_lora`. For small M
+(decoding), one call computes everything, including the base product.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ _FACTOR_RANKS = {torch.float32: 16, torch.bfloat16: 8, torch.float16: 16, torch.
 def mixed_lora_fwd(
     x: Tensor, mixture: Tensor, projections: Sequence[Projection], keep_h: bool = True
 ) -> list[tuple[Tensor, Tensor | None]]:
-    """``x W^T + bias`` plus the mixture, of each projection.
+    """Computes `x W^T + bias` plus the mixture, for each projection.
 
     Returns:
         (y [M, O] in x's dtype, h = x A^T, [M, R], in x's dtype) of each projection; h may be None
@@ -53,7 +53,7 @@ def _forward(x: Tensor, mixture: Tensor, projection: Projection) -> tuple[Tensor
 
 
 def empty_h(x: Tensor, total_rank: int) -> Tensor:
-    """An uninitialised h as `mixed_lora_fwd` returns it."""
+    """Returns an uninitialised h as `mixed_lora_fwd` does."""
     return x.new_empty(x.shape[0], total_rank)
 
 
@@ -68,11 +68,11 @@ def mixed_lora_bwd(
     needs_mixture: bool,
     grad_through_frozen: bool,
 ) -> tuple[Tensor | None, Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
-    """Gradients of `mixed_lora_fwd`.
+    """Returns the gradients of `mixed_lora_fwd`.
 
     Returns:
         dx [M, I] and d_mixture [S, K], summed over the projections, and (d_a [Rt, I],
-        d_b [Rt, O]) of each; None for what was not asked for.
+        d_b [Rt, O]) of each; None for what is not needed.
     """
     x, mixture = x.contiguous(), mixture.contiguous()
     dx = d_mixture = None
@@ -111,12 +111,12 @@ def mixed_lora_bwd(
 
 
 def _table(mixture: Tensor, row_adapter: Tensor, row_scale: Tensor) -> _Table:
-    """The three tensors that give every rank its weight, as ``_C`` reads them."""
+    """Returns the three tensors from which `_C` computes the weight of every rank."""
     return mixture, row_adapter.contiguous(), row_scale.contiguous()
 
 
 def _weighted(h: Tensor, table: _Table) -> Tensor:
-    """h times the weight of every rank, a new tensor."""
+    """Multiplies h by the weight of every rank, into a new tensor."""
     rows, ranks = h.shape
     out = torch.empty_like(h)
     _C.weight_ranks(
@@ -129,7 +129,7 @@ def _weighted(h: Tensor, table: _Table) -> Tensor:
 def _weighted_backward(
     g: Tensor, h: Tensor, table: _Table, train_rows: list[int], needs_mixture: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Multiplies g by the weights, in place, in the pass that makes everything else.
+    """Multiplies g by the weights in place, in the same pass that computes the results.
 
     Returns:
         d_mixture [S, K] or None, and the columns `train_rows` of the weighted g and h, [M, Rt].
@@ -177,13 +177,13 @@ def _decode(
 
 
 def _has_absent(table: _Table) -> bool:
-    """Whether a weight or a scaling is exactly 0."""
+    """Returns whether a weight or a scaling is exactly 0."""
     mixture, _, row_scale = table
     return not (mixture.all() and row_scale.all())
 
 
 def _is_finite(values: Tensor) -> bool:
-    """In one pass; may say no of finite values of the largest size."""
+    """Returns whether all values are finite, in one pass; may be False for the largest floats."""
     if not values.numel():
         return True
     least, most = values.aminmax()
@@ -191,7 +191,7 @@ def _is_finite(values: Tensor) -> bool:
 
 
 def _factor_grad(packed: Tensor, x: Tensor, dtype: torch.dtype, present: Tensor | None) -> Tensor:
-    """packed [M, Rt]^T . x [M, I]; over the pairs that are `present` [M, Rt], if given."""
+    """Computes packed [M, Rt]^T . x [M, I], over the pairs that are `present` [M, Rt], if given."""
     out = _plain_factor_grad(packed, x, dtype)
     if present is None or _is_finite(out):
         return out
@@ -227,7 +227,7 @@ def _through_trained(
     train_rows: list[int],
     onto: Tensor | None,
 ) -> Tensor:
-    """The gradient of x where only the trained adapters pass it on; no row of lora_a is moved."""
+    """Returns the gradient of x through the trained adapters only; lora_a is not copied."""
     spans = list(zip(train_rows[::2], train_rows[1::2], strict=True))
     parts = packed_g.split([stop - start for start, stop in spans], dim=1) if spans else (packed_g,)
     rows = [lora_a[start:stop].to(dy.dtype) for start, stop in spans] or [lora_a[:0].to(dy.dtype)]

@@ -11,7 +11,7 @@ from sapt_fast.cpu_kernels.common import CODES, with_unit_column_stride
 
 
 def nearest_key_fwd(query: Tensor, keys: Tensor, radius: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The nearest key of every query, and whether it lies within its radius.
+    """Finds the nearest key of every query, and whether the query is within its radius.
 
     Args:
         query: Of shape `[M, D]`, any of the floating-point dtypes, any strides.

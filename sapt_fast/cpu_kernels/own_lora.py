@@ -1,6 +1,6 @@
-"""Every sample's own LoRA on the CPU: one call for few rows, GEMMs of torch for many.
+"""Every sample's own LoRA on the CPU: one call for few rows, torch's GEMMs for many.
 
-The contract is that of the reference in ``sapt_fast.ops.own_lora``.
+The contract is that of the reference in `sapt_fast.ops.own_lora`.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def own_lora_fwd(
     adapters: "Sequence[Adapter]",
     owner: Sequence[int],
 ) -> Tensor:
-    """The base output of x [M, I], [M, O], plus each sample's adapter."""
+    """Computes the base output [M, O] of x [M, I], plus each sample's adapter."""
     x = x.contiguous()
     y = base if isinstance(base, Tensor) else linear(x, *base)
     rows = x.shape[0]

@@ -1,7 +1,7 @@
 """CPU backend of op `pool_tokens`: see `ops.pool_tokens` for what is computed.
 
-The maximum is one pass over the ids in C++, where torch's embedding bag takes 5 to 60 times as
-long. The mean is torch's, which reads the table as fast as the memory gives it.
+The maximum is one pass over the ids in C++; torch's embedding bag takes 5 to 60 times as long. The
+mean is torch's, which is limited only by the memory's bandwidth.
 """
 
 import torch
@@ -15,22 +15,23 @@ from sapt_fast.ops.pool_tokens import pool_tokens_fwd as pooled_by_torch
 def pool_tokens_fwd(
     input_ids: Tensor, table: Tensor, mask: Tensor | None, pooling: str, keep_winner: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Pool the embeddings of token ids.
+    """Pools the embeddings of token ids.
 
     Args:
         input_ids: Of shape `[B, T]`, int32 or int64.
         table: Of shape `[V, D]`, any of the floating-point dtypes.
-        mask: Of shape `[B, T]`, any dtype, zero where a token takes no part; or None. With "max"
-            the ids of such tokens may be anything.
+        mask: Of shape `[B, T]`, any dtype, zero for tokens that are not pooled; or None. With
+            "max" the ids of such tokens may be anything.
         pooling: "max" or "mean".
-        keep_winner: Whether the backward of "max" is wanted; V must then be below 2^31.
+        keep_winner: Whether the backward of "max" will run; V must then be below 2^31.
 
     Returns:
         The pooled embeddings `[B, D]` in table's dtype, and with `keep_winner` the id `[B, D]`
         (int32) that gave each maximum, the first in the sequence if several did, -1 for none.
 
     Raises:
-        ValueError: an id of "max" is not in [0, V). IndexError, RuntimeError: one of "mean".
+        ValueError: if an id is not in [0, V), with "max".
+        IndexError, RuntimeError: if an id is not in [0, V), with "mean".
     """
     if pooling == "mean":
         return pooled_by_torch(input_ids, table, mask, pooling), None
@@ -53,7 +54,7 @@ def pool_tokens_bwd(
     vocabulary: int,
     pooling: str,
 ) -> Tensor:
-    """Gradient of `pool_tokens_fwd` with respect to the table; sums have a fixed order.
+    """Returns the gradient of `pool_tokens_fwd` with respect to the table; sums have a fixed order.
 
     Args:
         dy: Of shape `[B, D]`, any strides.

@@ -1,12 +1,12 @@
 """CPU backend of op `topk_keys`: see `ops.topk_keys` for what is computed.
 
 The keys are streamed once for 16 to 1024 queries. Every thread keeps a short list of candidates
-per query and takes in only scores above the list's worst; the lists are merged at the end. The
-order of candidates is total, so the result does not depend on the number of threads.
+per query, and adds only scores above the list's worst; the lists are merged at the end. The order
+of candidates is total, so the result does not depend on the number of threads.
 
-Products of bfloat16 are summed in float32 whatever the CPU. One that multiplies bfloat16 itself
-(AVX512-BF16) takes subnormal numbers for zero there. For "l2" it multiplies first, to see which
-keys can be near enough, and sums the differences of these in float32.
+Products of bfloat16 are summed in float32 on every CPU. CPUs that multiply bfloat16 (AVX512-BF16)
+treat subnormal numbers as zero in these products. For "l2", such a CPU first multiplies to find
+the keys that can be near enough, and then sums the differences of these in float32.
 """
 
 import torch
@@ -20,7 +20,7 @@ _METRICS = {"dot": _C.METRIC_DOT, "cosine": _C.METRIC_COSINE, "l2": _C.METRIC_L2
 
 
 def topk_keys_fwd(query: Tensor, keys: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
-    """The k best keys of every query, best first.
+    """Finds the k best keys of every query, best first.
 
     Args:
         query: Of shape `[M, D]`, any of the floating-point dtypes, any strides.

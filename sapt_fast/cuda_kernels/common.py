@@ -1,4 +1,4 @@
-"""What every launcher of CUDA kernels asks of the compiled module and of torch."""
+"""Helpers of the CUDA launchers: the compiled module, streams and dtypes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ RECORDED = Path(__file__).with_name("recorded.json")
 
 @cache
 def native() -> Any:
-    """The module ``sapt_fast._C``, built with CUDA.
+    """Returns the module `sapt_fast._C`, built with CUDA.
 
     Raises:
-        ImportError: there is no compiled module, or it was built without CUDA.
+        ImportError: if the module is not compiled, or was built without CUDA.
     """
     module = importlib.import_module("sapt_fast._C")
     if not module.cuda_runtime()["compiled"]:
@@ -31,7 +31,7 @@ def native() -> Any:
 
 
 def unavailable() -> str | None:
-    """Why no CUDA kernel of this build can run on this machine, or None."""
+    """Returns why no CUDA kernel of this build can run on this machine, or None."""
     try:
         runtime = native().cuda_runtime()
     except ImportError as error:
@@ -50,7 +50,7 @@ def unavailable() -> str | None:
 
 
 def _covers(architectures: list[str], major: int, minor: int) -> bool:
-    """Whether one of them runs on a device: binaries within their generation, PTX on later ones."""
+    """Returns whether one runs on a device: binaries in their generation, PTX on later ones."""
     for name in architectures:
         kind, _, version = name.partition("_")
         number = int(version.rstrip("af"))
@@ -67,10 +67,10 @@ def _covers(architectures: list[str], major: int, minor: int) -> bool:
 
 
 def stream(device: torch.device) -> int:
-    """The handle of torch's current stream on a device.
+    """Returns the handle of torch's current stream on a device.
 
     Raises:
-        ValueError: it is no CUDA device.
+        ValueError: if it is not a CUDA device.
     """
     if device.type != "cuda":
         raise ValueError(f"CUDA kernels need CUDA tensors, got device {str(device)!r}")
@@ -78,10 +78,10 @@ def stream(device: torch.device) -> int:
 
 
 def dtype_code(dtype: torch.dtype) -> int:
-    """How the compiled module names a dtype.
+    """Returns the compiled module's code of a dtype.
 
     Raises:
-        TypeError: it has no kernels for it.
+        TypeError: if the module has no kernels for the dtype.
     """
     if dtype not in DTYPES:
         raise TypeError(f"CUDA kernels take float32, float16 or bfloat16 tensors, got {dtype}")
@@ -89,18 +89,18 @@ def dtype_code(dtype: torch.dtype) -> int:
 
 
 def typed(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """A tensor and the code of its dtype.
+    """Returns a tensor and the code of its dtype.
 
     Raises:
-        TypeError: the compiled module has no kernels for the dtype.
+        TypeError: if the compiled module has no kernels for the dtype.
     """
     return tensor, dtype_code(tensor.dtype)
 
 
 def unrecorded(op: str) -> str | None:
-    """Why the kernels of an op are not chosen unasked: no GPU is known to have run this source.
+    """Returns why an op's kernels are not selected by default; None if a GPU has run this source.
 
-    ``recorded.json`` maps each op to what `source_digest` gave when all its checks passed on one.
+    `recorded.json` maps each op to its `source_digest` when all its checks passed on a GPU.
     """
     recorded = json.loads(RECORDED.read_text()).get(op)
     if recorded is None:
@@ -111,5 +111,5 @@ def unrecorded(op: str) -> str | None:
 
 
 def source_digest(op: str) -> str:
-    """A digest of the sources that an op's kernels were compiled from."""
+    """Returns a digest of the sources from which an op's kernels were compiled."""
     return str(native().cuda_runtime()["sources"][op])

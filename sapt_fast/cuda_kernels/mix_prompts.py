@@ -11,23 +11,23 @@ from sapt_fast.cuda_kernels import common
 def mix_prompts_fwd(
     prompts: Tensor, mixture: Tensor, source: Tensor, input_ids: Tensor | None
 ) -> Tensor:
-    """Mixture of prompts in front of embeddings, in one launch.
+    """Inserts mixtures of prompts before embeddings, in one launch.
 
     Args:
-        prompts: [K, P, D] in source's dtype or float32. One whose weight is zero in all samples
-            of a tile (of 1 or 4) is not read for it.
+        prompts: [K, P, D] in source's dtype or float32. A prompt of weight zero in all samples of
+            a tile (1 or 4) is not read for that tile.
         mixture: [B, K] float32.
         source: embeddings [B, T, D], or with `input_ids` their table [V, D]; float32, float16 or
             bfloat16. Read in place if the last axis is contiguous.
-        input_ids: [B, T] int32 or int64, or None. Ids outside of the table give NaN.
+        input_ids: [B, T] int32 or int64, or None. Ids outside of the table yield NaN.
 
     Returns:
         [B, P + T, D], contiguous, in source's dtype.
 
     Raises:
-        TypeError: source's dtype has no kernel.
-        ValueError: the tensors are not on a CUDA device.
-        RuntimeError: the launch failed.
+        TypeError: if source's dtype has no kernel.
+        ValueError: if the tensors are not on a CUDA device.
+        RuntimeError: if the launch failed.
     """
     adapters, length, width = prompts.shape
     samples, tokens = (source if input_ids is None else input_ids).shape[:2]

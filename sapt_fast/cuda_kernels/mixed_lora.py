@@ -18,7 +18,7 @@ from sapt_fast.ops.projection import Projection
 
 
 def empty_h(x: Tensor, total_rank: int) -> Tensor:
-    """The h of `mixed_lora_fwd`: none is kept, `[M, 0]`."""
+    """Returns the h of `mixed_lora_fwd`: none is kept, `[M, 0]`."""
     return x.new_empty(x.shape[0], 0)
 
 
@@ -39,9 +39,9 @@ def mixed_lora_fwd(
         no weight, so that the backward computes its own.
 
     Raises:
-        TypeError: a dtype has no kernel.
-        ValueError: the tensors are not on a CUDA device.
-        RuntimeError: a launch failed.
+        TypeError: if a dtype has no kernel.
+        ValueError: if the tensors are not on a CUDA device.
+        RuntimeError: if a launch failed.
     """
     x, mixture = x.contiguous(), mixture.contiguous()
     ys = [_base(x, projection) for projection in projections]
@@ -62,7 +62,7 @@ def _has_no_base(projection: Projection) -> bool:
 
 
 def _base(x: Tensor, projection: Projection) -> Tensor:
-    """What the mixture is added to; without a base product uninitialised."""
+    """Returns the tensor to which the mixture is added; uninitialised without a base product."""
     outputs = projection.lora_b.shape[1]
     if projection.weight is not None:
         return F.linear(x, projection.weight, projection.bias)

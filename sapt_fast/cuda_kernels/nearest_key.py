@@ -24,9 +24,10 @@ def nearest_key_fwd(query: Tensor, keys: Tensor, radius: Tensor) -> tuple[Tensor
         compare |k|^2 - 2 q k in float32, in whose rounding keys may change places.
 
     Raises:
-        TypeError: query's dtype has no kernel.
-        ValueError: the tensors are not on a CUDA device, or there are too many keys.
-        RuntimeError: a launch failed.
+        TypeError: if query's dtype has no kernel.
+        ValueError: if the tensors are not on a CUDA device.
+        ValueError: if the number of keys is too large.
+        RuntimeError: if a launch failed.
     """
     queries, count = query.shape[0], keys.shape[0]
     distance = query.new_empty(queries, dtype=torch.float32)

@@ -32,9 +32,9 @@ def route_scores_fwd(
         [B, K] float32, computed in float32 throughout.
 
     Raises:
-        TypeError: a dtype has no kernel.
-        ValueError: the tensors are not on a CUDA device.
-        RuntimeError: a launch failed.
+        TypeError: if a dtype has no kernel.
+        ValueError: if the tensors are not on a CUDA device.
+        RuntimeError: if a launch failed.
     """
     scores = pooled.new_empty((pooled.shape[0], keys.shape[0]), dtype=torch.float32)
     _launch(pooled, keys, projection, divisor, scores, None, 1, 0.0)
@@ -79,7 +79,7 @@ def _launch(
     top_k: int,
     threshold: float,
 ) -> None:
-    """Fill `scores` [B, K], and `weights` [B, K] unless it is None."""
+    """Fills `scores` [B, K], and `weights` [B, K] unless it is None."""
     if scores.numel() == 0:
         return
     (samples, width), hidden, eps = pooled.shape, 0, 0.0

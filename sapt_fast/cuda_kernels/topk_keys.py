@@ -25,9 +25,10 @@ def topk_keys_fwd(query: Tensor, keys: Tensor, k: int, metric: str) -> tuple[Ten
         scores [M, k] float32 and index [M, k] int64.
 
     Raises:
-        TypeError: query's dtype has no kernel.
-        ValueError: k is larger, there are too many keys, or the tensors are not on a CUDA device.
-        RuntimeError: a launch failed.
+        TypeError: if query's dtype has no kernel.
+        ValueError: if k or the number of keys is too large.
+        ValueError: if the tensors are not on a CUDA device.
+        RuntimeError: if a launch failed.
     """
     native = common.native()
     if k > native.MAX_TOP_K:

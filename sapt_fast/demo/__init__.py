@@ -1,1 +1,1 @@
-"""Generated tasks and a small pretrained backbone for ``sapt-fast demo``."""
+"""Generated tasks and a small pretrained backbone for `sapt-fast demo`."""

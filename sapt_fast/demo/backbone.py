@@ -1,7 +1,7 @@
 """The demo's backbone: a T5 of 0.8 million parameters over characters, pretrained and packaged.
 
-It has 3 encoder and 2 decoder layers of width 128 and is trained by
-``scripts/pretrain_demo_backbone.py`` on `tasks.PRETRAINING_RULES`.
+It has 3 encoder and 2 decoder layers of width 128. `scripts/pretrain_demo_backbone.py` trained it
+on `tasks.PRETRAINING_RULES`.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ LABEL_PADDING = -100
 INSTRUCTION_SCALE = 3.0
 FIRST_INSTRUCTION_LETTER, LAST_INSTRUCTION_LETTER = "A", "Z"
 
-# The relative position each head of a self-attention looks at when training starts.
+# The relative position to which each head of a self-attention attends when training starts.
 ENCODER_OFFSETS = (-1, 1, -2, 0)
 DECODER_OFFSETS = (-1, 0, -2, -3)
 POSITION_BIAS = 4.0
 POSITION_BUCKETS = 32
 
-# Two more names of `shared.weight`; a checkpoint holds it once.
+# Further names of `shared.weight`, which a checkpoint contains once.
 _TIED = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
 
 
 def backbone_config() -> T5Config:
-    """The architecture, as recorded in the packaged ``config.json``."""
+    """Returns the architecture, as in the packaged `config.json`."""
     tokenizer = CharTokenizer()
     return T5Config(  # type: ignore[call-arg]  # some fields are only known to its parents
         vocab_size=tokenizer.vocab_size,
@@ -55,20 +55,23 @@ def backbone_config() -> T5Config:
 
 
 def instruction_rows() -> slice:
-    """The rows of the embedding table that belong to the instruction letters A to Z."""
+    """Returns the rows of the embedding table for the instruction letters A to Z."""
     vocabulary = CharTokenizer().get_vocab()
     return slice(vocabulary[FIRST_INSTRUCTION_LETTER], vocabulary[LAST_INSTRUCTION_LETTER] + 1)
 
 
 @torch.no_grad()
 def new_backbone(seed: int) -> T5ForConditionalGeneration:
-    """An untrained backbone with the two initial choices on which the demo rests.
+    """Creates an untrained backbone with two special initialisations.
 
-    Every head of the self-attentions starts with a bias of 4 towards one relative position, which
-    makes character rules learnable in minutes. The embedding rows of the instruction letters
-    start three times as large, so that a router's pooled query tells instructions apart.
-    Pretraining happens on these rows, thus the scale is part of the weights and nothing has to be
-    multiplied later.
+    - Every head of the self-attentions starts with a bias of 4 towards one relative position, so
+      that rules on characters can be learned in minutes.
+    - The embedding rows of the instruction letters start three times as large, so that a router's
+      pooled query distinguishes instructions. Pretraining uses these rows, so the scale is part of
+      the weights.
+
+    Args:
+        seed: the seed of the random weights.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -83,12 +86,12 @@ def new_backbone(seed: int) -> T5ForConditionalGeneration:
 
 
 def _position_bucket(offset: int) -> int:
-    """T5's bucket of a near relative position; the upper half of the buckets is for offsets > 0."""
+    """Returns T5's bucket of a near relative position; offsets > 0 use the upper half."""
     return -offset if offset <= 0 else POSITION_BUCKETS // 2 + offset
 
 
 def save_backbone(model: T5ForConditionalGeneration, folder: str | Path) -> None:
-    """Write ``config.json`` and bfloat16 ``model.safetensors`` to `folder`, made if missing."""
+    """Writes `config.json` and a bfloat16 `model.safetensors` to a folder, created if missing."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -103,19 +106,19 @@ def save_backbone(model: T5ForConditionalGeneration, folder: str | Path) -> None
 def load_backbone(
     dtype: torch.dtype = torch.float32, folder: str | Path | None = None
 ) -> T5ForConditionalGeneration:
-    """The pretrained backbone in evaluation mode.
+    """Loads the pretrained backbone in evaluation mode.
 
     Args:
-        dtype: floating-point type of the parameters; the files hold bfloat16.
-        folder: where `save_backbone` wrote; None takes the packaged files.
+        dtype: floating-point dtype of the parameters; the files contain bfloat16.
+        folder: a folder that `save_backbone` wrote; None for the packaged files.
 
     Raises:
-        TypeError: `dtype` is not a floating-point torch.dtype.
-        FileNotFoundError: `folder` lacks ``config.json`` or ``model.safetensors``.
-        ValueError: the weights do not fit the configuration.
+        TypeError: if `dtype` is not a floating-point torch.dtype.
+        FileNotFoundError: if `config.json` or `model.safetensors` is missing in `folder`.
+        ValueError: if the weights do not fit the configuration.
     """
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
+        raise TypeError(f"dtype: got {dtype!r}, expected a floating-point torch.dtype")
     if folder is None:
         with resources.as_file(resources.files("sapt_fast.demo") / "backbone") as packaged:
             return _load(packaged, dtype)
@@ -125,16 +128,16 @@ def load_backbone(
 def _load(folder: Path, dtype: torch.dtype) -> T5ForConditionalGeneration:
     for name in ("config.json", WEIGHTS_NAME):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"no {name} in {folder}")
+            raise FileNotFoundError(f"{folder / name} is missing")
     config = T5Config.from_json_file(folder / "config.json")
-    # The weights drawn here are overwritten; the caller's random state stays as it was.
+    # The random weights are overwritten; the caller's random state does not change.
     with torch.random.fork_rng(devices=[]):
         model = T5ForConditionalGeneration(config)
     keys = model.load_state_dict(load_file(folder / WEIGHTS_NAME), strict=False)
     missing = sorted(set(keys.missing_keys) - set(_TIED))
     if missing or keys.unexpected_keys:
         raise ValueError(
-            f"{folder / WEIGHTS_NAME} does not fit its config.json: "
+            f"{folder / WEIGHTS_NAME}: does not fit its config.json: "
             f"missing {missing}, unexpected {keys.unexpected_keys}"
         )
     model.to(dtype=dtype)  # type: ignore[call-arg]  # its wrapper hides torch's overloads
@@ -142,11 +145,11 @@ def _load(folder: Path, dtype: torch.dtype) -> T5ForConditionalGeneration:
 
 
 def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
-    """A training batch of T5.
+    """Converts examples to a training batch of T5.
 
     Returns:
-        ``input_ids`` and ``attention_mask`` `[B, T]` and ``labels`` `[B, T']`, all int64; padding
-        is 0 in the inputs and -100 in the labels.
+        `input_ids` and `attention_mask` [B, T] and `labels` [B, T'], all int64; padding is 0 in
+        the inputs and -100 in the labels.
     """
     tokenizer = CharTokenizer()
     sources = tokenizer([e.source for e in examples], padding=True, return_tensors="pt")
@@ -159,13 +162,16 @@ def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
 def exact_match(
     model: T5ForConditionalGeneration, examples: Sequence[Example], batch_size: int = 256
 ) -> float:
-    """Share of `examples` that greedy decoding answers exactly, in [0, 1].
+    """Returns the fraction of examples that greedy decoding answers exactly, in [0, 1].
 
-    One teacher-forced forward a batch suffices: greedy decoding gives the target and its end
-    token if and only if the arg-max equals the label at every position.
+    Runs one teacher-forced forward per batch: greedy decoding yields the target and its end token
+    if and only if the arg-max equals the label at every position.
+
+    Raises:
+        ValueError: if examples is empty.
     """
     if not examples:
-        raise ValueError("examples must hold at least one row, got none")
+        raise ValueError("examples: got none, expected at least one")
     correct = 0
     for start in range(0, len(examples), batch_size):
         batch = collate(examples[start : start + batch_size])

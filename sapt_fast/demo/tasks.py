@@ -1,9 +1,9 @@
-"""The demo's generated tasks: a character tokenizer, string rules and seeded rows.
+"""The demo's generated tasks: a character tokenizer, string rules and seeded examples.
 
-Every row reads ``NAME:payload``, such as ``ENDS:kdjfa``: a four-capital instruction names a rule,
-the payload is 2 to 6 distinct lowercase letters, and the target is the rule's answer. The
-packaged backbone was pretrained on `PRETRAINING_RULES`; the demo learns `DEMO_RULES` in sequence,
-which are other functions under other names.
+Every input has the form `NAME:payload`, such as `ENDS:kdjfa`. The instruction of four capital
+letters names a rule, the payload is 2 to 6 distinct lowercase letters, and the target is the rule's
+answer. The packaged backbone was pretrained on `PRETRAINING_RULES`. The demo learns `DEMO_RULES` in
+sequence, which are other functions with other names.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ SHORTEST_PAYLOAD, LONGEST_PAYLOAD = 2, 6
 
 
 class CharTokenizer:
-    """One id per character: 3 special tokens, ``a-z``, ``A-Z``, ``0-9``, ``:`` and ``-``.
+    """A tokenizer with one id per character: 3 special tokens, `a-z`, `A-Z`, `0-9`, `:` and `-`.
 
-    It offers the part of the transformers tokenizer interface that the continual loop and the
-    seq2seq collators use. Encodings end with the end token, as T5's do.
+    It implements the part of the transformers tokenizer interface that the continual loop and the
+    seq2seq collators use. Encodings end with the end token, as in T5.
 
     Example:
         >>> tokenizer = CharTokenizer()
@@ -53,20 +53,20 @@ class CharTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, special ones included (67)."""
+        """The number of tokens, including special ones: 67."""
         return len(self._tokens)
 
     def get_vocab(self) -> dict[str, int]:
-        """A copy of the token to id table."""
+        """Returns a copy of the mapping from tokens to ids."""
         return dict(self._ids)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of the characters of `text`, then the end token; unknown characters become unk."""
+        """Returns the ids of a text's characters and the end token; unknown ones become unk."""
         ids = [self._ids.get(character, self.unk_token_id) for character in text]
         return [*ids, self.eos_token_id] if add_special_tokens else ids
 
     def decode(self, token_ids: Tensor | Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of one row of ids; special tokens are left out unless asked for."""
+        """Returns the text of one row of ids, by default without special tokens."""
         ids = token_ids.tolist() if isinstance(token_ids, Tensor) else token_ids
         kept = (i for i in ids if not (skip_special_tokens and i in self.all_special_ids))
         return "".join(self._tokens[i] for i in kept)
@@ -74,7 +74,7 @@ class CharTokenizer:
     def batch_decode(
         self, sequences: Tensor | Iterable[Sequence[int]], skip_special_tokens: bool = True
     ) -> list[str]:
-        """`decode` of every row of `sequences` (`[B, T]` or lists of ids)."""
+        """Decodes every row of `sequences`, [B, T] or lists of ids."""
         rows = sequences.tolist() if isinstance(sequences, Tensor) else sequences
         return [self.decode(row, skip_special_tokens) for row in rows]
 
@@ -86,19 +86,20 @@ class CharTokenizer:
         return_tensors: str | None = None,
         **_: object,
     ) -> BatchEncoding:
-        """Pad rows of ids on the right to one length.
+        """Pads rows of ids on the right to one length.
 
         Args:
-            encoded: a mapping with a list of rows under ``input_ids``, or a list of such rows.
-            padding: True or "longest": the longest row; "max_length": `max_length`; False: none.
-            max_length: the length for ``padding="max_length"``.
-            return_tensors: "pt" for int64 tensors `[B, T]`, None for lists.
+            encoded: a mapping with a list of rows as `input_ids`, or a list of such mappings.
+            padding: True or "longest" for the longest row, "max_length" for `max_length`, False
+                for no padding.
+            max_length: the length for `padding="max_length"`.
+            return_tensors: "pt" for int64 tensors [B, T], None for lists.
 
         Returns:
-            ``input_ids`` and ``attention_mask`` (1 for tokens, 0 for padding).
+            `input_ids` and `attention_mask` (1 for tokens, 0 for padding).
 
         Raises:
-            ValueError: `padding`, `max_length` or `return_tensors` is not one of the above.
+            ValueError: if `padding`, `max_length` or `return_tensors` is not one of the above.
         """
         if isinstance(encoded, Mapping):
             rows = [list(row) for row in encoded["input_ids"]]
@@ -106,14 +107,16 @@ class CharTokenizer:
             rows = [list(row["input_ids"]) for row in encoded]
         if padding == "max_length":
             if max_length is None:
-                raise ValueError("padding='max_length' needs max_length, got None")
+                raise ValueError("max_length: got None, expected an int for padding='max_length'")
             width = max_length
         elif padding in (True, "longest"):
             width = max(map(len, rows), default=0)
         elif padding is False:
             width = 0
         else:
-            raise ValueError(f"padding must be a bool, 'longest' or 'max_length', got {padding!r}")
+            raise ValueError(
+                f"padding: got {padding!r}, expected a bool, 'longest' or 'max_length'"
+            )
         ids = [row + [self.pad_token_id] * (width - len(row)) for row in rows]
         mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
         return _batch_encoding({"input_ids": ids, "attention_mask": mask}, return_tensors)
@@ -130,20 +133,25 @@ class CharTokenizer:
         add_special_tokens: bool = True,
         **_: object,
     ) -> BatchEncoding:
-        """Encode one text or a list of texts, as a transformers tokenizer does.
+        """Encodes one text or a list of texts, as a transformers tokenizer does.
 
         Args:
-            text: the inputs; or `text_target`, the targets, which alone give the same fields and
-                next to `text` are returned as ``labels`` (padded with the pad token).
-            padding: see `pad`.
-            truncation: cut rows to `max_length`, keeping the end token.
-            return_tensors: "pt" for int64 tensors `[B, T]`, None for lists.
+            text: the inputs, or None.
+            text_target: the targets, or None. With `text`, they are returned as `labels`, padded
+                with the pad token; without, as `input_ids`.
+            padding, max_length, return_tensors: as in `pad`.
+            truncation: whether to truncate rows to `max_length`, keeping the end token.
+            add_special_tokens: whether to append the end token.
+
+        Returns:
+            `input_ids` and `attention_mask`, and `labels` if both texts are given.
 
         Raises:
-            ValueError: neither text is given, or `padding` or `return_tensors` is unknown.
+            ValueError: if both texts are None.
+            ValueError: if `padding` or `return_tensors` is unknown.
         """
         if text is None and text_target is None:
-            raise ValueError("pass text or text_target, got neither")
+            raise ValueError("text: got None and no text_target, expected one of them")
         fields: dict[str, object] = {}
         for name, texts in (("text", text), ("text_target", text_target)):
             if texts is None:
@@ -175,19 +183,19 @@ def _batch_encoding(
     if return_tensors is None:
         return BatchEncoding(fields)
     if return_tensors != "pt":
-        raise ValueError(f"return_tensors must be 'pt' or None, got {return_tensors!r}")
+        raise ValueError(f"return_tensors: got {return_tensors!r}, expected 'pt' or None")
     return BatchEncoding({key: torch.tensor(rows) for key, rows in fields.items()})
 
 
 class Rule(NamedTuple):
-    """A string function and the instructions that name it in a row."""
+    """A string function and the instructions that name it."""
 
     instructions: tuple[str, ...]
     apply: Callable[[str], str]
 
 
 class Example(NamedTuple):
-    """One row: the model's input text and the answer."""
+    """One example: the model's input text and the answer."""
 
     source: str
     target: str
@@ -195,7 +203,7 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class DemoTask:
-    """A task of the demo; payloads are distinct over its three splits."""
+    """A task of the demo; its three splits have distinct payloads."""
 
     name: str
     instruction: str
@@ -220,8 +228,8 @@ def _has_vowel(text: str) -> bool:
     return not VOWELS.isdisjoint(text)
 
 
-# The instructions were drawn at random once and are written out, so that the packaged weights
-# never depend on how a Python version draws them.
+# The instructions were drawn at random once. They are written out, so that the packaged weights do
+# not depend on a Python version's random numbers.
 PRETRAINING_RULES: dict[str, Rule] = {
     "copy": Rule(("KEMU", "BCRD", "LSBQ"), lambda s: s),
     "reverse": Rule(("GBCN", "NCHC", "RNBS"), lambda s: s[::-1]),
@@ -261,17 +269,17 @@ DEMO_RULES: dict[str, Rule] = {
 
 
 def random_payload(rng: random.Random) -> str:
-    """2 to 6 distinct lowercase letters; every length is equally likely."""
+    """Draws 2 to 6 distinct lowercase letters; every length has the same probability."""
     return "".join(rng.sample(LETTERS, rng.randint(SHORTEST_PAYLOAD, LONGEST_PAYLOAD)))
 
 
 def make_example(rule: Rule, payload: str, rng: random.Random) -> Example:
-    """The row of `rule` for `payload`, under one of the rule's instructions."""
+    """Builds the example of a rule for a payload, with one of the rule's instructions."""
     return Example(f"{rng.choice(rule.instructions)}:{payload}", rule.apply(payload))
 
 
 def pretraining_batch(seed: int, step: int, size: int) -> list[Example]:
-    """`size` rows of random pretraining rules, a function of `seed` and `step` alone."""
+    """Returns `size` examples of random pretraining rules, which depend on `seed` and `step`."""
     rng = random.Random(f"pretraining-{seed}-{step}")
     rules = list(PRETRAINING_RULES.values())
     return [make_example(rng.choice(rules), random_payload(rng), rng) for _ in range(size)]
@@ -280,18 +288,22 @@ def pretraining_batch(seed: int, step: int, size: int) -> list[Example]:
 def make_demo_tasks(
     seed: int = 0, *, train_rows: int = 512, dev_rows: int = 128, test_rows: int = 128
 ) -> list[DemoTask]:
-    """The six demo tasks in learning order.
+    """Returns the six demo tasks in learning order.
 
-    The rows of a task are a function of `seed`, the task and the row counts. No payload occurs
+    A task's examples depend only on `seed`, the task and the numbers of examples. No payload occurs
     twice within a task, so train, dev and test are disjoint.
 
+    Args:
+        seed: the seed of the examples.
+        train_rows, dev_rows, test_rows: numbers of examples per split.
+
     Raises:
-        ValueError: a row count is below 1.
+        ValueError: if a number of examples is less than 1.
     """
     counts = {"train_rows": train_rows, "dev_rows": dev_rows, "test_rows": test_rows}
     for argument, count in counts.items():
         if count < 1:
-            raise ValueError(f"{argument} must be at least 1, got {count}")
+            raise ValueError(f"{argument}: got {count}, expected at least 1")
     tasks = []
     for name, rule in DEMO_RULES.items():
         rng = random.Random(f"demo-{seed}-{name}")

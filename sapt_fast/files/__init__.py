@@ -1,1 +1,1 @@
-"""Files: replaced as a whole, locked, named safely, read with limits."""
+"""File helpers: atomic replacement, locks, safe names, bounded reading."""

@@ -1,4 +1,4 @@
-"""Files and folders that are either whole or absent: write to a neighbour, then rename."""
+"""Writes files and folders atomically: to a temporary neighbour, which is then renamed."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 
 _Content = TypeVar("_Content")
 
-_TRIES = 20  # looks at a folder that is replaced meanwhile
-# What earlier versions wrote under names that are shared by all writers.
+_TRIES = 20  # attempts to read a folder while others replace it
+# Files that earlier versions wrote into a temporary folder with a fixed name.
 _OUR_FILES = (
     "sapt_config.json",
     "router.safetensors",
@@ -39,26 +39,26 @@ _OUR_FILES = (
 
 
 def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
-    """Write `data` to `path` so that a reader sees the old file or the new one, never a part.
+    """Writes a file so that readers see the old content or the new one, never a part.
 
-    Missing parent folders are created. A failure or a kill leaves the old file as it was.
+    Missing parent folders are created. After an error or a kill, the old file is unchanged.
 
     Args:
-        path: target file.
-        data: its whole content.
+        path: the file.
+        data: its new content.
 
     Returns:
         `path` as a `Path`.
 
     Raises:
-        TypeError: `data` is not bytes.
-        OSError: the folder cannot be written.
+        TypeError: if `data` is not bytes.
+        OSError: if the folder cannot be written.
     """
     if not isinstance(data, bytes):
-        raise TypeError(f"data must be bytes, got {type(data).__name__}")
+        raise TypeError(f"data: got {type(data).__name__}, expected bytes")
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Same folder, hence same filesystem: only there is the rename atomic.
+    # In the same folder, because renaming is atomic only within one file system.
     partial = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
     try:
         with open(partial, "xb") as file:
@@ -73,21 +73,21 @@ def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
 
 
 def atomic_write_text(path: str | os.PathLike[str], text: str) -> Path:
-    """`atomic_write_bytes` of `text` as UTF-8, line ends as given.
+    """Writes text as UTF-8 like `atomic_write_bytes`; line ends are kept.
 
     Args:
-        path: target file.
-        text: its whole content.
+        path: the file.
+        text: its new content.
 
     Returns:
         `path` as a `Path`.
 
     Raises:
-        TypeError: `text` is not a string.
-        OSError: the folder cannot be written.
+        TypeError: if `text` is not a string.
+        OSError: if the folder cannot be written.
     """
     if not isinstance(text, str):
-        raise TypeError(f"text must be a string, got {type(text).__name__}")
+        raise TypeError(f"text: got {type(text).__name__}, expected a string")
     return atomic_write_bytes(path, text.encode("utf-8"))
 
 
@@ -95,32 +95,35 @@ def atomic_write_text(path: str | os.PathLike[str], text: str) -> Path:
 def replace_directory(
     path: str | os.PathLike[str], replaces: Callable[[Path], Iterable[str]]
 ) -> Iterator[Path]:
-    """Yield an empty folder to fill; when the block ends it takes the place of `path` as a whole.
+    """Yields an empty folder to fill, and replaces `path` by it when the block ends.
 
-    The folder is filled as a hidden neighbour, `.<name>.saving.<random>`. Files of others in `path`
-    are then added to it as hard links (copies, where the file system has none). At last `path` is
-    renamed to `.<name>.previous`, the new folder to `path`, and the previous one is deleted.
-    Whenever the process is killed, the old or the new content is there whole: as `path`, or,
-    between the two renames, as `.<name>.previous`, where `whole_directory` finds it and from where
-    the next `replace_directory` takes it back. An exception leaves `path` as it was.
+    1. The caller fills a hidden neighbour, `.<name>.saving.<random>`.
+    2. Other files in `path` are added to it as hard links (as copies, if the file system does not
+       support hard links).
+    3. `path` is renamed to `.<name>.previous`, and the new folder to `path`.
+    4. The previous folder is deleted.
 
-    Several processes of one host may write into one folder: each fills its own, and they take
-    turns to put it in place, so that the last one's stays. They lock the folder that holds `path`
-    for that (see `sapt_fast.files.locks`, also for NFS). What a killed writer has left is deleted
-    by the next one; files and folders of others under such names are left alone.
+    If the process is killed, the old or the new content is complete: at `path`, or, between the two
+    renames, at `.<name>.previous`. `whole_directory` finds it, and the next `replace_directory`
+    restores it. After an exception, `path` is unchanged.
+
+    Several processes of one host may write into one folder. Each fills its own, and they take turns
+    at replacing `path`; the last one wins. For this they lock the parent of `path` (see
+    `sapt_fast.files.locks`, also for NFS). The next writer deletes what a killed one has left.
+    Other files and folders with such names are not touched.
 
     Args:
-        path: target folder; a symbolic link is followed. Missing parents are created.
-        replaces: given an existing folder, the files (relative paths) that an earlier call wrote
-            into it and that are not carried over; may raise.
+        path: the folder; a symbolic link is followed. Missing parents are created.
+        replaces: called with an existing folder; returns the files (relative paths) that an
+            earlier call wrote into it, which are not kept; may raise.
 
     Raises:
-        ValueError: `path` is a mount point, or is or holds the working directory, none of which
-            can be renamed.
-        NotADirectoryError: `path` is a file.
-        FileExistsError: a file of others has the name of a new one.
-        TimeoutError: another process keeps the lock for longer than any save takes.
-        OSError: the folder cannot be written.
+        ValueError: if `path` is a mount point, the working directory or a parent of it, which
+            cannot be renamed.
+        NotADirectoryError: if `path` is a file.
+        FileExistsError: if another file has the name of a new one.
+        TimeoutError: if another process keeps the lock for two minutes.
+        OSError: if the folder cannot be written.
     """
     target = Path(os.path.realpath(path))
     require_replaceable(target)
@@ -132,7 +135,7 @@ def replace_directory(
             set(replaces(target))  # raises before anything is written
         fresh = _hidden(target, "saving", secrets.token_hex(6))
         fresh.mkdir()
-        writing = FolderLock(fresh)  # by which others see that its writer lives
+        writing = FolderLock(fresh)  # shows others that its writer is alive
         writing.acquire()
     try:
         yield fresh
@@ -150,27 +153,33 @@ def replace_directory(
 
 
 def require_replaceable(path: str | os.PathLike[str]) -> None:
-    """Raises as `replace_directory` does for a path that it can never replace."""
+    """Checks that `replace_directory` could replace a path.
+
+    Raises:
+        ValueError: if it is a mount point, the working directory or a parent of it.
+        NotADirectoryError: if it is a file.
+    """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"directory: {target} is a file, expected a folder")
     if os.path.ismount(target) or Path.cwd().is_relative_to(target):
         raise ValueError(
-            f"directory: {target} is a mount point or the working directory (or holds it) and "
-            "cannot be replaced; choose a folder inside it"
+            f"directory: {target} cannot be replaced, because it is a mount point, the working "
+            "directory or a parent of it; choose a folder inside it"
         )
 
 
 def whole_directory(path: str | os.PathLike[str], file: str) -> Path:
-    """The folder to read for `path`: itself, or what a `replace_directory` that was killed between
-    its renames has left beside it.
+    """Returns the folder to read for `path`.
+
+    It is `path`, or the previous folder if a `replace_directory` was killed between its renames.
 
     Args:
-        path: a folder.
-        file: the name of a file that a whole folder has.
+        path: the folder.
+        file: the name of a file that every complete folder contains.
 
     Raises:
-        FileNotFoundError: the folder or the file is missing.
+        FileNotFoundError: if the folder or the file is missing.
     """
     target = Path(os.path.realpath(path))
     for _ in range(_TRIES):
@@ -181,11 +190,11 @@ def whole_directory(path: str | os.PathLike[str], file: str) -> Path:
             break
         if previous is not None and not _is_saved_now(target.parent):
             logger.warning(
-                "%s: saving was interrupted; reading what was there, %s", target, previous
+                "%s: saving was interrupted; reading the previous content, %s", target, previous
             )
             return previous
         time.sleep(0.001)
-    if (target / file).is_file():  # put in place between the looks
+    if (target / file).is_file():  # replaced between the checks
         return target
     raise FileNotFoundError(f"{target / file if target.exists() else target} is missing")
 
@@ -193,17 +202,20 @@ def whole_directory(path: str | os.PathLike[str], file: str) -> Path:
 def read_directory(
     path: str | os.PathLike[str], file: str, read: Callable[[Path], _Content]
 ) -> _Content:
-    """What `read` makes of the folder `whole_directory(path, file)`, all from one state of it.
+    """Reads the folder `whole_directory(path, file)` in one consistent state.
 
-    Where a `replace_directory` puts another folder in its place in the meantime, it is read again.
+    If a `replace_directory` replaces the folder in the meantime, it is read again.
 
     Args:
         path, file: as in `whole_directory`.
-        read: reads the files of the folder that it is given.
+        read: reads the files of a folder and returns the result.
+
+    Returns:
+        The return value of `read`.
 
     Raises:
         FileNotFoundError: as `whole_directory`.
-        Exception: whatever `read` raises of a folder that stayed in place.
+        Exception: any exception of `read`, if the folder was not replaced.
     """
     for _ in range(_TRIES):
         folder = whole_directory(path, file)
@@ -211,7 +223,7 @@ def read_directory(
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except FileNotFoundError:
             continue
-        try:  # the open folder keeps its inode number from being given to another
+        try:  # while the folder is open, its inode number is not reused
             content = read(folder)
             if _is_still(folder, descriptor):
                 return content
@@ -229,7 +241,7 @@ def _hidden(target: Path, kind: str, mark: str = "") -> Path:
 
 
 def _marked(target: Path, kind: str) -> list[Path]:
-    """Folders with a hidden name that only `replace_directory` gives."""
+    """Returns folders with a hidden name of `replace_directory`."""
     name = re.compile(re.escape(_hidden(target, kind).name) + r"\.[0-9a-f]{12}")
     try:
         found = [entry.name for entry in os.scandir(target.parent) if name.fullmatch(entry.name)]
@@ -240,12 +252,12 @@ def _marked(target: Path, kind: str) -> list[Path]:
 
 
 def _previous_ones(target: Path) -> list[Path]:
-    """Where the previous content may be after a kill."""
+    """Returns folders that may have the previous content after a kill."""
     return [_hidden(target, "previous"), *_marked(target, "previous")]
 
 
 def _is_saved_now(parent: Path) -> bool:
-    """Whether a process is just putting a folder in place."""
+    """Returns whether a process is replacing a folder of this parent now."""
     try:
         lock = FolderLock(parent)
     except OSError:
@@ -271,7 +283,7 @@ def _put_in_place(fresh: Path, target: Path, replaces: Callable[[Path], Iterable
     replaced = set(replaces(target))
     _carry_over(target, fresh, replaced)
     previous = _hidden(target, "previous")
-    # Without files of ours it could not be told from a folder of someone else's.
+    # A folder without our files could not be recognised later.
     if os.path.lexists(previous) or not replaced:
         previous = _hidden(target, "previous", secrets.token_hex(6))
     os.rename(target, previous)
@@ -285,7 +297,7 @@ def _put_in_place(fresh: Path, target: Path, replaces: Callable[[Path], Iterable
 
 
 def _recover(target: Path, replaces: Callable[[Path], Iterable[str]]) -> None:
-    """Takes back or deletes what killed writers have left; the parent is locked."""
+    """Restores or deletes what killed writers have left; the parent is locked."""
     for path in _marked(target, "saving"):
         lock = FolderLock(path)
         if lock.acquire() is True:
@@ -297,7 +309,7 @@ def _recover(target: Path, replaces: Callable[[Path], Iterable[str]]) -> None:
             continue
         ours = _files_of(previous, replaces)
         if previous == shared and not ours:
-            continue  # someone else's
+            continue  # not ours
         if target.exists():
             _carry_over(previous, target, set(ours), keep=True)
             _discard(previous, target)
@@ -315,7 +327,7 @@ def _files_of(folder: Path, replaces: Callable[[Path], Iterable[str]]) -> list[s
 
 
 def _delete_shared_leftover(target: Path) -> None:
-    """Deletes `.<name>.saving` of an earlier version, if nothing in it is someone else's."""
+    """Deletes `.<name>.saving` of an earlier version, if it contains only our files."""
     folder = _hidden(target, "saving")
     if not folder.is_dir() or folder.is_symlink():
         return
@@ -331,14 +343,14 @@ def _delete_shared_leftover(target: Path) -> None:
 
 
 def _discard(folder: Path, target: Path) -> None:
-    """Deletes a folder such that a part of it is never found under its own name."""
+    """Renames a folder before deleting it, so that its name never refers to a part of it."""
     waste = _hidden(target, "saving", secrets.token_hex(6))
     os.rename(folder, waste)
     shutil.rmtree(waste, ignore_errors=True)
 
 
 def _carry_over(source: Path, target: Path, left_out: set[str], *, keep: bool = False) -> None:
-    """Adds a folder's files to another; one that exists there stays if `keep`, else raises."""
+    """Adds a folder's files to another; an existing file is kept if `keep`, else it raises."""
     for folder, folders, names in os.walk(source):
         relative = Path(folder).relative_to(source)
         links = [name for name in folders if Path(folder, name).is_symlink()]
@@ -351,7 +363,7 @@ def _carry_over(source: Path, target: Path, left_out: set[str], *, keep: bool = 
                     continue
                 raise FileExistsError(
                     f"directory: {source / relative / name} has the name of a file to be saved; "
-                    "move it away or choose another folder"
+                    "move it, or choose another folder"
                 )
             copy.parent.mkdir(parents=True, exist_ok=True)
             _link(Path(folder, name), copy)
@@ -362,7 +374,7 @@ def _carry_over(source: Path, target: Path, left_out: set[str], *, keep: bool = 
 def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target, follow_symlinks=False)
-    except OSError:  # no hard links here, or none to this file
+    except OSError:  # no hard links on this file system, or none to this file
         shutil.copy2(source, target, follow_symlinks=False)
 
 

@@ -1,8 +1,8 @@
-"""Locks between the processes and threads of one host, held on folders (flock).
+"""Locks folders between the processes and threads of one host (flock).
 
-They cost no file, end with their process however that ends, and are advisory. Over NFS and other
-file systems that have no flock for folders nothing is locked: there only one process at a time may
-write into a folder.
+The locks need no file, are advisory, and end with their process, even if it is killed. NFS and some
+other file systems do not support flock on folders. On these nothing is locked, so only one process
+at a time may write into a folder.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # no POSIX
+except ImportError:  # not on POSIX
     fcntl = None  # type: ignore[assignment]
 
 __all__ = ["FolderLock", "locked"]
 
 logger = logging.getLogger(__name__)
 
-_PATIENCE = 120.0  # seconds; what is done under a lock takes milliseconds
-_SILENT = 1.0  # seconds to wait without saying so
+_PATIENCE = 120.0  # seconds; work under a lock takes milliseconds
+_SILENT = 1.0  # seconds to wait before a message is logged
 
 
 class FolderLock:
-    """An exclusive lock on a folder, which it keeps if the folder is renamed.
+    """An exclusive lock on a folder, which is kept if the folder is renamed.
 
     Args:
-        folder: exists.
+        folder: an existing folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -39,10 +39,11 @@ class FolderLock:
         self._descriptor: int | None = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def acquire(self) -> bool | None:
-        """Takes the lock if it is free.
+        """Acquires the lock if it is free.
 
         Returns:
-            True with the lock, False if another holds it, None where there are no locks.
+            True if acquired, False if another process or thread has it, None if locks are not
+            supported.
         """
         if fcntl is None or self._descriptor is None:
             return None
@@ -55,7 +56,7 @@ class FolderLock:
         return True
 
     def holder(self) -> str:
-        """Who holds the lock, as far as the kernel says."""
+        """Returns a description of the process that has the lock, if the kernel names it."""
         status = os.stat(self.folder)
         place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
         try:
@@ -68,7 +69,7 @@ class FolderLock:
         return "another process"
 
     def release(self) -> None:
-        """Gives the lock back, if it was taken, and closes the folder."""
+        """Releases the lock, if it was acquired, and closes the folder."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -76,14 +77,14 @@ class FolderLock:
 
 @contextmanager
 def locked(folder: Path, purpose: str) -> Iterator[None]:
-    """Holds the lock of a folder; waits for it if another holds it.
+    """Returns a context that has the lock of a folder; waits until it is free.
 
     Args:
-        folder: exists.
-        purpose: what it is for, for messages.
+        folder: an existing folder.
+        purpose: what the lock is for, at the beginning of messages.
 
     Raises:
-        TimeoutError: if it is not free after two minutes; the message says who holds it.
+        TimeoutError: if it is not free after two minutes; the message names the other process.
     """
     lock = FolderLock(folder)
     try:
@@ -96,7 +97,9 @@ def locked(folder: Path, purpose: str) -> Iterator[None]:
                     f"{folder}"
                 )
             if waited > _SILENT and not said:
-                logger.warning("%s: waiting for %s, which saves there", purpose, lock.holder())
+                logger.warning(
+                    "%s: waiting for %s, which is saving in %s", purpose, lock.holder(), folder
+                )
                 said = True
             time.sleep(0.005 if waited < _SILENT else 0.1)
         yield

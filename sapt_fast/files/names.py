@@ -1,4 +1,4 @@
-"""Names of tasks and rows, which become folders: fit for every file system, and distinct there."""
+"""Checks names of tasks and runs, which become folders, for all file systems."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ __all__ = ["is_safe_name", "require_folder_name"]
 
 _LONGEST = 255  # bytes of a name in a folder
 
-# Files of ours, of transformers and of its Trainer that are saved beside the tasks' folders; those
-# of tensors in any number.
+# Files of ours, of transformers and of its Trainer that are saved beside the tasks' folders. Tensor
+# files may have any name with the ending below.
 _RESERVED = frozenset(
     {
         "sapt_config.json",
@@ -43,14 +43,14 @@ _RESERVED_END = ".safetensors"
 def require_folder_name(
     said: str, name: object, others: Iterable[str] = (), *, appended: int = 0
 ) -> None:
-    """Raises ValueError unless `name` can be a new folder beside `others`, wherever it is copied.
+    """Raises ValueError unless `name` can be a new folder beside `others` on any file system.
 
     Args:
-        said: how the message begins, such as "name: got".
+        said: the beginning of the message, such as "name: got".
         name: the name.
-        others: names that are taken. File systems exist that see no difference between upper and
-            lower case, or between two spellings of one accented letter; neither do we.
-        appended: bytes that are added to the name where it is used.
+        others: existing names. Names that differ only in case, or in the encoding of an accented
+            letter, count as equal, because they are on some file systems.
+        appended: number of bytes that will be appended to the name.
     """
     problem = _problem(name, appended)
     if problem is None:
@@ -62,13 +62,11 @@ def require_folder_name(
         elif same is not None:
             problem = f"is the same folder as {same!r} on file systems that ignore case or spelling"
     if problem is not None:
-        raise ValueError(
-            f"{said} {_shown(name)}, expected a name fit for a folder: this one {problem}"
-        )
+        raise ValueError(f"{said} {_shown(name)}, expected a valid folder name: this one {problem}")
 
 
 def is_safe_name(name: object) -> bool:
-    """Whether a name that a file states is a single folder here; less than what new names need."""
+    """Returns whether a stored name is a single folder; new names must meet more conditions."""
     if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
         return False
     try:
@@ -79,13 +77,13 @@ def is_safe_name(name: object) -> bool:
 
 def _problem(name: object, appended: int) -> str | None:
     if not isinstance(name, str):
-        return "is no string"
+        return "is not a string"
     if not name.strip():
         return "is empty"
     try:
         size = len(name.encode())
     except UnicodeEncodeError:
-        return "has characters that UTF-8 cannot hold"
+        return "has characters that UTF-8 cannot encode"
     if size > _LONGEST - appended:
         return f"has {size} bytes in UTF-8, more than {_LONGEST - appended}"
     if "/" in name or "\\" in name:
@@ -102,7 +100,7 @@ def _problem(name: object, appended: int) -> str | None:
 
 
 def _folded(name: str) -> str:
-    """Equal for names that are one on some file system."""
+    """Returns a form that is equal for names that some file system does not distinguish."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
 
 

@@ -1,4 +1,4 @@
-"""Reading files that may be damaged or hostile: regular files, bounded sizes, strict JSON."""
+"""Reads files that may be damaged or hostile: regular files up to a limit, strict JSON."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any, BinaryIO
 
 __all__ = ["CONFIG_BYTES", "DATA_BYTES", "open_regular", "parse_json", "read_bytes", "read_json"]
 
-CONFIG_BYTES = 2**28  # of a file of settings: far above what thousands of tasks and layers need
-DATA_BYTES = 2**34  # of a file of training data
+CONFIG_BYTES = 2**28  # limit of a settings file, more than thousands of tasks and layers need
+DATA_BYTES = 2**34  # limit of a file of training data
 
 _JSON_STARTS = b'{["-0123456789tfn'
 _HEAD = 4096
@@ -26,12 +26,12 @@ def open_regular(path: Path, limit: int) -> BinaryIO:
 
     Args:
         path: the file.
-        limit: the most bytes that it may have.
+        limit: its largest allowed size in bytes.
 
     Raises:
         FileNotFoundError: if it is missing.
-        ValueError: if it is a folder, a pipe or a device, which reading could block on, or is
-            larger than `limit`.
+        ValueError: if it is a folder, a pipe or a device, which could block.
+        ValueError: if it is larger than `limit`.
         OSError: if it cannot be read.
     """
     try:
@@ -56,28 +56,37 @@ def open_regular(path: Path, limit: int) -> BinaryIO:
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
-    """The content of a file; arguments and errors as `open_regular`."""
+    """Reads a file.
+
+    Args:
+        path: the file.
+        limit: its largest allowed size in bytes.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: as `open_regular`.
+    """
     with open_regular(path, limit) as file:
         return file.read(limit)
 
 
 def read_json(path: Path, limit: int = CONFIG_BYTES) -> Any:
-    """The content of a JSON file.
+    """Reads a JSON file.
 
     Args:
         path: the file.
-        limit: the most bytes that it may have.
+        limit: its largest allowed size in bytes.
 
     Raises:
         FileNotFoundError: if it is missing.
-        ValueError: if it is no regular file, too large, not UTF-8, no JSON, nested too deep, or
-            has a key twice, a number that JSON does not have (NaN, Infinity) or half of a
-            surrogate pair.
+        ValueError: if it is not a regular file, or too large.
+        ValueError: if it is not UTF-8, not JSON, or nested too deeply.
+        ValueError: if an object has a key twice.
+        ValueError: if it has NaN, Infinity, or half of a surrogate pair.
         OSError: if it cannot be read.
     """
     with open_regular(path, limit) as file:
         head = file.read(_HEAD)
-        # Of a huge file of something else, the first bytes say so.
+        # The first bytes show that a huge file is not JSON.
         if head.strip() and head.strip()[:1] not in _JSON_STARTS:
             raise ValueError(
                 f"{path}: broken JSON at line 1, column 1: it begins with {head.strip()[:8]!r}; is "
@@ -88,14 +97,22 @@ def read_json(path: Path, limit: int = CONFIG_BYTES) -> Any:
 
 
 def parse_json(data: bytes, path: str | os.PathLike[str]) -> Any:
-    """The content of JSON text; errors as `read_json`, naming `path`."""
+    """Parses JSON.
+
+    Args:
+        data: the content of a file.
+        path: the file, for messages.
+
+    Raises:
+        ValueError: as `read_json`.
+    """
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 at byte {error.start}: {error.reason}") from error
     try:
         content = json.loads(text, object_pairs_hook=_distinct, parse_constant=_no_number)
-        if _SURROGATE.search(text):  # half of a pair is no character: it could not be printed
+        if _SURROGATE.search(text):  # half of a pair could not be printed
             json.dumps(content, ensure_ascii=False).encode("utf-8")
         return content
     except json.JSONDecodeError as error:
@@ -104,9 +121,9 @@ def parse_json(data: bytes, path: str | os.PathLike[str]) -> Any:
             f"(character {error.pos} of {len(text)}): {error.msg}; is it truncated?"
         ) from error
     except ValueError as error:
-        raise ValueError(f"{path}: no JSON ({error})") from error
+        raise ValueError(f"{path}: not JSON ({error})") from error
     except RecursionError as error:
-        raise ValueError(f"{path}: nested too deep for JSON of ours") from error
+        raise ValueError(f"{path}: nested too deeply") from error
 
 
 def _require_regular(path: Path, mode: int) -> None:
@@ -124,9 +141,9 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f"the key {twice[:80]!r} stands twice in one object")
+        raise ValueError(f"an object has the key {twice[:80]!r} twice")
     return found
 
 
 def _no_number(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")

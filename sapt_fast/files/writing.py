@@ -1,4 +1,4 @@
-"""Writing JSON files."""
+"""Writes JSON files."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ __all__ = ["write_json"]
 
 
 def write_json(path: str | os.PathLike[str], data: Any) -> Path:
-    """Writes standard JSON, indented and atomically; nan and infinities become null.
+    """Writes standard JSON, indented and atomically; NaN and infinities become null.
 
     Args:
-        path: target file.
+        path: the file.
         data: mappings with string keys, sequences, numbers, strings, None, paths and numpy values.
 
     Returns:
         `path` as a `Path`.
 
     Raises:
-        TypeError: if JSON has no such value.
+        TypeError: if JSON does not support a value.
     """
     text = json.dumps(_plain(data), indent=2, ensure_ascii=False, allow_nan=False)
     return atomic_write_text(path, text + "\n")
@@ -37,7 +37,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
-                raise TypeError(f"data: got the key {key!r}, expected strings")
+                raise TypeError(f"data: got the key {key!r}, expected a string")
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (np.ndarray, np.generic)):
         return _plain(value.tolist())

@@ -1,1 +1,1 @@
-"""The published methods, each a config and a stateless forward over the ops."""
+"""Methods from papers; each is a config and a handle."""

@@ -1,9 +1,15 @@
-"""What a method is: the protocol that patching, saving and training see, whatever it computes.
+"""The protocol of a method, which patching, saving and training use.
 
-A method has a config (a dataclass) and a handle (a module of the model, `model.<attribute>`). The
-handle says where the method touches the model, puts its pools there, computes its weights once
-above the layers if it has any, grows, and hands out what a saved folder must hold. To add one,
-write both in one file and name the handle in `sapt_fast.methods.registry.METHODS`.
+A method consists of a config (a dataclass) and a handle (a module of the model,
+`model.<attribute>`). The handle:
+
+- names the places that the method changes, and attaches its pools to them;
+- computes the mixture weights of a forward before the layers run, if the method has weights;
+- adds tasks;
+- returns the tensors and values that a saved folder must contain.
+
+To add a method, write its config and handle in one file and add the handle to
+`sapt_fast.methods.registry.METHODS`.
 """
 
 from __future__ import annotations
@@ -26,22 +32,22 @@ __all__ = ["Handle", "follow", "handles", "require_held"]
 
 
 class Handle(Own, nn.Module):
-    """What a user holds of a method on a model: `model.<attribute>`.
+    """The base class of the handles, `model.<attribute>`, by which users control a method.
 
     Args:
-        model: not changed before `attach` and `install`.
-        config: of the method.
-        report: what `sites` returned.
+        model: the model to patch; only `attach` and `install` change it.
+        config: the method's config.
+        report: the return value of `sites`.
 
     Attributes:
         Config: the class of the config.
-        method: the name by which folders and messages know the method.
-        attribute: the name of the handle on the model, no other method's.
-        site: the kind of place that it touches. Two methods may not touch one place in one way.
-        freezes: whether the base model's parameters are frozen while it is patched.
-        unfrozen_before: the names of those that were not frozen before.
-        routing: the weights of the running forward; None for a method whose layers look up by
-            themselves.
+        method: the method's name in saved folders and messages.
+        attribute: the handle's name on the model. Methods that share it exclude each other.
+        site: the kind of place that the method changes. Two methods of one kind may not change
+            the same place.
+        freezes: whether the base model's parameters are frozen while the model is patched.
+        unfrozen_before: names of the parameters that required a gradient before `patch`.
+        routing: the weights of the running forward; None for a method without mixture weights.
     """
 
     Config: ClassVar[type[MethodConfig[Any]]]
@@ -65,21 +71,25 @@ class Handle(Own, nn.Module):
 
     @property
     def report(self) -> PatchReport:
-        """What was patched, what was not and why."""
+        """The layers that were patched, and those that were not, with the reasons."""
         return self._report
 
     @property
     def tasks(self) -> list[str]:
-        """Names of what was added, oldest first."""
+        """The names of the tasks (edits, experts), oldest first."""
         return self._tasks
 
     # --- the protocol ---
 
     @classmethod
     def sites(cls, model: Any, config: Any) -> PatchReport:
-        """The places that the method touches, and the reason for each that it skips.
+        """Returns the places that the method will change, and the reason for each skipped one.
 
-        Nothing changes.
+        Changes nothing.
+
+        Args:
+            model: the model to patch.
+            config: the method's config.
 
         Raises:
             ValueError: if the method cannot work on this model.
@@ -87,39 +97,43 @@ class Handle(Own, nn.Module):
         raise NotImplementedError
 
     def attach(self, path: str) -> None:
-        """Puts the method's pool, codebook or bank at one of the places in `report.patched`."""
+        """Adds the method's pool, codebook or bank to one of the places in `report.patched`."""
         raise NotImplementedError
 
     def detach(self, path: str) -> None:
-        """Undoes `attach`; the model is as before there."""
+        """Undoes `attach`."""
         raise NotImplementedError
 
     def signal(self, **inputs: Tensor | None) -> Tensor | None:
-        """What is computed once above the layers, for all of them: mixture weights [B, K].
+        """Computes the mixture weights of a forward, once for all layers.
 
         Args:
-            **inputs: input_ids, inputs_embeds, attention_mask and labels of a forward.
+            **inputs: input_ids, inputs_embeds, attention_mask and labels of the forward.
 
         Returns:
-            None for methods whose layers look up by themselves.
+            Weights [B, K]; None for methods without mixture weights.
         """
         return None
 
     def grow(self, name: str, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Adds what the next task, edit or expert needs; it trains, what was there freezes.
+        """Adds the next task, edit or expert; it trains, and the earlier ones freeze.
 
         Args:
-            name: of what is added.
-            optimizer: gets the new parameters, with fresh state, in place of those before.
+            name: the name of the task, edit or expert.
+            optimizer: in it, the new parameters replace those of the previous task, with fresh
+                state.
         """
         raise NotImplementedError
 
     def stored(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What a saved folder holds: named tensors, and values that JSON can express."""
+        """Returns the content of a saved folder: named tensors, and values that JSON supports."""
         raise NotImplementedError
 
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Takes over what `stored` gave, into a handle without tasks.
+        """Copies what `stored` returned into a handle without tasks.
+
+        Args:
+            tensors, values: the return values of `stored`.
 
         Raises:
             ValueError: if something is missing or has another shape; nothing has changed then.
@@ -130,7 +144,7 @@ class Handle(Own, nn.Module):
 
     @property
     def slot(self) -> str:
-        """The name that modules which `attach` adds to a layer have there."""
+        """The attribute name of the modules that `attach` adds to layers."""
         return f"sapt_{self.attribute}"
 
     @property
@@ -143,15 +157,15 @@ class Handle(Own, nn.Module):
         self.files.install()
 
     def remove(self) -> None:
-        """Takes the hooks away; called by `unpatch` before anything is detached."""
+        """Removes the hooks; called by `unpatch` before anything is detached."""
         self.files.remove()
 
     def places(self) -> list[str]:
-        """Where `attach` was called, as far as the model still has it."""
+        """Returns the paths for which `attach` was called and that still exist."""
         return self.report.patched
 
     def require_own(self) -> None:
-        """Raises ValueError if another library has replaced what `attach` put there."""
+        """Raises ValueError if another library has replaced what `attach` added."""
 
     def require_removable(self) -> None:
         """Raises ValueError if another library has replaced a method that `install` put there."""
@@ -159,7 +173,7 @@ class Handle(Own, nn.Module):
             self.routing.require_removable()
 
     def leave(self) -> None:
-        """Takes the method off the model: hooks, what was attached, and this handle."""
+        """Removes the method from the model: its hooks, pools and handle."""
         places = self.places()
         self.remove()
         for path in places:
@@ -172,7 +186,7 @@ class Handle(Own, nn.Module):
             self.routing.require_unmerged()
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters that training updates."""
+        """Returns the parameters that training updates."""
         return (p for p in self._model.parameters() if p.requires_grad)
 
     def save_pretrained(
@@ -181,14 +195,15 @@ class Handle(Own, nn.Module):
         """Saves the method's tensors and settings into a folder, beside those of other methods.
 
         Args:
-            directory: what an earlier call wrote there is replaced as a whole, other files stay.
-            is_main_process: whether this process writes; None if it calls (of a sharded model, for
-                which all processes must call: rank 0 alone).
+            directory: the folder. The files of an earlier call are replaced together; other files
+                stay.
+            is_main_process: whether this process writes. None: every process that calls writes;
+                for a sharded model, all processes must call, and only rank 0 writes.
 
         Raises:
-            ValueError: if the directory cannot be replaced or holds damaged files.
-            FileExistsError: if a file that this method has not written is in the way.
-            OSError: if it cannot be written; it is then as it was.
+            ValueError: if the directory cannot be replaced or contains damaged files.
+            FileExistsError: if a file with the name of a new one was not written by this method.
+            OSError: if the directory cannot be written; its content is then unchanged.
         """
         self.save(directory, is_main_process=is_main_process)
 
@@ -199,27 +214,36 @@ class Handle(Own, nn.Module):
         is_main_process: bool | None = None,
         state: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """`save_pretrained`, with values from a state_dict of the model if one is given."""
+        """Saves as `save_pretrained` does, with the values of a state_dict.
+
+        Args:
+            directory, is_main_process: as in `save_pretrained`.
+            state: the model's state_dict, whose values are saved; None for the current values.
+        """
         for one in handles(self._model):  # the base model is recognised by its weights
             one.require_unmerged()
         tensors, values = self.stored()
         write_method(self, directory, tensors, values, is_main_process)
 
     def restore_values(self, directory: str | os.PathLike[str]) -> None:
-        """Gives the tasks that the model has the values that they have in a saved folder."""
+        """Sets the model's tasks to the values in a saved folder.
+
+        Raises:
+            RuntimeError: if the method cannot be restored this way.
+        """
         raise RuntimeError(
-            f"{directory}: holds {self.method} beside the model; load both by from_pretrained and "
-            "sapt_fast.load_pretrained"
+            f"{directory}: contains {self.method} together with the model, which cannot be loaded "
+            "into a patched model; load both with from_pretrained and sapt_fast.load_pretrained"
         )
 
 
 def handles(model: nn.Module) -> list[Handle]:
-    """The handles of a model, in the order in which its methods were patched."""
+    """Returns the handles of a model, in the order in which its methods were patched."""
     return [child for child in model.children() if isinstance(child, Handle)]
 
 
 def require_held(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
-    """Raises ValueError unless an optimizer has one of these parameters."""
+    """Raises ValueError unless an optimizer contains one of these parameters."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if held.isdisjoint(map(id, parameters)):
         raise ValueError(
@@ -231,11 +255,12 @@ def require_held(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter
 def follow(
     optimizer: torch.optim.Optimizer, before: list[nn.Parameter], after: list[nn.Parameter]
 ) -> None:
-    """Puts parameters in the place of those that they follow, with fresh state.
+    """Replaces parameters of an optimizer by their successors, with fresh state.
 
     Args:
-        before: parameters of which the optimizer may hold some.
-        after: those that follow them, in the same order; further ones go to the first group.
+        optimizer: contains some or all of `before`.
+        before: the parameters to replace.
+        after: their successors, in the same order; further ones are added to the first group.
     """
     successor = {id(old): new for old, new in zip(before, after, strict=False)}
     for group in optimizer.param_groups:
@@ -243,5 +268,5 @@ def follow(
             if id(old) in successor:
                 optimizer.state.pop(old, None)
         group["params"] = [successor.pop(id(p), p) for p in group["params"]]
-    # The first task's copies of modules follow none.
+    # The first task's copies of modules have no predecessors.
     optimizer.param_groups[0]["params"] += after[len(before) :]

@@ -15,25 +15,29 @@ _Config = TypeVar("_Config", bound="MethodConfig[Any]")
 class MethodConfig(Generic[_Handle]):
     """The base class of the methods' configs, which are dataclasses.
 
-    Its parameter is the type of the handle, by which `sapt_fast.handle(model, Config)` is typed.
+    The type parameter is the handle's class, which `sapt_fast.handle(model, Config)` returns.
     """
 
     @property
     def method(self) -> str:
-        """The name of the method, as `sapt_fast.methods.registry.METHODS` has it."""
+        """The name of the method in `sapt_fast.methods.registry.METHODS`."""
         raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dict; `from_dict` gives the config back."""
+        """Returns the fields as a JSON-ready dict, which `from_dict` reads."""
         settings: Any = self
         return asdict(settings)
 
     @classmethod
     def from_dict(cls: type[_Config], values: Mapping[str, Any]) -> _Config:
-        """The config with these values.
+        """Builds a config from a dict of its fields.
+
+        Args:
+            values: field values by name; missing fields have their defaults.
 
         Raises:
-            ValueError: if a field is unknown, or a value is out of range.
+            ValueError: if a field is unknown.
+            ValueError: if a value is out of range.
         """
         settings: Any = cls
         known = {f.name for f in fields(settings)}

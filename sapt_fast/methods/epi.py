@@ -1,4 +1,4 @@
-"""EPI: a private adapter for each task; the nearest Gaussian tells which one an input gets.
+"""EPI: each task has a private adapter; each input uses the adapter of the nearest Gaussian.
 
 Wang et al., "Rehearsal-free Continual Language Learning via Efficient Parameter Isolation", ACL
 2023.
@@ -23,18 +23,18 @@ __all__ = ["EpiConfig", "EpiHandle"]
 
 @dataclass
 class EpiConfig(TaskConfig["EpiHandle"]):
-    """How the adapters are shaped and placed; fields of the router have no effect."""
+    """Shape and placement of the adapters; the fields of the router have no effect."""
 
     shrinkage: float = field(
-        default=0.1, metadata={"help": "Share of the identity in the covariance, in (0, 1]."}
+        default=0.1, metadata={"help": "Weight of the identity in the covariance, in (0, 1]."}
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # A prompt is there even with weight zero, so features would not be the backbone's own.
-        expected = "'lora', without which the features are taken"
+        # A prompt of weight zero would still change the features of the backbone.
+        expected = "'lora': features are computed without adapters"
         require(self.adapter == "lora", "adapter", self.adapter, expected)
-        require(0 < self.shrinkage <= 1, "shrinkage", self.shrinkage, "a share in (0, 1]")
+        require(0 < self.shrinkage <= 1, "shrinkage", self.shrinkage, "a number in (0, 1]")
 
     @property
     def method(self) -> str:
@@ -43,23 +43,26 @@ class EpiConfig(TaskConfig["EpiHandle"]):
 
 
 class EpiHandle(SaptHandle):
-    """`SaptHandle` whose inputs each get the adapter of one task, chosen without parameters.
+    """`SaptHandle` that uses one task's adapter for each input, chosen without parameters.
 
-    Each learned task is a Gaussian over features of the frozen backbone, with a covariance common
-    to all tasks, and an input goes to
+    Each learned task is a Gaussian over features of the frozen backbone. All tasks share one
+    covariance. An input uses the adapter of the task at the smallest Mahalanobis distance:
 
-        argmin_k (h(x) - mu_k)^T Sigma^-1 (h(x) - mu_k),  the least Mahalanobis distance.
+        argmin_k (h(x) - mu_k)^T Sigma^-1 (h(x) - mu_k)
 
-    The paper leaves open, and this class chooses: h is the mean over the prompt's tokens of the
-    last hidden states (of the encoder, where there is one) without any adapter; Sigma is the pooled
-    within-task covariance of all rows, mixed with `shrinkage` times the identity of equal trace,
-    since there may be fewer rows than features.
+    The paper leaves two details open. Our choices:
+
+    - h is the mean of the last hidden states over the prompt's tokens, without any adapter. The
+      hidden states are the encoder's, if the model has an encoder.
+    - Sigma is the within-task covariance of all examples, mixed with `shrinkage` times the identity
+      of equal trace, because there may be fewer examples than features.
 
     `fit` ends a task. Until then its adapter is used for every input.
 
     Attributes:
-        means: [K, D] float64 of the tasks that were fitted. scatter: [D, D], summed over rows
-            around the mean of their task. rows: how many there were, a scalar.
+        means: [K, D] float64, of the fitted tasks.
+        scatter: [D, D] float64, summed over examples around the mean of their task.
+        rows: scalar int64, the number of examples.
     """
 
     Config = EpiConfig
@@ -82,14 +85,14 @@ class EpiHandle(SaptHandle):
         self.restore_state({})
 
     def signal(self, **inputs: Tensor | None) -> Tensor:
-        """One-hot weights [B, K], or [1, K] while the newest task is being learned."""
+        """Returns one-hot weights [B, K], or [1, K] while the newest task is being learned."""
         count = len(self.tasks)
         if len(self.means) < count:
             newest = torch.tensor([count - 1], device=self._device)
             return F.one_hot(newest, count).float()
         ids = inputs.get("input_ids")
         if ids is None:
-            raise ValueError("input_ids: got None, expected [B, T], by which the task is chosen")
+            raise ValueError("input_ids: got None, expected [B, T]: they decide the task")
         given = inputs.get("attention_mask")
         mask = torch.ones_like(ids) if given is None else given
         chosen = self._of_prompt(given, inputs.get("labels"))
@@ -97,14 +100,14 @@ class EpiHandle(SaptHandle):
         return F.one_hot(self.distances(self.features(ids, mask)).argmin(1), count).float()
 
     def distances(self, features: Tensor) -> Tensor:
-        """Squared Mahalanobis distances [B, K] of features [B, D] to the tasks' means."""
+        """Returns squared Mahalanobis distances [B, K] of features [B, D] to the tasks' means."""
         precision, device = self._precision, features.device
         if precision is None or precision.device != device:  # no buffers: they stay float64
             parts = (self.means, self.scatter, self.rows)
             self.means, self.scatter, self.rows = (part.to(device) for part in parts)
             covariance = self.scatter / self.rows
             scale = covariance.diagonal().mean()
-            # With one row for each task nothing varies, and the nearest mean is chosen.
+            # With one example per task the covariance is zero, so the nearest mean is chosen.
             spherical = torch.where(scale > 0, scale, 1.0) * torch.eye(
                 len(covariance), dtype=covariance.dtype, device=covariance.device
             )
@@ -116,7 +119,7 @@ class EpiHandle(SaptHandle):
 
     @torch.no_grad()
     def features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """h(x) [B, D] of prompts [B, T], padded on either side."""
+        """Returns h(x) [B, D] of prompts [B, T], padded on either side."""
         ids, mask = _padded_right(input_ids, attention_mask)
         none = torch.zeros(len(self.tasks), device=ids.device)
         with self.routing.apart(), self.fixed(none):
@@ -130,10 +133,10 @@ class EpiHandle(SaptHandle):
 
     @torch.no_grad()
     def fit(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Takes the Gaussian of the newest task from its inputs.
+        """Fits the Gaussian of the newest task to its inputs.
 
         Args:
-            batches: ids [B, T] and mask [B, T] of prompts.
+            batches: (ids [B, T], mask [B, T]) of prompts.
 
         Raises:
             RuntimeError: if the tasks that have a Gaussian are not those before the newest one, or
@@ -155,11 +158,11 @@ class EpiHandle(SaptHandle):
         self._precision = None
 
     def state(self, held: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The Gaussians."""
+        """Returns the Gaussians: means [K, D], scatter [D, D] and count."""
         return {"means": self.means, "scatter": self.scatter, "count": self.rows}
 
     def restore_state(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over the Gaussians."""
+        """Sets the Gaussians from what `state` returned."""
         empty = torch.zeros(0, dtype=torch.float64)
         self.means = state.get("means", empty).to(self._device)
         self.scatter = state.get("scatter", empty).to(self._device)
@@ -170,7 +173,7 @@ class EpiHandle(SaptHandle):
     def require_state(
         cls, model: Any, config: Any, state: Mapping[str, Tensor], tasks: int, source: Path
     ) -> None:
-        """Raises ValueError unless there are Gaussians of one width."""
+        """Raises ValueError unless the state contains Gaussians of one width."""
         got = {name: state[name] for name in ("means", "scatter", "count") if name in state}
         shapes = {name: tuple(tensor.shape) for name, tensor in got.items()}
         first, last = (*shapes.get("means", ()), 0, 0)[:2]
@@ -189,7 +192,7 @@ def _described(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _padded_right(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Prompts [B, T'] whose tokens stand first, whatever side they were padded on."""
+    """Returns ids and mask [B, T'] with the padding on the right, whichever side it was on."""
     seen = attention_mask.bool()
     order = (~seen).to(torch.int8).argsort(dim=1, stable=True)
     if not torch.compiler.is_compiling():  # where no size may depend on values

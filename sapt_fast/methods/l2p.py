@@ -1,6 +1,6 @@
-"""L2P: every input picks prompts from one pool, by keys.
+"""L2P: every input selects prompts from one pool by their keys.
 
-Wang et al., "Learning to Prompt for Continual Learning", CVPR 2022; here for text.
+Wang et al., "Learning to Prompt for Continual Learning", CVPR 2022, adapted to text.
 """
 
 from __future__ import annotations
@@ -26,16 +26,20 @@ __all__ = ["L2pConfig", "L2pHandle"]
 class L2pConfig(ConcatenatedConfig["L2pHandle"]):
     """The pool of prompts, and how inputs pick from it.
 
-    Of the other fields `pooling`, `standardize_query` and `mask_padding` say how the query is
-    taken; those of LoRA and of SAPT's router have no effect. `prompt_length` is derived.
+    `pooling`, `standardize_query` and `mask_padding` apply to the query. The other fields of
+    LoRA and of SAPT's router have no effect. `prompt_length` is derived: `prompts * length`.
     """
 
-    prompts: int = field(default=10, metadata={"help": "M, the prompts of the pool."})
-    top: int = field(default=5, metadata={"help": "N, the prompts that an input gets."})
-    length: int = field(default=5, metadata={"help": "L_p, the rows of a prompt."})
-    strength: float = field(default=0.1, metadata={"help": "lambda, which draws keys to queries."})
+    prompts: int = field(default=10, metadata={"help": "M, number of prompts in the pool."})
+    top: int = field(default=5, metadata={"help": "N, number of prompts per input."})
+    length: int = field(default=5, metadata={"help": "L_p, number of rows of a prompt."})
+    strength: float = field(
+        default=0.1,
+        metadata={"help": "lambda, weight of the loss that moves selected keys to their queries."},
+    )
     diversified: bool = field(
-        default=True, metadata={"help": "In training, pass over prompts that past tasks used."}
+        default=True,
+        metadata={"help": "While training, prefer prompts that past tasks selected less often."},
     )
 
     def __post_init__(self) -> None:
@@ -54,22 +58,27 @@ class L2pConfig(ConcatenatedConfig["L2pHandle"]):
 
 
 class L2pHandle(ConcatenatedHandle):
-    """model.l2p: a pool of M prompts that all tasks train, of which each input gets N.
+    """`model.l2p`: a pool of M prompts that all tasks train, and of which each input uses N.
 
         L = CE(y | [P_s1; ...; P_sN; x]) - lambda (1 / B) sum_b sum_i cos(q(x_b), k_si)
 
     s are the N keys nearest to the query, by cosine distance g(q, k) = 1 - cos(q, k). Training
-    picks by g(q, k_m) h_m instead, h_m being the share of prompt m in all that past tasks picked
-    (frequency-diversified selection); prediction is by g alone. The defaults are those of the
-    PyTorch port.
+    selects by g(q, k_m) h_m instead, where h_m is the fraction of past tasks' selections that
+    chose prompt m (frequency-diversified selection). Prediction selects by g. The defaults are
+    those of the PyTorch port.
 
-    The paper is on images. This class takes as the query the pooled input embedding, frozen, in
-    place of a vision model's [CLS]; the model's own head predicts; h counts what a task's inputs
-    pick when it has ended (`count_picks`); each input has prompts of its own, without a vote of the
-    batch. `attention` holds the places [B, N] of the prompts.
+    The paper is about images. For text, this class differs in four points:
+
+    - the query is the pooled input embedding, frozen, instead of a vision model's [CLS];
+    - the model's own head predicts;
+    - `count_picks` counts the selections of a task's inputs once the task has ended;
+    - each input selects its own prompts; the batch does not vote.
+
+    `attention` contains the indices [B, N] of the selected prompts.
 
     Attributes:
-        prompt_keys: [M, D]. picked: [M] int64, how often past tasks picked each prompt.
+        prompt_keys: [M, D], in the embedding's dtype.
+        picked: [M] int64, how often past tasks selected each prompt.
 
     Example:
         >>> import sapt_fast, torch
@@ -105,7 +114,7 @@ class L2pHandle(ConcatenatedHandle):
         return top
 
     def add_task(self, name: str, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Makes the pool for the first task; later tasks train the same one."""
+        """Creates the pool for the first task; later tasks train the same pool."""
         if not self.tasks:
             super().add_task(name, optimizer)
 
@@ -122,17 +131,25 @@ class L2pHandle(ConcatenatedHandle):
         super().put_task(name, adapters, key, modules)
 
     def signal(self, **inputs: Tensor | None) -> Tensor:
-        """The places [B, N] of the prompts that inputs get."""
+        """Returns the indices [B, N] int64 of the prompts that inputs select."""
         return self.pick(self._query(**inputs), self._model.training)[1]
 
     def pick(self, query: Tensor, training: bool) -> tuple[Tensor, Tensor]:
-        """Cosines [B, N] and places [B, N] of the prompts for queries [B, D]."""
+        """Selects prompts for queries.
+
+        Args:
+            query: [B, D].
+            training: whether to apply frequency-diversified selection, if the config says so.
+
+        Returns:
+            Cosines [B, N], and the prompts' indices [B, N] int64.
+        """
         keys, top = self.prompt_keys, self.config.top
         if not (training and self.config.diversified and self.picked.any()):
             return topk_keys(query, keys, top, metric="cosine")
         cosines, places = topk_keys(query, keys, len(keys), metric="cosine")
         share = self.picked / self.picked.sum()
-        # Stable: among prompts that were never picked the nearest come first.
+        # Stable: among prompts that were never selected, the nearest are first.
         order = ((1 - cosines) * share[places]).argsort(dim=1, stable=True)[:, :top]
         return cosines.gather(1, order), places.gather(1, order)
 
@@ -142,20 +159,20 @@ class L2pHandle(ConcatenatedHandle):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> Tensor:
-        """The second term of the loss, which draws picked keys to their queries.
+        """Returns the loss's second term, which moves selected keys towards their queries.
 
         Args:
-            input_ids, attention_mask, labels: [B, T], as the model is given them.
+            input_ids, attention_mask, labels: [B, T], as passed to the model.
         """
         query = self._query(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
         return -self.config.strength * self.pick(query, True)[0].sum(1).mean()
 
     @torch.no_grad()
     def count_picks(self, batches: Any) -> None:
-        """Ends a task: adds what its inputs pick to `picked`.
+        """Ends a task: adds the selections of its inputs to `picked`.
 
         Args:
-            batches: iterable of ids [B, T] and mask [B, T] of prompts.
+            batches: iterable of (ids [B, T], mask [B, T]) of prompts.
         """
         picked = torch.zeros_like(self.picked)
         for ids, mask in batches:
@@ -175,13 +192,13 @@ class L2pHandle(ConcatenatedHandle):
         return pooled.to(self.prompt_keys.dtype)
 
     def state(self, held: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The keys, and how often each prompt was picked."""
+        """Returns the keys [M, D], and how often each prompt was selected [M]."""
         keys = (held or {}).get(f"{self.attribute}.prompt_keys", self.prompt_keys)
         return {"picked": self.picked, "keys": keys}
 
     @torch.no_grad()
     def restore_state(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over the keys and the counts."""
+        """Sets the keys and the counts from what `state` returned."""
         self.picked.copy_(state["picked"])
         self.prompt_keys.data = state["keys"].to(self.prompt_keys)
 

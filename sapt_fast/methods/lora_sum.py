@@ -19,7 +19,7 @@ __all__ = ["LoraSumConfig", "LoraSumHandle"]
 
 @dataclass
 class LoraSumConfig(TaskConfig["LoraSumHandle"]):
-    """How the adapters are shaped and placed; fields of the router have no effect."""
+    """Shape and placement of the adapters; the fields of the router have no effect."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -32,7 +32,7 @@ class LoraSumConfig(TaskConfig["LoraSumHandle"]):
 
 
 class LoraSumHandle(SaptHandle):
-    """`SaptHandle` whose adapters are added up; its router does not train.
+    """`SaptHandle` that sums its adapters; its router does not train.
 
     Example:
         >>> import sapt_fast, torch
@@ -50,5 +50,5 @@ class LoraSumHandle(SaptHandle):
     trains_router = False
 
     def signal(self, **inputs: Tensor | None) -> Tensor:
-        """Ones [1, K], for all inputs."""
+        """Returns ones [1, K], for all inputs."""
         return torch.ones(1, len(self.tasks), device=self._device)

@@ -1,4 +1,4 @@
-"""ProgPrompt: every task adds a prompt before those of the earlier tasks.
+"""ProgPrompt: every task inserts a prompt before those of the earlier tasks.
 
 Razdaibiedina et al., "Progressive Prompts: Continual Learning for Language Models", ICLR 2023.
 """
@@ -29,13 +29,13 @@ class ProgPromptConfig(ConcatenatedConfig["ProgPromptHandle"]):
 
 
 class ProgPromptHandle(ConcatenatedHandle):
-    """`PromptHandle` whose prompts all stand before every input, the newest first.
+    """`PromptHandle` that inserts all prompts before every input, the newest first.
 
         input = [P_t; P_{t-1}; ...; P_1; x]
 
-    The newest prompt trains, the earlier ones are frozen; each starts as random rows of the
-    vocabulary. The original code knows which task an input is of and takes the prompts up to that
-    one; here the task is not known. The optional reparametrisation by a residual MLP is left out.
+    The newest prompt trains; the earlier ones are frozen. Each starts as random rows of the
+    vocabulary. The authors' code knows an input's task and uses the prompts up to that task; here
+    the task is unknown. The optional reparametrisation by a residual MLP is not implemented.
     """
 
     Config = ProgPromptConfig
@@ -47,5 +47,5 @@ class ProgPromptHandle(ConcatenatedHandle):
         self.routing = PlacesRouting(model, self.signal, self._has_tasks, self._count, pool)
 
     def signal(self, **inputs: Tensor | None) -> Tensor:
-        """The places [1, K] of the prompts, for all inputs."""
+        """Returns the indices [1, K] int64 of the prompts, for all inputs."""
         return torch.arange(len(self.tasks) - 1, -1, -1, device=self._device)[None]

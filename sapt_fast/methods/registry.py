@@ -1,4 +1,4 @@
-"""The methods of sapt_fast, by the names that configs and saved folders have for them."""
+"""The methods of sapt_fast, by their names in configs and saved folders."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sapt_fast.methods.base import Handle
 
 __all__ = ["METHODS", "handle_type"]
 
-# Where the handle of each method is defined. A new method is one file and one row.
+# The module and class of each method's handle. A new method needs one file and one line here.
 METHODS: dict[str, str] = {
     "sapt": "sapt_fast.methods.sapt:SaptHandle",
     "sapt_prompt": "sapt_fast.methods.sapt_prompt:PromptHandle",
@@ -24,11 +24,11 @@ METHODS: dict[str, str] = {
 
 
 def handle_type(method: str, source: str | os.PathLike[str]) -> type[Handle]:
-    """The class of a method's handle.
+    """Returns the class of a method's handle.
 
     Args:
-        method: its name.
-        source: what names it, for the message.
+        method: the method's name.
+        source: the file or argument that contains the name, for the message.
 
     Raises:
         ValueError: if this version has no such method.

@@ -1,4 +1,4 @@
-"""SAPT: shared attention over learned keys chooses each input's mixture of adapters.
+"""SAPT: attention over learned keys computes each input's mixture of adapters.
 
 Zhao et al., "SAPT: A Shared Attention Framework for Parameter-Efficient Continual Learning of
 Large Language Models", ACL 2024.
@@ -41,9 +41,9 @@ __all__ = ["SaptConfig", "SaptHandle", "SaptRouter"]
 
 @dataclass
 class SaptConfig(TaskConfig["SaptHandle"]):
-    """How a model's adapters are shaped, placed and routed.
+    """Shape, placement and routing of a model's adapters.
 
-    The defaults work across backbones; `official` gives the settings of the original SAPT code.
+    The defaults work across backbones; `official` returns the settings of the original SAPT code.
 
     Example:
         >>> from sapt_fast import SaptConfig
@@ -56,20 +56,22 @@ class SaptConfig(TaskConfig["SaptHandle"]):
 
     @property
     def method(self) -> str:
-        """The name of the method: with `adapter="prompt"` the one whose tasks are prompts."""
+        """The name of the method: "sapt", or "sapt_prompt" with `adapter="prompt"`."""
         return "sapt_prompt" if self.adapter == "prompt" else "sapt"
 
     @classmethod
     def official(cls, model: str, benchmark: str) -> SaptConfig:
-        """The released settings, quirks included: padding is pooled, no gradient reaches inputs
-        through earlier adapters, plain max-pooling.
+        """Returns the settings of the original SAPT code, with its deviations from the paper.
+
+        It max-pools the embeddings, includes padding in the pooling, and passes no gradient to
+        inputs through earlier adapters.
 
         Args:
             model: "t5" or "llama".
             benchmark: "superni" or "long_sequence".
 
         Raises:
-            ValueError: there are no such settings.
+            ValueError: if there are no settings for this model and benchmark.
 
         Example:
             >>> from sapt_fast import SaptConfig
@@ -105,10 +107,10 @@ class SaptHandle(TaskHandle):
     """The tasks, the router and the losses of a patched model.
 
     Attributes:
-        router: any module with `add_key`, `pool`, `scores` and `weights`, as `SaptRouter`.
-        targets: by task name, the mean attention [k] over that task's inputs once it was learned
-            (k = 1 + its index; learning order): what the reflection loss holds it to. Filled by
-            whoever trains; saved and loaded with the adapters.
+        router: a module with `add_key`, `pool`, `scores` and `weights`, such as `SaptRouter`.
+        targets: by task name, the target attention [k] of the reflection loss: the mean attention
+            over the task's inputs when it had been learned (k = 1 + its index; learning order).
+            The training code fills it; it is saved and loaded with the adapters.
 
     Example:
         >>> import sapt_fast, torch
@@ -139,8 +141,9 @@ class SaptHandle(TaskHandle):
         copied = [model.get_submodule(path) for path in self.task_modules.paths]
         if not only_looks_up(embedding) and any(module is embedding for module in copied):
             raise ValueError(
-                f"modules_to_save: the router calls the {type(embedding).__name__} that token ids "
-                "go through, so tasks cannot have copies of it; use modules_per_task=False"
+                f"modules_to_save: tasks cannot have copies of the input embedding "
+                f"({type(embedding).__name__}), because the router calls it; use "
+                "modules_per_task=False"
             )
         self.router = SaptRouter(
             embedding.weight.shape[1],
@@ -157,30 +160,34 @@ class SaptHandle(TaskHandle):
 
     @classmethod
     def sites(cls, model: Any, config: Any) -> PatchReport:
-        """The linear layers that the config chooses, and why others that match are skipped."""
+        """Returns the linear layers that the config selects, and why others are skipped.
+
+        Raises:
+            ValueError: if no layer can be patched.
+        """
         token_embedding(model)
         report = find_layers(model, config)
         if not report.patched:
             raise ValueError(
-                f"target_modules: {chosen_names(model, config)!r} leaves no layer to patch in "
+                f"target_modules: {chosen_names(model, config)!r} selects no layer to patch in "
                 f"{type(model).__name__}. {report}. Its linear layers are named: "
                 f"{linear_names(model)}"
             )
         return report
 
     def attach(self, path: str) -> None:
-        """Gives a layer its pool, and the class that mixes it."""
+        """Adds a pool to a layer, and swaps the layer's class for one that mixes the pool."""
         layer: Any = self._model.get_submodule(path)
         dtype = token_embedding(self._model).weight.dtype
         mix_adapters(layer, self.routing, self.config, dtype)
         self.routing.pools.append(layer.sapt_pool)
 
     def detach(self, path: str) -> None:
-        """Gives a layer its own class back."""
+        """Restores a layer's class and deletes its pool."""
         restore(self._model.get_submodule(path))
 
     def install(self) -> None:
-        """Adds the hooks; layers with one input are computed together from now on."""
+        """Adds the hooks, and groups the layers that share an input, to compute them together."""
         group_by_input(self._model, self.report.patched)
         super().install()
 
@@ -195,13 +202,22 @@ class SaptHandle(TaskHandle):
         key: Tensor,
         modules: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """`restore_task` whatever the name, since earlier versions took some that it refuses."""
+        """Adds a task as `restore_task` does, without checking the name.
+
+        Earlier versions allowed some names that `restore_task` refuses.
+
+        Args:
+            name, adapters, key, modules: as in `restore_task`.
+
+        Raises:
+            ValueError: as `restore_task`, except for the name.
+        """
         pools = self.pools
         if adapters.keys() != pools.keys():
             missing, others = pools.keys() - adapters.keys(), adapters.keys() - pools.keys()
             raise ValueError(
                 f"adapters: got none for {sorted(missing)} and some for {sorted(others)}, expected "
-                "those of the patched layers"
+                "one for each patched layer"
             )
         for path, pool in pools.items():
             a, b, scaling = adapters[path]
@@ -222,26 +238,30 @@ class SaptHandle(TaskHandle):
         """Every patched layer, by its path in the model.
 
         Raises:
-            ValueError: another library has put something else in a layer's place.
+            ValueError: if another library has replaced a layer.
         """
         layers = {}
         for path in self.report.patched:
             try:
                 layers[path] = self._model.get_submodule(path)
             except AttributeError:
-                raise ValueError(f"{path}: the model has no such layer any more") from None
+                raise ValueError(f"{path}: the model no longer has this layer") from None
             kind = type(layers[path])
             if not isinstance(layers[path], Mixed):
                 raise ValueError(
                     f"{path}: got {kind.__module__}.{kind.__name__}, expected the layer that patch "
-                    "put there; undo what another library did to the model since (for PEFT, "
-                    "peft_model.unload())"
+                    "created; first undo what another library changed after patch (for PEFT, "
+                    "call peft_model.unload())"
                 )
         return layers
 
     @property
     def pools(self) -> dict[str, AdapterPool]:
-        """The adapter pool of every patched layer, by its path in the model; raises as `layers`."""
+        """The adapter pool of every patched layer, by its path in the model.
+
+        Raises:
+            ValueError: if another library has replaced a layer.
+        """
         return {path: cast(Any, layer).sapt_pool for path, layer in self.layers.items()}
 
     def route(
@@ -253,20 +273,22 @@ class SaptHandle(TaskHandle):
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> Tensor:
-        """The router's weights [B, K] for these inputs, with gradient.
+        """Returns the router's weights [B, K] for these inputs, with gradient.
 
         Args:
-            input_ids: [B, T] (or [B, C, T], B * C samples); or inputs_embeds [B, T, D].
-            attention_mask: [B, T], 1 where there is a token; any other shape raises ValueError
-                (used, and looked at, when config.mask_padding).
-            labels: [B, T] of a decoder-only model: only tokens whose label is -100 are pooled. A
-                text's first token predicts nothing, so its label alone marks no prompt.
-            position_ids: [B, T]; where they restart and there is no mask, a row is packed, and
-                each of its texts is routed alone: the weights are those of each token, [B, T, K].
+            input_ids: [B, T] (or [B, C, T], B * C samples).
+            attention_mask: [B, T], 1 for tokens and 0 for padding. Ignored unless
+                `config.mask_padding`.
+            inputs_embeds: [B, T, D], instead of input_ids.
+            labels: [B, T], for a decoder-only model: only tokens whose label is -100 are pooled.
+                The first token of a text is never predicted, so its label alone marks no prompt.
+            position_ids: [B, T]. If they restart within a row and there is no mask, the row is
+                packed: each of its texts is routed alone, and the result is per token, [B, T, K].
 
         Raises:
-            RuntimeError: if there is no task yet, or it cannot be told from position_ids where
-                texts end.
+            RuntimeError: if there is no task yet.
+            RuntimeError: if the texts of packed rows cannot be found from position_ids.
+            ValueError: if attention_mask is used and has another shape.
         """
         self._require_task()
         inputs = {
@@ -279,7 +301,7 @@ class SaptHandle(TaskHandle):
         return self.routing.routed(inputs)[0]
 
     def signal(self, **inputs: Tensor | None) -> Tensor:
-        """The router's weights [B, K] for texts in rows of their own."""
+        """Returns the router's weights [B, K] for inputs with one text per row."""
         with self._in_one_piece():
             return self.router.weights(self._pooled(**inputs))
 
@@ -291,16 +313,18 @@ class SaptHandle(TaskHandle):
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> Tensor:
-        """KL(target || prediction) on inputs of an earlier task, the mean over the texts.
+        """Returns KL(target || prediction) on inputs of an earlier task, averaged over the texts.
 
         Args:
             input_ids, attention_mask, labels, position_ids: as in `route`.
-            target: [K'] or [B, K'] in learning order, of packed rows a row for each text; newer
-                tasks count as zeros.
+            target: [K'] or [B, K'] in learning order; [S, K'] for the S texts of packed rows.
+                Missing newer tasks count as zeros.
 
         Raises:
-            RuntimeError: there is no task yet; or the router is sharded, as it is by FSDP2 except
-                between the model's forward and its backward.
+            RuntimeError: if there is no task yet.
+            RuntimeError: if the router is sharded. FSDP2 shards it, except between the model's
+                forward and its backward.
+            ValueError: if target has negative or non-finite values.
         """
         self._require_task()
         known = transforms.values(target)
@@ -318,7 +342,14 @@ class SaptHandle(TaskHandle):
 
     @torch.no_grad()
     def init_key(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
-        """Sets the newest key to the mean query of these inputs (`key_init="mean_query"`)."""
+        """Sets the newest key to the mean query of these inputs (`key_init="mean_query"`).
+
+        Args:
+            input_ids, attention_mask: [B, T].
+
+        Raises:
+            RuntimeError: if there is no task yet.
+        """
         self._require_task()
         pooled = self._pooled(input_ids, None, attention_mask)
         queries = query(pooled, self.router.projection)
@@ -328,12 +359,18 @@ class SaptHandle(TaskHandle):
 
     @classmethod
     def expected(cls, model: Any, config: Any, report: PatchReport) -> Expected:
-        """What a folder of this method with this config must hold."""
+        """Returns what a saved folder of this method with this config must contain."""
         router = router_shapes(token_embedding(model).weight.shape[1], config)
         return Expected(config, cls.adapter_files, report.patched, report.patched, router)
 
     def adapters(self, state: Mapping[str, Tensor] | None = None) -> list[Any]:
-        """(A, B, scaling) of each task, by the path of each layer; gathers what is sharded."""
+        """Returns each task's {layer path: (A [r, in], B [r, out], scaling)}.
+
+        Sharded tensors are gathered.
+
+        Args:
+            state: the model's state_dict, whose values are used instead of the current ones.
+        """
         pools = self.pools
         stacks = {
             path: tuple(
@@ -353,25 +390,30 @@ class SaptHandle(TaskHandle):
         return adapters
 
     def set_adapter(self, index: int, adapter: Any) -> None:
-        """Copies the values of a stored adapter into the task's own."""
+        """Copies the values of a stored adapter into that of task `index`."""
         for path, pool in self.pools.items():
             for own, value in zip(pool.adapter(index), adapter[path][:2], strict=True):
                 own.copy_(value)
 
     def mixed_adapter(self, weights: Tensor, shared: Mapping[str, Tensor]) -> Any:
-        """One LoRA of rank R that computes the static mixture `weights` [K]."""
+        """Returns one LoRA of rank R that computes the static mixture `weights` [K]."""
         return {path: (*pool.scaled(weights), 1.0) for path, pool in self.pools.items()}
 
     def merge(self, weights: Tensor | Sequence[float]) -> None:
-        """Adds the static mixture `weights` [K] to the base weights, until `unmerge`.
+        """Adds a static mixture to the base weights, until `unmerge`.
 
-        The model then computes what an ordinary one does, at its cost, and routes nothing; it must
-        not be trained. The weights that were there are kept on the CPU.
+        The merged model routes nothing and runs at the cost of the base model. It must not be
+        trained. The original base weights are kept on the CPU.
+
+        Args:
+            weights: [K], finite; in learning order.
 
         Raises:
-            ValueError: the weights do not fit, or a layer's weight is quantised, sharded, not here
-                or shared with another module; nothing has changed then.
-            RuntimeError: there is no task yet, or a mixture is merged already.
+            ValueError: if the weights do not fit.
+            ValueError: if a layer's base weight is quantised, sharded, not in memory, or shared
+                with another module; nothing has changed then.
+            RuntimeError: if there is no task yet.
+            RuntimeError: if a mixture is merged already.
         """
         self._require_task()
         self.routing.require_unmerged()
@@ -385,17 +427,18 @@ class SaptHandle(TaskHandle):
         self.task_modules.static = weights
 
     def unmerge(self) -> None:
-        """Gives the base weights the bits that they had before `merge`; without it, does nothing.
+        """Restores the base weights of before `merge` bit for bit; does nothing if not merged.
 
         Raises:
-            ValueError: the model was converted to another dtype since; nothing has changed then.
+            ValueError: if the model was converted to another dtype after `merge`; nothing has
+                changed then.
         """
         with self._changes.ignoring(self._model):
             self.routing.unmerge()
         self.task_modules.static = None
 
     def _in_one_piece(self) -> AbstractContextManager[None]:
-        """A context in which the router can run although FSDP2 or ZeRO-3 shards parameters."""
+        """Returns a context that gathers what the router reads, for FSDP2 and ZeRO-3."""
         if torch.compiler.is_compiling() or not (dist.is_available() and dist.is_initialized()):
             return nullcontext()
         require_reduced(self.router.keys)
@@ -413,8 +456,8 @@ class SaptHandle(TaskHandle):
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(
-                f"attention_mask: got {got}, expected [B, T], from which the router learns what is "
-                "padding; or run inside model.sapt.fixed(model.sapt.route(input_ids, padding_mask))"
+                f"attention_mask: got {got}, expected [B, T]: the router reads the padding from "
+                "it; or run inside model.sapt.fixed(model.sapt.route(input_ids, padding_mask))"
             )
         chosen = self._of_prompt(attention_mask, labels)
         if chosen is not None:
@@ -423,7 +466,7 @@ class SaptHandle(TaskHandle):
         return self.router.pool(embedding, input_ids, inputs_embeds, mask)
 
     def _of_prompt(self, attention_mask: Tensor | None, labels: Tensor | None) -> Tensor | None:
-        """[B, T], whether a token is of the prompt; None where labels do not say."""
+        """Returns whether each token is part of the prompt, [B, T]; None if labels do not say."""
         causal = self._model.can_generate() and not self._model.config.is_encoder_decoder
         if labels is None or not causal:
             return None
@@ -431,8 +474,8 @@ class SaptHandle(TaskHandle):
         real = torch.ones_like(prompt)
         if isinstance(attention_mask, Tensor) and attention_mask.shape == labels.shape:
             real = attention_mask.to(torch.bool)
-        # By their labels alone, neither padding nor the first token, which nothing predicts, are a
-        # prompt. A row without one (plain language modelling) is pooled whole.
+        # Padding and the first token, which is never predicted, do not count: their labels are -100
+        # anyway. A row without any other prompt token (language modelling) is pooled whole.
         later = real & (real.cumsum(1) > 1)
         return prompt | ~(prompt & later).any(1, keepdim=True)
 
@@ -456,7 +499,7 @@ class SaptHandle(TaskHandle):
             pool.add(self.config.r, self.config.lora_alpha / self.config.r)
 
     def _growing(self) -> Iterator[nn.Parameter]:
-        """The parameters that `add_task` replaces by new ones."""
+        """Yields the parameters that `add_task` replaces by new ones."""
         for pool in self.pools.values():
             yield from (pool.a.trainable, pool.b.trainable)
         yield self.router.keys.trainable

@@ -1,4 +1,4 @@
-"""Prompts in place of LoRA: the handle of a model whose tasks are prompts."""
+"""SAPT-Prompt: SAPT with a prompt per task instead of a LoRA."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -22,18 +22,19 @@ from sapt_fast.storage.tasks import AdapterFiles, Expected
 class PromptHandle(SaptHandle):
     """`SaptHandle` of a model with `SaptConfig(adapter="prompt")`.
 
-    Every input's mixture of prompts is written before its embeddings (SAPT-Prompt, ACL 2024); no
-    layer changes. Masks, position ids, labels and logits stay as long as the tokens.
+    Every input's mixture of prompts is inserted before its embeddings (SAPT-Prompt, ACL 2024); no
+    layer changes. Masks, position ids, labels and logits keep the length of the tokens.
 
     Attributes:
         prompts: the pool, K prompts [P, D].
 
     Args:
-        model: an encoder-decoder or decoder-only language model; nothing in it changes.
-        config: of the prompts and the router.
+        model: an encoder-decoder or decoder-only language model; it is not changed.
+        config: the `SaptConfig` of the prompts and the router.
+        report: the return value of `sites`.
 
     Raises:
-        ValueError: the model cannot take prompts.
+        ValueError: if the model does not support prompts.
 
     Example:
         >>> import sapt_fast, torch
@@ -66,7 +67,7 @@ class PromptHandle(SaptHandle):
 
     @classmethod
     def sites(cls, model: Any, config: Any) -> PatchReport:
-        """The modules that read prompts from now on; none of them changes."""
+        """Returns the modules that read prompts; their layers stay as they are."""
         require_placement(model)
         places = [prompt_place(model)]
         if model.config.is_encoder_decoder:
@@ -81,7 +82,15 @@ class PromptHandle(SaptHandle):
         key: Tensor,
         modules: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """`restore_task` whatever the name; adapters is the prompt [P, D]."""
+        """Adds a task as `restore_task` does, without checking the name.
+
+        Args:
+            name, key, modules: as in `restore_task`.
+            adapters: the prompt [P, D].
+
+        Raises:
+            ValueError: as `restore_task`, except for the name.
+        """
         self.prompts.require_fits(adapters)
         self.task_modules.require_fits(modules)
         self.router.add_key(key)
@@ -91,16 +100,16 @@ class PromptHandle(SaptHandle):
 
     @property
     def layers(self) -> dict[str, nn.Module]:
-        """None: the layers are the model's own."""
+        """Empty: no layer is patched."""
         return {}
 
     def merge(self, weights: Tensor | Sequence[float]) -> None:
-        """Not possible: raises ValueError, since prompts are inputs, not weights."""
+        """Raises ValueError: prompts are inputs, not weights, so they cannot be merged."""
         raise ValueError("merge: not available for prompts; they are inputs, not weights")
 
     @torch.no_grad()
     def _add_adapters(self) -> None:
-        """A prompt of random rows of the vocabulary (SAPT, ACL 2024)."""
+        """Adds a prompt of random rows of the vocabulary (SAPT, ACL 2024)."""
         embedding = self._model.get_input_embeddings()
         rows = embedding.weight.shape[0]
         vocabulary = getattr(self._model.config.get_text_config(), "vocab_size", rows)
@@ -115,25 +124,26 @@ class PromptHandle(SaptHandle):
 
     @classmethod
     def expected(cls, model: Any, config: Any, report: PatchReport) -> Expected:
-        """What a folder of this method with this config must hold."""
+        """Returns what a saved folder of this method with this config must contain."""
         router = router_shapes(token_embedding(model).weight.shape[1], config)
         return Expected(config, cls.adapter_files, [], outer_layers(model), router)
 
     def adapters(self, state: Mapping[str, Tensor] | None = None) -> list[Any]:
-        """The prompt [P, D] of each task; gathers what is sharded."""
+        """Returns the prompt [P, D] of each task; sharded tensors are gathered."""
         rows = stacked_rows(f"{self.attribute}.prompts.rows", self.prompts.rows, state)
         return list(rows.reshape(len(self.tasks), -1, rows.shape[1]))
 
     def set_adapter(self, index: int, adapter: Any) -> None:
-        """Copies the values of a stored prompt into the task's own."""
+        """Copies the values of a stored prompt into that of task `index`."""
         self.prompts.prompt(index).copy_(adapter)
 
     def mixed_adapter(self, weights: Tensor, shared: Mapping[str, Tensor]) -> Any:
-        """The mixture of the prompts by `weights` [K], itself a prompt [P, D]."""
+        """Returns the mixture of the prompts by `weights` [K]: one prompt [P, D]."""
         if shared or self.task_modules.paths:
             raise ValueError(
-                f"export_adapter: PEFT's prompt tuning cannot hold {[*shared][:3]} or modules of "
-                "tasks, which were trained beside the prompts; use save_pretrained"
+                f"export_adapter: not possible, because PEFT's prompt tuning cannot store modules "
+                f"that were trained with the prompts ({[*shared][:3]} or modules of tasks); use "
+                "save_pretrained"
             )
         prompts = torch.stack([self.prompts.prompt(k) for k in range(len(weights))]).to("cpu")
         return torch.einsum("k,kpd->pd", weights.double(), prompts.double()).to(prompts.dtype)

@@ -38,8 +38,10 @@ class SaptRouter(Resident):
 
     Args:
         width: D, the width of the input embeddings.
-        config: pooling, projection and keys.
-        initializer_range: deviation of `query_init="normal"`.
+        config: the settings of pooling, projection and keys.
+        initializer_range: standard deviation of the weights with `query_init="normal"`.
+        device: of the parameters; None for torch's default.
+        dtype: of the parameters.
     """
 
     query_mean: Tensor
@@ -71,10 +73,13 @@ class SaptRouter(Resident):
             self.register_buffer("query_std", torch.ones(width, **place))
 
     def add_key(self, key: Tensor | None = None) -> None:
-        """A new trainable key, `key` [D] or uniform in (-1, 1); earlier keys freeze.
+        """Adds a trainable key; earlier keys freeze.
+
+        Args:
+            key: [D]; None for values uniform in (-1, 1).
 
         Raises:
-            ValueError: key has another shape; nothing has changed.
+            ValueError: if key has another shape; nothing has changed then.
         """
         width = self.keys.width
         if key is not None and tuple(key.shape) != (width,):
@@ -88,9 +93,19 @@ class SaptRouter(Resident):
         inputs_embeds: Tensor | None,
         mask: Tensor | None,
     ) -> Tensor:
-        """The pooled input embeddings [B, D] of token ids or of given embeddings."""
+        """Returns pooled input embeddings [B, D].
+
+        Args:
+            embedding: the model's input embedding.
+            input_ids: [B, T]; or None.
+            inputs_embeds: [B, T, D], used if not None.
+            mask: [B, T], 1 for the tokens to pool; None for all.
+
+        Raises:
+            ValueError: if both inputs are None.
+        """
         pooling = self.config.pooling
-        device = self.norm.weight.device  # hooks may move the model's inputs there only later
+        device = self.norm.weight.device  # hooks may move the model's inputs only later
         input_ids, inputs_embeds, mask = (
             t if t is None or t.device == device else t.to(device)
             for t in (input_ids, inputs_embeds, mask)
@@ -108,14 +123,17 @@ class SaptRouter(Resident):
         return pooled
 
     def scores(self, pooled: Tensor) -> Tensor:
-        """Attention scores [B, K] of pooled embeddings; the projection and the newest key train."""
+        """Returns attention scores [B, K] of pooled embeddings [B, D].
+
+        The projection and the newest key receive gradients.
+        """
         with without_autocast(pooled.device):
             return route_scores(
                 pooled, self._all_keys(), self.projection, temperature=self.config.temperature
             )
 
     def weights(self, pooled: Tensor) -> Tensor:
-        """The mixture [B, K] of pooled embeddings."""
+        """Returns the mixture weights [B, K] of pooled embeddings [B, D]."""
         config = self.config
         with without_autocast(pooled.device):
             return route(
@@ -141,7 +159,11 @@ class SaptRouter(Resident):
     def standardize(self, embedding: nn.Module, vocabulary: int) -> None:
         """Sets the statistics of `standardize_query` from pooled random token sequences.
 
-        Their lengths run from 4 to 256, since a maximum grows with the length it is taken over.
+        Lengths vary from 4 to 256, because the maximum over a sequence grows with its length.
+
+        Args:
+            embedding: the model's input embedding.
+            vocabulary: the number of token ids to sample from.
         """
         generator = torch.Generator().manual_seed(0)
         count, longest = 256, 256
@@ -151,7 +173,7 @@ class SaptRouter(Resident):
         device = self.query_mean.device
         self.query_mean.zero_()
         self.query_std.fill_(1)
-        # A few at a time, in case that the embedding has to be called.
+        # In small batches, to limit memory when the embedding has to be called.
         parts = zip(ids.to(device).split(32), mask.to(device).split(32), strict=True)
         pooled = torch.cat([self.pool(embedding, few, None, m) for few, m in parts])
         self.query_mean.copy_(pooled.mean(0))
@@ -159,9 +181,9 @@ class SaptRouter(Resident):
 
 
 def only_looks_up(embedding: nn.Embedding) -> bool:
-    """Whether its output is its table's rows, which are there without a call.
+    """Returns whether reading the embedding's table is equivalent to calling it.
 
-    They are not with ZeRO-3, nor where accelerate offloads them. FSDP2's subclass adds nothing but
+    It is not with ZeRO-3, nor if accelerate offloads the table. FSDP2's subclass adds only
     sharding.
     """
     if is_offloaded(embedding):
@@ -171,6 +193,6 @@ def only_looks_up(embedding: nn.Embedding) -> bool:
 
 
 def router_shapes(width: int, config: RouterConfig) -> dict[str, tuple[int, ...]]:
-    """The shapes of a router's state_dict, without its keys."""
+    """Returns the shapes of a router's state_dict, without its keys."""
     empty = SaptRouter(width, config, device=torch.device("meta"))
     return {n: tuple(t.shape) for n, t in empty.state_dict().items() if not n.startswith("keys.")}

@@ -1,4 +1,4 @@
-"""The config of methods with one adapter for each task: SAPT and its relatives."""
+"""The config of methods with one adapter per task: SAPT and methods built on it."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def _loss_weight(value: Any) -> bool:
 _MOST = 2**31 - 1  # far larger numbers would overflow in float16 or float32 without an error
 _INITS, _KEY_INITS = ("linear", "normal"), ("uniform", "mean_query")
 _ADAPTERS = ("lora", "prompt")
-_POOLINGS = ("mean", "max")  # of ops.pool_tokens, which a command line must not import
+_POOLINGS = ("mean", "max")  # as in ops.pool_tokens, which would be slow to import here
 _FLAG = (lambda v: isinstance(v, bool), "True or False")
 _MOST_COUNT = 2**16  # memory is reserved by these
 _COUNT = (_count, f"an integer, at least 1 and at most {_MOST_COUNT}")
 _WEIGHT = (lambda v: _number(v) and v >= 0, "a number, at least 0")
-# What each field may be, and the words for it.
+# The check of each field, and the words for what it expects.
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": _COUNT,
     "lora_alpha": (lambda v: _number(v) and 0 < v <= _MOST, f"a positive number, at most {_MOST}"),
@@ -76,109 +76,123 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 @dataclass
 class TaskConfig(MethodConfig[_Handle]):
-    """How a model's adapters are shaped, placed and routed, with one adapter for each task.
+    """Shape, placement and routing of a model's adapters, one adapter per task.
 
-    `SaptConfig` shows the fields at work. Methods that do not use a field ignore it.
+    `SaptConfig` has an example. Methods that do not use a field ignore it.
     """
 
     r: int = field(default=8, metadata={"help": "Rank of each new adapter."})
-    lora_alpha: float = field(default=32, metadata={"help": "Scaling is lora_alpha / r."})
+    lora_alpha: float = field(
+        default=32, metadata={"help": "Adapters are scaled by lora_alpha / r."}
+    )
     lora_dropout: float = field(
-        default=0.0, metadata={"help": "Dropout on the adapters' input while training."}
+        default=0.0, metadata={"help": "Dropout rate on the adapters' input while training."}
     )
     target_modules: Sequence[str] | str | None = field(
         default=None,
         metadata={
-            "help": "Names (last parts of the path) of the linear layers to adapt, one regular "
+            "help": "Linear layers to adapt: names (last parts of the path), one regular "
             "expression for the whole path, or 'all-linear' for all but the output head; None "
-            "takes query and value as PEFT does."
+            "for query and value, as in PEFT."
         },
     )
     modules_to_save: Sequence[str] | None = field(
         default=None,
         metadata={
-            "help": "Names (last parts of the path) of modules that train in full and are saved "
-            "with the adapters, such as a classification head; None for no such module."
+            "help": "Modules to train in full and save with the adapters, such as a "
+            "classification head: names (last parts of the path); None for no module."
         },
     )
     modules_per_task: bool = field(
         default=False,
         metadata={
-            "help": "Give each task its own copy of modules_to_save and mix the copies' outputs as "
-            "the adapters are mixed; otherwise all tasks train one."
+            "help": "Give each task its own copy of modules_to_save and mix the copies' outputs "
+            "with the adapters' weights; otherwise all tasks train the same modules."
         },
     )
     adapter: str = field(
         default="lora",
         metadata={
-            "help": "Kind of adapter: 'lora', matrices beside linear layers, or 'prompt', rows "
-            "before the input embeddings, for which r, lora_alpha, grad_through_frozen and "
-            "target_modules mean nothing."
+            "help": "Kind of adapter: 'lora', a low-rank update of linear layers, or 'prompt', "
+            "rows before the input embeddings (r, lora_alpha, grad_through_frozen and "
+            "target_modules then have no effect)."
         },
     )
     prompt_length: int = field(
-        default=10, metadata={"help": "Rows of each prompt, with adapter='prompt'."}
+        default=10, metadata={"help": "Number of rows of each prompt, with adapter='prompt'."}
     )
     query_hidden_dim: int = field(
-        default=100, metadata={"help": "Bottleneck of the query projection."}
+        default=100, metadata={"help": "Hidden size of the query projection."}
     )
     query_init: str = field(
         default="linear",
-        metadata={"help": "'linear' (nn.Linear's default) or 'normal' (initializer_range)."},
+        metadata={
+            "help": "Initialisation of the query projection: 'linear' (nn.Linear's default) or "
+            "'normal' (standard deviation: the model's initializer_range)."
+        },
     )
     temperature: float | None = field(
         default=None, metadata={"help": "Divisor of the attention scores; None for sqrt(d)."}
     )
     pooling: str = field(
-        default="mean", metadata={"help": "'mean' or 'max' of the embeddings over the tokens."}
+        default="mean",
+        metadata={"help": "Pooling of the embeddings over the tokens: 'mean' or 'max'."},
     )
     standardize_query: bool = field(
         default=False,
         metadata={
-            "help": "Subtract from the pooled embedding the mean, and divide by the deviation, "
-            "that random token sequences have: what all inputs share then no longer hides what "
-            "tells them apart."
+            "help": "Standardise the pooled embedding by the mean and standard deviation of random "
+            "token sequences, which makes inputs easier to distinguish."
         },
     )
     key_init: str = field(
         default="uniform",
-        metadata={"help": "'uniform' in (-1, 1), or 'mean_query' of the task's first inputs."},
+        metadata={
+            "help": "Initialisation of a task's key: 'uniform' in (-1, 1), or 'mean_query', the "
+            "mean query of the task's first inputs."
+        },
     )
     own_key_loss: float = field(
         default=0.0,
-        metadata={"help": "Weight of -log(weight of the task's own adapter), added in training."},
+        metadata={
+            "help": "Weight of the own-key loss, -log(weight of the task's own adapter), which is "
+            "added in training."
+        },
     )
     kl_ratio: float = field(default=0.5, metadata={"help": "Weight of the reflection loss."})
-    mask_padding: bool = field(default=True, metadata={"help": "Leave padding out of the pooling."})
+    mask_padding: bool = field(default=True, metadata={"help": "Exclude padding from the pooling."})
     grad_through_frozen: bool = field(
         default=True,
-        metadata={"help": "Let inputs receive gradient through earlier tasks' adapters."},
+        metadata={"help": "Pass gradients to inputs through earlier tasks' adapters."},
     )
     autocast_adapter_dtype: bool = field(
         default=False,
         metadata={
-            "help": "Keep adapters, keys and router in float32 where the model's weights are "
-            "float16 or bfloat16, as PEFT does by the option of this name; else they have the "
+            "help": "Keep adapters, keys and router in float32 if the model's weights are "
+            "float16 or bfloat16, like PEFT's option of this name; otherwise they have the "
             "weights' dtype."
         },
     )
-    top_k: int | None = field(default=None, metadata={"help": "Keep the k largest weights only."})
+    top_k: int | None = field(
+        default=None, metadata={"help": "Keep only the k largest weights; None keeps all."}
+    )
     threshold: float | None = field(
-        default=None, metadata={"help": "Weights below this become zero."}
+        default=None, metadata={"help": "Set weights below this value to zero; None keeps all."}
     )
     reserve_tasks: int = field(
-        default=16, metadata={"help": "Tasks to make room for; beyond it the pool doubles."}
+        default=16,
+        metadata={"help": "Number of tasks to preallocate; the pool doubles when full."},
     )
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a value out of range; names become a list, as JSON has them."""
+        """Raises ValueError for a value out of range; converts names to lists, as in JSON."""
         for name, (fits, expected) in _FIELDS.items():
             value = getattr(self, name)
             require(fits(value), name, value, expected)
         sparse = self.top_k is not None or self.threshold is not None
         require(
             not (self.own_key_loss and sparse), "own_key_loss", self.own_key_loss,
-            "0 with top_k or threshold, which may drop the own adapter and its gradient",
+            "0 with top_k or threshold, which may remove the own adapter and its gradient",
         )  # fmt: skip
         if self.adapter == "prompt":
             for name, without in (("target_modules", None), ("lora_dropout", 0)):
@@ -195,13 +209,13 @@ class TaskConfig(MethodConfig[_Handle]):
         )  # fmt: skip
 
     def adapter_dtype(self, base: torch.dtype) -> torch.dtype:
-        """The dtype of adapters, keys and router on weights of the floating-point dtype `base`."""
+        """Returns the dtype of adapters, keys and router for base weights of dtype `base`."""
         import torch
 
         return torch.promote_types(base, torch.float32) if self.autocast_adapter_dtype else base
 
 
 def require(holds: bool, name: str, got: object, expected: str) -> None:
-    """Raises ValueError unless a field of a config holds."""
+    """Raises ValueError with the field's name, value and expectation unless `holds`."""
     if not holds:
         raise ValueError(f"{name}: got {got!r}, expected {expected}")

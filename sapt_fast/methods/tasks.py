@@ -1,4 +1,4 @@
-"""A pool with one adapter for each task: what SAPT and its relatives have in common."""
+"""The handle of methods with one adapter per task: SAPT and methods built on it."""
 
 from __future__ import annotations
 
@@ -41,22 +41,22 @@ __all__ = ["TaskHandle", "pool_of", "task_handle"]
 
 
 class TaskHandle(Handle):
-    """The tasks of a model, each with an adapter, and the weights by which they are mixed.
+    """The tasks of a model, each with an adapter, and the weights that mix the adapters.
 
-    A subclass says what the adapters are (`pools`, `put_task`, `adapters` and what begins with an
-    underscore) and gives their weights (`signal`).
+    A subclass defines the adapters (`pools`, `put_task`, `adapters` and the methods that begin with
+    an underscore) and computes their weights (`signal`).
 
     Attributes:
         tasks: names in learning order, oldest first.
-        targets: by task name, the mean weights [k] over that task's inputs once it was learned
-            (k = 1 + its index; learning order). Filled by whoever trains; saved and loaded with
-            the adapters.
+        targets: by task name, the mean weights [k] over the task's inputs when it had been learned
+            (k = 1 + its index; learning order). The training code fills it; it is saved and loaded
+            with the adapters.
         task_modules: each task's own copies of `config.modules_to_save`, with
             `config.modules_per_task`.
         strategy: the continual strategy that trains the tasks; None outside of a run.
-        routing: the running weights.
-        router: any module with `add_key`, `keys` and a state_dict, as `SaptRouter`.
-        adapter_files: how an adapter lies on disk.
+        routing: the weights of the running forward.
+        router: a module with `add_key`, `keys` and a state_dict, such as `SaptRouter`.
+        adapter_files: the file format of an adapter.
     """
 
     adapter_files: ClassVar[AdapterFiles]
@@ -73,8 +73,8 @@ class TaskHandle(Handle):
         unsaved = [path for path in heads(model) if path not in (config.modules_to_save or ())]
         if unsaved:
             report.notes.append(
-                f"{', '.join(unsaved)} stays as it is: it is frozen now; to train a head and save "
-                f"it with the tasks, name it in modules_to_save={unsaved} of the config"
+                f"{', '.join(unsaved)} is frozen and will not train; to train a head and save it "
+                f"with the tasks, set modules_to_save={unsaved} in the config"
             )
         self._in_place = [] if config.modules_per_task else saved
         # Parameters of the base model that train beside the adapters.
@@ -93,39 +93,43 @@ class TaskHandle(Handle):
         key: Tensor,
         modules: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """`restore_task` whatever the name, since earlier versions took some that it refuses."""
+        """Adds a task as `restore_task` does, without checking the name.
+
+        Earlier versions allowed some names that `restore_task` refuses.
+        """
         raise NotImplementedError
 
     def adapters(self, state: Mapping[str, Tensor] | None = None) -> list[Any]:
-        """What each task's adapter is stored as; gathers what is sharded.
+        """Returns each task's adapter as it is stored; sharded tensors are gathered.
 
         Args:
-            state: the model's state_dict, whose values are taken in place of those now.
+            state: the model's state_dict, whose values are used instead of the current ones.
         """
         raise NotImplementedError
 
     def set_adapter(self, index: int, adapter: Any) -> None:
-        """Copies the values of a stored adapter into the task's own."""
+        """Copies the values of a stored adapter into that of task `index`."""
         raise NotImplementedError
 
     def mixed_adapter(self, weights: Tensor, shared: Mapping[str, Tensor]) -> Any:
-        """One adapter that computes the static mixture `weights` [K].
+        """Returns one adapter that computes a static mixture.
 
         Args:
-            shared: tensors of the base model that were trained beside the adapters.
+            weights: [K], in learning order.
+            shared: tensors of the base model that were trained with the adapters, by name.
         """
         raise NotImplementedError
 
     def state(self, held: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """What the method remembers beside adapters, router and targets, by name.
+        """Returns the method's further tensors, besides adapters, router and targets, by name.
 
         Args:
-            held: the model's state_dict, whose values are taken in place of those now.
+            held: the model's state_dict, whose values are used instead of the current ones.
         """
         return {}
 
     def restore_state(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over what `state` gave, checked by `require_state`; other names are left alone."""
+        """Sets what `state` returned, after `require_state` has checked it; ignores other names."""
 
     @classmethod
     def require_state(
@@ -135,34 +139,41 @@ class TaskHandle(Handle):
 
     @classmethod
     def expected(cls, model: Any, config: Any, report: PatchReport) -> Expected:
-        """What a folder of this method with this config must hold."""
+        """Returns what a saved folder of this method with this config must contain."""
         raise NotImplementedError
 
     def _add_adapters(self) -> None:
-        """A new adapter everywhere, which changes nothing yet."""
+        """Adds a new adapter everywhere, which does not change the output yet."""
         raise NotImplementedError
 
     def _add_key(self) -> None:
-        """What a new task needs besides adapter and modules."""
+        """Adds what a new task needs besides adapter and modules."""
 
     def _growing(self) -> Iterator[nn.Parameter]:
-        """The parameters that `add_task` replaces by new ones."""
+        """Yields the parameters that `add_task` replaces by new ones."""
         raise NotImplementedError
 
     # --- tasks ---
 
     def add_task(self, name: str, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Adds an adapter to every patched layer and a key; they train, the earlier ones freeze.
+        """Adds a task: an adapter in every patched layer and a key, which train from now on.
+
+        The adapters and keys of earlier tasks freeze.
 
         Args:
-            name: unique; used as a folder name by `save_pretrained`.
-            optimizer: if given, the new parameters take the place of those they follow in its
-                parameter groups, with fresh state.
+            name: the task's name, unique; `save_pretrained` uses it as a folder name.
+            optimizer: in its parameter groups, the new parameters replace those of the previous
+                task, with fresh state. None changes no optimizer.
 
         Raises:
-            ValueError: if name is taken or cannot be a folder on every file system (it is empty,
-                too long, differs from another in case alone, ...); if the optimizer has none of
-                the parameters to follow; or if a layer is no longer ours. Nothing has changed then.
+            ValueError: if another task has the name.
+            ValueError: if name cannot be a folder on every file system: it is empty, too long,
+                differs from another only in case, ...
+            ValueError: if the optimizer contains none of the previous task's parameters.
+            ValueError: if another library has replaced a patched layer.
+            RuntimeError: if a mixture is merged into the base weights.
+
+        Nothing has changed after an error.
         """
         self._require_new(name)
         before = list(self._growing())
@@ -176,7 +187,7 @@ class TaskHandle(Handle):
             follow(optimizer, before, list(self._growing()))
 
     def grow(self, name: str, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """`add_task`, by the name that all methods have for it."""
+        """Calls `add_task`; all methods have `grow`."""
         self.add_task(name, optimizer)
 
     def restore_task(
@@ -186,47 +197,54 @@ class TaskHandle(Handle):
         key: Tensor,
         modules: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """`add_task` with weights that exist already, as a checkpoint has them.
+        """Adds a task with given weights, for example those of a checkpoint.
 
         Args:
             name: as in `add_task`.
-            adapters: by the path of each patched layer, A [r, in_features], B [r, out_features]
-                and the scaling; copied, ranks may differ. With `adapter="prompt"` the prompt
+            adapters: by the path of each patched layer, (A [r, in_features], B [r, out_features],
+                scaling). They are copied; ranks may differ. With `adapter="prompt"`, the prompt
                 [P, D].
             key: [D].
             modules: the task's copies of `modules_to_save`, by their names in the base model; None
                 for the base model's own.
 
         Raises:
-            ValueError: as `add_task`; or if adapters lacks a layer, names another, or has a matrix
-                of another shape; or key has another shape. Nothing has changed then.
+            ValueError: as `add_task`.
+            ValueError: if adapters lacks a layer, contains an unknown one, or has a matrix of
+                another shape.
+            ValueError: if key has another shape.
+            RuntimeError: as `add_task`.
+
+        Nothing has changed after an error.
         """
         self._require_new(name)
         self.put_task(name, adapters, key, modules)
 
     @property
     def attention(self) -> Tensor | None:
-        """Weights [B, K] of this thread's last forward, detached; None before the first
-        and after one inside a transform of torch.func.
+        """Weights [B, K] of this thread's last forward, detached.
 
-        In generation with beams or several returned sequences B counts these, and where samples
-        have C choices [B, C, T] it counts all B * C choices. Of packed rows, in which several texts
-        follow each other, the weights are those of every token, [B, T, K].
+        None before the first forward, and after a forward inside a transform of torch.func.
+
+        - In generation, B counts beams and returned sequences.
+        - For samples with choices [B, C, T], the first dimension is B * C.
+        - For packed rows (several texts in one row), the weights are per token, [B, T, K].
         """
         weights = self.routing.weights
         return None if weights is None else weights.detach()
 
     def fixed(self, weights: Tensor) -> AbstractContextManager[None]:
-        """A context in which these weights stand in for the router's, in this thread.
+        """Returns a context in which these weights replace the router's, in this thread.
 
         Args:
-            weights: [K] or [1, K] for every input, [B, K] per sample or (of LoRAs) [B, T, K] per
-                token. Where samples have choices [B, C, T], [B, K] is for all choices of a sample;
-                of packed rows, [S, K] is for their S texts. A forward whose batch is another than
-                B raises RuntimeError.
+            weights: [K] or [1, K] for every input, [B, K] per sample, or (LoRA only) [B, T, K] per
+                token. For samples with choices [B, C, T], [B, K] applies to all choices of a
+                sample. For packed rows, [S, K] applies to their S texts. Inside the context, a
+                forward with another batch size than B raises RuntimeError.
 
         Raises:
-            ValueError: if the shape does not fit, or weights are not finite.
+            ValueError: if the shape does not fit.
+            ValueError: if weights are not finite.
         """
         weights = self.routing.checked(weights)
         known = transforms.values(weights)
@@ -236,34 +254,34 @@ class TaskHandle(Handle):
 
     @property
     def _device(self) -> torch.device:
-        """Where weights are computed."""
+        """The device on which weights are computed."""
         raise NotImplementedError
 
     # --- what is trained of the base model ---
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """What training a task updates.
+        """Returns the parameters that training a task updates.
 
-        The newest adapter, its key, the query projection and `config.modules_to_save`.
+        They are the newest adapter, its key, the query projection and `config.modules_to_save`.
         """
         return (p for p in self._model.parameters() if p.requires_grad)
 
     def trained_tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold of the base model itself, by name.
+        """Returns the base model's tensors that a checkpoint must contain, by name.
 
-        The modules that all tasks train, and whatever else of the base model requires a gradient or
-        changed since `patch`.
+        They are those of the modules that all tasks train, and all others that require a gradient
+        or have changed since `patch`.
         """
         return trained_tensors(self._model, self._in_place, self._changes)
 
     def restore_trained(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copies trained tensors into the base model, whose parameters among them train again.
+        """Copies trained tensors into the base model; its parameters among them then train.
 
         Args:
-            tensors: as `trained_tensors` returned them.
+            tensors: the return value of `trained_tensors`.
 
         Raises:
-            ValueError: if the model has no such tensor, or one of another shape; nothing has
+            ValueError: if the model lacks a tensor, or has one of another shape; nothing has
                 changed then.
         """
         require_present("tensors", tensors, self._model)
@@ -285,20 +303,25 @@ class TaskHandle(Handle):
         is_main_process: bool | None = None,
         strategy_state: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Saves one PEFT adapter folder per task, router.safetensors and sapt_config.json; atomic.
+        """Saves one PEFT adapter folder per task, router.safetensors and sapt_config.json.
+
+        The save is atomic: after an interruption, the folder has the old or the new content.
 
         Args:
-            directory: what an earlier call wrote there is replaced, other files stay.
-            is_main_process: whether this process writes; only one may at a time. None if it calls;
-                of a sharded model, for which all processes must call, rank 0 alone.
-            strategy_state: what a continual strategy remembers beside the adapters.
+            directory: the folder. The files of an earlier call are replaced; other files stay.
+            is_main_process: whether this process writes. Only one process may write at a time.
+                None: every process that calls writes; for a sharded model, all processes must
+                call, and only rank 0 writes.
+            strategy_state: further tensors of a continual strategy, by name.
 
         Raises:
-            ValueError: if there is no task, the targets do not fit the tasks, or the directory
-                cannot be replaced or holds a damaged sapt_config.json.
-            FileExistsError: if a file that this method has not written is in the way.
+            ValueError: if there is no task.
+            ValueError: if the targets do not fit the tasks.
+            ValueError: if the directory cannot be replaced, or contains a damaged
+                sapt_config.json.
+            FileExistsError: if a file with the name of a new one was not written by this method.
             RuntimeError: if a mixture is merged into the base weights.
-            OSError: if it cannot be written; it is then as it was.
+            OSError: if the directory cannot be written; its content is then unchanged.
         """
         save_tasks(self, directory, is_main_process=is_main_process, strategy_state=strategy_state)
 
@@ -309,7 +332,12 @@ class TaskHandle(Handle):
         is_main_process: bool | None = None,
         state: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """`save_pretrained`, with values from a state_dict of the model if one is given."""
+        """Saves as `save_pretrained` does, with the values of a state_dict.
+
+        Args:
+            directory, is_main_process: as in `save_pretrained`.
+            state: the model's state_dict, whose values are saved; None for the current values.
+        """
         save_tasks(self, directory, is_main_process=is_main_process, state=state)
 
     def export_adapter(
@@ -319,28 +347,30 @@ class TaskHandle(Handle):
         *,
         is_main_process: bool | None = None,
     ) -> None:
-        """Saves the static mixture `weights` [K] as one ordinary PEFT LoRA (or prompt); atomic.
+        """Saves a static mixture as one ordinary PEFT LoRA (or prompt); atomic.
 
         The rank of the LoRA is the total rank R of all tasks: A is stacked, the columns of B are
         multiplied by weight and scaling, and the adapter's own scaling is 1.
 
         Args:
             weights: [K], finite; in learning order.
-            directory: what an earlier call wrote there is replaced, other files stay.
+            directory: the folder. The files of an earlier call are replaced; other files stay.
             is_main_process: as in `save_pretrained`.
 
         Raises:
-            ValueError: if there is no task, the weights do not fit, the directory cannot be
-                replaced, or tasks have copies of a module that no static mixture is like (weights
-                other than one 1 and zeros, and no plain linear layer).
-            FileExistsError: if another adapter is in the way.
-            OSError: if it cannot be written; it is then as it was.
+            ValueError: if there is no task.
+            ValueError: if the weights do not fit.
+            ValueError: if the directory cannot be replaced.
+            ValueError: if tasks have copies of a module that cannot be mixed statically: a module
+                other than a plain linear layer, with weights other than one 1 and zeros.
+            FileExistsError: if the directory contains another adapter.
+            OSError: if the directory cannot be written; its content is then unchanged.
         """
         export_mixture(self, weights, directory, is_main_process=is_main_process)
 
     @property
     def slot(self) -> str:
-        """The name of a patched layer's pool."""
+        """The attribute name of a patched layer's pool."""
         return "sapt_pool"
 
     @property
@@ -349,7 +379,7 @@ class TaskHandle(Handle):
         return CONFIG_FILE
 
     def restore_tasks(self, stored: StoredTasks) -> None:
-        """Takes over checked tasks, into a handle without any."""
+        """Adds checked tasks to a handle without tasks."""
         own = stored.modules if stored.config.modules_per_task else [None] * len(stored.names)
         parts = zip(stored.names, stored.adapters, stored.keys, own, strict=True)
         for name, adapters, key, modules in parts:
@@ -360,7 +390,7 @@ class TaskHandle(Handle):
         self.restore_state(stored.state)
 
     def set_values(self, stored: StoredTasks) -> None:
-        """Gives the tasks that there are the values that they have in a checked folder."""
+        """Sets the existing tasks to the values of a checked folder."""
         with torch.no_grad():
             for k, adapter in enumerate(stored.adapters):
                 self.set_adapter(k, adapter)
@@ -375,11 +405,12 @@ class TaskHandle(Handle):
         self.targets.update({name: target.clone() for name, target in stored.targets.items()})
 
     def restore_values(self, directory: str | os.PathLike[str]) -> None:
-        """Gives the tasks that the model has the values that they have in a saved folder.
+        """Sets the model's tasks to the values in a saved folder.
 
         Raises:
             FileNotFoundError: if a file is missing.
-            ValueError: as `sapt_fast.load_pretrained`, or if the folder holds other tasks.
+            ValueError: as `sapt_fast.load_pretrained`.
+            ValueError: if the folder contains other tasks.
         """
         description, files = read_directory(directory, CONFIG_FILE, read_files)
         method = method_of(description)
@@ -390,7 +421,7 @@ class TaskHandle(Handle):
         stored = read_tasks(self._model, expected, description, files)
         if stored.names != self.tasks:
             raise ValueError(
-                f"{files.folder}: holds the tasks {stored.names}, but the model has {self.tasks}"
+                f"{files.folder}: got tasks {stored.names}, expected {self.tasks}, the model's"
             )
         source = files.folder / STRATEGY_FILE
         self.require_state(self._model, self.config, stored.state, len(stored.names), source)
@@ -399,7 +430,7 @@ class TaskHandle(Handle):
     # --- hooks ---
 
     def install(self) -> None:
-        """Adds the hooks and lets the shared `modules_to_save` train; called by `patch`."""
+        """Adds the hooks and unfreezes the shared `modules_to_save`; called by `patch`."""
         self.routing.install()
         super().install()
         self.task_modules.install(self.routing)
@@ -413,7 +444,7 @@ class TaskHandle(Handle):
         ]
 
     def remove(self) -> None:
-        """Takes the hooks away; called by `unpatch`."""
+        """Removes the hooks; called by `unpatch`."""
         self.routing.remove()
         super().remove()
         self.task_modules.remove()
@@ -422,7 +453,7 @@ class TaskHandle(Handle):
         for hook in self._hooks:
             hook.remove()
 
-    # What a state_dict brings is as the base model was, not trained here.
+    # Values loaded from a state_dict count as the base model's, not as trained here.
 
     def _before_load(self, *args: Any) -> None:
         self._changes.settle(self._model)
@@ -439,7 +470,7 @@ class TaskHandle(Handle):
     def _require_task(self) -> None:
         if not self.tasks:
             raise RuntimeError(
-                f"there is no task yet: call model.{self.attribute}.add_task(name) first"
+                f"the model has no task yet: call model.{self.attribute}.add_task(name) first"
             )
 
     def _require_new(self, name: str) -> None:
@@ -452,15 +483,15 @@ class TaskHandle(Handle):
 
 
 def task_handle(model: nn.Module) -> TaskHandle | None:
-    """The handle of a model's pool of tasks; None if it has none."""
+    """Returns the handle of a model's pool of tasks; None if it has none."""
     return next((one for one in handles(model) if isinstance(one, TaskHandle)), None)
 
 
 def pool_of(model: nn.Module) -> Any:
-    """The handle of a model's pool of tasks.
+    """Returns the handle of a model's pool of tasks.
 
     Raises:
-        ValueError: if it has none.
+        ValueError: if the model has none.
     """
     handle = task_handle(model)
     if handle is None:

@@ -1,4 +1,4 @@
-"""What is computed: every op with its contract, plain-torch reference and autograd formula."""
+"""The ops: for each a contract, a plain-torch reference and an autograd formula."""
 
 from sapt_fast.ops.mix_experts import mix_experts
 from sapt_fast.ops.mix_prompts import mix_prompts, mix_prompts_with_tokens

@@ -1,4 +1,4 @@
-"""What several ops share: the dtypes they take, and how autocast concerns them."""
+"""Helpers of several ops: supported dtypes, and autocast."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -13,7 +13,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def require_tensors(**named: object) -> None:
-    """Raises TypeError for a named argument that is no tensor; None is one that was left out."""
+    """Raises TypeError if a named argument is neither a tensor nor None."""
     for name, value in named.items():
         if value is not None and not isinstance(value, Tensor):
             raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor")
@@ -31,12 +31,12 @@ def require_ids_of_table(input_ids: Tensor, table: Tensor) -> None:
 
 
 def autocasts(device: torch.device) -> bool:
-    """Whether autocast is on for tensors of that device; torch raises when asked for meta's."""
+    """Returns whether autocast is on for tensors of a device; torch raises for meta."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Leaves the dtypes inside alone."""
+    """Returns a context without autocast."""
     if device.type == "meta":
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
@@ -45,13 +45,13 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 def kernel(
     op: str, name: str, backend: str | None, x: Tensor, rows: int | None = None
 ) -> Callable[..., Any]:
-    """A kernel of the backend that dispatch chooses; autocast does not reach into it."""
+    """Returns a kernel of the backend that dispatch selects; it runs without autocast."""
     chosen = dispatch.resolve(op, x.device, backend, x.dtype, rows)
     return guarded(getattr(dispatch.kernels(op, chosen), name), x)
 
 
 def guarded(function: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
-    """The function, which autocast for tensors of x's device does not reach into."""
+    """Returns the function, which then runs without autocast on x's device."""
     if not autocasts(x.device):
         return function
 

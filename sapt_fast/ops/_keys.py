@@ -1,20 +1,20 @@
-"""What the two searches over a table of keys have in common."""
+"""Helpers of the two searches over a table of keys."""
 
 import torch
 from torch import Tensor
 
 from sapt_fast.ops._common import FLOATS, autocasts, require_tensors
 
-# Queries and keys of which a reference holds all pairs at a time.
+# Numbers of queries and keys for which a reference stores all pairs at once.
 ROW_CHUNK = 1024
 KEY_CHUNK = 4096
 
 
 def checked_query(query: Tensor, keys: Tensor) -> Tensor:
-    """The query, in keys' dtype under autocast.
+    """Checks query [M, D] and keys [N, D], and returns the query, in keys' dtype under autocast.
 
     Raises:
-        ValueError, TypeError: shape, dtype or device of `query` or `keys` does not fit.
+        ValueError, TypeError: if shape, dtype or device of `query` or `keys` does not fit.
     """
     require_tensors(query=query, keys=keys)
     if query.dim() != 2 or query.shape[1] == 0:
@@ -34,10 +34,10 @@ def checked_query(query: Tensor, keys: Tensor) -> Tensor:
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Float32, or float64 for float64: the dtype of sums, scores and distances."""
+    """Returns the dtype of sums, scores and distances: float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def pairwise_distance(query: Tensor, keys: Tensor) -> Tensor:
-    """[M, N], from the differences: the expanded square loses what near neighbours differ in."""
+    """Returns distances [M, N], from differences: the expanded square is inexact for near keys."""
     return torch.cdist(query, keys, compute_mode="donot_use_mm_for_euclid_dist")

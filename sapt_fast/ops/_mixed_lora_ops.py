@@ -1,7 +1,8 @@
-"""Op `mixed_lora` as torch knows it: registered, with fake kernels and its autograd formula.
+"""Op `mixed_lora` registered with torch, with fake kernels and its autograd formula.
 
-A registered op takes tensors, numbers and lists of them. So projections come as one list for each
-field, and the rows that train as triples (index of the projection, start, stop) in one list.
+The arguments of a registered op are tensors, numbers and lists of them. So projections are passed
+as one list per field, and the rows that train as triples (index of the projection, start, stop) in
+one list.
 """
 
 from collections.abc import Sequence
@@ -26,12 +27,14 @@ def differentiable(
     grad_through_frozen: bool,
     backend: str | None,
 ) -> list[Tensor]:
-    """y [M, O] of each projection, by the registered op.
+    """Computes y [M, O] of each projection with the registered op.
 
     Args:
-        x: [M, I]. mixture: [S, K].
-        computed: the projections in the dtypes of the product.
-        pooled: what of each of them trains.
+        x: [M, I].
+        mixture: [S, K].
+        computed: the projections, in the dtypes of the product.
+        pooled: the rows of each projection that train.
+        grad_through_frozen, backend: as in `ops.mixed_lora_linear`.
     """
     return _forward_op(
         x,
@@ -46,25 +49,25 @@ def differentiable(
 
 
 def _flattened(projections: Sequence[Projection]) -> list[list[Any]]:
-    """How the registered ops take projections: a list of each field, empty where it is None."""
+    """Converts projections for the registered ops: one list per field, empty if it is None."""
     fields = zip(*projections, strict=True)
     return [[t for t in field if t is not None] for field in fields]
 
 
 def _projections(count: int, *fields: Sequence[Tensor]) -> list[Projection]:
-    """The inverse of `_flattened`."""
+    """Returns the inverse of `_flattened`."""
     filled: list[Sequence[Any]] = [field or [None] * count for field in fields]
     return [Projection(*values) for values in zip(*filled, strict=True)]
 
 
 def _triples(index: int, train_rows: list[int]) -> list[int]:
-    """[index, start, stop] of each range, flattened: how the registered ops take them."""
+    """Returns [index, start, stop] of each range, flattened, for the registered ops."""
     spans = zip(train_rows[::2], train_rows[1::2], strict=True)
     return [value for start, stop in spans for value in (index, start, stop)]
 
 
 def _rows_of(index: int, triples: Sequence[int]) -> list[int]:
-    """The ranges [start, stop, ...] of one projection."""
+    """Returns the ranges [start, stop, ...] of one projection."""
     return [
         value
         for owner, *span in zip(triples[::3], triples[1::3], triples[2::3], strict=True)
@@ -89,7 +92,7 @@ def _forward_op(
     grad_through_frozen: bool,
     backend: str,
 ) -> list[Tensor]:
-    """y of each projection, then h of each; `train_rows` are triples, see `_triples`."""
+    """Returns y of each projection, then h of each; `train_rows` are triples, see `_triples`."""
     transforms.require_no_tangents(_OP)
     projections = _projections(len(lora_a), weights, biases, lora_a, lora_b, row_adapter, row_scale)
     results = kernel(_OP, "mixed_lora_fwd", backend, x)(x, mixture, projections)
@@ -113,13 +116,13 @@ def _backward_op(
     grad_through_frozen: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-    """`mixed_lora_bwd` of the backend, with empty tensors in place of None."""
+    """Calls `mixed_lora_bwd` of the backend; returns empty tensors instead of None."""
     projections = _projections(len(dys), weights, (), lora_a, lora_b, row_adapter, row_scale)
     ran = dispatch.resolve(_OP, x.device, backend, x.dtype)
     through = dispatch.backward(_OP, ran)
     kernels = dispatch.kernels(_OP, through)
     if through != ran and any(h is not None for h in hs):
-        # A backend without a backward keeps no h: the other one computes its own, and no y.
+        # A backend without a backward stores no h: the other one computes it, and no y.
         ranks = [p._replace(weight=None, bias=None, lora_b=p.lora_b[:, :1]) for p in projections]
         hs = [h for _, h in guarded(kernels.mixed_lora_fwd, x)(x, mixture, ranks)]
     dx, d_mixture, factors = guarded(kernels.mixed_lora_bwd, x)(
@@ -196,7 +199,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
         h if ctx.needs_mixture or i in train_rows[::3] else None
         for i, h in enumerate(output[count:])
     ]
-    # The last two share lora_a's and lora_b's memory; saved, they tell if it was changed since.
+    # The last two share lora_a's and lora_b's memory; saving them detects later writes.
     ctx.save_for_backward(
         x, mixture, *weights, *lora_a, *lora_b, *row_adapter, *row_scale, *hs, *train_a, *train_b
     )
@@ -205,7 +208,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     if transforms.differentiates_backward(*grads):
         return _differentiable_backward(ctx, grads)
-    # Projections that the loss does not depend on have no dy and take no part.
+    # Projections on which the loss does not depend have no dy and are left out.
     dys = {i: dy for i, dy in enumerate(grads[: ctx.count]) if dy is not None}
     x, mixture, *saved = ctx.saved_tensors
     weights = saved[: ctx.weights]
@@ -243,7 +246,7 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
 
 
 def _differentiable_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    """The gradients of the plain formula, for a second derivative or under vmap."""
+    """Returns the gradients of the plain formula, for a second derivative or under vmap."""
     count, dys = ctx.count, grads[: ctx.count]
     x, mixture, *saved = ctx.saved_tensors
     weights, saved = saved[: ctx.weights], saved[ctx.weights :]
@@ -281,12 +284,12 @@ def _differentiable_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[
 
 
 def _of_projection(index: int, values: Sequence[Tensor], triples: Sequence[int]) -> list[Tensor]:
-    """Those of the ranges that train which belong to one projection."""
+    """Returns the values of the trained ranges that belong to one projection."""
     return [v for v, owner in zip(values, triples[::3], strict=True) if owner == index]
 
 
 def _split(values: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
-    """Parts of those sizes, one after the other."""
+    """Splits values into consecutive parts of the given sizes."""
     left = iter(values)
     return [[next(left) for _ in range(size)] for size in sizes]
 
@@ -303,7 +306,7 @@ def _weight_grad(dy: Tensor, x: Tensor) -> Tensor:
 def _by_range(
     grads: dict[int, Tensor], train_rows: Sequence[int], needed: list[bool]
 ) -> list[Tensor | None]:
-    """The gradient of each range of rows, which is an input of its own."""
+    """Returns the gradient of each range of rows, which is a separate input."""
     parts: list[Tensor | None] = []
     done: dict[int, int] = {}
     triples = _chunks(train_rows, 3)

@@ -1,8 +1,8 @@
-"""Products in which a pair may be absent, so that what is not finite there is not seen.
+"""Products in which a pair may be absent, so that its infinities and NaNs have no effect.
 
-A mixture weight of exactly 0 means that the adapter is not there for that sample, and so does a
-scaling of exactly 0. A matrix product alone does not know that: 0 times an infinity or a NaN is
-NaN. Any other 0 is a number: where an adapter has a weight, its own 0 times an infinity is NaN.
+A mixture weight or a scaling of exactly 0 means that the adapter is absent for the sample. In a
+plain matrix product, 0 times an infinity or a NaN would be NaN. Any other 0 is an ordinary number:
+if an adapter has a weight, a 0 of its matrices times an infinity is NaN.
 """
 
 import torch
@@ -10,23 +10,24 @@ from torch import Tensor
 
 
 def present_product(coefficients: Tensor, present: Tensor, factors: Tensor) -> Tensor:
-    """`coefficients @ factors`, summed over the pairs that are present.
+    """Computes `coefficients @ factors`, summed over the pairs that are present.
 
-    For finite factors it is the plain product. An output that meets an infinity or a NaN becomes
-    what the sum over its present pairs is. Nothing depends on values, so it can be traced.
+    For finite factors it is the plain product. An output with an infinity or a NaN among its
+    present pairs is the sum over these pairs. No branch depends on values, so it can be traced.
 
     Args:
-        coefficients: [M, R], exactly 0 where they are not present.
-        present: [M, R], boolean. factors: [R, N] in coefficients' dtype.
+        coefficients: [M, R], exactly 0 for pairs that are not present.
+        present: [M, R], boolean.
+        factors: [R, N], in coefficients' dtype.
 
     Returns:
-        [M, N] in that dtype.
+        [M, N], in coefficients' dtype.
     """
     undefined = ~factors.isfinite()
     y = coefficients @ factors.masked_fill(undefined, 0.0)
     counted = torch.promote_types(y.dtype, torch.float32)
     with torch.no_grad():
-        # How many undefined factors an output meets, and how many more of them are +inf than -inf.
+        # The number of undefined factors of an output, and how many more are +inf than -inf.
         met = present.to(counted) @ undefined.to(counted)
         infinite = factors.sign().masked_fill(~factors.isinf(), 0.0).to(counted)
         surplus = coefficients.sign().masked_fill(~present, 0.0).to(counted) @ infinite
@@ -36,20 +37,20 @@ def present_product(coefficients: Tensor, present: Tensor, factors: Tensor) -> T
 
 
 def rank_weights(mixture: Tensor, row_adapter: Tensor, row_scale: Tensor) -> Tensor:
-    """[S, R]: the weight of each rank row in each sample; 0 where the mixture is, at any scale.
+    """Returns the weight of each rank row in each sample, [S, R].
 
-    Where it is exactly 0 the adapter is not there.
+    It is exactly 0 if the mixture is 0, for any scaling: the adapter is then absent.
     """
     w = mixture.index_select(1, row_adapter)
     return torch.where(w == 0, 0.0, w * row_scale)
 
 
 def present_ranks(mixture: Tensor, row_adapter: Tensor, row_scale: Tensor, rows: int) -> Tensor:
-    """[M, R], boolean: which rank rows have weight in each of `rows` rows."""
+    """Returns which rank rows have weight in each of M = `rows` rows, [M, R], boolean."""
     present = rank_weights(mixture, row_adapter, row_scale) != 0
     return present.repeat_interleave(rows // max(len(mixture), 1), 0)
 
 
 def without_undefined(gradient: Tensor, weights: Tensor) -> Tensor:
-    """The gradient of `weights`, 0 where it is not finite and the weight is exactly 0."""
+    """Returns the gradient of `weights`, with 0 if it is not finite and the weight is 0."""
     return torch.where((weights == 0) & ~gradient.isfinite(), 0.0, gradient)

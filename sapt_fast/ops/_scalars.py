@@ -1,4 +1,4 @@
-"""Numbers among the arguments: Python's, numpy's and tensors or arrays of one element alike."""
+"""Converts numbers among the arguments: Python's, numpy's, and tensors or arrays of one element."""
 
 import operator
 from collections.abc import Sequence
@@ -11,10 +11,10 @@ from sapt_fast.ops._common import FLOATS
 
 
 def number(name: str, value: Any) -> float:
-    """The value as a float; infinities and NaN are numbers.
+    """Converts a value to a float; infinities and NaN are allowed.
 
     Raises:
-        TypeError: it is no real number (booleans and complex numbers are none).
+        TypeError: if it is not a real number (booleans and complex numbers are not).
     """
     if type(value) is float:
         return value
@@ -27,10 +27,10 @@ def number(name: str, value: Any) -> float:
 
 
 def integer(name: str, value: Any) -> int:
-    """The value as an int.
+    """Converts a value to an int.
 
     Raises:
-        TypeError: it is no integer (booleans are none).
+        TypeError: if it is not an integer (booleans are not).
     """
     if type(value) is int:
         return value
@@ -43,7 +43,7 @@ def integer(name: str, value: Any) -> int:
 
 
 def integers(name: str, values: Sequence[Any]) -> tuple[int, ...]:
-    """The values as ints; raises TypeError if one is none."""
+    """Converts values to ints; raises TypeError if one is not an integer."""
     try:
         return tuple(integer(name, value) for value in values)
     except TypeError:
@@ -51,7 +51,7 @@ def integers(name: str, values: Sequence[Any]) -> tuple[int, ...]:
 
 
 def require_float(name: str, tensor: Tensor) -> None:
-    """Raises TypeError unless the tensor has a dtype that ops compute in."""
+    """Raises TypeError unless the tensor has a dtype that ops support."""
     if tensor.dtype not in FLOATS:
         raise TypeError(f"{name}: got dtype {tensor.dtype}, expected one of {FLOATS}")
 
@@ -69,5 +69,5 @@ def _is_complex(value: Any) -> bool:
 
 
 def _dtype(value: Any) -> Any:
-    """numpy's, which names its kind; None of what is not numpy's."""
+    """Returns the dtype of a numpy value; None for any other value."""
     return getattr(value, "dtype", None)

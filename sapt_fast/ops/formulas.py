@@ -1,9 +1,9 @@
-"""The ops in plain torch, out of place and without looking at values: what torch can transform.
+"""The ops in plain torch, out of place and independent of values, so that torch can transform them.
 
-Each function takes what the op's kernels take, after all checks, and gives the same numbers. They
-run under `torch.func`, in forward-mode AD and where a backward is differentiated; the kernels, the
-references included, run everywhere else. A weight or a scaling that is exactly zero leaves its
-adapter, prompt or expert out, whatever that holds; any other zero multiplies as numbers do.
+Each function has the arguments of the op's kernels, after all checks, and returns the same numbers.
+They run under `torch.func`, in forward-mode AD, and if a backward is differentiated. In all other
+cases the kernels or references run. A weight or scaling of exactly zero excludes its adapter,
+prompt or expert, even with infinities or NaNs; any other zero is an ordinary number.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def mixed_lora(
     pooled: Sequence[PooledProjection],
     grad_through_frozen: bool,
 ) -> list[Tensor]:
-    """y [M, O] of each projection; arguments as `_mixed_lora_ops.differentiable` takes them."""
+    """Computes y [M, O] of each projection; arguments as in `_mixed_lora_ops.differentiable`."""
     with without_autocast(x.device):
         return [
             _mixed_projection(x, mixture, projection, given, grad_through_frozen)
@@ -73,7 +73,7 @@ def _mixed_projection(
 
 
 def _stack(rows: Tensor, trained: Sequence[Tensor], spans: Sequence[int]) -> Tensor:
-    """All rows, those that train by the tensors that they train as."""
+    """Returns all rows; those that train are the tensors that receive the gradient."""
     parts, last = [], 0
     for part, start, stop in zip(trained, spans[::2], spans[1::2], strict=True):
         parts += [rows[last:start].detach(), part.to(rows.dtype)]
@@ -85,7 +85,7 @@ def _stack(rows: Tensor, trained: Sequence[Tensor], spans: Sequence[int]) -> Ten
 
 
 def _frozen_rows(lora_a: Tensor, spans: Sequence[int]) -> Tensor:
-    """[R, 1], true where a row does not train."""
+    """Returns [R, 1], true for rows that do not train."""
     frozen = torch.ones(lora_a.shape[0], 1, dtype=torch.bool)
     for start, stop in zip(spans[::2], spans[1::2], strict=True):
         frozen[start:stop] = False
@@ -93,7 +93,7 @@ def _frozen_rows(lora_a: Tensor, spans: Sequence[int]) -> Tensor:
 
 
 def _shrink(x: Tensor, lora_a: Tensor, frozen: Tensor | None) -> Tensor:
-    """[S, T, R] = x [S, T, I] A^T, A [R, I] or [S, R, I]; x gets no gradient from frozen rows."""
+    """Computes x [S, T, I] A^T, A [R, I] or [S, R, I]; frozen rows pass no gradient to x."""
     if frozen is None:
         return x @ lora_a.transpose(-1, -2)
     trained = x @ torch.where(frozen, 0.0, lora_a).transpose(-1, -2)
@@ -103,7 +103,7 @@ def _shrink(x: Tensor, lora_a: Tensor, frozen: Tensor | None) -> Tensor:
 def _present_rows(
     h: Tensor, mixture: Tensor, weights: Tensor, row_adapter: Tensor, lora_b: Tensor
 ) -> Tensor:
-    """[S, R], whether a rank row takes part: its adapter has a weight, or all of it is finite."""
+    """Returns whether a rank row is used, [S, R]: its adapter has a weight, or it is finite."""
     h, mixture, weights = h.detach(), mixture.detach(), weights.detach()
     broken = ~(torch.isfinite(h).all(1) & torch.isfinite(lora_b.detach()).all(1))
     count = torch.zeros_like(mixture).index_add(1, row_adapter, broken.to(mixture.dtype))
@@ -111,7 +111,7 @@ def _present_rows(
 
 
 def _all_true(mask: Tensor) -> bool:
-    """Whether all are known to be true."""
+    """Returns whether all values are known to be true."""
     known = values(mask)
     return known is not None and bool(known.all())
 
@@ -122,13 +122,13 @@ def _all_true(mask: Tensor) -> bool:
 def mix_prompts(
     prompts: Tensor, mixture: Tensor, source: Tensor, input_ids: Tensor | None
 ) -> Tensor:
-    """[B, P + T, D]; arguments as `mix_prompts_fwd` takes them."""
+    """Computes [B, P + T, D]; arguments as in `mix_prompts_fwd`."""
     embeds = source if input_ids is None else F.embedding(input_ids, source)
     return torch.cat([mixed_prompts(prompts, mixture).to(source.dtype), embeds], 1)
 
 
 def mixed_prompts(prompts: Tensor, mixture: Tensor) -> Tensor:
-    """[B, P, D] in mixture's dtype."""
+    """Computes the mixtures of prompts [B, P, D] in mixture's dtype."""
     flat = prompts.to(mixture.dtype).flatten(1)
     present = (mixture != 0).detach() | torch.isfinite(flat.detach()).all(1)
     with without_autocast(prompts.device):
@@ -144,7 +144,7 @@ def mixed_prompts(prompts: Tensor, mixture: Tensor) -> Tensor:
 
 
 def pool_tokens(input_ids: Tensor, table: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
-    """[B, D]; of equal maxima the first one gets the gradient, as in the kernels."""
+    """Computes [B, D]; the first of equal maxima gets the gradient, as in the kernels."""
     if input_ids.numel() == 0:
         return table.new_zeros(input_ids.shape[0], table.shape[1])
     keep = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask != 0
@@ -165,7 +165,7 @@ def pool_tokens(input_ids: Tensor, table: Tensor, mask: Tensor | None, pooling: 
 
 
 def nearest_key(query: Tensor, keys: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
-    """(distance [M], index [M]); arguments as `nearest_key_fwd` takes them."""
+    """Computes (distance [M], index [M]); arguments as in `nearest_key_fwd`."""
     wide = radius.dtype
     q = query.to(wide)
     if keys.shape[0] == 0:
@@ -178,10 +178,12 @@ def nearest_key(query: Tensor, keys: Tensor, radius: Tensor) -> tuple[Tensor, Te
 
 
 def distance_to(query: Tensor, keys: Tensor, nearest: Tensor, distance: Tensor) -> Tensor:
-    """`distance` [M] as a function of queries and keys; constant where it is zero or infinite.
+    """Returns `distance` [M] as a function of queries and keys; constant if zero or infinite.
 
     Args:
-        nearest: [M], of each query the key that it is the distance to; -1 for none.
+        query, keys: [M, D] and [N, D].
+        distance: [M].
+        nearest: [M], the key of each query's distance; -1 for none.
     """
     apart = (nearest >= 0) & (distance > 0)
     q, at = query.to(distance.dtype), nearest.clamp(min=0)
@@ -192,7 +194,7 @@ def distance_to(query: Tensor, keys: Tensor, nearest: Tensor, distance: Tensor) 
 
 
 def _nearest(query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """The least distance and the lower index among equals, over chunks of keys."""
+    """Returns the smallest distance, and the lowest index among equals, over chunks of keys."""
     least = torch.full_like(query[:, 0], float("inf"))
     at = torch.zeros_like(least, dtype=torch.int64)
     step = _keys_at_a_time(query)
@@ -208,7 +210,7 @@ def _nearest(query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def topk_keys(query: Tensor, keys: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
-    """(scores [M, k], index [M, k]); arguments as `topk_keys_fwd` takes them."""
+    """Computes (scores [M, k], index [M, k]); arguments as in `topk_keys_fwd`."""
     wide = accumulation_dtype(query.dtype)
     # Contiguous, so that equal keys have equal scores: see `topk_keys._all_scores`.
     q = query.detach().to(wide).contiguous().unsqueeze(1)
@@ -221,7 +223,7 @@ def topk_keys(query: Tensor, keys: Tensor, k: int, metric: str) -> tuple[Tensor,
 
 
 def scores_of(query: Tensor, keys: Tensor, index: Tensor, metric: str) -> Tensor:
-    """[M, k], the scores of the keys that `index` [M, k] names."""
+    """Computes the scores [M, k] of the keys `index` [M, k]."""
     wide = accumulation_dtype(query.dtype)
     return _scores(query.to(wide).unsqueeze(1), keys[index].to(wide), metric)
 
@@ -248,7 +250,7 @@ def _keys_at_a_time(query: Tensor) -> int:
 def mix_experts(
     x: Tensor, bank_a: Tensor, bank_b: Tensor, index: Tensor, weights: Tensor, scaling: float
 ) -> Tensor:
-    """delta [M, O]; arguments as `mix_experts_fwd` takes them."""
+    """Computes delta [M, O]; arguments as in `mix_experts_fwd`."""
     if bank_a.shape[0] == 0 or index.shape[1] == 0:
         return x.new_zeros(x.shape[0], bank_b.shape[2])
     named = (index >= 0) & (index < bank_a.shape[0])
@@ -273,7 +275,7 @@ def mix_experts(
 def own_lora(
     x: Tensor, base: Tensor, adapters: Sequence[tuple[Tensor, Tensor, float]], owner: Sequence[int]
 ) -> Tensor:
-    """base [M, O] plus each sample's own adapter of x [M, I], a new tensor; B divides M."""
+    """Returns base [M, O] plus each sample's own adapter of x [M, I]; B divides M."""
     count = x.shape[0] // max(1, len(owner))
     parts = []
     for sample, k in enumerate(owner):

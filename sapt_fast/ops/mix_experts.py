@@ -1,9 +1,9 @@
-"""A few LoRA experts per row, out of a bank of many (mixture of memory experts).
+"""A few LoRA experts per row, selected from a bank of many (mixture of memory experts).
 
     delta[m] = scaling sum_j weights[m, j] (x[m] A_n^T) B_n,    n = index[m, j]
 
-Only the chosen experts are read. The gradient of a bank can be sparse: its values then cost as
-much memory as the experts that the batch chose, whatever the size of the bank.
+Only the selected experts are read. The gradient of a bank can be sparse. It then needs memory only
+for the experts of the batch, whatever the size of the bank.
 """
 
 from typing import Any, NamedTuple
@@ -24,11 +24,11 @@ _GATHER_CHUNK = 1 << 22
 
 
 class PairGroups(NamedTuple):
-    """The pairs (row, choice) sorted by expert, and where the gradient of each expert goes.
+    """The pairs (row, choice) sorted by expert, and the gradient's row of each expert.
 
     Attributes:
         order: [P] int64, positions m * k + j in the flattened index, grouped by expert.
-        target: [P] int64, ascending: the row of the gradient that the pair adds to; negative for
+        target: [P] int64, ascending: the row of the gradient to which the pair adds; negative for
             pairs without an expert.
         rows: number of rows of the gradient.
         ids: [rows] int64, the expert of each row, ascending; None for the whole bank.
@@ -51,32 +51,33 @@ def mix_experts(
     sparse_grad: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """The weighted sum of the chosen experts' outputs; differentiable in every float input.
+    """Computes the weighted sum of the selected experts' outputs.
+
+    Differentiable in every float input.
 
     Args:
         x: [M, I]; float32, float16 or bfloat16, on a CPU also float64.
         bank_a: [N, r, I] in x's dtype or float32.
         bank_b: [N, r, O] in bank_a's dtype.
         index: [M, k] int64, the experts of each row (as `topk_keys` returns them); -1 for none
-            (as `nearest_key` returns it). May name an expert twice. Values are checked on the CPU
-            only: elsewhere that would wait for the device, and the kernels skip those out of
-            range.
+            (as `nearest_key` returns it). May contain an expert twice. Values are checked only on
+            the CPU, because checking would wait for another device; there the kernels skip values
+            out of range.
         weights: [M, k], any floating-point dtype. A weight of exactly 0 means that the expert is
-            not there for that row: an infinity or a NaN in it reaches neither delta nor a
-            gradient. The weight's own gradient is then 0 if it is not finite. Any other 0
-            multiplies as numbers do.
+            absent for that row: its infinities and NaNs reach neither delta nor a gradient, and a
+            non-finite gradient of the weight becomes 0. Any other 0 is an ordinary number.
         scaling: alpha / r, for all experts; 0 counts as weights of 0.
-        sparse_grad: gradients of the banks as `torch.sparse_coo` tensors over the chosen experts,
-            each once and in ascending order, for torch.optim.SparseAdam; this waits for the
-            device and is refused under torch.compile. Otherwise dense.
+        sparse_grad: whether the banks' gradients are `torch.sparse_coo` tensors over the selected
+            experts, each once and in ascending order, for torch.optim.SparseAdam. This waits for
+            the device, and raises an error under torch.compile.
         backend: as in `dispatch.resolve`.
 
     Returns:
         delta, [M, O], contiguous, in x's dtype.
 
     Raises:
-        ValueError, TypeError: a shape, index, dtype or device does not fit.
-        dispatch.BackendError: the named backend cannot run here.
+        ValueError, TypeError: if a shape, index, dtype or device does not fit.
+        dispatch.BackendError: if the named backend cannot run here.
 
     Example:
         >>> import torch
@@ -163,9 +164,9 @@ def _check(x: Tensor, bank_a: Tensor, bank_b: Tensor, index: Tensor, weights: Te
 def mix_experts_fwd(
     x: Tensor, bank_a: Tensor, bank_b: Tensor, index: Tensor, weights: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """The specification of the forward: `(delta [M, O], h [M, k, r] = x A^T)`.
+    """Specifies the forward: returns `(delta [M, O], h [M, k, r] = x A^T)`.
 
-    weights and h are float32, float64 for float64 inputs; h is 0 where there is no expert.
+    weights and h are float32, or float64 for float64 inputs; h is 0 for pairs without an expert.
     """
     delta = x.new_zeros(x.shape[0], bank_b.shape[2])
     h = weights.new_zeros(*index.shape, bank_a.shape[1])
@@ -192,9 +193,9 @@ def mix_experts_bwd(
     needs_x: bool,
     needs_weights: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The specification of the backward: `(dx, d_weights, d_a, d_b)`, None where not asked for.
+    """Specifies the backward: returns `(dx, d_weights, d_a, d_b)`, None for what is not needed.
 
-    d_a [rows, r, I] and d_b [rows, r, O] are asked for by `groups`. Sums run in a fixed order.
+    d_a [rows, r, I] and d_b [rows, r, O] are computed with `groups`. Sums have a fixed order.
     """
     chosen = _weights_of_chosen(index, weights, scaling)
     present = _present(index, weights)
@@ -217,8 +218,10 @@ def mix_experts_bwd(
 
 
 def pair_groups(index: Tensor, experts: int, compact: bool) -> PairGroups:
-    """Sort the pairs of `index` [M, k] by expert; the gradient has a row for each of the bank's
-    experts, or, if `compact`, for each expert that was chosen (which waits for the device)."""
+    """Sorts the pairs of `index` [M, k] by expert.
+
+    The gradient has a row for each expert of the bank, or, if `compact`, for each selected expert
+    (which waits for the device)."""
     ids, order = index.flatten().sort(stable=True)
     if not compact:
         return PairGroups(order, ids, experts, None)
@@ -247,12 +250,12 @@ def _weights_of_chosen(index: Tensor, weights: Tensor, scaling: float) -> Tensor
 
 
 def _present(index: Tensor, weights: Tensor) -> Tensor:
-    """The index, -1 where the weight is exactly 0: that expert is not there."""
+    """Returns the index, with -1 if the weight is exactly 0: that expert is absent."""
     return index.masked_fill(weights == 0, -1)
 
 
 def _weighted(h: Tensor, chosen: Tensor) -> Tensor:
-    """h [.., k, r] times chosen [.., k]; 0 where that is, even of an infinity or a NaN."""
+    """Multiplies h [.., k, r] by chosen [.., k]; 0 times an infinity or a NaN is 0."""
     chosen = chosen.unsqueeze(-1)
     return torch.where(chosen == 0, 0.0, h * chosen)
 
@@ -385,7 +388,7 @@ def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Any, ...]:
 def _sparse_backward(
     ctx: Any, dy: Tensor, needs_x: bool, needs_weights: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
-    """The backward with gradients of the banks over the chosen experts only."""
+    """Computes the backward, with gradients of the banks over the selected experts only."""
     x, bank_a, bank_b, index, weights, h = ctx.saved_tensors
     kernel = dispatch.kernels(_OP, dispatch.resolve(_OP, x.device, ctx.backend, x.dtype))
     groups = pair_groups(_present(index, weights), bank_a.shape[0], True)

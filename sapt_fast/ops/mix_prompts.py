@@ -1,9 +1,9 @@
-"""Soft prompts mixed per sample and written in front of the input embeddings.
+"""Soft prompts mixed per sample and inserted before the input embeddings.
 
     y[b] = [ sum_k mixture[b, k] prompts[k] ; embeds[b] ]
 
-(SAPT, ACL 2024, with prompts in place of adapters.) The backward reads only the first P rows of
-each sample's gradient; what belongs to the embeddings is handed on as a view.
+(SAPT, ACL 2024, with prompts instead of adapters.) The backward reads only the first P rows of each
+sample's gradient; the embeddings' gradient is a view of the others.
 """
 
 from typing import Any
@@ -24,24 +24,26 @@ DISPATCH = dispatch.Op(few_rows=(4, 4))
 def mix_prompts(
     prompts: Tensor, mixture: Tensor, embeds: Tensor, *, backend: str | None = None
 ) -> Tensor:
-    """Each sample's mixture of prompts, followed by its embeddings; differentiable in all three.
+    """Inserts each sample's mixture of prompts before its embeddings.
+
+    Differentiable in prompts, mixture and embeddings.
 
     Args:
         prompts: [K, P, D] in embeds' dtype or float32.
         mixture: [B, K], one weight per sample and prompt, any floating-point dtype. A weight of
-            exactly 0 means that the prompt is not there for that sample: an infinity or a NaN in
-            it reaches neither the result nor a gradient. The weight's own gradient is then 0 if it
-            is not finite.
+            exactly 0 means that the prompt is absent for that sample: its infinities and NaNs
+            reach neither the result nor a gradient, and a non-finite gradient of the weight
+            becomes 0.
         embeds: [B, T, D]; float32, float16 or bfloat16 (float64 in the reference).
-        backend: "reference" or "triton"; None lets dispatch choose (float64: the reference).
+        backend: as in `dispatch.resolve`; float64 runs only in the reference.
 
     Returns:
         [B, P + T, D], contiguous, in embeds' dtype. The mixture is summed in float32 (float64 for
         float64 embeddings).
 
     Raises:
-        ValueError, TypeError: a shape, dtype or device does not fit.
-        dispatch.BackendError: the named backend cannot run here, or not in float64.
+        ValueError, TypeError: if a shape, dtype or device does not fit.
+        dispatch.BackendError: if the named backend cannot run here, or does not support float64.
 
     Example:
         >>> import torch
@@ -64,11 +66,11 @@ def mix_prompts_with_tokens(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """`mix_prompts(prompts, mixture, table[input_ids])`, the rows gathered in the same pass.
+    """Computes `mix_prompts(prompts, mixture, table[input_ids])` in one pass.
 
     Args:
-        prompts, mixture, backend: as in `mix_prompts`, table in the place of embeds.
-        input_ids: [B, T] int64 or int32, each in [0, V). The Triton kernel gives NaN for others.
+        prompts, mixture, backend: as in `mix_prompts`, with table instead of embeds.
+        input_ids: [B, T] int64 or int32, each in [0, V). The Triton kernel returns NaN for others.
         table: [V, D], the embedding matrix; differentiable, with a dense gradient.
 
     Returns:
@@ -138,11 +140,11 @@ def _checked(
 def mix_prompts_fwd(
     prompts: Tensor, mixture: Tensor, source: Tensor, input_ids: Tensor | None
 ) -> Tensor:
-    """The specification of the forward: [B, P + T, D] in source's dtype, newly allocated.
+    """Specifies the forward: returns [B, P + T, D] in source's dtype, newly allocated.
 
     Args:
         prompts: [K, P, D] in source's dtype or float32.
-        mixture: [B, K] float32 (float64 for a float64 source), the dtype that sums are taken in.
+        mixture: [B, K] float32 (float64 for a float64 source), which is the dtype of the sums.
         source: the embeddings [B, T, D], or with `input_ids` the table [V, D] of their rows.
         input_ids: [B, T] int32 or int64, or None.
     """
@@ -157,7 +159,7 @@ def mix_prompts_fwd(
 def mix_prompts_bwd(
     dy: Tensor, prompts: Tensor, mixture: Tensor, needs_prompts: bool, needs_mixture: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The specification of the backward: `(d_prompts, d_mixture)`, None where not asked for.
+    """Specifies the backward: returns `(d_prompts, d_mixture)`, None for what is not needed.
 
     Args:
         dy: [B, P + T, D], any strides; only its first P rows are read.
@@ -196,7 +198,7 @@ def _backward_op(
     needs_mixture: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """`mix_prompts_bwd` of the backend, with empty tensors in place of None."""
+    """Calls `mix_prompts_bwd` of the backend; returns empty tensors instead of None."""
     ran = dispatch.resolve(_OP, dy.device, backend, dy.dtype)
     kernel = dispatch.kernels(_OP, dispatch.backward(_OP, ran))
     grads = kernel.mix_prompts_bwd(dy, prompts, mixture, needs_prompts, needs_mixture)

@@ -3,9 +3,9 @@
     y = x W^T + bias + sum_k mixture[.., k] scaling[k] (x A_k^T) B_k
 
 (SAPT, ACL 2024, equation of the shared attentive aggregation; X-LoRA uses the same with weights
-per token.) The adapters lie one after the other in lora_a [R, I] and lora_b [R, O], R the total
-rank. Everything the mixture adds lives in rank space, [M, R]: no adapter's output is ever formed,
-and the gradient of the weights is `sum over rows and ranks of (dy B^T) * (x A^T)`.
+per token.) The adapters are stacked in lora_a [R, I] and lora_b [R, O], where R is the total rank.
+The mixture is computed in rank space, [M, R], so no adapter's output is formed. The gradient of the
+weights is `sum over rows and ranks of (dy B^T) * (x A^T)`.
 """
 
 from collections.abc import Sequence
@@ -52,33 +52,34 @@ def mixed_lora_linear(
     trainable: Sequence[int] | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """`x W^T + bias` plus the mixture of all adapters; differentiable in every float input.
+    """Computes `x W^T + bias` plus the mixture of all adapters.
+
+    Differentiable in every float input.
 
     Args:
         x: [B, T, I] or [M, I]; float32, float16 or bfloat16 (float64 on the CPU).
         weight: [O, I] in x's dtype; may be a transposed view.
-        bias: [O] or None.
-        lora_a: [R, I], the adapters stacked one after the other; x's dtype or float32.
-        lora_b: [R, O], likewise.
-        mixture: [B, K] one weight per sample and adapter, or [B, T, K] per token; for a
-            two-dimensional x [M, K]. A weight of exactly 0 means that the adapter is not there for
-            that sample: an infinity or a NaN in it reaches neither y nor a gradient. The weight's
-            own gradient is then 0 if it is not finite. Any other 0 multiplies as numbers do.
+        bias: [O] in x's dtype, or None.
+        lora_a: [R, I], the stacked A of all adapters; x's dtype or float32.
+        lora_b: [R, O], the stacked B, transposed; x's dtype or float32.
+        mixture: [B, K], one weight per sample and adapter, or [B, T, K] per token; [M, K] for a
+            two-dimensional x. A weight of exactly 0 means that the adapter is absent for that
+            sample: its infinities and NaNs reach neither y nor a gradient, and a non-finite
+            gradient of the weight becomes 0. Any other 0 is an ordinary number.
         ranks: rank of every adapter, or a sequence of K ranks (0 allowed) whose sum is R.
         scaling: alpha / r for all adapters, or a tensor or array [K]; not differentiated. A
-            scaling of exactly 0 counts as a weight of 0; an infinity or a NaN multiplies as any
-            number does.
-        grad_through_frozen: False keeps gradients from reaching x through adapters that are not
-            in `trainable`, as the released SAPT does.
-        trainable: indices of the adapters whose rows get a gradient; None for all of them.
-        backend: "reference", "cpu", "triton" or "cuda"; None lets dispatch choose.
+            scaling of exactly 0 counts as a weight of 0; infinities and NaNs multiply as usual.
+        grad_through_frozen: False passes no gradient to x through adapters that are not in
+            `trainable`, as in the original SAPT code.
+        trainable: indices of the adapters whose rows get a gradient; None for all adapters.
+        backend: "reference", "cpu", "triton" or "cuda"; None selects one, as `dispatch.resolve`.
 
     Returns:
         y, [B, T, O] or [M, O], contiguous, in x's dtype.
 
     Raises:
-        ValueError, TypeError: a shape, rank, index, dtype or device does not fit.
-        dispatch.BackendError: the named backend cannot run here.
+        ValueError, TypeError: if a shape, rank, index, dtype or device does not fit.
+        dispatch.BackendError: if the named backend cannot run here.
 
     Example:
         >>> import torch
@@ -126,9 +127,17 @@ def mixed_lora(
     trainable: Sequence[int] | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """What the mixture adds to a linear layer: `mixed_lora_linear` without the base product.
+    """Computes the mixture of all adapters: `mixed_lora_linear` without the base product.
 
-    Arguments, result and errors are those of `mixed_lora_linear`.
+    Args:
+        x, lora_a, lora_b, mixture: as in `mixed_lora_linear`.
+        ranks, scaling, grad_through_frozen, trainable, backend: as in `mixed_lora_linear`.
+
+    Returns:
+        [B, T, O] or [M, O], contiguous, in x's dtype.
+
+    Raises:
+        ValueError, TypeError, dispatch.BackendError: as in `mixed_lora_linear`.
 
     Example:
         >>> import torch
@@ -159,21 +168,24 @@ def mix(
     grad_through_frozen: bool = True,
     backend: str | None = None,
 ) -> list[Tensor]:
-    """The op on pools that are already laid out (used by `pool`).
+    """Runs the op on pools that are already stacked.
 
-    Of the arguments only the sizes are checked, which kernels read by.
+    Only the sizes of the arguments are checked, because kernels read memory by them.
 
     Args:
         x: [..., I] or [I], the input of all projections; its rows are grouped by sample.
-        projections: all of them have a weight or none has; likewise for the bias.
         mixture: [S, K]; S divides the number of rows of x. Every pool has K adapters.
+        projections: either all or none have a weight; the same holds for the bias.
+        grad_through_frozen, backend: as in `mixed_lora_linear`.
 
     Returns:
         y [..., O] of each projection.
 
     Raises:
-        ValueError: x is not as wide as a projection's lora_a, S does not divide its rows, or the
-            sizes of weight, bias and lora_b differ. RuntimeError: x has no dimensions.
+        ValueError: if x is not as wide as a projection's lora_a.
+        ValueError: if S does not divide the rows of x.
+        ValueError: if the sizes of weight, bias and lora_b differ.
+        RuntimeError: if x has no dimensions.
     """
     dims = x.dim()
     if dims == 0:
@@ -200,7 +212,7 @@ def mix(
 
 
 def _check_sizes(rows: Tensor, mixture: Tensor, projections: Sequence[PooledProjection]) -> None:
-    """Raises ValueError where the sizes of a layer's input do not fit the layer's tensors."""
+    """Raises ValueError if the sizes of a layer's input do not fit the layer's tensors."""
     count, width = rows.shape
     samples = mixture.shape[0]
     if count % samples if samples else count:
@@ -241,14 +253,14 @@ def _in_dtype(given: Projection, dtype: torch.dtype, accumulate: torch.dtype) ->
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of the products: x's, or autocast's, which leaves float64 alone."""
+    """Returns the dtype of the products: x's, or autocast's unless x is float64."""
     if x.dtype != torch.float64 and autocasts(x.device):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 
 def _eager_inference(x: Tensor) -> bool:
-    """Whether to call the kernel past torch's dispatcher, which costs more than a small op."""
+    """Returns whether to bypass torch's dispatcher, which costs more than a small op."""
     return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and type(x) in _PLAIN
 
 
@@ -335,7 +347,7 @@ def _checked(
 
 
 def _scaling(scaling: Any, count: int) -> float | Tensor:
-    """A float or a tensor of one or of `count` numbers."""
+    """Converts a scaling to a float, or to a tensor of one or `count` numbers."""
     if not isinstance(scaling, Tensor) and getattr(scaling, "ndim", 0) > 0:
         scaling = torch.as_tensor(scaling)
     if not isinstance(scaling, Tensor):
@@ -364,9 +376,9 @@ def _table(layout: tuple[int, ...], scaling: float | Tensor, x: Tensor) -> RankT
 def mixed_lora_fwd(
     x: Tensor, mixture: Tensor, projections: Sequence[Projection], keep_h: bool = True
 ) -> list[tuple[Tensor, Tensor]]:
-    """The specification of the forward: `(y [M, O], h [M, R] = x A^T)` of each projection.
+    """Specifies the forward: returns `(y [M, O], h [M, R] = x A^T)` of each projection.
 
-    Without `keep_h` nobody reads h, and a backend may give anything in its place.
+    Without `keep_h`, h is not read, and a backend may return any value for it.
     """
     results = []
     for weight, bias, lora_a, lora_b, row_adapter, row_scale in projections:
@@ -391,16 +403,21 @@ def mixed_lora_bwd(
     needs_mixture: bool,
     grad_through_frozen: bool,
 ) -> tuple[Tensor | None, Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
-    """The specification of the backward; None where nothing was asked for.
+    """Specifies the backward.
 
     Args:
-        dys: [M, O] of each projection, never written to.
-        hs: of the forward; None where neither the mixture nor a row of the projection trains.
+        dys: [M, O] of each projection; not written to.
+        x, mixture, projections: as in the forward.
+        hs: h of each projection from the forward; None if neither the mixture nor a row of the
+            projection trains.
         train_rows: ascending disjoint ranges [start, stop, start, stop, ...] of each projection.
+        needs_x, needs_mixture: whether to compute dx and d_mixture.
+        grad_through_frozen: as in `mixed_lora_linear`.
 
     Returns:
         dx [M, I] and d_mixture [S, K], summed over the projections, and (d_a [Rt, I],
-        d_b [Rt, O]) of each, rows in the order of its ranges.
+        d_b [Rt, O]) of each, rows in the order of its ranges. None for results that are not
+        needed.
     """
     dx = x.new_zeros(x.shape) if needs_x else None
     d_mixture = torch.zeros_like(mixture) if needs_mixture else None
@@ -434,12 +451,12 @@ def mixed_lora_bwd(
 
 
 def empty_h(x: Tensor, total_rank: int) -> Tensor:
-    """An uninitialised h as `mixed_lora_fwd` returns it, for the fake kernel."""
+    """Returns an uninitialised h as `mixed_lora_fwd` does, for the fake kernel."""
     return x.new_empty(x.shape[0], total_rank)
 
 
 def _weighted(h: Tensor, mixture: Tensor, row_adapter: Tensor, row_scale: Tensor) -> Tensor:
-    """`h * w` with every rank column times its adapter's weight and scaling, in h's dtype."""
+    """Multiplies every rank column of h by its adapter's weight and scaling, in h's dtype."""
     samples = mixture.shape[0]
     if samples == 0:
         return h

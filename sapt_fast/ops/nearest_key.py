@@ -1,7 +1,7 @@
-"""The nearest key of every query, if it lies within the key's own radius.
+"""The nearest key of every query, if the query is within the key's radius.
 
 (GRACE, NeurIPS 2023: an edit applies to a hidden state only inside the ball around its key.) Only
-the nearest key is asked: a farther key whose larger radius holds the query does not count.
+the nearest key is tested: a farther key does not count, even if the query is within its radius.
 """
 
 from typing import Any
@@ -27,11 +27,11 @@ DISPATCH = dispatch.Op(few_rows=(16, 4))
 def nearest_key(
     query: Tensor, keys: Tensor, radius: Tensor, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The nearest key by Euclidean distance, accepted where `distance <= radius` of that key.
+    """Finds the nearest key by Euclidean distance, accepted if `distance <= radius` of that key.
 
-    Keys at equal distances: the one with the lower index. A key whose distance is NaN or infinite
-    is never the nearest. The distance is differentiable in `query` and `keys` (with gradient zero
-    where it is zero), the index and `radius` are not.
+    Of keys at equal distances, the one with the lower index is the nearest. A key at a NaN or
+    infinite distance never is. The distance is differentiable in `query` and `keys`, with gradient
+    0 at distance 0; the index and `radius` are not.
 
     Args:
         query: [M, D]; float32, float16 or bfloat16, on a CPU also float64.
@@ -40,13 +40,13 @@ def nearest_key(
         backend: as in `dispatch.resolve`.
 
     Returns:
-        index: [M] int64, -1 where the nearest key is farther than its radius.
-        distance: [M], to the nearest key, accepted or not; infinity where there is none. In
-            float32, float64 for float64.
+        index: [M] int64, -1 if the nearest key is farther than its radius.
+        distance: [M], to the nearest key, accepted or not; infinity if there is none. float32, or
+            float64 for float64.
 
     Raises:
-        ValueError, TypeError: a shape, dtype or device does not fit.
-        dispatch.BackendError: the named backend cannot run here.
+        ValueError, TypeError: if a shape, dtype or device does not fit.
+        dispatch.BackendError: if the named backend cannot run here.
 
     Example:
         >>> import torch
@@ -82,7 +82,10 @@ def nearest_key(
 
 
 def nearest_key_fwd(query: Tensor, keys: Tensor, radius: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The specification: `(distance [M], index [M], nearest [M])`, nearest -1 only without any."""
+    """Specifies the op: returns `(distance [M], index [M], nearest [M])`.
+
+    `nearest` is the nearest key, accepted or not; -1 if there is none.
+    """
     dtype = accumulation_dtype(query.dtype)
     distance = query.new_full(query.shape[:1], float("inf"), dtype=dtype)
     nearest = query.new_full(query.shape[:1], -1, dtype=torch.int64)
@@ -104,7 +107,7 @@ def nearest_key_fwd(query: Tensor, keys: Tensor, radius: Tensor) -> tuple[Tensor
 def nearest_key_bwd(
     d_distance: Tensor, query: Tensor, keys: Tensor, distance: Tensor, nearest: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`(d_query, d_keys)`: along the unit vector from the nearest key, for every backend."""
+    """Returns `(d_query, d_keys)`, along the unit vector from the nearest key; for all backends."""
     if keys.shape[0] == 0:
         return torch.zeros_like(query), torch.zeros_like(keys)
     at = nearest.clamp(min=0)

@@ -1,9 +1,9 @@
-"""One LoRA per sample, each another one: serving many adapters at once.
+"""A different LoRA for each sample, to serve many adapters at once.
 
     y[s] = x[s] W^T + bias + scaling[k] (x[s] A_k^T) B_k^T,    k = owner[s]
 
-The adapters are read where they lie, in PEFT's layout, and only by the samples that own them: the
-arithmetic is that of one adapter for the batch, however many there are.
+The adapters are read in place, in PEFT's layout, and only for their samples. So the number of
+operations is that of one adapter for the batch, however many adapters there are.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,15 +19,16 @@ from sapt_fast.ops._common import FLOATS, kernel, require_tensors
 from sapt_fast.ops._scalars import integers, number
 
 DISPATCH = dispatch.Op()
-# What an output starts from: the weight [O, I] and bias [O] of a linear layer, or its output.
+# The base of an output: the weight [O, I] and bias [O] of a linear layer, or its output.
 Base = tuple[Tensor, Tensor | None] | Tensor
 
 
 class Adapter(NamedTuple):
-    """One LoRA as PEFT keeps it.
+    """One LoRA in PEFT's layout.
 
     Attributes:
-        a: [r, I], in x's dtype or float32. b: [O, r], likewise.
+        a: [r, I], in x's dtype or float32.
+        b: [O, r], in a's dtype.
         scaling: alpha / r.
     """
 
@@ -45,22 +46,23 @@ def own_lora(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """A linear layer in which each sample has its own adapter; not differentiable.
+    """Computes a linear layer in which each sample has its own adapter; not differentiable.
 
     Args:
         x: [B, ..., I]; float32, float16, bfloat16 or float64.
-        weight: [O, I] in x's dtype. bias: [O], likewise, or None.
-        adapters: of any ranks, all of one dtype.
-        owner: of each of the B samples the index of its adapter, -1 for none.
+        weight: [O, I] in x's dtype.
+        bias: [O] in x's dtype, or None.
+        adapters: adapters of any ranks, all of one dtype.
+        owner: for each of the B samples, the index of its adapter, or -1 for none.
         backend: as in `dispatch.resolve`.
 
     Returns:
         [B, ..., O] in x's dtype.
 
     Raises:
-        ValueError, TypeError: a shape, index, dtype or device does not fit, or something wants a
-            gradient.
-        dispatch.BackendError: the named backend cannot run here.
+        ValueError, TypeError: if a shape, index, dtype or device does not fit.
+        ValueError, TypeError: if an input requires a gradient.
+        dispatch.BackendError: if the named backend cannot run here.
 
     Example:
         >>> import torch
@@ -99,19 +101,19 @@ def add_own_lora_(
     """Adds each sample's own adapter to y, in place; not differentiable.
 
     Args:
-        y: [B, ..., O] contiguous, as the base layer gave it; float32, float16, bfloat16 or float64.
+        y: [B, ..., O] contiguous, the base layer's output; float32, float16, bfloat16 or float64.
         x: [B, ..., I] in y's dtype, the layer's input.
-        adapters: of any ranks, all of one dtype.
-        owner: of each of the B samples the index of its adapter, -1 for none.
+        adapters: adapters of any ranks, all of one dtype.
+        owner: for each of the B samples, the index of its adapter, or -1 for none.
         backend: as in `dispatch.resolve`.
 
     Returns:
         y.
 
     Raises:
-        ValueError, TypeError: a shape, index, dtype or device does not fit, or something wants a
-            gradient.
-        dispatch.BackendError: the named backend cannot run here.
+        ValueError, TypeError: if a shape, index, dtype or device does not fit.
+        ValueError, TypeError: if an input requires a gradient.
+        dispatch.BackendError: if the named backend cannot run here.
 
     Example:
         >>> import torch
@@ -210,10 +212,11 @@ def _check(
 def own_lora_fwd(
     x: Tensor, base: Base, adapters: Sequence[Adapter], owner: Sequence[int]
 ) -> Tensor:
-    """The specification: the base output of x [M, I] plus each sample's adapter; B divides M.
+    """Specifies the op: returns the base output of x [M, I] plus each sample's adapter.
 
     Args:
-        base: an output [M, O] is added to in place.
+        base: the weight and bias of the base layer, or its output [M, O], which is changed in
+            place. B divides M.
     """
     y = base if isinstance(base, Tensor) else F.linear(x, *base)
     samples = len(owner)

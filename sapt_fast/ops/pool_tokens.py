@@ -1,4 +1,4 @@
-"""Pooling of a batch's input embeddings over the sequence: what the router starts from."""
+"""Pooling of a batch's input embeddings over the sequence, the input of the router."""
 
 from typing import Any, cast
 
@@ -14,7 +14,7 @@ from sapt_fast.ops._scalars import require_float
 _OP = "pool_tokens"
 DISPATCH = dispatch.Op()
 POOLINGS = ("max", "mean")
-# Elements of gathered embeddings that the reference holds at a time.
+# Number of elements of gathered embeddings that the reference stores at once.
 _GATHER_CHUNK = 1 << 22
 
 
@@ -26,25 +26,25 @@ def pool_tokens(
     pooling: str = "max",
     backend: str | None = None,
 ) -> Tensor:
-    """Pools the embeddings of token ids over the sequence; B x T x D is never stored.
+    """Pools the embeddings of token ids over the sequence, without storing B x T x D numbers.
 
     Args:
-        input_ids: [B, T] int64 or int32, each in [0, V). The Triton kernel gives NaN for others;
-            on a CPU they are an error.
+        input_ids: [B, T] int64 or int32, each in [0, V). For others, the Triton kernel returns
+            NaN; on a CPU they raise an error.
         table: [V, D], the embedding matrix; differentiable. float32, float16 or bfloat16, on a CPU
             also float64.
-        mask: [B, T], zero where a token takes no part; None lets all of them. A row without any
-            token gives zeros.
-        pooling: "max" or "mean". A NaN is the maximum wherever it stands in the sequence. The
-            gradient of a maximum goes to the first token that has it (of several NaN the first).
+        mask: [B, T], zero for tokens that are not pooled; None for no such tokens. A row without
+            any token is pooled to zeros.
+        pooling: "max" or "mean". A NaN at any position is the maximum. The gradient of a maximum
+            goes to the first token that has it (of several NaNs, the first).
         backend: as in `dispatch.resolve`.
 
     Returns:
         [B, D] in table's dtype.
 
     Raises:
-        ValueError, TypeError: a shape, dtype, device or `pooling` does not fit.
-        dispatch.BackendError: the named backend cannot run here, or not in float64.
+        ValueError, TypeError: if a shape, dtype, device or `pooling` does not fit.
+        dispatch.BackendError: if the named backend cannot run here, or does not support float64.
 
     Example:
         >>> import torch
@@ -78,7 +78,7 @@ def pool_tokens(
 
 
 def pool_embeds(embeds: Tensor, *, mask: Tensor | None = None, pooling: str = "max") -> Tensor:
-    """Pools embeddings [B, T, D] over the sequence to [B, D]; the rest as in `pool_tokens`."""
+    """Pools embeddings [B, T, D] over the sequence to [B, D]; otherwise as `pool_tokens`."""
     require_tensors(embeds=embeds, mask=mask)
     if embeds.dim() != 3:
         raise ValueError(f"embeds: got shape {tuple(embeds.shape)}, expected [B, T, D]")
@@ -100,14 +100,14 @@ def pool_embeds(embeds: Tensor, *, mask: Tensor | None = None, pooling: str = "m
 
 
 def check_devices(reference: Tensor, **named: Tensor | None) -> None:
-    """Raises ValueError for a named tensor that is on another device than the first."""
+    """Raises ValueError if a named tensor is on another device than the first."""
     for name, tensor in named.items():
         if tensor is not None and tensor.device != reference.device:
             raise ValueError(f"{name}: got device {tensor.device}, expected {reference.device}")
 
 
 def check_ids(input_ids: Tensor, rows: int, mask: Tensor | None = None) -> None:
-    """Raises ValueError for an id that takes part and is not in [0, rows), on the CPU alone."""
+    """Raises ValueError if a pooled id is not in [0, rows); checked only on the CPU."""
     known = transforms.values(input_ids) if input_ids.device.type == "cpu" else None
     if known is None or known.numel() == 0:
         return
@@ -131,7 +131,7 @@ def _check_pooling(pooling: str, mask: Tensor | None, shape: torch.Size) -> None
 
 
 def pool_tokens_fwd(input_ids: Tensor, table: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
-    """`pool_embeds(table[input_ids])`: a few samples at a time, the mean by embedding bags."""
+    """Computes `pool_embeds(table[input_ids])`, a few samples at a time; the mean by bags."""
     if input_ids.numel() == 0:
         return table.new_zeros(input_ids.shape[0], table.shape[1])
     keep = None if mask is None else mask != 0
@@ -140,7 +140,7 @@ def pool_tokens_fwd(input_ids: Tensor, table: Tensor, mask: Tensor | None, pooli
     if keep is None:
         return F.embedding_bag(input_ids, table, mode="mean")
     share = keep.to(table.dtype) / keep.sum(1, keepdim=True).clamp(min=1).to(table.dtype)
-    # A masked position repeats a token that is kept: a NaN elsewhere is not read.
+    # A masked position repeats a pooled token, so that NaNs of masked tokens are not read.
     kept_id = input_ids.gather(1, keep.to(torch.uint8).argmax(1, keepdim=True))
     ids = torch.where(keep, input_ids, kept_id)
     pooled = F.embedding_bag(ids, table, mode="sum", per_sample_weights=share)
@@ -148,7 +148,7 @@ def pool_tokens_fwd(input_ids: Tensor, table: Tensor, mask: Tensor | None, pooli
 
 
 def _maximum(input_ids: Tensor, table: Tensor, keep: Tensor | None) -> Tensor:
-    """[B, D] by `torch.max`, which takes a NaN for the largest and the first of equals."""
+    """Returns the maximum [B, D] by `torch.max`: NaN is the largest, the first of equals wins."""
     samples, tokens = input_ids.shape
     step = samples
     if not torch.compiler.is_compiling():
@@ -169,7 +169,7 @@ def _maximum(input_ids: Tensor, table: Tensor, keep: Tensor | None) -> Tensor:
 
 
 class _ReferencePool(torch.autograd.Function):
-    """`pool_tokens_fwd`; embedding bags have no second derivative, so that is the formula's."""
+    """`pool_tokens_fwd` with the formula's second derivative; embedding bags have none."""
 
     @staticmethod
     def forward(
@@ -191,7 +191,7 @@ class _ReferencePool(torch.autograd.Function):
 
 
 def _formula_grad(ctx: Any, dy: Tensor) -> Tensor | None:
-    """The gradient of the table, differentiable in dy."""
+    """Returns the gradient of the table, differentiable in dy."""
     input_ids, mask, *_, table = ctx.saved_tensors
     [d_table] = transforms.gradients(
         lambda own: [formulas.pool_tokens(input_ids, own, mask, ctx.pooling)], [table], [True], [dy]
@@ -200,7 +200,7 @@ def _formula_grad(ctx: Any, dy: Tensor) -> Tensor | None:
 
 
 # --- registered ops ----------------------------------------------------------------------------
-# The reference is plain torch, which autograd and compilers see into; these are for the others.
+# For the other backends; autograd and compilers can process the reference, which is plain torch.
 
 
 @torch.library.custom_op("sapt_fast::pool_tokens_fwd", mutates_args=())
@@ -212,7 +212,7 @@ def _pool_op(
     keep_winner: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """`pool_tokens_fwd` of the backend, with an empty tensor for no winner."""
+    """Calls `pool_tokens_fwd` of the backend; returns an empty tensor for no winner."""
     transforms.require_no_tangents(_OP)
     kernel = dispatch.kernels(_OP, backend)
     pooled, winner = kernel.pool_tokens_fwd(input_ids, table, mask, pooling, keep_winner)

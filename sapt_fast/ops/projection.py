@@ -1,4 +1,4 @@
-"""One of the linear layers that op `mixed_lora` computes from the same input."""
+"""The linear layers that op `mixed_lora` computes from the same input."""
 
 from typing import NamedTuple
 
@@ -6,12 +6,13 @@ from torch import Tensor
 
 
 class Projection(NamedTuple):
-    """What a kernel needs of one projection; x is [M, I], R its total rank.
+    """The tensors of one linear layer and its pool; x is [M, I], and R is the total rank.
 
     Attributes:
-        weight: [O, I] in x's dtype, any strides; None for the mixture alone.
+        weight: [O, I] in x's dtype, any strides; None to compute only the mixture.
         bias: [O] in x's dtype, or None.
-        lora_a: [R, I], in x's dtype or float32. lora_b: [R, O], likewise.
+        lora_a: [R, I], in x's dtype or float32.
+        lora_b: [R, O], in x's dtype or float32.
         row_adapter: [R] int32, ascending: the adapter of each rank row.
         row_scale: [R] in the mixture's dtype: the scaling of that adapter.
     """
@@ -25,11 +26,12 @@ class Projection(NamedTuple):
 
 
 class PooledProjection(NamedTuple):
-    """A projection and which of its rank rows train.
+    """A projection and its rank rows that train.
 
     Attributes:
+        projection: the projection; its lora_a and lora_b get no gradient.
         train_a, train_b: the rows that train, as tensors that share lora_a's and lora_b's memory;
-            those of them that require it get a gradient. The stacks themselves get none.
+            those that require a gradient get one.
         train_rows: [start, stop] of each of them in the stack, flattened, ascending.
     """
 

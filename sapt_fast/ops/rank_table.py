@@ -1,4 +1,4 @@
-"""Which adapter each rank row of a stacked pool belongs to, and which rows train."""
+"""Maps the rank rows of a stacked pool to adapters, and finds the rows that train."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -11,10 +11,10 @@ from sapt_fast.ops._scalars import integer, integers
 
 
 class RankTable(NamedTuple):
-    """What each of the R rank rows of a stacked pool belongs to.
+    """The adapter of each of the R rank rows of a stacked pool.
 
     Attributes:
-        row_adapter: [R] int32, the adapter of the row.
+        row_adapter: [R] int32, the index of the row's adapter.
         row_scale: [R] float32 (float64 in float64 models), that adapter's scaling.
     """
 
@@ -28,7 +28,7 @@ def rank_table(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> RankTable:
-    """The table of a pool whose adapter k has `ranks[k]` rows and scaling `scaling[k]`."""
+    """Builds the table of a pool whose adapter k has `ranks[k]` rows and scaling `scaling[k]`."""
     owners = [k for k, rank in enumerate(ranks) for _ in range(rank)]
     adapter = torch.tensor(owners, dtype=torch.int32, device=device)
     scale = torch.as_tensor(scaling, dtype=dtype, device=device)
@@ -36,7 +36,7 @@ def rank_table(
 
 
 def rank_layout(ranks: int | Sequence[int], count: int, total: int) -> tuple[int, ...]:
-    """The rank of each of `count` adapters; raises unless they sum to `total` rows."""
+    """Returns the rank of each of `count` adapters; raises unless they sum to `total` rows."""
     if isinstance(ranks, (str, bytes)):
         raise TypeError(f"ranks: got {ranks!r}, expected an int or a sequence of ints")
     given: Any = ranks
@@ -53,7 +53,7 @@ def rank_layout(ranks: int | Sequence[int], count: int, total: int) -> tuple[int
 
 
 def trained_rows(layout: tuple[int, ...], trainable: Sequence[int] | None) -> list[int]:
-    """Row ranges [start, stop, start, stop, ...] of the adapters that train, neighbours merged."""
+    """Returns the row ranges [start, stop, ...] of the adapters that train; neighbours merged."""
     count = len(layout)
     chosen: Sequence[int] = range(count)
     if trainable is not None:
@@ -76,6 +76,6 @@ def trained_rows(layout: tuple[int, ...], trainable: Sequence[int] | None) -> li
 def cached_table(
     layout: tuple[int, ...], scaling: tuple[float, ...], device: torch.device, dtype: torch.dtype
 ) -> RankTable:
-    """`rank_table`, made once."""
+    """Returns `rank_table`, cached."""
     with torch.inference_mode(False):  # the table outlives the call that first needed it
         return rank_table(layout, scaling, device, dtype)

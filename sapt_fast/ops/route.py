@@ -1,8 +1,8 @@
-"""Routing: from a batch of inputs to one weight per adapter.
+"""Routing: computes one weight per adapter for each input of a batch.
 
-SAPT (ACL 2024): pool the input embeddings over the sequence, project them to a query, and take the
-softmax of its products with one learned key per adapter. The reflection loss keeps the weights of
-earlier tasks' inputs where they were.
+SAPT (ACL 2024): the input embeddings are pooled over the sequence and projected to a query. The
+weights are the softmax of its products with one learned key per adapter. The reflection loss
+penalises changes in the weights of earlier tasks' inputs.
 """
 
 import math
@@ -46,11 +46,13 @@ _FUSED_KEYS = 1024  # so many keys at most from embedding to weights in one laun
 
 
 class QueryProjection(NamedTuple):
-    """`q = LayerNorm(SiLU(up down e))`; no biases and no nonlinearity between the two products.
+    """The query projection `q = LayerNorm(SiLU(up down e))`, without biases.
 
     Attributes:
-        down: [H, D]. up: [D, H].
-        norm_weight, norm_bias: [D]. eps: of the LayerNorm.
+        down: [H, D].
+        up: [D, H].
+        norm_weight, norm_bias: [D], of the LayerNorm.
+        eps: of the LayerNorm.
 
     Example:
         >>> import torch
@@ -81,28 +83,29 @@ def route(
     threshold: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """One weight per sample and adapter, from the input's embeddings and the adapters' keys.
+    """Computes one weight per sample and adapter from the embeddings and the adapters' keys.
 
     Args:
-        embeds: [B, T, D], or [B, D] when already pooled (by `pool_tokens`).
+        embeds: [B, T, D], or [B, D] if already pooled (by `pool_tokens`).
         keys: [K, D].
-        projection: from the pooled embedding to the query; None for the identity.
-        mask: [B, T], zero where a token takes no part in the pooling.
-        pooling: "max" (the released SAPT) or "mean".
+        projection: maps the pooled embedding to the query; None for the identity.
+        mask: [B, T], zero for tokens that are not pooled; None for no such tokens.
+        pooling: "max" (as in the original SAPT code) or "mean".
         temperature: the scores' divisor; None for sqrt(D).
-        top_k: keep the k largest weights of each sample, of equals those of the lower index,
-            scaled to sum to 1.
-        threshold: weights below it become exactly zero and the rest sum to 1; the largest weight
-            of a sample always stays.
-        backend: "reference" or "triton"; None lets dispatch choose (float64: the reference).
+        top_k: keep only the k largest weights of each sample, scaled to sum to 1; of equal weights,
+            those of the lower index. None keeps all.
+        threshold: set weights below it to exactly zero and scale the others to sum to 1; the
+            largest weight of a sample always stays. None keeps all.
+        backend: as in `dispatch.resolve`; float64 runs only in the reference.
 
     Returns:
-        weights [B, K] in float32 (float64 for float64 inputs), rows sum to 1. Computed in that
-        dtype throughout.
+        weights [B, K] in float32 (float64 for float64 inputs); rows sum to 1. All steps are
+        computed in this dtype.
 
     Raises:
-        ValueError: a shape, device, `pooling`, `temperature`, `top_k` or `threshold` does not fit.
-        dispatch.BackendError: the named backend cannot run here, or not in float64.
+        ValueError: if a shape, device, `pooling`, `temperature`, `top_k` or `threshold` does not
+            fit.
+        dispatch.BackendError: if the named backend cannot run here, or does not support float64.
 
     Example:
         >>> import torch
@@ -133,7 +136,7 @@ def route_scores(
     temperature: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """The scores [B, K] whose softmax `route` returns; arguments and errors as there."""
+    """Returns the scores [B, K] whose softmax is `route`; arguments and errors as in `route`."""
     pooled, divisor, chosen = _prepare(
         embeds, keys, projection, mask, pooling, temperature, backend
     )
@@ -141,7 +144,7 @@ def route_scores(
 
 
 def query(pooled: Tensor, projection: QueryProjection | None) -> Tensor:
-    """The queries [B, D] of pooled embeddings [B, D], in float32 or wider."""
+    """Returns the queries [B, D] of pooled embeddings [B, D], in float32 or wider."""
     q = pooled.to(torch.promote_types(pooled.dtype, torch.float32))
     if projection is None:
         return q
@@ -153,7 +156,7 @@ def query(pooled: Tensor, projection: QueryProjection | None) -> Tensor:
 def sparsify(
     weights: Tensor, *, top_k: int | None = None, threshold: float | None = None
 ) -> Tensor:
-    """Drops small weights [B, K] as `route` describes; the kept ones sum to 1 in every row."""
+    """Removes small weights of [B, K] as `route` does; the kept ones sum to 1 in every row."""
     top_k, threshold = _checked_sparsity(top_k, threshold)
     count = weights.shape[-1]
     if (top_k is None or top_k >= count) and not threshold:
@@ -162,7 +165,7 @@ def sparsify(
     if threshold:
         keep = weights >= weights.amax(-1, keepdim=True).clamp(max=threshold)
     if top_k is not None and top_k < count:
-        # A stable sort, since topk promises no order among equals.
+        # A stable sort, because topk guarantees no order among equal values.
         largest = weights.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
         chosen = torch.zeros_like(keep).scatter(
             -1, largest, torch.ones_like(largest, dtype=keep.dtype)
@@ -173,23 +176,23 @@ def sparsify(
 
 
 def reflection_loss(scores: Tensor, target: Tensor) -> Tensor:
-    """KL(target || softmax(scores)), the mean over the batch (SAPT, attentive reflection).
+    """Returns KL(target || softmax(scores)), averaged over the batch (SAPT, attentive reflection).
 
     Args:
-        scores: [B, K], of `route_scores`.
-        target: [K'] or [B, K'] with K' <= K, the earlier weights in learning order; newer adapters
-            count as zeros, which pushes weight off them.
+        scores: [B, K], the return value of `route_scores`.
+        target: [K'] or [B, K'] with K' <= K, the target weights in learning order. The missing
+            newer adapters count as zeros, so the loss reduces their weights.
 
     Returns:
         A scalar in float32 (float64 for float64 scores).
 
     Raises:
-        ValueError, TypeError: a shape, dtype or device does not fit.
+        ValueError, TypeError: if a shape, dtype or device does not fit.
 
     Example:
         >>> import torch
         >>> from sapt_fast.ops import reflection_loss
-        >>> reflection_loss(torch.zeros(1, 2), torch.tensor([1.0]))  # log 2: half of it went astray
+        >>> reflection_loss(torch.zeros(1, 2), torch.tensor([1.0]))  # log 2: the weight is 1/2
         tensor(0.6931)
     """
     require_tensors(scores=scores, target=target)
@@ -217,7 +220,7 @@ def reflection_loss(scores: Tensor, target: Tensor) -> Tensor:
 def route_scores_fwd(
     pooled: Tensor, keys: Tensor, projection: QueryProjection | None, divisor: float
 ) -> Tensor:
-    """`query(pooled) keys^T / divisor` in float32, or float64 for float64 inputs."""
+    """Computes `query(pooled) keys^T / divisor` in float32, or float64 for float64 inputs."""
     q = query(pooled, projection)
     return F.linear(q, keys.to(q.dtype)) / divisor
 
@@ -231,14 +234,15 @@ def route_bwd(
     divisor: float,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of `route`, for the backends that autograd cannot see into.
+    """Returns the gradients of `route`, for the backends that autograd cannot differentiate.
 
-    Whatever was dropped, the weights are the softmax over the kept scores, w_i = exp(s_i) / sum of
-    the kept exp(s_j), and 0 elsewhere; which are kept is locally constant. So w alone gives
-    d_scores_i = w_i (d_weights_i - sum_j w_j d_weights_j), and nothing else need be saved.
+    The weights are the softmax over the kept scores, w_i = exp(s_i) / sum of the kept exp(s_j),
+    and 0 for the others; which scores are kept is locally constant. So w determines
+    d_scores_i = w_i (d_weights_i - sum_j w_j d_weights_j), and nothing else has to be saved.
 
     Args:
-        d_weights, weights: [B, K]; the rest and the result as in `route_scores_bwd`.
+        d_weights, weights: [B, K]. The other arguments and the result are as in
+            `route_scores_bwd`.
     """
     shared = (weights * d_weights).sum(-1, keepdim=True)
     d_scores = weights * (d_weights - shared)
@@ -253,18 +257,19 @@ def route_scores_bwd(
     divisor: float,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of `route_scores_fwd`, for the backends that autograd cannot see into.
+    """Returns the gradients of `route_scores_fwd`, for backends that autograd cannot differentiate.
 
-    The query is computed again, so that nothing is kept for the backward but the inputs. It all
-    is of size B x D and smaller, next to which a kernel of its own would gain a few launches per
-    step and nothing else: every backend uses this.
+    The query is computed again, so that only the inputs are saved for the backward. All tensors
+    have at most B x D numbers. A separate kernel would only save a few launches per step, so every
+    backend uses this.
 
     Args:
-        d_scores: [B, K]. The other arguments as in the forward.
-        needs: which gradients are wanted, of pooled, keys and the projection's four tensors.
+        d_scores: [B, K]. The other arguments are as in the forward.
+        needs: whether to compute the gradient of pooled, of keys, and of each of the projection's
+            four tensors.
 
     Returns:
-        The gradients in that order and in the dtypes of their tensors, None where not wanted.
+        The gradients in that order and in the dtypes of their tensors, None for what is not needed.
     """
     wide = torch.promote_types(pooled.dtype, torch.float32)
     grads: list[Tensor | None] = [None] * 6
@@ -311,7 +316,7 @@ def _prepare(
     temperature: float | None,
     backend: str | None,
 ) -> tuple[Tensor, float, str]:
-    """The pooled embeddings, the scores' divisor and the backend, of checked arguments."""
+    """Checks the arguments; returns the pooled embeddings, the scores' divisor and the backend."""
     require_tensors(embeds=embeds, keys=keys, mask=mask)
     require_float("embeds", embeds)
     require_float("keys", keys)
@@ -356,7 +361,7 @@ def _checked_sparsity(
 
 
 def _projection_parts(projection: QueryProjection | None, width: int) -> dict[str, Tensor]:
-    """The projection's tensors under the names that messages give them; checks their shapes."""
+    """Checks the shapes of the projection's tensors, and returns them by their names."""
     if projection is None:
         return {}
     if not isinstance(projection, QueryProjection):
@@ -374,7 +379,7 @@ def _projection_parts(projection: QueryProjection | None, width: int) -> dict[st
 
 
 # --- registered ops ----------------------------------------------------------------------------
-# The reference is plain torch, which autograd and compilers see into; these are for the others.
+# For the other backends; autograd and compilers can process the reference, which is plain torch.
 
 
 @torch.library.custom_op("sapt_fast::route_scores_fwd", mutates_args=())
@@ -422,7 +427,7 @@ def _scores_fake(pooled: Tensor, keys: Tensor, *others: Any) -> Tensor:
 
 
 def _flat(projection: QueryProjection | None) -> tuple[Any, ...]:
-    """The projection as the registered ops take it; `_projection` gives it back."""
+    """Converts the projection for the registered ops; `_projection` is the inverse."""
     return (None,) * 4 + (0.0,) if projection is None else tuple(projection)
 
 

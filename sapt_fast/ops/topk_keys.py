@@ -1,6 +1,6 @@
-"""The k best keys of every query: by inner product, cosine or Euclidean distance.
+"""The k best keys of every query by inner product, cosine or Euclidean distance.
 
-The look-up of prompt pools (L2P, CVPR 2022) and of banks of experts. The M x N scores are never
+Prompt pools (L2P, CVPR 2022) and banks of experts are looked up this way. The M x N scores are not
 stored, only a running top k.
 """
 
@@ -24,34 +24,34 @@ _OP = "topk_keys"
 DISPATCH = dispatch.Op(few_rows=(16, 4))
 _MAX_K_FEW_ROWS = 32  # of the kernels for few rows
 METRICS = ("dot", "cosine", "l2")
-# Elements of gathered keys that the backward holds at a time.
+# Number of elements of gathered keys that the backward stores at once.
 _GATHER_CHUNK = 1 << 22
 
 
 def topk_keys(
     query: Tensor, keys: Tensor, k: int, *, metric: str = "dot", backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The k keys with the largest scores, best first.
+    """Finds the k keys with the largest scores, best first.
 
-    Equal scores: the lower index first; equal keys have equal scores. A NaN score ranks below every
-    other, minus infinity included, and of several NaN the lower index comes first.
-    Scores are differentiable in `query` and `keys` through the chosen pairs; the index is not.
+    Equal scores are ordered by index, and equal keys have equal scores. A NaN score ranks below all
+    others, even minus infinity; several NaNs are ordered by index. Scores are differentiable in
+    `query` and `keys` through the selected pairs; the index is not.
 
     Args:
         query: [M, D]; float32, float16 or bfloat16, on a CPU also float64.
         keys: [N, D] in query's dtype.
         k: 1 to N.
-        metric: "dot"; "cosine", where a vector of zeros has score 0 with everything and no
-            gradient; "l2", the negative squared Euclidean distance.
+        metric: "dot"; "cosine", in which a vector of zeros has score 0 with all others and no
+            gradient; or "l2", the negative squared Euclidean distance.
         backend: as in `dispatch.resolve`.
 
     Returns:
-        scores: [M, k] in float32, float64 for float64.
+        scores: [M, k] in float32, or float64 for float64.
         index: [M, k] int64.
 
     Raises:
-        ValueError, TypeError: a shape, dtype, device, `k` or `metric` does not fit.
-        dispatch.BackendError: the named backend cannot run here.
+        ValueError, TypeError: if a shape, dtype, device, `k` or `metric` does not fit.
+        dispatch.BackendError: if the named backend cannot run here.
 
     Example:
         >>> import torch
@@ -81,7 +81,7 @@ def topk_keys(
 
 
 def topk_keys_fwd(query: Tensor, keys: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
-    """The specification of the forward: `(scores [M, k], index [M, k])`."""
+    """Specifies the forward: returns `(scores [M, k], index [M, k])`."""
     dtype = accumulation_dtype(query.dtype)
     scores = query.new_empty((query.shape[0], k), dtype=dtype)
     index = query.new_empty((query.shape[0], k), dtype=torch.int64)
@@ -94,7 +94,7 @@ def topk_keys_fwd(query: Tensor, keys: Tensor, k: int, metric: str) -> tuple[Ten
             ids = torch.arange(start, start + len(part), device=at.device)
             candidates = torch.cat([best, _all_scores(q, part, metric)], 1)
             owners = torch.cat([at, ids.expand(len(q), -1)], 1)
-            # Ascending and stable: NaN goes last, equal scores keep the order of their indices.
+            # Ascending and stable: NaN is last, equal scores keep the order of their indices.
             order = candidates.neg().sort(dim=1, stable=True).indices[:, :k]
             best, at = candidates.gather(1, order), owners.gather(1, order)
         scores[rows], index[rows] = best, at
@@ -111,10 +111,10 @@ def topk_keys_bwd(
     needs_query: bool,
     needs_keys: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients `(d_query, d_keys)` for every backend, None where not asked for.
+    """Returns `(d_query, d_keys)`, None for what is not needed; for all backends.
 
     The score of a pair has the gradient `c k - a q` in its query and `c q - b k` in its key. Only
-    a chunk of the chosen keys is gathered at a time; sums run in a fixed order.
+    a chunk of the selected keys is gathered at a time; sums have a fixed order.
     """
     dtype = scores.dtype
     M, k = index.shape
@@ -141,7 +141,7 @@ def topk_keys_bwd(
 
 
 def inverse_norm(vectors: Tensor) -> Tensor:
-    """[..., 1], one over the norm of `vectors` [..., D], and 0 for a vector of zeros."""
+    """Returns [..., 1], one over the norm of `vectors` [..., D], or 0 for a vector of zeros."""
     norm = vectors.norm(dim=-1, keepdim=True)
     return torch.where(norm == 0, 0.0, 1 / norm)
 
@@ -151,8 +151,8 @@ def _all_scores(query: Tensor, keys: Tensor, metric: str) -> Tensor:
         return -pairwise_distance(query, keys).square()
     if metric == "cosine":
         query, keys = query * inverse_norm(query), keys * inverse_norm(keys)
-    # Equal keys must have equal scores. A matrix product may round by their places in its blocks,
-    # a sum over tensors that are not contiguous by their places in a vector.
+    # Equal keys must have equal scores. The rounding of a matrix product may depend on their
+    # position in its blocks, and that of a sum over non-contiguous tensors on their position too.
     step = max(1, _GATHER_CHUNK // max(1, keys.numel()))
     return torch.cat([(rows.unsqueeze(1) * keys).sum(-1) for rows in query.split(step)])
 
@@ -180,7 +180,7 @@ def _backward_op(
     needs_query: bool,
     needs_keys: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`topk_keys_bwd` with empty tensors in place of None."""
+    """Calls `topk_keys_bwd`; returns empty tensors instead of None."""
     grads = topk_keys_bwd(d_scores, query, keys, scores, index, metric, needs_query, needs_keys)
     d_query, d_keys = (query.new_empty(0) if grad is None else grad for grad in grads)
     return d_query, d_keys

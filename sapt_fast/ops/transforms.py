@@ -1,8 +1,8 @@
-"""How the ops behave under `torch.func`, forward-mode AD and a second derivative.
+"""Supports the ops under `torch.func`, forward-mode AD and second derivatives.
 
-Kernels see raw memory, so none of them runs on a tensor that a transform has wrapped or given a
-tangent. There the ops compute their plain formulas (`ops.formulas`), which torch transforms itself;
-their backwards do the same when they are differentiated in turn.
+Kernels read raw memory, so they cannot run on a tensor that a transform has wrapped or given a
+tangent. For these the ops compute their plain formulas (`ops.formulas`), which torch transforms.
+Backwards do the same when they are differentiated.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,14 +18,14 @@ _interpreters: Callable[[], object] = _functorch.peek_interpreter_stack
 
 @torch.compiler.assume_constant_result
 def active() -> bool:
-    """Whether a transform of `torch.func` or a level of forward-mode AD is running."""
+    """Returns whether a transform of `torch.func` or a level of forward-mode AD is running."""
     return _interpreters() is not None or forward_ad._current_level >= 0
 
 
 def differentiates_backward(*d_outputs: Tensor | None) -> bool:
-    """Whether a registered backward must be differentiable (create_graph) or run under vmap.
+    """Returns whether a registered backward must be differentiable (create_graph) or under vmap.
 
-    `torch.autograd.grad(is_grads_batched=True)` has a vmap of its own, seen in its tensors only.
+    `torch.autograd.grad(is_grads_batched=True)` has its own vmap, which only its tensors show.
     """
     return (
         torch.is_grad_enabled()
@@ -35,9 +35,9 @@ def differentiates_backward(*d_outputs: Tensor | None) -> bool:
 
 
 def require_no_tangents(op: str) -> None:
-    """Raises RuntimeError if a registered op is reached in forward-mode AD, which it would lose.
+    """Raises RuntimeError if a registered op is called in forward-mode AD, which it would ignore.
 
-    The ops' own functions never do; a graph that was compiled before the transform does.
+    The ops' own functions never do this; a graph that was compiled before the transform does.
     """
     if forward_ad._current_level >= 0:
         raise RuntimeError(
@@ -47,8 +47,7 @@ def require_no_tangents(op: str) -> None:
 
 
 def is_tracked(tensor: Tensor) -> bool:
-    """Whether a transform that differentiates (grad, vjp, jvp) has wrapped a tensor, or a tangent
-    belongs to it."""
+    """Returns whether a transform differentiates (grad, vjp, jvp) a tensor, or it has a tangent."""
     while _functorch.is_functorch_wrapped_tensor(tensor):
         if _functorch.is_gradtrackingtensor(tensor):
             return True
@@ -59,9 +58,9 @@ def is_tracked(tensor: Tensor) -> bool:
 
 
 def values(tensor: Tensor) -> Tensor | None:
-    """The numbers inside a wrapped tensor, those of all of vmap's samples; None where traced.
+    """Returns the numbers inside a wrapped tensor, for all samples of vmap; None if traced.
 
-    They are for checks alone: neither vmap nor a derivative sees them.
+    Use them only for checks: neither vmap nor derivatives apply to them.
     """
     if torch.compiler.is_compiling():
         return None
@@ -71,7 +70,7 @@ def values(tensor: Tensor) -> Tensor | None:
 
 
 def alive(tensor: Tensor | None) -> Tensor | None:
-    """A tensor that was kept; None if it belongs to a transform that has ended."""
+    """Returns a stored tensor; None if it belongs to a transform that has ended."""
     if tensor is None or active() or not _functorch.is_functorch_wrapped_tensor(tensor):
         return tensor
     return None
@@ -83,16 +82,16 @@ def gradients(
     needs: Sequence[bool],
     d_outputs: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """The gradients of a formula in its inputs, themselves differentiable in inputs and d_outputs.
+    """Returns the gradients of a formula, which are differentiable in inputs and d_outputs.
 
     Args:
-        formula: gives the outputs from the inputs.
-        inputs: saved by a forward, with their history.
-        needs: which inputs' gradients are wanted.
-        d_outputs: of each output, None for one that the loss does not depend on.
+        formula: computes the outputs from the inputs.
+        inputs: the inputs saved by a forward, with their history.
+        needs: for each input, whether to compute its gradient.
+        d_outputs: the gradient of each output; None if the loss does not depend on it.
 
     Returns:
-        The gradient of each input, zeros where it has none; None where not wanted.
+        The gradient of each input, zeros if it has none; None for what is not needed.
     """
     with torch.enable_grad():
         # Views, because an input may have been computed from another one.

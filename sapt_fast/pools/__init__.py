@@ -1,1 +1,1 @@
-"""What methods store: rows, LoRA adapters, prompts."""
+"""Pools of parameters: rows, LoRA adapters, prompts."""

@@ -16,12 +16,12 @@ from sapt_fast.pools.rows import RowStack
 
 Adapter = tuple[Tensor, Tensor, float]  # A [r, in_features], B [r, out_features], alpha / r
 
-# Far above what trainings use; times the weights of an adapter it stays within float32.
+# Far larger than any useful scaling; its product with an adapter's weights fits in float32.
 MOST_SCALING = 2.0**30
 
 
 def is_scaling(value: Any) -> bool:
-    """Whether a value can be the scaling (alpha / r) of an adapter: finite, at most 2**30."""
+    """Returns whether a value can be the scaling (alpha / r) of an adapter: at most 2**30."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return number and abs(value) <= MOST_SCALING
 
@@ -37,9 +37,10 @@ class AdapterPool(Own, Resident):
     """All LoRA adapters of one linear layer.
 
     Attributes:
-        a: the stack of A, [R, in_features]. b: of B, [R, out_features] (B as rows of rank).
-        ranks: rank of each adapter, in learning order; 0 where a task leaves this layer alone.
-        scaling: alpha / r of each adapter. Both grow by `add` alone.
+        a: the stacked A, [R, in_features].
+        b: the stacked B, transposed, [R, out_features].
+        ranks: rank of each adapter, in learning order; 0 if a task does not adapt this layer.
+        scaling: alpha / r of each adapter. Only `add` changes ranks and scaling.
     """
 
     ranks: tuple[int, ...]
@@ -69,12 +70,14 @@ class AdapterPool(Own, Resident):
         """Adds a trainable adapter and freezes the others.
 
         Args:
-            rank: r; 0 for none in this layer. scaling: alpha / r.
+            rank: r; 0 for no adapter in this layer.
+            scaling: alpha / r.
             weights: A [r, in_features] and B [r, out_features] to copy; None for an adapter that
-                changes nothing yet (A Kaiming-uniform, B zero).
+                does not change the output yet (A Kaiming-uniform, B zero).
 
         Raises:
-            ValueError: a shape does not fit, or the scaling is above 2**30; nothing has changed.
+            ValueError: if a shape does not fit; nothing has changed then.
+            ValueError: if the scaling is above 2**30; nothing has changed then.
         """
         require_scaling(scaling)
         if weights is None:
@@ -93,8 +96,13 @@ class AdapterPool(Own, Resident):
         self._table(rows.device, torch.promote_types(rows.dtype, torch.float32))
 
     def require_fits(self, rank: int, weights: tuple[Tensor, Tensor], scaling: float = 1.0) -> None:
-        """Raises ValueError unless weights are A [rank, in_features] and B [rank, out_features],
-        and the scaling is plausible."""
+        """Raises ValueError unless the shapes of A and B and the scaling are valid.
+
+        Args:
+            rank: r.
+            weights: A [r, in_features] and B [r, out_features].
+            scaling: alpha / r, at most 2**30.
+        """
         require_scaling(scaling)
         for name, given, stack in zip("AB", weights, (self.a, self.b), strict=True):
             if tuple(given.shape) != (rank, stack.width):
@@ -104,20 +112,24 @@ class AdapterPool(Own, Resident):
                 )
 
     def realign(self) -> None:
-        """Puts rows back in place whose parameters were moved, for layers that are compiled."""
+        """Moves rows whose parameters were moved back into one buffer, for compiled layers."""
         self.a.realign()
         self.b.realign()
 
     def adapter(self, index: int) -> tuple[Tensor, Tensor]:
-        """(A [r, in_features], B [r, out_features]) of one adapter, views of the pool."""
+        """Returns A [r, in_features] and B [r, out_features] of one adapter, views of the pool."""
         start = sum(self.ranks[:index])
         rows = slice(start, start + self.ranks[index])
         return self.a.rows()[rows], self.b.rows()[rows]
 
     def scaled(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """A [R, in_features], and B [R, out_features] times `weights` [K] and scaling, on the CPU.
+        """Returns the factors of a static mixture `A^T B`, on the CPU.
 
-        `A^T B` is the static mixture.
+        Args:
+            weights: [K], in learning order.
+
+        Returns:
+            A [R, in_features], and B [R, out_features] times weight and scaling.
         """
         scale = weights.double() * torch.tensor(self.scaling, dtype=torch.float64)
         scale = scale.repeat_interleave(torch.tensor(self.ranks))
@@ -134,12 +146,18 @@ class AdapterPool(Own, Resident):
         grad_through_frozen: bool = True,
         backend: str | None = None,
     ) -> Tensor:
-        """`ops.mixed_lora_linear` over this pool.
+        """Computes `ops.mixed_lora_linear` with this pool.
 
         Args:
             x: [..., in_features], rows grouped by sample.
-            weight, bias: of the layer; weight None for the mixture alone.
-            mixture: [S, K]; S divides the rows of x.
+            weight: the layer's weight [out_features, in_features]; None to compute only the
+                mixture of the adapters.
+            bias: the layer's bias [out_features], or None.
+            mixture: [S, K]; S divides the number of rows of x.
+            grad_through_frozen, backend: as in `ops.mixed_lora_linear`.
+
+        Returns:
+            [..., out_features].
         """
         given = self.projection(x, weight, bias, grad_through_frozen)
         return mix(x, mixture, [given], grad_through_frozen, backend)[0]
@@ -147,8 +165,8 @@ class AdapterPool(Own, Resident):
     def projection(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, grad_through_frozen: bool
     ) -> PooledProjection:
-        """This pool with its layer's weight and bias, as `ops.mixed_lora.mix` takes them."""
-        # Every layer comes through here in every forward: each module attribute is read once.
+        """Returns this pool with its layer's weight and bias, for `ops.mixed_lora.mix`."""
+        # Runs in every layer and forward, so each module attribute is read once.
         rows_a, rows_b = self.a, self.b
         a, b = rows_a.trainable, rows_b.trainable
         frozen = rows_a.frozen
@@ -164,7 +182,7 @@ class AdapterPool(Own, Resident):
         if first and grad_through_frozen and (tracked or torch.is_grad_enabled()):
             frozen_b = rows_b.frozen
             if tracked or _stands_in(frozen) or _stands_in(frozen_b):
-                # A caller's own tensors, of whose kind it is not known what trains.
+                # A caller's own tensors, any of which may train.
                 parts_a, parts_b = [frozen, *parts_a], [frozen_b, *parts_b]
                 rows = [0, first, *rows]
         table = self._table(x.device, torch.promote_types(x.dtype, torch.float32))
@@ -176,7 +194,7 @@ class AdapterPool(Own, Resident):
         if table is None:
             with torch.inference_mode(False):
                 table = rank_table(self.ranks, self.scaling, device, dtype)
-            # What is made while a graph is traced means nothing outside of it.
+            # Tensors created while a graph is traced are invalid outside of it.
             traced = torch.compiler.is_compiling() or detect_fake_mode() is not None
             if not traced and not transforms.active():
                 self._tables[device, dtype] = table
@@ -187,5 +205,5 @@ class AdapterPool(Own, Resident):
 
 
 def _stands_in(rows: Tensor) -> bool:
-    """Whether a caller's tensor takes the place of frozen rows and wants a gradient."""
+    """Returns whether a caller's tensor replaces frozen rows and requires a gradient."""
     return type(rows) is Tensor and rows.requires_grad

@@ -1,4 +1,4 @@
-"""What tells the modules that methods add to a model from the model's own."""
+"""Distinguishes the modules that methods add to a model from the model's own."""
 
 from collections.abc import Collection
 
@@ -6,11 +6,11 @@ from torch import nn
 
 
 class Own:
-    """A module that a method adds to a model: no part of the base model, nor what is in it."""
+    """The base class of modules that a method adds; they are not part of the base model."""
 
 
 def own_paths(model: nn.Module) -> list[str]:
-    """The paths of the modules that methods added to a model, without those inside of them."""
+    """Returns the paths of the outermost modules that methods added to a model."""
     paths: list[str] = []
     for path, module in model.named_modules():
         if isinstance(module, Own) and not is_inside(path, paths):
@@ -19,6 +19,6 @@ def own_paths(model: nn.Module) -> list[str]:
 
 
 def is_inside(name: str, paths: Collection[str]) -> bool:
-    """Whether a module's path, or a tensor's name, is one of these paths or below one of them."""
+    """Returns whether a module's path, or a tensor's name, is one of these paths or below one."""
     start = f"{name}."
     return any(start.startswith(f"{path}.") for path in paths)

@@ -1,4 +1,4 @@
-"""The pool of prompts: one for each task, all of one length, grown as the LoRA pool is."""
+"""The pool of prompts: one per task, all of the same length, which grows like the LoRA pool."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,12 +16,14 @@ class PromptPool(Own, Resident):
     """All prompts of one model.
 
     Args:
-        length: P, the rows of each prompt.
-        width: D, of the input embeddings.
-        reserve: prompts to make room for; beyond it the memory doubles.
+        length: P, the number of rows of each prompt.
+        width: D, the width of the input embeddings.
+        reserve: number of prompts to preallocate; the memory doubles when full.
+        device: of the prompts; None for the CPU.
+        dtype: of the prompts; None for torch's default.
 
     Attributes:
-        rows: of all prompts, in learning order, [K * P, D].
+        rows: the rows of all prompts, [K * P, D], in learning order.
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class PromptPool(Own, Resident):
             prompt: [P, D] to copy.
 
         Raises:
-            ValueError: the shape does not fit; nothing has changed.
+            ValueError: if the shape does not fit; nothing has changed then.
         """
         self.require_fits(prompt)
         self.rows.append(self.length, lambda rows: rows.copy_(prompt))
@@ -63,15 +65,15 @@ class PromptPool(Own, Resident):
         if tuple(prompt.shape) != expected:
             raise ValueError(
                 f"prompt: got shape {tuple(prompt.shape)}, expected {list(expected)}: "
-                "prompt_length rows as wide as the input embeddings"
+                "[prompt_length, width of the input embeddings]"
             )
 
     def realign(self) -> None:
-        """Puts rows back in place whose parameters were moved, for a model that is compiled."""
+        """Moves rows whose parameters were moved back into one buffer, for a compiled model."""
         self.rows.realign()
 
     def prompt(self, index: int) -> Tensor:
-        """[P, D], one prompt without gradient, a view of the pool."""
+        """Returns one prompt [P, D] without gradient, as a view of the pool."""
         return self.rows.rows()[index * self.length : (index + 1) * self.length]
 
     def forward(
@@ -83,12 +85,17 @@ class PromptPool(Own, Resident):
         *,
         backend: str | None = None,
     ) -> Tensor:
-        """`ops.mix_prompts` over this pool: [B, P + T, D].
+        """Inserts each input's mixture of prompts before its embeddings (`ops.mix_prompts`).
 
         Args:
             mixture: [B, K].
-            embedding: of the input ids.
-            input_ids: [B, T]; or inputs_embeds [B, T, D].
+            embedding: the model's input embedding.
+            input_ids: [B, T]; None with inputs_embeds.
+            inputs_embeds: [B, T, D], used if not None.
+            backend: as in `ops.mix_prompts`.
+
+        Returns:
+            [B, P + T, D].
         """
         prompts = self._stacked()
         # The model's own hook may have moved the pool since the weights were computed.
@@ -100,7 +107,7 @@ class PromptPool(Own, Resident):
         return mix_prompts(prompts, mixture, embeds, backend=backend)
 
     def _stacked(self) -> Tensor:
-        """[K, P, D], through which the newest receives its gradient."""
+        """Returns all prompts [K, P, D]; the newest receives its gradient through them."""
         newest = self.rows.trainable
         if torch.is_grad_enabled() and newest.requires_grad:
             rows = torch.cat([self.rows.frozen, newest])
@@ -113,12 +120,12 @@ class PromptPool(Own, Resident):
 
 
 class ConcatenatedPrompts:
-    """Prompts put one after the other, where `PromptPool` mixes them.
+    """Concatenates prompts before the embeddings, while `PromptPool` mixes them.
 
     Args:
         stack: the rows of all prompts, [R, D].
-        rows: of one prompt.
-        count: N, how many prompts an input gets.
+        rows: the number of rows of one prompt.
+        count: returns N, the number of prompts of an input.
     """
 
     def __init__(self, stack: RowStack, rows: int, count: Callable[[], int]) -> None:
@@ -126,7 +133,7 @@ class ConcatenatedPrompts:
 
     @property
     def length(self) -> int:
-        """How many rows are put before an input."""
+        """The number of rows that are inserted before an input."""
         return self.count() * self.rows
 
     @property
@@ -135,7 +142,7 @@ class ConcatenatedPrompts:
         return len(self.stack) // self.rows
 
     def realign(self) -> None:
-        """Puts rows back in place whose parameters were moved."""
+        """Moves rows whose parameters were moved back into one buffer."""
         self.stack.realign()
 
     def __call__(
@@ -145,25 +152,29 @@ class ConcatenatedPrompts:
         input_ids: Tensor | None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
-        """The embeddings [B, N rows + T, D] of inputs with their prompts before them.
+        """Inserts each input's prompts before its embeddings.
 
         Args:
-            index: [B, N] int64, the places of the prompts.
-            embedding: of the input ids.
-            input_ids: [B, T]; or inputs_embeds [B, T, D].
+            index: [B, N] int64, the indices of the prompts.
+            embedding: the model's input embedding.
+            input_ids: [B, T]; None with inputs_embeds.
+            inputs_embeds: [B, T, D], used if not None.
+
+        Returns:
+            [B, N * rows + T, D].
         """
         embeds = embedding(input_ids) if inputs_embeds is None else inputs_embeds
         stacked = torch.cat([self.stack.frozen, self.stack.trainable])
         if index.stride(0) == 0:  # one row for all
             index = index[:1]
         prompts = stacked.view(-1, self.rows, stacked.shape[1])[index].flatten(1, 2)
-        if len(prompts) == 1:  # the same for all: a mixture of one
+        if len(prompts) == 1:  # the same for all inputs: a mixture of one prompt
             return mix_prompts(prompts, prompts.new_ones(len(embeds), 1), embeds)
         return torch.cat([prompts.to(embeds.dtype), embeds], 1)
 
 
 def _is_plain(embedding: nn.Module) -> bool:
-    """Whether looking rows up in its weight is all that calling it would do."""
+    """Returns whether calling the embedding only looks up rows of its weight."""
     return (
         type(embedding) is nn.Embedding
         and embedding.max_norm is None

@@ -1,4 +1,4 @@
-"""Rows that grow task by task in one piece of memory, where what is frozen never moves."""
+"""Rows that grow task by task in one buffer, so that the rows of all tasks are one matrix."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,23 +11,23 @@ from sapt_fast.pools.sharding import is_partitioned, whole
 
 
 class RowStack(Resident):
-    """The rows of all tasks of one kind, one after the other in one piece of memory.
+    """The rows of all tasks, concatenated in one buffer.
 
-    Two parameters cover the rows: `frozen`, those of earlier tasks, and `trainable`, those of the
-    newest one. Both are views of one buffer with room to spare, so the whole stack is a single
-    contiguous matrix for the kernels and a new task only writes its own rows. Beyond the reserved
-    room the buffer doubles.
+    There are two parameters: `frozen`, the rows of earlier tasks, and `trainable`, those of the
+    newest one. Both are views of one buffer. So all rows are one contiguous matrix for the kernels,
+    and a new task only writes its own rows. When the buffer is full, its size doubles.
 
-    Parameters that `.to()` or a load moved are put back side by side at once; those that
-    `p.data = ...` moved, when a forward next starts or reads them outside of a compiled graph.
-    Tensors that stand in for a while (`torch.func.functional_call`, FSDP, ZeRO-3) are left alone
-    and read through a copy, R x width numbers for each read. A model compiled as a whole notices
-    neither: after `p.data = ...` call `realign` of its pools, or write the values in place with
-    `p.copy_`.
+    - If `.to()` or a load moves the parameters, they are moved back into one buffer at once.
+    - If `p.data = ...` moves them, this happens when the next forward starts or reads the rows
+      outside of a compiled graph. In a model compiled as a whole it does not happen: call
+      `realign` of its pools, or write the values in place with `p.copy_`.
+    - If other tensors replace them for some time (`torch.func.functional_call`, FSDP, ZeRO-3),
+      these are not moved. Each read then copies R x width numbers.
 
     Args:
-        width: columns of a row.
-        reserve: rows to make room for.
+        width: number of columns.
+        reserve: number of rows to preallocate.
+        device, dtype: of the rows.
     """
 
     frozen: nn.Parameter
@@ -48,21 +48,29 @@ class RowStack(Resident):
 
     @torch.no_grad()
     def append(self, rows: int, fill: Callable[[Tensor], object]) -> nn.Parameter:
-        """Freezes what is there and adds `rows` trainable rows, written by `fill` in place.
+        """Freezes all rows and adds trainable ones.
 
-        The parameter that trained before leaves the module with a copy of its rows and without a
-        gradient, so an optimizer that still holds it cannot reach the frozen ones.
+        The previous `trainable` leaves the module with a copy of its rows and without a gradient,
+        so an optimizer that still contains it cannot change the frozen rows.
+
+        Args:
+            rows: number of rows to add.
+            fill: writes the values of the new rows [rows, width] in place.
+
+        Returns:
+            The new `trainable`, [rows, width].
 
         Raises:
-            RuntimeError: other tensors stand in for the parameters.
+            RuntimeError: if other tensors have replaced the parameters.
         """
         if self._was_replaced():
             self._move(self._memory.shape[0])
         if not self._has_own_parts():
             raise RuntimeError(
-                "the pool's parameters were replaced by other tensors (functional_call, FSDP, "
-                "ZeRO-3 or an assignment): add tasks while they are in place; with a sharded "
-                "model, save it, load_pretrained into a new one, add the task and shard that"
+                "a task cannot be added, because other tensors have replaced the pool's parameters "
+                "(functional_call, FSDP, ZeRO-3 or an assignment): add it before that. If the "
+                "model is sharded, save it, load_pretrained into a new one, add the task, and "
+                "shard that one"
             )
         self._realign()
         start = len(self)
@@ -79,11 +87,11 @@ class RowStack(Resident):
         return self.trainable
 
     def rows(self) -> Tensor:
-        """All rows, [R, width], without gradient; shares memory with the two parameters.
+        """Returns all rows [R, width] without gradient, which share memory with the parameters.
 
-        Of parameters that are sharded just then, a copy; all processes have to read it together.
+        If the parameters are sharded, returns a copy; all processes have to call this together.
         """
-        # Every layer comes through here in every forward: four comparisons, no module attributes.
+        # Runs in every layer and forward: four comparisons, no module attributes.
         if not torch.compiler.is_compiling():
             if not self._has_own_parts():
                 self._require_present()
@@ -100,7 +108,7 @@ class RowStack(Resident):
         return parts["frozen"] is own[0] and parts["trainable"] is own[1]
 
     def _was_replaced(self) -> bool:
-        """Whether other parameters took the place of ours for good, as accelerate moves a block."""
+        """Returns whether other parameters have replaced ours for good, as accelerate does."""
         kept = self._memory.is_meta
         return not self._has_own_parts() and all(
             type(part) is nn.Parameter and not is_partitioned(part) and part.is_meta == kept
@@ -113,15 +121,15 @@ class RowStack(Resident):
             self._move(self._memory.shape[0])
 
     def _require_present(self) -> None:
-        """Raises RuntimeError if accelerate offloads the rows, as a block's hook does."""
+        """Raises RuntimeError if accelerate has offloaded the rows."""
         if self.trainable.is_meta and not self._memory.is_meta:
             raise RuntimeError(
-                "accelerate offloaded the adapters with the block that they are in "
+                "the adapters cannot be read, because accelerate offloaded them with their block "
                 "(preload_module_classes): dispatch the model without it, or before patch"
             )
 
     def realign(self) -> None:
-        """Puts moved rows back side by side; leaves alone what others put in their place."""
+        """Moves rows back into one buffer if they were moved; ignores replaced parameters."""
         if torch.compiler.is_compiling():
             return
         if self._has_own_parts():
@@ -132,9 +140,9 @@ class RowStack(Resident):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        """The parameters, each with a storage of its own.
+        """Saves the parameters with separate storages, which share the same memory.
 
-        Savers drop or refuse what shares storage with another tensor. The memory is the same.
+        Some savers drop or refuse tensors that share storage.
         """
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if keep_vars or not self._has_own_parts() or self._memory.is_meta:
@@ -145,7 +153,7 @@ class RowStack(Resident):
             memory = rows.untyped_storage()[start : start + rows.nbytes]
             destination[prefix + name] = rows.new_empty(0).set_(memory, 0, rows.shape)
 
-    # A compiled forward does not look where the parameters are, so whatever moves them realigns.
+    # A compiled forward does not check the addresses, so every function that moves them realigns.
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RowStack":
         own = self._has_own_parts()
@@ -165,7 +173,7 @@ class RowStack(Resident):
         self._realign()
 
     def _realign(self) -> None:
-        """Puts the parameters back side by side after `.to()`, a deep copy or an assigned load."""
+        """Moves the parameters into one buffer after `.to()`, a deep copy or an assigned load."""
         start = self._memory.data_ptr()
         offset = self.frozen.numel() * self._memory.element_size()
         for part, address in ((self.frozen, start), (self.trainable, start + offset)):

@@ -1,4 +1,4 @@
-"""Parameters that others keep in pieces: FSDP2's DTensors and DeepSpeed ZeRO-3's partitions."""
+"""Supports sharded parameters: FSDP2's DTensors and DeepSpeed ZeRO-3's partitions."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +11,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def is_partitioned(parameter: Tensor) -> bool:
-    """Whether ZeRO-3 manages a parameter: it is empty except where it is in use."""
+    """Returns whether ZeRO-3 manages a parameter, which is then empty unless it is in use."""
     return hasattr(parameter, "ds_id")
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 or ZeRO-3 keeps parameters of a model in pieces, even if they are whole now."""
+    """Returns whether FSDP2 or ZeRO-3 shards parameters of a model, even if gathered now."""
     if not (dist.is_available() and dist.is_initialized()):
         return False
     from torch.distributed.fsdp import FSDPModule
@@ -27,16 +27,16 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def unsharded_class(model: nn.Module) -> type:
-    """The class of a model, which `fully_shard` replaces by one derived from it."""
+    """Returns the class of a model before `fully_shard` replaced it by a subclass."""
     kind = type(model)
     is_fsdp = kind.__module__.startswith("torch.") and kind.__name__.startswith("FSDP")
     return kind.__bases__[-1] if is_fsdp else kind
 
 
 def whole(parameter: Tensor) -> Tensor:
-    """A parameter's values in one piece, without gradient.
+    """Returns a parameter's values without gradient, gathered if it is sharded.
 
-    Those that are sharded just then are gathered: every process has to call this.
+    Every process has to call this for a sharded parameter.
     """
     if _is_released(parameter):
         import deepspeed
@@ -51,17 +51,20 @@ def whole(parameter: Tensor) -> Tensor:
 def gathered(
     model: nn.Module, router: nn.Module, embedding: nn.Module, *, keep: bool
 ) -> Iterator[None]:
-    """Lets a router and the embedding it reads be used where their own forwards are not called.
+    """Returns a context that gathers the router and the embedding, to read them without a call.
 
-    Every process has to enter it. Free where nothing is sharded. ZeRO-3 gathers an embedding that
-    is called; that is left to it.
+    Every process has to enter it. It does nothing if nothing is sharded. ZeRO-3 gathers an
+    embedding itself when it is called.
 
     Args:
-        model: holds both.
-        keep: whether FSDP2's are left whole, for a forward that is running and shards them again.
+        model: the model that contains both.
+        router: the router.
+        embedding: the input embedding.
+        keep: whether FSDP2's parameters stay gathered after the context; the running forward
+            shards them again.
 
     Raises:
-        RuntimeError: parameters that FSDP2 shards just then train: their gradients would be lost.
+        RuntimeError: if parameters train that FSDP2 shards now; their gradients would be lost.
     """
     if any(map(is_partitioned, router.parameters())):
         with _copies_in_place(router):
@@ -72,9 +75,9 @@ def gathered(
         sharded = [p for p in module.parameters() if hasattr(p, "full_tensor")]
         if torch.is_grad_enabled() and any(p.requires_grad for p in sharded):
             raise RuntimeError(
-                "the router's parameters are sharded, and a gradient must reach them: call this "
-                "after the model's forward and before the backward of the sum of the losses (FSDP2 "
-                "keeps the outermost module whole in between, unless it was given "
+                "the router's parameters are sharded, so their gradients would be lost: call this "
+                "after the model's forward and before the backward of the sum of the losses. In "
+                "between, FSDP2 keeps the outermost module gathered (unless it has "
                 "reshard_after_forward=True)"
             )
         if sharded:
@@ -90,26 +93,25 @@ def gathered(
 
 
 def require_reduced(module: nn.Module) -> None:
-    """Raises RuntimeError if a running DDP forward does not know a parameter that trains."""
+    """Raises RuntimeError if DDP would not reduce the gradient of a parameter that trains."""
     ddp = DistributedDataParallel._active_ddp_module
     if ddp is None or not torch.is_grad_enabled():
         return
     known = set(map(id, ddp._module_parameters))
     if any(p.requires_grad and id(p) not in known for p in module.parameters()):
         raise RuntimeError(
-            "DistributedDataParallel wrapped the model before the last add_task and would leave "
-            "the new adapter's gradients as they are on each process: wrap the model again after "
-            "add_task"
+            "DistributedDataParallel wrapped the model before the last add_task, so it would not "
+            "reduce the new adapter's gradients: wrap the model again after add_task"
         )
 
 
 @contextmanager
 def _copies_in_place(module: nn.Module) -> Iterator[None]:
-    """Whole copies stand in for the parameters that ZeRO-3 manages; gradients pass through them."""
+    """Replaces ZeRO-3's parameters by gathered copies, which pass gradients on to them."""
     places = [
         (part._parameters, name, parameter)
         for part in module.modules()
-        # Asked for by name, ZeRO-3 would gather a parameter for the module that is running.
+        # Reading the attribute by name would make ZeRO-3 gather it for the running module.
         for name, parameter in part._parameters.items()
         if parameter is not None
     ]
@@ -128,7 +130,7 @@ def _copies_in_place(module: nn.Module) -> Iterator[None]:
 
 
 class _Copies(torch.autograd.Function):
-    """Copies of ZeRO-3's parameters, which are whole again when their gradients arrive."""
+    """Copies ZeRO-3's parameters, and gathers them again when their gradients arrive."""
 
     @staticmethod
     def forward(ctx: Any, *parameters: Tensor) -> tuple[Tensor, ...]:
@@ -148,7 +150,7 @@ def _is_released(parameter: Any) -> bool:
 
 
 def _owner(model: nn.Module, module: nn.Module) -> Any:
-    """The FSDP2 module whose parameters those of a module are."""
+    """Returns the FSDP2 module that shards a module's parameters."""
     from torch.distributed.fsdp import FSDPModule
 
     path = next(name for name, found in model.named_modules() if found is module)

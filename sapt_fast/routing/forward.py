@@ -43,7 +43,7 @@ class Forward:
         self.inserted = False
 
     def interrupted(self) -> bool:
-        """Whether its frame is gone from the stack although no hook has ended it.
+        """Returns whether its frame is gone from the stack although no hook has ended it.
 
         torch calls no hook after a KeyboardInterrupt, and a try block would have to be in a
         replacement of the model's `forward`, which accelerate wraps, so that it could not be

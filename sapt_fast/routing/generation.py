@@ -83,7 +83,7 @@ class Generation:
     def generate(
         self, own: Callable[..., Any], *args: Any, mixture: Tensor | None = None, **kwargs: Any
     ) -> Any:
-        """The model's own `generate`, with weights that hold for the whole call.
+        """Returns the model's own `generate`, with weights that hold for the whole call.
 
         Args:
             own: the model's method; args and kwargs are its arguments.
@@ -100,7 +100,7 @@ class Generation:
                 return own(*args, **kwargs)
 
     def _of_prompt(self, named: Mapping[str, Any]) -> Tensor | None:
-        """The weights for a whole call of `generate`; None if each forward finds its own.
+        """Returns the weights for a whole call of `generate`; None if each forward finds its own.
 
         Args:
             named: the arguments of the call, by name.
@@ -137,7 +137,7 @@ class Generation:
         return prompt
 
     def from_encoder_outputs(self, encoder_outputs: Any) -> Tensor | None:
-        """The weights that the encoder's output carries.
+        """Returns the weights that the encoder's output carries.
 
         Raises:
             RuntimeError: if it carries none, and the model routes.
@@ -153,7 +153,7 @@ class Generation:
         return weights
 
     def from_cache(self, cache: Any) -> Tensor | None:
-        """The weights that a filled cache carries.
+        """Returns the weights that a filled cache carries.
 
         Raises:
             RuntimeError: if it carries none and the model routes, or it carries those of tokens.
@@ -171,7 +171,7 @@ class Generation:
 
 
 def is_filled(cache: Any) -> bool:
-    """Whether a cache contains tokens; None does not."""
+    """Returns whether a cache contains tokens; None does not."""
     return cache is not None and int(cache.get_seq_length()) > 0
 
 
@@ -180,7 +180,7 @@ def _refuse_continuous_batching(own: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def _padding_mask(input_ids: Tensor, settings: Sequence[Mapping[str, Any]]) -> Tensor | None:
-    """The mask that `generate` infers if it is given none.
+    """Returns the mask that `generate` infers if it is given none.
 
     Args:
         input_ids: [B, T].

@@ -76,7 +76,7 @@ class Recomputation:
 
 
 def _unwrapped(function: Callable[..., Any], running: Running) -> Callable[..., Any]:
-    """The function without the wrapper of these weights; wrappers of others stay."""
+    """Returns the function without the wrapper of these weights; wrappers of others stay."""
     if not isinstance(function, Checkpoint):
         return function
     if function.running is running:

@@ -33,7 +33,7 @@ class RouterCall:
         return bool(getattr(self.model.config, "is_encoder_decoder", False))
 
     def is_causal(self) -> bool:
-        """Whether the model is decoder-only."""
+        """Returns whether the model is decoder-only."""
         model = self.model
         return not self.is_encoder_decoder and (
             bool(model.can_generate())
@@ -41,7 +41,7 @@ class RouterCall:
         )
 
     def weights(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Segments | None]:
-        """The router's weights for the inputs of a forward.
+        """Returns the router's weights for the inputs of a forward.
 
         Args:
             inputs: input_ids [B, T] or inputs_embeds [B, T, D], attention_mask, labels,

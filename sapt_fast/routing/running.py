@@ -174,7 +174,7 @@ class Running:
         return getattr(self._thread, "forward", None)
 
     def current(self) -> Forward | None:
-        """The innermost forward of this thread; forgets forwards that were interrupted."""
+        """Returns the innermost forward of this thread; forgets forwards that were interrupted."""
         forward = self.forward
         if not torch.compiler.is_compiling():
             while forward is not None and forward.interrupted():
@@ -246,7 +246,7 @@ class Running:
 
 
 def checked_mixture(weights: Tensor | None, x: Tensor, count: int, kind: str) -> Tensor:
-    """The running weights as a layer mixes by them.
+    """Returns the running weights as a layer mixes by them.
 
     Args:
         weights: [1, K], [B, K] or [B, T, K]; None if nothing runs.

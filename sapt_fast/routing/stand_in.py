@@ -40,7 +40,7 @@ class StandIn:
         own[self._of] = self
 
     def own(self) -> Any:
-        """The method below it, bound; None if the model has none."""
+        """Returns the method below it, bound; None if the model has none."""
         if self.before is not None:
             return self.before
         kind = type(self._model)
@@ -55,7 +55,7 @@ class StandIn:
         return self._method(self.own(), *args, **kwargs)
 
     def above(self) -> "StandIn | None":
-        """The stand-in directly above it; None if it is on top.
+        """Returns the stand-in directly above it; None if it is on top.
 
         Raises:
             ValueError: if another library has replaced it.
@@ -86,7 +86,7 @@ class StandIn:
 
 
 def positional_names(function: Callable[..., Any]) -> tuple[str, ...]:
-    """The names of a bound method's positional parameters."""
+    """Returns the names of a bound method's positional parameters."""
     parameters = inspect.signature(function).parameters.values()
     return tuple(p.name for p in parameters if p.kind in _POSITIONAL)
 
@@ -94,7 +94,7 @@ def positional_names(function: Callable[..., Any]) -> tuple[str, ...]:
 def generation_arguments(
     generate: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The arguments of a call of a model's `generate`, by the names of its parameters."""
+    """Returns the arguments of a call of a model's `generate`, by the names of its parameters."""
     if not args:
         return dict(kwargs)
     names = positional_names(generate)

@@ -1,1 +1,1 @@
-"""Where a method touches a model: linear layers, embeddings, whole modules."""
+"""The places at which methods change a model: linear layers, embeddings, whole modules."""

@@ -1,4 +1,4 @@
-"""Putting a pool of adapters into linear layers, and taking it out again."""
+"""Adds a pool of adapters to linear layers, and removes it again."""
 
 from collections.abc import Iterable
 from typing import Any, Protocol
@@ -19,8 +19,7 @@ from sapt_fast.sites.linear import (
     packed_weight,
 )
 
-# Layers of one parent that are called one after the other on one input, in models whose attention
-# and feed-forward layers are known to do so.
+# Layers of one parent that these models call one after the other on the same input.
 _ONE_INPUT = (
     ("q", "k", "v"),
     ("q_proj", "k_proj", "v_proj"),
@@ -36,7 +35,7 @@ _CROSS_ATTENTION = ("EncDecAttention", "encoder_attn", "crossattention")
 
 
 class Mixing(Protocol):
-    """The fields of a method's config that say how its layers mix adapters."""
+    """The fields of a method's config that determine how its layers mix adapters."""
 
     r: int
     lora_dropout: float
@@ -44,7 +43,7 @@ class Mixing(Protocol):
     reserve_tasks: int
 
     def adapter_dtype(self, base: torch.dtype) -> torch.dtype:
-        """The dtype of adapters on weights of the dtype `base`."""
+        """Returns the dtype of adapters for base weights of dtype `base`."""
 
 
 def mix_adapters(
@@ -67,14 +66,14 @@ def mix_adapters(
 
 
 def group_by_input(model: PreTrainedModel, patched: Iterable[str]) -> None:
-    """Lets layers with one input be computed together."""
+    """Groups the layers that share an input, so that they are computed together."""
     if model.config.model_type not in _ONE_INPUT_MODELS:
         return
     layers = set(patched)
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in layers):
         crosses = not set(parent.split(".")).isdisjoint(_CROSS_ATTENTION)
         for names in _ONE_INPUT:
-            alike = names[1:] if crosses and len(names) == 3 else names  # queries see the decoder
+            alike = names[1:] if crosses and len(names) == 3 else names  # queries: other input
             paths = [f"{parent}.{name}" for name in alike]
             members = [model.get_submodule(path) for path in paths if path in layers]
             linear = [member for member in members if isinstance(member, MixedLinear)]

@@ -157,7 +157,7 @@ class PromptRouting(Routing):
         return (), {**inputs, "input_ids": None, "inputs_embeds": mixed, "attention_mask": mask}
 
     def _behind_prompt(self, inputs: dict[str, Any], tokens: int) -> dict[str, Any]:
-        """The inputs of a forward whose cache contains the prompt."""
+        """Returns the inputs of a forward whose cache contains the prompt."""
         mask, length = inputs.get("attention_mask"), self.pool.length
         # One that is not [B, T] comes from `create_masks_for_generate`.
         if isinstance(mask, Tensor) and mask.dim() == 2:
@@ -236,7 +236,7 @@ class PlacesRouting(PromptRouting):
 
 
 def prompt_place(model: Any) -> Any:
-    """The module of a model whose input embeddings get the prompt.
+    """Returns the module of a model whose input embeddings get the prompt.
 
     Raises:
         ValueError: if no module takes embeddings, a mask and, in a decoder-only model, positions.

@@ -1,4 +1,4 @@
-"""Which linear layers of a model can mix adapters, and why the others cannot."""
+"""Finds the linear layers of a model that can mix adapters, and why others cannot."""
 
 import ast
 import inspect
@@ -29,17 +29,18 @@ from sapt_fast.sites.modules import find_modules
 from sapt_fast.sites.report import PatchReport
 from sapt_fast.sites.towers import tower_notes
 
-# Where all layers are such, unlike Longformer's some, whose first real batch raises.
+# Model types in which all layers have [tokens, batch]. In Longformer only some have, and a forward
+# raises an error.
 _SEQUENCE_FIRST = ("fsmt", "xlnet")
 # Children whose weights torch reads without calling them.
 _READ_BY_TORCH: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
     (nn.MultiheadAttention, ("out_proj",)),
     (nn.TransformerEncoderLayer, ("linear1", "linear2")),
 )
-# What may be asked of a weight without multiplying by it.
+# Attributes of a weight that are read without multiplying by it.
 _PROPERTIES = ("device", "dtype", "ndim", "requires_grad", "shape", "size", "data")
 _HEADS = ("score", "classifier")  # of models without output embeddings
-# A child, and the attributes of its parent that must be true where its weight is read.
+# A child, and the attributes of its parent that must be true for its weight to be read.
 Reading = tuple[str, tuple[str, ...]]
 Readings = tuple[Reading, ...]
 _FAKE_LIMITS = (
@@ -50,20 +51,28 @@ _FAKE_LIMITS = (
 
 
 class Chosen(Protocol):
-    """The fields of a method's config that say which layers it adapts."""
+    """The fields of a method's config that determine which layers it adapts."""
 
     target_modules: Sequence[str] | str | None
     modules_to_save: Sequence[str] | None
 
 
 def find_layers(model: PreTrainedModel, config: Chosen) -> PatchReport:
-    """What `patch` would patch and skip; changes nothing. Raises as `patch` does."""
+    """Returns what `patch` would patch and skip; changes nothing.
+
+    Args:
+        model: the model.
+        config: names the layers.
+
+    Raises:
+        ValueError: if the model type, its placement or the names are not supported.
+    """
     require_placement(model)
     kind = model.config.model_type
     if kind in _SEQUENCE_FIRST:
         raise ValueError(
-            f"model: the layers of {kind!r} models see tokens first and samples second, so a batch "
-            "as long as its texts would mix the wrong ones; expected another model type"
+            f"model: the layers of {kind!r} models expect [tokens, batch]; per-sample weights "
+            "could reach the wrong samples, so they are not supported"
         )
     report, targets, own = PatchReport(), chosen_names(model, config), own_paths(model)
     bypassed: dict[str, None] = {}
@@ -86,14 +95,19 @@ def find_layers(model: PreTrainedModel, config: Chosen) -> PatchReport:
         report.notes += tower_notes(model, report.patched)
     if bypassed:
         report.notes.append(
-            f"target_modules: the model also reads the weights of {', '.join(bypassed)} without "
-            "calling these layers, in some cases; their adapters then do nothing"
+            "target_modules: in some cases the model reads the weights of "
+            f"{', '.join(bypassed)} without calling these layers; their adapters then have no "
+            "effect"
         )
     return report
 
 
 def chosen_names(model: PreTrainedModel, config: Chosen) -> Iterable[str] | str:
-    """Names or a regular expression, or the whole paths of all linear layers as a frozenset."""
+    """Returns the names or regular expression of a config; for "all-linear", a frozenset of paths.
+
+    Raises:
+        ValueError: if the config names no layers and the model type has no default.
+    """
     targets = config.target_modules
     names = [targets] if isinstance(targets, str) else list(targets or ())
     if [name.lower() for name in names] == ["all-linear"]:
@@ -119,7 +133,7 @@ def _matches(name: str, targets: Iterable[str] | str) -> bool:
             return re.fullmatch(targets, name) is not None
         except re.error as error:
             raise ValueError(
-                f"target_modules: {targets!r} is no regular expression: {error}"
+                f"target_modules: got {targets!r}, expected a regular expression: {error}"
             ) from None
     if isinstance(targets, frozenset):
         return name in targets
@@ -138,37 +152,37 @@ def require_placement(model: PreTrainedModel) -> None:
     lazy = next((name for name, p in model.named_parameters() if is_lazy(p)), None)
     if lazy is not None:
         raise ValueError(
-            f"model: {lazy} is not initialised yet; run the model once before sapt_fast.patch"
+            f"model: {lazy} is not initialised; run the model once before sapt_fast.patch"
         )
     if is_sharded(model):
         raise ValueError(
-            "model: its parameters are sharded (fully_shard or ZeRO-3); patch, load and add tasks "
-            "before that. To take the adapters off, save them with model.sapt.save_pretrained and "
-            "build the model anew"
+            "model: not possible, because its parameters are sharded (fully_shard or ZeRO-3); "
+            "patch, load and add tasks before sharding. To remove the adapters, save them with "
+            "model.sapt.save_pretrained and create the model again"
         )
 
 
 def layer_features(module: Any) -> tuple[int, int]:
-    """(in_features, out_features) of a linear layer or a GPT-2 Conv1D."""
+    """Returns (in_features, out_features) of a linear layer or a GPT-2 Conv1D."""
     if isinstance(module, Conv1D):
         return module.nx, module.nf
     return module.in_features, module.out_features
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer of some kind, which may yet be one that cannot mix."""
+    """Returns whether a module is a linear layer, including those that cannot mix."""
     return isinstance(module, (nn.Linear, Conv1D)) or packed_weight(module) is not None
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """The last parts of the paths of a model's linear layers, sorted."""
+    """Returns the last parts of the paths of a model's linear layers, sorted."""
     return sorted({path.rpartition(".")[2] for path, _ in _linear(model)})
 
 
 def all_linear(model: PreTrainedModel) -> frozenset[str]:
-    """The paths of all linear layers but the output head, as PEFT's "all-linear" chooses them.
+    """Returns the paths of all linear layers but the output head, as PEFT's "all-linear".
 
-    The head is the output embeddings or, without them, `score` or `classifier`.
+    The head is the output embeddings, or else `score` or `classifier`.
     """
     head: Any = model.get_output_embeddings()
     if head is None:
@@ -185,18 +199,20 @@ def _linear(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def obstacle(module: Any, parent: nn.Module, name: str) -> str | None:
-    """Why a module cannot mix adapters; None if it can.
+    """Returns why a module cannot mix adapters; None if it can.
 
     Args:
-        parent: the module that has it as its child `name`.
+        module: the module.
+        parent: its parent.
+        name: its name in the parent.
     """
     kind = f"{type(module).__module__}.{type(module).__name__}"
     if isinstance(module, Mixed):
-        return f"{kind} is patched already, as a part of another model"
+        return f"{kind} is patched already, as part of another model"
     if not is_linear(module):
         return f"{kind} is not a linear layer"
     if reader := _never_called_by(parent, name):
-        return f"{reader} reads its weight without calling it, so adapters would do nothing"
+        return f"{reader} reads its weight without calling it, so adapters would have no effect"
     if packed_weight(module) is None and (reason := _of_weight(module)):
         return reason
     if issubclass(mixed_kind(module) or Mixed, MixedOther):
@@ -217,10 +233,13 @@ def _of_weight(module: Any) -> str | None:
 
 
 def _of_output(module: Any) -> str | None:
-    """Whether another class's forward gives [..., O] for [..., I], found out without computing."""
+    """Returns why another class's forward does not map [..., I] to [..., O], or None.
+
+    Runs the forward on fake tensors, without computing.
+    """
     packed = packed_weight(module)
     if packed is not None:
-        return None  # kernels that fake tensors know nothing of
+        return None  # its kernels do not support fake tensors
     weight: Tensor = module.weight
     inputs, outputs = layer_features(module)
     kind: Any = type(module)
@@ -232,8 +251,8 @@ def _of_output(module: Any) -> str | None:
     except _FAKE_LIMITS:
         return None
     except RuntimeError as error:
-        return f"{kind.__name__} does not take an input [1, 2, {inputs}]: {_first_line(error)}"
-    except Exception:  # it may need more arguments, which its caller knows
+        return f"{kind.__name__} does not support an input [1, 2, {inputs}]: {_first_line(error)}"
+    except Exception:  # it may need more arguments, which its caller passes
         return None
     if not isinstance(y, Tensor):
         return f"{kind.__name__} returns {type(y).__name__}, expected one tensor [..., {outputs}]"
@@ -250,10 +269,13 @@ def _first_line(error: Exception) -> str:
 
 
 def bypass(parent: nn.Module, name: str) -> str | None:
-    """Where a layer that is called is also read without a call, so that adapters do nothing then.
+    """Returns the class that also reads a layer's weight without calling it; None if none does.
+
+    The layer's adapters have no effect when its weight is read.
 
     Args:
-        parent: the module that has the layer as its child `name`.
+        parent: the layer's parent.
+        name: the layer's name in the parent.
     """
     for kind, reads, _ in _uses(parent):
         if any(child == name and all(getattr(parent, f, True) for f in on) for child, on in reads):
@@ -262,7 +284,7 @@ def bypass(parent: nn.Module, name: str) -> str | None:
 
 
 def _never_called_by(parent: nn.Module, name: str) -> str | None:
-    """The class of a parent that only multiplies by its child's weight itself."""
+    """Returns the class of a parent that reads its child's weight and never calls the child."""
     for kind, names in _READ_BY_TORCH:
         if isinstance(parent, kind) and name in names:
             return kind.__name__
@@ -279,10 +301,10 @@ def _uses(parent: nn.Module) -> Iterator[tuple[type, Readings, frozenset[str]]]:
 
 @cache
 def _children_used(kind: type) -> tuple[Readings, frozenset[str]]:
-    """The children whose `weight` a class passes on, and those that it calls, by its source.
+    """Finds, in a class's source, the children whose `weight` it reads, and those that it calls.
 
-    `f(x, self.child.weight)` counts, but neither `self.child.weight.dtype` nor anything outside of
-    what a forward runs.
+    `f(x, self.child.weight)` counts as reading; `self.child.weight.dtype` does not, nor does code
+    that no forward runs.
     """
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
@@ -299,7 +321,7 @@ def _children_used(kind: type) -> tuple[Readings, frozenset[str]]:
 
 
 def _is_own(node: ast.AST) -> TypeGuard[ast.Attribute]:
-    """Whether an expression is `self.name`."""
+    """Returns whether an expression is `self.name`."""
     return isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "self"
 
 
@@ -325,6 +347,6 @@ def _readings(node: ast.AST, flags: tuple[str, ...]) -> list[Reading]:
 
 
 def _required(test: ast.expr) -> tuple[str, ...]:
-    """Attributes of self, but its mode, that a condition of the form `a and b` needs to be true."""
+    """Returns the attributes of self, except `training`, that a condition `a and b` requires."""
     terms = test.values if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And) else [test]
     return tuple(term.attr for term in terms if _is_own(term) and term.attr != "training")

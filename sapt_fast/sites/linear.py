@@ -78,7 +78,7 @@ class InputGroup:
         self.layers = layers
 
     def output(self, layer: MixedLinear, x: Tensor) -> Tensor | None:
-        """The layer's output; None if it must be computed on its own."""
+        """Returns the layer's output; None if it must be computed on its own."""
         waiting = layer.sapt_routing.waiting
         if waiting is None or layer.sapt_routing.merged is not None:
             return None
@@ -108,7 +108,7 @@ class InputGroup:
         return y
 
     def _can_share(self, x: Tensor) -> bool:
-        """Whether calling one layer is as good as calling all of them in turn."""
+        """Returns whether calling one layer is as good as calling all of them in turn."""
         layers = self.layers
         biases = {layer.bias is None for layer in layers}
         return len(biases) == 1 and all(
@@ -134,7 +134,7 @@ def _is_whole(layer: MixedLinear, x: Tensor) -> bool:
 
 
 def is_torchao(weight: object) -> bool:
-    """Whether the weight of an ordinary layer is torchao's, which multiplies by itself."""
+    """Returns whether the weight of an ordinary layer is torchao's, which multiplies by itself."""
     kind = type(weight)
     return kind not in (Tensor, nn.Parameter) and kind.__module__.startswith("torchao.")
 
@@ -208,7 +208,7 @@ def become(layer: Any, kind: type[nn.Module]) -> None:
 
 
 def base_kind(layer: nn.Module) -> type[Any]:
-    """The class that a mixed layer had before."""
+    """Returns the class that a mixed layer had before."""
     return next(kind for kind in type(layer).__mro__ if not issubclass(kind, Mixed))
 
 
@@ -245,7 +245,7 @@ def _unfilled(kind: type) -> nn.Module:
 
 
 def _first_argument(kind: type[Any]) -> str:
-    """The name of a forward's first argument."""
+    """Returns the name of a forward's first argument."""
     return list(inspect.signature(kind.forward).parameters)[1]
 
 

@@ -1,7 +1,7 @@
-"""A static mixture merged into the base weights, and taken out again bit for bit.
+"""Merges a static mixture into the base weights, and restores them bit for bit.
 
-Adding and subtracting the same product does not give a float back what it was, so the weights as
-they were before are kept, on the CPU: as many bytes as the patched layers' weights.
+The original weights are kept on the CPU, because subtraction in floating point would not be exact.
+They have as many bytes as the patched layers' weights.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,18 +13,19 @@ from transformers.pytorch_utils import Conv1D
 
 from sapt_fast.sites.linear import base_kind
 
-# Layers whose weight a mixture can be added to as it is.
+# Layers to whose weight a mixture can be added.
 _PLAIN = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Addend(NamedTuple):
-    """What is to be added to the weight of one layer.
+    """The update of one layer's weight.
 
     Attributes:
-        layer: its `weight` is [O, I], or [I, O] if transposed; of a convolution [O, ...], I the
-            product of the other sizes.
-        a: [R, I]. b: [R, O], times weight and scaling.
-        transposed: how the layer keeps its weight.
+        layer: the layer. Its `weight` is [O, I], or [I, O] if transposed; for a convolution
+            [O, ...], where I is the product of the other sizes.
+        a: [R, I].
+        b: [R, O], times weight and scaling.
+        transposed: whether the layer stores its weight as [I, O].
     """
 
     layer: nn.Module
@@ -34,16 +35,18 @@ class Addend(NamedTuple):
 
 
 class Merged:
-    """Layers whose weights hold a mixture.
+    """Merges a mixture into the weights of layers, until `restore`.
 
     Args:
-        addends: by the path of each layer.
-        model: the whole model, to see which weights are shared.
+        addends: the updates, by the path of each layer.
+        model: the whole model, in which shared weights are found.
 
     Raises:
-        ValueError: a weight is quantised, sharded, elsewhere (offloaded) or shared with another
-            module, or its layer does more than multiply by it. Nothing has changed then, nor after
-            any other error.
+        ValueError: if a weight is quantised, sharded or offloaded.
+        ValueError: if a weight is shared with another module.
+        ValueError: if a layer does more than multiply by its weight.
+
+    Nothing has changed after an error.
     """
 
     def __init__(self, addends: Mapping[str, Addend], model: nn.Module) -> None:
@@ -68,16 +71,16 @@ class Merged:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Gives every weight the bits that it had.
+        """Restores every weight bit for bit.
 
         Raises:
-            ValueError: a weight has another dtype or shape by now; nothing has changed then.
+            ValueError: if a weight has another dtype or shape now; nothing has changed then.
         """
         for layer, before in self._before:
             now = layer.weight
             if now.dtype != before.dtype or now.shape != before.shape:
                 raise ValueError(
-                    f"the merged weight is {now.dtype} {tuple(now.shape)} by now, expected "
+                    f"merged weight: got {now.dtype} {tuple(now.shape)}, expected "
                     f"{before.dtype} {tuple(before.shape)}: convert the model back before unmerge()"
                 )
         while self._before:
@@ -86,10 +89,15 @@ class Merged:
 
 
 def static_weights(weights: Tensor | Sequence[float], tasks: Sequence[str]) -> Tensor:
-    """One weight per task, on the CPU and without gradient.
+    """Converts weights to a tensor [K] on the CPU, without gradient.
+
+    Args:
+        weights: [K], one per task.
+        tasks: names of the K tasks.
 
     Raises:
-        ValueError: not floats [K], or not finite.
+        ValueError: if weights are not floats [K].
+        ValueError: if they are not finite.
     """
     weights = torch.as_tensor(weights).detach().to("cpu")
     if weights.shape != (len(tasks),) or not weights.is_floating_point():
@@ -112,38 +120,40 @@ def _require_whole(addends: Mapping[str, Addend], model: nn.Module) -> None:
         if type(weight) is not nn.Parameter or not weight.is_floating_point():
             kept = f", {weight.dtype}" if isinstance(weight, Tensor) else ""
             raise ValueError(
-                f"{path}: its weight is quantised or sharded ({type(weight).__name__}{kept}), so a "
-                "mixture cannot be merged into it"
+                f"{path}: a mixture cannot be merged, because the weight is quantised or sharded "
+                f"({type(weight).__name__}{kept})"
             )
         inputs, outputs = a.shape[1], b.shape[1]
         expected = (inputs, outputs) if transposed else (outputs, inputs)
         if weight.is_meta or weight.dim() < 2 or tuple(weight.flatten(1).shape) != expected:
             raise ValueError(
-                f"{path}: its weight is not here as a whole (got {tuple(weight.shape)} on "
-                f"{weight.device}, expected {expected}): gather or load the model first"
+                f"{path}: a mixture cannot be merged, because the weight is not completely in "
+                f"memory (got {tuple(weight.shape)} on {weight.device}, expected {expected}): "
+                "gather or load the model first"
             )
         kind = base_kind(layer)
         if kind not in _PLAIN and not _multiplies(layer, kind, transposed):
             raise ValueError(
-                f"{path}: the forward of {kind.__name__} is not its input times its weight plus "
-                "its bias, so a mixture cannot be merged into the weight"
+                f"{path}: a mixture cannot be merged, because the forward of {kind.__name__} is "
+                "not its input times its weight plus its bias"
             )
         if getattr(layer, "max_norm", None) is not None:
             raise ValueError(
-                f"{path}: its rows are scaled down to max_norm when they are read, so a mixture "
-                "cannot be merged into them"
+                f"{path}: a mixture cannot be merged, because rows are scaled down to max_norm "
+                "when they are read"
             )
         if len(tied := names.get(weight.data_ptr(), ())) > 1:
             raise ValueError(
-                f"{path}: its weight is also {tied}, which merging would change too; untie it first"
+                f"{path}: a mixture cannot be merged, because the weight is shared: {tied}; untie "
+                "it first"
             )
 
 
 @torch.no_grad()
 def _multiplies(layer: Any, kind: Any, transposed: bool) -> bool:
-    """Whether a layer of another class computes what a plain one would, found out on a few rows.
+    """Returns whether a layer of another class computes what a plain one would, on a few rows.
 
-    A table of embeddings may scale its rows, as PEFT then scales those of its adapters.
+    An embedding may scale its rows, because PEFT scales those of its adapters too.
     """
     weight = layer.weight.t() if transposed else layer.weight
     generator = torch.Generator().manual_seed(0)
@@ -160,7 +170,7 @@ def _multiplies(layer: Any, kind: Any, transposed: bool) -> bool:
             x = torch.randn(2, weight.shape[1], generator=generator).to(weight)
             plain = nn.functional.linear(x, weight, layer.bias)
         y = kind.forward(layer, x)
-    except Exception:  # it takes other arguments, too
+    except Exception:  # it needs other arguments
         return False
     if not isinstance(y, Tensor) or y.shape != plain.shape:
         return False

@@ -1,8 +1,8 @@
-"""What a task needs besides its adapter: modules that train in full, as a classification head does.
+"""Modules that train in full in addition to the adapters, such as a classification head.
 
-PEFT calls them `modules_to_save`. A SAPT model trains them in place, one for all tasks, or gives
-each task a copy. Any other parameter of the base model that was trained is found here too, so that
-a checkpoint is never saved without it.
+PEFT calls them `modules_to_save`. A patched model trains them in place, shared by all tasks, or
+gives each task a copy. Other trained parameters of the base model are found here too, so that every
+checkpoint contains them.
 """
 
 import copy
@@ -27,11 +27,11 @@ class TaskModules(nn.Module):
 
         output[b] = sum_k mixture[b, k] copy_k(inputs)[b]
 
-    Until there is a copy a module computes what it did. The module itself and its path stay.
+    Without a copy, a module's output is unchanged. The module and its path stay.
 
     Args:
-        model: holds the modules; nothing in it changes before `install`.
-        paths: of the modules, whose outputs are tensors with the batch first.
+        model: the model that contains the modules; only `install` changes it.
+        paths: paths of the modules, whose outputs are tensors [B, ...].
 
     Attributes:
         static: weights [K] while a mixture is merged into the base weights, else None.
@@ -48,10 +48,10 @@ class TaskModules(nn.Module):
         self._hooks: list[Any] = []
 
     def install(self, routing: Running) -> None:
-        """Lets the modules compute with the copies, until `remove`.
+        """Replaces the modules' outputs by the mixture of the copies, until `remove`.
 
         Args:
-            routing: the running weights of the model.
+            routing: the weights of the model's running forward.
         """
         for path, copies in zip(self.paths, self.copies, strict=True):
             hook = _Mixture(self, copies, path, routing)
@@ -61,7 +61,7 @@ class TaskModules(nn.Module):
             self._hooks.append(handle)
 
     def realign(self) -> None:
-        """Called before a forward: raises RuntimeError if a module with copies was replaced."""
+        """Raises RuntimeError, before a forward, if a module with copies was replaced."""
         if torch.compiler.is_compiling():
             return
         for path in self.paths:
@@ -69,20 +69,21 @@ class TaskModules(nn.Module):
             if not any(isinstance(hook, _Mixture) for hook in hooks):
                 raise RuntimeError(
                     f"{path}: was replaced after patch, so the tasks' copies of it would not be "
-                    "used: put the former module back, or replace it before sapt_fast.patch"
+                    "used: restore the module, or replace it before sapt_fast.patch"
                 )
 
     def remove(self) -> None:
-        """Takes the hooks away."""
+        """Removes the hooks."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
 
     def add(self, tensors: Mapping[str, Tensor] | None = None) -> None:
-        """A trainable copy of each module as it is in the base model; the earlier copies freeze.
+        """Adds a trainable copy of each module; the earlier copies freeze.
 
         Args:
-            tensors: values to copy into it, by their names in the base model; None for its own.
+            tensors: values of the copy, by their names in the base model; None for the base
+                model's values.
         """
         self.require_fits(tensors)
         for path, copies in zip(self.paths, self._stacks(), strict=True):
@@ -96,11 +97,11 @@ class TaskModules(nn.Module):
             copies.append(own)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each tensor of one task's copies, by its name in the base model."""
+        """Returns the shape of each tensor of one task's copies, by its name in the base model."""
         return {n: tuple(t.shape) for n, t in module_tensors(self._model, self.paths).items()}
 
     def require_fits(self, tensors: Mapping[str, Tensor] | None) -> None:
-        """Raises ValueError unless `tensors` are one task's copies, or None."""
+        """Raises ValueError unless `tensors` has the shapes of one task's copies, or is None."""
         if tensors is None:
             return
         got, expected = {n: tuple(t.shape) for n, t in tensors.items()}, self.shapes()
@@ -108,7 +109,7 @@ class TaskModules(nn.Module):
             raise ValueError(f"modules: got shapes {got}, expected {expected}")
 
     def newest(self) -> Iterator[nn.Parameter]:
-        """The parameters of the newest task's copies."""
+        """Yields the parameters of the newest task's copies."""
         for copies in self._stacks():
             if len(copies):
                 yield from copies[-1].parameters()
@@ -116,11 +117,12 @@ class TaskModules(nn.Module):
     def tensors(
         self, task: int, state: Mapping[str, Tensor] | None = None, prefix: str = ""
     ) -> dict[str, Tensor]:
-        """Parameters and buffers of one task's copies, by their names in the base model.
+        """Returns parameters and buffers of one task's copies, by their names in the base model.
 
         Args:
-            state: the model's state_dict, whose values are taken in place of those now.
-            prefix: of the copies' names in it.
+            task: the task's index.
+            state: the model's state_dict, whose values are used instead of the current ones.
+            prefix: the prefix of the copies' names in it.
         """
         held = state or {}
         return {
@@ -131,11 +133,14 @@ class TaskModules(nn.Module):
 
     @torch.no_grad()
     def mixed(self, weights: Tensor) -> dict[str, Tensor]:
-        """The tensors of modules that compute the static mixture `weights` [K] of the copies.
+        """Returns the tensors of modules that compute the static mixture of the copies.
+
+        Args:
+            weights: [K], in learning order.
 
         Raises:
-            ValueError: if more than one copy has weight, or one with another weight than 1, and a
-                module is no plain linear layer.
+            ValueError: if a module is not a plain linear layer, unless the weights are one 1 and
+                zeros.
         """
         if not self.paths:
             return {}
@@ -146,8 +151,8 @@ class TaskModules(nn.Module):
             kind = type(self._model.get_submodule(path))
             if kind not in (nn.Linear, Conv1D):
                 raise ValueError(
-                    f"weights: got {weights.tolist()}, of which no single {kind.__name__} computes "
-                    f"the mixture, expected one 1 and zeros: each task has a copy of {path}"
+                    f"weights: got {weights.tolist()}, expected one 1 and zeros: each task has a "
+                    f"copy of {path}, and no single {kind.__name__} computes their mixture"
                 )
         mixed = {name: torch.zeros_like(tensor) for name, tensor in self.tensors(0).items()}
         for k in chosen:
@@ -163,7 +168,7 @@ class TaskModules(nn.Module):
 
 
 class _Mixture:
-    """Forward hook of a module: the mixture of its copies' outputs in place of its own."""
+    """A forward hook that replaces a module's output by the mixture of its copies' outputs."""
 
     def __init__(self, owner: TaskModules, copies: Any, path: str, routing: Running) -> None:
         self.owner, self.copies, self.path, self.routing = owner, copies, path, routing
@@ -186,7 +191,7 @@ class _Mixture:
         mixed = None
         for k, own in enumerate(copies):
             weight = weights[..., k].to(output.device, output.dtype)
-            # A weight of exactly zero means that the task is absent, whatever its copy computes.
+            # A weight of exactly zero removes a copy, even if its output is Inf or NaN.
             absent = weight == 0
             part = own(
                 *(_without_gradient(value, absent) for value in args),
@@ -200,8 +205,8 @@ class _Mixture:
     def _require_fits(self, weights: Tensor, output: Any) -> None:
         if not isinstance(output, Tensor):
             raise RuntimeError(
-                f"{self.path}: got an output of type {type(output).__name__}, expected a tensor: "
-                "its copies cannot be mixed; use modules_to_save with modules_per_task=False"
+                f"{self.path}: got an output of type {type(output).__name__}, expected a tensor to "
+                "mix; use modules_to_save with modules_per_task=False"
             )
         samples = tuple(weights.shape[:-1])
         leading = tuple(output.shape[:-1])[: len(samples)]  # the last dimension is of features
@@ -213,12 +218,12 @@ class _Mixture:
 
 
 def _as_wide(weight: Tensor, tensor: Tensor) -> Tensor:
-    """A value per sample or token, with as many dimensions as the tensor."""
+    """Reshapes a value per sample or token to as many dimensions as the tensor has."""
     return weight.reshape(*weight.shape, *[1] * (tensor.dim() - weight.dim()))
 
 
 def _without_gradient(value: Any, absent: Tensor) -> Any:
-    """An input that gets no gradient (which might be NaN) from where the copy is absent."""
+    """Returns an input without gradient (which might be NaN) for samples without weight."""
     if not isinstance(value, Tensor) or not value.requires_grad or value.dim() < absent.dim():
         return value
     if absent.shape != (1,) and value.shape[: absent.dim()] != absent.shape:
@@ -227,15 +232,18 @@ def _without_gradient(value: Any, absent: Tensor) -> Any:
 
 
 def find_modules(model: nn.Module, names: Sequence[str], patched: Sequence[str]) -> list[str]:
-    """The paths of the modules that `modules_to_save` names; none inside another of them.
+    """Returns the paths of the modules that `modules_to_save` names, without nested ones.
 
     Args:
+        model: the model.
         names: last parts of paths, or whole paths.
         patched: paths of the layers that get adapters.
 
     Raises:
-        ValueError: if a name matches no module with parameters, a module that has adapters, or one
-            that cannot train: its parameters are quantised or offloaded.
+        ValueError: if a name matches no module with parameters.
+        ValueError: if it matches a module that has adapters.
+        ValueError: if it matches a module that cannot train, because its parameters are quantised
+            or offloaded.
     """
     paths, own = [], own_paths(model)
     for name in names:
@@ -258,14 +266,14 @@ def find_modules(model: nn.Module, names: Sequence[str], patched: Sequence[str])
         inside = [other for other in patched if f"{other}.".startswith(f"{path}.")]
         if inside:
             raise ValueError(
-                f"modules_to_save: {path} would train in full and contains {inside[0]}, which gets "
-                "adapters; leave it out here or in target_modules"
+                f"modules_to_save: {path} would train in full, but contains {inside[0]}, which has "
+                "adapters; remove it from modules_to_save or target_modules"
             )
     return outermost(paths)
 
 
 def outermost(paths: Iterable[str]) -> list[str]:
-    """Each path once, without those inside another of them."""
+    """Returns distinct paths, without those inside another one."""
     distinct = dict.fromkeys(paths)
     return [
         path for path in distinct if not any(path.startswith(f"{other}.") for other in distinct)
@@ -274,13 +282,13 @@ def outermost(paths: Iterable[str]) -> list[str]:
 
 def _untrainable(module: nn.Module) -> str | None:
     if any(is_offloaded(part) for part in module.modules()):
-        return "accelerate offloads it, so its parameters are not here; give it a device"
+        return "accelerate offloads it, so its parameters are not in memory; give it a device"
     odd = next((n for n, p in module.named_parameters() if not p.is_floating_point()), None)
     return None if odd is None else f"{odd} is quantised"
 
 
 def heads(model: Any) -> list[str]:
-    """Paths of what stands on the base model and predicts no tokens, as classification heads do."""
+    """Returns the paths of heads that do not predict tokens, such as classification heads."""
     if model.base_model is model or model.get_output_embeddings() is not None:
         return []
     return [
@@ -293,7 +301,7 @@ def heads(model: Any) -> list[str]:
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers of the model itself, by name: no adapter's, no router's."""
+    """Returns parameters and buffers of the base model, by name, without those of methods."""
     own = own_paths(model)
     return {
         name: tensor
@@ -303,14 +311,14 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def whole_modules(names: Iterable[str], adapted: Collection[str]) -> tuple[list[str], list[str]]:
-    """The modules that hold these tensors, as PEFT's `modules_to_save` takes them.
+    """Returns the modules that contain these tensors, for PEFT's `modules_to_save`.
 
     Args:
-        names: of tensors of the base model.
+        names: names of tensors of the base model.
         adapted: paths of the layers that have adapters.
 
     Returns:
-        the modules' paths, and the names of the tensors that PEFT cannot keep beside a LoRA: those
+        The modules' paths, and the names of the tensors that PEFT cannot store with a LoRA: those
         of an adapted layer or of the model itself.
     """
     paths, others = [], []
@@ -324,12 +332,12 @@ def whole_modules(names: Iterable[str], adapted: Collection[str]) -> tuple[list[
 
 
 def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Those whose names have the prefix, without it."""
+    """Returns the tensors whose names have the prefix, by their names without it."""
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
 def module_tensors(model: nn.Module, paths: Iterable[str]) -> dict[str, Tensor]:
-    """Parameters and buffers of these modules, by their names in the model."""
+    """Returns parameters and buffers of these modules, by their names in the model."""
     return {
         f"{path}.{name}": tensor
         for path in paths
@@ -338,12 +346,13 @@ def module_tensors(model: nn.Module, paths: Iterable[str]) -> dict[str, Tensor]:
 
 
 class Changes:
-    """Which tensors of a base model changed, to tell later what was trained.
+    """Detects which tensors of a base model changed, to find those that were trained.
 
-    A write that torch counts is one, as those of most optimizers, `nn.init` and `copy_` are. Fused
-    optimizers and writes to `p.data` are not counted, so some values of each tensor are compared as
-    well, and all of the heads'. Among several processes these values alone tell. Nothing is noticed
-    while the model is sharded.
+    - torch counts writes to a tensor, such as those of most optimizers, `nn.init` and `copy_`.
+    - It does not count fused optimizers and writes to `p.data`. So some values of each tensor, and
+      all values of heads, are compared too.
+    - With several processes, only the values are compared.
+    - While the model is sharded, no change is detected.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -352,13 +361,13 @@ class Changes:
         self._seen = self._look(model)
 
     def changed(self, model: nn.Module) -> set[str]:
-        """Names of the parameters and buffers that are not as they were."""
+        """Returns the names of the parameters and buffers that have changed."""
         now, seen = self._look(model), self._seen
         return self._changed | {n for n in now.keys() & seen.keys() if _differs(seen[n], now[n])}
 
     @contextmanager
     def ignoring(self, model: nn.Module) -> Iterator[None]:
-        """A context whose changes do not count: merging, and loading a state_dict."""
+        """Returns a context whose changes do not count, for merging and unmerging."""
         self.settle(model)
         try:
             yield
@@ -366,13 +375,14 @@ class Changes:
             self.restart(model)
 
     def settle(self, model: nn.Module) -> None:
-        """Keeps in mind what changed so far."""
+        """Stores the names of the tensors that have changed so far."""
         self._changed = self.changed(model)
 
     def restart(self, model: nn.Module) -> None:
         """Forgets what changed since `settle`, except in the heads.
 
-        A head in a state_dict is a trained one, unlike a base model that is loaded after `patch`.
+        A head loaded from a state_dict counts as trained; a base model loaded after `patch` does
+        not.
         """
         now = self._look(model)
         for name in now.keys() & self._seen.keys():
@@ -381,7 +391,7 @@ class Changes:
         self._seen = now
 
     def _look(self, model: nn.Module) -> dict[str, tuple[int, Tensor]]:
-        """By name, the count of writes and some values, or all."""
+        """Returns, by name, the count of writes and some or all values."""
         if is_sharded(model):
             return {}
         return {
@@ -392,14 +402,16 @@ class Changes:
 
 
 def trained_tensors(model: nn.Module, paths: Sequence[str], changes: Changes) -> dict[str, Tensor]:
-    """What a checkpoint must hold of the base model itself.
+    """Returns the base model's tensors that a checkpoint must contain.
 
     Args:
-        paths: of modules that train in full; with their buffers.
-        changes: since the model was patched.
+        model: the model.
+        paths: paths of modules that train in full.
+        changes: the changes since the model was patched.
 
     Returns:
-        by name, the parameters that train or changed since, and everything in `paths`.
+        By name, the parameters that train or have changed, and all parameters and buffers of the
+        modules in `paths`.
     """
     changed = changes.changed(model)
     return {
@@ -419,8 +431,8 @@ def require_present(source: str, tensors: Mapping[str, Tensor], model: nn.Module
         if here is None or here.shape != tensor.shape:
             found = "none" if here is None else f"shape {tuple(here.shape)}"
             raise ValueError(
-                f"{source}: {name} has shape {tuple(tensor.shape)}, the model has {found}: it "
-                "belongs to another base model"
+                f"{source}: {name}: got shape {tuple(tensor.shape)}, expected {found}, as in the "
+                "model: it belongs to another base model"
             )
 
 
@@ -428,7 +440,7 @@ _SAMPLES = 64
 
 
 def _values(tensor: Tensor, most: int | None) -> Tensor:
-    """Values of a tensor, at most so many if it says; none of one that is not here."""
+    """Returns values of a tensor, at most `most`; none if the tensor is not in memory."""
     if tensor.is_meta or type(tensor) not in (Tensor, nn.Parameter):
         return torch.empty(0)
     flat = tensor.detach().reshape(-1)
@@ -437,13 +449,13 @@ def _values(tensor: Tensor, most: int | None) -> Tensor:
 
 
 def _differs(before: tuple[int, Tensor], now: tuple[int, Tensor]) -> bool:
-    """Whether it was written to, or has values that no change of dtype explains."""
-    # Several processes write their common values into every parameter when they start.
+    """Returns whether a tensor was written to, or has values other than by a change of dtype."""
+    # When several processes start, they write rank 0's values into every parameter.
     alone = not (dist.is_available() and dist.is_initialized())
     if now[0] > before[0] and alone:
         return True
     old, new = before[1], now[1]
-    if not len(old) or not len(new):  # offloaded by now, or before
+    if not len(old) or not len(new):  # offloaded now or before
         return False
     roundings = (old, old.half().float(), old.bfloat16().float())
     return old.shape != new.shape or not any(
@@ -456,7 +468,7 @@ def _has_parameters(module: nn.Module) -> bool:
 
 
 def _copy_of(module: nn.Module) -> nn.Module:
-    """A copy of a module without its hooks, which run once, on the mixture of all copies."""
+    """Returns a copy of a module without its hooks, which run once, on the mixture."""
     hooks = [getattr(module, name) for name in _HOOKS]
     return copy.deepcopy(module, {id(own): type(own)() for own in hooks})
 

@@ -1,4 +1,4 @@
-"""Layers whose output a method adds to, replaces or scales."""
+"""Layers whose output a method changes."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ __all__ = ["AtOutput", "attach_output", "detach_output", "find_outputs", "requir
 
 
 class AtOutput(Own, nn.Module):
-    """What a method has at one layer: a module that is given the layer's output."""
+    """The base class of modules that change a layer's output."""
 
     def at_output(self, output: Tensor, args: tuple[Any, ...]) -> Tensor:
-        """What takes the place of the output.
+        """Returns the tensor [..., O] that replaces the layer's output.
 
         Args:
-            output: of the layer, [..., O].
-            args: the positional arguments that the layer was called with.
+            output: the layer's output, [..., O].
+            args: the positional arguments of the layer's call.
         """
         raise NotImplementedError
 
 
 def find_outputs(model: nn.Module, names: Sequence[str] | str) -> PatchReport:
-    """The modules whose outputs a method can change.
+    """Returns the modules whose outputs a method can change.
 
     Args:
-        model: not changed.
+        model: the model, which is not changed.
         names: last parts of paths, or one regular expression for the whole path.
 
     Raises:
-        ValueError: if nothing matches, or names is no regular expression.
+        ValueError: if no module matches.
+        ValueError: if a string is not a regular expression.
     """
     report, own = PatchReport(), own_paths(model)
     paths = [path for path, _ in model.named_modules() if path and not is_inside(path, own)]
@@ -44,7 +45,7 @@ def find_outputs(model: nn.Module, names: Sequence[str] | str) -> PatchReport:
             report.patched = [path for path in paths if re.fullmatch(names, path)]
         except re.error as error:
             raise ValueError(
-                f"target_modules: {names!r} is no regular expression: {error}"
+                f"target_modules: got {names!r}, expected a regular expression: {error}"
             ) from None
     else:
         for name in names:
@@ -58,14 +59,20 @@ def find_outputs(model: nn.Module, names: Sequence[str] | str) -> PatchReport:
 
 
 def attach_output(model: nn.Module, path: str, slot: str, module: AtOutput) -> None:
-    """Puts `module` at a layer, as its child `slot`: it is given the layer's output from now on.
+    """Adds `module` to a layer as its child `slot`, to change the layer's output.
+
+    Args:
+        model: the model.
+        path: the layer's path.
+        slot: the name of the child.
+        module: called with the layer's output in each forward.
 
     Raises:
         ValueError: if the layer has a child or attribute of that name.
     """
     layer = model.get_submodule(path)
     if hasattr(layer, slot):
-        raise ValueError(f"{path}: has {slot} already, expected a layer without it")
+        raise ValueError(f"{path}: got a layer with {slot}, expected one without it")
     layer.add_module(slot, module)
     layer.register_forward_hook(_Hook(slot))
 
@@ -98,7 +105,7 @@ def _is_hook(hook: Any, slot: str) -> bool:
 
 
 class _Hook:
-    """Finds the module by its name, so that a copied layer asks its own copy."""
+    """Calls the module, found by its name, so that a copied layer calls its own copy."""
 
     def __init__(self, slot: str) -> None:
         self.slot = slot

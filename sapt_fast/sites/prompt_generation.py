@@ -42,7 +42,7 @@ class PromptGeneration(Generation):
         }
 
     def holds_prompt(self, cache: Any) -> bool:
-        """Whether a decoder-only model's cache contains the prompt of its text."""
+        """Returns whether a decoder-only model's cache contains the prompt of its text."""
         if cache is None or not self.running.active():
             return False
         ours = getattr(cache, "routing_weights", None) is not None

@@ -1,4 +1,4 @@
-"""What a forward is told when P rows stand before its tokens: masks, positions, outputs."""
+"""Extends masks, positions and outputs of a forward by P rows of a prompt before its tokens."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,7 +19,7 @@ _KNOWN = {*DECODER_INPUTS, "encoder_hidden_states", "encoder_attention_mask"}
 
 
 def extended_mask(mask: Any, length: int) -> Tensor:
-    """The mask [B, P + T] of a prompt and the tokens.
+    """Returns the mask [B, P + T] of a prompt and the tokens.
 
     Args:
         mask: [B, T], of the tokens.

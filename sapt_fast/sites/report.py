@@ -1,19 +1,19 @@
-"""What `patch` did."""
+"""The report of `patch`."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass
 class PatchReport:
-    """What `patch` did.
+    """What `patch` has changed and skipped.
 
     Attributes:
-        patched: paths of the layers that mix adapters now.
-        skipped: path of each layer that matched but was left alone, and why.
-        unmatched: names in `target_modules` that no module of the model has.
-        prompted: paths of the modules that read prompts now (`adapter="prompt"`, where no layer is
-            patched).
-        notes: what else works otherwise than one may expect.
+        patched: paths of the layers that mix adapters.
+        skipped: the reason for each layer that matched but was not patched, by its path.
+        unmatched: names in `target_modules` that match no module of the model.
+        prompted: paths of the modules that read prompts (with `adapter="prompt"`, where no layer
+            is patched).
+        notes: further behaviour that users may not expect.
     """
 
     patched: list[str] = field(default_factory=list)
@@ -24,7 +24,7 @@ class PatchReport:
 
     @property
     def places(self) -> list[str]:
-        """Every place that the method touches."""
+        """All places that the method changes."""
         return [*self.patched, *self.prompted]
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""What a model consists of: its table of token embeddings, and the models that it is built from."""
+"""Finds a model's token embeddings, and the models inside it."""
 
 import re
 from collections import Counter
@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 
 
 def token_embedding(model: Any) -> Any:
-    """The table of token embeddings, by which inputs are routed.
+    """Returns the table of token embeddings, which the router reads.
 
     Raises:
-        ValueError: the model has none, as image and audio models.
+        ValueError: if the model has none; image and audio models do not.
     """
     try:
         embedding = model.get_input_embeddings()
@@ -24,18 +24,19 @@ def token_embedding(model: Any) -> Any:
     found = "none" if embedding is None else f"a {type(embedding).__name__}"
     raise ValueError(
         f"model: got {type(model).__name__} (model type {model.config.model_type!r}) with {found} "
-        "as its input embeddings, expected a table of token embeddings (nn.Embedding), by which "
-        "inputs are routed. For a model without one, add LoRA adapters with peft.get_peft_model, "
-        "patch that PeftModel, and give the weights: model(..., mixture=weights) or "
+        "as its input embeddings, expected a table of token embeddings (nn.Embedding), which the "
+        "router reads. For a model without one, add LoRA adapters with peft.get_peft_model, patch "
+        "that PeftModel, and pass the weights: model(..., mixture=weights) or "
         "model.sapt.fixed(weights)"
     )
 
 
 def tower_notes(model: PreTrainedModel, patched: Iterable[str]) -> list[str]:
-    """A note, if layers of one name were patched in several of a model's towers; else none.
+    """Returns a note if layers of one name were patched in several parts of a model, else none.
 
     Args:
-        patched: paths of layers, relative to the model.
+        model: the model.
+        patched: paths of patched layers, relative to the model.
     """
     towers = _towers(model)
     counts: dict[str, Counter[str]] = {}
@@ -51,13 +52,13 @@ def tower_notes(model: PreTrainedModel, patched: Iterable[str]) -> list[str]:
     tower = re.escape(next(reversed(several[name])))
     return [
         f"target_modules: layers named {', '.join(sorted(several))} were patched in several parts "
-        f"of the model: {where}. To patch one part only, give a regular expression for the whole "
+        f"of the model: {where}. To patch only one part, pass a regular expression for the whole "
         f"path, such as target_modules=r'{tower}\\..*\\.{name}'"
     ]
 
 
 def _towers(model: PreTrainedModel) -> list[str]:
-    """The paths of the outermost models of another type inside a model."""
+    """Returns the paths of the outermost models of another type inside a model."""
     towers: list[str] = []
     kind = model.config.model_type
     for path, module in model.named_modules():

@@ -1,1 +1,1 @@
-"""What a patched model looks like on disk, and how it is read again."""
+"""The file formats of saved models: writing, reading and checking them."""

@@ -1,4 +1,4 @@
-"""adapter_config.json of a saved task against what sapt_fast loads: PEFT must compute the same."""
+"""Checks that PEFT reads the same adapter from adapter_config.json as sapt_fast loads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 __all__ = ["require_lora_config", "require_prompt_config"]
 
-# What PEFT does not compute by: who the adapter belongs to, and how its weights began.
+# Fields that do not change what PEFT computes.
 _NO_MATTER = frozenset(
     {
         *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
@@ -18,7 +18,7 @@ _NO_MATTER = frozenset(
     }
 )
 _DEFAULTS: dict[str, Any] = {"r": 8, "lora_alpha": 8, "peft_type": None}
-# A pattern that names one layer, or all whose path ends so: what PEFT and we write.
+# A pattern for one layer, or for all whose path ends with it: PEFT and we write no others.
 _PATH = re.compile(r"\^?[\w.\-]+\$?")
 
 
@@ -37,14 +37,14 @@ def require_lora_config(
 
     Args:
         path: the file, for messages.
-        values: its content.
-        adapters: rank and scaling by the path of each layer that has an adapter.
+        values: its parsed content.
+        adapters: (rank, scaling) by the path of each layer that has an adapter.
         modules: paths of all modules of the model, without ours.
-        transposed: whether a layer keeps its weight as [in, out] (GPT-2's Conv1D).
-        dropout: of the adapters' inputs.
+        transposed: whether a layer stores its weight as [in, out] (GPT-2's Conv1D).
+        dropout: the dropout rate on the adapters' inputs.
         expected: further fields that must have these values.
-        sealed: whether the file is as `save_pretrained` wrote it; if so, fields that this version
-            of sapt_fast does not know may have any value.
+        sealed: whether the file is known to be as `save_pretrained` wrote it; then fields that
+            this version of sapt_fast does not know may have any value.
     """
     fixed = {
         "peft_type": "LORA",
@@ -67,8 +67,8 @@ def require_prompt_config(
 
     Args:
         path, values, sealed: as in `require_lora_config`.
-        length: rows of the prompt.
-        width: of its rows.
+        length: P, the number of rows of the prompt.
+        width: D, the width of its rows.
     """
     fixed = {
         "peft_type": "PROMPT_TUNING",
@@ -99,13 +99,13 @@ def _require_fixed(
         if name in fixed or name in own or name in _NO_MATTER or not value or sealed:
             continue
         raise ValueError(
-            f"{path}: {name} is {_shown(value)}, by which PEFT may compute something else than the "
-            "adapter that sapt_config.json describes; expected none"
+            f"{path}: {name}: got {_shown(value)}, expected none: PEFT might compute something "
+            "other than the adapter that sapt_config.json describes"
         )
 
 
 def _absent(name: str, wanted: Any) -> Any:
-    """What PEFT takes for a field that a file lacks."""
+    """Returns PEFT's value of a field that a file lacks."""
     if name in ("bias", "init_lora_weights", "prompt_tuning_init"):
         return wanted  # their defaults
     return {"fan_in_fan_out": False, "lora_dropout": 0.0}.get(name)
@@ -123,8 +123,8 @@ def _require_scalings(
         r, alpha = ranks.of(layer), alphas.of(layer)
         if r != rank:
             raise ValueError(
-                f"{path}: {ranks.names} give rank {_shown(r)} for {layer}, but sapt_config.json "
-                f"and the weights have {rank}"
+                f"{path}: {ranks.names}: got rank {_shown(r)} for {layer}, expected {rank}, as in "
+                "sapt_config.json and the weights"
             )
         try:
             found = alpha / (math.sqrt(r) if rooted else r)
@@ -132,13 +132,13 @@ def _require_scalings(
             found = math.inf
         if not math.isclose(found, scaling, rel_tol=1e-6, abs_tol=1e-12):
             raise ValueError(
-                f"{path}: {alphas.names} {_shown(alpha)}, rank {r} and use_rslora {rooted} give "
-                f"the scaling {found:g} for {layer}, but sapt_config.json has {scaling:g}"
+                f"{path}: {alphas.names} {_shown(alpha)}, rank {r} and use_rslora {rooted}: got "
+                f"scaling {found:g} for {layer}, expected {scaling:g}, as in sapt_config.json"
             )
 
 
 class _Pattern:
-    """A number of each layer: one for all, and others by the ends of paths, as PEFT reads them."""
+    """A number for each layer: a default, and others by the ends of paths, as PEFT reads them."""
 
     def __init__(self, path: Path, values: Mapping[str, Any], name: str, pattern: str) -> None:
         self.names = f"{name} and {pattern}"
@@ -161,7 +161,7 @@ class _Pattern:
                 self.ends.append((place, end, number))
 
     def of(self, layer: str) -> Any:
-        """PEFT takes the first that fits."""
+        """Returns the number of a layer: as in PEFT, the first pattern that matches."""
         found = [self.whole[layer]] if layer in self.whole else []
         found += [(n, x) for n, end, x in self.ends if layer == end or layer.endswith("." + end)]
         return min(found, key=lambda entry: entry[0])[1] if found else self.default
@@ -182,15 +182,15 @@ def _require_targets(
     }
     if found != set(layers):
         odd = sorted(found ^ set(layers))
-        where = "chooses" if odd[0] in found else "leaves out"
+        where = "selects" if odd[0] in found else "does not select"
         raise ValueError(
-            f"{path}: target_modules {_shown(targets)} {where} {odd[0]} (and {len(odd) - 1} more), "
-            "otherwise than sapt_config.json and the weights"
+            f"{path}: target_modules: got {_shown(targets)}, which {where} {odd[0]} (and "
+            f"{len(odd) - 1} more), unlike sapt_config.json and the weights"
         )
 
 
 def _is_named(module: str, names: Collection[str]) -> bool:
-    """Whether a path or one of its ends is among names."""
+    """Returns whether a path or one of its ends is among names."""
     while module not in names:
         _, dot, module = module.partition(".")
         if not dot:
@@ -200,8 +200,8 @@ def _is_named(module: str, names: Collection[str]) -> bool:
 
 def _disagrees(path: Path, name: str, got: Any, expected: Any) -> ValueError:
     return ValueError(
-        f"{path}: {name} is {_shown(got)}, but sapt_config.json and the weights have "
-        f"{_shown(expected)}: PEFT would compute something else from this folder than sapt_fast"
+        f"{path}: {name}: got {_shown(got)}, expected {_shown(expected)}, as in sapt_config.json "
+        "and the weights: PEFT would compute something else from this folder than sapt_fast"
     )
 
 

@@ -1,4 +1,4 @@
-"""Which base model a checkpoint belongs to: its kind, its layers and some of its weights."""
+"""Identifies the base model of a checkpoint by its type, its layers and some of its weights."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -22,11 +22,12 @@ def describe_base(
     layers: Mapping[str, tuple[int, int]],
     state: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
-    """What tells this base model from others, ready for JSON.
+    """Returns a JSON-ready description that identifies a base model.
 
     Args:
+        model: the model.
         layers: (in_features, out_features) of each layer that has adapters, by its path.
-        state: the model's state_dict, in place of its parameters (which may be sharded).
+        state: the model's state_dict, used instead of its parameters (which may be sharded).
     """
     return {
         "class": unsharded_class(model).__name__,
@@ -38,7 +39,7 @@ def describe_base(
 
 
 def require_model_type(model: Any, saved: Any, source: Path) -> None:
-    """Raises ValueError unless the model is of the saved type."""
+    """Raises ValueError unless the model has the saved model type."""
     try:
         model_type = saved["model_type"]
     except (KeyError, TypeError) as error:
@@ -57,10 +58,10 @@ def require_base(
     """Raises ValueError unless `saved` describes this model, up to the rounding of another dtype.
 
     Args:
-        layers: as in `describe_base`.
-        saved: what `describe_base` returned for the model that was saved.
-        source: the file it stands in, for messages.
-        trained: names of parameters that the checkpoint holds; their values may differ.
+        model, layers: as in `describe_base`.
+        saved: the return value of `describe_base` for the saved model.
+        source: the file that contains it, for messages.
+        trained: names of parameters that the checkpoint contains; their values may differ.
     """
     try:
         saved_layers = {path: tuple(features) for path, features in saved["layers"].items()}
@@ -73,13 +74,13 @@ def require_base(
     for path in sorted({**layers, **saved_layers}):
         here, there = layers.get(path), saved_layers.get(path)
         if here != there:
-            reason = f"(in, out) features of layer {path} are {here} here and {there} there"
+            reason = f"(in, out) features of layer {path}: got {here}, expected {there}"
             raise _mismatch(model, saved, source, reason)
     for name, sample in _samples(model, list(layers), {}).items():
         shape, values = weights.get(name, (None, torch.empty(0)))
         found = _floats(sample["values"])
         if shape != sample["shape"] or values.shape != found.shape:
-            reason = f"{name} has shape {sample['shape']} here and {shape} there"
+            reason = f"shape of {name}: got {sample['shape']}, expected {shape}"
             raise _mismatch(model, saved, source, reason)
         place = _place(model) if name == "input embedding" else name
         if f"{place}.weight" in trained:
@@ -90,14 +91,17 @@ def require_base(
 
 
 def _floats(values: Any) -> Tensor:
-    """JSON numbers; null is no number."""
+    """Converts JSON numbers to a float64 tensor; null becomes NaN."""
     return torch.tensor([math.nan if x is None else x for x in values], dtype=torch.float64)
 
 
 def _samples(
     model: Any, paths: list[str], state: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Any]]:
-    """Some values of the input embedding and, unless quantised, of the first and last layer."""
+    """Returns sampled values of the input embedding, and of the first and last layer.
+
+    Quantised layers are left out.
+    """
     embedding = model.get_input_embeddings()
     weights = {"input embedding": _weight(_place(model), embedding, state)}
     for path in (paths[0], paths[-1]):
@@ -116,13 +120,13 @@ def _samples(
 
 
 def _place(model: Any) -> str:
-    """The path of the input embedding."""
+    """Returns the path of the input embedding."""
     embedding = model.get_input_embeddings()
     return next((name for name, module in model.named_modules() if module is embedding), "")
 
 
 def _weight(path: str, module: Any, state: Mapping[str, Tensor]) -> Tensor:
-    """A module's weight, from the state_dict if that holds it."""
+    """Returns a module's weight, from the state_dict if it contains the weight."""
     held = state.get(f"{path}.weight")
     return present_weight(module) if held is None else held
 
@@ -130,8 +134,8 @@ def _weight(path: str, module: Any, state: Mapping[str, Tensor]) -> Tensor:
 def _mismatch(model: Any, saved: Any, source: Path, reason: str) -> ValueError:
     stated = f"{saved.get('class')} {saved.get('name_or_path')!r}"
     return ValueError(
-        f"model: this {type(model).__name__} is another base model than the {stated} that "
-        f"{source.parent} was saved with: {reason}"
+        f"model: this {type(model).__name__} is another base model than the {stated} with which "
+        f"{source.parent} was saved: {reason}"
     )
 
 

@@ -1,4 +1,4 @@
-"""sapt_config.json: what a saved folder holds, in which version, and digests of all of it."""
+"""sapt_config.json: the format version, the content of a saved folder, and digests of its files."""
 
 from __future__ import annotations
 
@@ -48,17 +48,17 @@ FORMAT_VERSION = 1
 CONFIG_FILE = "sapt_config.json"
 ROUTER_FILE = "router.safetensors"
 STRATEGY_FILE = "strategy.safetensors"
-MODULES_FILE = "modules.safetensors"  # what was trained of the base model, and tasks' own modules
+MODULES_FILE = "modules.safetensors"  # trained tensors of the base model, and tasks' own modules
 
 _FIELDS = frozenset({"format_version", "sapt_fast_version", "config", "tasks", "base_model"})
 # Folders of earlier versions have none of these.
 _SEALED_FIELDS = frozenset({"method", "strategy", "files", "digest"})
 _OPTIONAL_FIELDS: frozenset[str] = frozenset()
-# To store more of a task, name its field here; files of it are listed by `files_of_tasks`.
+# To store more of a task, add its field here; `files_of_tasks` lists the files of a task.
 _OPTIONAL_TASK_FIELDS: frozenset[str] = frozenset()
-# Strategies whose adapters earlier versions stored as those of SAPT, whose router they do not use.
+# Strategies without SAPT's router, whose adapters earlier versions stored as SAPT's.
 _NOT_ROUTED = ("epi", "l2p", "olora", "progprompt")
-# Those whose adapters its router does weigh.
+# Strategies that use SAPT's router.
 _ROUTED = (
     *("sapt", "sapt_prompt", "seqlora", "joint", "replay", "generative_replay"),
     *("ewc", "lwf", "lfpt5", "single"),
@@ -74,14 +74,14 @@ def describe(
     base_model: Mapping[str, Any],
     strategy: str | None,
 ) -> dict[str, Any]:
-    """The content of sapt_config.json, which `seal` completes.
+    """Returns the content of sapt_config.json without digests, which `seal` adds.
 
     Args:
-        method: that chooses among the adapters.
-        config: of the config's `to_dict`.
-        tasks: name, and with LoRA rank and scaling, of each task in learning order.
-        base_model: of `describe_base`.
-        strategy: of the continual run that trained the tasks; None for none.
+        method: the method's name.
+        config: the return value of the config's `to_dict`.
+        tasks: for each task in learning order, its name and, for LoRA, its rank and scaling.
+        base_model: the return value of `describe_base`.
+        strategy: the strategy of the continual run that trained the tasks, or None.
     """
     return {
         "format_version": FORMAT_VERSION,
@@ -95,10 +95,10 @@ def describe(
 
 
 def seal(description: Mapping[str, Any], digests: Mapping[str, str]) -> str:
-    """The text of sapt_config.json.
+    """Returns the text of sapt_config.json, with digests.
 
     Args:
-        description: what `describe` returned.
+        description: the return value of `describe`.
         digests: SHA-256 of every other file, by its relative path.
     """
     content = json.loads(json.dumps({**description, "files": dict(digests)}, default=sorted))
@@ -107,48 +107,59 @@ def seal(description: Mapping[str, Any], digests: Mapping[str, str]) -> str:
 
 
 def write_sealed(folder: Path, name: str, description: Mapping[str, Any]) -> None:
-    """Writes a description, with the digests of the files that the folder holds by now."""
+    """Writes a description, with the digests of the files that the folder contains now."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     digests = {path.relative_to(folder).as_posix(): digest_of_file(path) for path in files}
     (folder / name).write_text(seal(description, digests), encoding="utf-8")
 
 
 def writes(model: nn.Module, is_main_process: bool | None) -> bool:
-    """Whether this process writes, as a caller says, or None for rank 0 of a sharded model."""
+    """Returns whether this process writes: `is_main_process` if it is given.
+
+    If it is None, all processes write, but only rank 0 of a sharded model.
+    """
     if is_main_process is None:
         return not is_sharded(model) or torch.distributed.get_rank() == 0
     return is_main_process
 
 
 def files_of_tasks(names: Collection[str]) -> list[str]:
-    """Relative paths of the files that every folder of these tasks has, beside sapt_config.json."""
+    """Returns relative paths of the files that a folder of tasks has besides sapt_config.json."""
     return [ROUTER_FILE, *(f"{name}/{file}" for name in names for file in LORA_FILES)]
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """The content of a sapt_config.json.
+    """Reads a sapt_config.json.
 
     Raises:
-        FileNotFoundError: if it is missing.
-        ValueError: if it is damaged or of a format that is not known.
+        FileNotFoundError: if the file is missing.
+        ValueError: if it is damaged or has an unknown format version.
     """
     return check_description(read_json(path), path)
 
 
 def check_description(description: Any, path: Path) -> dict[str, Any]:
-    """Raises ValueError unless this is the content of a sapt_config.json; digests are not checked.
+    """Checks the content of a sapt_config.json, except its digests.
+
+    Args:
+        description: the parsed content.
+        path: the file, for messages.
 
     Returns:
         description.
+
+    Raises:
+        ValueError: if a field is missing, unknown or has a wrong type.
+        ValueError: if the format version is unknown.
     """
     version = description.get("format_version") if isinstance(description, dict) else None
     if type(version) is not int or version != FORMAT_VERSION:
         raise ValueError(
-            f"{path}: format_version is {str(version)[:40]}, expected {FORMAT_VERSION}"
+            f"{path}: format_version: got {str(version)[:40]}, expected {FORMAT_VERSION}"
         )
     fields = _FIELDS | _SEALED_FIELDS if _SEALED_FIELDS & set(description) else _FIELDS
     if not fields <= set(description) <= fields | _OPTIONAL_FIELDS:
-        raise ValueError(f"{path}: fields {sorted(description)}, expected {sorted(fields)}")
+        raise ValueError(f"{path}: got fields {sorted(description)}, expected {sorted(fields)}")
     config = description["config"]
     adapter = config.get("adapter", "lora") if isinstance(config, dict) else None
     if is_sealed(description):
@@ -158,12 +169,12 @@ def check_description(description: Any, path: Path) -> dict[str, Any]:
 
 
 def is_sealed(description: Mapping[str, Any]) -> bool:
-    """Whether a folder has digests, as those of earlier versions have not."""
+    """Returns whether a folder has digests; those of earlier versions have none."""
     return "digest" in description
 
 
 def method_of(description: Mapping[str, Any]) -> str:
-    """The method that a folder names; of an earlier version's, the one that it must be of."""
+    """Returns the method of a folder; earlier versions did not store it, but had only these two."""
     if is_sealed(description):
         return str(description["method"])
     return "sapt_prompt" if description["config"].get("adapter") == "prompt" else "sapt"
@@ -172,9 +183,9 @@ def method_of(description: Mapping[str, Any]) -> str:
 def _require_method(description: Mapping[str, Any], path: Path) -> None:
     method, strategy = description["method"], description["strategy"]
     if not isinstance(method, str):
-        raise ValueError(f"{path}: method is {method!r}, expected a name")
+        raise ValueError(f"{path}: method: got {method!r}, expected a name")
     if strategy is not None and not isinstance(strategy, str):
-        raise ValueError(f"{path}: strategy is {strategy!r}, expected a name or null")
+        raise ValueError(f"{path}: strategy: got {strategy!r}, expected a name or null")
     files = description["files"]
     if not isinstance(files, dict) or not all(isinstance(x, str) for x in files.values()):
         raise ValueError(f"{path}: files: expected a digest of each file")
@@ -193,24 +204,25 @@ def _require_tasks(tasks: Any, prompts: bool, path: Path) -> None:
     distinct = set(names)
     for name in names:
         if not is_safe_name(name):
-            raise ValueError(f"{path}: tasks: {name!r} is no folder name")
+            raise ValueError(f"{path}: tasks: got {name!r}, expected a folder name")
         if name not in distinct:
-            raise ValueError(f"{path}: tasks: {name!r} stands twice in {names}")
+            raise ValueError(f"{path}: tasks: got {name!r} twice, expected distinct names: {names}")
         distinct.remove(name)
     if not names:
-        raise ValueError(f"{path}: tasks: got none")
+        raise ValueError(f"{path}: tasks: got none, expected at least one")
 
 
 # --- whose predictions ---
 
 
 def strategy_of(description: Mapping[str, Any], folder: Path) -> str | None:
-    """The continual strategy that trained the tasks of a folder; None for none.
+    """Returns the continual strategy that trained a folder's tasks; None if it was none.
 
-    What earlier versions wrote does not say; then the run around it does, or what else it holds.
+    Folders of earlier versions do not store it. For these, it is read from the run that contains
+    the folder, or recognised by the strategy's tensors.
 
     Raises:
-        ValueError: if that run is damaged.
+        ValueError: if the run is damaged.
     """
     if is_sealed(description):
         strategy: str | None = description["strategy"]
@@ -220,7 +232,7 @@ def strategy_of(description: Mapping[str, Any], folder: Path) -> str | None:
         try:
             named = read_json(run)["settings"]["strategy"]
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{run}: is damaged: it names no strategy") from error
+            raise ValueError(f"{run}: damaged, it has no strategy setting") from error
         return str(named)
     if (folder / STRATEGY_FILE).is_file():
         names = read_tensors(folder / STRATEGY_FILE)[0].keys()
@@ -230,7 +242,7 @@ def strategy_of(description: Mapping[str, Any], folder: Path) -> str | None:
 
 
 def require_own_strategy(description: Mapping[str, Any], folder: Path) -> None:
-    """Raises ValueError if a folder holds, as SAPT's, adapters that SAPT's router never weighed.
+    """Raises ValueError if a folder stores adapters as SAPT's that do not use SAPT's router.
 
     Earlier versions wrote such folders in continual runs.
     """
@@ -245,11 +257,10 @@ def require_own_strategy(description: Mapping[str, Any], folder: Path) -> None:
         )
     if strategy in _NOT_ROUTED:
         raise ValueError(
-            f"{folder}: holds the adapters of a continual run with strategy {strategy!r}, which "
-            "chooses among them in its own way: SAPT's router was not trained, and its weights "
-            "would be wrong. To score the run use `sapt-fast eval RUN` or "
-            "sapt_fast.continual.run.loop.evaluate_run; to use one task's adapter load its folder "
-            "with peft.PeftModel.from_pretrained"
+            f"{folder}: cannot be loaded as SAPT, because its adapters are of a continual run with "
+            f"strategy {strategy!r}, which does not train SAPT's router. To score the run, use "
+            "`sapt-fast eval RUN` or sapt_fast.continual.run.loop.evaluate_run. To use one task's "
+            "adapter, load its folder with peft.PeftModel.from_pretrained"
         )
 
 
@@ -259,19 +270,20 @@ def require_own_strategy(description: Mapping[str, Any], folder: Path) -> None:
 def require_sealed(description: Mapping[str, Any], files: StoredFiles) -> None:
     """Raises ValueError unless all files are as they were saved.
 
-    A folder of an earlier version has no digests: a warning is logged, once for each folder.
+    Folders of earlier versions have no digests: they are not checked, and a warning is logged once
+    per folder.
     """
     source = files.folder / CONFIG_FILE
     if not is_sealed(description):
         if str(files.folder) not in _warned:
             _warned.add(str(files.folder))
             logger.warning(
-                "%s: saved by an earlier version without digests, so damage to it cannot be "
-                "noticed; save it again to add them", files.folder,
+                "%s: saved by an earlier version without digests, so damage cannot be detected; "
+                "save it again to add digests", files.folder,
             )  # fmt: skip
         return
     advice = (
-        "Take it from a backup; if you changed it on purpose, call "
+        "Restore it from a backup; if you changed it on purpose, call "
         f"sapt_fast.storage.task_saving.renew_digests({str(files.folder)!r})"
     )
     require_digest(description, files, stated_files(description), source, advice)
@@ -282,36 +294,38 @@ def require_digest(
     files: StoredFiles,
     expected: Collection[str],
     source: Path,
-    advice: str = "Take it from a backup",
+    advice: str = "Restore it from a backup",
 ) -> None:
-    """Raises ValueError unless a description and its files have the digests that it states.
+    """Raises ValueError unless a description and its files match the stored digests.
 
     Args:
         description: the content of the file `source`.
-        files: that were taken.
-        expected: the files that must have a digest.
-        source: for messages.
-        advice: what to do then.
+        files: the files in memory.
+        expected: names of the files that must have a digest.
+        source: path of the description, for messages.
+        advice: what the message recommends.
     """
     content = {name: value for name, value in description.items() if name != "digest"}
     if description["digest"] != _digest(content):
         raise ValueError(
-            f"{source}: its content is not that of its digest: it was damaged or edited by hand. "
+            f"{source}: its content does not match its digest: it was damaged or edited by hand. "
             + advice
         )
     odd = sorted(set(expected) ^ set(description["files"]))
     if odd:
-        raise ValueError(f"{source}: files: expected a digest of each file, {odd[0]!r} is odd")
+        raise ValueError(
+            f"{source}: files: expected a digest of each file, but {odd[0]!r} is missing or unknown"
+        )
     for name, digest in description["files"].items():
         if files.digests[name] != digest:
             raise ValueError(
-                f"{files.folder / name}: its SHA-256 is not the one in {source.name}: it was "
-                f"damaged, edited by hand or taken from another folder. {advice}"
+                f"{files.folder / name}: its SHA-256 does not match the one in {source.name}: it "
+                f"was damaged, edited by hand or copied from another folder. {advice}"
             )
 
 
 def stated_files(description: Mapping[str, Any]) -> list[str]:
-    """Relative paths of the files that a folder must have beside sapt_config.json."""
+    """Returns relative paths of the files that a folder must have besides sapt_config.json."""
     names = files_of_tasks([task["name"] for task in description["tasks"]])
     optional = (STRATEGY_FILE, MODULES_FILE)
     return names + [name for name in optional if name in description.get("files", ())]
@@ -320,6 +334,6 @@ def stated_files(description: Mapping[str, Any]) -> list[str]:
 def _digest(content: Mapping[str, Any]) -> str:
     try:
         text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    except ValueError:  # 1e999 is JSON, and no number
+    except ValueError:  # 1e999 is valid JSON, but infinite
         return ""
     return sha256(text.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""PEFT's LoRA layout on disk: adapter_config.json and adapter_model.safetensors in one folder."""
+"""PEFT's LoRA file format: adapter_config.json and adapter_model.safetensors in one folder."""
 
 import json
 import os
@@ -36,21 +36,24 @@ def write_lora(
     """Writes a folder that `PeftModel.from_pretrained(base, folder)` loads.
 
     Args:
-        folder: is created if it is missing.
-        model: the patched model, whose layer names and kinds PEFT is told.
-        adapters: by the path of each layer, A [r, in_features], B [r, out_features] and the
-            scaling; layers of rank 0 are left out.
-        dropout: on the adapters' input, in training.
-        metadata: for the header of the weights' file.
-        modules: tensors of modules that come with the adapter, by their names in the base model:
-            PEFT's `modules_to_save`, which it takes as a whole.
+        folder: the folder, which is created if it is missing.
+        model: the patched model; adapter_config.json names its layers and kind.
+        adapters: by the path of each layer, (A [r, in_features], B [r, out_features], scaling);
+            layers of rank 0 are left out.
+        dropout: dropout rate on the adapters' input in training.
+        metadata: metadata for the header of the weights' file.
+        modules: tensors of modules that are saved with the adapter, by their names in the base
+            model: all tensors of PEFT's `modules_to_save`.
 
     Raises:
-        ValueError: no layer has a rank above 0, which PEFT cannot express.
+        ValueError: if no layer has a rank above 0, which PEFT does not support.
     """
     adapters = {path: adapter for path, adapter in adapters.items() if adapter[0].shape[0]}
     if not adapters:
-        raise ValueError(f"{folder.name}: the adapter has rank 0 in every layer, nothing to save")
+        raise ValueError(
+            f"{folder.name}: cannot be saved, because the adapter has rank 0 in every layer, which "
+            "PEFT does not support"
+        )
     folder.mkdir(exist_ok=True)
     modules = modules or {}
     config = _lora_config(model, adapters, dropout, owners(modules)).to_dict()
@@ -70,17 +73,20 @@ def read_lora(
     shapes: Mapping[str, tuple[int, int, int]],
     modules: Mapping[str, tuple[int, ...]] | None = None,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """The (A [r, in_features], B [r, out_features]) of each layer, as `write_lora` took them.
+    """Reads a task's LoRA, as `write_lora` wrote it.
 
     Args:
-        files: with the two files of the task.
-        task: its name, which is that of its folder.
+        files: contains the two files of the task.
+        task: the task's name, which is also that of its folder.
         shapes: by the path of each layer, the expected (r, in_features, out_features).
-        modules: the shapes of the tensors that `write_lora` was given as `modules`.
+        modules: the shapes of the tensors that `write_lora` got as `modules`.
+
+    Returns:
+        By the path of each layer, (A [r, in_features], B [r, out_features]).
 
     Raises:
-        ValueError: the file is damaged or another task's, or its entries, shapes or values are not
-            the expected ones.
+        ValueError: if the file is damaged, or contains another task.
+        ValueError: if its entries, shapes or values are not the expected ones.
     """
     tensors = read_task_tensors(files, task)
     expected: dict[str, tuple[int, ...]] = {}
@@ -100,25 +106,29 @@ def read_lora(
 
 
 def task_mark(task: str) -> dict[str, str]:
-    """Metadata by which the weights of one task are told from those of another."""
+    """Returns metadata that identifies the weights of one task."""
     return {_TASK_MARK: json.dumps(task)}
 
 
 def read_task_tensors(files: StoredFiles, task: str) -> dict[str, Tensor]:
-    """The tensors of a task; ValueError if they are damaged, not finite or another task's."""
+    """Reads the tensors of a task.
+
+    Raises:
+        ValueError: if they are damaged, not finite, or those of another task.
+    """
     name = f"{task}/{_WEIGHTS_FILE}"
     tensors, metadata = files.tensors(name)
     mark = metadata.get(_TASK_MARK, json.dumps(task))  # earlier versions wrote none
     if mark != json.dumps(task):
         raise ValueError(
-            f"{files.folder / name}: holds the weights of task {mark}, expected those of {task!r}: "
+            f"{files.folder / name}: got the weights of task {mark}, expected those of {task!r}: "
             "the folders of two tasks were exchanged or renamed"
         )
     return tensors
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The header's metadata of a safetensors file; empty for what is none."""
+    """Returns the header's metadata of a safetensors file; empty for any other file."""
     try:
         return read_tensors(path)[1]
     except (OSError, ValueError):
@@ -130,17 +140,17 @@ def require_shapes(
     tensors: Mapping[str, Tensor],
     expected: Mapping[str, tuple[int, ...]],
 ) -> None:
-    """Raises ValueError unless there are exactly these names, as floats of these shapes."""
+    """Raises ValueError unless tensors has exactly these names, as floats of these shapes."""
     missing, unknown = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
     if missing or unknown:
         raise ValueError(
-            f"{source}: {_some(missing)} missing, {_some(unknown)} not expected: it belongs to "
-            "another model, another configuration or another task"
+            f"{source}: {_some(missing)} missing, {_some(unknown)} not expected: it is of another "
+            "model, configuration or task"
         )
     for name, shape in expected.items():
         if tuple(tensors[name].shape) != tuple(shape) or not tensors[name].is_floating_point():
             raise ValueError(
-                f"{source}: {name} is {tensors[name].dtype} of shape "
+                f"{source}: {name}: got {tensors[name].dtype} of shape "
                 f"{tuple(tensors[name].shape)}, expected floats of shape {tuple(shape)}"
             )
 
@@ -156,7 +166,7 @@ def _key(path: str, side: str) -> str:
 
 
 def owners(modules: Iterable[str]) -> list[str] | None:
-    """The paths of the modules with these tensors, as adapter_config.json has them."""
+    """Returns the paths of the modules with these tensors, for adapter_config.json."""
     return sorted(outermost(name.rpartition(".")[0] for name in modules)) or None
 
 
@@ -178,7 +188,7 @@ def _lora_config(
     return LoraConfig(
         r=rank,
         lora_alpha=_tidy(alpha),
-        # Anchored: PEFT takes a pattern for the end of a path.
+        # Anchored, because PEFT matches a pattern with the end of a path.
         rank_pattern={f"^{path}": r for path, r in ranks.items() if r != rank},
         alpha_pattern={f"^{path}": _tidy(x) for path, x in alphas.items() if x != alpha},
         target_modules=_target_modules(model, set(adapters)),
@@ -194,7 +204,7 @@ def _lora_config(
 
 
 def _target_modules(model: PreTrainedModel, paths: set[str]) -> list[str]:
-    """The short names where they select just these layers, as servers like them, else the paths."""
+    """Returns short names, which servers expect, if they select only these layers; else paths."""
     short = {path.rpartition(".")[2] for path in paths}
     named = {name for name in base_modules(model) if name.rpartition(".")[2] in short}
     return sorted(short if named == paths else paths)
@@ -205,13 +215,13 @@ def _tidy(alpha: float) -> Any:
 
 
 def base_modules(model: PreTrainedModel) -> list[str]:
-    """The paths of the base model's own modules."""
+    """Returns the paths of the base model's own modules."""
     own = own_paths(model)
     return [name for name, _ in model.named_modules() if not is_inside(name, own)]
 
 
 class LoraFiles:
-    """How a task that is a LoRA adapter for each of some layers lies on disk.
+    """The file format of tasks with LoRA adapters.
 
     An adapter is, by the path of each layer, (A [r, in_features], B [r, out_features], scaling).
     """
@@ -219,7 +229,7 @@ class LoraFiles:
     fields = frozenset({"rank", "scaling"})
 
     def described(self, adapter: Mapping[str, Adapter]) -> dict[str, Any]:
-        """The fields of a task in sapt_config.json."""
+        """Returns the fields of a task in sapt_config.json: rank and scaling."""
         ranks = {path: len(a) for path, (a, _, _) in adapter.items()}
         scaling = {path: scaling for path, (_, _, scaling) in adapter.items()}
         return {"rank": _uniform(ranks), "scaling": _uniform(scaling)}
@@ -245,7 +255,7 @@ class LoraFiles:
         width: int,
         beside: Mapping[str, tuple[int, ...]],
     ) -> dict[str, Adapter]:
-        """The adapter of a task, as sapt_config.json describes it."""
+        """Reads the adapter of a task, as sapt_config.json describes it."""
         where = f"{files.folder}: task {task['name']!r}"
         ranks = per_layer(task, "rank", layers, where)
         scaling = per_layer(task, "scaling", layers, where)
@@ -261,15 +271,15 @@ class LoraFiles:
         width: int,
         source: str,
     ) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
-        """The tensors of an adapter by name, and the shapes that they must have.
+        """Returns the tensors of an adapter by name, and the shapes that they must have.
 
         Raises:
-            ValueError: if it is for other layers.
+            ValueError: if the adapter is for other layers.
         """
         if odd := sorted(set(adapter) ^ set(layers)):
             raise ValueError(
-                f"{source} has adapters for other layers than those that the config chooses: "
-                f"{odd[0]} and {len(odd) - 1} more are in one but not in both"
+                f"{source}: got adapters for other layers than the config selects: {odd[0]} and "
+                f"{len(odd) - 1} more are only in one of them"
             )
         tensors: dict[str, Tensor] = {}
         shapes: dict[str, tuple[int, ...]] = {}
@@ -304,10 +314,16 @@ class LoraFiles:
 
 
 def per_layer(task: Mapping[str, Any], field: str, layers: Collection[str], source: str) -> Any:
-    """The rank or scaling of each layer.
+    """Returns the rank or scaling of each layer.
+
+    Args:
+        task: the task's entry in sapt_config.json.
+        field: "rank" or "scaling".
+        layers: paths of the layers.
+        source: for messages.
 
     Raises:
-        ValueError: if it is missing for a layer, or no plausible number.
+        ValueError: if the value is missing for a layer, or out of range.
     """
     value = task[field]
     valid = _is_rank if field == "rank" else is_scaling

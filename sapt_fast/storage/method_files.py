@@ -1,7 +1,7 @@
-"""The files of a method that has no layout of its own: `<attribute>_config.json` and its tensors.
+"""The default files of a method: `<attribute>_config.json` and `<attribute>.safetensors`.
 
-SAPT and its relatives have one, for PEFT's sake (`storage.tasks`). Methods may share a folder: each
-has its own two files.
+Methods with tasks use another layout, which PEFT can read (`storage.tasks`). Several methods may be
+saved in one folder: each has its own two files.
 """
 
 from __future__ import annotations
@@ -37,7 +37,16 @@ _FIELDS = frozenset(
 
 @dataclass(frozen=True)
 class StoredMethod:
-    """What a folder holds of one method, checked by itself and not yet in a model."""
+    """The content of one method's files, checked but not yet loaded into a model.
+
+    Attributes:
+        source: path of the description file, for messages.
+        method: the method's name.
+        config: fields of the method's config.
+        values: the JSON values that `Handle.stored` returned.
+        base_model: description of the base model.
+        tensors: the tensors that `Handle.stored` returned, by name.
+    """
 
     source: Path
     method: str
@@ -57,7 +66,7 @@ class StoredMethod:
 
 
 def config_file(attribute: str) -> str:
-    """The name of the file that describes the method at `model.<attribute>`."""
+    """Returns the name of the file that describes the method at `model.<attribute>`."""
     return f"{attribute}{_SUFFIX}"
 
 
@@ -68,13 +77,13 @@ def write_method(
     values: Mapping[str, Any],
     is_main_process: bool | None,
 ) -> None:
-    """Writes a method's tensors and settings; the folder is replaced as a whole.
+    """Writes a method's tensors and settings; both files are replaced together.
 
     Args:
-        handle: of the method.
-        directory: the two files of an earlier call are replaced, all others stay.
-        tensors: by name; gathered where they are sharded.
-        values: that JSON can express.
+        handle: the method's handle.
+        directory: the folder. The two files of an earlier call are replaced; other files stay.
+        tensors: by name; gathered if they are sharded.
+        values: values that JSON supports.
         is_main_process: as in `Handle.save_pretrained`.
     """
     model = handle._model
@@ -96,10 +105,10 @@ def write_method(
 
 
 def methods_in(folder: Path) -> dict[str, str]:
-    """The methods that have their two files in a folder, by the attribute that each is stored for.
+    """Returns the methods with their own files in a folder, by the attribute of the handle.
 
     Raises:
-        ValueError: if a file that sapt_fast wrote names none, or is no JSON.
+        ValueError: if a file that sapt_fast wrote names no method, or is not JSON.
     """
     found = {}
     for path in sorted(folder.glob(f"*{_SUFFIX}")):
@@ -115,18 +124,23 @@ def methods_in(folder: Path) -> dict[str, str]:
         if isinstance(description, dict) and "sapt_fast_version" in description:
             if not isinstance(description.get("method"), str):
                 raise ValueError(
-                    f"{path}: method is {description.get('method')!r}, expected a name"
+                    f"{path}: method: got {description.get('method')!r}, expected a name"
                 )
             found[attribute] = description["method"]
     return found
 
 
 def read_method(folder: Path, attribute: str) -> StoredMethod:
-    """What a folder holds of one method.
+    """Reads the files of one method.
+
+    Args:
+        folder: the saved folder.
+        attribute: the attribute name of the method's handle.
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if one is damaged, or of a version that is not known.
+        ValueError: if a file is damaged.
+        ValueError: if the format version is unknown.
     """
     files, name = StoredFiles(folder), config_file(attribute)
     files.take(name)
@@ -135,10 +149,10 @@ def read_method(folder: Path, attribute: str) -> StoredMethod:
     version = description.get("format_version") if isinstance(description, dict) else None
     if type(version) is not int or version != FORMAT_VERSION:
         raise ValueError(
-            f"{source}: format_version is {str(version)[:40]}, expected {FORMAT_VERSION}"
+            f"{source}: format_version: got {str(version)[:40]}, expected {FORMAT_VERSION}"
         )
     if set(description) != _FIELDS:
-        raise ValueError(f"{source}: fields {sorted(description)}, expected {sorted(_FIELDS)}")
+        raise ValueError(f"{source}: got fields {sorted(description)}, expected {sorted(_FIELDS)}")
     require_digest(description, files, [_tensor_file(attribute)], source)
     tensors, _ = files.tensors(_tensor_file(attribute))
     require_finite(folder / _tensor_file(attribute), tensors)
@@ -157,12 +171,12 @@ def _tensor_file(attribute: str) -> str:
 
 
 def _layers(model: Any) -> dict[str, tuple[int, int]]:
-    """By which one base model is told from another."""
+    """Returns the layers that identify the base model, with their (in, out) features."""
     return {path: layer_features(model.get_submodule(path)) for path in outer_layers(model)}
 
 
 def _written(folder: Path, names: list[str]) -> list[str]:
-    """The files of this folder that `write_method` wrote."""
+    """Returns the files of this folder that `write_method` wrote."""
     try:
         description = read_json(folder / names[0])
     except (FileNotFoundError, ValueError):

@@ -1,9 +1,9 @@
-"""How transformers' own saving and loading treats a patched model: nothing of it is lost unnoticed.
+"""Extends transformers' saving and loading to the tasks of a patched model.
 
 `model.save_pretrained(folder)`, which every Trainer calls, writes the base model as if it were not
-patched, and the tasks beside it as `model.sapt.save_pretrained` does. `load_state_dict` with the
-base model alone raises, since the tasks would keep the values that they have; but a Trainer that
-resumes from such a folder gets the tasks of the folder.
+patched, and also the tasks, as `model.sapt.save_pretrained` does. `load_state_dict` with only the
+base model raises an error, because the tasks would keep their current values. If a Trainer resumes
+from a saved folder, the tasks are restored from it too.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ logger = logging.getLogger(__name__)
 
 
 class Saved(Protocol):
-    """What of a method's handle matters here."""
+    """The members of a method's handle that saving uses."""
 
     attribute: ClassVar[str]
     _model: Any
 
     @property
     def slot(self) -> str:
-        """The name that the method's modules have in layers."""
+        """The attribute name of the method's modules in layers."""
 
     @property
     def config_file(self) -> str:
@@ -47,7 +47,7 @@ class Saved(Protocol):
 
     @property
     def tasks(self) -> list[str]:
-        """Names of what was added."""
+        """The names of the tasks."""
 
     def require_unmerged(self) -> None:
         """Raises RuntimeError if a mixture is merged into the base weights."""
@@ -62,14 +62,15 @@ class Saved(Protocol):
         """Saves the tasks into a folder."""
 
     def restore_values(self, directory: str | os.PathLike[str]) -> None:
-        """Gives the tasks the values that they have in a saved folder."""
+        """Sets the tasks to the values in a saved folder."""
 
 
 def own_names(module: nn.Module, handle: Saved | None = None) -> list[str]:
-    """The keys of a model's state_dict that are of methods, not of the base model.
+    """Returns the keys of a model's state_dict that belong to methods, not to the base model.
 
     Args:
-        handle: of the one method to look at; None for all.
+        module: the model.
+        handle: the handle of one method; None for all methods.
     """
     own = own_paths(module)
     if handle is not None:
@@ -79,7 +80,7 @@ def own_names(module: nn.Module, handle: Saved | None = None) -> list[str]:
 
 
 class _StandIn:
-    """A `save_pretrained` in place of a model's own, until `remove`."""
+    """Replaces the `save_pretrained` of models, until `remove`."""
 
     def __init__(self) -> None:
         self._own: list[tuple[Any, Callable[..., Any] | None]] = []
@@ -93,7 +94,7 @@ class _StandIn:
         return type(model).save_pretrained.__get__(model) if before is None else before
 
     def remove(self) -> None:
-        """Gives the models their own method back."""
+        """Restores the models' own method."""
         for model, own in self._own:
             if own is None:
                 del vars(model)["save_pretrained"]
@@ -103,10 +104,10 @@ class _StandIn:
 
 
 class PretrainedFiles(_StandIn):
-    """What a patched model does where transformers saves and loads it.
+    """Replaces `save_pretrained` of a patched model, and checks `load_state_dict`.
 
     Args:
-        handle: of the model.
+        handle: the handle of a method on the model.
     """
 
     def __init__(self, handle: Saved) -> None:
@@ -116,7 +117,7 @@ class PretrainedFiles(_StandIn):
         self._loaded_since: set[str] = set()
 
     def install(self) -> None:
-        """Replaces the model's methods; `remove` takes them away again."""
+        """Replaces the model's methods; `remove` restores them."""
         model = self._handle._model
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
@@ -125,7 +126,7 @@ class PretrainedFiles(_StandIn):
         self._hook = model.register_load_state_dict_post_hook(self._after_load)
 
     def remove(self) -> None:
-        """Gives the model its own methods back."""
+        """Restores the model's methods."""
         super().remove()
         if self._hook is not None:
             self._hook.remove()
@@ -141,12 +142,13 @@ class PretrainedFiles(_StandIn):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """transformers' `save_pretrained` of the base model, and the tasks beside it.
+        """Saves the base model as transformers' `save_pretrained` does, and the tasks with it.
 
         Raises:
-            RuntimeError: a mixture is merged into the base weights.
-            ValueError: the folder cannot be replaced, `distributed_checkpoint` is asked for, or
-                `state_dict` holds some of the adapters and the router but not all of them.
+            RuntimeError: if a mixture is merged into the base weights.
+            ValueError: if the folder cannot be replaced.
+            ValueError: if `distributed_checkpoint` is set.
+            ValueError: if `state_dict` contains some of the adapters and the router, but not all.
         """
         handle = self._handle
         model = handle._model
@@ -154,7 +156,7 @@ class PretrainedFiles(_StandIn):
         if kwargs.get("distributed_checkpoint"):
             raise ValueError(
                 "distributed_checkpoint: not supported for a model that sapt_fast has patched; "
-                "leave it out, all processes still have to call save_pretrained"
+                "omit it, and call save_pretrained on all processes"
             )
         given = self._given(state_dict)
         if handle.tasks:
@@ -166,15 +168,16 @@ class PretrainedFiles(_StandIn):
             self._save_tasks(save_directory, is_main_process, given)
         elif is_main_process and Path(save_directory, handle.config_file).exists():
             logger.warning(
-                "%s: holds the tasks of an earlier save, and this model has none", save_directory
+                "%s: contains the tasks of an earlier save, but this model has none",
+                save_directory,
             )
         if push_to_hub and is_main_process:
-            # As model.push_to_hub does, which saves and uploads all of it.
+            # As in model.push_to_hub, which saves and uploads everything.
             name = Path(save_directory).name
             model.push_to_hub(kwargs.pop("repo_id", name), **_hub_options(kwargs))
 
     def _given(self, state_dict: Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
-        """The state_dict, if it holds the adapters and the router."""
+        """Returns the state_dict if it contains the adapters and the router, else None."""
         if state_dict is None or not self._handle.tasks:
             return None
         own = own_names(self._handle._model, self._handle)
@@ -183,13 +186,13 @@ class PretrainedFiles(_StandIn):
             return state_dict
         if len(missing) < len(own):
             raise ValueError(
-                f"state_dict: has no {missing[0]} (and {len(missing) - 1} more), but others of the "
-                "adapters and the router; expected all or none of them"
+                f"state_dict: got some tensors of the adapters and router, but not {missing[0]} "
+                f"(and {len(missing) - 1} more); expected all or none of them"
             )
         if is_sharded(self._handle._model):
             raise ValueError(
-                "state_dict: has nothing of the adapters and the router, and the model is sharded: "
-                "pass the whole state_dict, or none on all processes"
+                "state_dict: got no tensors of the adapters and the router, which a sharded model "
+                "needs: pass the whole state_dict, or none on all processes"
             )
         return None
 
@@ -206,8 +209,8 @@ class PretrainedFiles(_StandIn):
         if writes:
             kind = type(model).__name__.removeprefix("FSDP")
             logger.warning(
-                "%s: the base model and, beside it, the tasks %s were saved. "
-                "from_pretrained alone loads the base model without them; to load both call "
+                "%s: saved the base model and the tasks %s. from_pretrained alone loads the base "
+                "model without the tasks; to load both, call "
                 "sapt_fast.load_pretrained(%s.from_pretrained(%r), %r)",
                 directory, self._handle.tasks, kind, str(directory), str(directory),
             )  # fmt: skip
@@ -220,12 +223,12 @@ class PretrainedFiles(_StandIn):
         state_dict: Mapping[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
-        """`save_pretrained` of a model inside the patched one, whose adapters are left out."""
+        """Saves a model inside the patched one, without its adapters."""
         self._handle.require_unmerged()
         self._save_base(part, save_directory, is_main_process, state_dict, **kwargs)
         if is_main_process and self._handle.tasks:
             logger.warning(
-                "%s: holds a part of the base model and nothing of the tasks; save them with "
+                "%s: saved a part of the base model without the tasks; save them with "
                 "model.%s.save_pretrained, or save the whole model",
                 save_directory, self._handle.attribute,
             )  # fmt: skip
@@ -238,12 +241,12 @@ class PretrainedFiles(_StandIn):
         state_dict: Mapping[str, Tensor] | None,
         **kwargs: Any,
     ) -> None:
-        """The model's own `save_pretrained`, without what is ours."""
+        """Calls the model's own `save_pretrained`, without our tensors."""
         own, paths = self._own_of(model), own_paths(model)
         # Another method's, which is below, takes its own tensors from there.
         if state_dict is not None and not isinstance(_owner(own), PretrainedFiles):
             state_dict = {n: x for n, x in state_dict.items() if not is_inside(n, paths)}
-        # A quantised model's state_dict is made inside, whatever is passed.
+        # A quantised model ignores the given state_dict and creates its own.
         before = vars(model).get("_keys_to_ignore_on_save", ...)
         ignored = model._keys_to_ignore_on_save or ()
         model._keys_to_ignore_on_save = [*ignored, *own_names(model)]
@@ -258,15 +261,15 @@ class PretrainedFiles(_StandIn):
     # --- loading ---
 
     def _after_load(self, module: nn.Module, keys: Any) -> None:
-        """Notices a `load_state_dict` that leaves all tasks as they were.
+        """Detects a `load_state_dict` that does not change the tasks.
 
         Raises:
-            RuntimeError: the whole base model was loaded, and nothing of the adapters.
+            RuntimeError: if the whole base model was loaded, but no tensor of the adapters.
         """
         handle = self._handle
         missing = set(keys.missing_keys)
         own = own_names(module, handle)
-        # Their keys have a prefix where a module around the model was loaded.
+        # Their keys have a prefix if a module that contains the model was loaded.
         prefix = next((n.removesuffix(own[0]) for n in missing if own and n.endswith(own[0])), None)
         if not handle.tasks or prefix is None:
             self._loaded_since.clear()
@@ -285,12 +288,12 @@ class PretrainedFiles(_StandIn):
 
     def _refuse_base_alone(self, missing: set[str], module: nn.Module) -> None:
         advice = (
-            f"the tasks {self._handle.tasks} keep the adapters that they have. Load the base model "
-            "before sapt_fast.patch; to load tasks that were saved beside it call "
+            f"the tasks {self._handle.tasks} keep their current adapters. Load the base model "
+            "before sapt_fast.patch. To load tasks that were saved with it, call "
             "sapt_fast.load_pretrained(model, folder) on a model without tasks. "
             "sapt_fast.SaptTrainer and transformers' Trainer resume from their checkpoints"
         )
-        places: dict[int, set[str]] = {}  # of one tensor, where a weight is tied
+        places: dict[int, set[str]] = {}  # names by tensor; tied weights have several
         paths = own_paths(module)
         for name, tensor in _names(module).items():
             if not is_inside(name, paths):
@@ -298,24 +301,24 @@ class PretrainedFiles(_StandIn):
         loaded = {name for names in places.values() for name in names if name not in missing}
         self._loaded_since |= loaded
         if not all(names & self._loaded_since for names in places.values()):
-            return  # a part: one of several files, maybe
+            return  # only a part, perhaps one of several files
         in_parts = not all(names & loaded for names in places.values())
         self._loaded_since.clear()
         if in_parts:
             logger.warning("load_state_dict: all of the base model was loaded, but %s", advice)
         else:
-            raise RuntimeError(f"load_state_dict: got the base model alone, but {advice}")
+            raise RuntimeError(f"load_state_dict: got only the base model, so {advice}")
 
 
 class PeftFiles(_StandIn):
-    """Says, where PEFT saves a patched PeftModel, that a router of ours is not in its files."""
+    """Logs a warning if PEFT saves a patched PeftModel whose router it does not save."""
 
     def __init__(self, handle: Any) -> None:
         super().__init__()
         self._handle = handle
 
     def install(self) -> None:
-        """Replaces the model's method; `remove` takes it away again."""
+        """Replaces the model's method; `remove` restores it."""
         self._replace(self._handle._model, self._save)
 
     def _save(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
@@ -323,7 +326,7 @@ class PeftFiles(_StandIn):
         router = self._handle.router
         if router is not None and router.state_dict():
             logger.warning(
-                "%s: PEFT saves the adapters, but not model.sapt.router (%s): save and load its "
+                "%s: PEFT saves the adapters, but not model.sapt.router (%s); save and load its "
                 "state_dict yourself", save_directory, type(router).__name__,
             )  # fmt: skip
 
@@ -333,7 +336,7 @@ def _owner(method: Any) -> Any:
 
 
 def _names(module: nn.Module) -> dict[str, Tensor]:
-    """The keys of a module's state_dict and what they stand for, sharded or not."""
+    """Returns the tensors of a module by their keys in its state_dict, sharded or not."""
     kept = {
         f"{path}.{name}" if path else name
         for path, part in module.named_modules(remove_duplicate=False)
@@ -354,10 +357,10 @@ def _hub_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _checkpoint_being_resumed() -> Path | None:
-    """The folder that a transformers Trainer is loading just now.
+    """Returns the folder that a running transformers Trainer is loading, or None.
 
-    It hands the model nothing but tensors, so only its own running method knows where they are
-    from. Where it is not found, loading raises.
+    The Trainer passes only tensors to the model, so the folder is read from the Trainer's stack
+    frame. If no frame is found, loading raises an error.
     """
     trainers = sys.modules.get("transformers.trainer")
     frame = sys._getframe()

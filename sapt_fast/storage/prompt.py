@@ -1,4 +1,4 @@
-"""PEFT's prompt-tuning layout on disk, in the files that its LoRA layout has, too."""
+"""PEFT's prompt-tuning file format, with the same file names as its LoRA format."""
 
 import json
 from collections.abc import Collection, Mapping
@@ -24,10 +24,10 @@ def write_prompt(
     """Writes a folder that `PeftModel.from_pretrained(base, folder)` loads as prompt tuning.
 
     Args:
-        folder: is created if it is missing.
-        model: the patched model, whose kind PEFT is told.
+        folder: the folder, which is created if it is missing.
+        model: the patched model; adapter_config.json names its kind.
         prompt: [P, D].
-        metadata: for the header of the weights' file.
+        metadata: metadata for the header of the weights' file.
     """
     from peft import PromptTuningConfig
 
@@ -36,7 +36,7 @@ def write_prompt(
         task_type=("SEQ_2_SEQ_LM" if encodes else "CAUSAL_LM") if model.can_generate() else None,
         num_virtual_tokens=prompt.shape[0],
         token_dim=prompt.shape[1],
-        num_transformer_submodules=1,  # the encoder's input alone
+        num_transformer_submodules=1,  # only the encoder's input
         base_model_name_or_path=model.name_or_path or None,
         inference_mode=True,
     )
@@ -47,14 +47,16 @@ def write_prompt(
 
 
 def read_prompt(files: StoredFiles, task: str, length: int, width: int) -> Tensor:
-    """The prompt [length, width], as `write_prompt` took it.
+    """Reads a prompt [length, width], as `write_prompt` wrote it.
 
     Args:
-        files: with the two files of the task.
-        task: its name, which is that of its folder.
+        files: contains the two files of the task.
+        task: the task's name, which is also that of its folder.
+        length: P, the expected number of rows.
+        width: D, the expected width.
 
     Raises:
-        ValueError: the file is damaged, or holds something else.
+        ValueError: if the file is damaged, or contains something else.
     """
     tensors = read_task_tensors(files, task)
     require_shapes(files.folder / task / _WEIGHTS_FILE, tensors, {_KEY: (length, width)})
@@ -62,7 +64,7 @@ def read_prompt(files: StoredFiles, task: str, length: int, width: int) -> Tenso
 
 
 def outer_layers(model: PreTrainedModel) -> list[str]:
-    """The paths of a base model's first and last linear layer."""
+    """Returns the paths of a base model's first and last linear layer."""
     own = own_paths(model)
     paths = [
         name
@@ -73,12 +75,12 @@ def outer_layers(model: PreTrainedModel) -> list[str]:
 
 
 class PromptFiles:
-    """How a task that is a prompt [P, D] lies on disk."""
+    """The file format of tasks with prompts [P, D]."""
 
     fields: frozenset[str] = frozenset()
 
     def described(self, adapter: Tensor) -> dict[str, Any]:
-        """The fields of a task in sapt_config.json beside its name: none."""
+        """Returns the fields of a task in sapt_config.json besides its name: none."""
         return {}
 
     def write(
@@ -90,7 +92,7 @@ class PromptFiles:
         mark: Mapping[str, str],
         beside: Mapping[str, Tensor],
     ) -> None:
-        """Writes a task's folder; PEFT's prompt tuning keeps nothing beside the prompt."""
+        """Writes a task's folder; PEFT's prompt tuning stores only the prompt."""
         write_prompt(folder, model, adapter, mark)
 
     def read(
@@ -102,7 +104,7 @@ class PromptFiles:
         width: int,
         beside: Mapping[str, tuple[int, ...]],
     ) -> Tensor:
-        """The prompt of a task."""
+        """Reads the prompt of a task."""
         return read_prompt(files, task["name"], config.prompt_length, width)
 
     def parts(
@@ -113,7 +115,7 @@ class PromptFiles:
         width: int,
         source: str,
     ) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
-        """The tensors of an adapter by name, and the shapes that they must have."""
+        """Returns the tensors of an adapter by name, and the shapes that they must have."""
         return {"prompt": adapter}, {"prompt": (config.prompt_length, width)}
 
     def require_same_in_peft(

@@ -1,7 +1,7 @@
-"""Reads torch's archives and numpy's pickles without running either: nothing a file says is called.
+"""Reads torch's archives and numpy's pickles without executing any code from the file.
 
-A pickle is scanned first, so that no opcode can ask for memory that the file does not have; then it
-is read with stand-ins for the few names that tensors and arrays are made of.
+A pickle is scanned first, so that no opcode can allocate more memory than the file has bytes. Then
+it is read with stand-ins for the few names that tensors and arrays need.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PICKLE_BYTES = 2**26
 _ARRAY_BYTES = 2**20  # a weight for each task
 _MOST_OPCODES = 2**21
 _DIRECTORY_BYTES = 2**26
-_END_BYTES = 2**16 + 100  # what ends a zip archive, with the longest comment
+_END_BYTES = 2**16 + 100  # the end of a zip archive, with the longest comment
 _BLOCK = 2**24
 
 _FLOATS = {
@@ -51,28 +51,28 @@ _NOT_DENSE = {
     "_rebuild_meta_tensor_no_storage": "a tensor without values (on the meta device)",
     "_rebuild_device_tensor_from_numpy": "a tensor of another device",
     "_rebuild_device_tensor_from_cpu_tensor": "a tensor of another device",
-    "_rebuild_wrapper_subclass": "a tensor of a class of its own",
-    "_rebuild_from_type_v2": "a tensor of a class of its own",
-    "_rebuild_tensor_v3": "a tensor of a type that the release does not use",
+    "_rebuild_wrapper_subclass": "a tensor of a subclass",
+    "_rebuild_from_type_v2": "a tensor of a subclass",
+    "_rebuild_tensor_v3": "a tensor of a type that the original SAPT code does not use",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """Stands for a value that is no dense tensor of floats."""
+    """The stand-in for a value that is not a dense tensor of floats."""
 
     kind: str
 
 
 @dataclass(frozen=True, slots=True)
 class _Dense:
-    """Stands for a tensor while a pickle is read, out of reach of what else the pickle does."""
+    """The stand-in for a tensor while a pickle is read, so that the pickle cannot change it."""
 
     tensor: Tensor
 
 
 class _Call:
-    """Stands for a function, made anew for each mention, so that a pickle cannot change it."""
+    """The stand-in for a function, created for each use, so that a pickle cannot change it."""
 
     __slots__ = ("run",)
 
@@ -84,24 +84,27 @@ class _Call:
 
 
 def read_torch(path: Path) -> Any:
-    """What `torch.save` wrote: a tensor, or a dict of tensors.
-
-    Tensors are dense, of float16, bfloat16, float32 or float64, and within the storage that the
-    file has for them; a `Refused` stands in the place of any other.
+    """Reads a tensor or a dict of tensors that `torch.save` wrote.
 
     Args:
         path: an archive in the format of torch 1.6 and newer.
 
+    Returns:
+        Dense tensors of float16, bfloat16, float32 or float64 that lie within their storages. Any
+        other tensor is replaced by a `Refused`.
+
     Raises:
-        FileNotFoundError: if it is missing.
-        ValueError: if it is damaged, or holds more than tensors.
+        FileNotFoundError: if the file is missing.
+        ValueError: if it is damaged, or contains anything other than tensors.
     """
     with open_regular(path, _ARCHIVE_BYTES) as file:
         try:
             content = _Archive(file).load()
         except Exception as error:  # whatever a damaged or hostile file makes the readers raise
             reason = str(error)[:300] or type(error).__name__
-            raise ValueError(f"{path}: damaged, or holds more than tensors ({reason})") from error
+            raise ValueError(
+                f"{path}: damaged, or contains more than tensors ({reason})"
+            ) from error
     if isinstance(content, dict):
         return {name: _opened(value) for name, value in content.items()}
     return _opened(content)
@@ -112,12 +115,12 @@ def _opened(value: Any) -> Any:
 
 
 class _Archive:
-    """A torch archive whose parts are stored as they are, one after the other."""
+    """A torch archive, whose parts are not compressed."""
 
     def __init__(self, file: Any) -> None:
         size = file.seek(0, io.SEEK_END)
         if _directory_bytes(file, size) > _DIRECTORY_BYTES:
-            raise ValueError("its list of parts is larger than that of any run")
+            raise ValueError("its list of parts is too large")
         self.archive = zipfile.ZipFile(file)
         self.parts: dict[str, zipfile.ZipInfo] = {}
         for part in self.archive.infolist():
@@ -125,16 +128,16 @@ class _Archive:
             if not stored or part.compress_size != part.file_size or part.flag_bits & 1:
                 raise ValueError(f"{part.filename[:80]} is compressed or encrypted")
             if part.filename in self.parts:
-                raise ValueError(f"{part.filename[:80]} is there twice")
+                raise ValueError(f"it contains {part.filename[:80]} twice")
             self.parts[part.filename] = part
         if sum(part.file_size for part in self.parts.values()) > size:
-            raise ValueError("its parts are larger than itself")
+            raise ValueError("its parts are larger than the file")
         self.storages: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def load(self) -> Any:
         found = [name for name in self.parts if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(found) != 1:
-            raise ValueError("there is no data.pkl in it")
+            raise ValueError("it contains no data.pkl")
         self.root = found[0].removesuffix("data.pkl")
         order = self.parts.get(self.root + "byteorder")
         if order is not None and self._bytes(order, 16) != b"little":
@@ -145,18 +148,20 @@ class _Archive:
 
     def _bytes(self, part: zipfile.ZipInfo, limit: int) -> bytearray:
         if part.file_size > limit:
-            raise ValueError(f"{part.filename[:80]} has {part.file_size} bytes, at most {limit}")
+            raise ValueError(
+                f"{part.filename[:80]}: got {part.file_size} bytes, expected at most {limit}"
+            )
         content, at = bytearray(part.file_size), 0
         with self.archive.open(part) as file:
             while block := file.read(_BLOCK):
                 content[at : at + len(block)] = block
                 at += len(block)
         if at != part.file_size or len(content) != at:
-            raise ValueError(f"{part.filename[:80]} is cut off")
+            raise ValueError(f"{part.filename[:80]} is truncated")
         return content
 
     def storage(self, name: str, dtype: torch.dtype, count: int) -> Tensor:
-        """The numbers of a storage, [count]."""
+        """Returns the numbers of a storage, [count]."""
         known = self.storages.get((name, dtype))
         if known is None:
             part = self.parts[f"{self.root}data/{name}"]
@@ -168,18 +173,18 @@ class _Archive:
             known = torch.frombuffer(data, dtype=dtype) if count else torch.empty(0, dtype=dtype)
             self.storages[name, dtype] = known
         if len(known) != count:
-            raise ValueError("a storage is there in two sizes")
+            raise ValueError("it uses one storage with two sizes")
         return known
 
 
 def _directory_bytes(file: Any, size: int) -> int:
-    """The size that a zip archive states for the list of its parts, of which objects are made."""
+    """Returns the size that a zip archive states for its list of parts, which limits memory."""
     start = max(0, size - _END_BYTES)
     file.seek(start)
     tail = file.read(_END_BYTES)
     end = tail.rfind(b"PK\5\6")
     if end < 0 or len(tail) < end + 22:
-        raise ValueError("no archive as torch.save writes since torch 1.6")
+        raise ValueError("not an archive of torch.save since torch 1.6")
     stated = int.from_bytes(tail[end + 12 : end + 16], "little")
     locator = tail[max(0, end - 20) : end]
     if stated == 2**32 - 1 and locator[:4] == b"PK\6\7":  # zip64
@@ -190,7 +195,7 @@ def _directory_bytes(file: Any, size: int) -> int:
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """Knows the names that dense tensors are made of, and none else."""
+    """An unpickler that allows only the names of dense tensors."""
 
     def __init__(self, file: io.BytesIO, archive: _Archive) -> None:
         super().__init__(file)
@@ -199,11 +204,11 @@ class _TensorUnpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> Any:
         kind, storage, name, _, count = pid
         if kind != "storage" or not isinstance(name, str) or type(count) is not int or count < 0:
-            raise pickle.UnpicklingError("refuses a reference that is no storage")
+            raise pickle.UnpicklingError("refuses a reference that is not a storage")
         if isinstance(storage, Refused):
             return storage
         if not isinstance(storage, torch.dtype):
-            raise pickle.UnpicklingError("refuses a storage of no type")
+            raise pickle.UnpicklingError("refuses a storage without a type")
         return self._archive.storage(name, storage, count)
 
     def find_class(self, module_name: str, global_name: str) -> Any:
@@ -222,7 +227,7 @@ class _TensorUnpickler(pickle.Unpickler):
                 return _Call(_rebuild_parameter)
             if global_name in _NOT_DENSE:
                 return _refuse(_NOT_DENSE[global_name])
-        # What stands among the arguments of tensors that are refused.
+        # Arguments of refused tensors.
         if module_name in ("torch", "torch.serialization", "builtins") and global_name in _INERT:
             return _refuse(f"torch.{global_name}")
         raise pickle.UnpicklingError(f"refuses {module_name}.{global_name}")
@@ -236,29 +241,31 @@ _INERT = {
 
 
 def _refuse(kind: str) -> _Call:
-    """Stands for a function or value of torch; called, it gives a `Refused`."""
+    """Returns a stand-in for a function or value of torch, which returns a `Refused`."""
     return _Call(lambda *arguments: Refused(kind))
 
 
 def _rebuild_tensor(
     storage: Any, offset: int, size: Sequence[int], stride: Sequence[int], *others: Any
 ) -> Any:
-    """The tensor that torch makes of a storage, unless it reaches out of it or into itself."""
+    """Returns the tensor of a storage; a `Refused` if it exceeds the storage or overlaps itself."""
     if isinstance(storage, Refused):
         return storage
     numbers = (offset, *size, *stride)
     if any(type(number) is not int or number < 0 for number in numbers) or len(size) != len(stride):
-        raise ValueError("a tensor of odd size or stride")
+        raise ValueError("a tensor with an invalid size or stride")
     last, covered = offset, 1
-    # From the smallest stride on, each dimension must step over all that is inside it.
+    # In order of stride, each dimension's step must exceed the extent of the smaller ones.
     for length, step in sorted(zip(size, stride, strict=True), key=lambda pair: pair[1]):
         if length > 1:
             if step < covered:
-                return Refused(f"a tensor of shape {tuple(size)} whose values overlap in memory")
+                return Refused(
+                    f"a tensor of shape {tuple(size)} with values that overlap in memory"
+                )
             last += (length - 1) * step
             covered = step * (length - 1) + covered
     if math.prod(size) and last >= len(storage):
-        return Refused(f"a tensor of shape {tuple(size)} that reaches beyond its storage")
+        return Refused(f"a tensor of shape {tuple(size)} that exceeds its storage")
     return _Dense(torch.as_strided(storage, tuple(size), tuple(stride), offset))
 
 
@@ -267,14 +274,14 @@ def _rebuild_parameter(data: Any, requires_grad: Any, hooks: Any) -> Any:
 
 
 def _scan(data: bytes | bytearray) -> None:
-    """Raises ValueError if a pickle asks for memory beyond its own size."""
+    """Raises ValueError if a pickle would allocate more memory than its own size."""
     argument: Any
     for count, (opcode, argument, _) in enumerate(pickletools.genops(bytes(data))):
         if count > _MOST_OPCODES:
-            raise ValueError("a pickle of more steps than tensors need")
+            raise ValueError("a pickle with more steps than tensors need")
         name = opcode.name
         if name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= argument <= len(data):
-            raise ValueError("a pickle that numbers its memory without bound")
+            raise ValueError("a pickle with memo indices beyond its size")
         if name == "FRAME" and argument > len(data):
             raise ValueError("a pickle with a frame larger than itself")
         if name in ("LONG1", "LONG4", "LONG", "INT") and abs(argument) >= 2**64:
@@ -285,11 +292,11 @@ def _scan(data: bytes | bytearray) -> None:
 
 
 def read_array(path: Path) -> np.ndarray:
-    """The numpy array of floats that a pickle file holds.
+    """Reads a numpy array of floats from a pickle file.
 
     Raises:
-        FileNotFoundError: if it is missing.
-        ValueError: if it is none, or holds anything else.
+        FileNotFoundError: if the file is missing.
+        ValueError: if it is not a pickle, or contains anything else.
     """
     data = read_bytes(path, _ARRAY_BYTES)
     try:
@@ -297,11 +304,11 @@ def read_array(path: Path) -> np.ndarray:
         return _ArrayUnpickler(io.BytesIO(data)).load().floats()
     except Exception as error:  # a damaged or hostile pickle can make the reader raise anything
         reason = str(error)[:300] or type(error).__name__
-        raise ValueError(f"{path}: no pickled numpy array of floats ({reason})") from error
+        raise ValueError(f"{path}: not a pickled numpy array of floats ({reason})") from error
 
 
 class _PickledType:
-    """Stands for numpy.dtype: remembers its name and byte order."""
+    """The stand-in for numpy.dtype, which stores its name and byte order."""
 
     def __init__(self, name: str, *flags: object) -> None:
         self.name, self.order = name, "="
@@ -311,7 +318,7 @@ class _PickledType:
 
 
 class _PickledArray:
-    """Stands for numpy.ndarray: remembers shape, type and bytes."""
+    """The stand-in for numpy.ndarray, which stores its shape, type and bytes."""
 
     def __init__(self, *arguments: object) -> None:
         self.state: tuple = ()
@@ -322,26 +329,28 @@ class _PickledArray:
     def floats(self) -> np.ndarray:
         _, shape, kind, _, data = self.state
         if kind.name not in ("f2", "f4", "f8") or kind.order not in ("<", ">", "="):
-            raise ValueError(f"numbers of type {str(kind.name)[:40]!r}, expected floats")
+            raise ValueError(f"got numbers of type {str(kind.name)[:40]!r}, expected floats")
         return np.frombuffer(data, np.dtype(kind.order + kind.name)).reshape(shape)
 
 
 def _reconstruct(*arguments: object) -> _PickledArray:
-    """Stands for the function that makes an array whose state follows."""
+    """Replaces numpy's function that creates an array, whose state follows."""
     return _PickledArray()
 
 
 def _frombuffer(data: bytes, kind: _PickledType, shape: tuple, order: str) -> _PickledArray:
-    """Stands for the function that makes an array of a buffer (pickle protocol 5)."""
+    """Replaces numpy's function that creates an array from a buffer (pickle protocol 5)."""
     array = _PickledArray()
     array.state = (1, shape, kind, order == "F", data)
     return array
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Reads one pickled numpy array of floats. Of all names that a pickle may call, only those of
-    numpy's array format are known, and they stand for the classes above: no foreign code, numpy's
-    own included, ever sees the file's content."""
+    """An unpickler for one numpy array of floats.
+
+    It allows only the names of numpy's array format and replaces them by the stand-ins above. So
+    no code of other libraries, numpy included, processes the file's content.
+    """
 
     names: ClassVar[Mapping[tuple[str, str], Callable[..., object]]] = {
         ("numpy.core.multiarray", "_reconstruct"): _reconstruct,

@@ -1,10 +1,14 @@
-"""Saving a patched model's tasks: one PEFT adapter each, the router, the settings.
+"""Saves a patched model's tasks: one PEFT adapter each, the router and the settings.
 
-In a saved directory, `<task>/` is a folder that PEFT loads by itself, router.safetensors holds the
-query projection, keys [K, D] and targets.<task> [k]. sapt_config.json holds the SaptConfig, the
-tasks in learning order, what tells the base model from others and digests (see
-`sapt_fast.storage.description`). modules.safetensors is there if tensors of the base model were
-trained (`shared.<name>`) or tasks have modules of their own (`tasks.<index>.<name>`).
+A saved folder contains:
+
+- `<task>/`: one folder per task, which PEFT can load alone.
+- router.safetensors: the query projection, `keys` [K, D] and `targets.<task>` [k].
+- sapt_config.json: the config, the tasks in learning order, a description of the base model, and
+  digests (see `sapt_fast.storage.description`).
+- modules.safetensors, if tensors of the base model were trained (`shared.<name>`) or tasks have
+  their own modules (`tasks.<index>.<name>`).
+- strategy.safetensors, if the method or a continual strategy has further tensors.
 """
 
 import logging
@@ -56,27 +60,29 @@ def save_tasks(
 ) -> None:
     """Saves the tasks, the router and the settings of a patched model.
 
-    The folder is replaced as a whole: a kill at any point leaves the old or the new one, which
-    `load_pretrained` finds, and several processes take turns (see
-    `sapt_fast.files.directories.replace_directory`). sapt_config.json holds digests of all files.
+    All files are replaced together: if the process is killed, `load_pretrained` finds the old or
+    the new content. Several processes take turns (see
+    `sapt_fast.files.directories.replace_directory`). sapt_config.json contains digests of all
+    files.
 
     Args:
-        handle: with at least one task (`sapt_fast.methods.tasks.TaskHandle`).
-        directory: what an earlier call wrote there is replaced, other files stay.
-        is_main_process: whether this process writes; only one may at a time. None: if it calls,
-            but of a sharded model, for which all processes must call, rank 0 alone.
-        state: the model's state_dict, whose values are saved in place of those that it has now.
-        strategy_state: what a continual strategy remembers beside the adapters; for
-            `sapt_fast.loading.read_strategy_state`.
+        handle: a `sapt_fast.methods.tasks.TaskHandle` with at least one task.
+        directory: the folder. The files of an earlier call are replaced; other files stay.
+        is_main_process: whether this process writes. Only one process may write at a time. None:
+            every process that calls writes; for a sharded model, all processes must call, and
+            only rank 0 writes.
+        state: the model's state_dict, whose values are saved instead of the current ones.
+        strategy_state: further tensors of a continual strategy, which
+            `sapt_fast.loading.read_strategy_state` returns.
 
     Raises:
-        ValueError: if there is no task, the targets do not fit the tasks, or the directory cannot
-            be replaced or holds a sapt_config.json that is damaged.
-        FileExistsError: if a file that this function has not written is in the way.
-        RuntimeError: if a mixture is merged into the base weights, by which the base model is
-            recognised.
+        ValueError: if there is no task.
+        ValueError: if the targets do not fit the tasks.
+        ValueError: if the directory cannot be replaced, or contains a damaged sapt_config.json.
+        FileExistsError: if a file with the name of a new one was not written by this function.
+        RuntimeError: if a mixture is merged into the base weights, which identify the base model.
         TimeoutError: if another process keeps the folder locked.
-        OSError: if it cannot be written; it is then as it was.
+        OSError: if the directory cannot be written; its content is then unchanged.
     """
     _require_task(handle)
     handle.routing.require_unmerged()
@@ -106,18 +112,20 @@ def save_tasks(
 
 
 def renew_digests(directory: str | os.PathLike[str]) -> None:
-    """Notes the digests of a saved folder's files anew, after they were edited on purpose.
+    """Updates the digests of a saved folder after its files were edited on purpose.
 
     Args:
-        directory: written by `save_pretrained`.
+        directory: a folder that `save_pretrained` wrote.
 
     Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: sapt_config.json is damaged.
+        FileNotFoundError: if a file is missing.
+        ValueError: if sapt_config.json is damaged, or is of an earlier version without digests.
     """
     description, files = read_directory(directory, CONFIG_FILE, read_files)
     if not is_sealed(description):
-        raise ValueError(f"{files.folder}: an earlier version saved it, which has no digests")
+        raise ValueError(
+            f"{files.folder}: has no digests to renew, because an earlier version saved it"
+        )
     digests = {name: files.digests[name] for name in stated_files(description)}
     atomic_write_text(files.folder / CONFIG_FILE, seal(description, digests))
 
@@ -129,20 +137,22 @@ def export_mixture(
     *,
     is_main_process: bool | None = None,
 ) -> None:
-    """Saves the static mixture `weights` as one ordinary PEFT adapter.
+    """Saves a static mixture as one ordinary PEFT adapter.
 
     Args:
-        handle: with K tasks.
+        handle: a handle with K tasks.
         weights: [K], finite; in learning order.
-        directory: what an earlier call wrote there is replaced, other files stay.
+        directory: the folder. The files of an earlier call are replaced; other files stay.
         is_main_process: as in `save_tasks`.
 
     Raises:
-        ValueError: if there is no task, the weights do not fit, the directory cannot be replaced,
-            or tasks have copies of a module that no static mixture is like (weights other than one
-            1 and zeros, and no plain linear layer).
-        FileExistsError: if a file that this function has not written is in the way.
-        OSError: if it cannot be written; it is then as it was.
+        ValueError: if there is no task.
+        ValueError: if the weights do not fit.
+        ValueError: if the directory cannot be replaced.
+        ValueError: if tasks have copies of a module that cannot be mixed statically: a module
+            other than a plain linear layer, with weights other than one 1 and zeros.
+        FileExistsError: if a file with the name of a new one was not written by this function.
+        OSError: if the directory cannot be written; its content is then unchanged.
     """
     _require_task(handle)
     weights = static_weights(weights, handle.tasks)
@@ -159,19 +169,19 @@ def export_mixture(
 
 def _require_task(handle: Any) -> None:
     if not handle.tasks:
-        raise ValueError("model: there is no task yet; call model.sapt.add_task(name) first")
+        raise ValueError("model: got no task, expected one; call model.sapt.add_task(name) first")
 
 
 def stacked_rows(path: str, stack: RowStack, state: Mapping[str, Tensor] | None) -> Tensor:
-    """All rows of a stack, from the model's state_dict if there is one; gathers what is sharded."""
+    """Returns all rows of a stack, from the state_dict if given; sharded tensors are gathered."""
     if state is None:
         return stack.rows()
     return torch.cat([state[f"{path}.frozen"], state[f"{path}.trainable"]])
 
 
 def _router_tensors(handle: Any, state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """The router's state_dict, with all keys [K, D] as one."""
-    held = handle.router.state_dict(keep_vars=True)  # whole() asks whose they are
+    """Returns the router's state_dict, with all keys [K, D] as one tensor."""
+    held = handle.router.state_dict(keep_vars=True)  # whole() needs the parameters
     if state is not None:
         held = {name: state[f"{handle.attribute}.router.{name}"] for name in held}
     router = {n: whole(t) for n, t in held.items() if not n.startswith("keys.")}
@@ -180,7 +190,7 @@ def _router_tensors(handle: Any, state: Mapping[str, Tensor] | None) -> dict[str
 
 
 def _modules(handle: Any, state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """What modules.safetensors holds; gathers what is sharded."""
+    """Returns the content of modules.safetensors; sharded tensors are gathered."""
     held, prefix = state or {}, f"{handle.attribute}.task_modules."
     tensors = {
         f"shared.{name}": held.get(name, tensor)
@@ -193,13 +203,13 @@ def _modules(handle: Any, state: Mapping[str, Tensor] | None) -> dict[str, Tenso
 
 
 def _beside(handle: Any, modules: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The shared ones of modules.safetensors as PEFT takes them: whole modules, floats alone."""
+    """Returns the shared tensors in the form that PEFT supports: whole modules, only floats."""
     shared = with_prefix(modules, "shared.")
     paths, others = whole_modules(shared, handle.report.patched)
     if others:
         logger.warning(
-            "%s: trained, and saved for sapt_fast.load_pretrained, but PEFT cannot keep it beside "
-            "the adapters: a task's folder alone does not have it", ", ".join(others),
+            "%s: trained, and saved for sapt_fast.load_pretrained, but not in the task folders: "
+            "PEFT cannot store it with the adapters", ", ".join(others),
         )  # fmt: skip
     beside = {
         name: shared[name] if name in shared else whole(tensor)
@@ -231,13 +241,13 @@ def _description(
 
 
 def _written(folder: Path) -> list[str]:
-    """The files of this folder that `save_pretrained` wrote."""
+    """Returns the files of this folder that `save_pretrained` wrote."""
     if not (folder / CONFIG_FILE).is_file():
         return []
     return [CONFIG_FILE, *stated_files(read_description(folder / CONFIG_FILE))]
 
 
 def _exported(folder: Path) -> list[str]:
-    """The files of this folder that `export_adapter` wrote."""
+    """Returns the files of this folder that `export_adapter` wrote."""
     metadata = read_metadata(folder / LORA_FILES[1])
     return list(LORA_FILES) if metadata.items() >= _EXPORT_MARK.items() else []

@@ -1,4 +1,4 @@
-"""Reading what `sapt_fast.storage.task_saving` wrote: all is checked before a model changes."""
+"""Reads what `sapt_fast.storage.task_saving` wrote, and checks it before a model changes."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ __all__ = [
 
 
 class AdapterFiles(Protocol):
-    """How one kind of adapter lies on disk (`storage.lora.LoraFiles`, `storage.prompt`)."""
+    """The file format of one kind of adapter (`storage.lora.LoraFiles`, `storage.prompt`)."""
 
     fields: frozenset[str]
 
     def described(self, adapter: Any) -> dict[str, Any]:
-        """The fields of a task in sapt_config.json beside its name."""
+        """Returns the fields of a task in sapt_config.json, besides its name."""
 
     def write(
         self, folder: Path, model: Any, adapter: Any, config: Any, mark: Any, beside: Any
@@ -64,12 +64,12 @@ class AdapterFiles(Protocol):
     def read(
         self, files: StoredFiles, task: Any, layers: Any, config: Any, width: int, beside: Any
     ) -> Any:
-        """The adapter of a task."""
+        """Reads the adapter of a task."""
 
     def parts(
         self, adapter: Any, layers: Any, config: Any, width: int, source: str
     ) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
-        """The tensors of an adapter, and the shapes that they must have."""
+        """Returns the tensors of an adapter, and the shapes that they must have."""
 
     def require_same_in_peft(
         self,
@@ -81,7 +81,7 @@ class AdapterFiles(Protocol):
         beside: Any,
         sealed: bool,
     ) -> None:
-        """Raises ValueError if PEFT would compute something else."""
+        """Raises ValueError if PEFT would compute something else with these files."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,11 @@ class Expected:
     """What a method expects of the tasks in a folder.
 
     Attributes:
-        config: of the folder.
-        kind: of the adapters.
+        config: the folder's config.
+        kind: the file format of the adapters.
         patched: paths of the layers that are, or would be, patched.
-        layers: paths of the layers that tell the base model from others.
-        router: the shapes of the router's state_dict, without its keys.
+        layers: paths of the layers that identify the base model.
+        router: shapes of the router's state_dict, without its keys.
     """
 
     config: Any
@@ -103,26 +103,26 @@ class Expected:
     router: Mapping[str, tuple[int, ...]]
 
     def features(self, model: Any) -> dict[str, tuple[int, int]]:
-        """(in_features, out_features) of each of `layers`."""
+        """Returns (in_features, out_features) of each of `layers`."""
         return {path: layer_features(model.get_submodule(path)) for path in self.layers}
 
 
 @dataclass
 class StoredTasks:
-    """What a checkpoint holds, read and not yet in a model.
+    """The content of a checkpoint, not yet loaded into a model.
 
     Attributes:
-        source: where it was read, for messages.
-        config: of the method.
-        names: of the K tasks, in learning order.
-        adapters: of each task, by the path of each layer; or its prompt [P, D].
+        source: the folder, for messages.
+        config: the method's config.
+        names: names of the K tasks, in learning order.
+        adapters: for each task, {layer path: (A, B, scaling)}, or its prompt [P, D].
         keys: [K, D].
         router: the rest of the router's state_dict.
         targets: as `SaptHandle.targets`.
         trained: tensors of the base model, as `TaskHandle.trained_tensors`.
         modules: each task's copies of `config.modules_to_save`, with `config.modules_per_task`.
-        state: what else the method remembers, as `TaskHandle.state`.
-        files: the file that holds the router, the keys and the targets, for messages.
+        state: further tensors of the method, as `TaskHandle.state`.
+        files: names of the files of the router, the keys and the targets, for messages.
     """
 
     source: str
@@ -140,12 +140,12 @@ class StoredTasks:
     )
 
     def file(self, part: str) -> str:
-        """The path of the file that holds "router", "keys" or "targets"."""
+        """Returns the path of the file that contains "router", "keys" or "targets"."""
         return os.path.join(self.source, self.files[part])
 
 
 def read_files(folder: Path) -> tuple[dict[str, Any], StoredFiles]:
-    """What sapt_config.json says, and the files that it names, in memory."""
+    """Reads sapt_config.json and the files that it names into memory."""
     files = StoredFiles(folder)
     files.take(CONFIG_FILE)
     description = check_description(files.json(CONFIG_FILE), folder / CONFIG_FILE)
@@ -157,15 +157,15 @@ def read_files(folder: Path) -> tuple[dict[str, Any], StoredFiles]:
 def read_tasks(
     model: Any, expected: Expected, description: dict[str, Any], files: StoredFiles
 ) -> StoredTasks:
-    """The content of a saved folder, parsed and checked by itself and against the model.
+    """Parses a saved folder, and checks it alone and against the model.
 
     Args:
-        model: of the folder's base model, patched or not; not changed.
-        expected: of the method.
-        description, files: what `read_files` returned.
+        model: a model of the folder's base, patched or not; not changed.
+        expected: what the method expects.
+        description, files: the return values of `read_files`.
 
     Raises:
-        ValueError: if anything is damaged or does not fit.
+        ValueError: if a file is damaged or does not fit.
     """
     folder, source = files.folder, files.folder / CONFIG_FILE
     config, kind, layers = expected.config, expected.kind, expected.features(model)
@@ -208,7 +208,7 @@ def read_state(description: dict[str, Any], files: StoredFiles) -> dict[str, Ten
 def _read_modules(
     files: StoredFiles, count: int
 ) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
-    """The trained tensors of the base model, and those of the modules of each of `count` tasks."""
+    """Reads the trained tensors of the base model, and the modules of each of `count` tasks."""
     if MODULES_FILE not in files.digests:
         return {}, [{} for _ in range(count)]
     tensors, _ = files.tensors(MODULES_FILE)
@@ -216,27 +216,27 @@ def _read_modules(
     own = [with_prefix(tensors, f"tasks.{index}.") for index in range(count)]
     if len(shared) + sum(map(len, own)) != len(tensors):
         raise ValueError(
-            f"{files.folder / MODULES_FILE}: holds {len(tensors)} tensors, of which "
-            f"{len(shared) + sum(map(len, own))} are of {count} tasks and of what they share"
+            f"{files.folder / MODULES_FILE}: got {len(tensors)} tensors, expected "
+            f"{len(shared) + sum(map(len, own))}: those of {count} tasks and the shared ones"
         )
     return shared, own
 
 
 def _beside(model: Any, expected: Expected, trained: Collection[str]) -> dict[str, tuple[int, ...]]:
-    """The shapes of what a task's folder holds beside its LoRA, for PEFT."""
-    if not expected.patched:  # PEFT's prompt tuning keeps nothing beside the prompt
+    """Returns the shapes of what a task's folder contains besides its LoRA, for PEFT."""
+    if not expected.patched:  # PEFT's prompt tuning stores only the prompt
         return {}
     paths, _ = whole_modules(trained, expected.patched)
     paths += _own_paths(model, expected)
     try:
         tensors = module_tensors(model, paths)
     except AttributeError as error:
-        raise ValueError(f"model: has not the module that the tasks came with: {error}") from None
+        raise ValueError(f"model: lacks a module that was saved with the tasks: {error}") from None
     return {name: tuple(t.shape) for name, t in tensors.items() if t.is_floating_point()}
 
 
 def _own_paths(model: Any, expected: Expected) -> list[str]:
-    """The modules of which each task has a copy."""
+    """Returns the paths of the modules of which each task has a copy."""
     config = expected.config
     if not config.modules_per_task:
         return []
@@ -278,7 +278,7 @@ def _require_modules(model: Any, expected: Expected, stored: StoredTasks) -> Non
         found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         if found != shapes:
             raise ValueError(
-                f"{source}: task {name!r} has modules of shapes {found}, expected {shapes}"
+                f"{source}: task {name!r}: got modules of shapes {found}, expected {shapes}"
             )
         _require_finite_here(f"{source}, task {name!r}", tensors, own)
 
@@ -286,12 +286,12 @@ def _require_modules(model: Any, expected: Expected, stored: StoredTasks) -> Non
 def _require_finite_here(
     source: str, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]
 ) -> None:
-    """Raises ValueError if a value is not finite in the dtype that the model has for it."""
+    """Raises ValueError if a value is not finite in the dtype of the model's tensor."""
     require_finite(source, {name: tensor.to(own[name].dtype) for name, tensor in tensors.items()})
 
 
 def require_same_config(config: Any, values: Any, source: str | os.PathLike[str]) -> None:
-    """Raises ValueError unless a model is patched with the config that a folder has."""
+    """Raises ValueError unless a model's config equals that of a folder."""
     own = json.loads(json.dumps(config.to_dict(), default=sorted))
     try:
         new = json.loads(json.dumps(type(config).from_dict(values).to_dict(), default=sorted))
@@ -300,26 +300,26 @@ def require_same_config(config: Any, values: Any, source: str | os.PathLike[str]
     differing = sorted(name for name in own if own[name] != new[name])
     if differing:
         raise ValueError(
-            f"model: patched with another config than {source}, they differ in "
-            + ", ".join(f"{n} ({own[n]!r} here, {new[n]!r} there)" for n in differing)
+            f"model: patched with another config than {source}: "
+            + ", ".join(f"{n}: got {own[n]!r}, expected {new[n]!r}" for n in differing)
             + "; call sapt_fast.unpatch(model) first"
         )
 
 
 def require_targets(source: str, targets: Mapping[str, Tensor], names: list[str]) -> None:
-    """Raises ValueError unless targets are of these tasks, floats [1 + index] each."""
+    """Raises ValueError unless each target is of one of these tasks, floats [1 + index]."""
     for name, target in targets.items():
         if name not in names:
             raise ValueError(f"{source}: got one for {name!r}, expected tasks among {names}")
         shape = (names.index(name) + 1,)
         if tuple(target.shape) != shape or not target.is_floating_point():
             raise ValueError(
-                f"{source}: {name!r} has {target.dtype} of shape {tuple(target.shape)}, expected "
+                f"{source}: {name!r}: got {target.dtype} of shape {tuple(target.shape)}, expected "
                 f"floats of shape {shape}"
             )
 
 
 def _width(model: Any) -> int:
-    """D, of the input embeddings."""
+    """Returns D, the width of the input embeddings."""
     width: int = model.get_input_embeddings().weight.shape[1]
     return width

@@ -1,4 +1,4 @@
-"""The files of a saved folder: safetensors and JSON, read once, bounded and checked."""
+"""Reads and writes the files of a saved folder: safetensors and JSON, with limits and checks."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ __all__ = [
 ]
 
 _WEIGHTS_BYTES = 2**40
-_HEADER_BYTES = 100_000_000  # as the safetensors format has it
+_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 
 
 class StoredFiles:
-    """Files of one folder, taken into memory all together and parsed afterwards.
+    """The files of one folder, which are read into memory first and parsed afterwards.
 
     Attributes:
-        folder: where they were read.
+        folder: the folder.
         digests: the SHA-256 of each file, in hexadecimal digits, by its relative path.
     """
 
@@ -42,12 +42,15 @@ class StoredFiles:
         self._data: dict[str, bytes] = {}
 
     def take(self, name: str) -> None:
-        """Reads a file.
+        """Reads a file into memory.
+
+        Args:
+            name: the file's relative path.
 
         Raises:
-            FileNotFoundError: if it is missing.
-            ValueError: if it is no regular file, too large, or (safetensors) its header does not
-                fit its size.
+            FileNotFoundError: if the file is missing.
+            ValueError: if it is not a regular file, or too large.
+            ValueError: if the header of a safetensors file does not fit its size.
             OSError: if it cannot be read.
         """
         path = self.folder / name
@@ -57,14 +60,21 @@ class StoredFiles:
         self.digests[name] = sha256(data).hexdigest()
 
     def json(self, name: str) -> Any:
-        """The content of a JSON file that was taken; errors as `read_json`."""
+        """Parses a JSON file that was read.
+
+        Raises:
+            ValueError: if it is not valid JSON.
+        """
         return parse_json(self._data[name], self.folder / name)
 
     def tensors(self, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Tensors and metadata of a safetensors file that was taken, whose bytes are given up.
+        """Parses a safetensors file that was read, and frees its bytes.
+
+        Returns:
+            Tensors by name, and the metadata.
 
         Raises:
-            ValueError: if it is damaged, or a value is not finite.
+            ValueError: if the file is damaged, or a value is not finite.
         """
         path = self.folder / name
         tensors, metadata = parse_tensors(self._data.pop(name), path)
@@ -73,18 +83,22 @@ class StoredFiles:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file.
+    """Reads tensors and metadata of a safetensors file.
 
     Raises:
-        FileNotFoundError: if it is missing.
-        ValueError: if it is no regular file, or damaged.
+        FileNotFoundError: if the file is missing.
+        ValueError: if it is not a regular file, or damaged.
         OSError: if it cannot be read.
     """
     return parse_tensors(_read_tensor_file(path), path)
 
 
 def parse_tensors(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file's content; ValueError if it is damaged."""
+    """Parses the content of a safetensors file into tensors and metadata.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
     from safetensors.torch import load
 
     try:
@@ -97,14 +111,14 @@ def parse_tensors(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str,
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
-    """The content of a safetensors file of these tensors; equal for equal tensors and metadata."""
+    """Returns the content of a safetensors file, equal for equal tensors and metadata."""
     from safetensors.torch import save
 
     copies = {name: t.detach().to("cpu").contiguous().clone() for name, t in tensors.items()}
     data = save(copies, metadata={"format": "pt", **(metadata or {})})
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))  # else in any order
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))  # safetensors' varies
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text + data[8 + size :]
@@ -116,13 +130,13 @@ def write_tensors(
     """Writes a safetensors file of copies of these tensors.
 
     Raises:
-        OSError: if it cannot be written, on a full disk too.
+        OSError: if it cannot be written, for example on a full disk.
     """
     path.write_bytes(tensor_bytes(tensors, metadata))
 
 
 def digest_of_file(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
+    """Returns the SHA-256 of a file, in hexadecimal digits."""
     digest = sha256()
     with open_regular(path, _WEIGHTS_BYTES) as file:
         while block := file.read(2**20):
@@ -137,11 +151,11 @@ def require_finite(source: str | os.PathLike[str], tensors: Mapping[str, Tensor]
             continue
         wide = tensor.float() if tensor.element_size() == 1 else tensor  # float8 has no isfinite
         if not torch.isfinite(wide).all():
-            raise ValueError(f"{source}: {name} has NaN or infinite values, expected finite ones")
+            raise ValueError(f"{source}: {name}: got NaN or infinite values, expected finite ones")
 
 
 def _read_tensor_file(path: Path) -> bytes:
-    """The bytes of a safetensors file, whose header must fit its size before the rest is read."""
+    """Returns the bytes of a safetensors file; checks the header before reading the rest."""
     with open_regular(path, _WEIGHTS_BYTES) as file:
         size = os.fstat(file.fileno()).st_size
         head = file.read(8)
@@ -156,9 +170,9 @@ def _read_tensor_file(path: Path) -> bytes:
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise _damaged(path, error) from error
         if 8 + length + end != size:
-            raise _damaged(path, f"its header tells of {8 + length + end} bytes, it has {size}")
+            raise _damaged(path, f"its header states {8 + length + end} bytes, but it has {size}")
         return head + text + file.read(size - 8 - length)
 
 
 def _damaged(path: Path, error: object) -> ValueError:
-    return ValueError(f"{path}: truncated or no safetensors file ({error})")
+    return ValueError(f"{path}: truncated, or not a safetensors file ({error})")

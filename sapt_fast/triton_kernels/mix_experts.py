@@ -176,7 +176,7 @@ def _bank_grad_kernel(
 def mix_experts_fwd(
     x: Tensor, bank_a: Tensor, bank_b: Tensor, index: Tensor, weights: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """The weighted sum of the chosen experts' outputs.
+    """Returns the weighted sum of the chosen experts' outputs.
 
     Args:
         x: Of shape `[M, I]`, float32, float16 or bfloat16, any strides.
@@ -192,8 +192,8 @@ def mix_experts_fwd(
         float32, 0 where there is no expert.
 
     Raises:
-        TypeError: x is not float32, float16 or bfloat16.
-        ValueError: the tensors are not on a CUDA device (unless the interpreter runs).
+        TypeError: if x is not float32, float16 or bfloat16.
+        ValueError: if the tensors are not on a CUDA device (unless the interpreter runs).
     """
     common.compute_dtype(x.dtype)
     common.device_traits(x.device)
@@ -217,7 +217,7 @@ def mix_experts_bwd(
     needs_x: bool,
     needs_weights: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `mix_experts_fwd`; deterministic.
+    """Returns the gradients of `mix_experts_fwd`; deterministic.
 
     Args:
         dy: Of shape `[M, O]`, any strides, also expanded.
@@ -232,7 +232,7 @@ def mix_experts_bwd(
         banks' dtype, rows those of `groups`. None for what is not wanted.
 
     Raises:
-        TypeError, ValueError: As in the forward.
+        TypeError, ValueError: as in the forward.
     """
     bank_a, bank_b = _with_unit_stride(bank_a), _with_unit_stride(bank_b)
     dy, x = with_unit_column_stride(dy), with_unit_column_stride(x)

@@ -173,7 +173,7 @@ def mix_prompts_fwd(
         Of shape `[B, P + T, D]`, contiguous, in source's dtype.
 
     Raises:
-        ValueError: the tensors are not on a CUDA device (unless the interpreter runs).
+        ValueError: if the tensors are not on a CUDA device (unless the interpreter runs).
     """
     K, P, D = prompts.shape
     B, T = (source if input_ids is None else input_ids).shape[:2]
@@ -215,7 +215,7 @@ def mix_prompts_fwd(
 def mix_prompts_bwd(
     dy: Tensor, prompts: Tensor, mixture: Tensor, needs_prompts: bool, needs_mixture: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of `mix_prompts_fwd` with respect to prompts and mixture; deterministic.
+    """Returns the gradients of `mix_prompts_fwd` for prompts and mixture; deterministic.
 
     Args:
         dy: Of shape `[B, P + T, D]`, any strides, also expanded; only its first P rows are read.
@@ -228,7 +228,7 @@ def mix_prompts_bwd(
         for what is not wanted.
 
     Raises:
-        ValueError: As in the forward.
+        ValueError: as in the forward.
     """
     prompts, mixture = prompts.contiguous(), mixture.contiguous()
     make = torch.empty_like if prompts.numel() and mixture.numel() else torch.zeros_like

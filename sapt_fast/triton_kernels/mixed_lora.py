@@ -24,7 +24,7 @@ from sapt_fast.triton_kernels.blocks.shrink import Gate, shrink_bwd, shrink_fwd
 
 
 def empty_h(x: Tensor, total_rank: int) -> Tensor:
-    """Return an uninitialised h of shape `[M, R]` with the strides `mixed_lora_fwd` gives it.
+    """Returns an uninitialised h of shape `[M, R]` with the strides `mixed_lora_fwd` gives it.
 
     Rows are padded to a multiple of 16 elements, so that their loads and stores are aligned.
     """
@@ -50,8 +50,8 @@ def mixed_lora_fwd(
         shape `[M, R]`, float32, unweighted, a view of rows padded to a multiple of 16.
 
     Raises:
-        TypeError: x is not float32, float16 or bfloat16.
-        ValueError: the tensors are not on a CUDA device (unless the interpreter runs).
+        TypeError: if x is not float32, float16 or bfloat16.
+        ValueError: if the tensors are not on a CUDA device (unless the interpreter runs).
     """
     ys = [x.new_empty((x.shape[0], p.lora_b.shape[1])) for p in projections]
     hs = [empty_h(x, p.lora_a.shape[0]) for p in projections]
@@ -99,7 +99,7 @@ def mixed_lora_bwd(
     needs_mixture: bool,
     grad_through_frozen: bool,
 ) -> tuple[Tensor | None, Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
-    """Gradients of `mixed_lora_fwd`; deterministic.
+    """Returns the gradients of `mixed_lora_fwd`; deterministic.
 
     Args:
         dys: Of each projection, of shape `[M, O]`, any strides, also expanded; never written to.
@@ -117,7 +117,7 @@ def mixed_lora_bwd(
         `train_rows`.
 
     Raises:
-        TypeError, ValueError: As in the forward.
+        TypeError, ValueError: as in the forward.
     """
     dx = x.new_empty(x.shape) if needs_x else None
     d_mixture = mixture.new_empty(mixture.shape) if needs_mixture else None
@@ -198,7 +198,7 @@ def _product(
     y: Tensor,
     accumulate: bool = False,
 ) -> bool:
-    """Write `y`, or add to it, as `two_source_gemm` does, by the route that is faster.
+    """Writes `y`, or add to it, as `two_source_gemm` does, by the route that is faster.
 
     Returns:
         False where there is nothing to sum; then `y` is left as it was.

@@ -131,8 +131,9 @@ def nearest_key_fwd(query: Tensor, keys: Tensor, radius: Tensor) -> tuple[Tensor
         there is none.
 
     Raises:
-        TypeError: query is not float32, float16 or bfloat16.
-        ValueError: too many keys, or no CUDA device (unless the interpreter runs).
+        TypeError: if query is not float32, float16 or bfloat16.
+        ValueError: if the number of keys is too large.
+        ValueError: if the tensors are not on a CUDA device (unless the interpreter runs).
     """
     M, D = query.shape
     compute = common.compute_dtype(query.dtype)

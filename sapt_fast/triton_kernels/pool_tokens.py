@@ -231,7 +231,7 @@ def _mean_grad_kernel(
 def pool_tokens_fwd(
     input_ids: Tensor, table: Tensor, mask: Tensor | None, pooling: str, keep_winner: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Pool the embeddings of token ids.
+    """Pools the embeddings of token ids.
 
     Args:
         input_ids: Of shape `[B, T]`, int32 or int64. Ids outside of the table give NaN.
@@ -246,7 +246,7 @@ def pool_tokens_fwd(
         (int32) that gave each maximum, the first in the sequence if several did, -1 for none.
 
     Raises:
-        ValueError: the tensors are not on a CUDA device (unless the interpreter runs).
+        ValueError: if the tensors are not on a CUDA device (unless the interpreter runs).
     """
     (B, T), (V, D) = input_ids.shape, table.shape
     traits = common.device_traits(table.device)
@@ -313,7 +313,7 @@ def pool_tokens_bwd(
     vocabulary: int,
     pooling: str,
 ) -> Tensor:
-    """Gradient of `pool_tokens_fwd` with respect to the table; deterministic.
+    """Returns the gradient of `pool_tokens_fwd` with respect to the table; deterministic.
 
     Args:
         dy: Of shape `[B, D]`, any strides.
@@ -325,7 +325,7 @@ def pool_tokens_bwd(
         Of shape `[V, D]` in dy's dtype, zero in the rows of ids that took no part.
 
     Raises:
-        ValueError: As in the forward.
+        ValueError: as in the forward.
     """
     (B, T), D = input_ids.shape, dy.shape[1]
     traits = common.device_traits(dy.device)
@@ -384,7 +384,7 @@ def _block(traits: DeviceTraits, columns: int, itemsize: int) -> tuple[int, int]
 
 
 def _bytes(mask: Tensor | None) -> Tensor | None:
-    """The mask without strides; booleans as bytes, which kernels can read."""
+    """Returns the mask without strides; booleans as bytes, which kernels can read."""
     if mask is None:
         return None
     return (mask.view(torch.uint8) if mask.dtype == torch.bool else mask).contiguous()

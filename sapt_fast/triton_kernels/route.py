@@ -174,7 +174,7 @@ def route_scores_fwd(
         Of shape `[B, K]`, float32, computed in float32 throughout.
 
     Raises:
-        ValueError: the tensors are not on a CUDA device (unless the interpreter runs).
+        ValueError: if the tensors are not on a CUDA device (unless the interpreter runs).
     """
     scores = pooled.new_empty((pooled.shape[0], keys.shape[0]), dtype=torch.float32)
     _launch(pooled, keys, projection, divisor, scores, None, None, None)
@@ -200,7 +200,7 @@ def route_fwd(
         Of shape `[B, K]`, float32; rows sum to 1.
 
     Raises:
-        ValueError: As in `route_scores_fwd`.
+        ValueError: as in `route_scores_fwd`.
     """
     scores = pooled.new_empty((pooled.shape[0], keys.shape[0]), dtype=torch.float32)
     weights = torch.empty_like(scores)
@@ -218,7 +218,7 @@ def _launch(
     top_k: int | None,
     threshold: float | None,
 ) -> None:
-    """Fill `scores` [B, K], and `weights` [B, K] unless it is None."""
+    """Fills `scores` [B, K], and `weights` [B, K] unless it is None."""
     (B, D), K = pooled.shape, keys.shape[0]
     interpreted = common.device_traits(pooled.device).capability == 0
     if scores.numel() == 0:

@@ -153,7 +153,7 @@ def _register_limit(query: Tensor, kept: int) -> int | None:
 
 
 def topk_keys_fwd(query: Tensor, keys: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
-    """The k best keys of every query, best first.
+    """Returns the k best keys of every query, best first.
 
     Args:
         query: Of shape `[M, D]`, float32, float16 or bfloat16, any strides.
@@ -166,8 +166,9 @@ def topk_keys_fwd(query: Tensor, keys: Tensor, k: int, metric: str) -> tuple[Ten
         scores `[M, k]` float32 and index `[M, k]` int64.
 
     Raises:
-        TypeError: query is not float32, float16 or bfloat16.
-        ValueError: too many keys, or no CUDA device (unless the interpreter runs).
+        TypeError: if query is not float32, float16 or bfloat16.
+        ValueError: if the number of keys is too large.
+        ValueError: if the tensors are not on a CUDA device (unless the interpreter runs).
     """
     M, D = query.shape
     compute = common.compute_dtype(query.dtype)

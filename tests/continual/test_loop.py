@@ -257,8 +257,8 @@ def test_a_prompt_without_tokens_is_named(tmp_path: Path) -> None:
     """A decoder-only model without a start token has nothing to continue, nor EPI a feature."""
     first, second = make_tasks(2, train=4, held_out=2)
     tasks = [first, replace(second, dev=(replace(second.dev[0], prompt=""), second.dev[1]))]
-    settings, message = make_settings(strategy="epi"), f"'{second.name}' has a dev row whose prompt"
-    with pytest.raises(ValueError, match=f"tasks: {message} has no tokens, expected at least one"):
+    settings, message = make_settings(strategy="epi"), f"'{second.name}' has a dev example"
+    with pytest.raises(ValueError, match=f"tasks: {message} whose prompt has no tokens, expected"):
         run_continual(make_model("llama"), CharTokenizer(), tasks, tmp_path, settings)
     assert not list(tmp_path.iterdir())
     loop._Run(make_model("t5"), CharTokenizer(), tasks, settings)  # its tokenizers end every text

@@ -65,9 +65,9 @@ class TestAtomicWrite:
         assert path.stat().st_mode == plain.stat().st_mode
 
     def test_types(self, tmp_path):
-        with pytest.raises(TypeError, match="text must be a string, got bytes"):
+        with pytest.raises(TypeError, match="text: got bytes, expected a string"):
             atomic_write_text(tmp_path / "a", b"x")
-        with pytest.raises(TypeError, match="data must be bytes, got str"):
+        with pytest.raises(TypeError, match="data: got str, expected bytes"):
             atomic_write_bytes(tmp_path / "a", "x")
         assert not (tmp_path / "a").exists()
 

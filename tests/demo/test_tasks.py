@@ -72,7 +72,7 @@ class TestCharTokenizer:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({}, "neither"),
+            ({}, "expected one of them"),
             ({"text": ["a"], "return_tensors": "np"}, "'np'"),
             ({"text": ["a"], "padding": "longish"}, "'longish'"),
             ({"text": ["a"], "padding": "max_length"}, "max_length"),
@@ -166,5 +166,5 @@ class TestRows:
 
     @pytest.mark.parametrize("argument", ["train_rows", "dev_rows", "test_rows"])
     def test_row_counts_are_checked(self, argument):
-        with pytest.raises(ValueError, match=f"{argument} must be at least 1, got 0"):
+        with pytest.raises(ValueError, match=f"{argument}: got 0, expected at least 1"):
             make_demo_tasks(0, **{argument: 0})

@@ -282,7 +282,7 @@ class TestBadInput:
         self.refused(
             model,
             lambda: sapt_fast.patch(model, L2pConfig()),
-            "'l2p' and 'sapt'.*travel with the forward.*unpatch",
+            "'l2p' cannot be added, .*weights of the forward .*'sapt'.*unpatch",
         )
         other = gated()
 
@@ -301,7 +301,7 @@ class TestBadInput:
             self.refused(
                 other,
                 lambda: sapt_fast.patch(other, SecondConfig(CONFIG.width)),
-                "'second' and 'output_gate'.*would both act at .*unpatch",
+                "'second' cannot be added, .* would change .*'output_gate' has patched.*unpatch",
             )
         finally:
             del METHODS["second"]
@@ -327,10 +327,10 @@ class TestBadInput:
         ("field", "value", "message"),
         [
             ("method", "of_tomorrow", "method is 'of_tomorrow', which this version"),
-            ("method", 3, "method is 3, expected a name"),
-            ("format_version", 2, "format_version is 2, expected 1"),
+            ("method", 3, "method: got 3, expected a name"),
+            ("format_version", 2, "format_version: got 2, expected 1"),
             ("config", {"width": 3, "depth": 1}, r"unknown fields \['depth'\]|digest"),
-            ("values", {"tasks": ["other"]}, "not that of its digest"),
+            ("values", {"tasks": ["other"]}, "does not match its digest"),
         ],
     )
     def test_folders(self, field, value, message, tmp_path):

@@ -28,7 +28,7 @@ def test_an_adapter_whose_matrices_are_of_another_base():
     own = layer.lora_A["a1"]
     layer.lora_A["a1"] = nn.Linear(48, 4, bias=False)
     kinds = [type(m) for m in model.modules()]
-    with pytest.raises(ValueError, match=r"'a1' has A .* it belongs to another base model"):
+    with pytest.raises(ValueError, match=r"'a1': got A .* it belongs to another base model"):
         sapt_fast.patch(model)
     assert [type(m) for m in model.modules()] == kinds
     assert not hasattr(model, "sapt")
@@ -147,7 +147,7 @@ def test_a_layer_that_another_library_has_swapped_again():
 
     layer.__class__ = Theirs
     before = run(model)
-    with pytest.raises(ValueError, match=r"Theirs, expected the layer that patch put there"):
+    with pytest.raises(ValueError, match=r"Theirs, expected the layer that patch created"):
         sapt_fast.unpatch(model)
     assert torch.equal(run(model), before)
     layer.__class__ = ours

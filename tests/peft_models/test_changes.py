@@ -71,7 +71,7 @@ def test_a_compiled_forward_follows_changes(change, ran):
 def test_what_one_graph_cannot_follow_is_refused():
     model = add_new(sapt_fast.patch(peft_model()))
     forward = compiled(model.get_base_model(), fullgraph=True)
-    with torch.no_grad(), pytest.raises(Exception, match="adapters have come"):
+    with torch.no_grad(), pytest.raises(Exception, match="adapters have changed"):
         forward(input_ids=token_ids(), use_cache=False)
     expected = run(model)
     with torch.no_grad():

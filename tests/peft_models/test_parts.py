@@ -413,5 +413,5 @@ def test_adapters_inside_a_patched_model_are_refused():
             model.add_adapter(config("llama"), "new")
         assert torch.equal(run(model), before)
     sapt_fast.unpatch(patched).add_adapter(config("llama"), "new")
-    with pytest.raises(ValueError, match="pass the PeftModel around it"):
+    with pytest.raises(ValueError, match="pass the PeftModel that contains it"):
         sapt_fast.patch(peft_model().get_base_model())

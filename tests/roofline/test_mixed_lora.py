@@ -158,7 +158,7 @@ def _forward(c: MixedLora, run: Callable[..., list[tuple[Tensor, Tensor]]]):
 
 
 def test_a_stored_product_of_every_adapter_is_seen():
-    """K x M x d, as the released loop stores it."""
+    """K x M x d, as the loop of the original SAPT code stores it."""
     c = MIXED["one, descriptors"]
     size = c.adapters * c.m * c.i
 

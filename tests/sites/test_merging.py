@@ -152,7 +152,7 @@ def test_adapters_that_peft_has_merged_or_that_cannot_be_mixed():
         model.sapt.merge(WEIGHTS)
     model.unmerge_adapter()
     model.add_adapter("dora", LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
-    with pytest.raises(ValueError, match=r"nothing is merged, as .* variants"):
+    with pytest.raises(ValueError, match=r"nothing is merged, because .* variants"):
         model.sapt.merge(torch.ones(4))
 
 

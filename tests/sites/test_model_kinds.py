@@ -154,7 +154,7 @@ def test_the_advice_about_towers_works():
 @pytest.mark.parametrize("family", ["t5", "bart", "llama", "bert"])
 def test_no_note_where_there_is_one_tower(family):
     notes = patched(family).sapt.report.notes
-    assert [note for note in notes if "classifier stays as it is" not in note] == []
+    assert [note for note in notes if "classifier is frozen" not in note] == []
 
 
 # --- routers of PEFT models ---

@@ -98,7 +98,7 @@ def test_names_that_match_nothing(strict, caplog):
     assert model.sapt.report.unmatched == ["vv"]
     assert "'vv' matches nothing" in str(model.sapt.report)
     assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
-        "target_modules: nothing in the model is named ['vv']"
+        "target_modules: no module of the model is named ['vv']"
     ]
 
 

@@ -129,7 +129,7 @@ SPOILED = {
     ),
     "half a character": (
         lambda d: edit_json(d, lambda x: x["base_model"].update({"class": "\ud800"})),
-        ValueError, "config.json: no JSON .*surrogates not allowed",
+        ValueError, "config.json: not JSON .*surrogates not allowed",
     ),
     "no base model": (
         lambda d: edit_json(d, lambda x: x.update(base_model={})), ValueError, "base_model"
@@ -215,14 +215,14 @@ def test_another_base_model(model, message, saved):
 def test_model_with_tasks(saved):
     model, folder = saved
     before = state(model)
-    with pytest.raises(ValueError, match="already has the tasks"):
+    with pytest.raises(ValueError, match="got one with tasks"):
         sapt_fast.load_pretrained(model, folder)
     assert_unchanged(model, before)
 
 
 def test_model_with_another_config(saved):
     model = sapt_fast.patch(tiny("t5"), settings(temperature=2.0))
-    with pytest.raises(ValueError, match=r"temperature \(2.0 here, 1.5 there\)"):
+    with pytest.raises(ValueError, match=r"temperature: got 2.0, expected 1.5"):
         sapt_fast.load_pretrained(model, saved[1])
     assert model.sapt.tasks == []
 

@@ -1,4 +1,4 @@
-"""Checkpoints of the released implementation: recorded ones, and hostile or damaged ones."""
+"""Checkpoints of the original SAPT code: recorded ones, and hostile or damaged ones."""
 
 import dataclasses
 import importlib.util
@@ -143,7 +143,7 @@ def renamed(old, new):
 
 
 SPOILED = {
-    "no folder": (lambda f: shutil.rmtree(f[1]), FileNotFoundError, "is no folder"),
+    "no folder": (lambda f: shutil.rmtree(f[1]), FileNotFoundError, "is not a folder"),
     **{
         f"no {name}": (lambda f, name=name: (f[1] / name).unlink(), FileNotFoundError, name)
         for name in (
@@ -164,7 +164,7 @@ SPOILED = {
         lambda f: (f[2] / "attention_weights.pkl").write_bytes(
             (f[2] / "attention_weights.pkl").read_bytes()[:100]
         ),
-        ValueError, "no pickled numpy array",
+        ValueError, "not a pickled numpy array",
     ),
     "attention of another length": (
         lambda f: shutil.copy(f[1] / "attention_weights.pkl", f[2]), ValueError, "expected 3 finite"
@@ -179,7 +179,7 @@ SPOILED = {
     ),
     "attention is a list": (
         lambda f: write_pickle(f[2] / "attention_weights.pkl", [0.2, 0.3, 0.5]),
-        ValueError, "no pickled numpy array",
+        ValueError, "not a pickled numpy array",
     ),
     "another run": (
         lambda f: change(
@@ -214,7 +214,7 @@ SPOILED = {
     ),
     "foreign entry": (
         lambda f: change(f[2] / "lora_weights_A.pt", lambda x: {**x, "a.weight": torch.ones(2, 2)}),
-        ValueError, "no LoRA entry",
+        ValueError, "not a LoRA entry",
     ),
     "adapters of another shape": (
         lambda f: [
@@ -273,7 +273,7 @@ class TestBadInput:
 
     @pytest.mark.parametrize(
         ("family", "message"),
-        [("llama", "has no layer"), ("gpt2", "no released settings"), ("t5", "floats of shape")],
+        [("llama", "has no layer"), ("gpt2", "has no settings"), ("t5", "floats of shape")],
     )
     def test_another_model(self, family, message, copied):
         model = tiny(family)
@@ -284,7 +284,7 @@ class TestBadInput:
     def test_model_with_tasks(self, copied):
         model, _ = base_model("t5")
         sapt_fast.load_official(model, copied)
-        with pytest.raises(ValueError, match="already has the tasks"):
+        with pytest.raises(ValueError, match="got one with tasks"):
             sapt_fast.load_official(model, copied)
 
 
@@ -295,7 +295,7 @@ class TestHostileFiles:
         mark = tmp_path / "executed"
         value = np.array([Hostile(mark), 1, 2], object) if wrapped else Hostile(mark)
         write_pickle(copied[2] / "attention_weights.pkl", value, protocol)
-        with pytest.raises(ValueError, match="no pickled numpy array"):
+        with pytest.raises(ValueError, match="not a pickled numpy array"):
             sapt_fast.load_official(base_model("t5")[0], copied)
         assert not mark.exists()
         pickle.loads((copied[2] / "attention_weights.pkl").read_bytes())
@@ -307,7 +307,7 @@ class TestHostileFiles:
     def test_torch_file(self, name, copied, tmp_path):
         mark = tmp_path / "executed"
         torch.save({"x": Hostile(mark)}, copied[2] / f"{name}.pt")
-        with pytest.raises(ValueError, match="damaged, or holds more than tensors"):
+        with pytest.raises(ValueError, match="damaged, or contains more than tensors"):
             sapt_fast.load_official(base_model("t5")[0], copied)
         assert not mark.exists()
 

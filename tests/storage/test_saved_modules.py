@@ -282,7 +282,7 @@ class TestRefused:
 
 def test_a_head_that_is_frozen_is_named(caplog):
     model = sapt_fast.patch(tiny("bert"))
-    assert "classifier stays as it is" in str(model.sapt.report)
+    assert "classifier is frozen" in str(model.sapt.report)
     assert "modules_to_save=['classifier']" in caplog.text
     caplog.clear()
     sapt_fast.patch(tiny("bert"), settings(modules_to_save="classifier"))

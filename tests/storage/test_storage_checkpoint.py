@@ -85,12 +85,12 @@ class TestDigests:
         changed = text.replace('"kl_ratio": 0.5', '"kl_ratio": 0.4')
         assert changed != text
         (saved / CONFIG).write_text(changed)
-        refused(saved, "content is not that of its digest.*renew_digests")
+        refused(saved, "content does not match its digest.*renew_digests")
 
     def test_two_task_folders_exchanged(self, saved):
         for old, new in (("task0", "x"), ("task1", "task0"), ("x", "task1")):
             (saved / old).rename(saved / new)
-        refused(saved, 'task0.*holds the weights of task "task1"')
+        refused(saved, 'task0.*got the weights of task "task1"')
 
     def test_a_file_of_another_save(self, saved, tmp_path):
         other = patched(FAMILY, tasks=2, seed=5)
@@ -150,7 +150,7 @@ def test_scalings_that_are_not_plausible(scaling, saved):
     if scaling == "NaN":
         text = (saved / CONFIG).read_text().replace('"scaling": 2.0', '"scaling": NaN', 1)
         (saved / CONFIG).write_text(text)
-        refused(saved, "NaN is no JSON number")
+        refused(saved, "NaN is not a JSON number")
         return
     edit(saved, lambda c: c["tasks"][0].update(scaling=scaling))
     refused(saved, "scaling: got")
@@ -217,12 +217,12 @@ def test_what_is_no_regular_file_of_sane_size(kind, file, saved):
         (lambda c: c["config"].update(temperature=10**400), "config: temperature"),
         (lambda c: c["base_model"]["weights"]["input embedding"]["values"].__setitem__(0, 10**400),
          "base_model is incomplete"),
-        (lambda c: c["tasks"][0].update(name="a\0b"), "no folder name"),
+        (lambda c: c["tasks"][0].update(name="a\0b"), "expected a folder name"),
         (lambda c: c["tasks"][0].update(name="\ud800"), "no JSON"),
-        (lambda c: c["tasks"][0].update(name="x" * 300), "no folder name"),
+        (lambda c: c["tasks"][0].update(name="x" * 300), "expected a folder name"),
         (lambda c: c.update(method="grace"), "method is 'grace', which this version"),
-        (lambda c: c.update(method="sapt_prompt"), "method is 'sapt_prompt', but"),
-        (lambda c: c.update(files={"../../etc/passwd": "0"}), "content is not that of its digest"),
+        (lambda c: c.update(method="sapt_prompt"), "method: got 'sapt_prompt', expected 'sapt'"),
+        (lambda c: c.update(files={"../../etc/passwd": "0"}), "content does not match its digest"),
     ],
 )  # fmt: skip
 def test_numbers_and_names_that_no_folder_has(change, message, saved):

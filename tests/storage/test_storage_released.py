@@ -1,4 +1,4 @@
-"""Files of a released run that are hostile: refused by name, without memory beyond their size."""
+"""Hostile files in the format of the original SAPT code are refused without excess memory."""
 
 import os
 import pickle
@@ -128,17 +128,17 @@ SPOILED = {
     "device": (replaced(lambda p: p.symlink_to("/dev/zero")), "got a device"),
     "folder": (replaced(Path.mkdir), "got a folder"),
     "frame": (attention(b"\x80\x04\x95" + struct.pack("<Q", 2**62) + b"N."), "frame"),
-    "bytes": (attention(b"\x80\x04\x8e" + struct.pack("<Q", 2**40) + b"aa."), "no pickled numpy"),
-    "buffer": (attention(b"\x80\x05\x96" + struct.pack("<Q", 2**40) + b"aa."), "no pickled numpy"),
-    "long": (attention(b"\x80\x02\x8b" + struct.pack("<i", 2**31 - 1) + b"aa."), "no pickled"),
+    "bytes": (attention(b"\x80\x04\x8e" + struct.pack("<Q", 2**40) + b"aa."), "not a pickled"),
+    "buffer": (attention(b"\x80\x05\x96" + struct.pack("<Q", 2**40) + b"aa."), "not a pickled"),
+    "long": (attention(b"\x80\x02\x8b" + struct.pack("<i", 2**31 - 1) + b"aa."), "not a pickled"),
     "memo of the array": (attention(MEMO), "without bound"),
-    "number in text": (attention(b"L" + b"9" * 10**5 + b"L\n."), "no pickled numpy"),
-    "deep": (attention(b"\x80\x02" + b"]" * 50_000 + b"a" * 49_999 + b"."), "no pickled numpy"),
+    "number in text": (attention(b"L" + b"9" * 10**5 + b"L\n."), "not a pickled numpy"),
+    "deep": (attention(b"\x80\x02" + b"]" * 50_000 + b"a" * 49_999 + b"."), "not a pickled numpy"),
     "shape": (
         attention(
             pickle.dumps(np.ones(3, np.float32), 4).replace(b"K\3\x85", b"J\xff\xff\xff\x7f\x85")
         ),
-        "no pickled numpy",
+        "not a pickled numpy",
     ),
 }  # fmt: skip
 
@@ -216,7 +216,7 @@ def test_a_pickle_cannot_change_the_reader(tmp_path):
         b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n(N}X\x0c\0\0\0__defaults__)sX\1\0\0\0xtb."
     )
     (tmp_path / "x.pkl").write_bytes(text)
-    with pytest.raises(ValueError, match="no pickled numpy"):
+    with pytest.raises(ValueError, match="not a pickled numpy"):
         read_array(tmp_path / "x.pkl")
     (tmp_path / "x.pkl").write_bytes(pickle.dumps(np.ones(2)))
     assert read_array(tmp_path / "x.pkl").tolist() == [1.0, 1.0]

@@ -52,5 +52,5 @@ class Comparison:
     folder: Path
 
     def of(self, row: str) -> list[Cell]:
-        """The runs of one row."""
+        """Returns the runs of one row."""
         return [cell for cell in self.cells if cell.row == row]

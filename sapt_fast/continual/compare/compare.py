@@ -269,7 +269,7 @@ def _plan(
 def _singles(
     plan: Sequence[_Planned], alone: ContinualSettings, folder: Path
 ) -> dict[int, _Planned]:
-    """The runs of tasks learned alone, by seed; they do not depend on the order."""
+    """Returns the runs of tasks learned alone, by seed; they do not depend on the order."""
     alone = replace(alone, strategy="single", strategy_options={})
     return {
         run.seed: replace(

@@ -59,7 +59,7 @@ def summary(cells: Sequence[Cell]) -> dict[str, Any]:
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """A `rich` table with one row for each row of the comparison."""
+    """Returns a `rich` table with one row for each row of the comparison."""
     from rich.table import Table
     from rich.text import Text
 

@@ -91,7 +91,7 @@ _BY_NUMBER = {name.rsplit("-", 1)[1]: name for name in ORDERS}
 
 
 def resolve_order(order: str | int | Sequence[str]) -> tuple[str, ...]:
-    """The task names of an order, in the order they are learned.
+    """Returns the task names of an order, in the order they are learned.
 
     Args:
         order: a name in `ORDERS` (`"superni-1"`), its number (`1` or `"1"`; the four orders are

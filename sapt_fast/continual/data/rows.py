@@ -92,7 +92,7 @@ class TaskData:
     labels: tuple[str, ...] | None
 
     def describe(self) -> dict[str, Any]:
-        """A JSON-ready dict: the benchmark, the rows of each split and a digest of them."""
+        """Returns a JSON-ready dict: the benchmark, the rows of each split and a digest of them."""
         splits = {name: getattr(self, name) for name in SPLITS}
         rows = [
             [(row.input, row.prompt, row.output, *row.outputs) for row in split]

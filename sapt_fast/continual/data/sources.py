@@ -218,7 +218,7 @@ class Source:
         ]  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dict for `Source(**...)`, with absolute paths of folders."""
+        """Returns a JSON-ready dict for `Source(**...)`, with absolute paths of folders."""
         values = asdict(self)
         for name in ("model", "data"):
             if values[name] is not None and Path(values[name]).is_dir():
@@ -268,7 +268,7 @@ def _architecture(config: Any) -> Kind:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The dtype of that name.
+    """Returns the dtype of that name.
 
     Raises:
         ValueError: if it is none of "float32", "bfloat16", "float16".

@@ -34,7 +34,7 @@ def score(
     mixture: Mixture | None = None,
     space: LabelSpace | None = None,
 ) -> float:
-    """The score of the model's answers to `rows` in percent; arguments as in `answers`."""
+    """Returns the score of the model's answers to `rows` in percent; arguments as in `answers`."""
     predictions = answers(model, tokenizer, rows, settings, mixture, space)
     return score_predictions(
         predictions, [row.outputs for row in rows], metric_of(benchmark, settings)
@@ -42,7 +42,7 @@ def score(
 
 
 def metric_of(benchmark: str, settings: ContinualSettings) -> Metric:
-    """The metric of the settings, otherwise the benchmark's own, otherwise exact match."""
+    """Returns the metric of the settings, otherwise the benchmark's own, otherwise exact match."""
     chosen = settings.metric or BENCHMARK_METRICS.get(benchmark, "exact_match")
     return "rouge_l" if chosen == "rouge_l" else "exact_match"
 

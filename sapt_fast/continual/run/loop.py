@@ -224,7 +224,7 @@ class _Run:
         return closing(self.folder)
 
     def description(self) -> dict[str, Any]:
-        """A JSON-ready description of the run; runs with equal ones are the same."""
+        """Returns a JSON-ready description of the run; runs with equal ones are the same."""
         return {
             "settings": self.settings.to_dict(),
             "tasks": {

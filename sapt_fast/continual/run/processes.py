@@ -46,12 +46,12 @@ def start(device: str | None) -> torch.device:
 
 
 def count() -> int:
-    """The number of processes."""
+    """Returns the number of processes."""
     return dist.get_world_size() if _several() else 1
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes."""
+    """Returns whether this is the process that writes."""
     return _rank() == 0
 
 

@@ -48,7 +48,7 @@ class PseudoSample(NamedTuple):
 
 
 def pseudo_sample_file(folder: str | PathLike[str], task: TaskData) -> Path:
-    """The file of a task's pseudo-samples."""
+    """Returns the file of a task's pseudo-samples."""
     return Path(folder) / task.benchmark / task.name / "train.json"
 
 
@@ -287,7 +287,7 @@ class _Generator:
         return (drawn[:, ids.shape[1] :] if self.causal else drawn[:, 1:]).tolist()
 
     def parse(self, ids: Sequence[int]) -> PseudoSample | None:
-        """The sample of these token ids; None if it is not usable."""
+        """Returns the sample of these token ids; None if it is not usable."""
         stops = [self.tokenizer.eos_token_id]
         kept = list(ids[: next((i for i, t in enumerate(ids) if t in stops), len(ids))])
         if self.inp not in kept:
@@ -308,7 +308,7 @@ class _Generator:
 
 
 def _sharing_copy(model: Any) -> Any:
-    """A copy of a model that shares its memory, with all parameters frozen."""
+    """Returns a copy of a model that shares its memory, with all parameters frozen."""
     memo: dict[int, Any] = {
         id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()
     }
@@ -350,5 +350,5 @@ def _devices(model: Any) -> list[torch.device]:
 
 
 def _number(text: str) -> int:
-    """A seed from a text."""
+    """Returns a seed from a text."""
     return int.from_bytes(sha256(text.encode()).digest()[:4], "big")

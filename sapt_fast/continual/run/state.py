@@ -160,11 +160,11 @@ class RunFolder:
         write_json(self.path / "state.json", {name: getattr(self, name) for name in names})
 
     def checkpoint(self, index: int) -> Path:
-        """The folder of the adapters after task `index`."""
+        """Returns the folder of the adapters after task `index`."""
         return self.path / "checkpoints" / self._name(index)
 
     def has_checkpoint(self, index: int) -> bool:
-        """Whether the training of task `index` was finished."""
+        """Returns whether the training of task `index` was finished."""
         try:
             whole_directory(self.checkpoint(index), "sapt_config.json")
         except FileNotFoundError:
@@ -178,7 +178,7 @@ class RunFolder:
             (self.checkpoint(index) / STRATEGY_FILE).unlink(missing_ok=True)
 
     def strategy_state(self, index: int) -> dict[str, Tensor]:
-        """The strategy's own state after task `index`.
+        """Returns the strategy's own state after task `index`.
 
         Raises:
             ValueError: if it is damaged.
@@ -186,7 +186,7 @@ class RunFolder:
         return read_strategy_state(self.checkpoint(index))
 
     def training(self, index: int) -> Path:
-        """The Trainer's output folder for task `index`."""
+        """Returns the Trainer's output folder for task `index`."""
         return self.path / "training" / self._name(index)
 
     def _name(self, index: int) -> str:
@@ -240,7 +240,7 @@ def _rows(value: Any, path: Path) -> list[list[float]]:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a Trainer; incomplete ones are deleted.
+    """Returns the newest complete checkpoint of a Trainer; incomplete ones are deleted.
 
     The Trainer writes trainer_state.json last, so a checkpoint is complete if it can be read.
     """

@@ -58,7 +58,7 @@ class ContinualMetrics:
     bwt: float
 
     def as_dict(self) -> dict[str, float]:
-        """The metrics by their names in the paper: AP, F.Ra, FWT and BWT."""
+        """Returns the metrics by their names in the paper: AP, F.Ra, FWT and BWT."""
         return dict(zip(("AP", "F.Ra", "FWT", "BWT"), asdict(self).values(), strict=True))
 
 

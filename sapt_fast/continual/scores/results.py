@@ -50,7 +50,7 @@ class Results:
     folder: Path
 
     def deviation(self, stored: Mapping[str, Any]) -> float:
-        """The largest difference to the scores and metrics of a results.json."""
+        """Returns the largest difference to the scores and metrics of a results.json."""
         scores = np.array(stored["scores"], dtype=np.float64)
         gaps = [np.nanmax(np.abs(self.scores - scores))]
         for name, value in self.metrics.as_dict().items():

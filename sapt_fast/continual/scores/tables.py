@@ -116,7 +116,7 @@ def _cells(
 
 
 def short_name(task: str) -> str:
-    """A task's name, cut to 22 characters for headings."""
+    """Returns a task's name, cut to 22 characters for headings."""
     return task if len(task) <= 22 else f"{task[:21]}…"
 
 

@@ -1,4 +1,4 @@
-"""What the methods of continual learning have in common, and where they differ."""
+"""The base class of the methods of continual learning."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ __all__ = ["NoOptions", "Strategy", "options_from", "require"]
 
 @dataclass(frozen=True)
 class NoOptions:
-    """The options of a method that has none of its own."""
+    """The options of a method without options."""
 
 
 class Strategy:
-    """One method: which adapters a task trains, what is added to its loss, who answers.
+    """One method: which adapters a task trains, which terms its loss adds, which adapters predict.
 
-    Model, trainer and loop are the same for all methods. The loop makes an instance for a run and
-    calls, for each task, `begin_task`, then `reflection`, `mixture` and `objective` in training,
-    `end_task`, and `mixture` for every batch that is answered. What a method has to remember
-    beyond the adapters goes through `state` and `load_state` and lies in each checkpoint.
+    Model, trainer and loop are the same for all methods. The loop creates an instance for a run.
+    For each task, it calls `begin_task`; then `reflection`, `mixture` and `objective` in training;
+    then `end_task`; and `mixture` for every batch in prediction. What a method stores in addition
+    to the adapters is saved in each checkpoint by `state` and `load_state`.
 
     Args:
         bench: the run's model, tokenizer and settings.
@@ -39,11 +39,12 @@ class Strategy:
 
     Attributes:
         Options: dataclass of the method's own settings.
-        alone: every task starts from the base model and is scored on itself only.
-        together: all tasks are learned at once, in one stage.
-        pseudo: earlier tasks are remembered through what `settings.replay` keeps of them.
-        routes: an input chooses among adapters of which there is one for each task.
-        generates: the model must be one that generates text, not an encoder.
+        alone: whether every task starts from the base model and is scored only on itself.
+        together: whether all tasks are learned at once, in one stage.
+        pseudo: whether the method trains on the inputs of earlier tasks that `settings.replay`
+            keeps.
+        routes: whether each input selects among adapters, one per task.
+        generates: whether the model must generate text, so that encoders are not supported.
     """
 
     Options: ClassVar[Any] = NoOptions
@@ -58,17 +59,22 @@ class Strategy:
 
     @classmethod
     def options_of(cls, name: str, values: Mapping[str, Any]) -> Any:
-        """The `Options` with these values.
+        """Builds the `Options` from values.
+
+        Args:
+            name: the strategy's name, for messages.
+            values: option values by name; missing options have their defaults.
 
         Raises:
-            ValueError: an unknown option, or a value of another type or out of range.
+            ValueError: if an option is unknown.
+            ValueError: if a value has another type or is out of range.
         """
         known = {field.name: field for field in fields(cls.Options)}
         unknown = sorted(set(values) - set(known))
         if unknown:
             raise ValueError(
-                f"strategy_options: {name!r} has no {', '.join(map(repr, unknown))}, "
-                f"it has {', '.join(known) or 'none'}"
+                f"strategy_options: got {', '.join(map(repr, unknown))}, which {name!r} does not "
+                f"have, expected among: {', '.join(known) or 'none'}"
             )
         checked = {}
         for key, value in values.items():
@@ -81,46 +87,55 @@ class Strategy:
             raise ValueError(f"strategy_options: {name}.{error}") from error
 
     def configure(self, config: TaskConfig[Any]) -> Any:
-        """The config of the method that the model is patched with, from the one asked for."""
+        """Returns the config with which the model is patched, from the requested one."""
         return config
 
     @classmethod
     def check(cls, settings: ContinualSettings) -> None:
-        """Raises ValueError where settings do not fit the method."""
+        """Raises ValueError if settings do not fit the method."""
 
     # --- what a method does ---
 
     def begin_task(self, task: TaskData, learned: Sequence[TaskData]) -> None:
-        """Readies the patched model for training on a task, after those in `learned`."""
+        """Prepares the patched model for training on a task.
+
+        Args:
+            task: the new task.
+            learned: the earlier tasks, in learning order.
+        """
         raise NotImplementedError
 
     def reflection(self, learned: Sequence[TaskData]) -> list[Replay]:
-        """What the trainer holds the router to (SAPT's reflection loss)."""
+        """Returns the inputs and targets of SAPT's reflection loss.
+
+        Args:
+            learned: the earlier tasks, in learning order.
+        """
         return []
 
     def mixture(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor | None:
-        """Weights of the adapters, [B, K] or [1, K] for all inputs; None for the router's.
+        """Returns the adapters' weights, [B, K] or [1, K] for all inputs; None for the router's.
 
         Args:
-            input_ids, attention_mask: [B, T], on the device; the mask covers the prompt alone.
+            input_ids, attention_mask: [B, T], on the device; the mask covers only the prompt.
         """
         return None
 
     def objective(self, step: Step) -> Tensor:
-        """The loss of a micro-batch, a scalar: what the method's equation says."""
+        """Returns the loss of a micro-batch, a scalar, by the method's equation."""
         return step.loss
 
     def end_task(self, task: TaskData) -> None:
-        """Called when the task has been trained."""
+        """Ends the training of a task."""
 
     def state(self) -> dict[str, Tensor]:
-        """What must outlive the process, beside the adapters and the router."""
+        """Returns the tensors to save in addition to the adapters and the router, by name."""
         return {}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over what `state` gave; an empty one before the first task."""
+        """Restores what `state` returned; the state is empty before the first task."""
 
-    # --- what methods are made of ---
+    # --- helpers of the methods ---
 
     @property
     def model(self) -> Any:
@@ -133,22 +148,27 @@ class Strategy:
         return self.bench.handle
 
     def freeze_router(self) -> None:
-        """Leaves the query projection and the keys out of training."""
+        """Freezes the query projection and the keys."""
         self.handle.router.requires_grad_(False)
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and parameters that a task trains."""
+        """Yields the names and parameters that a task trains."""
         return ((n, p) for n, p in self.model.named_parameters() if p.requires_grad)
 
     def token_logits(self, batch: Mapping[str, Tensor], model: Any = None) -> tuple[Tensor, Tensor]:
-        """Logits [N, V] and labels [N] of a batch's target tokens; `model` as in `forward`."""
+        """Returns logits [N, V] and labels [N] of a batch's N target tokens.
+
+        Args:
+            batch: `input_ids` and `attention_mask` [B, T], `labels` [B, T'].
+            model: the model to call, as in `forward`; None for the run's model.
+        """
         weights = self.mixture(batch["input_ids"], prompt_mask(batch, self.bench.causal))
         called = self.model if model is None else model
         outputs = forward(called, batch, weights, base=self.model, space=self.bench.space)
         return supervised(outputs.logits, batch["labels"], self.bench.causal)
 
     def token_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Mean token loss of a batch."""
+        """Returns the mean token loss of a batch, a scalar."""
         return F.cross_entropy(*self.token_logits(batch))
 
 
@@ -177,15 +197,15 @@ def options_from(name: str, config: type[Any], *names: str) -> type[Any]:
 
 
 def require(holds: bool, name: str, got: object, expected: str) -> None:
-    """Raises ValueError, which `Strategy.options_of` puts the method's name before."""
+    """Raises ValueError unless `holds`; `Strategy.options_of` prepends the method's name."""
     if not holds:
         raise ValueError(f"{name}: got {got!r}, expected {expected}")
 
 
 def _like(default: Any, value: Any, name: str) -> Any:
-    """`value` as the type of the option's default."""
+    """Converts a value to the type of the option's default."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    number = number and abs(value) <= sys.float_info.max  # no NaN, no integer beyond floats
+    number = number and abs(value) <= sys.float_info.max  # neither NaN nor too large for a float
     if isinstance(default, bool):
         fits, expected = isinstance(value, bool), "True or False"
     elif isinstance(default, int):
@@ -194,7 +214,7 @@ def _like(default: Any, value: Any, name: str) -> Any:
     elif isinstance(default, float):
         fits, expected = number, "a number"
     else:
-        fits, expected = isinstance(value, str), "a word"
+        fits, expected = isinstance(value, str), "a string"
     if not fits:
         raise ValueError(f"strategy_options: {name}: got {value!r}, expected {expected}")
     return type(default)(value)

@@ -1,4 +1,4 @@
-"""EPI: a private adapter for each task; the nearest Gaussian tells which task an input is of."""
+"""EPI: each task has a private adapter; each input uses the adapter of the nearest Gaussian."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Epi"]
 class Epi(Strategy):
     """Efficient parameter isolation (Wang et al., EPI, ACL 2023): L = CE of a private adapter.
 
-    `sapt_fast.methods.epi.EpiHandle` chooses the adapter by the nearest Gaussian.
+    `sapt_fast.methods.epi.EpiHandle` selects the adapter by the nearest Gaussian.
     """
 
     Options = options_from("EpiOptions", EpiConfig, "shrinkage")
@@ -28,8 +28,8 @@ class Epi(Strategy):
     @classmethod
     def check(cls, settings: ContinualSettings) -> None:
         kind = settings.sapt.adapter
-        # A prompt is there even with weight zero, so features would not be the backbone's own.
-        require(kind == "lora", "adapter", kind, "'lora', without which the features are taken")
+        # A prompt of weight zero would still change the features of the backbone.
+        require(kind == "lora", "adapter", kind, "'lora': features are computed without adapters")
 
     def configure(self, config: TaskConfig[Any]) -> EpiConfig:
         return EpiConfig(**config.to_dict(), shrinkage=self.options.shrinkage)
@@ -38,7 +38,7 @@ class Epi(Strategy):
         self.handle.add_task(task.name)
 
     def mixture(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        # In the dtype of training, in which generation does not run.
+        # Under autocast as in training, because generation runs without it.
         with self.bench.settings.autocast(input_ids.device):
             weights: Tensor = self.handle.route(input_ids, attention_mask)
         return weights

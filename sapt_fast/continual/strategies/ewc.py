@@ -1,4 +1,4 @@
-"""EWC: parameters that mattered for earlier tasks are held where they were."""
+"""EWC: a penalty on changes of the parameters that matter for earlier tasks."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ class EwcOptions:
     """Options of `Ewc`."""
 
     strength: float = field(
-        default=100.0, metadata={"help": "lambda of the penalty; tune it on dev."}
+        default=100.0, metadata={"help": "lambda, weight of the penalty; tune it on dev."}
     )
-    rows: int = field(default=64, metadata={"help": "Training rows the Fisher is taken over."})
+    rows: int = field(
+        default=64, metadata={"help": "Number of training examples for the Fisher information."}
+    )
 
     def __post_init__(self) -> None:
         require(self.strength >= 0, "strength", self.strength, "at least 0")
@@ -37,16 +39,16 @@ class Ewc(SeqLora):
 
         L = CE + (lambda / 2) sum_k sum_i F_ki (theta_i - theta*_ki)^2
 
-    over earlier tasks k, theta*_k being the adapter after task k. F_k is the diagonal of the
-    empirical Fisher information: the mean over the task's first rows of the squared gradient of
-    log p(y | x), the sum over the answer's tokens, taken row by row at theta*_k with the rows' own
-    answers (the paper leaves open whose).
+    over earlier tasks k, where theta*_k is the adapter after task k. F_k is the diagonal of the
+    empirical Fisher information: the squared gradient of log p(y | x), averaged over the task's
+    first examples at theta*_k. log p is summed over the answer's tokens. The paper leaves open
+    which answers to use; we use those of the examples.
 
-    F_k has the scale of squared gradients: it grows with the answers' length, is nearly zero for a
-    task learned to a loss near zero, and lambda has to make up for it, by powers of ten.
+    F_k has the scale of squared gradients: it grows with the answers' length, and is nearly zero
+    for a task learned to a loss near zero. lambda has to compensate for this, by powers of ten.
 
-    A sum of quadratics is one quadratic, which is what is stored: F = sum F_k around the mean of
-    theta*_k weighted by F_k, and a constant.
+    A sum of quadratics is one quadratic. So only that one is stored: F = sum F_k, its centre (the
+    mean of theta*_k weighted by F_k), and a constant.
     """
 
     Options = EwcOptions
@@ -62,7 +64,7 @@ class Ewc(SeqLora):
         return step.loss + self.options.strength / 2 * self.penalty()
 
     def penalty(self) -> Tensor:
-        """sum_k sum_i F_ki (theta_i - theta*_ki)^2, a scalar."""
+        """Returns sum_k sum_i F_ki (theta_i - theta*_ki)^2, a scalar."""
         total = self._constant
         for name, parameter in self.trained():
             if name in self._fisher:
@@ -82,7 +84,14 @@ class Ewc(SeqLora):
             self._fisher[name] = total
 
     def fisher(self, rows: Sequence[Example]) -> dict[str, Tensor]:
-        """Diagonal of the empirical Fisher information over `rows`, float32, by parameter."""
+        """Returns the diagonal of the empirical Fisher information.
+
+        Args:
+            rows: training examples.
+
+        Returns:
+            By parameter name, a float32 tensor of the parameter's shape.
+        """
         names, parameters = zip(*self.trained(), strict=True)
         total = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
         self.model.eval()

@@ -1,4 +1,4 @@
-"""Generative replay: pseudo-samples of earlier tasks, answered by the model that learned them."""
+"""Generative replay: trains on pseudo-samples of earlier tasks, with the old model's answers."""
 
 from __future__ import annotations
 
@@ -26,14 +26,13 @@ class GenerativeReplayOptions:
 
 
 class GenerativeReplay(Replay):
-    """Replay on generated samples (Shin et al., Continual Learning with Deep Generative Replay,
-    NeurIPS 2017).
+    """Replay on generated samples (Shin et al., NeurIPS 2017).
 
         L = CE(new) + weight CE(pseudo-samples of all earlier tasks)
 
-    The samples are those that `replay` names. As in the paper the old model answers them: a
-    sample without an output gets the greedy answer of the model as it was before the new task. An
-    output that was generated along with the input is kept.
+    The setting `replay` names the samples. As in the paper, the old model answers them: if a sample
+    has no output, it gets the greedy answer of the model before the new task. An output that was
+    generated with the input is kept.
     """
 
     Options: ClassVar[Any] = GenerativeReplayOptions
@@ -48,15 +47,15 @@ class GenerativeReplay(Replay):
 
 
 def require_pseudo_samples(strategy: str, settings: ContinualSettings) -> None:
-    """Raises ValueError where settings.replay names no pseudo-samples."""
+    """Raises ValueError if settings.replay names no pseudo-samples."""
     if settings.replay in ("real", "none"):
         raise ValueError(
-            f"replay: got {settings.replay!r}, but strategy {strategy!r} needs pseudo-samples"
+            f"replay: got {settings.replay!r}, expected pseudo-samples for strategy {strategy!r}"
         )
 
 
 def answered(strategy: Strategy, rows: Sequence[Example]) -> list[Example]:
-    """`rows`, those without an output with the model's present answer."""
+    """Returns the examples; those without an output get the model's current answer."""
     open_rows = [row for row in rows if not row.output]
     if not open_rows:
         return list(rows)

@@ -1,4 +1,4 @@
-"""L2P: every input picks prompts from one pool, by keys."""
+"""L2P: every input selects prompts from one pool by their keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LFPT5: one adapter learns to solve and to generate, and keeps to its old answers."""
+"""LFPT5: one adapter learns to solve tasks and to generate examples, and keeps its old answers."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _GENERATE = "__gen__"
 class Lfpt5Options:
     """Options of `Lfpt5`."""
 
-    kl_share: float = field(default=0.01, metadata={"help": "k, the share of the divergence."})
+    kl_share: float = field(default=0.01, metadata={"help": "k, weight of the divergence."})
     lm_weight: float = field(default=0.25, metadata={"help": "Weight of the generator's loss."})
 
     def __post_init__(self) -> None:
-        require(0 <= self.kl_share <= 1, "kl_share", self.kl_share, "a share in [0, 1]")
+        require(0 <= self.kl_share <= 1, "kl_share", self.kl_share, "a number in [0, 1]")
         require(self.lm_weight >= 0, "lm_weight", self.lm_weight, "at least 0")
 
 
@@ -41,13 +41,17 @@ class Lfpt5(Replay):
 
         L = (1 - k) (CE + 0.25 CE_LM) + k KL(p_old || p_new)
 
-    CE is of the new task's rows and of the pseudo-samples of earlier tasks, CE_LM of generating
-    prompt and answer of both from the input `__gen__`, and the divergence is at the answers'
-    tokens of the pseudo-samples, p_old being the model before the new task.
+    - CE is the loss on the new task's examples and on the pseudo-samples of earlier tasks.
+    - CE_LM is the loss of generating prompt and answer of both from the input `__gen__`.
+    - The divergence is at the answer tokens of the pseudo-samples; p_old is the model before the
+      new task.
 
-    Chosen here: the pseudo-samples are those that `replay` names, not drawn from the adapter
-    itself, and the old model answers those that have no output. `__gen__` is read as text, no
-    token is added. Where the paper has a soft prompt, the adapter is the one that is configured.
+    This class differs from the paper in three points:
+
+    - The setting `replay` names the pseudo-samples; the adapter does not generate them. The old
+      model answers those that have no output.
+    - `__gen__` is read as text; no token is added.
+    - The adapter is the configured one, while the paper uses a soft prompt.
     """
 
     Options: ClassVar[Any] = Lfpt5Options
@@ -77,7 +81,7 @@ class Lfpt5(Replay):
         return (1 - k) * loss + k * softened_kl(old, new)
 
     def generation(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The batch whose inputs are `__gen__` and whose targets are prompts and answers."""
+        """Returns a batch with `__gen__` as input and prompt and answer as targets."""
         tokenizer: Any = self.bench.tokenizer
         start = list(tokenizer(_GENERATE, add_special_tokens=False)["input_ids"])
         rows = []

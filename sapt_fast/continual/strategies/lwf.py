@@ -1,4 +1,4 @@
-"""LwF: on the new task's inputs the model keeps predicting what it did before."""
+"""LwF: on the new task's inputs, the model is trained to keep its old predictions."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class LwfOptions:
     """Options of `Lwf`."""
 
     strength: float = field(
-        default=1.0, metadata={"help": "lambda of the distillation; tune it on dev."}
+        default=1.0, metadata={"help": "lambda, weight of the distillation; tune it on dev."}
     )
-    temperature: float = field(default=2.0, metadata={"help": "T, which softens predictions."})
+    temperature: float = field(default=2.0, metadata={"help": "T, temperature of the softmax."})
 
     def __post_init__(self) -> None:
         require(self.strength >= 0, "strength", self.strength, "at least 0")
@@ -38,15 +38,16 @@ class Lwf(SeqLora):
 
         L = CE + lambda T^2 KL(p_old^T || p_new^T)
 
-    p^T are the softmax of logits / T on the new task's inputs, at the positions of the answer's
-    tokens under teacher forcing, and the divergence is the mean over those of a micro-batch. The
-    old model runs beside the new one, without dropout; the paper stores its predictions instead,
-    which for a vocabulary would be far larger than the model.
+    p^T is the softmax of logits / T on the new task's inputs, at the answer tokens under teacher
+    forcing. The divergence is averaged over the tokens of a micro-batch. The old model runs in
+    addition to the new one, without dropout. The paper stores its predictions instead, which for a
+    vocabulary would be far larger than the model.
 
-    Both terms are means over tokens and T^2 keeps the gradient's size, so lambda depends on no
-    batch, length or width. At T = 1 the least loss is at (y + lambda p_old) / (1 + lambda): from
-    lambda = 1 on, the paper's value and the default, a confident old prediction outweighs the
-    answer. Where the new task's answers are none of the old one's, smaller values learn more.
+    Both terms are means over tokens, and T^2 preserves the gradient's size, so lambda does not
+    depend on batch size, length or width. At T = 1 the loss is smallest at
+    (y + lambda p_old) / (1 + lambda). So for lambda of 1 (the paper's value and the default) or
+    more, a confident old prediction outweighs the answer. If the new task has other answers than
+    the old ones, smaller values learn more.
     """
 
     Options = LwfOptions
@@ -65,7 +66,7 @@ class Lwf(SeqLora):
 
 
 class OldModel:
-    """A strategy's model as it is now: the parameters that will train are copied."""
+    """The current state of a strategy's model: a copy of the parameters that will train."""
 
     def __init__(self, strategy: Strategy) -> None:
         self.strategy = strategy
@@ -73,7 +74,7 @@ class OldModel:
 
     @torch.no_grad()
     def token_logits(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """`Strategy.token_logits` of the model as it was, without gradient and dropout."""
+        """Computes `Strategy.token_logits` with the copy, without gradient and dropout."""
         model = self.strategy.model
         training = model.training
         model.eval()
@@ -86,7 +87,7 @@ class OldModel:
 
 
 def softened_kl(old: Tensor, new: Tensor, temperature: float = 1.0) -> Tensor:
-    """T^2 KL(softmax(old / T) || softmax(new / T)), the mean over N rows of logits [N, V]."""
+    """Returns T^2 KL(softmax(old / T) || softmax(new / T)), averaged over N logits [N, V]."""
     target = F.log_softmax(old / temperature, -1)
     prediction = F.log_softmax(new / temperature, -1)
     divergence = F.kl_div(prediction, target, reduction="batchmean", log_target=True)

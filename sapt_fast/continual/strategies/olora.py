@@ -1,4 +1,4 @@
-"""O-LoRA: every task learns in a subspace orthogonal to those of the tasks before."""
+"""O-LoRA: every task learns in a subspace orthogonal to those of the earlier tasks."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ class OLoraOptions:
     """Options of `OLora`."""
 
     orthogonality: float = field(
-        default=0.5, metadata={"help": "lambda_1, of the overlap; tune it on dev."}
+        default=0.5, metadata={"help": "lambda_1, weight of the overlap; tune it on dev."}
     )
-    norm: float = field(default=0.0, metadata={"help": "lambda_2, of the new adapter's norms."})
+    norm: float = field(
+        default=0.0, metadata={"help": "lambda_2, weight of the new adapter's norms."}
+    )
 
     def __post_init__(self) -> None:
         require(self.orthogonality >= 0, "orthogonality", self.orthogonality, "at least 0")
@@ -34,17 +36,17 @@ class OLoraOptions:
 
 
 class OLora(Strategy):
-    """Orthogonal LoRA (Wang et al., Findings of EMNLP 2023), as released.
+    """Orthogonal LoRA (Wang et al., Findings of EMNLP 2023), as in its authors' code.
 
         L = CE + lambda_1 sum_layers sum |A_past A_t^T| + lambda_2 sum_layers (|A_t|_2 + |B_t|_2)
 
-    y = W x + sum_{k<=t} (alpha / r) B_k A_k x: all adapters are added up for every input, the past
-    ones frozen. The overlap is the sum of absolute values, not of squares. The released scripts
-    differ in lambda_2; we take 0.
+    All adapters are summed for every input, y = W x + sum_{k<=t} (alpha / r) B_k A_k x; the past
+    ones are frozen. The overlap is the sum of absolute values, not of squares. The authors' scripts
+    have different values of lambda_2; we use 0.
 
     The overlap is a sum, not a mean: L layers and t - 1 tasks of rank r have L (t - 1) r^2 terms.
-    The default lambda_1 is the released one, for T5-Large and r 8; other models, ranks and lengths
-    of the sequence need another.
+    The default lambda_1 is the authors' value for T5-Large and r = 8. Other models, ranks and
+    numbers of tasks need another value.
     """
 
     Options = OLoraOptions
@@ -52,7 +54,7 @@ class OLora(Strategy):
     @classmethod
     def check(cls, settings: ContinualSettings) -> None:
         kind = settings.sapt.adapter
-        require(kind == "lora", "adapter", kind, "'lora', whose matrices are kept orthogonal")
+        require(kind == "lora", "adapter", kind, "'lora', whose matrices become orthogonal")
 
     def configure(self, config: TaskConfig[Any]) -> LoraSumConfig:
         return LoraSumConfig(**config.to_dict())
@@ -65,13 +67,13 @@ class OLora(Strategy):
         return loss + self.options.norm * self.norms() if self.options.norm else loss
 
     def overlap(self) -> Tensor:
-        """sum over layers of sum |A_past A_t^T|, a scalar."""
+        """Returns the sum over layers of sum |A_past A_t^T|, a scalar."""
         pools = self.handle.pools.values()
         parts = [(pool.a.frozen @ pool.a.trainable.T).abs().sum() for pool in pools]
         return torch.stack(parts).sum()
 
     def norms(self) -> Tensor:
-        """sum over layers of |A_t|_2 + |B_t|_2 (Frobenius), a scalar."""
+        """Returns the sum over layers of |A_t|_2 + |B_t|_2 (Frobenius), a scalar."""
         pools = self.handle.pools.values()
         parts = [part.trainable.norm() for pool in pools for part in (pool.a, pool.b)]
         return torch.stack(parts).sum()

@@ -1,4 +1,4 @@
-"""ProgPrompt: every task adds a prompt before those of the earlier tasks."""
+"""ProgPrompt: every task inserts a prompt before those of the earlier tasks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ProgPrompt(Strategy):
 
         L = CE(y | [P_t; P_{t-1}; ...; P_1; x])
 
-    The newest prompt trains, the earlier ones are frozen.
+    The newest prompt trains; the earlier ones are frozen.
     """
 
     def configure(self, config: TaskConfig[Any]) -> ProgPromptConfig:

@@ -10,9 +10,9 @@ __all__ = ["prompt_fields"]
 
 
 def prompt_fields(config: TaskConfig[Any]) -> dict[str, Any]:
-    """The fields of a config with prompts in place of LoRA; what concerns layers falls away.
+    """Returns the fields of a config with prompts instead of LoRA.
 
-    The weight of the own key's loss too, except in SAPT, where alone keys are trained by it.
+    Fields of layers are reset, and so is the weight of the own-key loss, which only SAPT uses.
     """
     own = {"adapter": "prompt", "target_modules": None, "lora_dropout": 0.0, "own_key_loss": 0.0}
     return {**config.to_dict(), **own}

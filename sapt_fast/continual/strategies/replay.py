@@ -1,4 +1,4 @@
-"""Replay: real rows of earlier tasks are trained on again."""
+"""Replay: trains on examples of earlier tasks again."""
 
 from __future__ import annotations
 
@@ -28,11 +28,13 @@ class ReplayOptions:
     buffer: str = field(
         default="share",
         metadata={
-            "help": "'share' (replay_share of each task), 'all' rows, or `size` rows in all: "
-            "'balanced' over the classes, or a 'reservoir' of the stream."
+            "help": "Examples to keep: 'share' (replay_share of each task), 'all', or `size` "
+            "examples in total: 'balanced' over the classes, or a 'reservoir' sample."
         },
     )
-    size: int = field(default=200, metadata={"help": "Rows of a balanced buffer or reservoir."})
+    size: int = field(
+        default=200, metadata={"help": "Number of examples of a balanced buffer or reservoir."}
+    )
     weight: float = field(default=1.0, metadata={"help": "Weight of the replayed loss."})
 
     def __post_init__(self) -> None:
@@ -42,14 +44,14 @@ class ReplayOptions:
 
 
 class Replay(SeqLora):
-    """One adapter, trained on the new task and on a buffer of earlier rows (experience replay).
+    """One adapter, trained on the new task and on a buffer of earlier examples (experience replay).
 
         L = CE(new) + weight CE(buffer)
 
-    Every micro-batch draws `replay_batch_size` rows (the batch size by default) from one buffer of
-    all earlier tasks, one seeded permutation after the other. A balanced buffer holds equally many
-    rows of each class; the classes are a task's outputs where it has labels, else the task is one
-    class. A reservoir is a uniform sample of all earlier rows (Vitter's algorithm R). Both are
+    Every micro-batch draws `replay_batch_size` examples (by default the batch size) from one buffer
+    of all earlier tasks, in seeded permutations. A balanced buffer contains the same number of
+    examples of each class. Classes are a task's outputs if it has labels; otherwise the task is one
+    class. A reservoir is a uniform sample of all earlier examples (Vitter's algorithm R). Both are
     functions of the seed and the earlier tasks, so nothing is stored.
     """
 
@@ -59,8 +61,8 @@ class Replay(SeqLora):
     def check(cls, settings: ContinualSettings) -> None:
         if settings.replay != "real":
             raise ValueError(
-                f"replay: got {settings.replay!r}, but strategy 'replay' keeps real rows "
-                "('real'); for pseudo-samples take 'generative_replay'"
+                f"replay: got {settings.replay!r}, expected 'real' for strategy 'replay'; for "
+                "pseudo-samples use strategy 'generative_replay'"
             )
 
     def begin_task(self, task: TaskData, learned: Sequence[TaskData]) -> None:
@@ -76,7 +78,11 @@ class Replay(SeqLora):
         return step.loss + self.options.weight * self.token_loss(batch)
 
     def replayed(self, number: int) -> dict[str, Tensor] | None:
-        """The rows that a micro-batch replays; None where there are none yet."""
+        """Returns the batch that a micro-batch replays; None before the second task.
+
+        Args:
+            number: of the micro-batch, as in `Step`.
+        """
         if not self._rows:
             return None
         settings = self.bench.settings
@@ -84,7 +90,7 @@ class Replay(SeqLora):
         return self.bench.collate([self._rows[i] for i in self._stream.batch(number, size)])
 
     def buffer(self, learned: Sequence[TaskData]) -> list[Example]:
-        """The rows that are kept of the earlier tasks."""
+        """Returns the examples that are kept of the earlier tasks."""
         kind, size = self.options.buffer, self.options.size
         if kind == "share":
             return [row for task in learned for row in self.bench.kept(task)]
@@ -114,7 +120,7 @@ def _balanced(learned: Sequence[TaskData], size: int, draw: random.Random) -> li
     queues = list(classes.values())
     for rows in queues:
         draw.shuffle(rows)
-    # Rarest first: what a small class leaves free goes to the larger ones.
+    # Rarest first: places that a small class does not use go to the larger ones.
     queues.sort(key=len)
     kept: list[Example] = []
     for index, rows in enumerate(queues):

@@ -1,4 +1,4 @@
-"""SAPT: a key for each adapter, and routing held in place by the reflection loss."""
+"""SAPT: one key per adapter, and a reflection loss on the routing of earlier tasks' inputs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _ROWS_FOR_KEY = 64
 
 
 class Sapt(Strategy):
-    """Shared attention over one adapter for each task (Zhao et al., SAPT, ACL 2024).
+    """Shared attention over one adapter per task (Zhao et al., SAPT, ACL 2024).
 
         L = CE(x, y; sum_k a_k(x) adapter_k) + kl_ratio sum_{i<t} KL(a_bar_i || a(x_i))
 
-    a(x) are the router's weights of the input, a_bar_i their mean over task i's dev rows when it
-    was learned, x_i inputs kept of task i (`replay`: real ones or pseudo-samples). The adapter,
-    the key and the query projection train.
+    a(x) are the router's weights of the input. a_bar_i is their mean over task i's dev examples
+    when it had been learned. x_i are the inputs that `replay` keeps of task i: real ones or
+    pseudo-samples. The adapter, the key and the query projection train.
     """
 
     pseudo = True

@@ -1,4 +1,4 @@
-"""SAPT with prompts in place of LoRA."""
+"""SAPT with prompts instead of LoRA."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class SaptPrompt(Sapt):
 
         input = [sum_k a_k(x) P_k ; x]
 
-    P_k [prompt_length, D] starts as random rows of the vocabulary. The paper has it, its release
-    does not.
+    P_k [prompt_length, D] starts as random rows of the vocabulary. The paper describes this
+    variant; the original SAPT code does not contain it.
     """
 
     def configure(self, config: TaskConfig[Any]) -> SaptConfig:

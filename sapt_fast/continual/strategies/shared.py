@@ -1,4 +1,4 @@
-"""Methods with one adapter for all tasks: in sequence, each alone, all at once."""
+"""Methods with a single adapter: on all tasks in turn, on all at once, or on each alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Joint", "SeqLora", "Single"]
 class SeqLora(Strategy):
     """One adapter fine-tuned on every task in turn: L = CE, the lower bound.
 
-    With a single key the router's weight is always one, so it does not train.
+    With a single key, the router's weight is always 1, so the router does not train.
     """
 
     adapter = "shared"
@@ -25,17 +25,16 @@ class SeqLora(Strategy):
 
 
 class Joint(SeqLora):
-    """One adapter on the rows of all tasks at once, as many steps as all tasks have together.
+    """The upper bound: one adapter on the examples of all tasks at once, for all their steps.
 
-    The upper bound: there is no sequence, so its score matrix has one row, and neither F.Ra nor
-    BWT is defined.
+    There is no sequence, so the score matrix has one row, and F.Ra and BWT are undefined.
     """
 
     together = True
 
 
 class Single(Strategy):
-    """Every task alone on the base model: the reference for forward transfer."""
+    """One adapter per task, each on the base model: the reference for forward transfer."""
 
     alone = True
 

@@ -1,1 +1,1 @@
-"""PEFT models whose adapters are computed as one pool: LoRA, X-LoRA and Arrow."""
+"""PEFT models whose adapters are computed in one pass: LoRA, X-LoRA and Arrow."""

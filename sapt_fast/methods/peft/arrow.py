@@ -1,9 +1,9 @@
-"""Arrow (Ostapenko et al., 2024) in PEFT's layers: its router's weights, our pass over the experts.
+"""Arrow (Ostapenko et al., 2024) in PEFT's layers: PEFT's router, and one pass over the experts.
 
-Arrow scores every token by |x . p_k|, p_k the first right singular vector of B_k A_k, and takes the
-softmax over the top k. PEFT then keeps the output of every expert for every token; here these
-weights go to the mixture of all experts, which never forms them. Prototypes and general knowledge
-subtraction stay PEFT's.
+Arrow scores every token by |x . p_k|, where p_k is the first right singular vector of B_k A_k, and
+computes the softmax over the top k. PEFT then stores the output of every expert for every token.
+Here the weights go to the mixture of all experts, which does not form these outputs. PEFT still
+computes the prototypes and subtracts the general knowledge.
 """
 
 from typing import Any, NamedTuple
@@ -18,7 +18,8 @@ class Arrow(NamedTuple):
     """The active Arrow router of one layer.
 
     Attributes:
-        router: PEFT's. experts: names of the adapters that it chooses from.
+        router: PEFT's router.
+        experts: names of the adapters from which it selects.
     """
 
     router: ArrowLoraLinearLayer
@@ -26,7 +27,7 @@ class Arrow(NamedTuple):
 
 
 def arrow_of(layer: Any) -> Arrow | None:
-    """The router, if it is the layer's only active adapter."""
+    """Returns the layer's router if it is the only active adapter, else None."""
     active = layer.active_adapters
     if len(active) != 1 or type(layer.lora_variant.get(active[0])) is not ArrowLinearVariant:
         return None
@@ -35,10 +36,18 @@ def arrow_of(layer: Any) -> Arrow | None:
 
 
 def arrow_weights(layer: Any, arrow: Arrow, x: Tensor) -> Tensor:
-    """The experts' weights, [M, K], of the M tokens of x [..., in_features]; differentiable in x.
+    """Computes the experts' weights of each token, differentiable in x.
 
-    Does what PEFT does before a layer's first forward: subtracts the general adapters where that
-    is configured, and builds the prototypes.
+    Before a layer's first forward, subtracts the general adapters if so configured and builds the
+    prototypes, as PEFT does.
+
+    Args:
+        layer: PEFT's LoRA layer.
+        arrow: its active router.
+        x: [..., in_features], M tokens.
+
+    Returns:
+        Weights [M, K].
     """
     router = arrow.router
     router.gen_know_sub(layer.lora_A, layer.lora_B)

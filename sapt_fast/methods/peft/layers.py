@@ -1,9 +1,9 @@
-"""PEFT's LoRA layers with another forward: all its adapters at once, mixed per input.
+"""PEFT's LoRA layers with another forward, which computes all adapters at once, mixed per input.
 
-PEFT keeps owning everything: names, parameters, active adapters, merging, saving, loading. Each
-forward lays the adapters' matrices side by side, R x (I + O) numbers, from the parameters as they
-then are: optimizers, checkpoints and compiled graphs see nothing but PEFT's own tensors. What
-cannot be computed in one pass goes to PEFT's forward.
+PEFT still owns names, parameters, active adapters, merging, saving and loading. Each forward
+concatenates the adapters' current matrices, R x (I + O) numbers. So optimizers, checkpoints and
+compiled graphs see only PEFT's own tensors. What cannot be computed in one pass goes to PEFT's
+forward.
 """
 
 import importlib
@@ -38,8 +38,8 @@ from sapt_fast.routing.running import checked_mixture
 from sapt_fast.sites.linear import is_torchao
 from sapt_fast.sites.merging import Addend
 
-# PEFT's layers over quantised ones, which are called as they are; those that run on a CPU are
-# tested.
+# PEFT's layers over quantised ones, whose base layers are called unchanged. Only those that run on
+# a CPU are tested.
 _QUANTISED = {
     "PooledTorchaoLoraLinear": "torchao",
     "PooledLinear8bitLt": "bnb",
@@ -53,12 +53,13 @@ _QUANTISED = {
 
 
 class OnePass(Pooled):
-    """What a LoRA layer over a linear one gains: all its adapters in one pass.
+    """The mixin of LoRA layers over linear layers, which computes all adapters in one pass.
 
-    Also without weights: with `adapter_names=` each sample takes its own adapter; else the active
-    adapters are added up, as PEFT does, or an Arrow router's choice is mixed. Merged adapters,
-    other arguments, other variants (DoRA, aLoRA), and adapters with a bias, of several dtypes or
-    with parts that are hooked or replaced are PEFT's.
+    It also does so without weights. With `adapter_names=`, each sample uses its own adapter;
+    otherwise the active adapters are summed, as in PEFT, or an Arrow router's selection is mixed.
+
+    The following run through PEFT's forward: merged adapters, other arguments, other variants
+    (DoRA, aLoRA), and adapters with a bias, with several dtypes, or with hooked or replaced parts.
     """
 
     def sapt_adapters(self) -> Mapping[str, Any]:
@@ -83,8 +84,8 @@ class OnePass(Pooled):
         rates = {drop_rate(dropouts[name]) for name in adapters if name in dropouts}
         if len(rates) > 1:
             raise RuntimeError(
-                f"lora_dropout: got {sorted(rates)}, expected one rate for all adapters that are "
-                "mixed, which share the mask; set it in their configs, or call model.eval()"
+                f"lora_dropout: got {sorted(rates)}, expected one rate for all mixed adapters, "
+                "because they share the mask; set it in their configs, or call model.eval()"
             )
         mixture = checked_mixture(weights, x, len(adapters), self._get_name())
         rate = max(rates, default=0.0)
@@ -126,14 +127,14 @@ class OnePass(Pooled):
 
 
 class PooledLinear(OnePass, lora.Linear):
-    """`peft.tuners.lora.Linear`, pooled."""
+    """`peft.tuners.lora.Linear` with all adapters in one pass."""
 
 
 _KINDS: dict[type, type[Pooled]] = {lora.Linear: PooledLinear, **OTHER_KINDS}
 
 
 def pooled_kind(kind: type) -> type[Pooled] | None:
-    """The class that a layer of PEFT's class `kind` gets; None if its adapters cannot be pooled."""
+    """Returns our subclass of PEFT's layer class `kind`; None if it has none."""
     if kind in _KINDS:
         return _KINDS[kind]
     name = f"Pooled{kind.__name__}"
@@ -143,12 +144,13 @@ def pooled_kind(kind: type) -> type[Pooled] | None:
 
 @cache
 def _pooled_quantised(kind: type) -> type[Pooled]:
-    attributes = {"__module__": __name__, "__doc__": f"PEFT's `{kind.__name__}`, pooled."}
+    description = f"PEFT's `{kind.__name__}` with all adapters in one pass."
+    attributes = {"__module__": __name__, "__doc__": description}
     return type(f"Pooled{kind.__name__}", (OnePass, kind), attributes)
 
 
 def __getattr__(name: str) -> Any:
-    """The classes over quantised layers, which pickle looks for by their names."""
+    """Returns the classes of quantised layers, which pickle looks up by name."""
     if name not in _QUANTISED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(f"peft.tuners.lora.{_QUANTISED[name]}")
@@ -156,16 +158,16 @@ def __getattr__(name: str) -> Any:
 
 
 def _own(layer: Any, x: Tensor, names: Sequence[str]) -> Tensor | None:
-    """The base output plus each sample's own adapter; None where the mixture must do it.
+    """Returns the base output plus each sample's own adapter; None if the mixture must be used.
 
-    A GPU's mixture skips adapters without weight by itself, and is a single launch.
+    On a GPU the mixture is used: it skips adapters without weight, in a single launch.
     """
     traced = _is_traced(x)
     if x.device.type != "cpu" or traced or torch.is_grad_enabled():
         return None
     if torch.is_autocast_enabled("cpu") or all_modules_are_hooked():
         return None
-    # nn.Module's own lookups would cost more than the adapters' arithmetic
+    # nn.Module's attribute lookups would cost more than the adapters' arithmetic
     modules, variants, biased = layer._modules, layer.lora_variant, layer.lora_bias
     linears_a, linears_b = modules["lora_A"]._modules, modules["lora_B"]._modules
     dropouts = modules["lora_dropout"]._modules
@@ -206,7 +208,7 @@ def _own(layer: Any, x: Tensor, names: Sequence[str]) -> Tensor | None:
 
 
 def _passes_through(dropout: nn.Module) -> bool:
-    """Whether PEFT's dropout module gives back its input."""
+    """Returns whether PEFT's dropout module returns its input unchanged."""
     plain = type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.training)
     return plain and is_bare(dropout)
 
@@ -221,14 +223,18 @@ def mixed(
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] = MappingProxyType({}),
 ) -> Tensor:
-    """A PEFT layer's base output plus the mixture of its adapters.
+    """Computes a PEFT layer's base output plus the mixture of its adapters.
 
     Args:
         layer: `peft.tuners.lora.Linear`, whose adapters are plain (`why_not_plain`).
-        adapters: the K adapters that the weights are for; the layer may lack some, not all.
-        mixture: [S, K]; S divides the rows of x.
-        dropout: rate on the adapters' input, with one mask for all.
-        args, kwargs: more arguments of the base layer.
+        x: [..., in_features].
+        adapters: names of the K adapters of the weights; the layer may lack some, not all.
+        mixture: [S, K]; S divides the number of rows of x.
+        dropout: rate on the adapters' input, with one mask for all adapters.
+        args, kwargs: further arguments of the base layer.
+
+    Returns:
+        [..., out_features], in the base output's dtype.
     """
     base: Any = layer.base_layer
     if dropout or args or kwargs or not _is_plain_base(base):
@@ -241,10 +247,12 @@ def mixed(
 
 
 def addend(layer: Any, adapters: Sequence[str], weights: Tensor) -> Addend:
-    """The static mixture of a PEFT layer's adapters, all plain, to be merged.
+    """Returns the static mixture of a PEFT layer's adapters, to be merged.
 
     Args:
-        weights: [K], one for each of `adapters`; the layer may lack some.
+        layer: PEFT's layer, whose adapters are plain.
+        adapters: names of the K adapters; the layer may lack some.
+        weights: [K], one for each of `adapters`.
     """
     present = [(k, name) for k, name in enumerate(adapters) if name in layer.lora_A]
     scaled = [
@@ -259,7 +267,7 @@ def addend(layer: Any, adapters: Sequence[str], weights: Tensor) -> Addend:
 def _pooled(
     layer: Any, x: Tensor, adapters: Sequence[str], weight: Tensor | None, bias: Tensor | None
 ) -> PooledProjection:
-    modules = layer._modules  # nn.Module's own lookups would cost a fifth of the layer's time
+    modules = layer._modules  # nn.Module's attribute lookups would take a fifth of the layer's time
     stack_a, stack_b = modules["lora_A"]._modules, modules["lora_B"]._modules
     present = [name for name in adapters if name in stack_a]
     a = [stack_a[name].weight for name in present]
@@ -269,7 +277,7 @@ def _pooled(
         a, b = _brought(layer, present, x.device)
     rows_a, rows_b = torch.cat(a), torch.cat(b)
     train_a, train_b, train_rows = [], [], []
-    tracked = transforms.active()  # by whom is not known
+    tracked = transforms.active()  # a transform may track any of them
     start = 0
     for part_a, part_b in zip(a, b, strict=True):
         stop = start + part_a.shape[0]
@@ -293,11 +301,11 @@ def _pooled(
 def _brought(
     layer: Any, names: Sequence[str], device: torch.device
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """A and B of adapters that accelerate offloads, for one forward."""
+    """Loads A and B of adapters that accelerate offloads, for one forward."""
     if layer.training and torch.is_grad_enabled():
         raise RuntimeError(
-            "accelerate offloads the adapters, so that nothing would train them: let it dispatch "
-            "the base model, or call model.eval()"
+            "training is not possible, because accelerate offloads the adapters: let it dispatch "
+            "only the base model, or call model.eval()"
         )
     a, b = (
         [present_weight(stack[name]).detach().to(device) for name in names]
@@ -307,18 +315,18 @@ def _brought(
 
 
 def _kept(make: Any, x: Tensor) -> Callable[..., Any]:
-    """A cached function, or without its cache where x is traced: a fake result must not be kept."""
+    """Returns the cached function; the uncached one if x is traced, to cache no fake result."""
     return make.__wrapped__ if _is_traced(x) else make
 
 
 def _is_traced(x: Tensor) -> bool:
-    """Whether tensors made now belong to a graph or to a transform, and x has no memory to read."""
+    """Returns whether x is part of a graph or transform, so that its memory cannot be read."""
     compiling = torch.compiler.is_compiling()
     return compiling or type(x) not in (Tensor, nn.Parameter) or transforms.active()
 
 
 def mixes_by_arrow(layer: Any) -> bool:
-    """Whether Arrow chooses the layer's experts now and they can be computed in one pass."""
+    """Returns whether Arrow selects the layer's experts and one pass can compute them."""
     if not layer.lora_variant or layer.disable_adapters or layer.merged:
         return False
     arrow = arrow_of(layer)
@@ -330,7 +338,7 @@ def mixes_by_arrow(layer: Any) -> bool:
 
 
 def _is_plain_base(base: nn.Module) -> bool:
-    """Whether calling the base layer is its product and nothing else."""
+    """Returns whether calling the base layer computes its matrix product and nothing else."""
     if type(base) not in (nn.Linear, Conv1D) or is_torchao(base.weight):
         return False
     return (
@@ -340,7 +348,7 @@ def _is_plain_base(base: nn.Module) -> bool:
 
 @lru_cache(maxsize=16)
 def _one_hot(names: tuple[str, ...], adapters: tuple[str, ...], device: torch.device) -> Tensor:
-    """[B, K]: row b selects the adapter names[b]; "__base__" none."""
+    """Returns [B, K]: row b selects the adapter names[b], or none for "__base__"."""
     index = [[float(name == adapter) for adapter in adapters] for name in names]
     with torch.inference_mode(False):  # all layers, and later calls, share it
         return torch.tensor(index, device=device)

@@ -1,8 +1,8 @@
-"""What mixture weights say when somebody looks: which adapters have any, and whose sample is whose.
+"""Reads the values of mixture weights: which adapters have weight, and which one a sample uses.
 
-Weights on the CPU that need no gradient are looked at in every forward: an adapter without any
-weight is absent then, forward and backward. A look at a GPU's weights waits for all that runs
-there, so it is taken only for parts of which just one adapter can act.
+Weights on the CPU that need no gradient are read in every forward: an adapter without weight is
+then left out, forward and backward. Reading a GPU's weights waits for all its pending work. So it
+is done only for modules that run one adapter's copy.
 """
 
 from collections.abc import Sequence
@@ -16,8 +16,9 @@ class Weighed(NamedTuple):
     """The adapters that have weight.
 
     Attributes:
-        adapters: their names. weights: their columns, [.., K'].
-        admitted: whether every layer was just found to be able to mix them.
+        adapters: their K' names.
+        weights: their columns, [.., K'].
+        admitted: whether it was just checked that every layer can mix them.
     """
 
     adapters: tuple[str, ...]
@@ -26,12 +27,12 @@ class Weighed(NamedTuple):
 
 
 def can_be_read(weights: Tensor) -> bool:
-    """Whether values are at hand without waiting, and zeros get no gradient."""
+    """Returns whether values can be read without waiting, and zeros get no gradient."""
     return weights.device.type == "cpu" and not weights.requires_grad and not is_traced(weights)
 
 
 def is_traced(weights: Tensor) -> bool:
-    """Whether a tracer or a transform stands in for the values."""
+    """Returns whether the tensor has no values, because a tracer or a transform runs."""
     return (
         torch.compiler.is_compiling()
         or type(weights) not in (Tensor, nn.Parameter)
@@ -40,7 +41,7 @@ def is_traced(weights: Tensor) -> bool:
 
 
 def version_of(weights: Tensor) -> int | None:
-    """How often the weights were written to; None where torch does not count."""
+    """Returns how often the weights were written to; None if torch does not count it."""
     return None if torch.compiler.is_compiling() or weights.is_inference() else weights._version
 
 
@@ -48,10 +49,11 @@ def weigh(weights: Tensor, names: tuple[str, ...]) -> Weighed:
     """Leaves out the adapters whose weight is exactly 0 in every sample and token.
 
     Args:
-        weights: [.., K], one for each of `names`; values that can be read.
+        weights: [.., K], one for each of `names`; its values can be read.
+        names: of the K adapters.
     """
     if len(names) != weights.shape[-1]:
-        return Weighed(names, weights)  # of an earlier set of adapters: the layer says so
+        return Weighed(names, weights)  # of an earlier set of adapters: the layer raises
     some: list[bool] = (weights != 0).reshape(-1, len(names)).any(0).tolist()
     if all(some):
         return Weighed(names, weights)
@@ -62,16 +64,17 @@ def weigh(weights: Tensor, names: tuple[str, ...]) -> Weighed:
 def owner_of_each(
     weights: Tensor, names: Sequence[str], owners: frozenset[str]
 ) -> list[str | None] | None:
-    """Whose copy of a part each sample takes, if weights say so at all.
+    """Returns which adapter's copy of a module each sample uses, if the weights determine it.
 
     Args:
         weights: [S, K] or [S, T, K].
-        owners: the adapters that have a copy of the part.
+        names: of the K adapters.
+        owners: the adapters that have a copy of the module.
 
     Returns:
-        For each of the S samples an owner that has all of the weight (exactly 1, all others 0), or
-        None where no owner has any; one entry if all samples agree. None if a sample mixes an
-        owner with others, or its tokens take several.
+        For each of the S samples, the owner that has all of the weight (exactly 1, all others 0),
+        or None if no owner has weight; a single entry if all samples agree. None instead of the
+        list if a sample mixes an owner with others, or its tokens use several owners.
     """
     per_sample = weights.unsqueeze(1) if weights.dim() == 2 else weights
     chosen: list[str | None] = []
@@ -87,7 +90,7 @@ def owner_of_each(
 
 
 def _owner(row: Sequence[float], names: Sequence[str], owners: frozenset[str]) -> str | None:
-    """The owner that has all of the weight; None if no owner has any, "" if it is shared."""
+    """Returns the owner that has all of the weight; None if no owner has any, "" if shared."""
     weighted = [name for name, weight in zip(names, row, strict=True) if weight != 0]
     if owners.isdisjoint(weighted):
         return None

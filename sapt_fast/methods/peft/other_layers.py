@@ -1,11 +1,11 @@
-"""PEFT's LoRA layers over embeddings and convolutions: their mixture, where weights run.
+"""PEFT's LoRA layers over embeddings and convolutions, with a mixture of their adapters.
 
 Both are linear in the adapters, so a mixture has the same meaning as in a linear layer:
 
     y = base(x) + sum_k w_k scaling[k] B_k(A_k(x))
 
 The adapters run one after the other, as in PEFT, each on the samples (for embeddings: the tokens)
-in which it has weight. Without weights these layers are PEFT's.
+in which it has weight. Without weights, PEFT's forward runs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,7 @@ from sapt_fast.sites.merging import Addend
 
 
 class PooledEmbedding(Pooled, pefts.Embedding):
-    """`peft.tuners.lora.Embedding`, pooled."""
+    """`peft.tuners.lora.Embedding` that mixes its adapters."""
 
     def sapt_adapters(self) -> Mapping[str, Any]:
         return dict(self.lora_embedding_A.items())
@@ -33,10 +33,10 @@ class PooledEmbedding(Pooled, pefts.Embedding):
         if variant is not None:
             return variant
         if any(name in self.input_fns for name in (held if adapters is None else adapters)):
-            return "a tensor-parallel embedding is left to PEFT"
+            return "a tensor-parallel embedding cannot be mixed; it runs through PEFT"
         for stack in (self.lora_embedding_A, self.lora_embedding_B):
             if type(stack) is not nn.ParameterDict:  # torch parametrises by another class
-                return "its adapters are parametrised, so PEFT has to read them"
+                return "its adapters are parametrised; they run through PEFT"
         return None
 
     def sapt_addend(self, adapters: Sequence[str], weights: Tensor) -> Addend:
@@ -58,7 +58,7 @@ class PooledEmbedding(Pooled, pefts.Embedding):
         kwargs: dict[str, Any],
     ) -> Tensor:
         y: Tensor = self.base_layer(x, *args, **kwargs)
-        # as `checked_mixture` sees layers: the last dimension of an input is not of the batch
+        # `checked_mixture` expects features in the last dimension; ids have none
         mixture = checked_mixture(weights, x[..., None], len(adapters), self._get_name())
         ids, scale = x.reshape(-1), self._get_embed_scale()
         rows = mixture if mixture.shape[0] == 1 else _per_row(mixture, ids.shape[0])
@@ -72,15 +72,21 @@ class PooledEmbedding(Pooled, pefts.Embedding):
 
 
 def _why_variant(layer: Any, held: Sequence[str], adapters: Sequence[str] | None) -> str | None:
-    """Why variants like DoRA among these adapters (None: all) cannot be mixed, or None."""
+    """Returns why variants like DoRA among these adapters cannot be mixed; None without variants.
+
+    Args:
+        layer: PEFT's layer.
+        held: names of its adapters.
+        adapters: those to be mixed; None for all.
+    """
     if not any(name in layer.lora_variant for name in (held if adapters is None else adapters)):
         return None
     kinds = sorted(name for name in held if name in layer.lora_variant)
-    return f"adapters with variants ({kinds}) are left to PEFT"
+    return f"adapters with variants ({kinds}) cannot be mixed; they run through PEFT"
 
 
 class _PooledConv(Pooled):
-    """A convolution with LoRA, pooled."""
+    """A convolution with LoRA that mixes its adapters."""
 
     _kernel_dim: int
 
@@ -98,9 +104,8 @@ class _PooledConv(Pooled):
         stack_b: Any = self.lora_B
         if not alike or any(stack_b[name].bias is not None for _, name in present):
             raise ValueError(
-                "the adapters of a convolution with groups, a dilation, another padding mode than "
-                "zeros or lora_bias are not a convolution of its kind, so a mixture cannot be "
-                "merged into its weight"
+                "a mixture cannot be merged into a convolution with groups, a dilation, a padding "
+                "mode other than zeros, or lora_bias: its adapters are another kind of convolution"
             )
         a = torch.cat([stack_a[name].weight.detach().flatten(1) for _, name in present])
         b = [
@@ -120,8 +125,8 @@ class _PooledConv(Pooled):
     ) -> Tensor:
         if weights.dim() == 3:
             raise RuntimeError(
-                f"{self._get_name()}: got weights per token, of shape {tuple(weights.shape)}, but "
-                "a convolution sees many tokens at once; expected [K] or [B, K]"
+                f"{self._get_name()}: got weights per token, of shape {tuple(weights.shape)}, "
+                "expected [K] or [B, K]: a convolution reads several tokens at once"
             )
         batched = x.dim() == self._kernel_dim
         samples = x.shape[0] if batched else 1
@@ -144,15 +149,15 @@ class _PooledConv(Pooled):
 
 
 class PooledConv1d(_PooledConv, pefts.Conv1d):
-    """`peft.tuners.lora.layer.Conv1d`, pooled."""
+    """`peft.tuners.lora.layer.Conv1d` that mixes its adapters."""
 
 
 class PooledConv2d(_PooledConv, pefts.Conv2d):
-    """`peft.tuners.lora.layer.Conv2d`, pooled."""
+    """`peft.tuners.lora.layer.Conv2d` that mixes its adapters."""
 
 
 class PooledConv3d(_PooledConv, pefts.Conv3d):
-    """`peft.tuners.lora.layer.Conv3d`, pooled."""
+    """`peft.tuners.lora.layer.Conv3d` that mixes its adapters."""
 
 
 OTHER_KINDS: dict[type, type[Pooled]] = {
@@ -164,7 +169,7 @@ OTHER_KINDS: dict[type, type[Pooled]] = {
 
 
 def _per_row(mixture: Tensor, rows: int) -> Tensor:
-    """[S, K] as [rows, K], S dividing the rows."""
+    """Repeats weights [S, K] to [rows, K]; S divides rows."""
     return mixture.repeat_interleave(rows // mixture.shape[0], 0)
 
 
@@ -176,11 +181,18 @@ def _added(
     weights: Tensor,
     output: Callable[[str, Tensor], Tensor],
 ) -> Tensor:
-    """y [N, ...] plus each adapter's output on the rows of x [N, ...] in which it has weight.
+    """Adds to y each adapter's output on the rows of x in which it has weight.
 
     Args:
+        layer: PEFT's layer.
+        y: [N, ...], the base output.
+        x: [N, ...], the input.
+        adapters: names of the K adapters.
         weights: [N, K], or [1, K] for all rows.
-        output: of an adapter on some rows of x, without scaling.
+        output: computes an adapter's output on some rows of x, without scaling.
+
+    Returns:
+        [N, ...], in y's dtype.
     """
     dtype, result = y.dtype, y
     weights = weights.to(x.device)
@@ -197,7 +209,7 @@ def _added(
         out = output(name, x if rows is None else x[rows])
         w = (column if rows is None else column[rows]) * layer.scaling[name]
         w = w.to(torch.promote_types(out.dtype, torch.float32)).view(-1, *[1] * (out.dim() - 1))
-        if not read:  # a weight of zero leaves out even what is Inf
+        if not read:  # weight 0 removes an output even if it is Inf or NaN
             out = torch.where((w == 0) & ~out.isfinite(), 0.0, out)
         part = out * w
         if rows is None:

@@ -1,9 +1,10 @@
-"""Which parts of a PEFT layer may be computed in place of being called.
+"""Finds which parts of a PEFT layer can be computed without calling their modules.
 
-A one-pass product reads the weights of `lora_A` and `lora_B` and never calls these modules. That
-is right only while calling them would be their product and nothing else: a part that somebody
-hooked, parametrised, pruned or wrapped has to be called, which PEFT does. Hooks may come and go
-after `patch`, so each forward looks; the lookups avoid those of nn.Module, which cost more.
+A one-pass product reads the weights of `lora_A` and `lora_B` and never calls these modules. This
+is correct only if calling them computes their product and nothing else. A part that is hooked,
+parametrised, pruned or wrapped has to be called, which PEFT does. Hooks may be added or removed
+after `patch`, so each forward checks. The checks avoid nn.Module's attribute lookups, which are
+slower.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from sapt_fast.sites.linear import runs_its_class
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether hooks of its own run when the module is called, or in the backward."""
+    """Returns whether the module has hooks that run in its forward or backward."""
     return bool(
         module._forward_pre_hooks
         or module._forward_hooks
@@ -28,7 +29,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def is_bare(module: nn.Module) -> bool:
-    """Whether calling the module runs its class's forward and nothing else."""
+    """Returns whether calling the module runs its class's forward and nothing else."""
     return not (
         module._forward_pre_hooks
         or module._forward_hooks
@@ -38,7 +39,7 @@ def is_bare(module: nn.Module) -> bool:
 
 
 def all_modules_are_hooked() -> bool:
-    """Whether torch has hooks that run on every call of every module."""
+    """Returns whether torch has global hooks, which run on every call of every module."""
     return bool(
         torch_module._global_forward_pre_hooks
         or torch_module._global_forward_hooks
@@ -48,19 +49,20 @@ def all_modules_are_hooked() -> bool:
 
 
 def drop_rate(dropout: nn.Module) -> float:
-    """The rate at which PEFT's dropout module drops now."""
+    """Returns the current rate of PEFT's dropout module; 0 in eval mode."""
     return float(dropout.p) if type(dropout) is nn.Dropout and dropout.training else 0.0
 
 
 def why_not_plain(layer: Any, adapters: Sequence[str] | None = None) -> str | None:
-    """Why a LoRA layer over a linear one has to be PEFT's; None if it can be computed in one pass.
+    """Returns why a LoRA layer over a linear layer cannot be computed in one pass; None if it can.
 
     Args:
         layer: `peft.tuners.lora.Linear`, or PEFT's layer over a quantised one.
-        adapters: those that run, which the layer has; None for all of them.
+        adapters: names of the layer's adapters that run; None for all of them.
 
     Returns:
-        None where each is y = scaling B A x, all have one dtype, and no part is hooked or wrapped.
+        None if each adapter is y = scaling B A x, all have one dtype, and no part is hooked or
+        wrapped.
     """
     modules = layer._modules
     stack_a, stack_b = modules["lora_A"]._modules, modules["lora_B"]._modules
@@ -70,9 +72,9 @@ def why_not_plain(layer: Any, adapters: Sequence[str] | None = None) -> str | No
     for name in stack_a if adapters is None else adapters:
         if name in variants:
             kinds = sorted(n for n in stack_a if n in variants)
-            return f"adapters with variants ({kinds}) are left to PEFT"
+            return f"adapters with variants ({kinds}) cannot be mixed; they run through PEFT"
         if biased.get(name):
-            return f"adapters with a bias ({name!r}) are left to PEFT"
+            return f"adapters with a bias ({name!r}) cannot be mixed; they run through PEFT"
         dropout = dropouts[name]
         if not _is_plain_dropout(dropout) or not is_bare(dropout):
             return _wrapped("lora_dropout", name, dropout)
@@ -85,7 +87,7 @@ def why_not_plain(layer: Any, adapters: Sequence[str] | None = None) -> str | No
                 return "its adapters have several dtypes"
             dtype = now
     if all_modules_are_hooked():
-        return "torch runs a hook of its own on every module, so PEFT has to call the parts"
+        return "torch has a global hook on every module, so PEFT has to call the parts"
     return None
 
 
@@ -94,10 +96,10 @@ def _is_plain_dropout(dropout: nn.Module) -> bool:
 
 
 def _adds_nothing(module: nn.Module) -> bool:
-    """Whether the instance's own forward is accelerate's and computes what the class's does.
+    """Returns whether the instance's forward is accelerate's and computes what the class's does.
 
-    Its hooks, once removed, leave the class's forward behind; those of a split or offloaded model
-    only move the input and the weights.
+    The hooks of a split or offloaded model only move the input and the weights. When accelerate
+    removes its hooks, it leaves the class's forward on the instance.
     """
     return runs_its_class(module) and only_places(module)
 

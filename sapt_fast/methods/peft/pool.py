@@ -1,4 +1,4 @@
-"""patch and unpatch for PEFT models: their LoRA adapters become one pool."""
+"""The handle of PEFT models, whose LoRA adapters are computed as one pool."""
 
 import operator
 import threading
@@ -39,7 +39,7 @@ from sapt_fast.storage.pretrained_files import PeftFiles
 
 @dataclass
 class PeftPoolConfig(MethodConfig["PeftHandle"]):
-    """The config of a patched PeftModel: none, its adapters have their own."""
+    """The config of a patched PeftModel; it has no fields, its adapters keep their own configs."""
 
     @property
     def method(self) -> str:
@@ -48,19 +48,19 @@ class PeftPoolConfig(MethodConfig["PeftHandle"]):
 
 
 class PeftHandle(Handle):
-    """model.sapt of a PEFT model: which weights its LoRA adapters are mixed by.
+    """`model.sapt` of a PEFT model: sets the weights that mix its LoRA adapters.
 
-    By default the active adapters are added up, as PEFT does. `fixed`, the argument `mixture=` of
-    the model's forward and `generate`, or a router give weights for all adapters instead, whether
-    active or not. Adapters that PEFT adds, loads, swaps or deletes join and leave by themselves.
+    By default the active adapters are summed, as in PEFT. Weights for all adapters, active or not,
+    come from `fixed`, from the argument `mixture=` of the model's forward and `generate`, or from a
+    router. Adapters that PEFT adds, loads, swaps or deletes are recognised automatically.
 
     Attributes:
-        router: a module or function that gives the weights; None for the sum of the active
-            adapters. A function is kept inside a module; anything else raises TypeError.
+        router: a module or function that returns the weights; None for the sum of the active
+            adapters. A function is wrapped in a module; anything else raises TypeError.
             `router(input_ids=, inputs_embeds=, attention_mask=, labels=)` returns [1, K], [B, K]
-            or, per token, [B, T, K]. Of packed rows it is given texts of equal length together,
-            each in a row of its own, without a mask.
-        routing: the running weights.
+            or, per token, [B, T, K]. For packed rows it is called with texts of equal length
+            together, one text per row, without a mask.
+        routing: the weights of the running forward.
 
     Example:
         >>> import peft, sapt_fast, torch
@@ -112,33 +112,38 @@ class PeftHandle(Handle):
 
     @classmethod
     def sites(cls, model: Any, config: Any) -> PatchReport:
-        """PEFT's layers and wrappers that get a class of ours."""
+        """Returns PEFT's layers and wrappers whose class will be replaced by ours.
+
+        Raises:
+            ValueError: if the model inside is patched already, has no LoRA adapters, or has
+                adapters that do not fit it.
+        """
         if getattr(model, "sapt", None) is not None:
             raise ValueError(
                 "model: the model inside the PeftModel is patched already; call sapt_fast.unpatch "
-                "on it"
+                "on it first"
             )
         require_unrouted(model.get_base_model())
         if not _lora_names(model):
             kinds = sorted({str(config.peft_type) for config in model.peft_config.values()})
             raise ValueError(
-                f"model: got a PeftModel with adapters {kinds}, expected LoRA among them"
+                f"model: got a PeftModel with adapters {kinds}, expected at least one of LoRA"
             )
         _require_fitting(model)
         return PatchReport(patched=[path for path, _ in switched_parts(model)])
 
     def attach(self, path: str) -> None:
-        """Gives a layer or wrapper of PEFT's its class."""
+        """Swaps the class of a PEFT layer or wrapper for ours."""
         part = self._model.get_submodule(path)
         if runs_its_class(part):
             _swap(part, self)
 
     def detach(self, path: str) -> None:
-        """Gives a layer or wrapper PEFT's class back."""
+        """Restores the class of a PEFT layer or wrapper."""
         _restore(self._model.get_submodule(path))
 
     def places(self) -> list[str]:
-        """The paths of all parts that have a class of ours; PEFT may have added some since."""
+        """Returns the paths of all modules with a class of ours, including later ones."""
         modules = self._model.named_modules()
         return [path for path, part in modules if isinstance(part, (Pooled, Chosen))]
 
@@ -149,11 +154,11 @@ class PeftHandle(Handle):
                 kind = type(layer)
                 raise ValueError(
                     f"{path}: got {kind.__module__}.{kind.__name__}, expected the layer that patch "
-                    "put there; undo first what another library did to the model since"
+                    "created; first undo what another library changed after patch"
                 )
 
     def install(self) -> None:
-        """Adds the hooks and stands in for some of PEFT's methods.
+        """Adds the hooks and replaces some of PEFT's methods.
 
         Raises:
             ValueError: if no layer can be computed in one pass.
@@ -168,28 +173,27 @@ class PeftHandle(Handle):
         self.files.install()
 
     def remove(self) -> None:
-        """Takes hooks and stand-ins away."""
+        """Removes the hooks and restores PEFT's methods."""
         self.routing.remove()
         self.files.remove()
         for name in self.stand_ins():
             vars(self._model.base_model).pop(name, None)
 
     def save_pretrained(self, directory: Any, *, is_main_process: bool | None = None) -> None:
-        """Not possible: PEFT saves its adapters, by `save_pretrained` of the PeftModel.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError("model.sapt of a PeftModel: save the adapters by model.save_pretrained")
+        """Raises ValueError: use `save_pretrained` of the PeftModel, which saves its adapters."""
+        raise ValueError(
+            "model.sapt of a PeftModel cannot save, because PEFT stores the adapters: call "
+            "model.save_pretrained"
+        )
 
     @property
     def tasks(self) -> list[str]:
-        """Names of the LoRA adapters, in the order of the weights."""
+        """The names of the LoRA adapters, in the order of the weights."""
         return _lora_names(self._model)
 
     @property
     def report(self) -> PatchReport:
-        """The layers that mix now, and what of the adapters is left to PEFT and why."""
+        """The layers that mix their adapters, and those that run through PEFT, with the reasons."""
         report = PatchReport()
         for path, part in switched_parts(self._model):
             if isinstance(part, Pooled) and _can_mix(part):
@@ -208,39 +212,43 @@ class PeftHandle(Handle):
     def attention(self) -> Tensor | None:
         """Weights of this thread's last forward, detached; None if it had none.
 
-        [B, K], or per token [B, T, K], as for packed rows; samples with choices count C times.
+        The shape is [B, K], or [B, T, K] per token and for packed rows. For samples with choices
+        [B, C, T], the first dimension is B * C.
         """
         weights = self.routing.weights
         return None if weights is None else weights.detach()
 
     def fixed(self, weights: Tensor) -> Any:
-        """A context in which these weights stand in for the router's, in this thread.
+        """Returns a context in which these weights replace the router's, in this thread.
 
         Args:
-            weights: [K] or [1, K] for every input, [B, K] per sample or [B, T, K] per token. Where
-                samples have choices [B, C, T], [B, K] is for all choices of a sample; of packed
-                rows, [S, K] is for their S texts.
+            weights: [K] or [1, K] for every input, [B, K] per sample, or [B, T, K] per token. For
+                samples with choices [B, C, T], [B, K] applies to all choices of a sample. For
+                packed rows, [S, K] applies to their S texts.
 
         Raises:
-            ValueError: the shape does not fit, or weights are not finite.
+            ValueError: if the shape does not fit.
+            ValueError: if weights are not finite.
         """
         return self.routing.pin(self.routing.checked(weights))
 
     def merge(self, weights: Tensor | Sequence[float]) -> None:
-        """Adds the static mixture of all LoRA adapters to the base weights, until `unmerge`.
+        """Adds a static mixture of all LoRA adapters to the base weights, until `unmerge`.
 
-        The model then computes what its base model does, at its cost. The weights that were there
-        are kept on the CPU. (PEFT's `merge_adapter` adds the active adapters, and what its
-        `unmerge_adapter` leaves differs by rounding.)
+        The merged model runs at the cost of the base model. The original base weights are kept on
+        the CPU, so `unmerge` is exact. (PEFT's `merge_adapter` merges the active adapters, and its
+        `unmerge_adapter` restores the base weights only up to rounding.)
 
         Args:
             weights: [K], finite, one for each of `tasks`.
 
         Raises:
-            ValueError: the weights do not fit; an adapter with weight has parts that cannot be
-                merged (another variant, `modules_to_save`); or a layer's weight is quantised,
-                sharded, not here or shared; nothing has changed then.
-            RuntimeError: adapters are merged already, by this or by PEFT.
+            ValueError: if the weights do not fit.
+            ValueError: if an adapter with weight has parts that cannot be merged (another variant,
+                `modules_to_save`); nothing has changed then.
+            ValueError: if a layer's base weight is quantised, sharded, not in memory, or shared
+                with another module; nothing has changed then.
+            RuntimeError: if adapters are merged already, by this method or by PEFT.
         """
         self.routing.require_unmerged()
         weights = static_weights(weights, self.tasks)
@@ -259,18 +267,20 @@ class PeftHandle(Handle):
         self.routing.merged = Merged(addends, self._model)
 
     def unmerge(self) -> None:
-        """Gives the base weights the bits that they had before `merge`; without it, does nothing.
+        """Restores the base weights of before `merge` bit for bit; does nothing if not merged.
 
         Raises:
-            ValueError: the model was converted to another dtype since; nothing has changed then.
+            ValueError: if the model was converted to another dtype after `merge`; nothing has
+                changed then.
         """
         self.routing.unmerge()
 
     def realign(self) -> None:
-        """Lets the layers mix that PEFT made since: adapters may come with layers of their own.
+        """Patches the LoRA layers that PEFT created after `patch`; new adapters may add layers.
 
         Raises:
-            RuntimeError: a mixture is merged, and adapters have come that would act beside it.
+            RuntimeError: if torch.compile traces the model while the adapters have changed.
+            RuntimeError: if a mixture is merged and new adapters would act in addition to it.
         """
         configs = list(self._model.peft_config.values())
         if len(configs) == len(self._configs) and not any(
@@ -279,8 +289,8 @@ class PeftHandle(Handle):
             return
         if torch.compiler.is_compiling():
             raise RuntimeError(
-                "adapters have come since the last forward, maybe in layers that are not patched "
-                "yet: run the model once without torch.compile"
+                "the adapters have changed since the last forward, so that some layers may not be "
+                "patched yet: run the model once without torch.compile"
             )
         if self.routing.merged is not None:
             _require_no_others(self._model)
@@ -291,14 +301,16 @@ class PeftHandle(Handle):
         self._configs = configs
 
     def names(self) -> tuple[str, ...]:
-        """`tasks` as a tuple."""
+        """Returns `tasks` as a tuple."""
         return tuple(self.tasks)
 
     def weighed(self, weights: Tensor) -> Weighed:
-        """The adapters with any weight and their columns; all of them where a look would wait.
+        """Returns the adapters that have weight, and their columns.
+
+        Returns all adapters if reading the weights would wait for a device.
 
         Args:
-            weights: the running ones, [.., K].
+            weights: those of the running forward, [.., K].
         """
         seen = self._seen
         if seen.weights is weights and seen.weighed is not None and self.routing.is_running:
@@ -317,9 +329,17 @@ class PeftHandle(Handle):
 
     @torch.compiler.disable(reason="the values of the weights decide whose copy runs")
     def owners(self, part: Any) -> list[str | None] | None:
-        """Whose copy of a wrapped module runs: one entry for each sample, or one for all.
+        """Returns which adapter's copy of a wrapped module runs, for each sample or once for all.
 
-        None without weights, when PEFT decides.
+        Args:
+            part: the wrapper.
+
+        Returns:
+            A list of names (None for the module without adapters); None without weights, when PEFT
+            decides.
+
+        Raises:
+            RuntimeError: if the weights do not determine one copy.
         """
         if self.routing.merged is not None:
             return [None]
@@ -329,33 +349,35 @@ class PeftHandle(Handle):
         trains = weights.requires_grad and torch.is_grad_enabled()
         owners = None if trains else choice(part, weights, self.names())
         if owners is None:
-            raise RuntimeError(f"mixture weights for a module that has none: {why_switched(part)}")
+            raise RuntimeError(
+                f"mixture weights for a module that cannot be mixed: {why_switched(part)}"
+            )
         return owners
 
     def _admit(self, weights: Tensor) -> None:
-        """Before a forward: raises RuntimeError if its weights do not reach all that they must."""
+        """Raises RuntimeError, before a forward, if its weights cannot be applied everywhere."""
         seen = self._seen
         seen.weights = seen.at = seen.weighed = None  # their values may have changed in place
-        if seen.named:  # names go before a router
+        if seen.named:  # names override a router
             return
         self._any_obstacle = admit(self._parts, weights, self.names())
         weighed = self.weighed(weights)
         seen.weights, seen.weighed = weights, weighed._replace(admitted=not self._any_obstacle)
 
     def forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
-        """Stands in for PEFT's `_enable_peft_forward_hooks`, whose hooks outlive an error inside.
+        """Replaces PEFT's `_enable_peft_forward_hooks`, which keeps its hooks after an error.
 
         Raises:
-            ValueError: adapter_names as well as weights.
-            RuntimeError: adapter_names while a mixture is merged.
+            ValueError: if a call has adapter_names as well as weights.
+            RuntimeError: if it has adapter_names while a mixture is merged.
         """
         named = kwargs.get("adapter_names") is not None
         if named:
             self.routing.require_unmerged()
             if kwargs.get("mixture") is not None or self.routing.pinned is not None:
                 raise ValueError(
-                    "adapter_names: got names as well as weights (mixture= or fixed), expected one "
-                    "of them"
+                    "adapter_names: got names as well as weights (mixture= or fixed), expected "
+                    "only one of them"
                 )
         tuner = self._model.base_model
         hooks: AbstractContextManager[None] = type(tuner)._enable_peft_forward_hooks(
@@ -364,7 +386,7 @@ class PeftHandle(Handle):
         return self._seen.by_name(hooks) if named else hooks
 
     def _unload(self, *args: Any, **kwargs: Any) -> Any:
-        """PEFT's `unload`, after which nothing of ours is left.
+        """Calls PEFT's `unload`, then removes our hooks and classes.
 
         Raises:
             RuntimeError: if a mixture is merged, which would stay in the base weights.
@@ -378,12 +400,12 @@ class PeftHandle(Handle):
         return model
 
     def _merge_and_unload(self, *args: Any, **kwargs: Any) -> Any:
-        """PEFT's `merge_and_unload`, after which nothing of ours is left.
+        """Calls PEFT's `merge_and_unload`, then removes our hooks and classes.
 
         Raises:
             RuntimeError: if a mixture is merged; nothing has changed then.
             ValueError: if another library has replaced a method that patch put on the model;
-                likewise.
+                nothing has changed then.
         """
         self.routing.require_unmerged()
         self.routing.require_removable()
@@ -393,7 +415,7 @@ class PeftHandle(Handle):
         return model
 
     def stand_ins(self) -> dict[str, Callable[..., Any]]:
-        """By name, the methods that the model's tuner has in place of its own."""
+        """Returns the methods that replace those of the model's tuner, by name."""
         return {
             "_enable_peft_forward_hooks": self.forward_hooks,
             "unload": self._unload,
@@ -401,7 +423,12 @@ class PeftHandle(Handle):
         }
 
     def signal(self, **inputs: Tensor | None) -> Tensor:
-        """The router's weights [1, K], [B, K] or [B, T, K]."""
+        """Returns the router's weights [1, K], [B, K] or [B, T, K].
+
+        Raises:
+            TypeError: if the router returns something other than a tensor.
+            ValueError: if the weights have another shape.
+        """
         assert self.router is not None
         weights = self.router(**inputs)
         if not isinstance(weights, Tensor):
@@ -422,7 +449,7 @@ class PeftHandle(Handle):
 
 
 class _FunctionRouter(nn.Module):
-    """A router that is a plain function."""
+    """A module around a router that is a plain function."""
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -438,42 +465,43 @@ def _lora_names(model: Any) -> list[str]:
 
 
 def _require_fitting(model: PeftModel) -> None:
-    """Raises ValueError if a plain adapter's matrices do not fit its layer over a linear one."""
+    """Raises ValueError if a plain adapter's matrices do not fit its linear layer."""
     for path, layer in switched_parts(model):
         if not issubclass(pooled_kind(type(layer)) or object, OnePass):
             continue
         inputs, outputs = layer.in_features, layer.out_features
         for name in layer.lora_A:
             if why_not_plain(layer, [name]) is not None:
-                continue  # PEFT's own: block-diagonal matrices, say, have other shapes
+                continue  # runs through PEFT: block-diagonal matrices, say, have other shapes
             if any(
                 stack[name].weight.is_meta and not is_offloaded(stack[name])
                 for stack in (layer.lora_A, layer.lora_B)
             ) and is_offloaded(layer.get_base_layer()):
                 raise ValueError(
-                    f"{path}: adapter {name!r} has no values: PEFT made it on the meta device, "
-                    "where the weights of an offloaded base model are. Load it with "
+                    f"{path}: adapter {name!r} has no values, because PEFT created it on the meta "
+                    "device, like the weights of the offloaded base model. Load it with "
                     "PeftModel.from_pretrained, or let accelerate dispatch the PeftModel"
                 )
             a, b = (stack[name].weight.shape for stack in (layer.lora_A, layer.lora_B))
             if a[1:] != (inputs,) or b != (outputs, a[0]):
                 raise ValueError(
-                    f"{path}: adapter {name!r} has A {tuple(a)} and B {tuple(b)}, expected "
-                    f"[r, {inputs}] and [{outputs}, r]: it belongs to another base model"
+                    f"{path}: adapter {name!r}: got A {tuple(a)} and B {tuple(b)}, expected "
+                    f"[r, {inputs}] and [{outputs}, r]; it belongs to another base model"
                 )
 
 
 class _Seen(threading.local):
-    """What this thread's forward found in its weights.
+    """What was read from the weights of this thread's forward.
 
     Attributes:
-        weights: those looked at. at: their version and the adapters then. weighed: the adapters
-            that have any.
-        named: whether `adapter_names` run, which go before a router.
+        weights: the tensor that was read.
+        at: its version, and the adapters' names at that time.
+        weighed: the adapters that have weight.
+        named: whether the forward has `adapter_names`, which override a router.
     """
 
     def __init__(self) -> None:
-        # Present from the start: a compiled forward is compiled again where one appears.
+        # Set from the start: an attribute that is added later would cause a recompilation.
         self.weights: Tensor | None = None
         self.at: tuple[int, tuple[str, ...]] | None = None
         self.weighed: Weighed | None = None
@@ -481,7 +509,7 @@ class _Seen(threading.local):
 
     @contextmanager
     def by_name(self, hooks: AbstractContextManager[None]) -> Iterator[None]:
-        """PEFT's hooks for `adapter_names`, which are taken off even after an error."""
+        """Runs PEFT's hooks for `adapter_names`, and removes them even after an error."""
         hooks.__enter__()
         before, self.named = self.named, True
         try:
@@ -495,14 +523,14 @@ class _Seen(threading.local):
 
 
 def _require_no_others(model: PeftModel) -> None:
-    """Raises RuntimeError if layers that cannot be pooled have adapters: these act when merged."""
+    """Raises RuntimeError if layers that cannot be merged have adapters."""
     for path, layer in switched_parts(model):
         owned = isinstance(layer, (Pooled, Chosen)) or _own_kind(type(layer)) is not None
         if not owned and owners_of(layer):
             raise RuntimeError(
-                f"{path}: {_why_not(layer)}, and has got adapters while a mixture is merged into "
-                "the base weights, beside which they would act: call model.sapt.unmerge() first, "
-                "or delete these adapters"
+                f"{path}: {_why_not(layer)}. It got adapters while a mixture is merged into the "
+                "base weights, and they would act in addition to it: call model.sapt.unmerge() "
+                "first, or delete these adapters"
             )
 
 
@@ -511,7 +539,7 @@ _REPLACED = "its forward was replaced by another library"
 
 
 def _bases(model: PeftModel) -> list[str]:
-    """The base models that the LoRA adapters say they belong to; folders count by their names."""
+    """Returns the base models named by the adapters' configs; of paths, the last part."""
     named = {config.base_model_name_or_path for config in model.peft_config.values()}
     return sorted({str(name).rstrip("/").rpartition("/")[2] for name in named if name})
 
@@ -529,7 +557,7 @@ def _by_arrow(layer: Any) -> bool:
 
 
 def _has_poolable(part: Any) -> bool:
-    """Whether it is a pooled layer, and some of its adapters can be computed in one pass."""
+    """Returns whether one pass can compute some of the layer's adapters."""
     if not isinstance(part, Pooled):
         return False
     return _by_arrow(part) or any(
@@ -538,7 +566,7 @@ def _has_poolable(part: Any) -> bool:
 
 
 def _own_kind(kind: type) -> type | None:
-    """The class that a layer or wrapper of PEFT's class `kind` gets; None if it keeps that."""
+    """Returns our subclass of PEFT's layer or wrapper class `kind`; None if it has none."""
     return pooled_kind(kind) or CHOSEN_KINDS.get(kind)
 
 
@@ -547,13 +575,13 @@ def _before(kind: type) -> type:
 
 
 def _is_ours(part: Any) -> bool:
-    """Whether it is as `_swap` left it, and another library has not swapped it again."""
+    """Returns whether the module still has the class that `_swap` gave it."""
     kind = type(part)
     return isinstance(part, (Pooled, Chosen)) and _own_kind(_before(kind)) is kind
 
 
 def _swap(part: Any, handle: PeftHandle) -> None:
-    """Gives a layer or wrapper its class; one of ours that PEFT has copied, this model's handle."""
+    """Swaps the class of a PEFT layer or wrapper for ours; connects copies to this handle."""
     kind = type(part) if isinstance(part, (Pooled, Chosen)) else _own_kind(type(part))
     if kind is None:
         return

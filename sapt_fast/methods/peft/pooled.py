@@ -1,4 +1,4 @@
-"""What every pooled layer of PEFT shares: weights of all adapters, or PEFT's own forward."""
+"""The base class of our PEFT layers: a mixture of all adapters, or PEFT's own forward."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,20 +15,20 @@ if TYPE_CHECKING:
 else:
     _LoraLayer = object
 
-# What PEFT's layers take for themselves and do not hand to the base layer.
+# Arguments that PEFT's layers do not pass on to the base layer.
 _PEFTS_OWN = ("adapter_names", *VARIANT_KWARG_KEYS)
 
 
 class Pooled(_LoraLayer):
-    """What a LoRA layer of PEFT gains: with weights it mixes all of the model's adapters by them.
+    """The mixin of PEFT's LoRA layers: with weights, the layer mixes all of the model's adapters.
 
     Weights come from `model.sapt.fixed`, `mixture=` or a router; `adapter_names=` overrides a
-    router. Without weights, and while the adapters are disabled, it is PEFT's layer.
+    router. Without weights, and while the adapters are disabled, PEFT's forward runs.
 
     Attributes:
-        sapt_weighed: gives for the running weights [.., K] the adapters that have any, their
-            columns, and whether this layer was found to be able to mix them.
-        sapt_routing: the model's running weights.
+        sapt_weighed: returns, for weights [.., K], the adapters that have weight, their columns,
+            and whether the layer is known to be able to mix them.
+        sapt_routing: the weights of the running forward.
         sapt_name: PEFT's name of the layer's class.
     """
 
@@ -65,22 +65,26 @@ class Pooled(_LoraLayer):
         return self._weighted(x, adapters, weights, args, _of_base(kwargs))
 
     def sapt_adapters(self) -> Mapping[str, Any]:
-        """The adapters that this layer has, by name."""
+        """Returns the layer's adapters, by name."""
         raise NotImplementedError
 
     def sapt_why_not(self, adapters: Sequence[str] | None = None) -> str | None:
-        """Why these adapters (None: all) cannot be mixed here; None if they can."""
+        """Returns why the layer cannot mix these adapters; None if it can.
+
+        Args:
+            adapters: names of the adapters; None for all.
+        """
         raise NotImplementedError
 
     def sapt_addend(self, adapters: Sequence[str], weights: Tensor) -> Addend:
-        """The static mixture, to be merged into the base weight; the adapters can be mixed.
+        """Returns the static mixture, to be merged into the base weight.
 
         Args:
-            adapters: K names; the layer has at least one of them.
+            adapters: K names that can be mixed; the layer has at least one of them.
             weights: [K].
 
         Raises:
-            ValueError: this layer's base weight cannot hold it.
+            ValueError: if the mixture cannot be added to the layer's base weight.
         """
         raise NotImplementedError
 
@@ -92,46 +96,48 @@ class Pooled(_LoraLayer):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Tensor:
-        """The base output plus the mixture; the layer has some of the adapters, all mixable.
+        """Computes the base output plus the mixture.
 
         Args:
-            weights: of the K adapters, [1, K], [B, K] or [B, T, K].
-            args, kwargs: more arguments of the base layer.
+            x: the layer's input.
+            adapters: K names that can be mixed; the layer has at least one of them.
+            weights: [1, K], [B, K] or [B, T, K].
+            args, kwargs: further arguments of the base layer.
         """
         raise NotImplementedError
 
     def _unweighted(
         self, x: Tensor, names: Sequence[str] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
-        """What PEFT computes: the sum of the active adapters, or each sample's own of `names`."""
+        """Computes what PEFT does: the sum of the active adapters, or each sample's own."""
         return self._as_peft(x, *args, **kwargs)
 
     def _as_peft(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return super().forward(x, *args, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """PEFT's, unless a mixture is merged by `model.sapt.merge`: then RuntimeError."""
+        """Calls PEFT's `merge`; raises RuntimeError if `model.sapt.merge` has merged a mixture."""
         self.sapt_routing.require_unmerged()
         super().merge(safe_merge, adapter_names)
 
     def _get_name(self) -> str:
-        """PEFT's name of the layer, for its `get_layer_status` and for print."""
+        """Returns PEFT's name of the layer, for `get_layer_status` and print."""
         return self.sapt_name
 
 
 def pefts_kind(kind: type) -> type:
-    """The class that a pooled layer had before."""
+    """Returns PEFT's class of one of our layer classes."""
     return next(base for base in kind.__mro__ if not issubclass(base, Pooled))
 
 
 def already_merged(layer: Any) -> str:
-    """What to do about adapters that PEFT has merged."""
+    """Returns the message for adapters that PEFT has merged."""
     return (
-        f"weights for adapters {layer.merged_adapters} that are merged into the base weights: call "
-        "model.unmerge_adapter() first"
+        f"mixture weights cannot be applied, because adapters {layer.merged_adapters} are merged "
+        "into the base weights: call model.unmerge_adapter() first"
     )
 
 
 def _of_base(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that PEFT hands to the base layer."""
+    """Returns the arguments that PEFT passes on to the base layer."""
     return {k: v for k, v in kwargs.items() if k not in _PEFTS_OWN} if kwargs else kwargs

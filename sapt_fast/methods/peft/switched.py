@@ -1,9 +1,11 @@
-"""Which parts of a PEFT model weights reach, which they only choose from, and which refuse them.
+"""Checks which parts of a PEFT model support mixture weights.
 
-Whatever PEFT switches by the active adapter would act beside the weights, in silence. So with
-weights every such part is looked at before the model runs: pooled layers mix, wrappers take the
-copy of the one adapter that has all of the weight, and for the rest no adapter with weight may own
-it.
+PEFT switches some modules by the active adapter. With weights, these would silently apply the
+active adapter in addition. So every such module is checked before the model runs with weights:
+
+- Our layers mix their adapters.
+- Wrappers run the copy of the one adapter that has all of the weight.
+- Any other module raises an error if an adapter with weight, or an active one, owns a part of it.
 """
 
 from collections.abc import Iterator
@@ -22,10 +24,12 @@ from sapt_fast.methods.peft.wrappers import Chosen
 
 
 class Obstacle(NamedTuple):
-    """A part that weights cannot mix.
+    """A module that weights cannot mix.
 
     Attributes:
-        path: of the module. part: the module. reason: why it cannot be mixed.
+        path: the module's path.
+        part: the module.
+        reason: why it cannot be mixed.
     """
 
     path: str
@@ -34,7 +38,7 @@ class Obstacle(NamedTuple):
 
 
 def switched_parts(model: PeftModel) -> list[tuple[str, Any]]:
-    """(path, module) of all that PEFT switches by the active adapter, in the model's order."""
+    """Returns (path, module) of all that PEFT switches by the active adapter, in model order."""
     parts: list[tuple[str, Any]] = [
         (path, module)
         for path, module in model.base_model.named_modules(prefix="base_model")
@@ -45,34 +49,34 @@ def switched_parts(model: PeftModel) -> list[tuple[str, Any]]:
 
 
 def owners_of(part: Any) -> frozenset[str]:
-    """The adapters that have something in a layer or wrapper of PEFT."""
+    """Returns the adapters that own a part of a PEFT layer or wrapper."""
     return frozenset(part._get_available_adapters())
 
 
 def why_switched(part: Any) -> str:
-    """Why weights cannot mix a part that is no pooled layer."""
+    """Returns why weights cannot mix a module that is not one of our layers."""
     if isinstance(part, AuxiliaryTrainingWrapper):
         return (
-            f"{part._error_message_name()} of adapters {sorted(owners_of(part))}: copies have no "
-            "mixture, weights can only choose one"
+            f"{part._error_message_name()} of adapters {sorted(owners_of(part))}: copies cannot be "
+            "mixed, weights can only select one"
         )
     kind = type(part)
-    return f"{kind.__module__}.{kind.__name__} is not a LoRA layer that can be pooled"
+    return f"{kind.__module__}.{kind.__name__} is not a LoRA layer that can be mixed"
 
 
 def admit(parts: list[tuple[str, Any]], weights: Tensor, names: tuple[str, ...]) -> bool:
-    """Raises RuntimeError if weights cannot reach all that the adapters they are for bring.
+    """Raises RuntimeError if a part of an adapter with weight can be neither mixed nor selected.
 
     Args:
-        parts: of `switched_parts`.
-        weights: [S, K] or [S, T, K], with which the model is about to run.
+        parts: the return value of `switched_parts`.
+        weights: [S, K] or [S, T, K], of the forward that is about to run.
         names: of the K adapters.
 
     Returns:
-        Whether there are parts that no mixture reaches, for which a look at the weights is due.
+        Whether some modules cannot be mixed, so that the values of the weights have to be read.
     """
     found = list(_obstacles(parts, weights.shape[0]))
-    if not found or len(names) != weights.shape[-1]:  # else the layers say what is wrong
+    if not found or len(names) != weights.shape[-1]:  # for a wrong K, the layers raise
         return bool(found)
     _admit_all(found, weights, names)
     return True
@@ -82,8 +86,8 @@ def admit(parts: list[tuple[str, Any]], weights: Tensor, names: tuple[str, ...])
 def _admit_all(found: list[Obstacle], weights: Tensor, names: tuple[str, ...]) -> None:
     if is_traced(weights):
         raise RuntimeError(
-            f"{found[0].path}: {found[0].reason}, so what runs depends on the values of the "
-            "weights, which are not known while a model is traced"
+            f"{found[0].path}: {found[0].reason}. What runs depends on the values of the weights, "
+            "which are unknown while a model is traced; run it without tracing"
         )
     trains = weights.requires_grad and torch.is_grad_enabled()
     some = (weights.detach() != 0).reshape(-1, len(names)).any(0).tolist()
@@ -93,13 +97,13 @@ def _admit_all(found: list[Obstacle], weights: Tensor, names: tuple[str, ...]) -
 
 
 def choice(part: Chosen, weights: Tensor, names: tuple[str, ...]) -> list[str | None] | None:
-    """The adapter whose copy each sample takes; None if weights do not say so, or it cannot."""
+    """Returns the adapter whose copy each sample uses; None if no such selection is possible."""
     owners = owner_of_each(weights.detach(), names, owners_of(part))
     return None if owners is None or (len(owners) > 1 and not part.sapt_can_split()) else owners
 
 
 def require_mergeable(parts: list[tuple[str, Any]], weighted: set[str]) -> None:
-    """Raises ValueError if an adapter with weight has something that base weights cannot hold."""
+    """Raises ValueError if a part of an adapter with weight cannot be merged."""
     for path, part in parts:
         if part.disable_adapters:
             continue
@@ -113,12 +117,12 @@ def require_mergeable(parts: list[tuple[str, Any]], weighted: set[str]) -> None:
             reason = why_switched(part) if acts else None
         if reason is not None:
             raise ValueError(
-                f"nothing is merged, as not all that the adapters bring can be: {path}: {reason}"
+                f"nothing is merged, because a part of the adapters cannot be: {path}: {reason}"
             )
 
 
 def _obstacles(parts: list[tuple[str, Any]], samples: int) -> Iterator[Obstacle]:
-    """The parts that weights of so many samples cannot mix; those that are disabled aside."""
+    """Yields the enabled modules that weights of this many samples cannot mix."""
     for path, part in parts:
         if not isinstance(part, Pooled):
             if not part.disable_adapters and owners_of(part):
@@ -133,7 +137,7 @@ def _obstacles(parts: list[tuple[str, Any]], samples: int) -> Iterator[Obstacle]
 
 
 def require_unmerged(path: str, part: Any) -> None:
-    """Raises RuntimeError if PEFT has merged adapters of this part into the base weights."""
+    """Raises RuntimeError if PEFT has merged adapters of this module into the base weights."""
     layer = part._modules.get("token_adapter", part)
     if layer.merged_adapters:
         raise RuntimeError(f"{path}: {already_merged(layer)}")
@@ -155,9 +159,9 @@ def _admit(
     if isinstance(part, Chosen):
         if acting and (trains or choice(part, weights, names) is None):
             raise RuntimeError(
-                f"{path}: {reason}, and {acting} have weight in a mixture"
+                f"{path}: {reason}, but {acting} have weight in a mixture"
                 f"{' that trains' if trains else ''}. Give each sample one adapter with weight "
-                "exactly 1 and all others 0, or these adapters weight 0, or run without weights"
+                "exactly 1 and all others 0, give these adapters weight 0, or run without weights"
             )
     elif isinstance(part, Pooled):
         why = _why_not_mixed(path, part, acting, weights.shape[0]) if acting else None
@@ -171,7 +175,7 @@ def _admit(
     elif acting or (others := sorted(owners_of(part).intersection(part.active_adapters))):
         state = f"{acting} have weight" if acting else f"{others} are active"
         raise RuntimeError(
-            f"{path}: {reason}, and adapters {state}, which would act beside the mixture. Give "
-            "them weight 0 and make another adapter active (model.set_adapter), delete them "
+            f"{path}: {reason}, but adapters {state}; they would act in addition to the mixture. "
+            "Give them weight 0 and make another adapter active (model.set_adapter), delete them "
             "(model.delete_adapter), or run without weights"
         )

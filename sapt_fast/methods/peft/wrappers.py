@@ -1,8 +1,8 @@
-"""PEFT's wrappers of whole modules (`modules_to_save`, trainable tokens), where weights run.
+"""PEFT's wrappers of whole modules (`modules_to_save`, trainable tokens), with mixture weights.
 
-A wrapper holds a copy of its module, or of some of its rows, for each adapter, and PEFT takes the
-active one's. Copies have no mixture. So weights that are one adapter's alone take its copy, sample
-by sample where these differ; other weights are refused before the model runs (`switched`).
+A wrapper contains a copy of its module, or of some of its rows, for each adapter; PEFT runs the
+active adapter's copy. Copies cannot be mixed. If one adapter has all of a sample's weight, its copy
+runs for that sample. Other weights raise an error before the model runs (`switched`).
 """
 
 from collections.abc import Callable
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 else:
     _Wrapper = object
 
-# Of these, samples may be computed apart and put together again.
+# Modules whose samples can be computed separately.
 _BY_SAMPLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Chosen(_Wrapper):
-    """What a wrapper gains: with weights it runs the copy of the adapter that has all of them.
+    """The mixin of PEFT's wrappers: runs the copy of the adapter that has all of the weight.
 
     Attributes:
-        sapt_owners: for each sample, or once for all, the adapter whose copy runs, or None for the
-            module without adapters; None in place of the list where PEFT decides; RuntimeError
-            where the weights choose no copy.
-        sapt_routing: the model's running weights.
+        sapt_owners: returns, for each sample or once for all, the adapter whose copy runs (None for
+            the module without adapters). Returns None instead of a list if PEFT decides. Raises
+            RuntimeError if the weights select no copy.
+        sapt_routing: the weights of the running forward.
     """
 
     sapt_owners: Callable[["Chosen"], list[str | None] | None]
@@ -48,7 +48,7 @@ class Chosen(_Wrapper):
         return self._by_sample(owners, *args, **kwargs)
 
     def sapt_can_split(self) -> bool:
-        """Whether samples may take several copies: the module acts on each of them alone."""
+        """Returns whether samples can use different copies: the module computes each separately."""
         return isinstance(self.original_module, _BY_SAMPLE)
 
     def _by_sample(self, owners: list[str | None], *args: Any, **kwargs: Any) -> Tensor:
@@ -56,8 +56,8 @@ class Chosen(_Wrapper):
         if not isinstance(x, Tensor) or x.dim() < 2 or x.shape[0] != len(owners):
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise RuntimeError(
-                f"{self._get_name()}: got {got} for weights of {len(owners)} samples that take "
-                "copies of several adapters, expected an input with the samples first"
+                f"{self._get_name()}: got {got}, expected a first dimension of {len(owners)} "
+                "samples, which use the copies of several adapters"
             )
         parts, order = [], []
         for owner in dict.fromkeys(owners):
@@ -67,11 +67,11 @@ class Chosen(_Wrapper):
         return torch.cat(parts)[[order.index(row) for row in range(len(order))]]
 
     def _forward_as(self, owner: str | None, *args: Any, **kwargs: Any) -> Any:
-        """The forward with one adapter's copy; None for the module without adapters."""
+        """Runs the forward of one adapter's copy; None for the module without adapters."""
         raise NotImplementedError
 
     def __getattr__(self, name: str) -> Any:
-        """An attribute of the copy that runs: models read weights of modules that they wrap."""
+        """Returns an attribute of the copy that runs, for models that read a module's weights."""
         own = self.__dict__
         if "sapt_owners" in own and own["sapt_routing"].is_running and not own["_disable_adapters"]:
             try:
@@ -82,15 +82,15 @@ class Chosen(_Wrapper):
 
     def _read(self, name: str) -> Any:
         own = getattr(self.original_module, name)
-        if not isinstance(own, (Tensor, nn.Module)):  # copies differ in these alone
+        if not isinstance(own, (Tensor, nn.Module)):  # copies differ only in these
             return own
         owners = self.sapt_owners(self)
         if owners is None:
             return super().__getattr__(name)
         if len(owners) > 1:
             raise RuntimeError(
-                f"{self._get_name()}: the model reads {name!r} of a module of which the samples "
-                "take copies of several adapters; give all samples the same weights"
+                f"{self._get_name()}: the model reads {name!r} of this module, but its samples use "
+                "the copies of several adapters; give all samples the same weights"
             )
         return self._attribute_as(owners[0], name)
 
@@ -102,7 +102,7 @@ class Chosen(_Wrapper):
 
 
 class ChosenModules(Chosen, ModulesToSaveWrapper):
-    """`peft.utils.ModulesToSaveWrapper`, whose copy the weights choose."""
+    """`peft.utils.ModulesToSaveWrapper` that runs the copy selected by the weights."""
 
     def _forward_as(self, owner: str | None, *args: Any, **kwargs: Any) -> Any:
         return self._copy(owner)(*args, **kwargs)
@@ -115,7 +115,7 @@ class ChosenModules(Chosen, ModulesToSaveWrapper):
 
 
 class ChosenTokens(Chosen, TrainableTokensWrapper):
-    """`peft.utils.TrainableTokensWrapper`, whose rows the weights choose."""
+    """`peft.utils.TrainableTokensWrapper` that uses the rows selected by the weights."""
 
     def _forward_as(self, owner: str | None, *args: Any, **kwargs: Any) -> Any:
         if owner is None:
@@ -135,5 +135,5 @@ CHOSEN_KINDS: dict[type, type[Chosen]] = {
 
 
 def wrapped_kind(kind: type) -> type:
-    """The class that a wrapper had before."""
+    """Returns PEFT's class of one of our wrapper classes."""
     return next(base for base in kind.__mro__ if not issubclass(base, Chosen))

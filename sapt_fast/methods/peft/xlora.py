@@ -1,10 +1,10 @@
-"""X-LoRA models: all experts of a layer in one pass, weights per token.
+"""X-LoRA models: all experts of a layer in one pass, with weights per token.
 
 X-LoRA (Buehler and Buehler, 2024) classifies every token and scales each layer's LoRA experts by
-the result. PEFT's loop stores a scaled copy of x and an output for every expert; the numbers here
-are the same, from one product over the stacked experts. Where the scaling pass scales by zero, the
-experts are skipped. Everything else stays PEFT's: the classifier, top-k and softmax; generation
-keeps keys and values where `xlora_generation` finds that sound.
+the result. PEFT's loop stores a scaled copy of x and an output for every expert. Here one product
+over the stacked experts computes the same numbers. If the scaling pass scales by zero, the experts
+are skipped. PEFT still computes the classifier, top-k and softmax. Generation uses a key-value
+cache if `xlora_generation` supports the model.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from sapt_fast.sites.report import PatchReport
 
 @dataclass
 class XLoraConfig(MethodConfig["XLoraHandle"]):
-    """The config of a patched X-LoRA model: none, PEFT keeps its own."""
+    """The config of a patched X-LoRA model; it has no fields, PEFT keeps its own config."""
 
     @property
     def method(self) -> str:
@@ -36,12 +36,12 @@ class XLoraConfig(MethodConfig["XLoraHandle"]):
 
 
 class XLoraHandle(Handle):
-    """model.sapt of an X-LoRA model.
+    """`model.sapt` of an X-LoRA model.
 
     Attributes:
-        report: the layers that compute their experts in one pass, those left to PEFT, and why
-            generation runs as in PEFT if it does.
-        generation: what stands in for `model.generate`.
+        report: the layers that compute their experts in one pass, those that run through PEFT, and
+            the reason if generation runs as in PEFT.
+        generation: the replacement of `model.generate`.
     """
 
     Config = XLoraConfig
@@ -55,12 +55,16 @@ class XLoraHandle(Handle):
         self.generation = CachedGeneration(model, all_pooled=not report.skipped)
         if self.generation.obstacle is not None:
             note = f"generation without a cache, as in PEFT: {self.generation.obstacle}"
-            report.notes.append(note)  # which `patch` logs
+            report.notes.append(note)  # `patch` logs the notes
             self.generation.logged.add(self.generation.obstacle)
 
     @classmethod
     def sites(cls, model: Any, config: Any) -> PatchReport:
-        """The linear layers whose experts are computed in one pass."""
+        """Returns the linear layers whose experts are computed in one pass.
+
+        Raises:
+            ValueError: if X-LoRA has no linear layer in the model.
+        """
         report = PatchReport()
         for path, layer in model.named_modules():
             if not isinstance(layer, LoraLayer):
@@ -69,41 +73,41 @@ class XLoraHandle(Handle):
                 report.patched.append(path)
             else:
                 kind = repr(layer).partition("(")[0]
-                report.skipped[path] = f"{kind} runs its experts as in PEFT"
+                report.skipped[path] = f"experts of {kind} run through PEFT"
         report.notes += [
-            f"{path}: {why_switched(part)}; PEFT takes the active adapter's, whatever X-LoRA scales"
+            f"{path}: {why_switched(part)}; PEFT uses the active adapter's, whatever the scalings"
             for path, part in switched_parts(model)
             if isinstance(part, AuxiliaryTrainingWrapper)
         ]
         if not report.patched:
-            raise ValueError(f"model: X-LoRA has no linear layer here. {report}")
+            raise ValueError(f"model: got no linear layer with X-LoRA, expected one. {report}")
         return report
 
     def attach(self, path: str) -> None:
-        """Replaces the forward that X-LoRA gave a layer."""
+        """Replaces the forward that X-LoRA set on a layer."""
         layer: Any = self._model.get_submodule(path)
         layer.forward = PooledExperts(layer.forward.__self__, self.generation).forward
 
     def detach(self, path: str) -> None:
-        """Gives the layer the forward back that X-LoRA gave it."""
+        """Restores the forward that X-LoRA set on the layer."""
         layer: Any = self._model.get_submodule(path)
         layer.forward = layer.forward.__self__.loop.forward
 
     def install(self) -> None:
-        """Stands in for PEFT's generation."""
+        """Replaces PEFT's generation."""
         self.generation.install()
 
     def remove(self) -> None:
-        """Gives the model PEFT's generation back."""
+        """Restores PEFT's generation."""
         self.generation.remove()
 
 
 class PooledExperts:
-    """Stands in for the forward of PEFT's `XLoraLinearLayer`, which it keeps.
+    """Replaces the forward of PEFT's `XLoraLinearLayer`, and keeps that layer.
 
     Args:
-        loop: PEFT's.
-        generation: of the model; has the scalings of a generation that keeps a cache.
+        loop: PEFT's layer.
+        generation: the model's generation, which has the scalings while it uses a cache.
     """
 
     def __init__(self, loop: XLoraLinearLayer, generation: CachedGeneration) -> None:
@@ -114,7 +118,13 @@ class PooledExperts:
     def forward(
         self, x: Tensor, *args: Any, scalings: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
-        """`XLoraLinearLayer.forward`: x [B, T, I], scalings [B, T, layers, K]."""
+        """Computes the base output plus the scaled experts, as `XLoraLinearLayer.forward`.
+
+        Args:
+            x: [B, T, in_features].
+            args, kwargs: further arguments of the base layer.
+            scalings: [B, T, layers, K].
+        """
         loop, layer, running = self.loop, self.layer, self.generation.running
         if scalings is None:
             scalings = running.scalings
@@ -131,7 +141,7 @@ class PooledExperts:
         return mixed(layer, x, adapters, mixture)
 
     def _scales_by_zero(self) -> bool:
-        """Whether PEFT's scaling pass, in which alone the layer is disabled, adds no expert."""
+        """Returns whether PEFT's scaling pass, which disables the layer, adds no expert."""
         classifier: Any = self.loop.model.internal_xlora_classifier
         return bool(classifier.override_scaling_pass_value == 0)
 

@@ -1,12 +1,15 @@
-"""X-LoRA generation with key-value caches, where that gives PEFT's tokens.
+"""X-LoRA generation with key-value caches, for models in which it yields PEFT's tokens.
 
 PEFT computes the whole text twice for every new token: once with constant scalings, whose last
-hidden states the classifier reads, once with the classifier's scalings. In a causal model in eval
-mode a token's hidden state depends on the tokens up to it alone, the classifier, its softmax and
-top-k see one token at a time, and the experts of a token are scaled by its own scalings. So
-neither pass ever changes what it computed for an earlier token, and each may keep its keys and
-values. Where one of these premises is not known to hold, PEFT's generation runs unchanged and
-the reason is logged once.
+hidden states the classifier reads, and once with the classifier's scalings. Three conditions make
+a cache exact:
+
+- The model is causal and in eval mode, so a token's hidden state depends only on tokens up to it.
+- The classifier, its softmax and top-k read one token at a time.
+- The experts of a token are scaled by the token's own scalings.
+
+Neither pass then changes its results for earlier tokens, so each can cache its keys and values. If
+a condition is not known to be met, PEFT's generation runs unchanged and the reason is logged once.
 """
 
 import logging
@@ -31,7 +34,7 @@ _CAUSAL_MODELS = (
     *("phi", "qwen2", "qwen3", "smollm3", "starcoder2"),
 )
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
-# Others turn a token's keys anew when the text grows.
+# Other kinds rotate a token's keys again when the text grows.
 _FIXED_ROPE = {"default", "linear", "llama3", "yarn"}
 # Arguments of generate that change what is computed, or what a step returns.
 _PLAIN_SETTINGS = (
@@ -44,13 +47,13 @@ _NEUTRAL = {"guidance_scale": 1, "num_beam_groups": 1, "penalty_alpha": 0}
 
 
 class PairedCache(DynamicCache):
-    """The keys and values of the mixed pass, with those of the scaling pass beside them.
+    """The caches of both passes: this one is for the mixed pass.
 
     Args:
-        config: the model's.
+        config: the model's config.
 
     Attributes:
-        scaling: cache of the scaling pass.
+        scaling: the cache of the scaling pass.
     """
 
     def __init__(self, config: Any) -> None:
@@ -60,30 +63,33 @@ class PairedCache(DynamicCache):
         self._order: Tensor | None = None  # of the rows, since the last forward
 
     def scalings(self) -> Tensor | None:
-        """[B, T, layers, K] of all tokens so far, rows as in the last forward."""
+        """Returns the scalings [B, T, layers, K] of all tokens so far, rows as in the last forward.
+
+        None before the first forward.
+        """
         return torch.cat(self._scalings, 1) if self._scalings else None
 
     def append(self, scalings: Tensor) -> None:
-        """Adds the scalings [B, tokens, layers, K] of one forward."""
+        """Appends the scalings [B, tokens, layers, K] of one forward."""
         if self._order is not None:
             self._scalings = [torch.cat(self._scalings, 1).index_select(0, self._order)]
             self._order = None
         self._scalings.append(scalings)
 
     def reorder_cache(self, beam_idx: Any) -> None:
-        """Row b becomes row beam_idx[b], in all that is kept."""
+        """Replaces row b by row beam_idx[b] in both caches and the scalings."""
         super().reorder_cache(beam_idx)
         self.scaling.reorder_cache(beam_idx)
         self._order = beam_idx if self._order is None else self._order.index_select(0, beam_idx)
 
 
 class _Running(threading.local):
-    """What this thread's generation is about to do.
+    """The state of this thread's generation.
 
     Attributes:
-        cache: of the running `generate`; None outside of one.
-        scalings: [B, T, layers, K] that the experts are to take now.
-        base_only: the scalings are zeros, so the experts add nothing.
+        cache: the cache of the running `generate`; None outside of one.
+        scalings: [B, T, layers, K], of the experts in the running pass.
+        base_only: whether the scalings are zeros, so that the experts add nothing.
     """
 
     cache: PairedCache | None = None
@@ -92,14 +98,14 @@ class _Running(threading.local):
 
 
 class CachedGeneration:
-    """Stands in for the `generate` of one patched X-LoRA model.
+    """Replaces `generate` of one patched X-LoRA model.
 
     Args:
         model: PeftModel with X-LoRA.
-        all_pooled: whether every adapted layer is an expert layer that `patch` has taken.
+        all_pooled: whether `patch` has replaced the forward of every adapted layer.
 
     Attributes:
-        logged: the obstacles that were logged already.
+        logged: the reasons for running without a cache that were logged already.
     """
 
     def __init__(self, model: PeftModel, *, all_pooled: bool) -> None:
@@ -112,12 +118,12 @@ class CachedGeneration:
 
     @property
     def running(self) -> _Running:
-        """This thread's."""
+        """The state of this thread's generation."""
         return self._running
 
     @property
     def obstacle(self) -> str | None:
-        """Why this model generates as in PEFT; None if only a call's arguments decide."""
+        """Why this model generates as in PEFT; None if it depends only on a call's arguments."""
         if not self._all_pooled:
             return "layers other than linear ones have experts"
         return _obstacle(self.model.get_base_model())
@@ -162,18 +168,17 @@ class CachedGeneration:
         try:
             with self._within(cache):
                 output = generate(*args, **kwargs)
-        finally:  # what PEFT has as well after an error: those of all tokens so far
+        finally:  # as in PEFT, also after an error: the scalings of all tokens so far
             if (scalings := cache.scalings()) is not None:
                 self.model.base_model.internal_xlora_scalings = scalings
-        if isinstance(output, ModelOutput):  # no other call could go on with the cache
+        if isinstance(output, ModelOutput):  # no other call could continue with the cache
             kept = {name: value for name, value in output.items() if value is not cache}
             return type(output)(**kept)
         return output
 
     @contextmanager
     def _within(self, cache: PairedCache | None) -> Iterator[None]:
-        """What another `generate` of this thread, which may be calling this one, was about to do
-        is set aside."""
+        """Sets the state for one `generate`, and restores that of an outer `generate` after it."""
         running, before = vars(self._running), vars(self._running).copy()
         running.clear()
         running["cache"] = cache
@@ -189,7 +194,7 @@ class CachedGeneration:
         if xlora.disabled:
             return "the adapters are disabled"
         if any(module.training for module in xlora.modules() if module is not xlora):
-            return "the model, or a part of it, is in training mode; call model.eval()"
+            return "the model or a part of it is in training mode; call model.eval()"
         if classifier.scalings_logging:
             return "the scalings are being logged"
         if config.top_k_lora is not None and classifier.override_scaling_pass_value != 0:
@@ -228,8 +233,8 @@ class CachedGeneration:
         own = kwargs.get("past_key_values") is cache
         if not own:
             raise RuntimeError(
-                "X-LoRA: the model was called inside its own generate, by a logits processor or "
-                "the like; call generate with use_cache=False"
+                "X-LoRA: calling the model inside its own generate (from a logits processor, for "
+                "example) is not possible with a cache; call generate with use_cache=False"
             )
         xlora = self.model.base_model
         classifier = xlora.internal_xlora_classifier
@@ -250,7 +255,7 @@ class CachedGeneration:
         finally:
             self._running.scalings, self._running.base_only = None, False
 
-    # A copy of the model generates nothing yet.
+    # A copy of the model starts without a running generation.
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_running"}
 
@@ -259,7 +264,7 @@ class CachedGeneration:
 
 
 def _obstacle(model: Any) -> str | None:
-    """Why a token's hidden state may depend on later ones, or a cache may be incomplete."""
+    """Returns why a model's hidden states or caches may not be causal and complete, or None."""
     config = model.config
     known = config.model_type in _CAUSAL_MODELS
     if not known or not type(model).__module__.startswith("transformers.models."):

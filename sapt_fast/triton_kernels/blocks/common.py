@@ -1,4 +1,4 @@
-"""What every Triton launcher asks of its device, and the sizes of a tile."""
+"""Helpers of the Triton launchers: properties of the device, and sizes of a tile."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class TileConfig(NamedTuple):
     num_stages: int
 
     def launch_options(self) -> dict[str, int]:
-        """Return the keyword arguments of a kernel launch with this tile."""
+        """Returns the keyword arguments of a kernel launch with this tile."""
         return {
             "BLOCK_M": self.m,
             "BLOCK_N": self.n,
@@ -78,10 +78,10 @@ class TileConfig(NamedTuple):
 
 @functools.cache
 def device_traits(device: torch.device) -> DeviceTraits:
-    """Return the traits of a CUDA device, or of the interpreter when it is active.
+    """Returns the traits of a CUDA device, or of the interpreter when it is active.
 
     Raises:
-        ValueError: `device` is no CUDA device and the interpreter is off.
+        ValueError: if `device` is no CUDA device and the interpreter is off.
     """
     if INTERPRETED:
         return DeviceTraits(capability=0, num_sms=4)
@@ -100,12 +100,12 @@ def device_traits(device: torch.device) -> DeviceTraits:
 
 
 def compute_dtype(dtype: torch.dtype) -> tl.dtype:
-    """Return the dtype in which `tl.dot` takes its operands for tensors of `dtype`.
+    """Returns the dtype in which `tl.dot` takes its operands for tensors of `dtype`.
 
     The interpreter keeps bfloat16 as raw uint16 and multiplies those, so it computes in float32.
 
     Raises:
-        TypeError: `dtype` is not float32, float16 or bfloat16.
+        TypeError: if `dtype` is not float32, float16 or bfloat16.
     """
     if dtype not in _TRITON_DTYPE:
         raise TypeError(f"expected float32, float16 or bfloat16 tensors, got {dtype}")
@@ -113,15 +113,15 @@ def compute_dtype(dtype: torch.dtype) -> tl.dtype:
 
 
 def cdiv(a: int, b: int) -> int:
-    """Return a / b rounded up."""
+    """Returns a / b rounded up."""
     return -(-a // b)
 
 
 def round_up(a: int, multiple: int) -> int:
-    """Return the smallest multiple of `multiple` that is at least `a`."""
+    """Returns the smallest multiple of `multiple` that is at least `a`."""
     return cdiv(a, multiple) * multiple
 
 
 def with_unit_column_stride(matrix: Tensor) -> Tensor:
-    """Return `matrix`, or a contiguous copy if its columns are not adjacent in memory."""
+    """Returns `matrix`, or a contiguous copy if its columns are not adjacent in memory."""
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()

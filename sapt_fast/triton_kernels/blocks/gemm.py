@@ -46,7 +46,7 @@ def _any_undefined(tile):
 
 @triton.jit
 def is_absent(coefficient):
-    """Whether a float32 that `shrink_tiles.weighted` gave stands for an adapter without weight."""
+    """Returns whether a float32 of `shrink_tiles.weighted` marks an adapter without weight."""
     return coefficient.to(tl.int32, bitcast=True) == 0
 
 
@@ -293,7 +293,7 @@ def two_source_gemm(
     accumulate: bool = False,
     descriptors: bool = True,
 ) -> Tensor:
-    """Write a @ b + p[:, lo:hi] @ q[lo:hi] + bias into `y` and return it.
+    """Writes a @ b + p[:, lo:hi] @ q[lo:hi] + bias into `y` and return it.
 
     What p is exactly 0 for takes no part, whatever q holds there.
 
@@ -352,7 +352,7 @@ def _launch_by_descriptors(
     traits: DeviceTraits,
     meta: dict[str, Any],
 ) -> None:
-    """Fill y by `_gemm_tma_kernel`; lo and hi count groups of rank columns."""
+    """Fills y by `_gemm_tma_kernel`; lo and hi count groups of rank columns."""
     M, N = y.shape
     K = 0 if a is None else a.shape[1]
     tile, block_r = _tma_config(traits, M, N), meta["BLOCK_R"]

@@ -103,10 +103,10 @@ def choose(
     rows: int,
     dtype: torch.dtype,
 ) -> Route:
-    """Return the route for a product; sizes as in `Size`, all positive.
+    """Returns the route for a product; sizes as in `Size`, all positive.
 
     Raises:
-        ValueError: the recorded table of this GPU cannot be read.
+        ValueError: if the recorded table of this GPU cannot be read.
     """
     if _forced is not None:
         return _forced
@@ -203,7 +203,7 @@ def _seconds(traits: DeviceTraits, size: Size, depth: int, share: float, element
 
 
 def nearest(table: Sequence[Measurement], size: Size) -> Measurement | None:
-    """The measurement nearest to a size, of the same direction and dtype, or None.
+    """Returns the measurement nearest to a size, of the same direction and dtype, or None.
 
     Distances are ratios: none of the four numbers may be off by more than a factor of 2, and the
     product of the four factors decides, of equals the earlier.
@@ -237,10 +237,10 @@ def user_folder() -> Path:
 
 @cache
 def recorded(device: str) -> tuple[Measurement, ...]:
-    """The table of a kind of GPU, the user's before the package's; empty if there is none.
+    """Returns the table of a kind of GPU, the user's before the package's; empty if there is none.
 
     Raises:
-        ValueError: the file is no such table.
+        ValueError: if the file is not such a table.
     """
     if not device:
         return ()
@@ -260,7 +260,7 @@ def forget() -> None:
 def write_table(
     path: Path, device: str, measurements: Sequence[Measurement], versions: dict[str, str]
 ) -> Path:
-    """Write a table so that the file is whole or absent; `versions` says what was measured."""
+    """Writes a table so that the file is whole or absent; `versions` says what was measured."""
     rows = [{**asdict(m.size), "seconds": m.seconds} for m in measurements]
     lines = ",\n".join("  " + json.dumps(row) for row in rows)
     head = json.dumps({"format": _FORMAT, "device": device, "versions": versions})[:-1]
@@ -271,7 +271,8 @@ def read_table(path: Path, device: str) -> tuple[Measurement, ...]:
     """Read what `write_table` wrote.
 
     Raises:
-        ValueError: the file is no JSON, of another format or device, or a row is not as written.
+        ValueError: if the file is not JSON, or has another format or device.
+        ValueError: if a row is not as written.
     """
 
     def error(problem: str) -> ValueError:

@@ -30,7 +30,7 @@ _PRODUCT_BYTES = 1 << 25
 
 
 def grouping_pays(pairs: int, experts: int, rank: int, width: int, element_size: int) -> bool:
-    """Whether to sort the pairs by expert; `width` is I + O.
+    """Returns whether to sort the pairs by expert; `width` is I + O.
 
     With rho = pairs / experts: no below 4, yes above 16 (and a rank of at least 4). Between, if
     fewer bytes move. Unsorted, each pair reads its expert:
@@ -263,7 +263,7 @@ def grouped_out_of_ranks(
     scaling: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The weighted sum of the experts' factors with coefficients h.
+    """Returns the weighted sum of the experts' factors with coefficients h.
 
     Beside its result it holds one float32 per pair and column, for as many columns at a time as
     fit into 32 MiB, but at least for 64 (32 in the interpreter).

@@ -153,7 +153,7 @@ def search_plan(query: Tensor, keys: Tensor, tile: TileConfig) -> SearchPlan:
     """Split the keys until the chip is full.
 
     Raises:
-        ValueError: there are more keys than an index can name.
+        ValueError: if there are more keys than an index can express.
     """
     N = keys.shape[0]
     if N >= MAX_KEYS:

@@ -187,7 +187,7 @@ def mixture_grad(
     d_mixture: Tensor,
     accumulate: bool,
 ) -> None:
-    """Write or add the gradient of the mixture, from the partial sums of `shrink_bwd`.
+    """Writes or add the gradient of the mixture, from the partial sums of `shrink_bwd`.
 
     Args:
         partial: Of shape `[tiles * segments, Rp]`, float32: per tile and segment, the sum over
@@ -224,7 +224,7 @@ def mixture_grad(
 
 
 def sum_parts(parts: Tensor, out: Tensor) -> None:
-    """Fill `out` with the sum of `parts` [n, *out.shape], float32, over n; both contiguous."""
+    """Fills `out` with the sum of `parts` [n, *out.shape], float32, over n; both contiguous."""
     size = out.numel()
     _sum_parts_kernel[(cdiv(size, 1024),)](parts, out, parts.shape[0], size, BLOCK=1024)
 
@@ -240,7 +240,7 @@ def _factor_config(traits: DeviceTraits, itemsize: int, ranks: int) -> TileConfi
 
 
 def factor_grad(p: Tensor, x: Tensor, rows: list[tuple[int, int]], dtype: torch.dtype) -> Tensor:
-    """Return p[:, start:stop].T @ x for each range of rows, stacked: shape `[Rt, N]`, `dtype`.
+    """Returns p[:, start:stop].T @ x for each range of rows, stacked: shape `[Rt, N]`, `dtype`.
 
     Args:
         p: Of shape `[M, Rp]`, contiguous, Rp a multiple of 16, M > 0; its columns outside the

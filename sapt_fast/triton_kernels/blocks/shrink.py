@@ -183,7 +183,7 @@ def _shrink_bwd_kernel(
 def shrink_fwd(
     x: Tensor, factors: Sequence[Tensor], mixings: Sequence[Mixing], hs: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Fill each member's h with x @ lora_a.T and return it times the mixture weights.
+    """Fills each member's h with x @ lora_a.T and return it times the mixture weights.
 
     One launch serves up to `MAX_GROUP` members (two if few rows make it split the reduction).
 
@@ -261,7 +261,7 @@ def shrink_bwd(
     d_mixture: Tensor | None,
     accumulate: bool,
 ) -> ShrinkGrads:
-    """Return the weighted g = dy @ lora_b.T and the weighted h; fill or add to `d_mixture`.
+    """Returns the weighted g = dy @ lora_b.T and the weighted h; fill or add to `d_mixture`.
 
     Windows are ranges of columns, multiples of 16. All columns of g are computed for
     `d_mixture`, otherwise those of `gw_window`.

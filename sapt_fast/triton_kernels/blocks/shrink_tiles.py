@@ -207,7 +207,7 @@ def _shrink_config(
     gathers: bool,
     backward: bool,
 ) -> TileConfig:
-    """The tile for members of so many columns each."""
+    """Returns the tile for members of so many columns each."""
     columns = max(widths)
     if traits.capability == 0:
         return TileConfig(16, 16 if columns <= 16 else 32, 32, num_warps=4, num_stages=1)

@@ -219,7 +219,7 @@ class _TensorUnpickler(pickle.Unpickler):
                 return _FLOATS[global_name]
             kind = global_name.removesuffix("Storage")
             if kind in _OTHERS:
-                return Refused(f"of type {kind}")
+                return Refused(f"a tensor of type {kind}")
         if module_name in ("torch._utils", "torch._tensor"):
             if global_name in ("_rebuild_tensor", "_rebuild_tensor_v2"):
                 return _Call(_rebuild_tensor)

@@ -369,7 +369,7 @@ def test_settings_of_rows() -> None:
         (["ewc", "magic"], {}, "strategies: got 'magic', expected some of sapt"),
         (["ewc", "ewc"], {}, "strategies: got 'ewc' twice"),
         (["ewc"], {"lwf.strength": 1}, "set: got 'lwf.strength', expected one of the rows"),
-        (["ewc"], {"strenght": 1}, "ewc: strategy_options: 'ewc' has no 'strenght'"),
+        (["ewc"], {"strenght": 1}, "ewc: strategy_options: got 'strenght'"),
         (["ewc"], {"ewc.rows": 0}, "ewc: strategy_options: ewc.rows: got 0, expected at least 1"),
         (["ewc"], {"ewc.rows": float("inf")}, "ewc.rows: got inf, expected a whole number"),
         (["ewc"], {"steps": 0}, "ewc: steps: got 0"),
@@ -388,7 +388,7 @@ def test_bad_rows_are_named(names: list[str], values: dict[str, Any], message: s
     ("rows", "options", "message"),
     [
         ({}, {}, "rows: got none"),
-        ({"a/b": BASE}, {}, "rows: got 'a/b', expected a name fit for a folder"),
+        ({"a/b": BASE}, {}, "rows: got 'a/b', expected a valid folder name"),
         ({"alone": BASE}, {}, "rows: got 'alone'"),
         ({"one": make_settings(strategy="single")}, {}, "rows: got 'single' for 'one'"),
         ({"sapt": BASE}, {"seeds": ()}, "seeds: got none"),

@@ -271,7 +271,7 @@ def test_a_pseudo_sample_without_tokens_is_named(tmp_path: Path) -> None:
     rows = [{"input": text, "output": ""} for text in ("ab", "")]
     (folder / "train.json").write_text(json.dumps({"Definition": [], "Instances": rows}))
     settings = make_settings(replay=str(tmp_path))
-    with pytest.raises(ValueError, match=f"pseudo-samples: '{tasks[0].name}' has a row whose"):
+    with pytest.raises(ValueError, match=f"pseudo-samples: '{tasks[0].name}' has an example whose"):
         loop._Run(make_model("llama"), CharTokenizer(), tasks, settings)
     loop._Run(make_model("t5"), CharTokenizer(), tasks, settings)
 

@@ -180,7 +180,7 @@ def test_tensors_that_stand_in_are_read_and_left_alone():
 def test_nothing_is_added_while_other_tensors_stand_in():
     made = stack()
     made._parameters["trainable"] = torch.zeros(3, 4)
-    with pytest.raises(RuntimeError, match="replaced by other tensors"):
+    with pytest.raises(RuntimeError, match="other tensors have replaced"):
         made.append(1, torch.zero_)
     assert len(made) == 5
 

@@ -140,11 +140,11 @@ def _edit(folder, change):
 
 
 DAMAGES = {
-    "shape": (_shorten, ValueError, "prompt_embeddings is torch.float32 of shape"),
+    "shape": (_shorten, ValueError, "prompt_embeddings: got torch.float32 of shape"),
     "length": (
         lambda f: _edit(f, lambda d: d["config"].update(prompt_length=7)),
         ValueError,
-        "prompt_embeddings is torch.float32 of shape",
+        "prompt_embeddings: got torch.float32 of shape",
     ),
     "rank": (
         lambda f: _edit(f, lambda d: d["tasks"][0].update(rank=3)),

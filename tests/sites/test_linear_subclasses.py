@@ -139,7 +139,9 @@ def test_merge_adds_the_mixture_to_the_weight(kind):
 def test_merge_refuses_another_formula():
     model = with_tasks(MODELS["Scaled"]())
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=r"v_proj: the forward of Scaled is not its input times"):
+    with pytest.raises(
+        ValueError, match=r"v_proj: .* the forward of Scaled is not its input times"
+    ):
         model.sapt.merge(torch.ones(2))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     base = get_peft_model(MODELS["Scaled"](), LoraConfig(target_modules=["v_proj"]))
@@ -198,7 +200,7 @@ def resized(layer):
     [
         (Two, "Two returns tuple, expected one tensor"),
         (Wide, r"Wide returns \[1, 2, 19\] for an input \[1, 2, 32\], expected \[1, 2, 16\]"),
-        (Grouped, r"Grouped does not take an input \[1, 2, 32\]"),
+        (Grouped, r"Grouped does not support an input \[1, 2, 32\]"),
         (parametrised, "it is parametrised"),
         (resized, r"its weight has shape \(16, 32\), expected \(16, 5\)"),
     ],

@@ -76,10 +76,10 @@ SPOILED = {
     "truncated router": (lambda d: truncate(d / "router.safetensors"), ValueError, "truncated"),
     "truncated config": (lambda d: truncate(d / "sapt_config.json"), ValueError, "truncated"),
     "config is a list": (
-        lambda d: (d / "sapt_config.json").write_text("[]"), ValueError, "format_version is None"
+        lambda d: (d / "sapt_config.json").write_text("[]"), ValueError, "format_version: got None"
     ),
     "newer format": (
-        lambda d: edit_json(d, lambda x: x.update(format_version=2)), ValueError, "version is 2"
+        lambda d: edit_json(d, lambda x: x.update(format_version=2)), ValueError, "version: got 2"
     ),
     "unknown field": (lambda d: edit_json(d, lambda x: x.update(extra=1)), ValueError, "extra"),
     "unknown setting": (
@@ -98,13 +98,13 @@ SPOILED = {
     "no tasks": (lambda d: edit_json(d, lambda x: x.update(tasks=[])), ValueError, "got none"),
     "a task too few": (
         lambda d: edit_json(d, lambda x: x["tasks"].pop()),
-        ValueError, r"router\.safetensors, router: keys is",
+        ValueError, r"router\.safetensors, router: keys: got",
     ),
     "a task twice": (
         lambda d: edit_json(d, lambda x: x["tasks"].append(x["tasks"][0])), ValueError, "twice"
     ),
     "task outside the folder": (
-        lambda d: edit_json(d, lambda x: x["tasks"][0].update(name="../x")), ValueError, "no folder"
+        lambda d: edit_json(d, lambda x: x["tasks"][0].update(name="../x")), ValueError, "folder name"
     ),
     "task renamed": (
         lambda d: edit_json(d, lambda x: x["tasks"][1].update(name="task9")),
@@ -160,7 +160,7 @@ SPOILED = {
     ),
     "keys missing": (
         lambda d: edit_tensors(d / "router.safetensors", lambda t: t.pop("keys")),
-        ValueError, r"router\.safetensors, router: keys is",
+        ValueError, r"router\.safetensors, router: keys: got",
     ),
     "target of a wrong length": (
         lambda d: edit_tensors(
@@ -200,7 +200,7 @@ def test_spoiled_folder(name, is_patched, saved):
         (lambda: tiny("t5", seed=1), "same shape but other values"),
         (lambda: tiny("t5", d_model=40), "features of layer"),
         (lambda: tiny("t5", num_layers=3), "features of layer"),
-        (lambda: tiny("t5", vocab_size=98), "input embedding has shape"),
+        (lambda: tiny("t5", vocab_size=98), "shape of input embedding: got"),
     ],
     ids=["type", "values", "width", "depth", "vocabulary"],
 )
@@ -242,7 +242,7 @@ def test_a_failure_while_filling_leaves_the_model_unpatched(saved, monkeypatch):
 
 
 def test_nothing_to_save(tmp_path):
-    with pytest.raises(ValueError, match="no task yet"):
+    with pytest.raises(ValueError, match="got no task"):
         patched("t5", tasks=0).sapt.save_pretrained(tmp_path / "new")
     assert not (tmp_path / "new").exists()
 

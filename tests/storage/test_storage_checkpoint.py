@@ -218,7 +218,7 @@ def test_what_is_no_regular_file_of_sane_size(kind, file, saved):
         (lambda c: c["base_model"]["weights"]["input embedding"]["values"].__setitem__(0, 10**400),
          "base_model is incomplete"),
         (lambda c: c["tasks"][0].update(name="a\0b"), "expected a folder name"),
-        (lambda c: c["tasks"][0].update(name="\ud800"), "no JSON"),
+        (lambda c: c["tasks"][0].update(name="\ud800"), "not JSON"),
         (lambda c: c["tasks"][0].update(name="x" * 300), "expected a folder name"),
         (lambda c: c.update(method="grace"), "method is 'grace', which this version"),
         (lambda c: c.update(method="sapt_prompt"), "method: got 'sapt_prompt', expected 'sapt'"),

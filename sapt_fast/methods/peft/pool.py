@@ -12,13 +12,20 @@ from peft import PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from sapt_fast.devices import is_offloaded
 from sapt_fast.methods.base import Handle
 from sapt_fast.methods.config import MethodConfig
-from sapt_fast.methods.peft.layers import OnePass, mixes_by_arrow, pooled_kind
 from sapt_fast.methods.peft.looks import Weighed, can_be_read, is_traced, version_of, weigh
-from sapt_fast.methods.peft.parts import why_not_plain
-from sapt_fast.methods.peft.pooled import Pooled, pefts_kind
+from sapt_fast.methods.peft.placing import (
+    can_mix,
+    give_back,
+    give_class,
+    has_our_class,
+    has_poolable,
+    require_fitting,
+    require_no_others,
+    why_not,
+)
+from sapt_fast.methods.peft.pooled import Pooled
 from sapt_fast.methods.peft.switched import (
     admit,
     choice,
@@ -28,9 +35,9 @@ from sapt_fast.methods.peft.switched import (
     switched_parts,
     why_switched,
 )
-from sapt_fast.methods.peft.wrappers import CHOSEN_KINDS, Chosen, wrapped_kind
+from sapt_fast.methods.peft.wrappers import Chosen
 from sapt_fast.routing.hooks import Routing, require_unrouted
-from sapt_fast.sites.linear import become, runs_its_class
+from sapt_fast.sites.linear import runs_its_class
 from sapt_fast.sites.merging import Merged, static_weights
 from sapt_fast.sites.report import PatchReport
 from sapt_fast.sites.towers import tower_notes
@@ -129,18 +136,18 @@ class PeftHandle(Handle):
             raise ValueError(
                 f"model: got a PeftModel with adapters {kinds}, expected at least one of LoRA"
             )
-        _require_fitting(model)
+        require_fitting(model)
         return PatchReport(patched=[path for path, _ in switched_parts(model)])
 
     def attach(self, path: str) -> None:
         """Swaps the class of a PEFT layer or wrapper for ours."""
         part = self._model.get_submodule(path)
         if runs_its_class(part):
-            _swap(part, self)
+            give_class(part, self)
 
     def detach(self, path: str) -> None:
         """Restores the class of a PEFT layer or wrapper."""
-        _restore(self._model.get_submodule(path))
+        give_back(self._model.get_submodule(path))
 
     def places(self) -> list[str]:
         """Returns the paths of all modules with a class of ours, including later ones."""
@@ -150,7 +157,7 @@ class PeftHandle(Handle):
     def require_own(self) -> None:
         """Raises ValueError if another library has replaced a patched layer."""
         for path, layer in self._model.base_model.named_modules():
-            if "sapt_routing" in vars(layer) and not _is_ours(layer):
+            if "sapt_routing" in vars(layer) and not has_our_class(layer):
                 kind = type(layer)
                 raise ValueError(
                     f"{path}: got {kind.__module__}.{kind.__name__}, expected the layer that patch "
@@ -164,7 +171,7 @@ class PeftHandle(Handle):
             ValueError: if no layer can be computed in one pass.
         """
         self.realign()
-        if not any(_has_poolable(part) for _, part in self._parts):
+        if not any(has_poolable(part) for _, part in self._parts):
             raise ValueError(
                 f"model: no LoRA layer can be computed in one pass: {self.report.skipped}"
             )
@@ -196,10 +203,10 @@ class PeftHandle(Handle):
         """The layers that mix their adapters, and those that run through PEFT, with the reasons."""
         report = PatchReport()
         for path, part in switched_parts(self._model):
-            if isinstance(part, Pooled) and _can_mix(part):
+            if isinstance(part, Pooled) and can_mix(part):
                 report.patched.append(path)
             elif isinstance(part, BaseTunerLayer) or owners_of(part):
-                report.skipped[path] = _why_not(part)
+                report.skipped[path] = why_not(part)
         bases = _bases(self._model)
         inner = self._model.get_base_model()
         prefix = f"{_path_of(inner, self._model)}."
@@ -293,11 +300,11 @@ class PeftHandle(Handle):
                 "patched yet: run the model once without torch.compile"
             )
         if self.routing.merged is not None:
-            _require_no_others(self._model)
+            require_no_others(self._model)
         self._parts = switched_parts(self._model)
         for _, part in self._parts:
             if runs_its_class(part):
-                _swap(part, self)
+                give_class(part, self)
         self._configs = configs
 
     def names(self) -> tuple[str, ...]:
@@ -464,32 +471,6 @@ def _lora_names(model: Any) -> list[str]:
     return [name for name, config in configs if config.peft_type == PeftType.LORA]
 
 
-def _require_fitting(model: PeftModel) -> None:
-    """Raises ValueError if a plain adapter's matrices do not fit its linear layer."""
-    for path, layer in switched_parts(model):
-        if not issubclass(pooled_kind(type(layer)) or object, OnePass):
-            continue
-        inputs, outputs = layer.in_features, layer.out_features
-        for name in layer.lora_A:
-            if why_not_plain(layer, [name]) is not None:
-                continue  # runs through PEFT: block-diagonal matrices, say, have other shapes
-            if any(
-                stack[name].weight.is_meta and not is_offloaded(stack[name])
-                for stack in (layer.lora_A, layer.lora_B)
-            ) and is_offloaded(layer.get_base_layer()):
-                raise ValueError(
-                    f"{path}: adapter {name!r} has no values, because PEFT created it on the meta "
-                    "device, like the weights of the offloaded base model. Load it with "
-                    "PeftModel.from_pretrained, or let accelerate dispatch the PeftModel"
-                )
-            a, b = (stack[name].weight.shape for stack in (layer.lora_A, layer.lora_B))
-            if a[1:] != (inputs,) or b != (outputs, a[0]):
-                raise ValueError(
-                    f"{path}: adapter {name!r}: got A {tuple(a)} and B {tuple(b)}, expected "
-                    f"[r, {inputs}] and [{outputs}, r]; it belongs to another base model"
-                )
-
-
 class _Seen(threading.local):
     """What was read from the weights of this thread's forward.
 
@@ -522,22 +503,6 @@ class _Seen(threading.local):
         return type(self), ()
 
 
-def _require_no_others(model: PeftModel) -> None:
-    """Raises RuntimeError if layers that cannot be merged have adapters."""
-    for path, layer in switched_parts(model):
-        owned = isinstance(layer, (Pooled, Chosen)) or _own_kind(type(layer)) is not None
-        if not owned and owners_of(layer):
-            raise RuntimeError(
-                f"{path}: {_why_not(layer)}. It got adapters while a mixture is merged into the "
-                "base weights, and they would act in addition to it: call model.sapt.unmerge() "
-                "first, or delete these adapters"
-            )
-
-
-_UNPATCHED = "not patched yet"
-_REPLACED = "its forward was replaced by another library"
-
-
 def _bases(model: PeftModel) -> list[str]:
     """Returns the base models named by the adapters' configs; of paths, the last part."""
     named = {config.base_model_name_or_path for config in model.peft_config.values()}
@@ -546,62 +511,3 @@ def _bases(model: PeftModel) -> list[str]:
 
 def _path_of(module: nn.Module, model: nn.Module) -> str:
     return next(path for path, found in model.named_modules() if found is module)
-
-
-def _can_mix(layer: Any) -> bool:
-    return layer.sapt_why_not() is None or _by_arrow(layer)
-
-
-def _by_arrow(layer: Any) -> bool:
-    return isinstance(layer, OnePass) and mixes_by_arrow(layer)
-
-
-def _has_poolable(part: Any) -> bool:
-    """Returns whether one pass can compute some of the layer's adapters."""
-    if not isinstance(part, Pooled):
-        return False
-    return _by_arrow(part) or any(
-        part.sapt_why_not([name]) is None for name in part.sapt_adapters()
-    )
-
-
-def _own_kind(kind: type) -> type | None:
-    """Returns our subclass of PEFT's layer or wrapper class `kind`; None if it has none."""
-    return pooled_kind(kind) or CHOSEN_KINDS.get(kind)
-
-
-def _before(kind: type) -> type:
-    return wrapped_kind(kind) if issubclass(kind, Chosen) else pefts_kind(kind)
-
-
-def _is_ours(part: Any) -> bool:
-    """Returns whether the module still has the class that `_swap` gave it."""
-    kind = type(part)
-    return isinstance(part, (Pooled, Chosen)) and _own_kind(_before(kind)) is kind
-
-
-def _swap(part: Any, handle: PeftHandle) -> None:
-    """Swaps the class of a PEFT layer or wrapper for ours; connects copies to this handle."""
-    kind = type(part) if isinstance(part, (Pooled, Chosen)) else _own_kind(type(part))
-    if kind is None:
-        return
-    part.sapt_routing = handle.routing
-    if issubclass(kind, Chosen):
-        part.sapt_owners = handle.owners
-    else:
-        part.sapt_weighed = handle.weighed
-    become(part, kind)  # last: other threads may be running the layer
-
-
-def _restore(part: Any) -> None:
-    become(part, _before(type(part)))
-    for name in ("sapt_routing", "sapt_owners", "sapt_weighed"):
-        vars(part).pop(name, None)
-
-
-def _why_not(part: Any) -> str:
-    if not isinstance(part, (Pooled, Chosen)) and _own_kind(type(part)) is not None:
-        return _UNPATCHED if runs_its_class(part) else _REPLACED
-    if not isinstance(part, Pooled):
-        return why_switched(part)
-    return part.sapt_why_not() or _REPLACED

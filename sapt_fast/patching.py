@@ -32,8 +32,7 @@ def patch(
     Until the first `model.sapt.add_task(name)`, the model's output is unchanged.
 
     With `SaptConfig(adapter="prompt")` no layer changes: each input's mixture of prompts is
-    inserted before its embeddings. Masks, positions, labels and logits keep the length of its
-    tokens.
+    inserted before its embeddings. Masks, positions, labels and logits keep their lengths.
 
     The config of another method patches the model with that method, which has its own handle. One
     model supports several methods if they do not change the same place.
@@ -55,19 +54,18 @@ def patch(
         model.
 
     Raises:
-        TypeError: if model is neither a PreTrainedModel nor a PeftModel of one.
-        TypeError: if config is not the config of a method.
+        TypeError: if model or config has another type.
         ValueError: if no layer matches.
         ValueError: if the model is patched with another config.
         ValueError: if it is patched with a method that changes the same place, or that also mixes
             by weights of the forward.
         ValueError: if the first dimension of its layers' inputs is not the batch.
         ValueError: if it has no table of token embeddings, or does not support prompts.
-        ValueError: if it is sharded, or not initialised (LazyLinear).
-        ValueError: if accelerate's hooks would change adapters.
+        ValueError: if it is sharded, not initialised (LazyLinear), or has hooks of accelerate that
+            would change adapters.
         ValueError: if a PeftModel has no LoRA adapters, or config is not None for it.
-        ValueError: if the model contains PEFT's layers but is not a PeftModel.
-        ValueError: if hooks of an earlier patch are left on the model.
+        ValueError: if the model contains PEFT's layers but is not a PeftModel, or has hooks of an
+            earlier patch.
         ValueError: with `strict`, if a layer cannot be patched or a name matches no layer.
 
     Nothing has changed after an error.

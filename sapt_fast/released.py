@@ -75,8 +75,7 @@ def load_official(
 
     Adapters, keys and projection come from the last folder. The earlier folders must agree with
     it, and provide attention targets. A task has the name of its folder's parent, without the
-    leading number. Nothing in the files is executed. Everything is read and checked before the
-    model changes.
+    leading number. Nothing in the files is executed. All is checked before the model changes.
 
     Args:
         model: T5 or LLaMA; not patched, or patched and without tasks.
@@ -126,13 +125,7 @@ def load_official(
         raise ValueError(
             f"config: got r={config.r}, expected {rank}, the rank of the adapters in {last.folder}"
         )
-    layers = {part: _layer_path(model, *part) for part in last.adapters}
-    count = len(folders)
-    adapters: list[dict[str, Adapter]] = [{} for _ in folders]
-    for part, newest_first in last.adapters.items():
-        for age, (a, b) in enumerate(newest_first):
-            scaling = config.lora_alpha / a.shape[0]
-            adapters[count - 1 - age][layers[part]] = (a, b.t(), scaling)
+    adapters = _by_task(model, last, config, len(folders))
     targets = {
         name: checkpoint.attention.flip(0) for name, checkpoint in zip(names, released, strict=True)
     }
@@ -151,6 +144,19 @@ def load_official(
         },
     )
     return install(model, stored)
+
+
+def _by_task(
+    model: PreTrainedModel, last: _Released, config: SaptConfig, count: int
+) -> list[dict[str, Adapter]]:
+    """Returns the adapters of each task, oldest first, by the path of each layer."""
+    layers = {part: _layer_path(model, *part) for part in last.adapters}
+    adapters: list[dict[str, Adapter]] = [{} for _ in range(count)]
+    for part, newest_first in last.adapters.items():
+        for age, (a, b) in enumerate(newest_first):
+            scaling = config.lora_alpha / a.shape[0]
+            adapters[count - 1 - age][layers[part]] = (a, b.t(), scaling)
+    return adapters
 
 
 def _task_names(folders: Sequence[Path]) -> list[str]:

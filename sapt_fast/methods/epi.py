@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sapt_fast.methods.sapt import SaptHandle
+from sapt_fast.methods.sapt_router import tokens_of_prompt
 from sapt_fast.methods.task_config import TaskConfig, require
 
 __all__ = ["EpiConfig", "EpiHandle"]
@@ -95,7 +96,7 @@ class EpiHandle(SaptHandle):
             raise ValueError("input_ids: got None, expected [B, T]: they decide the task")
         given = inputs.get("attention_mask")
         mask = torch.ones_like(ids) if given is None else given
-        chosen = self._of_prompt(given, inputs.get("labels"))
+        chosen = tokens_of_prompt(self._model, given, inputs.get("labels"))
         mask = mask if chosen is None else mask * chosen
         return F.one_hot(self.distances(self.features(ids, mask)).argmin(1), count).float()
 

@@ -18,7 +18,12 @@ from transformers.pytorch_utils import Conv1D
 
 from sapt_fast.devices import execution_device
 from sapt_fast.methods.config import MethodConfig
-from sapt_fast.methods.sapt_router import SaptRouter, only_looks_up, router_shapes
+from sapt_fast.methods.sapt_router import (
+    SaptRouter,
+    only_looks_up,
+    router_shapes,
+    tokens_of_prompt,
+)
 from sapt_fast.methods.task_config import TaskConfig
 from sapt_fast.methods.tasks import TaskHandle
 from sapt_fast.ops import transforms
@@ -459,25 +464,11 @@ class SaptHandle(TaskHandle):
                 f"attention_mask: got {got}, expected [B, T]: the router reads the padding from "
                 "it; or run inside model.sapt.fixed(model.sapt.route(input_ids, padding_mask))"
             )
-        chosen = self._of_prompt(attention_mask, labels)
+        chosen = tokens_of_prompt(self._model, attention_mask, labels)
         if chosen is not None:
             mask = chosen.to(torch.int64) if mask is None else chosen * mask
         embedding = self._model.get_input_embeddings()
         return self.router.pool(embedding, input_ids, inputs_embeds, mask)
-
-    def _of_prompt(self, attention_mask: Tensor | None, labels: Tensor | None) -> Tensor | None:
-        """Returns whether each token is part of the prompt, [B, T]; None if labels do not say."""
-        causal = self._model.can_generate() and not self._model.config.is_encoder_decoder
-        if labels is None or not causal:
-            return None
-        prompt = labels == -100
-        real = torch.ones_like(prompt)
-        if isinstance(attention_mask, Tensor) and attention_mask.shape == labels.shape:
-            real = attention_mask.to(torch.bool)
-        # Padding and the first token, which is never predicted, do not count: their labels are -100
-        # anyway. A row without any other prompt token (language modelling) is pooled whole.
-        later = real & (real.cumsum(1) > 1)
-        return prompt | ~(prompt & later).any(1, keepdim=True)
 
     def _add_key(self) -> None:
         self.router.add_key()

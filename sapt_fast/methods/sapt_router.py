@@ -17,7 +17,7 @@ from sapt_fast.ops.route import (
 from sapt_fast.pools.rows import RowStack
 from sapt_fast.pools.sharding import is_partitioned
 
-__all__ = ["SaptRouter", "only_looks_up", "router_shapes"]
+__all__ = ["SaptRouter", "only_looks_up", "router_shapes", "tokens_of_prompt"]
 
 
 class RouterConfig(Protocol):
@@ -196,3 +196,24 @@ def router_shapes(width: int, config: RouterConfig) -> dict[str, tuple[int, ...]
     """Returns the shapes of a router's state_dict, without its keys."""
     empty = SaptRouter(width, config, device=torch.device("meta"))
     return {n: tuple(t.shape) for n, t in empty.state_dict().items() if not n.startswith("keys.")}
+
+
+def tokens_of_prompt(
+    model: Any, attention_mask: Tensor | None, labels: Tensor | None
+) -> Tensor | None:
+    """Returns whether each token is part of the prompt, [B, T]; None if labels do not say.
+
+    Args:
+        model: labels say it for a decoder-only model.
+        attention_mask, labels: [B, T], as the model is given them.
+    """
+    if labels is None or model.config.is_encoder_decoder or not model.can_generate():
+        return None
+    prompt = labels == -100
+    real = torch.ones_like(prompt)
+    if isinstance(attention_mask, Tensor) and attention_mask.shape == labels.shape:
+        real = attention_mask.to(torch.bool)
+    # Padding and the first token, which is never predicted, do not count: their labels are -100
+    # anyway. A row without any other prompt token (language modelling) is pooled whole.
+    later = real & (real.cumsum(1) > 1)
+    return prompt | ~(prompt & later).any(1, keepdim=True)

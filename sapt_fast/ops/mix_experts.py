@@ -51,9 +51,7 @@ def mix_experts(
     sparse_grad: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """Computes the weighted sum of the selected experts' outputs.
-
-    Differentiable in every float input.
+    """Computes the weighted sum of the selected experts' outputs; differentiable in every float.
 
     Args:
         x: [M, I]; float32, float16 or bfloat16, on a CPU also float64.

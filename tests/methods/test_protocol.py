@@ -264,7 +264,7 @@ class TestBesideSapt:
         sapt_fast.patch(model, SaptConfig(r=2, target_modules="all-linear"))
         assert not any("sapt_output_gate" in path for path in model.sapt.report.patched)
         sapt_fast.unpatch(model, "sapt")
-        with pytest.raises(ValueError, match="leaves no layer"):
+        with pytest.raises(ValueError, match="selects no layer"):
             sapt_fast.patch(model, SaptConfig(r=2, target_modules=["inside"]))
 
 

@@ -5,7 +5,9 @@ then left out, forward and backward. Reading a GPU's weights waits for all its p
 is done only for modules that run one adapter's copy.
 """
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -24,6 +26,38 @@ class Weighed(NamedTuple):
     adapters: tuple[str, ...]
     weights: Tensor
     admitted: bool = False
+
+
+class Seen(threading.local):
+    """What was read from the weights of this thread's forward.
+
+    Attributes:
+        weights: the tensor that was read.
+        at: its version, and the adapters' names at that time.
+        weighed: the adapters that have weight.
+        named: whether the forward has `adapter_names`, which override a router.
+    """
+
+    def __init__(self) -> None:
+        # Set from the start: an attribute that is added later would cause a recompilation.
+        self.weights: Tensor | None = None
+        self.at: tuple[int, tuple[str, ...]] | None = None
+        self.weighed: Weighed | None = None
+        self.named = False
+
+    @contextmanager
+    def by_name(self, hooks: AbstractContextManager[None]) -> Iterator[None]:
+        """Runs PEFT's hooks for `adapter_names`, and removes them even after an error."""
+        hooks.__enter__()
+        before, self.named = self.named, True
+        try:
+            yield
+        finally:
+            self.named = before
+            hooks.__exit__(None, None, None)
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(self), ()
 
 
 def can_be_read(weights: Tensor) -> bool:

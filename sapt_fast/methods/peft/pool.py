@@ -1,9 +1,8 @@
 """The handle of PEFT models, whose LoRA adapters are computed as one pool."""
 
 import operator
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from sapt_fast.methods.base import Handle
 from sapt_fast.methods.config import MethodConfig
-from sapt_fast.methods.peft.looks import Weighed, can_be_read, is_traced, version_of, weigh
+from sapt_fast.methods.peft.looks import Seen, Weighed, can_be_read, is_traced, version_of, weigh
 from sapt_fast.methods.peft.placing import (
     can_mix,
     give_back,
@@ -102,7 +101,7 @@ class PeftHandle(Handle):
         self._configs: list[Any] = []
         self._parts: list[tuple[str, Any]] = []
         self._any_obstacle = False
-        self._seen = _Seen()
+        self._seen = Seen()
         self.register_module("router", None)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -469,38 +468,6 @@ class _FunctionRouter(nn.Module):
 def _lora_names(model: Any) -> list[str]:
     configs = model.peft_config.items()
     return [name for name, config in configs if config.peft_type == PeftType.LORA]
-
-
-class _Seen(threading.local):
-    """What was read from the weights of this thread's forward.
-
-    Attributes:
-        weights: the tensor that was read.
-        at: its version, and the adapters' names at that time.
-        weighed: the adapters that have weight.
-        named: whether the forward has `adapter_names`, which override a router.
-    """
-
-    def __init__(self) -> None:
-        # Set from the start: an attribute that is added later would cause a recompilation.
-        self.weights: Tensor | None = None
-        self.at: tuple[int, tuple[str, ...]] | None = None
-        self.weighed: Weighed | None = None
-        self.named = False
-
-    @contextmanager
-    def by_name(self, hooks: AbstractContextManager[None]) -> Iterator[None]:
-        """Runs PEFT's hooks for `adapter_names`, and removes them even after an error."""
-        hooks.__enter__()
-        before, self.named = self.named, True
-        try:
-            yield
-        finally:
-            self.named = before
-            hooks.__exit__(None, None, None)
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return type(self), ()
 
 
 def _bases(model: PeftModel) -> list[str]:

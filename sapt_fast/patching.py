@@ -80,11 +80,7 @@ def patch(
         ['first']
     """
     given: Any = model
-    if config is not None and not isinstance(config, MethodConfig):
-        raise TypeError(
-            f"config: got {type(config).__name__}, expected a sapt_fast.SaptConfig or the config "
-            "of another method"
-        )
+    _require_config(config)
     if is_peft_model(model):
         if config is not None:
             raise ValueError(
@@ -105,6 +101,14 @@ def patch(
         return model
     _put_on(given, kind, kind.Config() if config is None else config, strict)
     return model
+
+
+def _require_config(config: object) -> None:
+    if config is not None and not isinstance(config, MethodConfig):
+        raise TypeError(
+            f"config: got {type(config).__name__}, expected a sapt_fast.SaptConfig or the config "
+            "of another method"
+        )
 
 
 def handle(model: nn.Module, config: type[MethodConfig[_Handle]]) -> _Handle:

@@ -252,6 +252,7 @@ def test_threads_do_not_mix_their_prompts(family):
 def test_compiled_training_step(family):
     depth = {"num_layers": 1} if family == "t5" else {"num_hidden_layers": 1}
     model = prompted(bare(family, **depth))
+    torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for seed in (11, 5):
         batch = batch_of(model, Padded(family == "t5", seed=seed))

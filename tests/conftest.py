@@ -74,3 +74,8 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    """Lets the interpreter free everything at its end, as nanobind asks."""
+    gc.unfreeze()

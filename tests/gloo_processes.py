@@ -73,6 +73,7 @@ def serve():
     for line in sys.stdin:
         failures = _start(cases, **json.loads(line))
         os.write(answers, (json.dumps(failures) + "\n").encode())
+    gc.unfreeze()  # nanobind reports what is left at the end
 
 
 def _start(cases, case, world, folder, timeout, options):

@@ -101,6 +101,7 @@ def main(root, names, places):
             left = sorted(path.name for path in (folder / "training").glob("*/*"))
             came[place] = [killed, left, in_child(name, folder)]
         report[name] = came
+    gc.unfreeze()
     print(json.dumps(report))
 
 

@@ -14,6 +14,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import gc
 import zlib
 from pathlib import Path
 
@@ -56,3 +57,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         seen.add(test)
         if not first and zlib.crc32(item.nodeid.encode()) % share:
             item.add_marker(pytest.mark.thorough)
+
+
+def pytest_collectstart() -> None:
+    """Collects no garbage while the tests are imported: there is next to none."""
+    gc.disable()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Keeps what is imported out of later garbage collections.
+
+    accelerate collects at the end of every training. Over all imported libraries that would take
+    as long as the training of a tiny model.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    """Lets the interpreter free everything at its end, as nanobind asks."""
+    gc.unfreeze()

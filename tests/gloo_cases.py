@@ -1,21 +1,35 @@
-"""What the tests run in one process and in two, with the same rows in every step."""
+"""What the tests run in one process and in two, with the same rows in every step.
+
+What a case needs is imported here: every process is forked from one that has it.
+"""
 
 import json
 import os
 from pathlib import Path
 
 import cpu_accelerate
+import matplotlib.pyplot  # noqa: F401  for the plots of a run
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
+from continual.test_trainer import patched, replays, trainer_of
 from peft import LoraConfig, get_peft_model
 from tiny_models import checkpointed, settings, tiny, token_ids
+from tiny_tasks import make_model, make_settings, make_tasks
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from typer.testing import CliRunner
 
 import sapt_fast
+from sapt_fast import cli
+from sapt_fast.continual.compare.compare import compare, settings_of_rows
+from sapt_fast.continual.data.sources import Source
+from sapt_fast.continual.run import loop
+from sapt_fast.demo.tasks import CharTokenizer
 from sapt_fast.pools.sharding import is_sharded, whole
 
 ROWS = 4  # of a step, over all processes
@@ -148,9 +162,6 @@ def train_amp(folder: Path, kind: str, half: str) -> None:
 
 def train_accelerate(folder: Path, kind: str) -> None:
     """Two tasks; where there are several processes accelerate shards the model, as on GPUs."""
-    from accelerate import Accelerator, FullyShardedDataParallelPlugin
-    from accelerate.utils import DistributedType
-
     model = build(kind)
     begin(model, 0)
     begin(model, 1)
@@ -267,8 +278,6 @@ def run_trainer(folder: Path, kind: str, resume: bool = False, how: str = "ddp")
 
     how: where there are several, "ddp", or as accelerate does it on GPUs "fsdp", "zero2", "zero3".
     """
-    from continual.test_trainer import patched, replays, trainer_of
-
     options = {
         "per_device_train_batch_size": 4 // world(), "gradient_accumulation_steps": 2,
         "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "data_seed": 1,
@@ -310,11 +319,6 @@ def _accelerate(how: str) -> None:
 
 def run_continual(folder: Path, name: str, stop: int | None = None) -> None:
     """A continual run over three tasks; killed before task `stop` is scored."""
-    from tiny_tasks import make_model, make_settings, make_tasks
-
-    from sapt_fast.continual.run import loop
-    from sapt_fast.demo.tasks import CharTokenizer
-
     own, calls = loop._Run.score_seen, []
 
     def watched(run, index):
@@ -339,12 +343,6 @@ def run_comparison(folder: Path, name: str) -> None:
 
 
 def _comparison(folder: Path, *rows: str) -> None:
-    from tiny_tasks import make_model, make_settings, make_tasks
-
-    from sapt_fast.continual.compare.compare import compare, settings_of_rows
-    from sapt_fast.continual.data.sources import Source
-    from sapt_fast.demo.tasks import CharTokenizer
-
     class Tiny(Source):
         def load_tasks(self):
             return make_tasks(2, train=8, held_out=2)
@@ -361,10 +359,6 @@ def _comparison(folder: Path, *rows: str) -> None:
 
 def run_commands(folder: Path) -> None:
     """What this process prints of `train`, `eval` and `compare`."""
-    from typer.testing import CliRunner
-
-    from sapt_fast import cli
-
     common = ("--model", "demo", "--benchmark", "demo", "--device", "cpu", "--no-progress")
     short = (*common, "--max-train", "8", "--max-eval", "4")
     steps = ("--steps", "1", "--max-target-length", "2")
@@ -386,17 +380,12 @@ def run_commands(folder: Path) -> None:
 
 def refuse_continual(folder: Path) -> None:
     """What several processes cannot do as one would."""
-    from tiny_tasks import make_model, make_settings, make_tasks
-
-    from sapt_fast.continual.run.loop import run_continual
-    from sapt_fast.demo.tasks import CharTokenizer
-
     for options, message in (
         ({"batch_size": 3}, "batch_size: got 3, expected a multiple of 2"),
         ({"strategy": "ewc"}, "strategy: 'ewc' does not support several processes"),
     ):
         with pytest.raises(ValueError, match=message):
-            run_continual(
+            loop.run_continual(
                 make_model("t5"), CharTokenizer(), make_tasks(), folder, make_settings(**options)
             )
     with pytest.raises(ValueError, match="strategy: 'ewc' does not support several processes"):

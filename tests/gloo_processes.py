@@ -4,6 +4,7 @@ Run as a script it imports everything once and then serves requests, one JSON li
 it forks a process per rank, so that a case starts in milliseconds.
 """
 
+import gc
 import json
 import os
 import signal
@@ -66,11 +67,13 @@ def serve():
     torch.set_num_threads(1)
     import gloo_cases as cases
 
+    gc.freeze()  # what is imported is no child's garbage, and its memory stays shared
     answers = os.dup(1)
     os.dup2(2, 1)  # what libraries print is no answer
     for line in sys.stdin:
         failures = _start(cases, **json.loads(line))
         os.write(answers, (json.dumps(failures) + "\n").encode())
+    gc.unfreeze()  # nanobind reports what is left at the end
 
 
 def _start(cases, case, world, folder, timeout, options):

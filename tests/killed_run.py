@@ -6,6 +6,7 @@ a forked child, the kills are SIGKILL. What the runs came to lies in <folder>/<r
 weights.safetensors.
 """
 
+import gc
 import json
 import os
 import signal
@@ -90,6 +91,7 @@ def in_child(name, folder, place=None):
 
 def main(root, names, places):
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported is no child's garbage
     report = {}
     for name in names:
         came = {"uninterrupted": in_child(name, root / name / "uninterrupted")}
@@ -99,6 +101,7 @@ def main(root, names, places):
             left = sorted(path.name for path in (folder / "training").glob("*/*"))
             came[place] = [killed, left, in_child(name, folder)]
         report[name] = came
+    gc.unfreeze()
     print(json.dumps(report))
 
 

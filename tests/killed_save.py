@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
-from tiny_models import patched, tiny
+from tiny_models import patched, shallow
 
 import sapt_fast
 
@@ -45,7 +45,7 @@ def save_and_die(model, folder, call):
 
 def main(root):
     torch.set_num_threads(1)
-    old, new = patched("t5", tasks=1), patched("t5", tasks=2)
+    old, new = (patched(shallow("t5"), tasks=count) for count in (1, 2))
     report = {"killed": 0, "old": 0, "new": 0, "previous": 0}
     folder = root / "saved"
     while True:
@@ -59,7 +59,7 @@ def main(root):
         found = folder if folder.exists() else root / ".saved.previous"
         report["previous"] += found != folder
         assert (found / "notes.txt").read_text() == "mine"
-        loaded = sapt_fast.load_pretrained(tiny("t5"), folder)
+        loaded = sapt_fast.load_pretrained(shallow("t5"), folder)
         version = "old" if loaded.sapt.tasks == ["task0"] else "new"
         report[version] += 1
         expected = (old if version == "old" else new).state_dict()
@@ -68,7 +68,7 @@ def main(root):
         assert set(os.listdir(found)) == names
 
         new.sapt.save_pretrained(folder)
-        assert sapt_fast.load_pretrained(tiny("t5"), folder).sapt.tasks == ["task0", "task1"]
+        assert sapt_fast.load_pretrained(shallow("t5"), folder).sapt.tasks == ["task0", "task1"]
         assert (folder / "notes.txt").read_text() == "mine"
         assert os.listdir(root) == ["saved"]
     print(json.dumps(report))

@@ -128,7 +128,14 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        # torchrun starts the same DDP as accelerate does with ddp.yaml.
+        pytest.param(name, marks=[pytest.mark.thorough] * (name == "torchrun"))
+        for name in LAUNCHERS
+    ],
+)
 def test_two_processes_train_what_one_does(launcher, run, tmp_path):
     """Each takes half of all rows in every step; the guide's ways to start them on a CPU.
 

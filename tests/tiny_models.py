@@ -113,6 +113,12 @@ def tiny(family: str, seed: int = 0, **config) -> PreTrainedModel:
     return FAMILIES[family](**config).eval()
 
 
+def shallow(family: str, seed: int = 0) -> PreTrainedModel:
+    """A `tiny` of one layer: compiling takes as long as there are layers."""
+    layers = "num_layers" if family.startswith("t5") else "num_hidden_layers"
+    return tiny(family, seed, **{layers: 1})
+
+
 def settings(**changed) -> sapt_fast.SaptConfig:
     """A config whose weights differ much from sample to sample."""
     return sapt_fast.SaptConfig(**{"r": RANK, "lora_alpha": 8, "temperature": 1.5, **changed})

@@ -112,7 +112,7 @@ def test_doctor_names_backends_and_reasons(monkeypatch: pytest.MonkeyPatch) -> N
         "torch",
         "transformers",
         "mixed_lora",
-        "router",
+        "route",
         "reference",
         "has no cuda kernel",
     ):

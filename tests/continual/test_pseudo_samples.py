@@ -239,18 +239,21 @@ def test_released_settings() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "strategy"), [("t5", "sapt"), ("llama", "sapt"), ("t5", "generative_replay")]
+    ("kind", "strategy", "count"),
+    [("t5", "sapt", 3), ("llama", "sapt", 2), ("t5", "generative_replay", 2)],
 )
-def test_a_run_generates_what_it_replays(kind: str, strategy: str, tmp_path: Path) -> None:
-    tasks = make_tasks(3)
+def test_a_run_generates_what_it_replays(
+    kind: str, strategy: str, count: int, tmp_path: Path
+) -> None:
+    tasks = make_tasks(count)
     options = make_settings(
         strategy=strategy, replay="generated", generator=GeneratorSettings(**{**QUICK, "steps": 5})
     )
     model = make_model(kind)
     results = run_continual(model, TOKENIZER, tasks, tmp_path, options)
-    assert results.scores.shape == (3, 3)
+    assert results.scores.shape == (count, count)
     folder = tmp_path / "pseudo_samples" / tasks[0].benchmark
-    assert sorted(p.name for p in folder.iterdir()) == sorted(t.name for t in tasks[:2])
+    assert sorted(p.name for p in folder.iterdir()) == sorted(t.name for t in tasks[:-1])
     # A later run may read them as a folder: the same samples, hence the same scores.
     again = replace(options, replay=str(tmp_path / "pseudo_samples"))
     repeated = run_continual(make_model(kind), TOKENIZER, tasks, tmp_path / "again", again)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
-from tiny_models import VOCABULARY, WIDTH, fill, patched, settings, tiny, token_ids
+from tiny_models import VOCABULARY, WIDTH, fill, patched, settings, shallow, token_ids
 from torch import nn
 
 import sapt_fast
@@ -225,9 +225,10 @@ def test_a_hook_on_each_layer_still_runs():
 
 
 def test_fullgraph_compile_with_groups():
-    model = patched("llama", target_modules=["q_proj", "v_proj", "gate_proj", "up_proj"])
+    targets = ["q_proj", "v_proj", "gate_proj", "up_proj"]
+    model = patched(shallow("llama"), target_modules=targets)
     assert groups(model)
-    assert tiny("llama").config.model_type in attach._ONE_INPUT_MODELS
+    assert model.config.model_type in attach._ONE_INPUT_MODELS
     ids = token_ids()
     expected = model(input_ids=ids, use_cache=False).logits
     torch._dynamo.reset()

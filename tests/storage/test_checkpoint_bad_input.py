@@ -104,7 +104,7 @@ SPOILED = {
         lambda d: edit_json(d, lambda x: x["tasks"].append(x["tasks"][0])), ValueError, "twice"
     ),
     "task outside the folder": (
-        lambda d: edit_json(d, lambda x: x["tasks"][0].update(name="../x")), ValueError, "folder name"
+        lambda d: edit_json(d, lambda x: x["tasks"][0].update(name="../x")), ValueError, "a folder"
     ),
     "task renamed": (
         lambda d: edit_json(d, lambda x: x["tasks"][1].update(name="task9")),

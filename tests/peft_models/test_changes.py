@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
-from tiny_models import shallow, token_ids
+from tiny_models import tiny, token_ids
 from tiny_peft import config, mixture, peft_model, pooled_layers, run
 
 import sapt_fast
@@ -54,7 +54,7 @@ CHANGES = {
     ("change", "ran"), [("add", False), ("to", False), ("deepcopy", False), ("set_scale", True)]
 )
 def test_a_compiled_forward_follows_changes(change, ran):
-    model, reference = (peft_model(base=shallow("llama")) for _ in range(2))
+    model, reference = (peft_model(base=tiny("llama")) for _ in range(2))
     sapt_fast.patch(model)
     if ran:
         with torch.no_grad():
@@ -70,7 +70,7 @@ def test_a_compiled_forward_follows_changes(change, ran):
 
 
 def test_what_one_graph_cannot_follow_is_refused():
-    model = add_new(sapt_fast.patch(peft_model(base=shallow("llama"))))
+    model = add_new(sapt_fast.patch(peft_model(base=tiny("llama"))))
     forward = compiled(model.get_base_model(), fullgraph=True)
     with torch.no_grad(), pytest.raises(Exception, match="adapters have changed"):
         forward(input_ids=token_ids(), use_cache=False)
@@ -82,7 +82,7 @@ def test_what_one_graph_cannot_follow_is_refused():
 
 def test_one_graph_follows_scalings_that_are_tensors():
     configs = [config("llama")]
-    models = [peft_model(configs=configs, base=shallow("llama")) for _ in range(2)]
+    models = [peft_model(configs=configs, base=tiny("llama")) for _ in range(2)]
     for model in models:
         prepare_model_for_compiled_hotswap(model, target_rank=8)
     model, reference = sapt_fast.patch(models[0]), models[1]

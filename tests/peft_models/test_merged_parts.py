@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from tiny_models import shallow, tiny, token_ids
+from tiny_models import tiny, token_ids
 from torch import nn
 
 import sapt_fast
@@ -93,7 +93,7 @@ def test_other_formulas_are_not_merged_into(part, why):
 
 
 def test_a_compiled_model_takes_the_head_of_each_call():
-    base, targets = shallow("llama"), ["q_proj"]
+    base, targets = tiny("llama"), ["q_proj"]
     plain = adapted(base, r=3, target_modules=targets, modules_to_save=["lm_head"])
     with torch.no_grad():
         plain.get_base_model().lm_head.modules_to_save["a1"].weight.normal_()

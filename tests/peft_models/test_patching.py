@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners import lora
 from peft.utils.hotswap import hotswap_adapter
-from tiny_models import checkpointed, shallow, tiny, token_ids
+from tiny_models import checkpointed, tiny, token_ids
 from tiny_peft import TARGETS, config, mixture, peft_model, pooled_layers, run
 from torch import nn
 
@@ -435,7 +435,7 @@ def test_what_cannot_be_patched_says_so():
 
 
 def test_fullgraph_compile_with_new_weights():
-    model = sapt_fast.patch(peft_model(base=shallow("llama")))
+    model = sapt_fast.patch(peft_model(base=tiny("llama")))
     expected = [run(model, mixture=w, use_cache=False) for w in (mixture(), mixture().flip(0))]
     torch._dynamo.reset()
     compiled = torch.compile(model.get_base_model(), fullgraph=True, backend="aot_eager")

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from tiny_models import checkpointed, error, fill, patched, run, shallow, tiny, token_ids
+from tiny_models import checkpointed, error, fill, patched, run, tiny, token_ids
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
@@ -158,7 +158,7 @@ class Loss(nn.Module):
 
 @pytest.mark.parametrize("family", ["t5", "llama"])
 def test_compiled_in_one_frame_with_new_weights_each_call(family):
-    model = patched(shallow(family))
+    model = patched(tiny(family))
     counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     eager, compiled = Loss(model), torch.compile(Loss(model), fullgraph=True, backend=counter)

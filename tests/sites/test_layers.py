@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
-from tiny_models import VOCABULARY, WIDTH, fill, patched, settings, shallow, token_ids
+from tiny_models import VOCABULARY, WIDTH, fill, patched, settings, tiny, token_ids
 from torch import nn
 
 import sapt_fast
@@ -226,7 +226,7 @@ def test_a_hook_on_each_layer_still_runs():
 
 def test_fullgraph_compile_with_groups():
     targets = ["q_proj", "v_proj", "gate_proj", "up_proj"]
-    model = patched(shallow("llama"), target_modules=targets)
+    model = patched(tiny("llama"), target_modules=targets)
     assert groups(model)
     assert model.config.model_type in attach._ONE_INPUT_MODELS
     ids = token_ids()

@@ -145,7 +145,7 @@ def test_merge_refuses_another_formula():
         model.sapt.merge(torch.ones(2))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     base = get_peft_model(MODELS["Scaled"](), LoraConfig(target_modules=["v_proj"]))
-    with pytest.raises(ValueError, match=r"v_proj: the forward of Scaled"):
+    with pytest.raises(ValueError, match=r"v_proj: .*the forward of Scaled"):
         sapt_fast.patch(base).sapt.merge(torch.ones(1))
 
 

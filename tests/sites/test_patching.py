@@ -14,7 +14,7 @@ from accelerate.hooks import (
     remove_hook_from_module,
 )
 from peft import LoraConfig, get_peft_model
-from tiny_models import FAMILIES, checkpointed, fill, patched, settings, shallow, tiny, token_ids
+from tiny_models import FAMILIES, checkpointed, fill, patched, settings, tiny, token_ids
 from torch import nn
 
 import sapt_fast
@@ -432,11 +432,11 @@ def test_half():
 
 def test_a_pool_moved_just_before_compiling():
     """A compiled forward does not realign, so `.to()` must have done it."""
-    model = patched(shallow("llama")).to(torch.float64)
+    model = patched(tiny("llama")).to(torch.float64)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(run(compiled), run(model))
-    other = patched(shallow("llama", seed=2), seed=2).double()
+    other = patched(tiny("llama", seed=2), seed=2).double()
     model.load_state_dict(copy.deepcopy(other.state_dict()), assign=True)
     assert torch.equal(run(model), run(other))
     torch.testing.assert_close(run(compiled), run(model))

@@ -263,7 +263,7 @@ class TestBadInput:
             sapt_fast.load_official(model, [])
         with pytest.raises(ValueError, match="expected distinct"):
             sapt_fast.load_official(model, [copied[0], copied[0]])
-        with pytest.raises(ValueError, match="r is 8"):
+        with pytest.raises(ValueError, match="config: got r=8"):
             sapt_fast.load_official(model, copied, SaptConfig.official("t5", "long_sequence"))
         config = SaptConfig.official("t5", "superni")
         config.standardize_query = True

@@ -84,7 +84,7 @@ MEMO = b"\x80\x02Nr" + struct.pack("<I", 2**32 - 1) + b"."
 HUGE_COUNT = (rb"(cpuq.)(K.|M..|J....)", lambda m: m[1] + b"\x8a\x05\0\0\0\0\x7f")
 SPOILED = {
     "stride 0": (entry(torch.zeros(1, 1).expand(10**9, 64)), "0.weight: got .* overlap in memory"),
-    "overlap": (entry(torch.arange(40.0).as_strided((10, 8), (1, 1))), "0.weight .* overlap"),
+    "overlap": (entry(torch.arange(40.0).as_strided((10, 8), (1, 1))), "0.weight: .* overlap"),
     "sparse": (entry(torch.eye(3).to_sparse()), "0.weight: got a sparse tensor"),
     "sparse rows": (entry(torch.eye(3).to_sparse_csr()), "0.weight: got a sparse tensor"),
     "meta": (entry(torch.empty(10**9, 64, device="meta")), "0.weight: got .*meta device"),

@@ -3,27 +3,20 @@
 y' = (1 + g) y,  g [O], zero at first, so that the model computes what it did
 """
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from sapt_fast.methods.base import Handle
 from sapt_fast.methods.config import MethodConfig
-from sapt_fast.sites.output import (
-    AtOutput,
-    attach_output,
-    detach_output,
-    find_outputs,
-    require_output,
-)
+from sapt_fast.methods.output import OutputHandle
+from sapt_fast.sites.output import AtOutput
 
 
 @dataclass
 class OutputGateConfig(MethodConfig["OutputGateHandle"]):
     width: int
-    target_modules: list[str] = field(default_factory=lambda: ["o"])
+    target_modules: tuple[str, ...] | list[str] = ("o",)
 
     @property
     def method(self) -> str:
@@ -39,42 +32,28 @@ class Gate(AtOutput):
         return output * (1 + self.gate)
 
 
-class OutputGateHandle(Handle):
+class OutputGateHandle(OutputHandle):
     Config = OutputGateConfig
     method = attribute = "output_gate"
-    site = "output"
 
-    @classmethod
-    def sites(cls, model, config):
-        return find_outputs(model, config.target_modules)
+    def make(self, path):
+        return Gate(self.config.width)
 
-    def attach(self, path: str) -> None:
-        attach_output(self._model, path, self.slot, Gate(self.config.width))
+    def gates(self):
+        return {path: module.gate for path, module in self.modules_at().items()}
 
-    def detach(self, path: str) -> None:
-        detach_output(self._model, path, self.slot)
-
-    def require_own(self) -> None:
-        for path in self.report.patched:
-            require_output(self._model, path, self.slot)
-
-    def gates(self) -> dict[str, nn.Parameter]:
-        layers = {path: self._model.get_submodule(path) for path in self.report.patched}
-        return {path: getattr(layer, self.slot).gate for path, layer in layers.items()}
-
-    def grow(self, name: str, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def grow(self, name, optimizer=None):
         self.tasks.append(name)
         for gate in self.gates().values():
             gate.requires_grad_(True)
 
-    def stored(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def stored(self):
         return {path: gate.data for path, gate in self.gates().items()}, {"tasks": self.tasks}
 
-    def restore(self, tensors, values) -> None:
-        if {n: t.shape for n, t in tensors.items()} != {
-            n: g.shape for n, g in self.gates().items()
-        }:
-            raise ValueError(f"tensors: got {sorted(tensors)}, expected gates of these layers")
+    def restore(self, tensors, values):
+        own, got = ({n: t.shape for n, t in x.items()} for x in (self.gates(), tensors))
+        if got != own:
+            raise ValueError(f"tensors: got {got}, expected {own}")
         for path, gate in self.gates().items():
             gate.data.copy_(tensors[path])
         for name in values["tasks"]:

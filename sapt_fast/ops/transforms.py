@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._C import _functorch
 from torch.autograd import forward_ad
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)
 _interpreters: Callable[[], object] = _functorch.peek_interpreter_stack
 
 
@@ -67,7 +67,7 @@ def values(tensor: Tensor) -> Tensor | None:
         return None
     while _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
-    return tensor if type(tensor) in _PLAIN and not tensor.is_meta else None
+    return tensor if type(tensor) in PLAIN and not tensor.is_meta else None
 
 
 def alive(tensor: Tensor | None) -> Tensor | None:

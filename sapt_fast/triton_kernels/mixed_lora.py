@@ -55,7 +55,9 @@ def mixed_lora_fwd(
         TypeError: x is not float32, float16 or bfloat16.
         ValueError: the tensors are not on a CUDA device (unless the interpreter runs).
     """
-    inputs = [x, mixture, *(t for each in projections for t in each if t is not None)]
+    inputs = [x, mixture]
+    for projection in projections:
+        inputs += [t for t in projection if t is not None]
     given = tuple([(p.weight is None, p.bias is None) for p in projections])
     kept = [True] * len(projections) + [keep_h] * len(projections)
     found: list[Any] = planned(
@@ -136,7 +138,8 @@ def mixed_lora_bwd(
         TypeError, ValueError: As in the forward.
     """
     inputs = [*dys, x, mixture]
-    inputs += [t for each in projections for t in each if t is not None]
+    for projection in projections:
+        inputs += [t for t in projection if t is not None]
     inputs += [h for h in hs if h is not None]
     given = tuple(
         [

@@ -17,6 +17,8 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Hashable, Sequence
+from itertools import accumulate
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -137,6 +139,15 @@ class _Address(NamedTuple):
 
 
 _Places = dict[int, _Address]  # by the address at which something was allocated
+_Choice = Callable[[list[Any]], tuple[Any, ...]]  # some of a list's values
+
+
+def _choice(numbers: Sequence[int]) -> _Choice:
+    """Gives the values of those numbers."""
+    if len(numbers) > 1:
+        return itemgetter(*numbers)
+    (only,) = numbers
+    return lambda values: (values[only],)
 
 
 class _Pointer(NamedTuple):
@@ -154,35 +165,11 @@ class _Descriptor(NamedTuple):
     base: _Address
     fields: dict[str, Any]
 
-    def at(self, bases: list[int]) -> TensorDescriptor:
+    def at(self, bases: list[Any]) -> TensorDescriptor:
         made = object.__new__(TensorDescriptor)
         pointer = _Pointer(bases[self.base.base] + self.base.offset)
         made.__dict__.update(self.fields, base=pointer)
         return made
-
-
-class _Launch(NamedTuple):
-    """A launch; the arguments at the places that are listed depend on the addresses."""
-
-    compiled: Any
-    grid: tuple[int, int, int]
-    args: list[Any]
-    addresses: list[tuple[int, int, int]]  # place, base, offset
-    tuples: list[tuple[int, list[_Address]]]
-    descriptors: list[tuple[int, _Descriptor]]
-
-    def run(self, bases: list[int], tensors: list[Tensor], stream: int) -> None:
-        compiled, grid, args, addresses, tuples, descriptors = self
-        args = args.copy()
-        for place, base, offset in addresses:
-            args[place] = bases[base] + offset
-        for place, members in tuples:
-            args[place] = tuple([bases[base] + offset for base, offset in members])
-        for place, descriptor in descriptors:
-            args[place] = descriptor.at(bases)
-        compiled.run(
-            *grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *args
-        )
 
 
 class _View(NamedTuple):
@@ -203,7 +190,7 @@ class _Product(NamedTuple):
     operands: list[_View]
     out: dict[str, _View]
 
-    def run(self, bases: list[int], tensors: list[Tensor], stream: int) -> None:
+    def run(self, tensors: list[Tensor], stream: int) -> None:
         with torch.no_grad():
             out = {name: view.of(tensors) for name, view in self.out.items()}
             self.function(*[view.of(tensors) for view in self.operands], **out)
@@ -218,37 +205,49 @@ class _Output(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """Bases of addresses are the inputs, the outputs that are kept, and the scratch memory."""
+    """Steps, each of which takes its arguments from one list of values.
 
-    steps: list[_Launch | _Product]
+    The list has the addresses of the inputs, of the outputs that are kept and of the scratch
+    memory (these are the bases), the tensors, the stream, and then what the other fields give.
+    """
+
     outputs: list[_Output | None]
     scratch: int  # bytes
+    addresses: list[_Address]
+    tuples: list[_Choice]
+    descriptors: list[_Descriptor]
+    constants: list[Any]
+    steps: list[tuple[Callable[..., Any], _Choice]]
 
-    def run(self, inputs: Sequence[Tensor], bases: list[int]) -> Results:
-        """Repeats the steps on inputs that are at `bases`, which grow by what is allocated."""
+    def run(self, inputs: Sequence[Tensor], values: list[Any]) -> Results:
+        """Repeats the steps on inputs that are at the addresses `values`, a list that grows."""
         x = inputs[0]
         driver = triton.runtime.driver.active
         device = driver.get_current_device()
         if x.get_device() not in (-1, device):
             with torch.cuda.device_of(x):
-                return self.run(inputs, bases)
-        tensors = list(inputs)
+                return self.run(inputs, values)
+        outputs, size, addresses, tuples, descriptors, constants, steps = self
+        tensors = [*inputs]
         results: Results = []
-        for output in self.outputs:
+        for output in outputs:
             if output is None:
                 results.append(None)
                 continue
-            size, dtype, view = output
-            made = x.new_empty(size, dtype=dtype)
+            made = x.new_empty(output[0], dtype=output[1])
             tensors.append(made)
-            bases.append(made.data_ptr())
+            values.append(made.data_ptr())
+            view = output[2]
             results.append(made if view is None else made.as_strided(*view))
-        if self.scratch:
-            scratch = x.new_empty(self.scratch, dtype=torch.uint8)
-            bases.append(scratch.data_ptr())
-        stream = driver.get_current_stream(device)
-        for step in self.steps:
-            step.run(bases, tensors, stream)
+        scratch = x.new_empty(size, dtype=torch.uint8)
+        values += (scratch.data_ptr(), tensors, driver.get_current_stream(device))
+        values += [values[base] + offset for base, offset in addresses]
+        values += [each(values) for each in tuples]
+        if descriptors:
+            values += [each.at(values) for each in descriptors]
+        values += constants
+        for step, chosen in steps:
+            step(*chosen(values))
         return results
 
 
@@ -322,31 +321,58 @@ class _Recording(TorchDispatchMode):
             if start not in places:
                 places[start] = _Address(base, scratch)
                 scratch += round_up(made.nbytes, _ALIGN)
-        steps: list[_Launch | _Product] = []
+        return self._numbered(outputs, scratch, base, places)
+
+    def _numbered(
+        self, outputs: list[_Output | None], scratch: int, base: int, places: _Places
+    ) -> _Plan:
+        """The plan, each step with the numbers of its values; `base` is that of the scratch."""
+        # A number is a pair of a section of the values and a place in it, until all is known.
+        moved: dict[_Address, int] = {}  # those behind the start of a base
+        tuples: dict[tuple[tuple[int, int], ...], int] = {}
+        descriptors: list[_Descriptor] = []
+        constants: list[Any] = []
+
+        def address(tensor: Any) -> tuple[int, int]:
+            found = self._address(tensor, places)
+            return (1, moved.setdefault(found, len(moved))) if found.offset else (0, found.base)
+
+        def argument(value: Any) -> tuple[int, int]:
+            if isinstance(value, Tensor):
+                return address(value)
+            if isinstance(value, tuple):
+                return 2, tuples.setdefault(tuple(map(address, value)), len(tuples))
+            if isinstance(value, TensorDescriptor):
+                fields = {name: each for name, each in vars(value).items() if name != "base"}
+                descriptors.append(_Descriptor(self._address(value.base, places), fields))
+                return 3, len(descriptors) - 1
+            constants.append(value)
+            return 4, len(constants) - 1
+
+        tensors, stream = (0, base + 1), (0, base + 2)
+        numbered: list[tuple[Callable[..., Any], list[tuple[int, int]]]] = []
         for what, first, second in self.steps:
             if what in _PRODUCTS:
-                steps.append(self._product(what, first, second, places, base))
-            else:
-                steps.append(self._launch(what, first, second, places))
-        return _Plan(steps, outputs, scratch)
-
-    def _launch(
-        self, compiled: Any, grid: tuple[int, int, int], args: list[Any], places: _Places
-    ) -> _Launch:
-        step = _Launch(compiled, grid, args, [], [], [])
-        for place, value in enumerate(args):
-            if isinstance(value, Tensor):
-                step.addresses.append((place, *self._address(value, places)))
-            elif isinstance(value, TensorDescriptor):
-                fields = {name: each for name, each in vars(value).items() if name != "base"}
-                descriptor = _Descriptor(self._address(value.base, places), fields)
-                step.descriptors.append((place, descriptor))
-            elif isinstance(value, tuple):
-                step.tuples.append((place, [self._address(t, places) for t in value]))
-            else:
+                product = self._product(what, first, second, places, base)
+                numbered.append((product.run, [tensors, stream]))
                 continue
-            args[place] = None  # keeps no tensor alive
-        return step
+            grid = [argument(side) for side in first]
+            constants.append(what.packed_metadata)
+            metadata = 4, len(constants) - 1
+            function, none = argument(what.function), argument(None)
+            rest = [argument(each) for each in second]
+            numbered.append(
+                (what.run, [*grid, stream, function, metadata, none, none, none, *rest])
+            )
+        starts = [0, *accumulate([base + 3, len(moved), len(tuples), len(descriptors)])]
+
+        def choice(numbers: Sequence[tuple[int, int]]) -> _Choice:
+            return _choice([starts[section] + at for section, at in numbers])
+
+        return _Plan(
+            outputs, scratch, [*moved], [choice(each) for each in tuples], descriptors, constants,
+            [(run, choice(numbers)) for run, numbers in numbered],
+        )  # fmt: skip
 
     def _product(
         self, function: Any, args: Any, kwargs: dict[str, Any], places: _Places, scratch: int

@@ -21,7 +21,8 @@ def require_tensors(**named: object) -> None:
 
 def autocasts(device: torch.device) -> bool:
     """Whether autocast is on for tensors of that device; torch raises when asked for meta's."""
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+    kind = device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

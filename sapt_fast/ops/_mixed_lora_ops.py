@@ -40,7 +40,7 @@ def differentiable(
     fields = _flattened(computed)
     train_a = [t for given in pooled for t in given.train_a]
     train_b = [t for given in pooled for t in given.train_b]
-    rows = [v for i, given in enumerate(pooled) for v in _triples(i, given.train_rows)]
+    rows = _triples([given.train_rows for given in pooled])
     options = rows, grad_through_frozen, backend or ""
     if _is_eager(x, mixture, *chain(*fields), *train_a, *train_b):
         weights, biases, *stacks = fields
@@ -113,20 +113,21 @@ def _projections(count: int, *fields: Sequence[Tensor]) -> list[Projection]:
     return [Projection(*values) for values in zip(*filled, strict=True)]
 
 
-def _triples(index: int, train_rows: list[int]) -> list[int]:
+def _triples(train_rows: Sequence[Sequence[int]]) -> list[int]:
     """[index, start, stop] of each range, flattened: how the registered ops take them."""
-    spans = zip(train_rows[::2], train_rows[1::2], strict=True)
-    return [value for start, stop in spans for value in (index, start, stop)]
+    triples: list[int] = []
+    for index, rows in enumerate(train_rows):
+        for start, stop in zip(rows[::2], rows[1::2], strict=True):
+            triples += (index, start, stop)
+    return triples
 
 
-def _rows_of(index: int, triples: Sequence[int]) -> list[int]:
-    """The ranges [start, stop, ...] of one projection."""
-    return [
-        value
-        for owner, *span in zip(triples[::3], triples[1::3], triples[2::3], strict=True)
-        for value in span
-        if owner == index
-    ]
+def _rows(count: int, triples: Sequence[int]) -> list[list[int]]:
+    """The ranges [start, stop, ...] of each of `count` projections."""
+    rows: list[list[int]] = [[] for _ in range(count)]
+    for at in range(0, len(triples), 3):
+        rows[triples[at]] += triples[at + 1 : at + 3]
+    return rows
 
 
 def _run_backward(
@@ -155,7 +156,7 @@ def _run_backward(
         ranks = [p._replace(weight=None, bias=None, lora_b=p.lora_b[:, :1]) for p in projections]
         hs = [h for _, h in guarded(kernels.mixed_lora_fwd, x)(x, mixture, ranks)]
     dx, d_mixture, factors = guarded(kernels.mixed_lora_bwd, x)(
-        dys, x, mixture, projections, hs, [_rows_of(i, train_rows) for i in range(len(dys))],
+        dys, x, mixture, projections, hs, _rows(len(dys), train_rows),
         needs_x, needs_mixture, grad_through_frozen,
     )  # fmt: skip
     return dx, d_mixture, [d_a for d_a, _ in factors], [d_b for _, d_b in factors]
@@ -245,7 +246,7 @@ def _backward_fake(
     *others: Any,
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
     def trained(stack: Tensor, index: int) -> Tensor:
-        spans = _rows_of(index, train_rows)
+        spans = _rows(len(lora_a), train_rows)[index]
         rows = sum(spans[1::2]) - sum(spans[::2])
         return stack.new_empty(rows, stack.shape[1]) if rows else x.new_empty(0)
 
@@ -303,7 +304,8 @@ def _gradients(
     d_a: dict[int, Tensor] = {}
     d_b: dict[int, Tensor] = {}
     if dys:
-        rows = [v for at, i in enumerate(dys) for v in _triples(at, _rows_of(i, ctx.train_rows))]
+        every = _rows(ctx.count, ctx.train_rows)
+        rows = _triples([every[i] for i in dys])
         dx, d_mixture, *factors = run(
             list(dys.values()), x, mixture, *([f[i] for i in dys] if f else [] for f in fields),
             rows, ctx.needs_x, ctx.needs_mixture, ctx.grad_through_frozen, ctx.backend,
@@ -341,13 +343,13 @@ def _differentiable_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[
 
     def formula(x: Tensor, mixture: Tensor, *others: Tensor) -> list[Tensor]:
         own, train_a, train_b = _split(others, sizes)
-        computed = _projections(count, own, (), *stacks)
+        computed, rows = _projections(count, own, (), *stacks), _rows(count, ctx.train_rows)
         pooled = [
             PooledProjection(
                 projection,
                 _of_projection(i, train_a, ctx.train_rows),
                 _of_projection(i, train_b, ctx.train_rows),
-                _rows_of(i, ctx.train_rows),
+                rows[i],
             )
             for i, projection in enumerate(computed)
         ]
@@ -399,7 +401,10 @@ def _by_range(
     for (owner, start, stop), need in zip(triples, needed, strict=True):
         first = done.get(owner, 0)
         done[owner] = last = first + stop - start
-        parts.append(grads[owner][first:last] if need and owner in grads else None)
+        grad = grads.get(owner) if need else None
+        if grad is not None and grad.shape[0] != stop - start:
+            grad = grad[first:last]
+        parts.append(grad)
     return parts
 
 

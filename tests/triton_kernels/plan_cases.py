@@ -252,6 +252,13 @@ def never_stale(launches: list[Any]) -> None:
     hooks.remove(hook)
     assert took_plan(x, mixture, projections)
     print("hooks ok")
+    known, plans._KNOWN_PARAMETERS = plans._KNOWN_PARAMETERS, ()
+    plans.forget()
+    assert [took_plan(x, mixture, projections) for _ in range(3)] == [False] * 3
+    plans._KNOWN_PARAMETERS = known
+    plans.forget()
+    assert [took_plan(x, mixture, projections) for _ in range(3)] == [False, False, True]
+    print("a launcher that is not known ok")
     wide = torch.ones(2 * 256, 256, dtype=torch.bfloat16)
     others = {
         "more rows": drawn(Case("", rows=8))[:3],

@@ -32,10 +32,10 @@ from sapt_fast.triton_kernels.blocks.common import round_up
 
 _MOST_PLANS = 4096
 _ALIGN = 256  # bytes, as torch's allocator on a GPU
-_PARAMETERS = (
-    "gridX", "gridY", "gridZ", "stream", "function", "kernel_metadata", "launch_metadata",
-    "launch_enter_hook", "launch_exit_hook", "args",
-)  # fmt: skip
+# What Triton's launchers call their parameters, from 3.4 on and later: the values are the same.
+_GRID = "gridX", "gridY", "gridZ", "stream", "function"
+_HOOKS = "kernel_metadata", "launch_metadata", "launch_enter_hook", "launch_exit_hook"
+_KNOWN_PARAMETERS = (*_GRID, "args"), (*_GRID, *_HOOKS, "args")
 
 _aten = torch.ops.aten
 _ALLOCATIONS = (_aten.new_empty.default, _aten.empty.memory_format)
@@ -150,10 +150,11 @@ def _choice(numbers: Sequence[int]) -> _Choice:
     return lambda values: (values[only],)
 
 
-class _Pointer(NamedTuple):
+class _Pointer:
     """What stands for the tensor in a descriptor."""
 
-    address: int
+    def __init__(self, address: int) -> None:
+        self.address = address
 
     def data_ptr(self) -> int:
         return self.address
@@ -284,8 +285,8 @@ class _Recording(TorchDispatchMode):
         values = [*args, *(meta[name] for name in names[len(args) :] if name in meta)]
         known = all(hasattr(compiled, n) for n in ("run", "function", "packed_metadata"))
         if known and not kernel.pre_run_hooks and len(values) == len(names):
-            parameters = tuple(inspect.signature(compiled.run).parameters)
-            self.plannable &= parameters == _PARAMETERS
+            parameters = tuple(inspect.signature(type(compiled.run).__call__).parameters)
+            self.plannable &= parameters[1:] in _KNOWN_PARAMETERS
             self.steps.append((compiled, (*grid, 1, 1)[:3], values))
         else:
             self.plannable = False

@@ -8,7 +8,7 @@ eager calls on plain tensors take a `torch.autograd.Function` over the same kern
 """
 
 from collections.abc import Callable, Sequence
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ def _is_eager(*tensors: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
-        and all(type(t) in transforms.PLAIN for t in tensors)
+        and transforms.PLAIN.issuperset(map(type, tensors))
     )
 
 
@@ -378,8 +378,8 @@ def _of_projection(index: int, values: Sequence[Tensor], triples: Sequence[int])
 
 def _split(values: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
     """Parts of those sizes, one after the other."""
-    left = iter(values)
-    return [[next(left) for _ in range(size)] for size in sizes]
+    stops = [*accumulate(sizes)]
+    return [[*values[stop - size : stop]] for size, stop in zip(sizes, stops, strict=True)]
 
 
 def _chunks(values: Sequence[Any], size: int) -> list[Sequence[Any]]:

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch._C import _functorch
 from torch.autograd import forward_ad
 
-PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = frozenset((Tensor, torch.nn.Parameter))
+"""Kinds of tensor that nothing but torch itself gives a meaning to."""
 _interpreters: Callable[[], object] = _functorch.peek_interpreter_stack
 
 

@@ -1,15 +1,15 @@
-"""Launch plans: the launches of a function, repeated without asking Triton and torch again.
+"""Launch plans: the kernel launches of a function, recorded once and repeated.
 
 `JITFunction.run` takes longer on the host than a small kernel on the GPU: it binds the arguments,
-looks at each of them and hashes what it saw. All of that depends on the sizes, strides, dtypes and
-alignment of the inputs alone. So the second call of a kind runs as ever and is recorded, and from
-the third on a plan repeats its launches through the compiled kernels, with the same grids and
-arguments, on new outputs and one new block of memory for everything in between.
+inspects each of them and hashes the result. That result depends only on sizes, strides, dtypes and
+alignment of the inputs. So the second call with the same of these is recorded. Later calls repeat
+its launches through the compiled kernels, with the same grids and arguments, on new outputs and one
+new block of scratch memory.
 
-A plan is made only of what it can repeat: launches by `launch`, products by torch into the outputs,
-allocations and views. A call that does anything else is never planned, nor is one in the
-interpreter, with launch hooks, or where Triton's launchers have other parameters. Triton's settings
-are those of the recorded call.
+A plan can repeat launches by `launch`, products by torch into the outputs, allocations and views. A
+call that does anything else is never planned. Neither is a call in the interpreter, a call with
+launch hooks, or one where Triton's launchers have other parameters. Triton's settings are those of
+the recorded call.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def forget() -> None:
 
 
 def _is_hooked() -> bool:
-    """Whether a profiler wants to hear of launches."""
+    """Whether a launch hook is set, as profilers do."""
     runtime = triton.knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
@@ -317,6 +317,8 @@ class _Recording(TorchDispatchMode):
             outputs.append(_Output(tuple(made.shape), made.dtype, view))
             places[start] = _Address(base, 0)
             base += 1
+        if len({made.device for made in self.made.values()}) > 1:
+            raise _UnplannableError
         scratch = 0
         for start, made in self.made.items():
             if start not in places:

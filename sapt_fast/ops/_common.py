@@ -32,7 +32,8 @@ def require_ids_of_table(input_ids: Tensor, table: Tensor) -> None:
 
 def autocasts(device: torch.device) -> bool:
     """Returns whether autocast is on for tensors of a device; torch raises for meta."""
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+    kind = device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -35,7 +35,6 @@ from sapt_fast.ops.rank_table import (
 )
 
 DISPATCH = dispatch.Op(few_rows=(64, 64))
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def mixed_lora_linear(
@@ -260,8 +259,12 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _eager_inference(x: Tensor) -> bool:
-    """Returns whether to bypass torch's dispatcher, which costs more than a small op."""
-    return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and type(x) in _PLAIN
+    """Whether to call the kernel past torch's dispatcher, which costs more than a small op."""
+    return (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and type(x) in transforms.PLAIN
+    )
 
 
 def _check_x(x: Tensor) -> None:
@@ -364,7 +367,7 @@ def _table(layout: tuple[int, ...], scaling: float | Tensor, x: Tensor) -> RankT
     if isinstance(scaling, Tensor):
         values = scaling.detach().to(device=x.device, dtype=dtype).expand(len(layout))
         return rank_table(layout, values, x.device, dtype)
-    traced = torch.compiler.is_compiling() or type(x) not in _PLAIN
+    traced = torch.compiler.is_compiling() or type(x) not in transforms.PLAIN
     if traced or transforms.active():  # a fake or wrapped table must not be kept
         return rank_table(layout, [scaling] * len(layout), x.device, dtype)
     return cached_table(layout, (float(scaling),) * len(layout), x.device, dtype)

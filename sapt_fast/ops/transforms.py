@@ -12,7 +12,8 @@ from torch import Tensor
 from torch._C import _functorch
 from torch.autograd import forward_ad
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = frozenset((Tensor, torch.nn.Parameter))
+"""Kinds of tensor that nothing but torch itself gives a meaning to."""
 _interpreters: Callable[[], object] = _functorch.peek_interpreter_stack
 
 
@@ -66,7 +67,7 @@ def values(tensor: Tensor) -> Tensor | None:
         return None
     while _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
-    return tensor if type(tensor) in _PLAIN and not tensor.is_meta else None
+    return tensor if type(tensor) in PLAIN and not tensor.is_meta else None
 
 
 def alive(tensor: Tensor | None) -> Tensor | None:

@@ -10,6 +10,7 @@ GEMMs take the route that `routes` chooses: one kernel, or the rank term first a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,9 @@ from sapt_fast.triton_kernels.blocks import common
 from sapt_fast.triton_kernels.blocks import gemm_variants as routes
 from sapt_fast.triton_kernels.blocks.common import round_up, with_unit_column_stride
 from sapt_fast.triton_kernels.blocks.gemm import RANK_ALIGN, two_source_gemm
+from sapt_fast.triton_kernels.blocks.plans import Results, planned
 from sapt_fast.triton_kernels.blocks.row_reduction import Mixing, factor_grad
-from sapt_fast.triton_kernels.blocks.shrink import Gate, shrink_bwd, shrink_fwd
+from sapt_fast.triton_kernels.blocks.shrink import Gate, readable_columns, shrink_bwd, shrink_fwd
 
 
 def empty_h(x: Tensor, total_rank: int) -> Tensor:
@@ -35,7 +37,7 @@ def empty_h(x: Tensor, total_rank: int) -> Tensor:
 
 def mixed_lora_fwd(
     x: Tensor, mixture: Tensor, projections: Sequence[Projection], keep_h: bool = True
-) -> list[tuple[Tensor, Tensor]]:
+) -> list[tuple[Tensor, Tensor | None]]:
     """Linear layers with one input, each with the mixture of all adapters of its pool.
 
     Args:
@@ -43,7 +45,7 @@ def mixed_lora_fwd(
         mixture: Of shape `[S, K]`, float32; S divides M, sample s owns rows s * M/S and on.
         projections: Weights in x's dtype with any strides (a transposed view is read in place)
             or None for the mixture alone; factors in x's dtype or float32.
-        keep_h: Without effect.
+        keep_h: False: h may be None, or anything.
 
     Returns:
         Of each projection y of shape `[M, O]`, contiguous, in x's dtype, and h = x @ lora_a.T of
@@ -53,10 +55,26 @@ def mixed_lora_fwd(
         TypeError: if x is not float32, float16 or bfloat16.
         ValueError: if the tensors are not on a CUDA device (unless the interpreter runs).
     """
+    inputs = [x, mixture]
+    for projection in projections:
+        inputs += [t for t in projection if t is not None]
+    given = tuple([(p.weight is None, p.bias is None) for p in projections])
+    kept = [True] * len(projections) + [keep_h] * len(projections)
+    found: list[Any] = planned(
+        ("forward", given, keep_h, routes.forced_route()),
+        inputs,
+        kept,
+        lambda: _forward(x, mixture, projections),
+    )
+    return list(zip(found[: len(projections)], found[len(projections) :], strict=True))
+
+
+def _forward(x: Tensor, mixture: Tensor, projections: Sequence[Projection]) -> Results:
+    """y of each projection, then h of each."""
     ys = [x.new_empty((x.shape[0], p.lora_b.shape[1])) for p in projections]
     hs = [empty_h(x, p.lora_a.shape[0]) for p in projections]
     if x.shape[0] == 0:
-        return list(zip(ys, hs, strict=True))
+        return [*ys, *hs]
     x, mixture = with_unit_column_stride(x), mixture.contiguous()
     ranked = [i for i, p in enumerate(projections) if p.lora_a.numel() > 0]
     if x.shape[1] == 0:
@@ -85,7 +103,7 @@ def mixed_lora_fwd(
         )
         if not written:
             y.zero_() if bias is None else y.copy_(bias)
-    return list(zip(ys, hs, strict=True))
+    return [*ys, *hs]
 
 
 def mixed_lora_bwd(
@@ -119,11 +137,43 @@ def mixed_lora_bwd(
     Raises:
         TypeError, ValueError: as in the forward.
     """
+    inputs = [*dys, x, mixture]
+    for projection in projections:
+        inputs += [t for t in projection if t is not None]
+    inputs += [h for h in hs if h is not None]
+    given = tuple(
+        [
+            (p.weight is None, p.bias is None, None if h is None else readable_columns(h), *rows)
+            for p, h, rows in zip(projections, hs, train_rows, strict=True)
+        ]
+    )
+    flags = needs_x, needs_mixture, grad_through_frozen
+    dx, d_mixture, *factors = planned(
+        ("backward", given, flags, routes.forced_route()),
+        inputs,
+        [True] * (2 + 2 * len(projections)),
+        lambda: _backward(dys, x, mixture, projections, hs, train_rows, *flags),
+    )
+    return dx, d_mixture, list(zip(factors[::2], factors[1::2], strict=True))
+
+
+def _backward(
+    dys: Sequence[Tensor],
+    x: Tensor,
+    mixture: Tensor,
+    projections: Sequence[Projection],
+    hs: Sequence[Tensor | None],
+    train_rows: Sequence[list[int]],
+    needs_x: bool,
+    needs_mixture: bool,
+    grad_through_frozen: bool,
+) -> Results:
+    """dx, d_mixture, then d_a and d_b of each projection."""
     dx = x.new_empty(x.shape) if needs_x else None
     d_mixture = mixture.new_empty(mixture.shape) if needs_mixture else None
     x, mixture = with_unit_column_stride(x), mixture.contiguous()
     x_written = mixture_written = False
-    factors: list[tuple[Tensor | None, Tensor | None]] = []
+    factors: Results = []
     for dy, projection, h, spans in zip(dys, projections, hs, train_rows, strict=True):
         dy = with_unit_column_stride(dy)
         lora_a, R = projection.lora_a, projection.lora_a.shape[0]
@@ -148,7 +198,7 @@ def mixed_lora_bwd(
                 mixture_written,
             )
             mixture_written = needs_mixture
-        factors.append(_factor_grads(gw, hw, x, dy, projection, trained))
+        factors += _factor_grads(gw, hw, x, dy, projection, trained)
         if dx is not None:
             weight = projection.weight
             x_written |= _product(
@@ -166,7 +216,7 @@ def mixed_lora_bwd(
         dx.zero_()
     if d_mixture is not None and not mixture_written:
         d_mixture.zero_()
-    return dx, d_mixture, factors
+    return [dx, d_mixture, *factors]
 
 
 def _factor_grads(

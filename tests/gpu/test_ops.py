@@ -8,7 +8,9 @@ import torch
 from checks import correctness
 from providers import Layer
 
-from sapt_fast.ops import mix_experts, topk_keys
+from sapt_fast.ops import mix_experts, mixed_lora_linear, topk_keys
+
+plans = pytest.importorskip("sapt_fast.triton_kernels.blocks.plans", reason="needs Triton")
 
 DEVICE = "cuda"
 pytestmark = [
@@ -42,6 +44,30 @@ def test_mixed_lora_against_float64(layer, dtype):
     assert "ours_triton" in report
     for name, row in report.items():
         assert row["ok"], (name, row["cases"])
+
+
+@pytest.mark.parametrize("rows", [1, 128, 2048])
+def test_launch_plans_give_the_same_bits(rows):
+    """The third call of a kind takes a plan; the first has ordinary launches."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, dtype=torch.bfloat16, device=DEVICE, generator=generator)
+
+    x, weight = normal(4, rows, 512), normal(256, 512)
+    lora_a, lora_b = normal(60, 512), normal(60, 256)
+    leaves = [t.requires_grad_() for t in (x, lora_a, lora_b, torch.rand(4, 15, device=DEVICE))]
+    dy = normal(4, rows, 256)
+    plans.forget()
+    results = []
+    for _ in range(3):
+        y = mixed_lora_linear(
+            x, weight, None, *leaves[1:], ranks=4, trainable=[14], backend="triton"
+        )
+        results.append((y.detach(), *torch.autograd.grad(y, leaves, dy)))
+    assert sum(plan is not None for plan in plans._plans.values()) == 2  # forward and backward
+    for first, third in zip(results[0], results[2], strict=True):
+        assert torch.equal(first, third)
 
 
 @torch.no_grad()

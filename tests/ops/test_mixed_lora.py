@@ -324,3 +324,23 @@ def test_training_after_the_first_call_ran_in_inference_mode(backend):
     with torch.inference_mode():
         mixed_lora_linear(*_leaves(inputs, backend).values(), ranks=(4, 7), backend=backend)
     _run(inputs, ranks=(4, 7), backend=backend)
+
+
+def test_eager_calls_and_the_registered_op_agree(backend):
+    """Only a mode sees the registered op: it is called through layers that cost time."""
+    inputs = _inputs((2, 5, 16), 8, (3, 5), torch.float32)
+    seen = []
+
+    class Watching(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **kwargs or {})
+
+    eager = _run(inputs, ranks=(3, 5), backend=backend)
+    assert registered._is_eager(*inputs.values())
+    with Watching():
+        assert not registered._is_eager(*inputs.values())
+        watched = _run(inputs, ranks=(3, 5), backend=backend)
+    names = {func._schema.name for func in seen}
+    assert {"sapt_fast::mixed_lora_fwd", "sapt_fast::mixed_lora_bwd"} <= names
+    torch.testing.assert_close(eager, watched, rtol=0, atol=0)

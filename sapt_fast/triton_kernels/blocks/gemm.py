@@ -20,6 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sapt_fast.triton_kernels.blocks import common
 from sapt_fast.triton_kernels.blocks.common import DeviceTraits, TileConfig, cdiv
+from sapt_fast.triton_kernels.blocks.plans import launch
 
 RANK_ALIGN = 16
 """Rank columns come in groups of 16: the shortest reduction of a matrix instruction, and enough
@@ -330,7 +331,8 @@ def two_source_gemm(
             _launch_by_descriptors(a, b, p, q, bias, y, lo, hi, traits, meta)
             return y
         tile = _pointer_config(traits, itemsize, M, N, aligned)
-        _gemm_kernel[(cdiv(M, tile.m) * cdiv(N, tile.n),)](
+        launch(
+            _gemm_kernel, (cdiv(M, tile.m) * cdiv(N, tile.n),),
             a, b, p, q, bias, y, M, N, K, 0 if q is None else q.shape[0], lo, hi,
             0 if a is None else a.stride(0),
             0 if b is None else b.stride(0), 0 if b is None else b.stride(1),
@@ -368,7 +370,8 @@ def _launch_by_descriptors(
         operands[2] = _descriptor(p, (M, hi * RANK_ALIGN), tile.m, block_r)
         operands[3] = _descriptor(q, (q.shape[0], N), block_r, tile.n)
     tiles = cdiv(M, tile.m) * cdiv(N, tile.n)
-    _gemm_tma_kernel[(min(tiles, traits.num_sms),)](
+    launch(
+            _gemm_tma_kernel, (min(tiles, traits.num_sms),),
         *operands, p, q, bias, y, _descriptor(y, (M, N), tile.m, tile.n), M, N, K,
         0 if q is None else q.shape[0], lo, hi,
         0 if p is None else p.stride(0), 0 if q is None else q.stride(0),

@@ -38,6 +38,7 @@ from torch import Tensor
 
 from sapt_fast.files.directories import atomic_write_text
 from sapt_fast.files.reading import CONFIG_BYTES, read_bytes
+from sapt_fast.triton_kernels.blocks import plans
 from sapt_fast.triton_kernels.blocks.common import DeviceTraits
 from sapt_fast.triton_kernels.blocks.gemm import expand_first_gemm, two_source_gemm
 
@@ -143,6 +144,11 @@ def run(
 
 
 _forced: Route | None = None
+
+
+def forced_route() -> Route | None:
+    """The route that `forced` has set."""
+    return _forced
 
 
 @contextmanager
@@ -255,6 +261,7 @@ def forget() -> None:
     """Drop what was read, so that a table recorded meanwhile is seen."""
     recorded.cache_clear()
     _choose.cache_clear()
+    plans.forget()
 
 
 def write_table(

@@ -18,6 +18,7 @@ from torch import Tensor
 from sapt_fast.triton_kernels.blocks import common
 from sapt_fast.triton_kernels.blocks.common import DeviceTraits, TileConfig, cdiv, round_up
 from sapt_fast.triton_kernels.blocks.gemm import RANK_ALIGN, is_absent
+from sapt_fast.triton_kernels.blocks.plans import launch
 
 
 @triton.jit(do_not_specialize=["S", "T", "K", "R", "tile_rows", "segments"])
@@ -204,7 +205,9 @@ def mixture_grad(
     tiles_per_sample = (T + tile_rows - 2) // tile_rows + 1
     block_t = 1 if tiles_per_sample <= 2 else 8 if tiles_per_sample <= 8 else 64
     block_s = 64 // block_t
-    _mixture_grad_kernel[(cdiv(S, block_s) * K,)](
+    launch(
+        _mixture_grad_kernel,
+        (cdiv(S, block_s) * K,),
         partial,
         mixing.row_adapter,
         mixing.mixture,
@@ -226,7 +229,7 @@ def mixture_grad(
 def sum_parts(parts: Tensor, out: Tensor) -> None:
     """Fills `out` with the sum of `parts` [n, *out.shape], float32, over n; both contiguous."""
     size = out.numel()
-    _sum_parts_kernel[(cdiv(size, 1024),)](parts, out, parts.shape[0], size, BLOCK=1024)
+    launch(_sum_parts_kernel, (cdiv(size, 1024),), parts, out, parts.shape[0], size, BLOCK=1024)
 
 
 def _factor_config(traits: DeviceTraits, itemsize: int, ranks: int) -> TileConfig:
@@ -270,7 +273,9 @@ def factor_grad(p: Tensor, x: Tensor, rows: list[tuple[int, int]], dtype: torch.
             sums = target
             if parts > 1:
                 sums = x.new_empty((parts, *target.shape), dtype=torch.float32)
-            _factor_grad_kernel[(grid[0], grid[1], parts)](
+            launch(
+                _factor_grad_kernel,
+                (grid[0], grid[1], parts),
                 p,
                 x,
                 sums,

@@ -25,6 +25,7 @@ from torch import Tensor
 from sapt_fast.triton_kernels.blocks import common
 from sapt_fast.triton_kernels.blocks.common import round_up
 from sapt_fast.triton_kernels.blocks.gemm import RANK_ALIGN
+from sapt_fast.triton_kernels.blocks.plans import launch
 from sapt_fast.triton_kernels.blocks.row_reduction import Mixing, mixture_grad
 from sapt_fast.triton_kernels.blocks.shrink_tiles import (
     MAX_GROUP,
@@ -223,7 +224,8 @@ def shrink_fwd(
     hw = x.new_empty((M, sum(widths)))
     with torch.cuda.device_of(x):
         plan = plan_shrink(x, factors, stride_ar, None, S, backward=False)
-        _shrink_fwd_kernel[(plan.tiles_m * plan.tiles_r,)](
+        launch(
+            _shrink_fwd_kernel, (plan.tiles_m * plan.tiles_r,),
             x, tuple(factors), plan.parts, plan.num_parts, mixings[0].mixture,
             tuple(mixing.row_adapter for mixing in mixings),
             tuple(mixing.row_scale for mixing in mixings), tuple(hs), hw, M, D, S, M // S, K,
@@ -295,12 +297,13 @@ def shrink_bwd(
         if d_mixture is not None:
             partial_rows = plan.tiles_m * plan.segments if plan.segments else M
             partial = dy.new_empty((partial_rows, columns), dtype=torch.float32)
-        _shrink_bwd_kernel[(plan.tiles_m * plan.tiles_r,)](
+        launch(
+            _shrink_bwd_kernel, (plan.tiles_m * plan.tiles_r,),
             dy, lora_b, plan.parts, plan.num_parts, *mixing, gate.scale, h, gw, hw, partial, M,
             D, R, S, M // S, K, window[0] // RANK_ALIGN, window[1] // RANK_ALIGN,
             gw_lo // RANK_ALIGN, gw_hi // RANK_ALIGN, train_lo // RANK_ALIGN,
             train_hi // RANK_ALIGN, gate.start, gate.stop,
-            0 if h is None else _readable_columns(h, columns), dy.stride(0), lora_b.stride(0),
+            0 if h is None else readable_columns(h), dy.stride(0), lora_b.stride(0),
             0 if h is None else h.stride(0), columns, **plan.tile.launch_options(),
             EVEN_K=D % plan.tile.k == 0, SEGMENTS=plan.segments,
             COMPUTE=common.compute_dtype(dy.dtype),
@@ -312,8 +315,9 @@ def shrink_bwd(
     return ShrinkGrads(gw, hw)
 
 
-def _readable_columns(h: Tensor, columns: int) -> int:
+def readable_columns(h: Tensor) -> int:
     """Columns of h that may be read: with its padding the loads are whole vectors."""
+    columns = round_up(h.shape[1], RANK_ALIGN)
     last = h.storage_offset() + (h.shape[0] - 1) * h.stride(0) + columns
     padded = h.stride(0) >= columns and last <= h.untyped_storage().nbytes() // h.element_size()
     return columns if padded else h.shape[1]

@@ -15,6 +15,7 @@ from torch import Tensor
 from sapt_fast.triton_kernels.blocks import common
 from sapt_fast.triton_kernels.blocks.common import DeviceTraits, TileConfig, cdiv, round_up
 from sapt_fast.triton_kernels.blocks.gemm import RANK_ALIGN
+from sapt_fast.triton_kernels.blocks.plans import launch
 
 _MAX_SEGMENTS = 4
 
@@ -281,7 +282,9 @@ def plan_shrink(
         steps_per_part = cdiv(steps, num_parts)
         num_parts = cdiv(steps, steps_per_part)
         parts = x.new_empty((num_parts, M, columns), dtype=torch.float32)
-        _split_kernel[(cdiv(M, tile.m) * tiles_r, num_parts)](
+        launch(
+            _split_kernel,
+            (cdiv(M, tile.m) * tiles_r, num_parts),
             x,
             tuple(factors),
             parts,

@@ -1,0 +1,278 @@
+"""Compares the launches of plans with those of ordinary calls; prints one line for each case.
+
+Runs in a process of its own, where Triton's launches end at a stub: see `host_path.stubbed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import host_path
+import torch
+import triton
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sapt_fast.ops.projection import Projection
+from sapt_fast.triton_kernels.blocks import gemm_variants, plans
+from sapt_fast.triton_kernels.mixed_lora import mixed_lora_bwd, mixed_lora_fwd
+
+
+@dataclass
+class Case:
+    """Sizes of a call; `planned` says whether a plan is expected for it."""
+
+    name: str
+    rows: int = 4
+    samples: int = 4
+    width: int = 256
+    ranks: int = 60
+    members: int = 2
+    dtype: torch.dtype = torch.bfloat16
+    factors: torch.dtype | None = None
+    weight: bool = True
+    bias: bool = False
+    train: tuple[int, ...] = (56, 60)
+    through: bool = True
+    shift: int = 0  # elements by which x is off its alignment
+    same: bool = False  # all members are one
+    route: Any = None
+    planned: bool = True
+
+
+CASES = [
+    Case("decode"),
+    Case("decode, one", members=1),
+    Case("bias and no frozen gradients", bias=True, through=False),
+    Case("without a base", weight=False),
+    Case("float32", dtype=torch.float32),
+    Case("float32 factors", factors=torch.float32),
+    Case("descriptors", rows=256, samples=2),
+    Case("many rows", rows=8192, samples=8, members=1),
+    Case("rows per sample", rows=96, samples=32),
+    Case("misaligned", shift=1),
+    Case("one tensor for all members", same=True),
+    Case("cuBLAS", rows=128, route=gemm_variants.EXPAND_FIRST),
+    Case("many members", members=9, ranks=8, train=(4, 8)),
+    Case("two ranges", train=(4, 8, 20, 24), through=False, planned=False),
+    Case("nothing trains", train=()),
+]
+
+
+class Products(TorchDispatchMode):
+    """Adds torch's products to the launches."""
+
+    def __init__(self, launches: list[Any]) -> None:
+        super().__init__()
+        self.launches = launches
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "mm" in func._schema.name:
+            self.launches.append((func._schema.name, (), (*args, *(kwargs or {}).values())))
+        return func(*args, **(kwargs or {}))
+
+
+def drawn(case: Case) -> tuple[Tensor, Tensor, list[Projection], list[Tensor]]:
+    """x, mixture, the projections and a gradient of each, in memory of their own."""
+
+    def new(*shape: int, dtype: torch.dtype = case.dtype, shift: int = 0) -> Tensor:
+        count = int(torch.tensor(shape).prod())
+        return torch.ones(count + shift, dtype=dtype)[shift:].view(shape)
+
+    factors = case.factors or case.dtype
+    made = []
+    for _ in range(case.members):
+        made.append(
+            Projection(
+                new(case.width, case.width) if case.weight else None,
+                new(case.width) if case.bias else None,
+                new(case.ranks, case.width, dtype=factors),
+                new(case.ranks, case.width, dtype=factors),
+                torch.zeros(case.ranks, dtype=torch.int32),
+                torch.ones(case.ranks),
+            )
+        )
+    projections = [made[0]] * case.members if case.same else made
+    x = new(case.rows, case.width, shift=case.shift)
+    dys = [new(case.rows, case.width) for _ in projections]
+    return x, torch.ones(case.samples, 3), projections, dys
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value if isinstance(value, (list, tuple)) else ()
+    return [t for part in parts for t in tensors_of(part)]
+
+
+class Comparison:
+    """Where the plan has what the ordinary call has, by the start of the memory there."""
+
+    def __init__(self, inputs: list[Tensor], allocated: list[tuple[int, int]]) -> None:
+        self.inputs = {t.data_ptr() for t in inputs}
+        self.allocated = allocated  # address and bytes of what the plan allocated
+        self.starts: dict[int, int] = {}
+        self.sizes: dict[int, int] = {}
+        self.descriptors: list[tuple[int, int]] = []
+
+    def pointer(self, ordinary: Tensor, planned: int) -> None:
+        address = ordinary.data_ptr()
+        if address in self.inputs:
+            assert planned == address
+            return
+        storage = ordinary.untyped_storage()
+        start = planned - (address - storage.data_ptr())
+        assert self.starts.setdefault(storage.data_ptr(), start) == start
+        self.sizes[start] = storage.nbytes()
+
+    def argument(self, ordinary: Any, planned: Any) -> None:
+        if isinstance(ordinary, Tensor):
+            if isinstance(planned, Tensor):
+                assert ordinary.shape == planned.shape
+                assert ordinary.stride() == planned.stride()
+                assert ordinary.dtype == planned.dtype
+                planned = planned.data_ptr()
+            self.pointer(ordinary, planned)
+        elif isinstance(ordinary, host_path.Filled):
+            assert ordinary.fields == planned.fields
+            self.descriptors.append((ordinary.address, planned.address))
+        elif isinstance(ordinary, (tuple, list)):
+            assert len(ordinary) == len(planned)
+            for pair in zip(ordinary, planned, strict=True):
+                self.argument(*pair)
+        else:
+            assert type(ordinary) is type(planned)
+            assert ordinary == planned, (ordinary, planned)
+
+    def finish(self) -> None:
+        """Nothing overlaps, and all of it is memory that the plan allocated."""
+        assert len(set(self.starts.values())) == len(self.starts)
+        spans = sorted((start, start + size) for start, size in self.sizes.items())
+        for (_, stop), (start, _) in pairwise(spans):
+            assert stop <= start
+        for start, stop in spans:
+            assert any(a <= start and stop <= a + size for a, size in self.allocated)
+        for ordinary, planned in self.descriptors:  # of tensors that kernels get as pointers too
+            if ordinary in self.inputs:
+                assert planned == ordinary
+            else:
+                start = max(start for start in self.starts if start <= ordinary)
+                assert planned - self.starts[start] == ordinary - start
+
+
+def watched(call: Callable[[], Any], launches: list[Any]) -> tuple[Any, list[Any], list[Any]]:
+    """Results, launches and allocations (address, bytes) of a call."""
+    launches.clear()
+    allocated = []
+    new_empty = Tensor.new_empty
+
+    def allocate(*args: Any, **kwargs: Any) -> Tensor:
+        made = new_empty(*args, **kwargs)
+        allocated.append(made)
+        return made
+
+    Tensor.new_empty = allocate
+    try:
+        with Products(launches):
+            results = call()
+    finally:
+        Tensor.new_empty = new_empty
+    return results, list(launches), allocated
+
+
+def compare(call: Callable[[], Any], inputs: list[Tensor], launches: list[Any]) -> bool:
+    """Whether the third call took a plan; raises AssertionError where it differs from the first."""
+    plans.forget()
+    want, ordinary, _kept = watched(call, launches)
+    watched(call, launches)
+    got, planned, allocated = watched(call, launches)
+    assert [(name, grid) for name, grid, _ in planned] == [(n, grid) for n, grid, _ in ordinary]
+    if not any(plans._plans.values()):
+        return False
+    spans = [(t.data_ptr(), t.untyped_storage().nbytes()) for t in allocated]
+    comparison = Comparison(inputs, spans)
+    for (_, _, first), (_, _, second) in zip(ordinary, planned, strict=True):
+        comparison.argument(first, second)
+    comparison.argument(tuple(want), tuple(got))
+    comparison.finish()
+    kernels = [args for name, _, args in planned if "mm" not in name]
+    return not any(isinstance(t, Tensor) for args in kernels for t in args)
+
+
+def check(case: Case, launches: list[Any]) -> None:
+    """Raises AssertionError where a plan's launches are not those of an ordinary call."""
+    x, mixture, projections, dys = drawn(case)
+    inputs = [x, mixture, *dys, *(t for p in projections for t in p if t is not None)]
+    spans = [list(case.train)] * case.members
+
+    def forward(keep_h: bool = True) -> Any:
+        return mixed_lora_fwd(x, mixture, projections, keep_h)
+
+    assert compare(forward, inputs, launches)
+    assert compare(lambda: [y for y, _ in forward(False)], inputs, launches)
+    hs = [h for _, h in forward()]
+
+    def backward() -> Any:
+        return mixed_lora_bwd(dys, x, mixture, projections, hs, spans, True, True, case.through)
+
+    assert compare(backward, [*inputs, *hs], launches) == case.planned
+
+
+def main() -> None:
+    """Checks every case."""
+    launches: list[Any] = []
+    with host_path.stubbed(launches):
+        for case in CASES:
+            gemm_variants._forced = case.route
+            check(case, launches)
+            print(case.name, "ok")
+        gemm_variants._forced = None
+        never_stale(launches)
+
+
+def never_stale(launches: list[Any]) -> None:
+    """A plan is for calls that differ in addresses alone, and for none that a profiler watches."""
+
+    def took_plan(x: Tensor, mixture: Tensor, projections: list[Projection]) -> bool:
+        _, found, _ = watched(lambda: mixed_lora_fwd(x, mixture, projections), launches)
+        return not isinstance(found[0][2][0], Tensor)
+
+    plans.forget()
+    x, mixture, projections, _ = drawn(Case("first"))
+    assert [took_plan(x, mixture, projections) for _ in range(3)] == [False, False, True]
+    assert took_plan(*drawn(Case("other memory"))[:3])
+    print("other memory ok")
+    hooks = triton.knobs.runtime.launch_enter_hook
+    hook = lambda metadata: None  # noqa: E731 - taken off again
+    hooks.add(hook)
+    assert not took_plan(x, mixture, projections)
+    hooks.remove(hook)
+    assert took_plan(x, mixture, projections)
+    print("hooks ok")
+    known, plans._KNOWN_PARAMETERS = plans._KNOWN_PARAMETERS, ()
+    plans.forget()
+    assert [took_plan(x, mixture, projections) for _ in range(3)] == [False] * 3
+    plans._KNOWN_PARAMETERS = known
+    plans.forget()
+    assert [took_plan(x, mixture, projections) for _ in range(3)] == [False, False, True]
+    print("a launcher that is not known ok")
+    wide = torch.ones(2 * 256, 256, dtype=torch.bfloat16)
+    others = {
+        "more rows": drawn(Case("", rows=8))[:3],
+        "other samples": drawn(Case("", samples=2))[:3],
+        "other alignment": drawn(Case("", shift=1))[:3],
+        "other ranks": drawn(Case("", ranks=56))[:3],
+        "a bias": drawn(Case("", bias=True))[:3],
+        "other strides": (x, mixture, [p._replace(weight=wide[::2]) for p in projections]),
+        "aliases": (x, mixture, [projections[0]] * 2),
+    }
+    for name, arguments in others.items():
+        assert not took_plan(*arguments), name
+        print(name, "ok")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,7 @@
 """Correctness and speed of the ops beside `mixed_lora`; sizes and device are arguments."""
 
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import cases
@@ -25,6 +25,7 @@ def checked(quick: bool, backend: str) -> list[OpCase]:
     return [c for c in given if backend in dispatch.backends(c.op) and c.fits(backend)]
 
 
+@checks.without_tf32()
 def correctness(
     device: str, cases: Iterable[OpCase], backend: str = "triton", dtypes: Any = DTYPES
 ) -> dict[str, dict[str, Any]]:
@@ -111,15 +112,18 @@ def speed(
     repeats: int,
     backend: str = "triton",
     dtype: torch.dtype = torch.bfloat16,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
     """Times of every op whose correctness held, and its rows of the table of targets.
+
+    Both grow by an op and are given again.
 
     Each op is timed by itself and as a CUDA graph, in bytes against a copy in the same run; where
     `gate` has a verdict of its CUDA kernels ("<op>_cuda") and it is good, by these too.
     """
     size = COPIED_BYTES_QUICK if quick else COPIED_BYTES
     copied = copy_bytes_per_second(device, size, repeats)
-    rows, targets = [], []
+    result: dict[str, Any] = {"copy_bytes_per_second": copied, "rows": []}
+    targets: list[dict[str, Any]] = []
     for timed in cases.gathered("TIMED"):
         case = timed.quick if quick else timed.full
         row: dict[str, Any] = {"op": case.op, "case": str(case), "dtype": str(dtype)}
@@ -130,14 +134,14 @@ def speed(
             row |= _guarded(_op_times, case, dtype, device, backends, repeats, copied)
         else:
             row["not_measured"] = "its correctness check failed"
-        rows.append(row)
+        result["rows"].append(row)
         targets += _targets(timed, row)
         if timed.growth:
             value = None
             if "ms" in row:
                 value = _memory_growth(case, timed.growth, device, backend, dtype)
             targets.append(checks.target(timed.growth.what, value, timed.growth.most))
-    return {"copy_bytes_per_second": copied, "rows": rows}, targets
+        yield result, targets
 
 
 def _guarded(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:

@@ -45,8 +45,10 @@ class Backend(Protocol):
     def unavailable(self, op: str, device_type: str, dtype: torch.dtype | None) -> str | None:
         """Why it cannot run an op that it has on such tensors, or None."""
 
-    def unchosen(self, op: str, device_type: str, few: bool) -> str | None:
-        """Why it is taken by name only for a call of few or of many rows, or None."""
+    def unchosen(
+        self, op: str, device_type: str, few: int | None, dtype: torch.dtype | None = None
+    ) -> str | None:
+        """Why it is taken by name only for a call of `few` rows (None: of many), or None."""
 
 
 class BackendError(RuntimeError):
@@ -93,14 +95,15 @@ def resolve(
     have no kernel of that backend. Each choice is logged once.
 
     `rows` is given by a call that wants no gradient: for few of them the CUDA kernels are taken, if
-    their present source has passed its checks on a GPU (`cuda_kernels/recorded.json`).
+    their present source has passed such calls on a GPU (`cuda_kernels/recorded.json`).
 
     Raises:
         ValueError: the name is unknown.
         BackendError: the named backend cannot run this op on this device.
     """
     requested = backend or _from_environment(op)
-    few = rows is not None and device.type == "cuda" and _are_few(op, rows, dtype)
+    are_few = rows is not None and device.type == "cuda" and _are_few(op, rows, dtype)
+    few = rows if are_few else None
     return _resolve(op, device.type, requested, dtype, few)
 
 
@@ -120,7 +123,7 @@ def backward(op: str, backend: str) -> str:
 
 def unchosen(op: str) -> str | None:
     """Why the CUDA kernels of an op that has some are not chosen unasked for few rows, or None."""
-    return _backend("cuda").unchosen(op, "cuda", True)
+    return _backend("cuda").unchosen(op, "cuda", 1)
 
 
 def triton_interpreted() -> bool:
@@ -153,7 +156,7 @@ def _are_few(op: str, rows: int, dtype: torch.dtype | None) -> bool:
 
 @cache
 def _resolve(
-    op: str, device_type: str, requested: str | None, dtype: torch.dtype | None, few: bool
+    op: str, device_type: str, requested: str | None, dtype: torch.dtype | None, few: int | None
 ) -> str:
     if requested is not None:
         if requested not in BACKENDS:
@@ -170,7 +173,7 @@ def _resolve(
             for b in backends(op)
             if b == "reference"
             or (
-                _backend(b).unchosen(op, device_type, few) is None
+                _backend(b).unchosen(op, device_type, few, dtype) is None
                 and unavailable(op, b, device_type, dtype) is None
             )
         )

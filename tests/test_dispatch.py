@@ -53,7 +53,7 @@ def gpu(monkeypatch):
     recorded = {}
     monkeypatch.setattr(dispatch, "import_failure", lambda *_: None)
     monkeypatch.setattr(common, "unavailable", lambda: None)
-    monkeypatch.setattr(common, "unrecorded", lambda op: recorded.get(op, "not recorded"))
+    monkeypatch.setattr(common, "unrecorded", lambda op, *_: recorded.get(op, "not recorded"))
     dispatch._resolve.cache_clear()
     yield recorded
     dispatch._resolve.cache_clear()

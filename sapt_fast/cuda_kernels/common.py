@@ -12,6 +12,8 @@ import torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RECORDED = Path(__file__).with_name("recorded.json")
+ROW_CLASSES = (1, 4, 16, 64)
+"""Calls of up to so many rows take the same kernel of an op, or one that is tested with it."""
 
 
 @cache
@@ -97,16 +99,31 @@ def typed(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
     return tensor, dtype_code(tensor.dtype)
 
 
-def unrecorded(op: str) -> str | None:
+def row_class(rows: int) -> int | None:
+    """The entry of `ROW_CLASSES` that a call of so many rows belongs to; None for too many."""
+    return next((bound for bound in ROW_CLASSES if rows <= bound), None)
+
+
+def unrecorded(op: str, dtype: torch.dtype | None = None, rows: int | None = None) -> str | None:
     """Why the kernels of an op are not chosen unasked: no GPU is known to have run this source.
 
-    ``recorded.json`` maps each op to what `source_digest` gave when all its checks passed on one.
+    ``recorded.json`` maps each op to ``{"source": ..., "ran": {"bfloat16": [1, 4], ...}}``: what
+    `source_digest` gave, and per dtype the row classes of which every case passed on a GPU.
+
+    Args:
+        op: an op with CUDA kernels.
+        dtype: of the call's tensors; None asks whether anything of the op is recorded.
+        rows: of the call.
     """
     recorded = json.loads(RECORDED.read_text()).get(op)
     if recorded is None:
         return "no correct run on a GPU is recorded"
-    if recorded != source_digest(op):
+    if recorded["source"] != source_digest(op):
         return "the source has changed since its recorded run on a GPU"
+    if dtype is not None and rows is not None:
+        name = str(dtype).removeprefix("torch.")
+        if row_class(rows) not in recorded["ran"].get(name, ()):
+            return f"no correct run on a GPU is recorded for {rows} rows of {name}"
     return None
 
 

@@ -17,7 +17,9 @@ def unavailable(op: str, device_type: str, dtype: torch.dtype | None) -> str | N
     return f"the tensors are on '{device_type}' and TRITON_INTERPRET=1 is not set"
 
 
-def unchosen(op: str, device_type: str, few: bool) -> str | None:
+def unchosen(
+    op: str, device_type: str, few: int | None, dtype: torch.dtype | None = None
+) -> str | None:
     """The interpreter is for tests: it is taken by name only."""
     interpreted = device_type != "cuda" and dispatch.triton_interpreted()
     return "Triton's interpreter would run it" if interpreted else None

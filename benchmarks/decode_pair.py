@@ -33,7 +33,7 @@ class DecodePair:
         """The linear layers alone and with PEFT's loop over all adapters, of the layers' dtype."""
         return {
             "base": lambda: [F.linear(self.x, each.weight) for each in self.layers],
-            "peft": lambda: [each.peft(self.layer.dtype) for each in self.layers],
+            "peft": lambda: [each.peft_layer(self.layer.dtype)(self.x) for each in self.layers],
         }
 
     def ours(self) -> dict[str, Pair]:
@@ -84,6 +84,8 @@ def times(layer: Layer, carrying: int | None = None, *, repeats: int) -> dict[st
                 errors[name] = pair.errors(run)
                 if not max(errors[name]) <= checks.FLOOR[layer.dtype]:
                     continue
+            else:
+                run()
             functions[name] = replayed(run, layer.device)
         except Exception as error:
             traceback.print_exc()

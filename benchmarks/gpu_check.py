@@ -65,6 +65,7 @@ def main() -> int:
     if DEVICE == "cuda" and not torch.cuda.is_available():
         print("gpu_check needs an NVIDIA GPU that torch can use; cpu_check runs anywhere")
         return 2
+    gc.freeze()  # the libraries' objects stay: a collection between two parts takes no second
     clock = Clock(options.budget)
     result = collect(
         options.quick or options.rehearse,
@@ -434,8 +435,8 @@ class _Guard:
             self.failures.append({"section": section, "raised": raised})
             return None
         finally:
-            gc.collect()
             if DEVICE == "cuda":
+                gc.collect()
                 torch.cuda.empty_cache()
 
 

@@ -100,8 +100,8 @@ class Providers:
             "base": lambda: F.linear(self.x, self.weight),
             "stacked": self.stacked,
             "stacked_compiled": self.stacked_compiled,
-            "peft": lambda: self.peft(layer_dtype),
-            "peft_default": lambda: self.peft(self._peft_dtype),
+            "peft": lambda: self.peft_layer(layer_dtype)(self.x),
+            "peft_default": lambda: self.peft_layer(self._peft_dtype)(self.x),
             "released": self.released,
         }
         if self._has_onednn():
@@ -127,12 +127,12 @@ class Providers:
 
         return run
 
-    def peft(self, dtype: torch.dtype) -> Tensor:
-        """PEFT's layer with adapters of a dtype; it is built by the first call."""
+    def peft_layer(self, dtype: torch.dtype) -> nn.Module:
+        """PEFT's layer with adapters of a dtype, built by the first call."""
         if dtype not in self._peft_layers:
             self._peft_layers[dtype] = self._make_peft(dtype)
             self._get_gradients += self._peft_layers[dtype].parameters()
-        return self._peft_layers[dtype](self.x)
+        return self._peft_layers[dtype]
 
     def ours(self, backend: str) -> Tensor:
         return self._pool(self.x, self.weight, None, self.mixture, backend=backend)

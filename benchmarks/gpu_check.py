@@ -75,6 +75,7 @@ def main() -> int:
         compiled=options.compiled,
         record=options.record,
     )
+    gc.unfreeze()
     if options.sanitize:
         result["sanitizer"] = {}
         for tool in sanitizer.TOOLS:

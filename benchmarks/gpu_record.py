@@ -22,6 +22,9 @@ import pytest
 from sapt_fast.cuda_kernels import common
 
 TESTS = "tests/cuda_kernels/test_gpu.py"
+# Without the options of plugins that a borrowed machine need not have.
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib"]
+PYTEST += ["-o", "addopts=--strict-markers"]
 _VARIABLE = "SAPT_FAST_GPU_OUTCOMES"
 _DTYPES = {str(dtype): str(dtype).removeprefix("torch.") for dtype in common.DTYPES}
 
@@ -96,8 +99,7 @@ def run(timeout: float | None = None) -> dict[str, Any]:
             _VARIABLE: str(file),
             "PYTHONPATH": os.pathsep.join(filter(None, path)),
         }
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "gpu_record"]
-        command += ["-p", "no:cacheprovider", TESTS]
+        command = [*PYTEST, "-p", "gpu_record", TESTS]
         status, printed = within(command, timeout, cwd=measure.ROOT, env=environment)
         cases = json.loads(file.read_text()) if file.exists() else {}
     passed = bool(cases) and all(case["outcome"] == "passed" for case in cases.values())

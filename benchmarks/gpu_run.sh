@@ -13,7 +13,7 @@
 #
 # Variables: OUT, folder of results, logs and state [benchmarks/results]; PYTHON [python3.12 or
 # python3]; CALL_SECONDS, length of a call [570]; REHEARSE=1, all in small on the CPU.
-# Exit status: 0 all is done and right, 1 a section failed, 3 right so far, call again.
+# Exit status: 0 all is done and right, 1 a section failed, 2 bad name, 3 right so far, call again.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -22,6 +22,7 @@ CALL_SECONDS=${CALL_SECONDS:-570}
 PYTHON=${PYTHON:-$(command -v python3.12 || command -v python3)}
 state=$OUT/gpu_run
 plan=(check build kernels decode ops layers steps tests)
+by_name="compiled sanitize tune"
 margin=60 # seconds in which a part that has begun may end
 mkdir -p "$state"
 
@@ -63,8 +64,9 @@ gpu_check() { # SECTION OPTION...
 
 tests() {
     local report=$state/tests.xml
-    timeout -k 10 "$(left)" "$PYTHON" -m pytest -q -p no:cacheprovider --junitxml "$report" tests/gpu ||
-        return
+    # Without the options of plugins that the machine need not have.
+    timeout -k 10 "$(left)" "$PYTHON" -m pytest -q -p no:cacheprovider --import-mode=importlib \
+        -o addopts=--strict-markers --junitxml "$report" tests/gpu || return
     # A test that is skipped on a GPU has shown nothing.
     [ -n "${REHEARSE:-}" ] || grep -q 'skipped="0"' "$report"
 }
@@ -79,10 +81,6 @@ section() {
     compiled) gpu_check layers --compiled ;;
     sanitize) gpu_check decode --sanitize ;;
     tune) SAPT_FAST_ROUTES=$OUT/routes timeout -k 10 "$(left)" "$PYTHON" -m sapt_fast bench tune ;;
-    *)
-        echo "gpu_run.sh: got section '$1', expected ${plan[*]} compiled sanitize tune" >&2
-        return 2
-        ;;
     esac
 }
 
@@ -90,10 +88,18 @@ ended() { # a state of "again" had less than a whole call
     [ -f "$state/$1" ] && [ "$(cat "$state/$1")" != again ]
 }
 
+for name in "$@"; do
+    if [[ " ${plan[*]} $by_name " != *" $name "* ]]; then
+        echo "gpu_run.sh: got section '$name', expected one of ${plan[*]} $by_name" >&2
+        exit 2
+    fi
+done
+first=yes
 for name in "${@:-${plan[@]}}"; do
     if [ $# -eq 0 ] && ended "$name"; then continue; fi
     began=$SECONDS
-    if [ "$(left)" -lt $((2 * margin)) ] && [ "$began" -gt 5 ]; then break; fi
+    if [ -z "$first" ] && [ "$(left)" -lt $((2 * margin)) ]; then break; fi
+    first=
     echo "== $name"
     section "$name" 2>&1 | tee "$state/$name.log"
     status=${PIPESTATUS[0]}

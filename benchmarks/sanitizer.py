@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +34,7 @@ def run(tool: str, timeout: float | None = None) -> dict[str, Any]:
         return {"ok": None, "said": "compute-sanitizer not found (PATH, CUDA_HOME)"}
     command = [program, "--tool", tool, "--error-exitcode", str(_ERROR_STATUS)]
     command += ["--report-api-errors", "no", "--kernel-name", "kernel_substring=sapt_fast"]
-    command += [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    command += [gpu_record.TESTS]
+    command += [*gpu_record.PYTEST, gpu_record.TESTS]
     environment = dict(os.environ)
     if tool == "memcheck":
         # Each tensor gets an allocation of its own, whose bounds are known; none may be made while

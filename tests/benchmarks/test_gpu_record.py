@@ -139,7 +139,7 @@ class TestPlugin:
         """Runs test functions with the plugin, in this process."""
 
         def run(text, *options):
-            file = tmp_path / "test_given.py"
+            file = tmp_path / f"test_{tmp_path.name}.py"  # modules are known by their names
             header = "import pytest, torch\nHALF = torch.bfloat16\n"
             file.write_text(header + textwrap.dedent(text))
             plugin = gpu_record.Outcomes(tmp_path / "outcomes.json")

@@ -158,12 +158,16 @@ def tf32() -> dict[str, Any]:
 
 
 def _source() -> dict[str, Any]:
-    """The commit, and a digest of the Python package by which it is known without .git."""
+    """The commit, and a digest of the Python package by which it is known without .git.
+
+    Whether there are changes is None where git cannot tell.
+    """
+    changes = _git("status", "--porcelain", "--untracked-files=no")
     package = sorted((ROOT / "sapt_fast").rglob("*.py"))
     text = b"".join(path.read_bytes() for path in package)
     return {
         "commit": os.environ.get(COMMIT_VARIABLE) or _git("rev-parse", "--short", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "uncommitted_changes": None if changes == "unknown" else bool(changes),
         "package": hashlib.sha256(text).hexdigest()[:16],
     }
 

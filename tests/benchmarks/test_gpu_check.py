@@ -354,6 +354,22 @@ def test_nothing_begins_when_the_time_is_up(nothing_fits, monkeypatch, tmp_path,
     assert len(gpu_check._checked_layers(result)) < len(gpu_check._odd_layers())
 
 
+def test_a_copy_without_git_is_named(monkeypatch, tmp_path):
+    package = measure.environment("cpu")["package"]
+    (tmp_path / "sapt_fast").mkdir()
+    (tmp_path / "sapt_fast" / "other.py").write_text("")
+    monkeypatch.setattr(measure, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    about = measure.environment("cpu")
+    assert (about["commit"], about["uncommitted_changes"]) == ("unknown", None)
+    assert len(about["package"]) == len(package) == 16
+    assert about["package"] != package
+    monkeypatch.setenv("SAPT_FAST_COMMIT", "abc1234")
+    file = measure.save({"environment": measure.environment("cpu"), "only": "ops"}, tmp_path)
+    assert file.name.endswith("-abc1234-ops.json")
+    assert [path.name for path in file.parent.iterdir()] == [file.name]  # no draft is left
+
+
 def test_tf32_is_off_where_results_are_compared_and_reported(monkeypatch, request):
     monkeypatch.setenv("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1")
     torch.backends.cuda.matmul.allow_tf32 = True

@@ -133,6 +133,48 @@ class TestMerging:
         }
 
 
+class TestOneSectionWithRecord:
+    """`--only decode --record`, with stand-ins for the GPU tests and the section."""
+
+    @pytest.fixture
+    def run(self, recorded, tmp_path, monkeypatch):
+        def run(*cases, pairs_wrong=(), ok=True):
+            def section(quick, guard, result):
+                [kept] = (tmp_path / "out").glob("*/*.json")
+                assert json.loads(kept.read_text())["recorded"]  # before the section begins
+                pairs = {"ok": not pairs_wrong, "cases": [{"wrong": list(pairs_wrong)}]}
+                result["correctness"]["pairs of mixed_lora"] = pairs
+                yield
+
+            monkeypatch.setattr(gpu_check, "DEVICE", "cpu")
+            monkeypatch.setitem(gpu_check.SECTIONS, "decode", section)
+            monkeypatch.setattr(gpu_record, "sources", lambda: {"mixed_lora": "2c3d", "route": "0"})
+            tests = {"ok": ok, "said": "3 passed", "cases": dict(enumerate(cases))}
+            monkeypatch.setattr(gpu_record, "run", lambda timeout: tests)
+            given = ["", "--only", "decode", "--record", "--out", str(tmp_path / "out")]
+            monkeypatch.setattr("sys.argv", given)
+            status = gpu_check.main()
+            [file] = (tmp_path / "out").glob("*/*-decode.json")
+            return status, json.loads(file.read_text()), json.loads(recorded.read_text())
+
+        return run
+
+    def test_right(self, run):
+        status, written, here = run(case("mixed_lora"))
+        assert status == 0
+        assert here == {"mixed_lora": {"source": "2c3d", "ran": {HALF: [1]}}}
+        assert written["recorded"] == here
+        assert written["cuda sources"] == {"mixed_lora": "2c3d", "route": "0"}
+
+    def test_a_failed_test_fails_the_run_and_leaves_the_others_recorded(self, run):
+        status, _, here = run(case("mixed_lora"), case(outcome="failed"), ok=False)
+        assert (status, list(here)) == (1, ["mixed_lora"])
+
+    def test_what_the_section_finds_wrong_is_taken_back(self, run):
+        status, written, here = run(case("mixed_lora"), case(), pairs_wrong=["ours_cuda"])
+        assert (status, list(here), list(written["recorded"])) == (1, ["route"], ["route"])
+
+
 class TestPlugin:
     @pytest.fixture
     def outcomes(self, tmp_path):

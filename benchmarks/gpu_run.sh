@@ -78,8 +78,9 @@ section() {
         if [ -n "${REHEARSE:-}" ]; then gpu_check correctness; else gpu_check correctness --record; fi
         ;;
     decode | ops | layers | steps) gpu_check "$1" ;;
-    compiled) gpu_check layers --compiled ;;
-    sanitize) gpu_check decode --sanitize ;;
+    # In folders of their own: they must not replace what the plan has measured.
+    compiled) gpu_check layers --compiled --out "$OUT/compiled" ;;
+    sanitize) gpu_check decode --sanitize --out "$OUT/sanitizer" ;;
     tune) SAPT_FAST_ROUTES=$OUT/routes timeout -k 10 "$(left)" "$PYTHON" -m sapt_fast bench tune ;;
     esac
 }

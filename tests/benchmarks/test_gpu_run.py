@@ -79,11 +79,11 @@ def test_a_section_whose_budget_ended_is_right(call):
     assert "layers: right, but the time ended" in printed
 
 
-def test_named_sections(call):
+def test_named_sections(call, tmp_path):
     status, printed = call("ops", "sanitize")
     assert (status, _sections(printed)) == (3, ["ops", "sanitize"])
     assert "--only decode" in call.calls()[-1]
-    assert "--sanitize" in call.calls()[-1]
+    assert f"--sanitize --out {tmp_path}/out/sanitizer" in call.calls()[-1]
     status, printed = call("ops", "opps")
     assert status == 2
     assert "got section 'opps', expected one of check build" in printed

@@ -342,15 +342,11 @@ def _ops(quick: bool, guard: "_Guard", result: Result) -> Iterator[None]:
     while (measured := guard("speed of the ops", next, speeds, None)) is not None:
         result["ops"], targets[begun:] = measured
         yield
-    result["ways of mix_experts"] = guard(
-        "ways of mix_experts",
-        op_checks.expert_ways,
-        DEVICE,
-        quick,
-        gate,
-        repeats=repeats,
-    )
-    yield
+    result["ways of mix_experts"] = []
+    ways = op_checks.expert_ways(DEVICE, quick, gate, repeats=repeats)
+    while (row := guard("ways of mix_experts", next, ways, None)) is not None:
+        result["ways of mix_experts"].append(row)
+        yield
 
 
 def _decode(quick: bool, guard: "_Guard", result: Result) -> Iterator[None]:

@@ -137,9 +137,11 @@ def speed(
         result["rows"].append(row)
         targets += _targets(timed, row)
         if timed.growth:
-            value = None
+            grown: dict[str, Any] = {}
             if "ms" in row:
-                value = _memory_growth(case, timed.growth, device, backend, dtype)
+                grown = _guarded(_memory_growth, case, timed.growth, device, backend, dtype)
+            row |= grown
+            value = grown.get("memory_growth")
             targets.append(checks.target(timed.growth.what, value, timed.growth.most))
         yield result, targets
 
@@ -166,11 +168,19 @@ def _op_times(
     for name, backend in backends.items():
         functions[name] = case.bare(inputs, backend)
         functions[f"{name}_graph"] = replayed(functions[name], device)
-    functions |= case.rivals(inputs)
+    failed: dict[str, str] = {}
+    for name, rival in case.rivals(inputs).items():
+        try:
+            rival()
+            functions[name] = rival
+        except Exception as error:
+            traceback.print_exc()
+            failed[name] = f"{type(error).__name__}: {error}"
     times = measure.interleaved_ms(functions, device, repeats=repeats)
     least_seconds = case.moved_bytes(dtype) / copied
     return {
         "ms": times,
+        "failed": failed,
         "moved_bytes": case.moved_bytes(dtype),
         "share_of_copy": {
             name: least_seconds / (times[f"{name}_graph"]["median"] * 1e-3) for name in backends
@@ -203,44 +213,47 @@ def _targets(timed: Timed, row: dict[str, Any]) -> list[dict[str, Any]]:
 @torch.no_grad()
 def _memory_growth(
     case: OpCase, growth: Growth, device: str, backend: str, dtype: torch.dtype
-) -> float | None:
+) -> dict[str, float]:
     """Peak memory of a case over that of the smaller one."""
     if not device.startswith("cuda"):
-        return None  # a process's high-water mark is no measure of one call's tensors
+        return {}  # a process's high-water mark is no measure of one call's tensors
     peaks = []
     for sized in (case, growth.smaller(case)):
         run = sized.bare(sized.inputs(dtype, device), backend)
         run()
         peaks.append(measure.peak_bytes(run, device))
-    return peaks[0] / max(1, peaks[1])
+    return {"memory_growth": peaks[0] / max(1, peaks[1])}
 
 
-@torch.no_grad()
 def expert_ways(
     device: str, quick: bool, gate: dict[str, dict[str, Any]], *, repeats: int,
     dtype: torch.dtype = torch.bfloat16,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Both ways of the Triton kernels of `mix_experts` on each size, and which one they choose."""
+    if gate.get("mix_experts", {}).get("ok"):
+        for case in experts.WAYS_QUICK if quick else experts.WAYS:
+            yield {"case": str(case)} | _guarded(_both_ways, case, dtype, device, repeats)
+
+
+@torch.no_grad()
+def _both_ways(
+    case: experts.ExpertsCase, dtype: torch.dtype, device: str, repeats: int
+) -> dict[str, Any]:
     from sapt_fast.triton_kernels import mix_experts as kernels
 
-    rows: list[dict[str, Any]] = []
-    if not gate.get("mix_experts", {}).get("ok"):
-        return rows
-    for case in experts.WAYS_QUICK if quick else experts.WAYS:
-        inputs = case.inputs(dtype, device)
-        pairs = case.rows * case.k
-        size = (pairs, case.experts, case.rank, 2 * case.width, dtype.itemsize)
-        chosen, choose = kernels.grouping_pays(*size), kernels.grouping_pays
-        row = {"case": str(case), "pairs_per_expert": pairs / case.experts, "grouped": chosen}
-        try:
-            for name, grouped in (("gathered_ms", False), ("grouped_ms", True)):
-                kernels.grouping_pays = lambda *_, grouped=grouped: grouped
-                run = case.bare(inputs, "triton")
-                row[name] = measure.interleaved_ms({"ours": run}, device, repeats=repeats)["ours"]
-        finally:
-            kernels.grouping_pays = choose
-        rows.append(row)
-    return rows
+    inputs = case.inputs(dtype, device)
+    pairs = case.rows * case.k
+    size = (pairs, case.experts, case.rank, 2 * case.width, dtype.itemsize)
+    chosen, choose = kernels.grouping_pays(*size), kernels.grouping_pays
+    row: dict[str, Any] = {"pairs_per_expert": pairs / case.experts, "grouped": chosen}
+    try:
+        for name, grouped in (("gathered_ms", False), ("grouped_ms", True)):
+            kernels.grouping_pays = lambda *_, grouped=grouped: grouped
+            run = case.bare(inputs, "triton")
+            row[name] = measure.interleaved_ms({"ours": run}, device, repeats=repeats)["ours"]
+    finally:
+        kernels.grouping_pays = choose
+    return row
 
 
 def graph_times(layer: Layer, gate: dict[str, dict[str, Any]], *, repeats: int) -> dict[str, Any]:

@@ -144,6 +144,16 @@ def test_speed_of_every_op_and_its_targets(clock):
     assert values["nearest_key: ours / torch"] == pytest.approx(1 / 3)
 
 
+def test_a_rival_that_raises_costs_its_own_time(clock, monkeypatch):
+    timed = [row for row in cases.gathered("TIMED") if row.quick.op == "route"]
+    monkeypatch.setattr(cases, "gathered", lambda name: timed)
+    monkeypatch.setattr(RouterCase, "rivals", lambda case, inputs: {"torch": _raises})
+    monkeypatch.setattr(RouterCase, "bare", lambda case, inputs, backend: lambda: None)
+    [row] = speed(PASSED)[0]["rows"]
+    assert row["failed"] == {"torch": "RuntimeError: out of memory"}
+    assert row["ms"].keys() == {"ours", "ours_graph"}
+
+
 def test_cuda_kernels_are_timed_beside_those_of_triton(clock, monkeypatch):
     given = []
 
@@ -176,10 +186,10 @@ def test_no_speed_where_correctness_failed(clock):
 
 
 def test_both_ways_of_mix_experts(clock):
-    rows = op_checks.expert_ways("cpu", True, PASSED, repeats=2)
+    rows = list(op_checks.expert_ways("cpu", True, PASSED, repeats=2))
     assert [row["pairs_per_expert"] for row in rows] == [32.0]
     assert {"gathered_ms", "grouped_ms", "grouped"} <= rows[0].keys()
-    assert op_checks.expert_ways("cpu", True, {}, repeats=2) == []
+    assert list(op_checks.expert_ways("cpu", True, {}, repeats=2)) == []
 
 
 def test_the_sizes_reach_both_ways_of_mix_experts():
@@ -327,6 +337,7 @@ def test_one_section_alone_is_kept_as_it_grows(nothing_fits, monkeypatch, tmp_pa
     def during(*_, **__):
         [file] = tmp_path.glob("*/*")
         kept.append((file.name, json.loads(file.read_text())))
+        return iter(())
 
     monkeypatch.setattr(gpu_check.op_checks, "expert_ways", during)
     assert gpu_check.main() == 1  # the router is wrong

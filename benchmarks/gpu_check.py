@@ -341,11 +341,13 @@ def _ops(quick: bool, guard: "_Guard", result: Result) -> Iterator[None]:
     speeds = op_checks.speed(DEVICE, quick, gate, repeats=repeats)
     while (measured := guard("speed of the ops", next, speeds, None)) is not None:
         result["ops"], targets[begun:] = measured
+        guard.note(measured[0]["rows"][-1])
         yield
     result["ways of mix_experts"] = []
     ways = op_checks.expert_ways(DEVICE, quick, gate, repeats=repeats)
     while (row := guard("ways of mix_experts", next, ways, None)) is not None:
         result["ways of mix_experts"].append(row)
+        guard.note(row)
         yield
 
 
@@ -420,6 +422,11 @@ class _Guard:
 
     def __init__(self) -> None:
         self.failures: list[dict[str, str]] = []
+
+    def note(self, row: Result) -> None:
+        """A row that says itself what was raised while it was measured."""
+        if "raised" in row:
+            self.failures.append({"section": row["case"], "raised": row["raised"]})
 
     def __call__(
         self, section: str, function: Callable[..., Any], *given: Any, **named: Any

@@ -256,6 +256,15 @@ def nothing_fits(monkeypatch):
     monkeypatch.setattr(op_checks, "copy_bytes_per_second", lambda *_: 1e12)
 
 
+def test_an_op_that_cannot_be_timed_fails_the_run(nothing_fits, monkeypatch):
+    monkeypatch.setattr(op_checks, "correctness", lambda *_: {"route": {"ok": True, "cases": []}})
+    monkeypatch.setattr(op_checks, "_op_times", _raises)
+    result = gpu_check.collect(quick=True, only="ops")
+    [failure] = result["failures"]
+    assert failure["section"].startswith("RouterCase")
+    assert len(result["ops"]["rows"]) == len(cases.gathered("TIMED"))
+
+
 def _right(trained, decoded=()):
     cases = [{"layer": str(layer)} for layer in (*trained, *decoded)]
     return {f"ours_{name}": {"ok": True, "cases": cases} for name in dispatch.BACKENDS}

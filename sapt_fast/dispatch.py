@@ -1,9 +1,9 @@
-"""Which backend runs an op: the only place that decides.
+"""Selects the backend that runs an op.
 
-An op is a module of ``sapt_fast.ops`` with a row `DISPATCH`. A backend is a package
-``sapt_fast.<name>_kernels``; it has an op if it has a module of the op's name, with the functions
-``<op>_fwd`` and ``<op>_bwd``. The package itself says, as `Backend` describes, whether its kernels
-can run and whether they may be chosen unasked. So a new op or kernel needs no line here, and a new
+An op is a module of `sapt_fast.ops` with an `Op` named `DISPATCH`. A backend is a package
+`sapt_fast.<name>_kernels`. It has an op if it has a module of the op's name, with the functions
+`<op>_fwd` and `<op>_bwd`. The package implements `Backend`: it reports whether its kernels can run,
+and whether they may be selected by default. So a new op or kernel needs no change here, and a new
 backend only its name in `BACKENDS`.
 """
 
@@ -25,47 +25,54 @@ ENV_VARIABLE = "SAPT_FAST_BACKEND"
 
 
 class Op(NamedTuple):
-    """The row of an op, its module's `DISPATCH`.
+    """The dispatch settings of an op, its module's `DISPATCH`.
 
     Attributes:
-        few_rows: up to so many rows, of 16-bit and of wider tensors, a call that wants no gradient
-            may take kernels for few rows: where a launch costs more than the work. Assumed, until
-            a GPU has measured them.
+        few_rows: the largest numbers of rows, for 16-bit and for wider dtypes, for which a call
+            without gradient may use kernels for few rows, where a launch costs more than the work.
+            The numbers are assumptions; no GPU has measured them.
     """
 
     few_rows: tuple[int, int] = (0, 0)
 
 
 class Backend(Protocol):
-    """What the package of a backend says of itself."""
+    """The members that the package of a backend must have."""
 
     BACKWARD: str
-    """The backend that computes the gradients of ops whose module here has no ``<op>_bwd``."""
+    """The backend that computes the gradients of ops whose module has no `<op>_bwd`."""
 
     def unavailable(self, op: str, device_type: str, dtype: torch.dtype | None) -> str | None:
-        """Why it cannot run an op that it has on such tensors, or None."""
+        """Returns why the backend cannot run one of its ops on such tensors, or None."""
 
     def unchosen(
         self, op: str, device_type: str, few: int | None, dtype: torch.dtype | None = None
     ) -> str | None:
-        """Why it is taken by name only for a call of `few` rows (None: of many), or None."""
+        """Returns why the backend is not selected by default, or None.
+
+        Args:
+            op: the op's name.
+            device_type: of the tensors.
+            few: the number of rows if they are few, else None.
+            dtype: of the tensors. Defaults to any.
+        """
 
 
 class BackendError(RuntimeError):
-    """A backend was asked for by name and cannot run here; the message says why and what to do."""
+    """Raised if a backend requested by name cannot run; the message has the reason and a remedy."""
 
 
 def ops() -> tuple[str, ...]:
-    """The names of all ops that are dispatched."""
+    """Returns the names of all ops that are dispatched."""
     return tuple(_rows())
 
 
 @cache
 def backends(op: str) -> tuple[str, ...]:
-    """The backends that have `op`, the preferred one first.
+    """Returns the backends that have an op, the preferred one first.
 
     Raises:
-        KeyError: there is no such op.
+        KeyError: if the op is unknown.
     """
     _rows()[op]
     return tuple(b for b in reversed(BACKENDS) if b == "reference" or _has(b, op))
@@ -74,7 +81,7 @@ def backends(op: str) -> tuple[str, ...]:
 def unavailable(
     op: str, backend: str, device_type: str, dtype: torch.dtype | None = None
 ) -> str | None:
-    """Why `backend` cannot run `op` on tensors of that device and dtype, or None when it can."""
+    """Returns why a backend cannot run an op on tensors of a device and dtype; None if it can."""
     if backend not in backends(op):
         return f"op '{op}' has no {backend} kernel (it has: {', '.join(backends(op))})"
     return None if backend == "reference" else _backend(backend).unavailable(op, device_type, dtype)
@@ -88,18 +95,24 @@ def resolve(
     dtype: torch.dtype | None = None,
     rows: int | None = None,
 ) -> str:
-    """The backend that runs `op` on tensors of `device` and `dtype`.
+    """Returns the backend that runs an op.
 
-    `backend`, or else the environment variable SAPT_FAST_BACKEND, names one that must work;
-    with neither, the first that is available is taken. The variable says nothing about ops that
-    have no kernel of that backend. Each choice is logged once.
+    A backend requested by name must be able to run. By default, the first backend that supports the
+    tensors is used. Each choice is logged once.
 
-    `rows` is given by a call that wants no gradient: for few of them the CUDA kernels are taken, if
-    their present source has passed such calls on a GPU (`cuda_kernels/recorded.json`).
+    Args:
+        op: the op's name.
+        device: of the tensors.
+        backend: the requested backend. Defaults to the environment variable SAPT_FAST_BACKEND,
+            which has no effect on ops that have no kernel of that backend.
+        dtype: of the tensors.
+        rows: the number of rows of a call without gradient, else None. For few rows the CUDA
+            kernels are used, if their current source has passed such calls on a GPU
+            (`cuda_kernels/recorded.json`).
 
     Raises:
-        ValueError: the name is unknown.
-        BackendError: the named backend cannot run this op on this device.
+        ValueError: if the requested name is unknown.
+        BackendError: if the requested backend cannot run this op on this device.
     """
     requested = backend or _from_environment(op)
     are_few = rows is not None and device.type == "cuda" and _are_few(op, rows, dtype)
@@ -109,31 +122,31 @@ def resolve(
 
 @torch.compiler.assume_constant_result
 def kernels(op: str, backend: str) -> ModuleType:
-    """The module that holds the kernels of `op` for `backend`."""
+    """Returns the module with the kernels of an op for a backend."""
     return _load("sapt_fast.ops" if backend == "reference" else _package(backend), op)
 
 
 @torch.compiler.assume_constant_result
 def backward(op: str, backend: str) -> str:
-    """The backend that computes the gradients of what `backend` computed: itself, if it can."""
+    """Returns the backend that computes the gradients for `backend`: itself, if it can."""
     if hasattr(kernels(op, backend), f"{op}_bwd"):
         return backend
     return _backend(backend).BACKWARD
 
 
 def unchosen(op: str) -> str | None:
-    """Why the CUDA kernels of an op that has some are not chosen unasked for few rows, or None."""
+    """Returns why an op's CUDA kernels are not selected by default for few rows, or None."""
     return _backend("cuda").unchosen(op, "cuda", 1)
 
 
 def triton_interpreted() -> bool:
-    """Whether Triton kernels run in its interpreter, on the CPU."""
+    """Returns whether Triton kernels run in Triton's interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 
 @cache
 def import_failure(module: str, remedy: str) -> str | None:
-    """Why a module that a backend needs cannot be imported, and what to do; or None."""
+    """Returns why a module that a backend needs cannot be imported, and the remedy; or None."""
     if importlib.util.find_spec(module) is None:
         return f"{module} is not installed ({remedy})"
     try:
@@ -183,7 +196,7 @@ def _resolve(
 
 @cache
 def _rows() -> dict[str, Op]:
-    """The row of every op, by name."""
+    """Returns the `Op` of every op, by name."""
     folder = importlib.import_module("sapt_fast.ops").__path__
     modules = {m.name: _load("sapt_fast.ops", m.name) for m in pkgutil.iter_modules(folder)}
     return {name: m.DISPATCH for name, m in modules.items() if hasattr(m, "DISPATCH")}

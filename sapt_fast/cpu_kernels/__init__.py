@@ -1,4 +1,4 @@
-"""CPU backend: C++ kernels of ``sapt_fast._C``, and torch's own where those are as fast."""
+"""CPU backend: C++ kernels of `sapt_fast._C`, and torch's own if they are as fast."""
 
 import torch
 
@@ -8,7 +8,7 @@ BACKWARD = "cpu"
 
 
 def unavailable(op: str, device_type: str, dtype: torch.dtype | None) -> str | None:
-    """Why no kernel of this backend can run on tensors of that device, or None."""
+    """Returns why no kernel of this backend can run on tensors of that device, or None."""
     if device_type != "cpu":
         return f"the tensors are on '{device_type}': move them to the CPU or choose triton"
     remedy = "reinstall with SAPT_FAST_BUILD=cpu to see the error"
@@ -18,5 +18,5 @@ def unavailable(op: str, device_type: str, dtype: torch.dtype | None) -> str | N
 def unchosen(
     op: str, device_type: str, few: int | None, dtype: torch.dtype | None = None
 ) -> str | None:
-    """None: it is taken wherever it can run."""
+    """Returns None: this backend is used whenever it can run."""
     return None

@@ -8,7 +8,7 @@ BACKWARD = "triton"  # kernels for few rows have none of their own
 
 
 def unavailable(op: str, device_type: str, dtype: torch.dtype | None) -> str | None:
-    """Why no kernel of this backend can run on tensors of that device and dtype, or None."""
+    """Returns why no kernel of this backend supports the device and dtype, or None."""
     if device_type != "cuda":
         return f"the tensors are on '{device_type}': move them to a GPU"
     if dtype == torch.float64:
@@ -19,7 +19,7 @@ def unavailable(op: str, device_type: str, dtype: torch.dtype | None) -> str | N
 def unchosen(
     op: str, device_type: str, few: int | None, dtype: torch.dtype | None = None
 ) -> str | None:
-    """They are for few rows, once their present source has passed such calls on a GPU."""
+    """Returns None for few rows, if the current source has passed such calls on a GPU."""
     if few is None:
         return "they are for few rows"
     return common.unavailable() or common.unrecorded(op, dtype, few)

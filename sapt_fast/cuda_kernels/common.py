@@ -1,4 +1,4 @@
-"""What every launcher of CUDA kernels asks of the compiled module and of torch."""
+"""Helpers of the CUDA launchers: the compiled module, streams and dtypes."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import torch
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RECORDED = Path(__file__).with_name("recorded.json")
 ROW_CLASSES = (1, 4, 16, 64)
-"""Calls of up to so many rows take the same kernel of an op, or one that is tested with it."""
+"""Calls of up to so many rows run the same kernel of an op, or one that is tested with it."""
 
 
 @cache
 def native() -> Any:
-    """The module ``sapt_fast._C``, built with CUDA.
+    """Returns the module `sapt_fast._C`, built with CUDA.
 
     Raises:
-        ImportError: there is no compiled module, or it was built without CUDA.
+        ImportError: if the module is not compiled, or was built without CUDA.
     """
     module = importlib.import_module("sapt_fast._C")
     if not module.cuda_runtime()["compiled"]:
@@ -33,7 +33,7 @@ def native() -> Any:
 
 
 def unavailable() -> str | None:
-    """Why no CUDA kernel of this build can run on this machine, or None."""
+    """Returns why no CUDA kernel of this build can run on this machine, or None."""
     try:
         runtime = native().cuda_runtime()
     except ImportError as error:
@@ -52,7 +52,7 @@ def unavailable() -> str | None:
 
 
 def _covers(architectures: list[str], major: int, minor: int) -> bool:
-    """Whether one of them runs on a device: binaries within their generation, PTX on later ones."""
+    """Returns whether one runs on a device: binaries in their generation, PTX on later ones."""
     for name in architectures:
         kind, _, version = name.partition("_")
         number = int(version.rstrip("af"))
@@ -69,10 +69,10 @@ def _covers(architectures: list[str], major: int, minor: int) -> bool:
 
 
 def stream(device: torch.device) -> int:
-    """The handle of torch's current stream on a device.
+    """Returns the handle of torch's current stream on a device.
 
     Raises:
-        ValueError: it is no CUDA device.
+        ValueError: if it is not a CUDA device.
     """
     if device.type != "cuda":
         raise ValueError(f"CUDA kernels need CUDA tensors, got device {str(device)!r}")
@@ -80,10 +80,10 @@ def stream(device: torch.device) -> int:
 
 
 def dtype_code(dtype: torch.dtype) -> int:
-    """How the compiled module names a dtype.
+    """Returns the compiled module's code of a dtype.
 
     Raises:
-        TypeError: it has no kernels for it.
+        TypeError: if the module has no kernels for the dtype.
     """
     if dtype not in DTYPES:
         raise TypeError(f"CUDA kernels take float32, float16 or bfloat16 tensors, got {dtype}")
@@ -91,29 +91,29 @@ def dtype_code(dtype: torch.dtype) -> int:
 
 
 def typed(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """A tensor and the code of its dtype.
+    """Returns a tensor and the code of its dtype.
 
     Raises:
-        TypeError: the compiled module has no kernels for the dtype.
+        TypeError: if the compiled module has no kernels for the dtype.
     """
     return tensor, dtype_code(tensor.dtype)
 
 
 def row_class(rows: int) -> int | None:
-    """The entry of `ROW_CLASSES` that a call of so many rows belongs to; None for too many."""
+    """Returns the entry of `ROW_CLASSES` for a number of rows; None if it is too large."""
     return next((bound for bound in ROW_CLASSES if rows <= bound), None)
 
 
 def unrecorded(op: str, dtype: torch.dtype | None = None, rows: int | None = None) -> str | None:
-    """Why the kernels of an op are not chosen unasked: no GPU is known to have run this source.
+    """Returns why an op's kernels are not selected by default; None if a GPU has run this source.
 
-    ``recorded.json`` maps each op to ``{"source": ..., "ran": {"bfloat16": [1, 4], ...}}``: what
-    `source_digest` gave, and per dtype the row classes of which every case passed on a GPU.
+    `recorded.json` maps each op to `{"source": ..., "ran": {"bfloat16": [1, 4], ...}}`: its
+    `source_digest`, and per dtype the row classes of which every test passed on a GPU.
 
     Args:
         op: an op with CUDA kernels.
-        dtype: of the call's tensors; None asks whether anything of the op is recorded.
-        rows: of the call.
+        dtype: of the call's tensors. Defaults to any that is recorded.
+        rows: of the call. Defaults to any number that is recorded.
     """
     recorded = json.loads(RECORDED.read_text()).get(op)
     if recorded is None:
@@ -128,5 +128,5 @@ def unrecorded(op: str, dtype: torch.dtype | None = None, rows: int | None = Non
 
 
 def source_digest(op: str) -> str:
-    """A digest of the sources that an op's kernels were compiled from."""
+    """Returns a digest of the sources from which an op's kernels were compiled."""
     return str(native().cuda_runtime()["sources"][op])

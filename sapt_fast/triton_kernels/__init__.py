@@ -10,7 +10,7 @@ BACKWARD = "triton"
 
 
 def unavailable(op: str, device_type: str, dtype: torch.dtype | None) -> str | None:
-    """Why no kernel of this backend can run on tensors of that device and dtype, or None."""
+    """Returns why no kernel of this backend supports the device and dtype, or None."""
     if dtype == torch.float64:
         return "float64 runs in the reference and on the CPU only"
     missing = dispatch.import_failure("triton", "pip install 'sapt_fast[gpu]'")
@@ -37,6 +37,6 @@ def _interpreter_failure() -> str | None:
 def unchosen(
     op: str, device_type: str, few: int | None, dtype: torch.dtype | None = None
 ) -> str | None:
-    """The interpreter is for tests: it is taken by name only."""
+    """Returns why Triton's interpreter, which is for tests, is used only by name; else None."""
     interpreted = device_type != "cuda" and dispatch.triton_interpreted()
     return "Triton's interpreter would run it" if interpreted else None

@@ -34,21 +34,6 @@ PASSED = {op: {"ok": True, "cases": []} for op in OPS}
 WRONG = {"ok": False, "cases": []}
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    """Every function is called once and takes as long as its place says."""
-
-    def interleaved(functions, device, *, repeats, warmup=2):
-        for function in functions.values():
-            function()
-        return {
-            name: {"p20": 1.0, "median": float(place + 1), "p80": 9.0}
-            for place, name in enumerate(functions)
-        }
-
-    monkeypatch.setattr(measure, "interleaved_ms", interleaved)
-
-
 @dataclass(frozen=True)
 class Spoiled(OpCase):
     """A case whose kernel is wrong by one per cent, or raises."""

@@ -4,7 +4,9 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterable
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,13 @@ from training_step import PROVIDERS, Step, provider
 FLOOR = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
-def arguments(description: str | None, sections: tuple[str, ...] = ()) -> argparse.Namespace:
+def arguments(description: str | None) -> argparse.Namespace:
+    """The options of every check."""
+    return parser(description).parse_args()
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Of the options of every check, to which others may be added."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
         "--out",
@@ -30,21 +38,24 @@ def arguments(description: str | None, sections: tuple[str, ...] = ()) -> argpar
         help="folder for <machine>/<date>-<commit>.json",
     )
     parser.add_argument("--quick", action="store_true", help="small sizes: does it run at all?")
-    if sections:
-        parser.add_argument("--only", choices=sections, help="one section, in a file of its own")
-        parser.add_argument(
-            "--record",
-            action="store_true",
-            help="let the CUDA kernels that were right here be chosen unasked from now on",
-        )
-        parser.add_argument(
-            "--sanitize",
-            action="store_true",
-            help="the CUDA kernels' GPU tests under compute-sanitizer too, which takes long",
-        )
-    return parser.parse_args()
+    return parser
 
 
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """float32 products in full, whatever the machine's image sets."""
+    libraries = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [library.allow_tf32 for library in libraries]
+    try:
+        for library in libraries:
+            library.allow_tf32 = False
+        yield
+    finally:
+        for library, allowed in zip(libraries, before, strict=True):
+            library.allow_tf32 = allowed
+
+
+@without_tf32()
 def correctness(
     trained: Iterable[Layer], decoded: Iterable[Layer] = ()
 ) -> dict[str, dict[str, Any]]:
@@ -53,6 +64,8 @@ def correctness(
     Args:
         trained: checked in y and in every gradient.
         decoded: checked in y without a graph, which may run other kernels.
+
+    A backend that raises is wrong and its error reported: the others are checked all the same.
     """
     report: dict[str, dict[str, Any]] = {}
     for training, layer in [*((True, row) for row in trained), *((False, row) for row in decoded)]:
@@ -61,14 +74,26 @@ def correctness(
         names = Providers(layer, training=training).forward()
         for name in (n for n in names if n.startswith("ours_")):
             row = report.setdefault(name, {"ok": True, "cases": []})
-            values = _values(layer, name, training)
-            errors = {k: _error(values[k], exact[k]) for k in exact}
-            floor = FLOOR[layer.dtype]
-            ok = all(errors[k] <= max(2 * _error(plain[k], exact[k]), floor) for k in exact)
+            bounds = {k: max(2 * _error(plain[k], exact[k]), FLOOR[layer.dtype]) for k in exact}
+            try:
+                values = _values(layer, name, training)
+                errors = {k: _error(values[k], exact[k]) for k in exact}
+                verdict = {"ok": all(errors[k] <= bounds[k] for k in exact), "errors": errors}
+            except Exception as error:
+                traceback.print_exc()
+                verdict = {"ok": False, "raised": f"{type(error).__name__}: {error}"}
             case = "forward+backward" if training else "forward"
-            row["cases"].append({"layer": str(layer), "pass": case, "ok": ok, "errors": errors})
-            row["ok"] = row["ok"] and ok
+            row["cases"].append({"layer": str(layer), "pass": case, **verdict})
+            row["ok"] = row["ok"] and verdict["ok"]
     return report
+
+
+def join(report: dict[str, dict[str, Any]], more: dict[str, dict[str, Any]]) -> None:
+    """Adds verdicts of further cases to a report of `correctness`."""
+    for name, new in more.items():
+        row = report.setdefault(name, {"ok": True, "cases": []})
+        row["cases"] += new["cases"]
+        row["ok"] = row["ok"] and new["ok"]
 
 
 def _values(layer: Layer, name: str, training: bool) -> dict[str, torch.Tensor]:
@@ -95,17 +120,26 @@ def _error(result: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def layer_times(
-    layer: Layer, gate: dict[str, dict[str, Any]], *, repeats: int, training: bool
+    layer: Layer,
+    gate: dict[str, dict[str, Any]],
+    *,
+    repeats: int,
+    training: bool,
+    compiled: bool = True,
 ) -> dict[str, Any]:
     """Times of all providers on one layer; none is reported for a backend that failed the gate.
 
     A rival that raises (a compiler that gives up, memory that runs out) is left out and named.
+
+    Args:
+        compiled: with the rivals that are compiled for the layer, which takes long on a GPU.
     """
     providers = Providers(layer, training=training)
     functions = {
         name: function
         for name, function in providers.forward().items()
-        if not name.startswith("ours_") or gate[name]["ok"]
+        if (compiled or not name.endswith("_compiled"))
+        and (not name.startswith("ours_") or gate[name]["ok"])
     }
     steps = {n: providers.step(f) if training else f for n, f in functions.items()}
     failed: dict[str, str] = {}
@@ -185,16 +219,37 @@ def saved_for_backward(layer: Layer) -> dict[str, int]:
 
 
 def step_times(steps: dict[str, tuple[str, Step]], *, repeats: int) -> dict[str, Any]:
-    """Times of named (provider, step) pairs of one device, and their peak memory."""
+    """Times of named (provider, step) pairs of one device, and their peak memory.
+
+    A rival that raises is left out and named; what ours raises is passed on.
+    """
     device = next(iter(steps.values()))[1].device
-    functions = {name: provider(kind, step) for name, (kind, step) in steps.items()}
+    functions, failed = {}, {}
+    for name, (kind, step) in steps.items():
+        try:
+            functions[name] = _ready(kind, step)
+        except Exception as error:
+            if kind == "ours":
+                raise
+            traceback.print_exc()
+            failed[name] = f"{type(error).__name__}: {error}"
     times = measure.interleaved_ms(functions, device, repeats=repeats)
+    if device.startswith("cuda"):
+        peaks = {name: measure.peak_bytes(run, device) for name, run in functions.items()}
+    else:  # a process's own high-water mark says nothing once other providers ran in it
+        peaks = {name: _peak_in_a_process(*steps[name]) for name in functions}
     del functions
-    peaks = {name: _peak_in_a_process(kind, step) for name, (kind, step) in steps.items()}
     described = {
         name: {"provider": kind, "step": str(step)} for name, (kind, step) in steps.items()
     }
-    return {"what": described, "ms": times, "peak_bytes": peaks}
+    return {"what": described, "ms": times, "peak_bytes": peaks, "failed": failed}
+
+
+def _ready(kind: str, step: Step) -> Callable[[], None]:
+    """A provider whose first step is done."""
+    run = provider(kind, step)
+    run()
+    return run
 
 
 def _peak_in_a_process(kind: str, step: Step) -> int:

@@ -33,7 +33,7 @@ class DecodePair:
         """The linear layers alone and with PEFT's loop over all adapters, of the layers' dtype."""
         return {
             "base": lambda: [F.linear(self.x, each.weight) for each in self.layers],
-            "peft": lambda: [each._peft(self.x) for each in self.layers],
+            "peft": lambda: [each.peft_layer(self.layer.dtype)(self.x) for each in self.layers],
         }
 
     def ours(self) -> dict[str, Pair]:
@@ -53,10 +53,11 @@ class DecodePair:
 
     def errors(self, run: Pair) -> list[float]:
         """Relative root-mean-square error of each layer's output against float64."""
-        return [
-            checks._error(y, self._exact(each, self.x.double()))
-            for each, y in zip(self.layers, run(), strict=True)
-        ]
+        with checks.without_tf32():
+            return [
+                checks._error(y, self._exact(each, self.x.double()))
+                for each, y in zip(self.layers, run(), strict=True)
+            ]
 
     def _exact(self, each: Providers, x: Tensor) -> Tensor:
         weights = self.mixture.double().repeat_interleave(self.layer.rank, 1) * each.scaling
@@ -70,23 +71,26 @@ def times(layer: Layer, carrying: int | None = None, *, repeats: int) -> dict[st
 
     Returns:
         "ms" by provider, without the backends whose "errors" are too large and without what
-        "failed"; "ok", whether no backend of ours is among these.
+        "failed"; "wrong", the backends of ours among these; "ok", whether there are none.
     """
     pair = DecodePair(layer, carrying)
     failed: dict[str, str] = {}
     errors: dict[str, list[float]] = {}
     functions: dict[str, Callable[[], object]] = {}
-    ours = pair.ours()
-    for name, run in {**pair.rivals(), **ours}.items():
+    ours, rivals = pair.ours(), pair.rivals()
+    for name, run in {**ours, **rivals}.items():  # a rival whose capture fails spoils none of ours
         try:
             if name in ours:
                 errors[name] = pair.errors(run)
                 if not max(errors[name]) <= checks.FLOOR[layer.dtype]:
                     continue
+            else:
+                run()
             functions[name] = replayed(run, layer.device)
         except Exception as error:
             traceback.print_exc()
             failed[name] = f"{type(error).__name__}: {error}"
+    functions = {name: functions[name] for name in (*rivals, *ours) if name in functions}
     return {
         "layer": str(layer),
         "carrying": carrying,
@@ -94,6 +98,7 @@ def times(layer: Layer, carrying: int | None = None, *, repeats: int) -> dict[st
         "ms": measure.interleaved_ms(functions, layer.device, repeats=repeats),
         "errors": errors,
         "failed": failed,
+        "wrong": [name for name in ours if name not in functions],
         "ok": all(name in functions for name in ours),
     }
 

@@ -1,19 +1,24 @@
 """Everything at once on a machine with an NVIDIA GPU: one JSON file and a short table.
 
-Environment, correctness of every backend and every op in every dtype, layers and ops against what
-else computes them, by themselves and as CUDA graphs, decoding steps, and whole training steps.
+Environment, correctness of every backend and every op in every dtype, decoding steps, ops and
+layers against what else computes them, by themselves and as CUDA graphs, and whole training steps.
+The file is written as it grows. docs/results/gpu.md says how to run it on a borrowed machine.
 """
 
+import argparse
 import gc
-import json
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import checks
 import decode_pair
+import gpu_record
+import gpu_targets
 import measure
 import op_checks
 import sanitizer
@@ -27,6 +32,8 @@ from sapt_fast import dispatch
 Result = dict[str, Any]
 
 DEVICE = "cuda"
+STATUS = "0 all right, 1 wrong or failed, 2 no GPU, 3 right but not all was reached"
+SANITIZER_SECONDS, GPU_TESTS_SECONDS = 1800.0, 900.0  # where there is no budget
 BF16 = torch.bfloat16
 # (width, adapters, rank): total ranks 60, 60, 240 and 1024; 8192 rows each.
 TRAINING = [
@@ -49,40 +56,167 @@ SMALL = Layer(3, 33, 96, 80, 15, 4, torch.float32)
 
 
 def main() -> int:
-    options = checks.arguments(__doc__, tuple(SECTIONS))
+    options = _arguments()
+    if options.record_from:
+        return _record_from(options.record_from)
+    if options.rehearse and not _rehearses():
+        print("--rehearse needs TRITON_INTERPRET=1: without a GPU the kernels are interpreted")
+        return 2
     if DEVICE == "cuda" and not torch.cuda.is_available():
         print("gpu_check needs an NVIDIA GPU that torch can use; cpu_check runs anywhere")
         return 2
-    result = collect(options.quick, options.only, lambda part: measure.save(part, options.out))
+    gc.freeze()  # the libraries' objects stay: a collection between two parts takes no second
+    clock = Clock(options.budget)
+    result = collect(
+        options.quick or options.rehearse,
+        options.only,
+        _Keeper(options.out),
+        clock=clock,
+        compiled=options.compiled,
+        record=options.record,
+    )
+    gc.unfreeze()
     if options.sanitize:
-        result["sanitizer"] = {tool: sanitizer.run(tool) for tool in sanitizer.TOOLS}
-    status = checks.finish(result, options.out)
+        result["sanitizer"] = {}
+        for tool in sanitizer.TOOLS:
+            result["sanitizer"][tool] = sanitizer.run(tool, clock.left(SANITIZER_SECONDS))
+    wrong = bool(checks.finish(result, options.out))
     for tool, row in (result["sanitizer"] or {}).items():
         print(f"{tool}: {row['said']}")
-        status = status or int(row["ok"] is False)
+        wrong = wrong or row["ok"] is False
     if options.record:
-        print(f"recorded as right on a GPU: {', '.join(_record(result)) or 'none'}")
+        wrong = wrong or not result["cuda tests"]["ok"]
+        print(f"GPU tests of the CUDA kernels:\n{result['cuda tests']['said']}")
+        lines = [] if result["quick"] else gpu_record.merge(result["recorded"])
+        print("\n".join(["recorded as right on a GPU:", *(lines or ["nothing"])]))
     for failure in result["failures"]:
         print(f"{failure['section']} raised {failure['raised']}")
-    return 1 if result["failures"] else status
+    print(f"status: {result['status']}")
+    if wrong or result["failures"]:
+        return 1
+    return 3 if result["not_reached"] else 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = checks.parser(f"{__doc__}\nExit status: {STATUS}.")
+    parser.add_argument("--only", choices=SECTIONS, help="one section, in a file of its own")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="small sizes on the CPU, kernels interpreted"
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        help="begin nothing after so long; what is left is named in the file",
+    )
+    parser.add_argument(
+        "--compiled", action="store_true", help="rivals compiled for each layer too: minutes each"
+    )
+    parser.add_argument(
+        "--record",
+        action="store_true",
+        help="first the CUDA kernels' GPU tests; what they pass is chosen unasked from now on",
+    )
+    parser.add_argument(
+        "--record-from",
+        type=Path,
+        metavar="FILE",
+        help="only take over the record in a file that --record wrote elsewhere; needs no GPU",
+    )
+    parser.add_argument(
+        "--sanitize",
+        action="store_true",
+        help="the CUDA kernels' GPU tests under compute-sanitizer at last, which takes long",
+    )
+    options = parser.parse_args()
+    if options.budget is not None and not options.budget > 0:
+        parser.error(f"--budget: got {options.budget:g}, expected more than 0 seconds")
+    return options
+
+
+def _rehearses() -> bool:
+    """Moves all to the CPU, if kernels are interpreted there."""
+    global DEVICE
+    if dispatch.triton_interpreted():
+        DEVICE = "cpu"
+    return DEVICE == "cpu"
+
+
+def _record_from(file: Path) -> int:
+    try:
+        lines = gpu_record.merge_file(file)
+    except (OSError, ValueError) as error:
+        print(error)
+        return 1
+    print("\n".join(["recorded as right on a GPU:", *(lines or ["nothing"])]))
+    return 0 if lines else 1
+
+
+class Clock:
+    """Seconds since its making, of those there are."""
+
+    def __init__(self, budget: float | None = None) -> None:
+        self.budget = budget
+        self.start = time.monotonic()
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.start
+
+    def left(self, most: float) -> float:
+        """Seconds until the end of the budget, at least one; `most` without a budget."""
+        return most if self.budget is None else max(1.0, self.budget - self.seconds())
+
+    def is_over(self) -> bool:
+        return self.budget is not None and self.seconds() >= self.budget
+
+
+class _Keeper:
+    """Writes the report whenever it has grown, and prints what is new in its table."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.printed = 0
+
+    def __call__(self, result: Result) -> None:
+        measure.save(result, self.out)
+        for row in result["targets"][self.printed :]:
+            value = "not measured" if row["value"] is None else f"{row['value']:.3g}"
+            sign = ">=" if row["at_least"] else "<="
+            print(f"{row['what']}: {value} ({sign} {row['target']:g})", flush=True)
+        self.printed = len(result["targets"])
 
 
 def collect(
-    quick: bool, only: str | None = None, keep: Callable[[Result], object] = lambda _: None
+    quick: bool,
+    only: str | None = None,
+    keep: Callable[[Result], object] = lambda _: None,
+    *,
+    clock: Clock | None = None,
+    compiled: bool = False,
+    record: bool = False,
 ) -> Result:
     """Everything that is reported, or one of `SECTIONS`; `keep` gets it whenever it has grown.
 
-    A part that raises is noted, and the others go on.
+    A part that raises is noted, and the others go on. When the clock is over, no further part
+    begins. With `record` the CUDA kernels' GPU tests come first.
     """
-    guard = _Guard()
+    clock, guard = clock or Clock(), _Guard()
+    wanted = [name for name in SECTIONS if only in (None, name)]
     result: Result = {
         "kind": "gpu_check",
         "quick": quick,
         "only": only,
+        "status": "running",
+        "not_reached": [],
+        "seconds": {},
         "environment": measure.environment(DEVICE),
+        "cuda sources": gpu_record.sources(),
+        "cuda tests": None,
+        "recorded": {},
         "correctness": {},
         "failures": guard.failures,
         "targets": [],
+        "compiled": compiled,
         "layers": [],
         "ops": {},
         "ways of mix_experts": None,
@@ -90,42 +224,80 @@ def collect(
         "steps": [],
         "sanitizer": None,
     }
-    for name, section in SECTIONS.items():
-        if only in (None, name):
-            for _ in section(quick, guard, result):
+    keep(result)
+    if record:
+        result["cuda tests"] = gpu_record.run(clock.left(GPU_TESTS_SECONDS))
+        result["recorded"] = gpu_record.of(result)
+        keep(result)
+    for place, name in enumerate(wanted):
+        began = clock.seconds()
+        for _ in SECTIONS[name](quick, guard, result):
+            result["seconds"][name] = round(clock.seconds() - began, 1)
+            result["recorded"] = gpu_record.of(result)
+            keep(result)
+            if clock.is_over():
+                result["not_reached"] = wanted[place:]
+                result["status"] = f"time was up after {clock.seconds():.0f} s, in {name}"
                 keep(result)
+                return result
+    result["status"] = "complete"
+    keep(result)
     return result
 
 
-def _layers(quick: bool, guard: "_Guard", result: Result) -> Iterator[None]:
-    training, decode, repeats = TRAINING, DECODE, 5 if quick else 50
+# --- sections ----------------------------------------------------------------------------------
+
+
+def _correctness(quick: bool, guard: "_Guard", result: Result) -> Iterator[None]:
+    """The small and odd sizes first: they find most that is wrong, in the least time."""
+    yield from _check_layers(guard, result, _odd_layers())
+    yield from _check_ops(quick, guard, result)
+    training, decode = _layer_sizes(quick)
+    yield from _check_layers(guard, result, training, training + decode)
+
+
+def _check_layers(
+    guard: "_Guard", result: Result, trained: Sequence[Layer], decoded: Sequence[Layer] = ()
+) -> Iterator[None]:
+    """Verdicts on backends of `mixed_lora`, of the layers that this report has none of."""
+    known = _checked_layers(result)
+    for layer in dict.fromkeys((*trained, *decoded)):
+        if str(layer) not in known:
+            given = [layer] if layer in trained else [], [layer] if layer in decoded else []
+            gate = guard(f"correctness of {layer}", checks.correctness, *given)
+            checks.join(result["correctness"], gate or {})
+            yield
+
+
+def _checked_layers(result: Result) -> set[str]:
+    gate = result["correctness"]
+    cases = [case for name in gate if name.startswith("ours_") for case in gate[name]["cases"]]
+    return {case["layer"] for case in cases}
+
+
+def _check_ops(quick: bool, guard: "_Guard", result: Result) -> Iterator[None]:
+    """Verdicts on the Triton kernels by op, and on the CUDA kernels by "<op>_cuda"."""
+    known = set(result["correctness"])
+    for backend, suffix in (("triton", ""), ("cuda", "_cuda")):
+        for case in op_checks.checked(quick, backend):
+            name = f"{case.op}{suffix}"
+            if name in known or (suffix and dispatch.unavailable(case.op, backend, DEVICE)):
+                continue
+            given = (op_checks.correctness, DEVICE, [case], backend)
+            gate = guard(f"correctness of {name}", *given) or {}
+            checks.join(result["correctness"], {f"{op}{suffix}": row for op, row in gate.items()})
+            yield
+
+
+def _layer_sizes(quick: bool) -> tuple[list[Layer], list[Layer]]:
+    """Layers in training, and of one token per sample."""
+    training, decode = TRAINING, DECODE
     if quick:
         training = [replace(row, batch=2, tokens=64, width=256, out=256) for row in TRAINING[:1]]
         decode = [replace(row, width=256, out=256) for row in DECODE[:1]]
-    training = [replace(layer, device=DEVICE) for layer in training]
-    decode = [replace(layer, device=DEVICE) for layer in decode]
-    gate = _layer_gate(guard, [*_odd_layers(), *training], training + decode)
-    result["correctness"] |= gate
-    yield
-    for layer in training if gate else ():
-        times = [
-            guard(str(layer), checks.layer_times, layer, gate, repeats=repeats, training=trained)
-            for trained in (False, True)
-        ]
-        result["layers"] += [row for row in times if row]
-        if all(times):
-            result["targets"] += _layer_targets(layer, *(row["ms"] for row in times))
-        yield
-    many = {"repeats": 4 * repeats, "training": False}
-    for layer in decode if gate else ():
-        row = guard(str(layer), checks.layer_times, layer, gate, **many)
-        result["layers"] += [row] if row else []
-        yield
-    for layer in (*training, *decode) if gate else ():
-        name = f"CUDA graph of {layer}"
-        row = guard(name, op_checks.graph_times, layer, gate, repeats=repeats)
-        result["layers"] += [row] if row else []
-        yield
+    return [replace(r, device=DEVICE) for r in training], [
+        replace(r, device=DEVICE) for r in decode
+    ]
 
 
 def _odd_layers() -> list[Layer]:
@@ -135,63 +307,48 @@ def _odd_layers() -> list[Layer]:
     ]
 
 
-def _layer_gate(
-    guard: "_Guard", trained: list[Layer], decoded: Sequence[Layer] = ()
-) -> dict[str, dict[str, Any]]:
-    return guard("correctness of mixed_lora", checks.correctness, trained, decoded) or {}
+def _layers(quick: bool, guard: "_Guard", result: Result) -> Iterator[None]:
+    repeats, gate = 5 if quick else 50, result["correctness"]
+    training, decode = _layer_sizes(quick)
+    yield from _check_layers(guard, result, training, training + decode)
+    checked = _checked_layers(result)
+    for layer in (row for row in training if str(row) in checked):
+        named = {"repeats": repeats, "compiled": result["compiled"]}
+        times = [
+            guard(str(layer), checks.layer_times, layer, gate, training=trained, **named)
+            for trained in (False, True)
+        ]
+        result["layers"] += [row for row in times if row]
+        if all(times):
+            result["targets"] += gpu_targets.layer_targets(layer, *(row["ms"] for row in times))
+        yield
+    many = {"repeats": 4 * repeats, "training": False, "compiled": result["compiled"]}
+    for layer in (row for row in decode if str(row) in checked):
+        row = guard(str(layer), checks.layer_times, layer, gate, **many)
+        result["layers"] += [row] if row else []
+        yield
+    for layer in (row for row in (*training, *decode) if str(row) in checked):
+        name = f"CUDA graph of {layer}"
+        row = guard(name, op_checks.graph_times, layer, gate, repeats=repeats)
+        result["layers"] += [row] if row else []
+        yield
 
 
 def _ops(quick: bool, guard: "_Guard", result: Result) -> Iterator[None]:
-    repeats, cases = 5 if quick else 50, op_checks.checked(quick, "triton")
-    gate = guard("correctness of the ops", op_checks.correctness, DEVICE, cases) or {}
-    result["correctness"] |= gate
-    yield
-    result["correctness"] |= _cuda_gate(guard, quick)
-    yield
-    measured = guard(
-        "speed of the ops", op_checks.speed, DEVICE, quick, result["correctness"], repeats=repeats
-    )
-    result["ops"], targets = measured or ({}, [])
-    result["targets"] += targets
-    yield
-    result["ways of mix_experts"] = guard(
-        "ways of mix_experts",
-        op_checks.expert_ways,
-        DEVICE,
-        quick,
-        gate,
-        repeats=repeats,
-    )
-    yield
-
-
-def _cuda_gate(guard: "_Guard", quick: bool) -> dict[str, dict[str, Any]]:
-    """`correctness` of the CUDA kernels, by the ops' names with `_cuda` behind them."""
-    within = [
-        case
-        for case in op_checks.checked(quick, "cuda")
-        if dispatch.unavailable(case.op, "cuda", DEVICE) is None
-    ]
-    if not within:
-        return {}
-    gate = guard("correctness of the CUDA kernels", op_checks.correctness, DEVICE, within, "cuda")
-    return {f"{op}_cuda": row for op, row in (gate or {}).items()}
-
-
-def _record(result: Result) -> list[str]:
-    """Notes the sources of the CUDA kernels that were right, so that they are chosen unasked."""
-    from sapt_fast.cuda_kernels import common
-
-    names = {"ours_cuda": "mixed_lora"}
-    right = [
-        names.get(name, name.removesuffix("_cuda"))
-        for name, row in result["correctness"].items()
-        if name.endswith("_cuda") and row["ok"]
-    ]
-    recorded = json.loads(common.RECORDED.read_text())
-    recorded |= {op: common.source_digest(op) for op in right}
-    common.RECORDED.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
-    return right
+    repeats, gate = 5 if quick else 50, result["correctness"]
+    yield from _check_ops(quick, guard, result)
+    begun, targets = len(result["targets"]), result["targets"]
+    speeds = op_checks.speed(DEVICE, quick, gate, repeats=repeats)
+    while (measured := guard("speed of the ops", next, speeds, None)) is not None:
+        result["ops"], targets[begun:] = measured
+        guard.note(measured[0]["rows"][-1])
+        yield
+    result["ways of mix_experts"] = []
+    ways = op_checks.expert_ways(DEVICE, quick, gate, repeats=repeats)
+    while (row := guard("ways of mix_experts", next, ways, None)) is not None:
+        result["ways of mix_experts"].append(row)
+        guard.note(row)
+        yield
 
 
 def _decode(quick: bool, guard: "_Guard", result: Result) -> Iterator[None]:
@@ -207,39 +364,21 @@ def _decode(quick: bool, guard: "_Guard", result: Result) -> Iterator[None]:
         if row is None:
             return None
         result["decode"].append(row)
-        checked["cases"].append({k: row[k] for k in ("layer", "carrying", "errors", "failed")})
+        said = ("layer", "carrying", "errors", "failed", "wrong")
+        checked["cases"].append({name: row[name] for name in said})
         checked["ok"] = checked["ok"] and row["ok"]
         result["correctness"]["pairs of mixed_lora"] = checked
         return row
 
     for layer in pairs:
         if row := measured(layer):
-            result["targets"] += _pair_targets(layer, row)
+            result["targets"] += gpu_targets.pair_targets(layer, row)
         yield
     for layer, few in many:
         rows = [measured(layer, carrying=few.adapters), measured(few)]
         if all(rows):
-            result["targets"].append(_few_of_many_target(layer, few, *rows))
+            result["targets"].append(gpu_targets.few_of_many_target(layer, few, *rows))
         yield
-
-
-def _pair_targets(layer: Layer, row: dict[str, Any]) -> list[dict[str, Any]]:
-    ours = decode_pair.chosen(row) or "ours"
-    what = f"decode of a pair, graph, B {layer.batch}"
-    over = ratio(row["ms"], "peft", ours)
-    return [
-        target(f"{what}: {ours} / base linears", ratio(row["ms"], ours, "base"), 1.15),
-        target(f"{what}: PEFT loop / {ours}", over, 8, at_least=True),
-    ]
-
-
-def _few_of_many_target(
-    layer: Layer, few: Layer, of_many: dict[str, Any], alone: dict[str, Any]
-) -> dict[str, Any]:
-    ours = decode_pair.chosen(of_many) or "ours"
-    both = {n: r["ms"][ours] for n, r in (("many", of_many), ("few", alone)) if ours in r["ms"]}
-    what = f"{few.adapters} of {layer.adapters} adapters carry weight / {few.adapters} adapters"
-    return target(f"decode, B {layer.batch}, {ours}: {what}", ratio(both, "many", "few"), 1.15)
 
 
 def _steps(quick: bool, guard: "_Guard", result: Result) -> Iterator[None]:
@@ -251,15 +390,14 @@ def _steps(quick: bool, guard: "_Guard", result: Result) -> Iterator[None]:
         ]
     steps = [replace(step, device=DEVICE) for step in steps]
     ours = f"ours_{dispatch.resolve('mixed_lora', torch.device(DEVICE))}"
-    if ours not in result["correctness"]:
-        result["correctness"] |= _layer_gate(guard, _odd_layers())
+    yield from _check_layers(guard, result, _odd_layers())
     if not result["correctness"].get(ours, {}).get("ok"):
         return
     for step in steps:
         row = guard(f"{step.kind} step", _step_row, step, repeats)
         if row:
             result["steps"].append(row)
-            result["targets"] += _step_targets(step, row)
+            result["targets"] += gpu_targets.step_targets(step, row)
         yield
     pools = guard("K 2 and K 64", _pool_row, steps[0], repeats)
     if pools:
@@ -269,7 +407,14 @@ def _steps(quick: bool, guard: "_Guard", result: Result) -> Iterator[None]:
     yield
 
 
-SECTIONS = {"layers": _layers, "ops": _ops, "decode": _decode, "steps": _steps}
+# In this order: what is worth most for its time comes first.
+SECTIONS = {
+    "correctness": _correctness,
+    "decode": _decode,
+    "ops": _ops,
+    "layers": _layers,
+    "steps": _steps,
+}
 
 
 class _Guard:
@@ -277,6 +422,11 @@ class _Guard:
 
     def __init__(self) -> None:
         self.failures: list[dict[str, str]] = []
+
+    def note(self, row: Result) -> None:
+        """A row that says itself what was raised while it was measured."""
+        if "raised" in row:
+            self.failures.append({"section": row["case"], "raised": row["raised"]})
 
     def __call__(
         self, section: str, function: Callable[..., Any], *given: Any, **named: Any
@@ -289,8 +439,8 @@ class _Guard:
             self.failures.append({"section": section, "raised": raised})
             return None
         finally:
-            gc.collect()
             if DEVICE == "cuda":
+                gc.collect()
                 torch.cuda.empty_cache()
 
 
@@ -299,51 +449,9 @@ def _step_row(step: Step, repeats: int) -> dict[str, Any]:
     return checks.step_times({name: (name, step) for name in providers}, repeats=repeats)
 
 
-def _step_targets(step: Step, row: dict[str, Any]) -> list[dict[str, Any]]:
-    times, peak = ratio(row["ms"], "released", "ours"), row["peak_bytes"]
-    memory = peak["ours"] / peak["released"]
-    return [
-        target(f"{step.kind} step: released / ours", times, 2.5, at_least=True),
-        target(f"{step.kind} step peak memory: ours / released", memory, 0.5),
-    ]
-
-
 def _pool_row(step: Step, repeats: int) -> dict[str, Any]:
     pools = {f"K{count}": ("ours", replace(step, adapters=count)) for count in (2, 64)}
     return checks.step_times(pools, repeats=repeats)
-
-
-def _layer_targets(
-    layer: Layer, forward: dict[str, Any], both: dict[str, Any]
-) -> list[dict[str, Any]]:
-    size = f"d {layer.width}, R {layer.adapters * layer.rank}"
-    ours = f"ours_{dispatch.resolve('mixed_lora', torch.device(layer.device), dtype=layer.dtype)}"
-    rivals = [name for name in both if not name.startswith("ours_") and name != "base"]
-    best = min(rivals, key=lambda name: both[name]["median"])
-    small = layer.width <= 2048
-    rows = [
-        target(
-            f"forward, {size}: ours / base",
-            ratio(forward, ours, "base"),
-            1.2 if small else 1.06,
-        ),
-        target(
-            f"forward+backward, {size}: ours / best rival ({best})",
-            ratio(both, ours, best),
-            1.0,
-        ),
-        target(
-            f"forward+backward, {size}: released / ours",
-            ratio(both, "released", ours),
-            12 if small else 5,
-            at_least=True,
-        ),
-    ]
-    if small:
-        rows.append(
-            target(f"forward, {size}: ours / stacked", ratio(forward, ours, "stacked"), 0.85)
-        )
-    return rows
 
 
 if __name__ == "__main__":

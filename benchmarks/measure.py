@@ -1,6 +1,8 @@
 """Timing, memory and the description of the machine, shared by all benchmarks."""
 
+import hashlib
 import json
+import os
 import platform
 import random
 import re
@@ -21,6 +23,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 _TURN_MS = 2.0
 _SETTLE_MS = 1e3  # longer calls settle by themselves
 _LEAD_CYCLES = 2_000_000  # of the GPU's clock: about a millisecond
+COMMIT_VARIABLE = "SAPT_FAST_COMMIT"  # of a tree without .git
+_TF32_VARIABLES = ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "NVIDIA_TF32_OVERRIDE")
 _PACKAGES = ("torch", "triton", "transformers", "peft", "numpy")
 
 
@@ -122,8 +126,7 @@ def environment(device: str) -> dict[str, Any]:
     description: dict[str, Any] = {
         "machine": machine_name(device),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "commit": _git("rev-parse", "--short", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        **_source(),
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
         "cpu": _cpu_model(),
@@ -134,19 +137,45 @@ def environment(device: str) -> dict[str, Any]:
         except PackageNotFoundError:
             description[package] = None
     if device.startswith("cuda"):
-        properties = torch.cuda.get_device_properties(0)
+        properties = torch.cuda.get_device_properties(device)
         description["gpu"] = properties.name
         description["gpu_memory_bytes"] = properties.total_memory
         description["multiprocessors"] = properties.multi_processor_count
         description["cuda"] = torch.version.cuda
         description["driver"] = _driver()
+        description["tf32"] = tf32()
     return description
+
+
+def tf32() -> dict[str, Any]:
+    """Whether float32 products of cuBLAS and cuDNN are cut to TF32, and who says so."""
+    return {
+        **{name: os.environ.get(name) for name in _TF32_VARIABLES},
+        "cuda.matmul.allow_tf32": torch.backends.cuda.matmul.allow_tf32,
+        "cudnn.allow_tf32": torch.backends.cudnn.allow_tf32,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }
+
+
+def _source() -> dict[str, Any]:
+    """The commit, and a digest of the Python package by which it is known without .git.
+
+    Whether there are changes is None where git cannot tell.
+    """
+    changes = _git("status", "--porcelain", "--untracked-files=no")
+    package = sorted((ROOT / "sapt_fast").rglob("*.py"))
+    text = b"".join(path.read_bytes() for path in package)
+    return {
+        "commit": os.environ.get(COMMIT_VARIABLE) or _git("rev-parse", "--short", "HEAD"),
+        "uncommitted_changes": None if changes == "unknown" else bool(changes),
+        "package": hashlib.sha256(text).hexdigest()[:16],
+    }
 
 
 def machine_name(device: str) -> str:
     """A folder name for the machine: the GPU, or the CPU and its cores."""
     if device.startswith("cuda"):
-        name = torch.cuda.get_device_name(0)
+        name = torch.cuda.get_device_name(device)
     else:
         name = f"{_cpu_model()} {torch.get_num_threads()} cores"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
@@ -158,8 +187,15 @@ def save(result: dict[str, Any], out: Path) -> Path:
     name = "-".join(filter(None, (about["date"], about["commit"], result.get("only"))))
     path = out / about["machine"] / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    write(path, json.dumps(result, indent=1) + "\n")
     return path
+
+
+def write(path: Path, text: str) -> None:
+    """Replaces a file as a whole: whoever is ended meanwhile leaves the old one or the new one."""
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    draft.write_text(text)
+    draft.replace(path)
 
 
 def _cpu_model() -> str:
@@ -178,6 +214,6 @@ def _git(*arguments: str) -> str:
 def _driver() -> str:
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        return subprocess.run(query, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0].strip()
     except FileNotFoundError:
         return "unknown"

@@ -1,7 +1,7 @@
 """Correctness and speed of the ops beside `mixed_lora`; sizes and device are arguments."""
 
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import cases
@@ -25,6 +25,7 @@ def checked(quick: bool, backend: str) -> list[OpCase]:
     return [c for c in given if backend in dispatch.backends(c.op) and c.fits(backend)]
 
 
+@checks.without_tf32()
 def correctness(
     device: str, cases: Iterable[OpCase], backend: str = "triton", dtypes: Any = DTYPES
 ) -> dict[str, dict[str, Any]]:
@@ -111,15 +112,18 @@ def speed(
     repeats: int,
     backend: str = "triton",
     dtype: torch.dtype = torch.bfloat16,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
     """Times of every op whose correctness held, and its rows of the table of targets.
+
+    Both grow by an op and are given again.
 
     Each op is timed by itself and as a CUDA graph, in bytes against a copy in the same run; where
     `gate` has a verdict of its CUDA kernels ("<op>_cuda") and it is good, by these too.
     """
     size = COPIED_BYTES_QUICK if quick else COPIED_BYTES
     copied = copy_bytes_per_second(device, size, repeats)
-    rows, targets = [], []
+    result: dict[str, Any] = {"copy_bytes_per_second": copied, "rows": []}
+    targets: list[dict[str, Any]] = []
     for timed in cases.gathered("TIMED"):
         case = timed.quick if quick else timed.full
         row: dict[str, Any] = {"op": case.op, "case": str(case), "dtype": str(dtype)}
@@ -130,14 +134,16 @@ def speed(
             row |= _guarded(_op_times, case, dtype, device, backends, repeats, copied)
         else:
             row["not_measured"] = "its correctness check failed"
-        rows.append(row)
+        result["rows"].append(row)
         targets += _targets(timed, row)
         if timed.growth:
-            value = None
+            grown: dict[str, Any] = {}
             if "ms" in row:
-                value = _memory_growth(case, timed.growth, device, backend, dtype)
+                grown = _guarded(_memory_growth, case, timed.growth, device, backend, dtype)
+            row |= grown
+            value = grown.get("memory_growth")
             targets.append(checks.target(timed.growth.what, value, timed.growth.most))
-    return {"copy_bytes_per_second": copied, "rows": rows}, targets
+        yield result, targets
 
 
 def _guarded(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
@@ -162,11 +168,19 @@ def _op_times(
     for name, backend in backends.items():
         functions[name] = case.bare(inputs, backend)
         functions[f"{name}_graph"] = replayed(functions[name], device)
-    functions |= case.rivals(inputs)
+    failed: dict[str, str] = {}
+    for name, rival in case.rivals(inputs).items():
+        try:
+            rival()
+            functions[name] = rival
+        except Exception as error:
+            traceback.print_exc()
+            failed[name] = f"{type(error).__name__}: {error}"
     times = measure.interleaved_ms(functions, device, repeats=repeats)
     least_seconds = case.moved_bytes(dtype) / copied
     return {
         "ms": times,
+        "failed": failed,
         "moved_bytes": case.moved_bytes(dtype),
         "share_of_copy": {
             name: least_seconds / (times[f"{name}_graph"]["median"] * 1e-3) for name in backends
@@ -199,44 +213,47 @@ def _targets(timed: Timed, row: dict[str, Any]) -> list[dict[str, Any]]:
 @torch.no_grad()
 def _memory_growth(
     case: OpCase, growth: Growth, device: str, backend: str, dtype: torch.dtype
-) -> float | None:
+) -> dict[str, float]:
     """Peak memory of a case over that of the smaller one."""
     if not device.startswith("cuda"):
-        return None  # a process's high-water mark is no measure of one call's tensors
+        return {}  # a process's high-water mark is no measure of one call's tensors
     peaks = []
     for sized in (case, growth.smaller(case)):
         run = sized.bare(sized.inputs(dtype, device), backend)
         run()
         peaks.append(measure.peak_bytes(run, device))
-    return peaks[0] / max(1, peaks[1])
+    return {"memory_growth": peaks[0] / max(1, peaks[1])}
 
 
-@torch.no_grad()
 def expert_ways(
     device: str, quick: bool, gate: dict[str, dict[str, Any]], *, repeats: int,
     dtype: torch.dtype = torch.bfloat16,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Both ways of the Triton kernels of `mix_experts` on each size, and which one they choose."""
+    if gate.get("mix_experts", {}).get("ok"):
+        for case in experts.WAYS_QUICK if quick else experts.WAYS:
+            yield {"case": str(case)} | _guarded(_both_ways, case, dtype, device, repeats)
+
+
+@torch.no_grad()
+def _both_ways(
+    case: experts.ExpertsCase, dtype: torch.dtype, device: str, repeats: int
+) -> dict[str, Any]:
     from sapt_fast.triton_kernels import mix_experts as kernels
 
-    rows: list[dict[str, Any]] = []
-    if not gate.get("mix_experts", {}).get("ok"):
-        return rows
-    for case in experts.WAYS_QUICK if quick else experts.WAYS:
-        inputs = case.inputs(dtype, device)
-        pairs = case.rows * case.k
-        size = (pairs, case.experts, case.rank, 2 * case.width, dtype.itemsize)
-        chosen, choose = kernels.grouping_pays(*size), kernels.grouping_pays
-        row = {"case": str(case), "pairs_per_expert": pairs / case.experts, "grouped": chosen}
-        try:
-            for name, grouped in (("gathered_ms", False), ("grouped_ms", True)):
-                kernels.grouping_pays = lambda *_, grouped=grouped: grouped
-                run = case.bare(inputs, "triton")
-                row[name] = measure.interleaved_ms({"ours": run}, device, repeats=repeats)["ours"]
-        finally:
-            kernels.grouping_pays = choose
-        rows.append(row)
-    return rows
+    inputs = case.inputs(dtype, device)
+    pairs = case.rows * case.k
+    size = (pairs, case.experts, case.rank, 2 * case.width, dtype.itemsize)
+    chosen, choose = kernels.grouping_pays(*size), kernels.grouping_pays
+    row: dict[str, Any] = {"pairs_per_expert": pairs / case.experts, "grouped": chosen}
+    try:
+        for name, grouped in (("gathered_ms", False), ("grouped_ms", True)):
+            kernels.grouping_pays = lambda *_, grouped=grouped: grouped
+            run = case.bare(inputs, "triton")
+            row[name] = measure.interleaved_ms({"ours": run}, device, repeats=repeats)["ours"]
+    finally:
+        kernels.grouping_pays = choose
+    return row
 
 
 def graph_times(layer: Layer, gate: dict[str, dict[str, Any]], *, repeats: int) -> dict[str, Any]:

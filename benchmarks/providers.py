@@ -59,11 +59,11 @@ class Providers:
 
     def __init__(self, layer: Layer, *, training: bool, seed: int = 0) -> None:
         self.layer = layer
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(layer.device).manual_seed(seed)
+        on_device: dict[str, Any] = {"generator": generator, "device": layer.device}
 
         def draw(*size: int) -> Tensor:
-            values = torch.randn(*size, generator=generator) / math.sqrt(size[-1])
-            return values.to(device=layer.device, dtype=layer.dtype)
+            return (torch.randn(*size, **on_device) / math.sqrt(size[-1])).to(layer.dtype)
 
         count, rank = layer.adapters, layer.rank
         self.x = draw(layer.batch, layer.tokens, layer.width).mul_(math.sqrt(layer.width))
@@ -72,8 +72,7 @@ class Providers:
         # As large as makes the mixture's part of y and dx weigh as much as the layer's: an error
         # in it must not drown in the rounding of the rest.
         self.lora_b = [draw(rank, layer.out).mul_(math.sqrt(layer.out)) for _ in range(count)]
-        scores = torch.randn(layer.batch, count, generator=generator)
-        self.mixture = scores.softmax(-1).to(layer.device)
+        self.mixture = torch.randn(layer.batch, count, **on_device).softmax(-1)
         self.scaling = 2.0
         self.grad = draw(layer.batch, layer.tokens, layer.out)
         self.leaves: list[Tensor] = []
@@ -87,20 +86,22 @@ class Providers:
         )
         self.all_a, self.all_b = (torch.cat(r).detach() for r in (self.lora_a, self.lora_b))
         self._pool = self._make_pool()
-        self._peft = self._make_peft(layer.dtype)
+        self._get_gradients = [*self.leaves, *self._pool.parameters()]
+        self._peft_layers: dict[torch.dtype, nn.Module] = {}
         # PEFT keeps adapters in float32 unless told otherwise.
         halves = layer.dtype in (torch.bfloat16, torch.float16)
-        self._peft_default = self._make_peft(torch.float32) if halves else self._peft
+        self._peft_dtype = torch.float32 if halves else layer.dtype
         self._compiled: Callable[[], Tensor] | None = None
 
     def forward(self) -> dict[str, Callable[[], Tensor]]:
         """The providers by name; ours once per backend that runs here."""
+        layer_dtype = self.layer.dtype
         functions: dict[str, Callable[[], Tensor]] = {
             "base": lambda: F.linear(self.x, self.weight),
             "stacked": self.stacked,
             "stacked_compiled": self.stacked_compiled,
-            "peft": lambda: self._peft(self.x),
-            "peft_default": lambda: self._peft_default(self.x),
+            "peft": lambda: self.peft_layer(layer_dtype)(self.x),
+            "peft_default": lambda: self.peft_layer(self._peft_dtype)(self.x),
             "released": self.released,
         }
         if self._has_onednn():
@@ -118,17 +119,20 @@ class Providers:
 
     def step(self, forward: Callable[[], Tensor]) -> Callable[[], None]:
         """Forward and backward of a provider, gradients dropped."""
-        leaves = [*self.leaves, *(p for m in self._modules() for p in m.parameters())]
 
         def run() -> None:
             forward().backward(self.grad)
-            for leaf in leaves:
+            for leaf in self._get_gradients:
                 leaf.grad = None
 
         return run
 
-    def _modules(self) -> tuple[nn.Module, ...]:
-        return self._pool, self._peft, self._peft_default
+    def peft_layer(self, dtype: torch.dtype) -> nn.Module:
+        """PEFT's layer with adapters of a dtype, built by the first call."""
+        if dtype not in self._peft_layers:
+            self._peft_layers[dtype] = self._make_peft(dtype)
+            self._get_gradients += self._peft_layers[dtype].parameters()
+        return self._peft_layers[dtype]
 
     def ours(self, backend: str) -> Tensor:
         return self._pool(self.x, self.weight, None, self.mixture, backend=backend)

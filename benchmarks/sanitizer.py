@@ -3,15 +3,13 @@
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import gpu_record
 import measure
 
 TOOLS = ("memcheck", "racecheck")
-_TESTS = "tests/cuda_kernels/test_gpu.py"
 _ERROR_STATUS = 86
 
 
@@ -24,32 +22,32 @@ def find() -> str | None:
     )
 
 
-def run(tool: str) -> dict[str, Any]:
-    """One tool on our kernels alone.
+def run(tool: str, timeout: float | None = None) -> dict[str, Any]:
+    """One tool on our kernels alone, ended after `timeout` seconds.
 
     Returns:
         "ok": True only if tests ran, all passed and the tool reported nothing; None where there is
-        no compute-sanitizer. "said": why, its summary and that of the tests.
+        no compute-sanitizer or it was ended. "said": why, its summary and that of the tests.
     """
     program = find()
     if program is None:
         return {"ok": None, "said": "compute-sanitizer not found (PATH, CUDA_HOME)"}
     command = [program, "--tool", tool, "--error-exitcode", str(_ERROR_STATUS)]
     command += ["--report-api-errors", "no", "--kernel-name", "kernel_substring=sapt_fast"]
-    command += [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", _TESTS]
+    command += [*gpu_record.PYTEST, gpu_record.TESTS]
     environment = dict(os.environ)
     if tool == "memcheck":
         # Each tensor gets an allocation of its own, whose bounds are known; none may be made while
         # a graph is captured.
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
         command += ["-k", "not captured_graph"]
-    done = subprocess.run(
-        command, cwd=measure.ROOT, env=environment, capture_output=True, text=True
-    )
-    lines = (done.stdout + done.stderr).splitlines()
+    status, printed = gpu_record.within(command, timeout, cwd=measure.ROOT, env=environment)
+    if status is None:
+        return {"ok": None, "said": f"not done after {timeout:.0f} s"}
+    lines = printed.splitlines()
     found = [line.strip("= ") for line in lines if re.search("SUMMARY:", line)]
     tests = [line for line in lines if re.search(r"\d+ (passed|failed|skipped|error)", line)]
     clean = any(re.search(r"SUMMARY: 0 (errors|hazards)", line) for line in found)
     passed = any("passed" in line for line in tests)
     said = found + tests[-1:] or lines[-5:]
-    return {"ok": done.returncode == 0 and clean and passed, "said": "; ".join(said)}
+    return {"ok": status == 0 and clean and passed, "said": "; ".join(said)}

@@ -60,23 +60,24 @@ def base_model(step: Step) -> PreTrainedModel:
     """A randomly initialised model of the step's shape."""
     torch.manual_seed(0)
     model: PreTrainedModel
-    if step.kind == "t5":
-        config = T5Config(
-            vocab_size=step.vocabulary, d_model=step.width, d_kv=step.width // step.heads,
-            d_ff=step.hidden, num_layers=step.layers, num_heads=step.heads, dropout_rate=0.0,
-            decoder_start_token_id=0,
-        )  # fmt: skip
-        model = T5ForConditionalGeneration(config)
-    else:
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=step.vocabulary,
-                hidden_size=step.width,
-                intermediate_size=step.hidden,
-                num_hidden_layers=step.layers,
-                num_attention_heads=step.heads,
+    with torch.device(step.device):  # a GPU draws a billion parameters at once, a CPU in a minute
+        if step.kind == "t5":
+            config = T5Config(
+                vocab_size=step.vocabulary, d_model=step.width, d_kv=step.width // step.heads,
+                d_ff=step.hidden, num_layers=step.layers, num_heads=step.heads, dropout_rate=0.0,
+                decoder_start_token_id=0,
+            )  # fmt: skip
+            model = T5ForConditionalGeneration(config)
+        else:
+            model = LlamaForCausalLM(
+                LlamaConfig(
+                    vocab_size=step.vocabulary,
+                    hidden_size=step.width,
+                    intermediate_size=step.hidden,
+                    num_hidden_layers=step.layers,
+                    num_attention_heads=step.heads,
+                )
             )
-        )
     return model.to(device=step.device, dtype=getattr(torch, step.dtype)).train()
 
 

@@ -45,13 +45,16 @@ class Backend(Protocol):
     def unavailable(self, op: str, device_type: str, dtype: torch.dtype | None) -> str | None:
         """Returns why the backend cannot run one of its ops on such tensors, or None."""
 
-    def unchosen(self, op: str, device_type: str, few: bool) -> str | None:
+    def unchosen(
+        self, op: str, device_type: str, few: int | None, dtype: torch.dtype | None = None
+    ) -> str | None:
         """Returns why the backend is not selected by default, or None.
 
         Args:
             op: the op's name.
             device_type: of the tensors.
-            few: whether the call has few rows.
+            few: the number of rows if they are few, else None.
+            dtype: of the tensors. Defaults to any.
         """
 
 
@@ -104,7 +107,7 @@ def resolve(
             which has no effect on ops that have no kernel of that backend.
         dtype: of the tensors.
         rows: the number of rows of a call without gradient, else None. For few rows the CUDA
-            kernels are used, if their current source has passed its checks on a GPU
+            kernels are used, if their current source has passed such calls on a GPU
             (`cuda_kernels/recorded.json`).
 
     Raises:
@@ -112,7 +115,8 @@ def resolve(
         BackendError: if the requested backend cannot run this op on this device.
     """
     requested = backend or _from_environment(op)
-    few = rows is not None and device.type == "cuda" and _are_few(op, rows, dtype)
+    are_few = rows is not None and device.type == "cuda" and _are_few(op, rows, dtype)
+    few = rows if are_few else None
     return _resolve(op, device.type, requested, dtype, few)
 
 
@@ -132,7 +136,7 @@ def backward(op: str, backend: str) -> str:
 
 def unchosen(op: str) -> str | None:
     """Returns why an op's CUDA kernels are not selected by default for few rows, or None."""
-    return _backend("cuda").unchosen(op, "cuda", True)
+    return _backend("cuda").unchosen(op, "cuda", 1)
 
 
 def triton_interpreted() -> bool:
@@ -165,7 +169,7 @@ def _are_few(op: str, rows: int, dtype: torch.dtype | None) -> bool:
 
 @cache
 def _resolve(
-    op: str, device_type: str, requested: str | None, dtype: torch.dtype | None, few: bool
+    op: str, device_type: str, requested: str | None, dtype: torch.dtype | None, few: int | None
 ) -> str:
     if requested is not None:
         if requested not in BACKENDS:
@@ -182,7 +186,7 @@ def _resolve(
             for b in backends(op)
             if b == "reference"
             or (
-                _backend(b).unchosen(op, device_type, few) is None
+                _backend(b).unchosen(op, device_type, few, dtype) is None
                 and unavailable(op, b, device_type, dtype) is None
             )
         )

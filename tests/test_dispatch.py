@@ -53,7 +53,7 @@ def gpu(monkeypatch):
     recorded = {}
     monkeypatch.setattr(dispatch, "import_failure", lambda *_: None)
     monkeypatch.setattr(common, "unavailable", lambda: None)
-    monkeypatch.setattr(common, "unrecorded", lambda op: recorded.get(op, "not recorded"))
+    monkeypatch.setattr(common, "unrecorded", lambda op, *_: recorded.get(op, "not recorded"))
     dispatch._resolve.cache_clear()
     yield recorded
     dispatch._resolve.cache_clear()
@@ -92,6 +92,32 @@ def test_cuda_without_a_gpu_or_a_build_says_why(monkeypatch):
     dispatch._resolve.cache_clear()
     with pytest.raises(dispatch.BackendError, match="built without CUDA"):
         dispatch.resolve("mixed_lora", CUDA, "cuda", torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "runs"),
+    [("3.6.0", "2.4.6", False), ("3.6.0", "2.3.5", True), ("3.8.0", "2.10.0", True)],
+)
+def test_an_interpreter_that_numpy_breaks_says_so(monkeypatch, triton, numpy, runs):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for name, version in (("triton", triton), ("numpy", numpy)):
+        monkeypatch.setattr(f"{name}.__version__", version)
+    reason = dispatch.unavailable("mixed_lora", "triton", "cpu", torch.float32)
+    assert (reason is None) == runs
+    assert runs or "numpy<2.4" in str(reason)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert dispatch.unavailable("mixed_lora", "triton", "cuda", torch.float32) is None
+
+
+@pytest.mark.parametrize("op", FEW_ROWS)
+def test_cuda_kernels_are_chosen_for_the_calls_that_ran_correctly(gpu, op, monkeypatch):
+    """Of bfloat16 up to four rows: no other dtype, no more rows."""
+    known = lambda _, dtype, rows: None if dtype == torch.bfloat16 and rows <= 4 else "no"  # noqa: E731
+    monkeypatch.setattr(common, "unrecorded", known)
+    assert dispatch.resolve(op, CUDA, None, torch.bfloat16, 4) == "cuda"
+    assert dispatch.resolve(op, CUDA, None, torch.bfloat16, 5) == "triton"
+    assert dispatch.resolve(op, CUDA, None, torch.float16, 4) == "triton"
+    assert dispatch.resolve(op, CUDA, None, torch.bfloat16) == "triton"
 
 
 def test_interpreted_triton_is_taken_by_name_only(monkeypatch):

@@ -15,6 +15,8 @@ def unavailable(op: str, device_type: str, dtype: torch.dtype | None) -> str | N
     return dispatch.import_failure("sapt_fast._C", remedy)
 
 
-def unchosen(op: str, device_type: str, few: bool) -> str | None:
+def unchosen(
+    op: str, device_type: str, few: int | None, dtype: torch.dtype | None = None
+) -> str | None:
     """Returns None: this backend is used whenever it can run."""
     return None

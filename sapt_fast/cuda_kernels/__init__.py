@@ -16,8 +16,10 @@ def unavailable(op: str, device_type: str, dtype: torch.dtype | None) -> str | N
     return common.unavailable()
 
 
-def unchosen(op: str, device_type: str, few: bool) -> str | None:
-    """Returns None for few rows, if the current source has passed its checks on a GPU."""
-    if not few:
+def unchosen(
+    op: str, device_type: str, few: int | None, dtype: torch.dtype | None = None
+) -> str | None:
+    """Returns None for few rows, if the current source has passed such calls on a GPU."""
+    if few is None:
         return "they are for few rows"
-    return common.unavailable() or common.unrecorded(op)
+    return common.unavailable() or common.unrecorded(op, dtype, few)

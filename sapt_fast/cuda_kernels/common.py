@@ -12,6 +12,8 @@ import torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RECORDED = Path(__file__).with_name("recorded.json")
+ROW_CLASSES = (1, 4, 16, 64)
+"""Calls of up to so many rows run the same kernel of an op, or one that is tested with it."""
 
 
 @cache
@@ -97,16 +99,31 @@ def typed(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
     return tensor, dtype_code(tensor.dtype)
 
 
-def unrecorded(op: str) -> str | None:
+def row_class(rows: int) -> int | None:
+    """Returns the entry of `ROW_CLASSES` for a number of rows; None if it is too large."""
+    return next((bound for bound in ROW_CLASSES if rows <= bound), None)
+
+
+def unrecorded(op: str, dtype: torch.dtype | None = None, rows: int | None = None) -> str | None:
     """Returns why an op's kernels are not selected by default; None if a GPU has run this source.
 
-    `recorded.json` maps each op to its `source_digest` when all its checks passed on a GPU.
+    `recorded.json` maps each op to `{"source": ..., "ran": {"bfloat16": [1, 4], ...}}`: its
+    `source_digest`, and per dtype the row classes of which every test passed on a GPU.
+
+    Args:
+        op: an op with CUDA kernels.
+        dtype: of the call's tensors. Defaults to any that is recorded.
+        rows: of the call. Defaults to any number that is recorded.
     """
     recorded = json.loads(RECORDED.read_text()).get(op)
     if recorded is None:
         return "no correct run on a GPU is recorded"
-    if recorded != source_digest(op):
+    if recorded["source"] != source_digest(op):
         return "the source has changed since its recorded run on a GPU"
+    if dtype is not None and rows is not None:
+        name = str(dtype).removeprefix("torch.")
+        if row_class(rows) not in recorded["ran"].get(name, ()):
+            return f"no correct run on a GPU is recorded for {rows} rows of {name}"
     return None
 
 

@@ -1,13 +1,15 @@
 """Decoding steps of a pair, and the sanitizer's verdict with a stand-in for the tool."""
 
+import time
 from dataclasses import replace
 
+import checks
 import decode_pair
 import gpu_check
 import pytest
 import sanitizer
 import torch
-from providers import Layer
+from providers import Layer, Providers
 
 pytestmark = pytest.mark.usefixtures("clock")
 LAYER = Layer(3, 1, 32, 32, 6, 4, torch.float32)
@@ -52,6 +54,7 @@ class TestPair:
         )
         row = decode_pair.times(LAYER, repeats=2)
         assert not row["ok"]
+        assert row["wrong"] == ["ours_cuda"]
         assert list(row["ms"]) == ["base", "peft"]
         assert row["errors"]["ours_cuda"] == [pytest.approx(0.01, rel=0.01)] * 2
 
@@ -60,7 +63,7 @@ class TestPair:
 
         def capture(run, device):
             captured.append(run)
-            if len(captured) == 2:
+            if len(captured) == 3:  # ours is first
                 raise RuntimeError("cannot be captured")
             return run
 
@@ -69,6 +72,23 @@ class TestPair:
         assert row["failed"] == {"peft": "RuntimeError: cannot be captured"}
         assert row["ok"]
         assert list(row["ms"]) == ["base", "ours_cuda"]
+        assert row["wrong"] == []
+
+    def test_a_rival_that_cannot_be_built_costs_its_row(self, monkeypatch):
+        def other_internals(providers, dtype):
+            raise TypeError("update_layer() got an unexpected keyword argument")
+
+        monkeypatch.setattr(Providers, "_make_peft", other_internals)
+        row = decode_pair.times(LAYER, repeats=2)
+        assert "unexpected keyword" in row["failed"].pop("peft")
+        assert (row["failed"], row["ok"]) == ({}, True)
+        assert list(row["ms"]) == ["base", "ours_cuda"]
+        checked = checks.correctness([], [LAYER])
+        assert checked
+        assert all(verdict["ok"] for verdict in checked.values())
+        times = checks.layer_times(LAYER, checked, repeats=1, training=True, compiled=False)
+        assert times["failed"].keys() == {"peft", "peft_default"}
+        assert {"base", "stacked", "released", *checked} <= times["ms"].keys()
 
     def test_section_and_targets(self, monkeypatch):
         monkeypatch.setattr(gpu_check, "DEVICE", "cpu")
@@ -139,6 +159,13 @@ class TestSanitizer:
         sanitizer.run("racecheck")
         assert "captured_graph" not in tool.given()
         assert tool.given().splitlines()[-1] == "cached"
+
+    def test_it_is_ended_when_its_time_is_up(self, tool, tmp_path):
+        tool("")
+        (tmp_path / "compute-sanitizer").write_text("#!/bin/sh\nsleep 60 & sleep 60\n")
+        began = time.monotonic()
+        assert sanitizer.run("racecheck", 0.3) == {"ok": None, "said": "not done after 0 s"}
+        assert time.monotonic() - began < 30
 
     def test_no_such_tool(self, monkeypatch, tmp_path):
         monkeypatch.setenv("PATH", str(tmp_path))

@@ -1,12 +1,14 @@
 """gpu_check in small on the CPU, kernels interpreted: it must run at its first call on a GPU."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cases
 import checks
 import decode_pair
 import gpu_check
+import gpu_targets
+import measure
 import op_checks
 import pytest
 import torch
@@ -21,7 +23,6 @@ from op_case import OpCase
 from providers import Providers
 
 from sapt_fast import dispatch
-from sapt_fast.cuda_kernels import common as cuda_common
 from sapt_fast.triton_kernels.blocks import common
 from sapt_fast.triton_kernels.blocks.grouped_experts import grouping_pays
 
@@ -29,7 +30,8 @@ pytestmark = pytest.mark.skipif(
     not common.INTERPRETED, reason="the rehearsal needs interpreted kernels (TRITON_INTERPRET=1)"
 )
 OPS = {case.op for case in op_checks.checked(True, "triton")}
-PASSED = {op: {"ok": True} for op in OPS}
+PASSED = {op: {"ok": True, "cases": []} for op in OPS}
+WRONG = {"ok": False, "cases": []}
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,14 @@ def test_a_wrong_index_of_a_search_is_noticed(spoil, monkeypatch):
     assert report["topk_keys"]["cases"][0]["errors"]["scores"] < 1e-5
 
 
+def speed(gate):
+    """What is measured when all ops are."""
+    *_, last = op_checks.speed("cpu", True, gate, repeats=2)
+    return last
+
+
 def test_speed_of_every_op_and_its_targets(clock):
-    result, targets = op_checks.speed("cpu", True, PASSED, repeats=2)
+    result, targets = speed(PASSED)
     size = op_checks.COPIED_BYTES_QUICK
     assert result["copy_bytes_per_second"] == pytest.approx(2 * size / 1e-3)
     assert len(result["rows"]) == len(cases.gathered("TIMED"))
@@ -121,6 +129,16 @@ def test_speed_of_every_op_and_its_targets(clock):
     assert values["nearest_key: ours / torch"] == pytest.approx(1 / 3)
 
 
+def test_a_rival_that_raises_costs_its_own_time(clock, monkeypatch):
+    timed = [row for row in cases.gathered("TIMED") if row.quick.op == "route"]
+    monkeypatch.setattr(cases, "gathered", lambda name: timed)
+    monkeypatch.setattr(RouterCase, "rivals", lambda case, inputs: {"torch": _raises})
+    monkeypatch.setattr(RouterCase, "bare", lambda case, inputs, backend: lambda: None)
+    [row] = speed(PASSED)[0]["rows"]
+    assert row["failed"] == {"torch": "RuntimeError: out of memory"}
+    assert row["ms"].keys() == {"ours", "ours_graph"}
+
+
 def test_cuda_kernels_are_timed_beside_those_of_triton(clock, monkeypatch):
     given = []
 
@@ -131,7 +149,7 @@ def test_cuda_kernels_are_timed_beside_those_of_triton(clock, monkeypatch):
     for kind in {type(timed.quick) for timed in cases.gathered("TIMED")}:
         monkeypatch.setattr(kind, "bare", bare)
     gate = {**PASSED, "nearest_key_cuda": {"ok": True}, "route_cuda": {"ok": False}}
-    result, targets = op_checks.speed("cpu", True, gate, repeats=2)
+    result, targets = speed(gate)
     assert [op for op, backend in given if backend == "cuda"] == ["nearest_key"]
     [row] = [row for row in result["rows"] if row["op"] == "nearest_key"]
     assert list(row["ms"]) == ["ours", "ours_graph", "cuda", "cuda_graph", "torch"]
@@ -142,7 +160,7 @@ def test_cuda_kernels_are_timed_beside_those_of_triton(clock, monkeypatch):
 
 def test_no_speed_where_correctness_failed(clock):
     gate = {**PASSED, "topk_keys": {"ok": False}, "route": {"ok": False}}
-    result, targets = op_checks.speed("cpu", True, gate, repeats=2)
+    result, targets = speed(gate)
     rows = {row["op"]: row for row in result["rows"]}
     assert "ms" not in rows["topk_keys"]
     assert "ms" not in rows["route"]
@@ -153,10 +171,10 @@ def test_no_speed_where_correctness_failed(clock):
 
 
 def test_both_ways_of_mix_experts(clock):
-    rows = op_checks.expert_ways("cpu", True, PASSED, repeats=2)
+    rows = list(op_checks.expert_ways("cpu", True, PASSED, repeats=2))
     assert [row["pairs_per_expert"] for row in rows] == [32.0]
     assert {"gathered_ms", "grouped_ms", "grouped"} <= rows[0].keys()
-    assert op_checks.expert_ways("cpu", True, {}, repeats=2) == []
+    assert list(op_checks.expert_ways("cpu", True, {}, repeats=2)) == []
 
 
 def test_the_sizes_reach_both_ways_of_mix_experts():
@@ -190,13 +208,18 @@ def test_the_whole_report(clock, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(checks, "_peak_in_a_process", lambda kind, step: 1)
     monkeypatch.setattr(Providers, "stacked_compiled", Providers.stacked)
     monkeypatch.setattr(op_checks, "correctness", lambda *_: PASSED)
-    monkeypatch.setattr("sys.argv", ["gpu_check.py", "--quick", "--out", str(tmp_path)])
+    monkeypatch.setattr("sys.argv", ["gpu_check.py", "--rehearse", "--out", str(tmp_path)])
     status = gpu_check.main()
     printed = capsys.readouterr().out
     assert status == 0, printed
     [written] = tmp_path.glob("*/*.json")
-    for op in OPS:
-        assert f'"{op}"' in written.read_text()
+    result = json.loads(written.read_text())
+    assert result["correctness"].keys() >= OPS
+    assert (result["status"], result["not_reached"]) == ("complete", [])
+    assert list(result["seconds"]) == ["correctness", "decode", "ops", "layers", "steps"]
+    assert all(row["what"] in printed for row in result["targets"])
+    assert all(row["failed"] == {} for row in result["layers"] if "failed" in row)
+    assert not any("stacked_compiled" in row["ms"] for row in result["layers"])
 
 
 def _raises(*_, **__):
@@ -214,57 +237,158 @@ def nothing_fits(monkeypatch):
     ):
         for name in names:
             monkeypatch.setattr(module, name, _raises)
-    monkeypatch.setattr(op_checks, "correctness", lambda *_: {"route": {"ok": False}})
+    monkeypatch.setattr(op_checks, "correctness", lambda *_: {"route": dict(WRONG)})
     monkeypatch.setattr(op_checks, "copy_bytes_per_second", lambda *_: 1e12)
 
 
+def test_an_op_that_cannot_be_timed_fails_the_run(nothing_fits, monkeypatch):
+    monkeypatch.setattr(op_checks, "correctness", lambda *_: {"route": {"ok": True, "cases": []}})
+    monkeypatch.setattr(op_checks, "_op_times", _raises)
+    result = gpu_check.collect(quick=True, only="ops")
+    [failure] = result["failures"]
+    assert failure["section"].startswith("RouterCase")
+    assert len(result["ops"]["rows"]) == len(cases.gathered("TIMED"))
+
+
+def _right(trained, decoded=()):
+    cases = [{"layer": str(layer)} for layer in (*trained, *decoded)]
+    return {f"ours_{name}": {"ok": True, "cases": cases} for name in dispatch.BACKENDS}
+
+
 def test_a_section_that_raises_leaves_the_others(nothing_fits, monkeypatch):
-    right = {f"ours_{backend}": {"ok": True} for backend in dispatch.BACKENDS}
-    monkeypatch.setattr(checks, "correctness", lambda *_: right)
+    monkeypatch.setattr(checks, "correctness", _right)
     result = gpu_check.collect(quick=True)
     assert {row["raised"] for row in result["failures"]} == {"RuntimeError: out of memory"}
     sections = [row["section"] for row in result["failures"]]
-    assert all("B16" in name or "B2" in name or "B1 " in name for name in sections[:5])
-    assert [name.split(" of ")[0] for name in sections[5:8]] == ["pair"] * 3
+    assert [name.split(" of ")[0] for name in sections[:3]] == ["pair"] * 3
+    assert all("B2 " in name or "B1 " in name for name in sections[3:8])
     assert sections[8:] == ["t5 step", "llama step", "K 2 and K 64"]
     assert all("not_measured" in row for row in result["ops"]["rows"])
     assert result["layers"] == []
-    assert result["correctness"] == right | {"route": {"ok": False}}
+    assert not result["correctness"]["route"]["ok"]
+    assert result["correctness"]["ours_triton"]["ok"]
 
 
 def test_no_layer_and_no_step_is_timed_where_correctness_failed(nothing_fits, monkeypatch):
     monkeypatch.setattr(checks, "correctness", _raises)
     result = gpu_check.collect(quick=True)
     sections = [row["section"] for row in result["failures"]]
-    assert [name for name in sections if not name.startswith("pair of")] == [
-        "correctness of mixed_lora"
-    ] * 2
+    others = {name for name in sections if not name.startswith("pair of")}
+    layers = [
+        *gpu_check._odd_layers(),
+        *(row for rows in gpu_check._layer_sizes(True) for row in rows),
+    ]
+    assert others == {f"correctness of {layer}" for layer in layers}
     assert (result["layers"], result["steps"]) == ([], [])
+
+
+def test_a_layer_whose_check_raised_is_not_timed(nothing_fits, monkeypatch):
+    def too_large(trained, decoded=()):
+        return (
+            _raises() if any(layer.tokens == 64 for layer in trained) else _right(trained, decoded)
+        )
+
+    monkeypatch.setattr(checks, "correctness", too_large)
+    result = gpu_check.collect(quick=True, only="layers")
+    sections = [row["section"] for row in result["failures"]]
+    assert sum("T64 " in name for name in sections) == 1
+    assert sum("T1 " in name for name in sections) == 2  # the times and those of the graph
+
+
+def test_a_backend_that_raises_is_wrong_and_the_others_are_checked(monkeypatch):
+    layer, reference = replace(gpu_check.SMALL, tokens=5), Providers.ours
+
+    def forward(providers):
+        run = lambda: reference(providers, "reference")  # noqa: E731
+        return {"ours_cuda": _raises, "ours_triton": run}
+
+    monkeypatch.setattr(Providers, "forward", forward)
+    report = checks.correctness([layer])
+    assert report["ours_cuda"]["cases"][0]["raised"] == "RuntimeError: out of memory"
+    assert {name: row["ok"] for name, row in report.items()} == {
+        "ours_cuda": False,
+        "ours_triton": True,
+    }
+
+
+def test_a_rival_whose_step_raises_is_named(clock, monkeypatch):
+    def provider(kind, step):
+        return _raises() if kind == "released" else lambda: None
+
+    monkeypatch.setattr(checks, "provider", provider)
+    monkeypatch.setattr(checks, "_peak_in_a_process", lambda kind, step: 1)
+    row = gpu_check._step_row(gpu_check.T5_LARGE, 2)
+    assert row["failed"] == {"released": "RuntimeError: out of memory"}
+    assert list(row["ms"]) == ["ours", "peft_one_lora"]
+    targets = gpu_targets.step_targets(gpu_check.T5_LARGE, row)
+    assert [target["value"] for target in targets] == [None, None]
 
 
 def test_one_section_alone_is_kept_as_it_grows(nothing_fits, monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", ["", "--quick", "--only", "ops", "--out", str(tmp_path)])
     kept = []
-    monkeypatch.setattr(gpu_check.op_checks, "expert_ways", lambda *_, **__: kept.extend(files()))
 
-    def files():
-        return [path.name for path in tmp_path.glob("*/*.json")]
+    def during(*_, **__):
+        [file] = tmp_path.glob("*/*")
+        kept.append((file.name, json.loads(file.read_text())))
+        return iter(())
 
+    monkeypatch.setattr(gpu_check.op_checks, "expert_ways", during)
     assert gpu_check.main() == 1  # the router is wrong
-    assert files() == kept
-    assert kept[0].endswith("-ops.json")
+    [(name, part)] = kept
+    assert name.endswith("-ops.json")
+    assert (part["status"], part["only"]) == ("running", "ops")
+    assert len(part["ops"]["rows"]) == len(cases.gathered("TIMED"))
+    assert not part["correctness"]["route"]["ok"]
+    [file] = tmp_path.glob("*/*")
+    assert json.loads(file.read_text())["status"] == "complete"
 
 
-def test_cuda_kernels_that_were_right_are_recorded(tmp_path, monkeypatch):
-    recorded = tmp_path / "recorded.json"
-    recorded.write_text('{"route": "old", "topk_keys": "kept"}')
-    monkeypatch.setattr(cuda_common, "RECORDED", recorded)
-    monkeypatch.setattr(cuda_common, "source_digest", lambda op: f"digest of {op}")
-    rows = {"ours_cuda": True, "ours_triton": True, "route_cuda": True, "topk_keys_cuda": False}
-    result = {"correctness": {name: {"ok": ok} for name, ok in rows.items()}}
-    assert gpu_check._record(result) == ["mixed_lora", "route"]
-    assert json.loads(recorded.read_text()) == {
-        "mixed_lora": "digest of mixed_lora",
-        "route": "digest of route",
-        "topk_keys": "kept",
-    }
+def test_nothing_begins_when_the_time_is_up(nothing_fits, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(checks, "correctness", _right)
+    monkeypatch.setattr("sys.argv", ["", "--quick", "--budget", "100", "--out", str(tmp_path)])
+    times = iter([0.0] * 6 + [1e3] * 99)  # over in the second part of the first section
+    monkeypatch.setattr(gpu_check.time, "monotonic", lambda: next(times))
+    monkeypatch.setattr(gpu_check, "_check_ops", _raises)
+    assert gpu_check.main() == 3
+    [file] = tmp_path.glob("*/*.json")
+    result = json.loads(file.read_text())
+    assert result["not_reached"] == list(gpu_check.SECTIONS)
+    assert result["status"] in capsys.readouterr().out
+    assert "in correctness" in result["status"]
+    assert len(gpu_check._checked_layers(result)) < len(gpu_check._odd_layers())
+
+
+def test_a_copy_without_git_is_named(monkeypatch, tmp_path):
+    package = measure.environment("cpu")["package"]
+    (tmp_path / "sapt_fast").mkdir()
+    (tmp_path / "sapt_fast" / "other.py").write_text("")
+    monkeypatch.setattr(measure, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    about = measure.environment("cpu")
+    assert (about["commit"], about["uncommitted_changes"]) == ("unknown", None)
+    assert len(about["package"]) == len(package) == 16
+    assert about["package"] != package
+    monkeypatch.setenv("SAPT_FAST_COMMIT", "abc1234")
+    file = measure.save({"environment": measure.environment("cpu"), "only": "ops"}, tmp_path)
+    assert file.name.endswith("-abc1234-ops.json")
+    assert [path.name for path in file.parent.iterdir()] == [file.name]  # no draft is left
+
+
+def test_tf32_is_off_where_results_are_compared_and_reported(monkeypatch, request):
+    monkeypatch.setenv("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1")
+    torch.backends.cuda.matmul.allow_tf32 = True
+    request.addfinalizer(lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", False))
+    seen = []
+    monkeypatch.setattr(checks, "_values", lambda *_: seen.append(measure.tf32()) or {})
+    checks.correctness([gpu_check.SMALL])
+    monkeypatch.setattr(op_checks, "_compare", lambda *_: seen.append(measure.tf32()) or {"ok": 1})
+    op_checks.correctness("cpu", [PromptCase(1, 2, 16, 2, 1)])
+    assert len(seen) >= 5
+    for flags in seen:
+        assert not flags["cuda.matmul.allow_tf32"]
+        assert not flags["cudnn.allow_tf32"]
+        assert flags["float32_matmul_precision"] == "highest"
+    after = measure.tf32()
+    assert after["TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"] == "1"
+    assert after["cuda.matmul.allow_tf32"]

@@ -53,14 +53,22 @@ def test_float64():
         common.dtype_code(torch.float64)
 
 
+SOURCES = {"mixed_lora": "0a1b", "route": "ffff"}
+
+
 def test_a_changed_source_is_unrecorded(monkeypatch, tmp_path):
     report = {"compiled": True, "sources": {"mixed_lora": "0a1b", "route": "2c3d"}}
     monkeypatch.setattr(common, "native", lambda: SimpleNamespace(cuda_runtime=lambda: report))
     monkeypatch.setattr(common, "RECORDED", tmp_path / "recorded.json")
-    common.RECORDED.write_text('{"mixed_lora": "0a1b", "route": "ffff"}')
+    ran = {"bfloat16": [1, 16]}
+    record = {op: {"source": source, "ran": ran} for op, source in SOURCES.items()}
+    common.RECORDED.write_text(json.dumps(record))
     assert common.unrecorded("mixed_lora") is None
     assert "has changed" in str(common.unrecorded("route"))
     assert "no correct run" in str(common.unrecorded("topk_keys"))
+    for rows, known in {1: True, 2: False, 4: False, 5: True, 16: True, 17: False}.items():
+        assert (common.unrecorded("mixed_lora", torch.bfloat16, rows) is None) == known
+    assert "1 rows of float16" in str(common.unrecorded("mixed_lora", torch.float16, 1))
 
 
 def test_the_record_names_ops():

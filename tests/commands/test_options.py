@@ -98,7 +98,7 @@ ALONE = {"scores": '{"first": 1e400}', "nan": '{"first": NaN}', "list": "[1]"}
         (("--model", "./missing"), "model: got 'missing', which does not exist"),
         (("--model", "~/missing/model"), "which does not exist; expected a folder that contains"),
         (("--model", "{file}"), "file', which is a file"),
-        (("--model", "{folder}"), "which holds no config.json"),
+        (("--model", "{folder}"), "which contains no config.json"),
         (("--model", ""), "model: got '', expected a folder"),
         (("--data", "/missing"), "data: got '/missing', but the demo's tasks are generated"),
         (("--benchmark", "superni", "--data", "/missing"), "data: got '/missing', which does"),

@@ -25,6 +25,7 @@ from sapt_fast.storage.description import (
     method_of,
     require_own_strategy,
     require_sealed,
+    stored_as_sapt,
     strategy_of,
 )
 from sapt_fast.storage.method_files import StoredMethod, config_file, methods_in, read_method
@@ -126,7 +127,7 @@ def load_of_strategy(
         )
     method, values = method_of(description), description["config"]
     if method != config.method:
-        if is_sealed(description):
+        if is_sealed(description) and stored_as_sapt(description, files.folder) is None:
             raise ValueError(
                 f"{files.folder}: method is {method!r}, expected {config.method!r}, by which the "
                 f"strategy {strategy!r} predicts"

@@ -36,6 +36,7 @@ __all__ = [
     "require_sealed",
     "seal",
     "stated_files",
+    "stored_as_sapt",
     "strategy_of",
     "write_sealed",
     "writes",
@@ -241,6 +242,17 @@ def strategy_of(description: Mapping[str, Any], folder: Path) -> str | None:
     return None
 
 
+def stored_as_sapt(description: Mapping[str, Any], folder: Path) -> str | None:
+    """Returns the strategy whose adapters an earlier version stored as SAPT's; None if it is none.
+
+    Such a strategy does not use SAPT's router.
+    """
+    if method_of(description) not in ("sapt", "sapt_prompt"):
+        return None
+    strategy = strategy_of(description, folder)
+    return strategy if strategy in _NOT_ROUTED else None
+
+
 def require_own_strategy(description: Mapping[str, Any], folder: Path) -> None:
     """Raises ValueError if a folder stores adapters as SAPT's that do not use SAPT's router.
 
@@ -255,7 +267,7 @@ def require_own_strategy(description: Mapping[str, Any], folder: Path) -> None:
             f"(it has {', '.join(sorted(_ROUTED + _NOT_ROUTED))}); load it with the version that "
             "wrote it, or upgrade"
         )
-    if strategy in _NOT_ROUTED:
+    if stored_as_sapt(description, folder) is not None:
         raise ValueError(
             f"{folder}: cannot be loaded as SAPT, because its adapters are of a continual run with "
             f"strategy {strategy!r}, which does not train SAPT's router. To score the run, use "

@@ -21,6 +21,7 @@ from transformers import Trainer, TrainingArguments
 import sapt_fast
 from sapt_fast.continual.run.loop import evaluate_run, run_continual
 from sapt_fast.demo.tasks import CharTokenizer
+from sapt_fast.storage.description import seal
 
 
 def is_ours(name):
@@ -303,6 +304,26 @@ class TestRuns:
         (place / "strategy.safetensors").write_bytes(b"old")
         run_continual(make_model("t5"), CharTokenizer(), tasks, tmp_path / "run", settings)
         assert (place / "strategy.safetensors").read_bytes() != b"old"
+
+    @pytest.mark.parametrize("strategy", ["olora", "epi", "l2p", "progprompt"])
+    def test_an_earlier_run_whose_folders_have_digests_is_evaluated(self, strategy, tmp_path):
+        """It stored the tasks of every strategy as those of SAPT."""
+        tasks, settings = make_tasks(2), make_settings(strategy=strategy, steps=1)
+        first = run_continual(make_model("t5"), CharTokenizer(), tasks, tmp_path / "run", settings)
+        for path in (tmp_path / "run" / "checkpoints").glob("*/sapt_config.json"):
+            content = json.loads(path.read_text())
+            fields = sapt_fast.SaptConfig().to_dict().keys()
+            content["config"] = {n: v for n, v in content["config"].items() if n in fields}
+            prompts = content["config"]["adapter"] == "prompt"
+            content["method"] = "sapt_prompt" if prompts else "sapt"
+            path.write_text(seal(content, content["files"]))
+        model = make_model("t5")
+        again = evaluate_run(model, CharTokenizer(), tasks, tmp_path / "run", settings)
+        assert (again.scores[-1] == first.scores[-1]).all()
+        sapt_fast.unpatch(model)
+        shutil.copytree(path.parent, tmp_path / "copy")
+        with pytest.raises(ValueError, match=f"strategy '{strategy}'"):
+            sapt_fast.load_pretrained(model, tmp_path / "copy")
 
     def test_an_earlier_run_of_epi_is_evaluated(self, tmp_path):
         tasks, settings = make_tasks(2), make_settings(strategy="epi", steps=1)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,17 +90,11 @@ def load_pretrained(model: PreTrainedModel, directory: str | os.PathLike[str]) -
         require_own_strategy(description, files.folder)
         tasks = _read(model, method_of(description), description["config"], description, files)
     stored = _others(model, directory, found, () if tasks is None else tasks.trained)
-    before = handles(model)
-    try:
+    with _unpatched_on_error(model):
         for method, config in stored:
             _restore(model, method, config)
         if tasks is not None:  # last: of them all has been checked
             _put_in(model, tasks)
-    except BaseException:
-        for one in reversed(handles(model)):
-            if one not in before:
-                unpatch(model, one.attribute)
-        raise
     return model
 
 
@@ -133,7 +128,9 @@ def load_of_strategy(
                 f"strategy {strategy!r} predicts"
             )
         method, values = config.method, {**config.to_dict(), **values}
-    _put_in(model, _read(model, method, values, description, files))
+    tasks = _read(model, method, values, description, files)
+    with _unpatched_on_error(model):
+        _put_in(model, tasks)
     pool_of(model).strategy = strategy
     return model
 
@@ -166,7 +163,21 @@ def install(model: Any, stored: StoredTasks) -> PreTrainedModel:
     kind = _task_method(stored.config.method, stored.source)
     expected = _expected(model, kind, stored.config, stored.source)
     require_fits(model, expected, stored)
-    return _put_in(model, stored)
+    with _unpatched_on_error(model):
+        return _put_in(model, stored)
+
+
+@contextmanager
+def _unpatched_on_error(model: Any) -> Iterator[None]:
+    """A context after whose error the model has no method that it did not have before."""
+    before = handles(model)
+    try:
+        yield
+    except BaseException:
+        for one in reversed(handles(model)):
+            if one not in before:
+                unpatch(model, one.attribute)
+        raise
 
 
 # --- methods with tasks ---
@@ -216,18 +227,12 @@ def _expected(
 
 
 def _put_in(model: Any, stored: StoredTasks) -> PreTrainedModel:
-    handle = _without_tasks(model, _task_method(stored.config.method, stored.source))
-    if handle is None:
+    """Patches the model with the stored config, unless it is patched, and adds the tasks."""
+    kind = _task_method(stored.config.method, stored.source)
+    if _without_tasks(model, kind) is None:
         patch(model, stored.config)
-    try:
-        with torch.no_grad():
-            found = _without_tasks(model, _task_method(stored.config.method, stored.source))
-            assert found is not None
-            found.restore_tasks(stored)
-    except BaseException:
-        if handle is None:
-            unpatch(model, pool_of(model).attribute)
-        raise
+    with torch.no_grad():
+        _without_tasks(model, kind).restore_tasks(stored)
     return model
 
 
@@ -287,13 +292,6 @@ def _others(
 def _restore(model: Any, stored: StoredMethod, config: Any) -> None:
     """Patches the model with a stored method, unless it is patched, and restores its values."""
     kind = handle_type(stored.method, stored.source)
-    before = _without_tasks(model, kind)
-    if before is None:
+    if _without_tasks(model, kind) is None:
         patch(model, config)
-    handle: Any = _without_tasks(model, kind)
-    try:
-        handle.restore(stored.tensors, stored.values)
-    except BaseException:
-        if before is None:
-            unpatch(model, kind.attribute)
-        raise
+    _without_tasks(model, kind).restore(stored.tensors, stored.values)

@@ -186,7 +186,11 @@ class Handle(Own, nn.Module):
             self.routing.require_unmerged()
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """Returns the parameters that training updates."""
+        """Returns the parameters that training updates.
+
+        Of a method with tasks they are the newest adapter, its key, the query projection and
+        `config.modules_to_save`.
+        """
         return (p for p in self._model.parameters() if p.requires_grad)
 
     def save_pretrained(

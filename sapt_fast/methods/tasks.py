@@ -259,13 +259,6 @@ class TaskHandle(Handle):
 
     # --- what is trained of the base model ---
 
-    def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """Returns the parameters that training a task updates.
-
-        They are the newest adapter, its key, the query projection and `config.modules_to_save`.
-        """
-        return (p for p in self._model.parameters() if p.requires_grad)
-
     def trained_tensors(self) -> dict[str, Tensor]:
         """Returns the base model's tensors that a checkpoint must contain, by name.
 

@@ -1,6 +1,6 @@
 """Distinguishes the modules that methods add to a model from the model's own."""
 
-from collections.abc import Collection
+from collections.abc import Set
 
 from torch import nn
 
@@ -9,16 +9,13 @@ class Own:
     """The base class of modules that a method adds; they are not part of the base model."""
 
 
-def own_paths(model: nn.Module) -> list[str]:
-    """Returns the paths of the outermost modules that methods added to a model."""
-    paths: list[str] = []
-    for path, module in model.named_modules():
-        if isinstance(module, Own) and not is_inside(path, paths):
-            paths.append(path)
-    return paths
+def own_paths(model: nn.Module) -> frozenset[str]:
+    """Returns the paths of the modules that methods added to a model."""
+    return frozenset(path for path, module in model.named_modules() if isinstance(module, Own))
 
 
-def is_inside(name: str, paths: Collection[str]) -> bool:
+def is_inside(name: str, paths: Set[str]) -> bool:
     """Returns whether a module's path, or a tensor's name, is one of these paths or below one."""
-    start = f"{name}."
-    return any(start.startswith(f"{path}.") for path in paths)
+    while name and name not in paths:
+        name = name.rpartition(".")[0]
+    return bool(name)

@@ -75,7 +75,7 @@ def own_names(module: nn.Module, handle: Saved | None = None) -> list[str]:
     own = own_paths(module)
     if handle is not None:
         ends = (handle.attribute, handle.slot)
-        own = [path for path in own if path.rpartition(".")[2] in ends]
+        own = frozenset(path for path in own if path.rpartition(".")[2] in ends)
     return [name for name in _names(module) if is_inside(name, own)]
 
 

@@ -157,7 +157,9 @@ def import_failure(module: str, remedy: str) -> str | None:
 
 
 def _from_environment(op: str) -> str | None:
-    named = os.environ.get(ENV_VARIABLE) or None
+    named = os.environ.get(ENV_VARIABLE)
+    if not named:
+        return None
     elsewhere = named in BACKENDS and named not in backends(op)
     return None if elsewhere else named
 

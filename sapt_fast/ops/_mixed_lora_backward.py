@@ -1,7 +1,9 @@
 """The gradients of op `mixed_lora`, for eager calls and for the registered op alike."""
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import accumulate
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor
@@ -74,8 +76,7 @@ def run_backward(
 
     Arguments as of `kernel_gradients`, all with a dy.
     """
-    through = dispatch.backward(OP, ran)
-    kernels = dispatch.kernels(OP, through)
+    through, kernels = _backward_of(ran)
     if through != ran and any(h is not None for h in hs):
         # A backend without a backward keeps no h: the other one computes its own, and no y.
         ranks = [p._replace(weight=None, bias=None, lora_b=p.lora_b[:, :1]) for p in projections]
@@ -84,6 +85,13 @@ def run_backward(
         dys, x, mixture, projections, hs, rows, *needs
     )
     return dx, d_mixture, [d_a for d_a, _ in factors], [d_b for _, d_b in factors]
+
+
+@cache
+def _backward_of(ran: str) -> tuple[str, ModuleType]:
+    """Returns the backend that computes the gradients for another, and its kernels."""
+    through = dispatch.backward(OP, ran)
+    return through, dispatch.kernels(OP, through)
 
 
 def formula_gradients(

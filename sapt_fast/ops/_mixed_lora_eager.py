@@ -15,7 +15,6 @@ from sapt_fast.ops._common import guarded
 from sapt_fast.ops._mixed_lora_backward import (
     OP,
     bias_grads,
-    flattened,
     formula_gradients,
     kernel_gradients,
     weight_grads,
@@ -62,7 +61,8 @@ def apply(
     backend: str | None,
 ) -> list[Tensor]:
     """Computes y [M, O] of each projection; arguments as of `_mixed_lora_ops.differentiable`."""
-    weights, biases, *_ = flattened(computed)
+    weights = [p.weight for p in computed if p.weight is not None]
+    biases = [p.bias for p in computed if p.bias is not None]
     train_a = [t for given in pooled for t in given.train_a]
     train_b = [t for given in pooled for t in given.train_b]
     options = _Options(

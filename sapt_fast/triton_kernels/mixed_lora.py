@@ -20,7 +20,7 @@ from sapt_fast.triton_kernels.blocks import common
 from sapt_fast.triton_kernels.blocks import gemm_variants as routes
 from sapt_fast.triton_kernels.blocks.common import round_up, with_unit_column_stride
 from sapt_fast.triton_kernels.blocks.gemm import RANK_ALIGN, two_source_gemm
-from sapt_fast.triton_kernels.blocks.plans import Results, planned
+from sapt_fast.triton_kernels.blocks.plans import Results, derived, planned
 from sapt_fast.triton_kernels.blocks.row_reduction import Mixing, factor_grad
 from sapt_fast.triton_kernels.blocks.shrink import Gate, shrink_bwd, shrink_fwd
 
@@ -300,10 +300,15 @@ def _gate(row_scale: Tensor, passing: list[tuple[int, int]]) -> Gate:
     start, stop = passing[0][0], passing[-1][1]
     if len(passing) == 1:
         return Gate(row_scale, start, stop)
+    return Gate(derived(_only, row_scale, passing), start, stop)
+
+
+def _only(row_scale: Tensor, passing: list[tuple[int, int]]) -> Tensor:
+    """The scales in the ranges, 0 elsewhere."""
     scale = torch.zeros_like(row_scale)
     for first, last in passing:
         scale[first:last] = row_scale[first:last]
-    return Gate(scale, start, stop)
+    return scale
 
 
 def _mixing(mixture: Tensor, projection: Projection) -> Mixing:

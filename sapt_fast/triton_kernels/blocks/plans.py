@@ -6,8 +6,8 @@ alignment of the inputs. So the second call with the same of these is recorded. 
 its launches through the compiled kernels, with the same grids and arguments, on new outputs and one
 new block of scratch memory.
 
-A plan can repeat launches by `launch`, products by torch into the outputs, allocations and views. A
-call that does anything else is never planned. Neither is a call in the interpreter, a call with
+A plan can repeat launches by `launch`, products by torch into the outputs, allocations, views and
+what `derived` makes. A call that does anything else is never planned. Neither is a call in the interpreter, a call with
 launch hooks, or one where Triton's launchers have other parameters. Triton's settings are those of
 the recorded call.
 """
@@ -26,7 +26,7 @@ from sapt_fast.triton_kernels.blocks.recording import Recording
 from sapt_fast.triton_kernels.blocks.replay import Plan, Results
 from sapt_fast.triton_kernels.blocks.signatures import same_as
 
-__all__ = ["Results", "forget", "launch", "planned"]
+__all__ = ["Results", "derived", "forget", "launch", "planned"]
 
 _MOST_PLANS = 4096
 
@@ -67,6 +67,19 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     recording = getattr(_current, "recording", None)
     if recording is not None:
         recording.add_launch(kernel, compiled, grid, args, meta)
+
+
+def derived(function: Callable[..., Tensor], source: Tensor, *options: Any) -> Tensor:
+    """`function(source, *options)`, which a plan calls again: whatever it does, it makes a tensor.
+
+    Args:
+        source: one of the inputs of `planned`, from its start on.
+    """
+    recording = getattr(_current, "recording", None)
+    if recording is None:
+        return function(source, *options)
+    made: Tensor = recording.derive(function, source, options)
+    return made
 
 
 def planned(

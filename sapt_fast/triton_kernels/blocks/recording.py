@@ -16,6 +16,7 @@ from sapt_fast.triton_kernels.blocks.launchers import Launch, prepared
 from sapt_fast.triton_kernels.blocks.replay import (
     Address,
     Choice,
+    Derived,
     Descriptor,
     Output,
     Places,
@@ -30,7 +31,11 @@ from sapt_fast.triton_kernels.blocks.signatures import allocation
 _ALIGN = 256  # bytes, as torch's allocator on a GPU
 
 _aten = torch.ops.aten
-_ALLOCATIONS = (_aten.new_empty.default, _aten.empty.memory_format)
+_ALLOCATIONS = (
+    _aten.new_empty.default,
+    _aten.empty.memory_format,
+    _aten.empty_like.default,
+)
 _PRODUCTS = (_aten.addmm_.default, _aten.addmm.out, _aten.mm.out)
 
 
@@ -46,11 +51,15 @@ class Recording(TorchDispatchMode):
         self.inputs = inputs  # addresses
         self.made: dict[int, Tensor] = {}  # what was allocated, by address; all of it stays alive
         self.steps: list[tuple[Any, Any, Any]] = []
+        self.derived: list[tuple[Derived, Tensor]] = []
+        self.paused = False
         self.plannable = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         schema = func._schema
+        if self.paused:
+            return result
         if func in _ALLOCATIONS:
             self.made[result.data_ptr()] = result
         elif func in _PRODUCTS:
@@ -58,6 +67,20 @@ class Recording(TorchDispatchMode):
         elif schema.is_mutable or any(each.alias_info is None for each in schema.returns):
             self.plannable = False
         return result
+
+    def derive(
+        self, function: Callable[..., Tensor], source: Tensor, options: tuple[Any, ...]
+    ) -> Tensor:
+        """Calls the function and remembers that; a plan does not look into it."""
+        self.paused = True
+        made = function(source, *options)
+        self.paused = False
+        if source.data_ptr() in self.inputs:
+            number = self.inputs.index(source.data_ptr())
+            self.derived.append((Derived(function, number, options), made))
+        else:
+            self.plannable = False
+        return made
 
     def add_launch(
         self, kernel: Any, compiled: Any, grid: tuple[int, ...], args: Any, meta: dict[str, Any]
@@ -99,6 +122,10 @@ class Recording(TorchDispatchMode):
             base += 1
         if any(made.device != device for made in self.made.values()):
             raise _UnplannableError
+        for _, made in self.derived:
+            self.made[made.data_ptr()] = made
+            places[made.data_ptr()] = Address(base, 0)
+            base += 1
         scratch = 0
         for start, made in self.made.items():
             if start not in places:
@@ -150,7 +177,7 @@ class Recording(TorchDispatchMode):
             return choice_of([starts[section] + at for section, at in numbers])
 
         return Plan(
-            allocate, outputs, scratch, [*moved], [choice(each) for each in tuples], descriptors,
+            allocate, outputs, [each for each, _ in self.derived], scratch, [*moved], [choice(each) for each in tuples], descriptors,
             constants, [(what, choice(numbers)) for what, numbers in numbered], {},
         )  # fmt: skip
 

@@ -97,18 +97,27 @@ class Output(NamedTuple):
     view: tuple[tuple[int, ...], tuple[int, ...]] | None
 
 
+class Derived(NamedTuple):
+    """A tensor that a function makes of an input, by its number."""
+
+    function: Callable[..., Tensor]
+    source: int
+    options: tuple[Any, ...]
+
+
 _Step = tuple[Callable[[tuple[Any, ...]], object], Choice]
 
 
 class Plan(NamedTuple):
     """Steps, each of which takes its arguments from one list of values.
 
-    The list has the addresses of the inputs, of the outputs that are kept and of the scratch
-    memory (these are the bases), the tensors, and then what the other fields give.
+    The list has the addresses of the inputs, of the outputs that are kept, of what is derived and
+    of the scratch memory (these are the bases), the tensors, and then what the other fields give.
     """
 
     allocate: Callable[..., Tensor]
     outputs: list[Output | None]
+    derived: list[Derived]
     scratch: int  # bytes
     addresses: list[Address]
     tuples: list[Choice]
@@ -125,7 +134,7 @@ class Plan(NamedTuple):
         if x.get_device() not in (-1, device):
             with torch.cuda.device_of(x):
                 return self.run(inputs, values)
-        allocate, outputs, scratch, addresses, tuples, descriptors, constants, _, on = self
+        allocate, outputs, derived, scratch, addresses, tuples, descriptors, constants, _, on = self
         tensors = [*inputs]
         results: Results = []
         for output in outputs:
@@ -137,6 +146,10 @@ class Plan(NamedTuple):
             tensors.append(made)
             values.append(made.data_ptr())
             results.append(made if view is None else made.as_strided(*view))
+        for function, source, options in derived:
+            made = function(tensors[source], *options)
+            tensors.append(made)
+            values.append(made.data_ptr())
         memory = allocate((scratch,), (1,), torch.uint8)
         values += (memory.data_ptr(), tensors)
         values += [values[base] + offset for base, offset in addresses]

@@ -7,9 +7,9 @@ its launches through the compiled kernels, with the same grids and arguments, on
 new block of scratch memory.
 
 A plan can repeat launches by `launch`, products by torch into the outputs, allocations, views and
-what `derived` makes. A call that does anything else is never planned. Neither is a call in the interpreter, a call with
-launch hooks, or one where Triton's launchers have other parameters. Triton's settings are those of
-the recorded call.
+what `derived` makes. A call that does anything else is never planned. Neither is a call in the
+interpreter, a call with launch hooks, or one where Triton's launchers have other parameters.
+Triton's settings are those of the recorded call.
 """
 
 from __future__ import annotations

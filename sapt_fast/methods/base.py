@@ -194,7 +194,8 @@ class Handle(Own, nn.Module):
         CUDA graph is captured, during which neither is possible. The values of all inputs are 0.
 
         Nothing visible changes: random states, gradients, buffers and the weights of the last
-        forward stay. Hooks on layers and parameters are not called. A method whose layers have no
+        forward stay. Hooks on the model's layers and parameters are not called, except
+        those of the input embedding, which the router reads. A method whose layers have no
         kernels of their own does nothing. The base model's own operations are not run.
 
         Args:

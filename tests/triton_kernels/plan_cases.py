@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import host_path
@@ -243,6 +243,7 @@ def main() -> None:
             print(case.name, "ok")
         gemm_variants._forced = None
         other_ops(launches)
+        benchmark(launches)
         never_stale(launches)
 
 
@@ -287,6 +288,29 @@ def other_ops(launches: list[Any]) -> None:
     for name, (call, inputs) in calls.items():
         assert compare(call, inputs, launches), name
         print(name, "ok")
+
+
+def benchmark(launches: list[Any]) -> None:
+    """The calls that `host_path` times launch with plans what they launch without."""
+    for training, members in product((False, True), (1, 2)):
+        with torch.set_grad_enabled(training):
+            call = host_path.ours(members, training)
+            plans.forget()
+            found = []
+            for _ in range(3):
+                launches.clear()
+                call()
+                found.append([*launches])
+        ordinary, _, planned = found
+        assert [(n, grid) for n, grid, _ in planned] == [(n, grid) for n, grid, _ in ordinary]
+        for (name, _, first), (_, _, second) in zip(ordinary, planned, strict=True):
+            assert not any(isinstance(value, Tensor) for value in second), name
+            for before, after in zip(first, second, strict=True):
+                if isinstance(before, Tensor):
+                    assert isinstance(after, int), name
+                elif not isinstance(before, tuple):
+                    assert before is after or before == after, name
+        print("benchmark", "train" if training else "no_grad", members, "ok")
 
 
 def never_stale(launches: list[Any]) -> None:

@@ -183,8 +183,9 @@ class PeftHandle(Handle):
     def run_layers(self, samples: int, tokens: int) -> None:
         """Runs the linear layers that one pass computes, with equal weights for all adapters."""
         count, train = len(self.tasks), torch.is_grad_enabled()
-        for _, part in self._parts:
-            if isinstance(part, OnePass) and can_mix(part):
+        parts: list[Any] = [part for _, part in self._parts if isinstance(part, OnePass)]
+        for part in parts:
+            if can_mix(part):
                 like = [part.base_layer.weight, *part.lora_A.parameters()]
                 weights = torch.full((samples, count), 1 / count, device=like[0].device)
                 weights.requires_grad_(train)

@@ -89,7 +89,7 @@ def test_mixed_lora_forward(name, route):
         own += len(c.members)
     tiles_m = tiles(c.m, 16)
     rereads = {"x": meets / own}
-    for j, m in enumerate(c.members):
+    for j in range(len(c.members)):
         rereads[f"a{j}"] = rereads[f"b{j}"] = tiles_m
         if route == "fused":
             rereads[f"weight{j}"] = tiles_m

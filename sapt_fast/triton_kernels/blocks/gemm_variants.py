@@ -7,8 +7,9 @@ These routes give the same result:
 - `FUSED_POINTERS`: the same without tensor descriptors, on a GPU that has them. Only a measurement
   chooses it.
 - `FUSED_TF32X3`: `FUSED` in float32 on the matrix unit, each factor as the sum of two tf32. Only a
-  measurement chooses it: its error is a sequential float32 sum's or less over 16 and more columns,
-  but up to 6 times that over fewer, and factors below 1e-36 lose digits or all of them.
+  measurement chooses it. In an emulation its error is within twice a sequential float32 sum's over
+  64 columns and more, but up to 6 times that over fewer. Factors above 3.402e38 become
+  infinite, those below 1e-36 lose digits, and of a product of denormals with infinity comes NaN.
 - `EXPAND_FIRST`: our kernel writes p @ q, and cuBLAS adds a @ b onto it
   (`gemm.expand_first_gemm`). It writes y once more; that it reads it once more hides inside a
   product that is bound by arithmetic.

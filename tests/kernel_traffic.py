@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from kernel_memory import ADDRESS
 from passes import Pass
 from torch import Tensor
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
@@ -112,7 +113,7 @@ def counted() -> Iterator[Recorder]:
     launch_of: list[_Launch] = []
 
     def note(side: str, ptrs: Any, mask: Any) -> None:
-        address = np.asarray(ptrs.data).astype(np.int64)
+        address = (np.asarray(ptrs.data) & np.uint64(ADDRESS)).astype(np.int64)
         kept = np.broadcast_to(np.asarray(mask.data, bool), address.shape)
         itemsize = max(1, ptrs.get_element_ty().primitive_bitwidth // 8)
         getattr(launch_of[-1], side)[itemsize].append(address[kept].ravel())

@@ -167,14 +167,18 @@ def off_the_matrix_unit(ttir: str, ptx: str, capability: int) -> list[str]:
 def narrow(ptx: str, streams: bool = False) -> list[str]:
     """Loads of fewer than 16 bytes in a main loop; of a kernel that `streams`, in its widest loop.
 
-    A kernel that streams has no matrix instructions, and its widest loop is the one that loads the
+    A thread's only load of a small tile cannot be wider: those of a width must make 16 bytes. A
+    kernel that streams has no matrix instructions, and its widest loop is the one that loads the
     most bytes: at least a quarter of them must be loaded by 16. The rest may be what every thread
     of a row needs: an id, a weight.
     """
     if not streams:
-        widths = sum((loaded(loop) for loop in main_loops(ptx)), Counter[int]())
-        found = {width: count for width, count in sorted(widths.items()) if width < WIDE}
-        return [f"narrow loads in main loops: {_widths(found)}"] if found else []
+        for loop in main_loops(ptx):
+            widths = sorted(loaded(loop).items())
+            found = {w: count for w, count in widths if w < WIDE <= w * count}
+            if found:
+                return [f"narrow loads in a main loop: {_widths(found)}"]
+        return []
     sums = [loaded(loop) for loop in loops(ptx)] or [loaded(ptx)]
     most = max(sums, key=_bytes)
     wide = _bytes({width: count for width, count in most.items() if width >= WIDE})

@@ -110,10 +110,14 @@ def test_products_off_the_matrix_unit():
 
 def test_narrow_loads_in_a_main_loop():
     assert aot_checks.narrow(PTX) == []  # those of the rare path do not count
-    problems = aot_checks.narrow(PTX.replace("0x10", "0x8"))
-    assert problems == ["narrow loads in main loops: 1 x 8 B"]
-    loads = f"{WAIT} 1;\nld.global.v2.b32 {{ %r1, %r2 }}, [ %rd1 + 0 ];\n"
-    assert aot_checks.narrow(PTX.replace(f"{WAIT} 1;", loads)) != []
+    copy = "cp.async.cg.shared.global [ %r2 + 0 ], [ %rd3 + 0 ], 0x10, %r4;"
+    narrow = copy.replace("0x10", "0x8")
+    assert aot_checks.narrow(PTX.replace(copy, narrow)) == []  # all that a thread loads
+    problems = aot_checks.narrow(PTX.replace(copy, f"{narrow}\n{narrow}"))
+    assert problems == ["narrow loads in a main loop: 2 x 8 B"]
+    load = "ld.global.b16 { %rs1 }, [ %rd1 + 0 ];\n"
+    assert aot_checks.narrow(PTX.replace(copy, f"{copy}\n{7 * load}")) == []
+    assert aot_checks.narrow(PTX.replace(copy, f"{copy}\n{8 * load}")) != []
 
 
 def test_narrow_loads_of_a_kernel_that_streams():

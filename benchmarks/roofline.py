@@ -4,10 +4,11 @@
 
 An op is a sequence of passes, one per launch. A pass reads every byte that it needs once, as if
 the cache were perfect, and writes every byte of its results once; what one pass leaves for the
-next is written and read; L2 MB counts what its tiles read again too, where a formula says so. A
-pass takes its bytes over the bandwidth of a copy or its FLOPs over the
-rate of a large bf16 product, whichever is longer, and an op the sum of its passes. Launches take
-no time here. `tests/roofline` compares the bytes with the loads and stores of the kernels.
+next is written and read. L2 MB counts what tiles read again too, where a formula says so; the
+tiles of cuBLAS are not known. A pass takes its bytes over the bandwidth of a copy or its FLOPs over
+the rate of a large bf16 product, whichever is longer, and an op the sum of its passes. Launches,
+those of cuBLAS and torch included, take no time here. `tests/roofline` compares the bytes with the
+loads and stores of the kernels.
 
 Letters: M rows, of S samples; I in, O out, R total rank, K adapters, B batch, T tokens, D width,
 P prompt length, N keys or experts, V vocabulary; s bytes of an element, 4 unless said otherwise

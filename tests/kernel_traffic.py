@@ -185,19 +185,23 @@ def check(
     return traffic
 
 
-def check_rereads(traffic: Traffic, passes: Iterable[Pass]) -> None:
-    """Compares all bytes read, of each tensor that the passes state rereads of.
+def check_rereads(traffic: Traffic, passes: Iterable[Pass]) -> set[str]:
+    """Compares all bytes read, of each named tensor that the passes state rereads of.
+
+    Returns:
+        The names of these tensors.
 
     Raises:
         AssertionError: they differ.
     """
     own = [p for p in passes if not p.library]
-    stated = dict.fromkeys(name for p in own for name in p.rereads)
+    stated = [*dict.fromkeys(n for p in own for n in p.rereads if n in traffic.reads)]
     assert stated, "no pass states what is read again"
     for name in stated:
         expected = sum(p.reads.get(name, 0) + p.rereads.get(name, 0) for p in own)
         got = traffic.reads[name].total
         assert got == expected, f"all reads of {name}: got {got}, expected {expected}"
+    return set(stated)
 
 
 def tiles(size: int, block: int) -> int:

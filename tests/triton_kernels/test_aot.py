@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from cases.mixed_lora import H200
 from uninterpreted import printed
 
 pytest.importorskip("triton")
@@ -40,13 +41,22 @@ for adapters in (13, 14, 15, 16):  # 52 to 64 ranks, and 13 to 16
     aot_report.record(case, 90, jobs)
     counts.append(len(jobs))
 print(*counts)
+alone = {}
+aot_report.record(Launch("alone", 16, 512, 1024, 1024, (4,) * 15), 90, alone)
+for job in alone.values():
+    print(job.name, aot_report._tile(job))
 """
 
 
 def test_a_growing_pool_compiles_nothing_new() -> None:
-    first, *others = printed("-c", GROWING_POOL).split()
+    """And the tiles are those of which the roofline counts the reads."""
+    counts, *kernels = printed("-c", GROWING_POOL).splitlines()
+    first, *others = counts.split()
     assert int(first) > 5
     assert others == [first] * 3
+    for kernel, tile in zip(("gemm_tma", "shrink_fwd", "factor_grad"), H200, strict=True):
+        name = "{}_kernel {}x{}x".format(kernel, *tile)
+        assert any(line.startswith(name) for line in kernels), (name, kernels)
 
 
 INTERRUPTED = """

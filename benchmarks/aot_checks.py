@@ -88,8 +88,8 @@ def _dominators(blocks: list[_Block]) -> dict[int, set[int]]:
     return found
 
 
-def loops(ptx: str) -> list[str]:
-    """The text of each loop, without what the loops inside of it hold."""
+def loops(ptx: str, innermost: bool = False) -> list[str]:
+    """The text of each loop, without what the loops inside of it hold, or of the innermost ones."""
     blocks = _blocks(ptx)
     dominators = _dominators(blocks)
     bodies: dict[int, set[int]] = {}
@@ -103,7 +103,9 @@ def loops(ptx: str) -> list[str]:
                         todo += [i for i in dominators if each in blocks[i].targets]
     texts = []
     for body in bodies.values():
-        inner = set().union(*(other for other in bodies.values() if other < body))
+        inner = set[int]().union(*(other for other in bodies.values() if other < body))
+        if inner and innermost:
+            continue
         lines = [line for number in sorted(body - inner) for line in blocks[number].lines]
         texts.append("\n".join(lines))
     return texts
@@ -157,7 +159,8 @@ def off_the_matrix_unit(ttir: str, ptx: str, capability: int) -> list[str]:
     problems = []
     if MATRIX_UNIT[capability] not in ptx:
         problems.append(f"no {MATRIX_UNIT[capability]}")
-    others = [loop for loop in loops(ptx) if not _MATRIX.search(loop)]
+    # What follows a main loop within a loop over tiles may multiply its sums.
+    others = [loop for loop in loops(ptx, innermost=True) if not _MATRIX.search(loop)]
     found = sum(len(re.findall(r"\bfma\.rn\S*\.f32", loop)) >= _FEWEST_FMA for loop in others)
     if found:
         problems.append(f"FFMA in place of matrix instructions in {found} loops")

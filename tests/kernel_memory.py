@@ -38,7 +38,7 @@ _SHIFT = 48
 ADDRESS = (1 << _SHIFT) - 1
 """Bits of a checked pointer that are its address."""
 
-PADDED = frozenset({"h_ptr"})
+PADDED = frozenset({"h_ptr", "h_ptrs"})
 """Arguments whose rows may be accessed up to their stride: the columns that pad h hold zeros."""
 
 DISCARDED = frozenset({("_gemm_kernel", "y_ptr"), ("_gemm_tma_kernel", "y_ptr")})

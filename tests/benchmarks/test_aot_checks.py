@@ -99,8 +99,8 @@ def test_products_off_the_matrix_unit():
     assert check(TTIR, PTX, 86) == ["no mma.sync"]
     beside = PTX.replace("ld.global.b16", f"{FMA}\nld.global.b16")
     assert check(TTIR, beside, 90) == ["FFMA in place of matrix instructions in 1 loops"]
-    within = PTX.replace(f"{WAIT} 1", FMA)  # arithmetic beside the products
-    assert check(TTIR, within, 90) == []
+    for wait in (f"{WAIT} 1", f"{WAIT} 0"):  # arithmetic beside the products and after them
+        assert check(TTIR, PTX.replace(wait, FMA), 90) == []
     # float32 is not meant for it, unless it may be rounded.
     assert check(FLOAT32, FMA, 90) == []
     for precision in ("tf32", "tf32x3"):

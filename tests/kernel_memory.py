@@ -41,7 +41,11 @@ ADDRESS = (1 << _SHIFT) - 1
 PADDED = frozenset({"h_ptr", "h_ptrs"})
 """Arguments whose rows may be accessed up to their stride: the columns that pad h hold zeros."""
 
-DISCARDED = frozenset({("_gemm_kernel", "y_ptr"), ("_gemm_tma_kernel", "y_ptr")})
+DISCARDED = frozenset(
+    (kernel, name)
+    for kernel in ("_gemm_kernel", "_gemm_tma_kernel")
+    for name in ("y_ptr", "y_ptrs")
+)
 """Kernels and arguments of loads that may be what another program stores: rows past the end wrap to
 row 0, and what is loaded for them is never stored."""
 
@@ -59,7 +63,7 @@ class _Argument:
         self.tensor, self.name = tensor, name
         self.start, self.itemsize = tensor.data_ptr(), tensor.element_size()
         shape = list(tensor.shape)
-        if name.partition("[")[0] in PADDED:
+        if self.parameter in PADDED:
             shape[-1] = max(shape[-1], tensor.stride(-2))
         dims = sorted(zip(tensor.stride(), shape, strict=True), reverse=True)
         self.dims = [(stride, size) for stride, size in dims if size > 1 and stride]
@@ -68,6 +72,11 @@ class _Argument:
         overlaps = any(outer < size * inner for (outer, _), (inner, size) in pairwise(self.dims))
         elements = math.prod(size for _, size in self.dims)
         self.has_gaps = not overlaps and self.bytes > elements * self.itemsize
+
+    @property
+    def parameter(self) -> str:
+        """The kernel's, which may be a tuple."""
+        return self.name.partition("[")[0]
 
     def outside(self, offsets: np.ndarray, itemsize: int) -> np.ndarray:
         """Which accesses, by offset in bytes and itemsize, are not of the tensor's elements."""
@@ -144,7 +153,7 @@ class _Launch:
         storage = argument.tensor.untyped_storage()
         key = storage.data_ptr()
         places = offsets + (argument.start - key)
-        discarded = bits is None and (self.kernel, argument.name) in DISCARDED
+        discarded = bits is None and (self.kernel, argument.parameter) in DISCARDED
         if bits is None and not discarded:
             self.loaded[key].append(places)
         stored = self.stored.get(key)

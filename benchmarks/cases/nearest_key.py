@@ -126,6 +126,8 @@ class Launch:
 LAUNCHES = (
     Launch("keys, M 16", 16, 1_000_000, 512, quick=True),
     Launch("keys, M 64", 64, 1_000_000, 512, quick=True),
+    Launch("keys, M 8192", 8192, 1_000_000, 512, quick=True),
+    Launch("keys, few keys", 64, 1000, 512),
     Launch("keys, float16", 64, 1_000_000, 512, dtype=torch.float16),
     Launch("keys, float32", 64, 1_000_000, 512, dtype=torch.float32),
     Launch("keys, odd width", 64, 1_000_000, 100, aligned=False),

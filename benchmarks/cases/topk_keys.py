@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-from op_case import Draw, Growth, Inputs, NewTensor, OpCase, Timed
+from op_case import Draw, Extra, Inputs, NewTensor, OpCase, Timed
 from passes import INT64, Pass, Passes, Row
 from torch import Tensor
 
@@ -87,10 +87,10 @@ TIMED = (
         TopKeysCase(3, 130, 16, 5),
         "topk_keys",
         share={"ours": 0.7},
-        growth=Growth(
-            "topk_keys: peak memory, all / a quarter of the keys",
-            lambda case: replace(case, keys=case.keys // 4),
-            1.1,
+        extra=Extra(
+            "topk_keys: extra memory / that of the scores",
+            lambda case: 4 * case.queries * case.keys,
+            0.05,
         ),
     ),
 )
@@ -175,6 +175,8 @@ class Launch:
 LAUNCHES = (
     Launch("keys, M 16", 16, 1_000_000, 512, 32, ("dot", "cosine", "l2"), quick=True),
     Launch("keys, M 64", 64, 1_000_000, 512, 32, ("dot", "cosine", "l2"), quick=True),
+    Launch("keys, M 8192", 8192, 1_000_000, 512, 32, ("dot", "l2"), quick=True),
+    Launch("keys, few keys", 64, 1000, 512, 5, ("dot", "l2"), quick=True),
     Launch("keys, k 200", 64, 1_000_000, 512, 200, ("dot", "l2")),
     Launch("keys, float16", 64, 1_000_000, 512, 32, dtype=torch.float16),
     Launch("keys, float32", 64, 1_000_000, 512, 64, ("dot", "l2"), torch.float32),

@@ -155,7 +155,7 @@ def nearest_key_fwd(query: Tensor, keys: Tensor, radius: Tensor) -> tuple[Tensor
     query, keys, radius = (
         with_unit_column_stride(query), with_unit_column_stride(keys), radius.contiguous()
     )  # fmt: skip
-    tile = search_tile(query)
+    tile = search_tile(query, keys)
     tiles_m = cdiv(M, tile.m)
     # Four programs per multiprocessor, each at least four tiles long.
     programs = 4 * common.device_traits(query.device).num_sms

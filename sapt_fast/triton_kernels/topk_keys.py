@@ -47,7 +47,7 @@ _GROUP, _GROUPS_PER_CHOSEN = (8, 2) if common.INTERPRETED else (32, 64)
 _SCRATCH_BYTES = 1 << 26
 # Pairs that the selection keeps, torch selects more, and that it sorts at a time. The interpreter
 # sorts slowly.
-_KEPT = (8, 32, 64) if common.INTERPRETED else (32, 64)
+_KEPT = (8,) if common.INTERPRETED else (32, 64)
 _SORTED = 16 if common.INTERPRETED else 512
 
 
@@ -244,7 +244,7 @@ def topk_keys_fwd(query: Tensor, keys: Tensor, k: int, metric: str) -> tuple[Ten
     if M == 0:
         return scores, index
     query, keys = with_unit_column_stride(query), with_unit_column_stride(keys)
-    tile = search_tile(query)
+    tile = search_tile(query, keys)
     options |= {**tile.launch_options(), "EVEN_K": D % tile.k == 0}
     group = _GROUP if _GROUPS_PER_CHOSEN * k < cdiv(N, _GROUP) else 1
     groups = cdiv(N, group)

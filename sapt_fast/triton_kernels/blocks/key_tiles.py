@@ -156,25 +156,29 @@ def row_squares(x: Tensor) -> Tensor:
     return out
 
 
-def search_tile(query: Tensor) -> TileConfig:
+def search_tile(query: Tensor, keys: Tensor) -> TileConfig:
     """Queries, keys and step over the key width.
 
     Up to a tile of queries the keys are read once, and a long tile of keys reads the queries
-    seldom; more queries take squarer tiles, for which both are read least.
+    seldom; more queries take squarer tiles, for which both are read least. Where these are too few
+    for the chip, they are small.
     """
-    capability = common.device_traits(query.device).capability
-    few = query.shape[0] <= 64
-    if capability == 0:
+    traits = common.device_traits(query.device)
+    M, D = query.shape
+    if traits.capability == 0:
         return TileConfig(2, 8, 16, num_warps=4, num_stages=1)
-    if query.element_size() == 4 or query.shape[1] % 16:
-        return TileConfig(16, 64, 32, num_warps=8, num_stages=3)
-    if capability in (90, 100, 103):
-        if few:
-            return TileConfig(64, 512, 32, num_warps=8, num_stages=4)
-        return TileConfig(128, 256, 64, num_warps=8, num_stages=3)
-    if few:
-        return TileConfig(64, 256, 32, num_warps=8, num_stages=3)
-    return TileConfig(128, 128, 32, num_warps=8, num_stages=4)
+    if query.element_size() == 4 or D % 16:
+        return TileConfig(16 if M <= 16 else 64, 64, 16, num_warps=8, num_stages=3)
+    large = traits.capability == 90  # elsewhere the epilogue spills
+    if M <= 64:
+        tile = TileConfig(64, 512 if large else 256, 32, num_warps=8, num_stages=4)
+    elif large:
+        tile = TileConfig(128, 256, 64, num_warps=8, num_stages=3)
+    else:
+        tile = TileConfig(128, 128, 32, num_warps=8, num_stages=4)
+    if cdiv(M, tile.m) * cdiv(keys.shape[0], tile.n) < traits.num_sms:
+        return TileConfig(64, 64, 64, num_warps=8, num_stages=4)
+    return tile
 
 
 def checked_count(keys: Tensor) -> int:

@@ -4,7 +4,8 @@
 
 An op is a sequence of passes, one per launch. A pass reads every byte that it needs once, as if
 the cache were perfect, and writes every byte of its results once; what one pass leaves for the
-next is written and read. A pass takes its bytes over the bandwidth of a copy or its FLOPs over the
+next is written and read; L2 MB counts what its tiles read again too, where a formula says so. A
+pass takes its bytes over the bandwidth of a copy or its FLOPs over the
 rate of a large bf16 product, whichever is longer, and an op the sum of its passes. Launches take
 no time here. `tests/roofline` compares the bytes with the loads and stores of the kernels.
 
@@ -21,7 +22,7 @@ import sys
 from collections.abc import Callable
 
 import cases
-from passes import Device, Row, bound, total_bytes, total_flops, total_seconds
+from passes import Device, Row, bound, l2_bytes, total_bytes, total_flops, total_seconds
 from rich.console import Console
 from rich.table import Table
 
@@ -38,6 +39,8 @@ _COLUMNS: dict[str, Callable[[Row, Device], str]] = {
     "op": lambda row, _: row.op,
     "sizes": lambda row, _: row.sizes,
     "MB": lambda row, _: f"{total_bytes(row.passes) / 1e6:.2f}",
+    "L2 MB": lambda row, _: f"{l2_bytes(row.passes) / 1e6:.2f}",
+    "launches": lambda row, _: str(len(row.passes)),
     "GFLOP": lambda row, _: f"{total_flops(row.passes) / 1e9:.3f}",
     "microseconds": lambda row, device: f"{total_seconds(row.passes, device) * 1e6:.2f}",
     "bound by": lambda row, device: bound(row.passes, device),

@@ -25,6 +25,7 @@ from sapt_fast.triton_kernels.blocks.key_tiles import (
     ordered,
     pack,
     row_squares,
+    search_options,
     search_tile,
     tile_scores,
     unpack,
@@ -146,7 +147,7 @@ def nearest_key_fwd(query: Tensor, keys: Tensor, radius: Tensor) -> tuple[Tensor
         ValueError: if the tensors are not on a CUDA device (unless the interpreter runs).
     """
     (M, D), N = query.shape, checked_count(keys)
-    compute = common.compute_dtype(query.dtype)
+    common.compute_dtype(query.dtype)
     index = query.new_empty((M,), dtype=torch.int64)
     distance = query.new_empty((M,), dtype=torch.float32)
     nearest = query.new_empty((M,), dtype=torch.int64)
@@ -177,11 +178,9 @@ def nearest_key_fwd(query: Tensor, keys: Tensor, radius: Tensor) -> tuple[Tensor
             keys_per_split,
             query.stride(0),
             keys.stride(0),
-            **tile.launch_options(),
-            EVEN_K=D % tile.k == 0,
+            **search_options(query, tile),
             METRIC=METRICS["l2"],
             SUM_SQUARES=key_squares is None,
-            COMPUTE=compute,
         )
         _nearest_merge_kernel[(M,)](
             query,

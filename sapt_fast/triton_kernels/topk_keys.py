@@ -35,6 +35,7 @@ from sapt_fast.triton_kernels.blocks.key_tiles import (
     ordered,
     pack,
     row_squares,
+    search_options,
     search_tile,
     tile_scores,
     unpack,
@@ -238,14 +239,14 @@ def topk_keys_fwd(query: Tensor, keys: Tensor, k: int, metric: str) -> tuple[Ten
         ValueError: if the tensors are not on a CUDA device (unless the interpreter runs).
     """
     (M, D), N = query.shape, checked_count(keys)
-    options = {"COMPUTE": common.compute_dtype(query.dtype), "METRIC": METRICS[metric]}
+    common.compute_dtype(query.dtype)
     scores = query.new_empty((M, k), dtype=torch.float32)
     index = query.new_empty((M, k), dtype=torch.int64)
     if M == 0:
         return scores, index
     query, keys = with_unit_column_stride(query), with_unit_column_stride(keys)
     tile = search_tile(query, keys)
-    options |= {**tile.launch_options(), "EVEN_K": D % tile.k == 0}
+    options = {**search_options(query, tile), "METRIC": METRICS[metric]}
     group = _GROUP if _GROUPS_PER_CHOSEN * k < cdiv(N, _GROUP) else 1
     groups = cdiv(N, group)
     per_query = 4 * groups + (8 * k * group if group > 1 else 0)

@@ -181,6 +181,17 @@ def search_tile(query: Tensor, keys: Tensor) -> TileConfig:
     return tile
 
 
+def search_options(query: Tensor, tile: TileConfig) -> dict[str, object]:
+    """Returns the keyword arguments of a launch that computes `tile_scores` with this tile."""
+    # Without tensor cores or vectors ptxas stops at 80 to 128 registers, and spills a few bytes.
+    return {
+        **tile.launch_options(),
+        "EVEN_K": query.shape[1] % tile.k == 0,
+        "COMPUTE": common.compute_dtype(query.dtype),
+        "maxnreg": 224 if tile.k == 16 else None,
+    }
+
+
 def checked_count(keys: Tensor) -> int:
     """Returns N, the number of keys.
 

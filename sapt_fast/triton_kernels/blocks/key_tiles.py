@@ -169,13 +169,11 @@ def search_tile(query: Tensor, keys: Tensor) -> TileConfig:
         return TileConfig(2, 8, 16, num_warps=4, num_stages=1)
     if query.element_size() == 4 or D % 16:
         return TileConfig(16 if M <= 16 else 64, 64, 16, num_warps=8, num_stages=3)
-    large = traits.capability == 90  # elsewhere the epilogue spills
-    if M <= 64:
-        tile = TileConfig(64, 512 if large else 256, 32, num_warps=8, num_stages=4)
-    elif large:
-        tile = TileConfig(128, 256, 64, num_warps=8, num_stages=3)
+    hopper = traits.capability == 90  # elsewhere tiles as large spill
+    if M > 64:
+        tile = TileConfig(128, 256 if hopper else 128, 64 if hopper else 32, 8, 3)
     else:
-        tile = TileConfig(128, 128, 32, num_warps=8, num_stages=4)
+        tile = TileConfig(64, 512 if hopper else 128, 32, num_warps=8, num_stages=4)
     if cdiv(M, tile.m) * cdiv(keys.shape[0], tile.n) < traits.num_sms:
         return TileConfig(64, 64, 64, num_warps=8, num_stages=4)
     return tile

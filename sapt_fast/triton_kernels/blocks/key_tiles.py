@@ -169,11 +169,14 @@ def search_tile(query: Tensor, keys: Tensor) -> TileConfig:
         return TileConfig(2, 8, 16, num_warps=4, num_stages=1)
     if query.element_size() == 4 or D % 16:
         return TileConfig(16 if M <= 16 else 64, 64, 16, num_warps=8, num_stages=3)
-    hopper = traits.capability == 90  # elsewhere tiles as large spill
-    if M > 64:
-        tile = TileConfig(128, 256 if hopper else 128, 64 if hopper else 32, 8, 3)
+    # The largest tiles whose accumulators and epilogues do not spill.
+    if traits.capability == 90:
+        few, many = TileConfig(64, 512, 32, 8, 4), TileConfig(128, 256, 64, 8, 3)
     else:
-        tile = TileConfig(64, 512 if hopper else 128, 32, num_warps=8, num_stages=4)
+        few, many = TileConfig(64, 128, 32, 8, 4), TileConfig(128, 128, 32, 8, 3)
+        if traits.capability in (100, 103):
+            many = few
+    tile = few if M <= 64 else many
     if cdiv(M, tile.m) * cdiv(keys.shape[0], tile.n) < traits.num_sms:
         return TileConfig(64, 64, 64, num_warps=8, num_stages=4)
     return tile

@@ -184,12 +184,12 @@ def search_tile(query: Tensor, keys: Tensor) -> TileConfig:
 
 def search_options(query: Tensor, tile: TileConfig) -> dict[str, object]:
     """Returns the keyword arguments of a launch that computes `tile_scores` with this tile."""
-    # Without tensor cores or vectors ptxas stops at 80 to 128 registers, and spills a few bytes.
+    # For a small tile ptxas stops at 80 to 128 registers, and spills a few bytes.
     return {
         **tile.launch_options(),
         "EVEN_K": query.shape[1] % tile.k == 0,
         "COMPUTE": common.compute_dtype(query.dtype),
-        "maxnreg": 224 if tile.k == 16 else None,
+        "maxnreg": 224 if tile.m * tile.n <= 64 * 128 else None,
     }
 
 

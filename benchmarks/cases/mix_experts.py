@@ -161,7 +161,7 @@ def experts_forward(c: Experts, crowded: bool = False) -> Passes:
 def experts_backward(c: Experts, crowded: bool = False) -> Passes:
     """The forward's two passes on dy with the banks exchanged, and 2 M k r (I + O) for banks.
 
-    The gradients of the banks have one row for each chosen expert, and are zero before.
+    The gradients of the banks have one row for each chosen expert.
     """
     pairs, size = 4 * c.pairs, INT64 * c.pairs
     passes = [_sort(c), _sort(c)] if crowded else [_sort(c)]
@@ -174,8 +174,7 @@ def experts_backward(c: Experts, crowded: bool = False) -> Passes:
         ("d_a", "g", ("x", c.i)),
         ("d_b", "h", ("dy", c.o)),
     ):
-        passes += [
-            Pass(f"{grad} zero", {}, {grad: c.bank(width)}, library=True),
+        passes.append(
             Pass(
                 grad,
                 {
@@ -188,8 +187,8 @@ def experts_backward(c: Experts, crowded: bool = False) -> Passes:
                 {grad: c.bank(width)},
                 2 * c.pairs * c.rank * width,
                 rereads={source: (c.k - 1) * c.m * width * c.itemsize},
-            ),
-        ]
+            )
+        )
     return passes
 
 

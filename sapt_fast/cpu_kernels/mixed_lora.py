@@ -94,7 +94,7 @@ def mixed_lora_bwd(
                 g, through = packed_g, _selected(spans)
             term = present_product(g, present[:, through], lora_a[through].to(x.dtype))
             if weight is not None:
-                term.addmm_(dy, weight)
+                term += linear(dy, weight.t())
             dx = term if dx is None else dx.add_(term)
         elif needs_x and grad_through_frozen:
             dx = two_products(dy, weight, None, g, lora_a.to(x.dtype), dx)
@@ -233,5 +233,5 @@ def _through_trained(
     rows = [lora_a[start:stop].to(dy.dtype) for start, stop in spans] or [lora_a[:0].to(dy.dtype)]
     dx = two_products(dy, weight, None, parts[0], rows[0], onto)
     for part, row in zip(parts[1:], rows[1:], strict=True):
-        dx.addmm_(part, row)
+        dx = two_products(dy, None, None, part, row, dx)
     return dx

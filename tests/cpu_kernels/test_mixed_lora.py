@@ -176,6 +176,7 @@ def route(request, monkeypatch):
     decode, whole = {"gemms": (-1, -1), "accumulate": (999, -1), "whole": (999, 999)}[request.param]
     monkeypatch.setattr(kernel, "_DECODE_ROWS", dict.fromkeys(DTYPES, decode))
     monkeypatch.setattr(gemm, "_FEW_ROWS", dict.fromkeys(DTYPES, whole))
+    monkeypatch.setattr(gemm, "_FEW_WIDENED_ROWS", whole)
     return request.param
 
 

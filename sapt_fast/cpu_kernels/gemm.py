@@ -13,7 +13,7 @@ from sapt_fast.cpu_kernels.common import CODES
 # Up to so many rows reading the weight bounds the time, and our kernels need no packing.
 _FEW_ROWS = {torch.float32: 16, torch.bfloat16: 1, torch.float16: 32, torch.float64: 8}
 # The same for products that would be converted: see `widens`.
-_FEW_WIDENED_ROWS = 32
+_FEW_WIDENED_ROWS = 8
 # Multiplications below which a direct call of oneDNN, dear at a new shape, gains too little.
 _ONEDNN_WORK = 1 << 24
 # Up to so many ranks our kernel adds their product faster than a BLAS.

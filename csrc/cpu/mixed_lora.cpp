@@ -1,11 +1,11 @@
 #include "cpu/mixed_lora.h"
 
+#include <cmath>
 #include <type_traits>
 
 #include "cpu/by_dtype.h"
 #include "cpu/counts.h"
 #include "cpu/dots.h"
-#include "cpu/expand.h"
 #include "cpu/lanes.h"
 #include "cpu/outer.h"
 #include "cpu/vec.h"
@@ -26,6 +26,11 @@ template <class A>
 inline A coefficient(A value, A by) {
     const A product = weighted(value, by);
     return product == 0 && by != 0 ? -A(0) : product;
+}
+
+template <class A>
+inline bool is_absent(A value) {
+    return value == 0 && !std::signbit(value);
 }
 
 template <class A>
@@ -188,6 +193,73 @@ void weight_ranks_backward(const RankBackward& args, const RankWeights& weights,
     }
 }
 
+// tile [ROWS, VECS vectors] += hw [ROWS, ranks] . b [ranks, ...]; SKIPS leaves out what is absent
+template <int ROWS, int VECS, bool SKIPS, class A, class L>
+inline __attribute__((always_inline)) void expand(A* tile, int64_t tile_stride, const A* hw,
+                                                  int64_t ranks, const L* b, int64_t b_stride) {
+    constexpr int kStep = kLanes<A>;
+    vec_t<A> sum[ROWS][VECS];
+    for (int r = 0; r < ROWS; ++r) {
+        for (int v = 0; v < VECS; ++v) sum[r][v] = load(tile + r * tile_stride + v * kStep);
+    }
+    for (int64_t j = 0; j < ranks; ++j) {
+        vec_t<A> column[VECS];
+        for (int v = 0; v < VECS; ++v) column[v] = load(b + j * b_stride + v * kStep);
+        for (int r = 0; r < ROWS; ++r) {
+            if (SKIPS && is_absent(hw[r * ranks + j])) continue;
+            const vec_t<A> by = broadcast(hw[r * ranks + j]);
+            for (int v = 0; v < VECS; ++v) sum[r][v] += by * column[v];
+        }
+    }
+    for (int r = 0; r < ROWS; ++r) {
+        for (int v = 0; v < VECS; ++v) store(tile + r * tile_stride + v * kStep, sum[r][v]);
+    }
+}
+
+template <int ROWS, bool SKIPS, class A, class L>
+void expand_rows(A* tile, int64_t tile_stride, const A* hw, int64_t ranks, const L* b,
+                 int64_t b_stride, int64_t columns) {
+    constexpr int kStep = kLanes<A>;
+    int64_t c = 0;
+    for (; c + 4 * kStep <= columns; c += 4 * kStep) {
+        expand<ROWS, 4, SKIPS>(tile + c, tile_stride, hw, ranks, b + c, b_stride);
+    }
+    for (; c + kStep <= columns; c += kStep) {
+        expand<ROWS, 1, SKIPS>(tile + c, tile_stride, hw, ranks, b + c, b_stride);
+    }
+    for (; c < columns; ++c) {
+        for (int r = 0; r < ROWS; ++r) {
+            A sum = tile[r * tile_stride + c];
+            for (int64_t j = 0; j < ranks; ++j) {
+                if (SKIPS && is_absent(hw[r * ranks + j])) continue;
+                sum += hw[r * ranks + j] * static_cast<A>(to_acc(b[j * b_stride + c]));
+            }
+            tile[r * tile_stride + c] = sum;
+        }
+    }
+}
+
+// tile [rows, TILE] += hw [rows, ranks] . b [ranks, ...], rows in blocks that share a read of b.
+template <int64_t TILE, bool SKIPS, class A, class L>
+void expand_blocks(A* tile, int64_t rows, const A* hw, int64_t ranks, const L* b, int64_t b_stride,
+                   int64_t columns) {
+    for (int64_t r = 0; r < rows; r += kRowBlock, tile += kRowBlock * TILE, hw += kRowBlock * ranks) {
+        switch (smaller(rows - r, kRowBlock)) {
+            case 4:
+                expand_rows<4, SKIPS>(tile, TILE, hw, ranks, b, b_stride, columns);
+                break;
+            case 3:
+                expand_rows<3, SKIPS>(tile, TILE, hw, ranks, b, b_stride, columns);
+                break;
+            case 2:
+                expand_rows<2, SKIPS>(tile, TILE, hw, ranks, b, b_stride, columns);
+                break;
+            default:
+                expand_rows<1, SKIPS>(tile, TILE, hw, ranks, b, b_stride, columns);
+        }
+    }
+}
+
 // x [rows, inputs] . the weight's rows [start, stop), into tile.
 template <int64_t TILE, class T>
 void base_tile(acc_t<T>* tile, const Decode& args, int64_t row, int64_t rows, int64_t start,
@@ -322,34 +394,6 @@ void factor_grad(const FactorGrad& args, int threads) {
     }
 }
 
-constexpr int64_t kAddRows = 64;      // of a task, whose part of hw stays in the first cache
-constexpr int64_t kAddColumns = 512;  // of a task
-
-// y += hw . b; a tile of b stays in the first cache for all rows of the task.
-void add_product(const AddProduct& args, int threads) {
-    constexpr int64_t kTile = kTileVecs * kLanes<float>;
-    const int64_t row_tasks = parts(args.rows, kAddRows);
-    const int64_t column_tasks = parts(args.columns, kAddColumns);
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t task = 0; task < row_tasks * column_tasks; ++task) {
-        const int64_t first = task / column_tasks * kAddRows;
-        const int64_t last = smaller(first + kAddRows, args.rows);
-        const int64_t start = task % column_tasks * kAddColumns;
-        const int64_t stop = smaller(start + kAddColumns, args.columns);
-        for (int64_t c = start; c < stop; c += kTile) {
-            const int64_t columns = smaller(kTile, stop - c);
-            for (int64_t row = first; row < last; row += kRowBlock) {
-                float* y = args.y + row * args.columns + c;
-                prefetch_rows(y + kRowBlock * args.columns, args.columns,
-                              smaller(kRowBlock, last - row - kRowBlock), columns);
-                expand_some<false>(y, args.columns, smaller(kRowBlock, last - row),
-                                   args.hw + row * args.ranks, args.ranks, args.b + c,
-                                   args.columns, columns);
-            }
-        }
-    }
-}
-
 void weight_ranks_any(DType dtype, void* out, const void* h, const RankWeights& weights,
                       int threads) {
     by_dtype(dtype, [&](auto type) {
@@ -383,8 +427,7 @@ void factor_grad_any(const FactorGrad& args, int threads) {
 
 namespace SAPT_FAST_CAPABILITY {
 extern const MixedLoraKernels mixed_lora_kernels = {weight_ranks_any, weight_ranks_backward_any,
-                                                    decode_any, factor_grad_any,
-                                                    add_product};
+                                                    decode_any, factor_grad_any};
 }
 
 }  // namespace sapt_fast

@@ -74,16 +74,6 @@ struct FactorGrad {
 // With more ranks than these a GEMM library is the better choice.
 constexpr int64_t kFewRanks = 16;
 
-// y += hw . b
-struct AddProduct {
-    float* y;         // [rows, columns]
-    const float* hw;  // [rows, ranks]
-    const float* b;   // [ranks, columns]
-    int64_t rows;
-    int64_t ranks;
-    int64_t columns;
-};
-
 struct MixedLoraKernels {
     // out = h * weights, both [rows, ranks]
     void (*weight_ranks)(DType dtype, void* out, const void* h, const RankWeights& weights,
@@ -94,7 +84,6 @@ struct MixedLoraKernels {
     void (*decode)(const Decode& args, const RankWeights& weights, int threads);
     // out = g^T x, in one pass over x
     void (*factor_grad)(const FactorGrad& args, int threads);
-    void (*add_product)(const AddProduct& args, int threads);
 };
 
 // Rows whose contribution to d_mixture is summed in one go. Fixed, so that the result does not

@@ -167,17 +167,6 @@ void factor_grad(int dtype, int factor_dtype, const Memory& out, const Memory& g
     mixed_lora().factor_grad(args, team(rows * ranks * columns, threads));
 }
 
-void add_product(const Memory& y, const Memory& hw, const Memory& b, std::int64_t rows,
-                 std::int64_t ranks, std::int64_t columns, int threads) {
-    require(rows >= 0 && ranks >= 0 && columns >= 0, "rows, ranks, columns: negative");
-    require_holds("y", y, {rows, columns}, sizeof(float));
-    require_holds("hw", hw, {rows, ranks}, sizeof(float));
-    require_holds("b", b, {ranks, columns}, sizeof(float));
-    const AddProduct args = {at<float>(y), at<const float>(hw), at<const float>(b), rows, ranks,
-                             columns};
-    mixed_lora().add_product(args, team(rows * ranks * columns, threads));
-}
-
 void own_lora(int dtype, int lora_dtype, const Memory& y, const Memory& x,
               const std::vector<Memory>& a, const std::vector<Memory>& b,
               const std::vector<std::int64_t>& ranks, const std::vector<double>& scales,
@@ -308,9 +297,6 @@ PYBIND11_MODULE(_C, m) {
     m.def("factor_grad", &factor_grad, arg("dtype"), arg("factor_dtype"), arg("out"), arg("g"),
           arg("x"), arg("rows"), arg("ranks"), arg("columns"), arg("threads"),
           py::call_guard<py::gil_scoped_release>(), "out = g^T x for a few ranks.");
-    m.def("add_product", &add_product, arg("y"), arg("hw"), arg("b"), arg("rows"), arg("ranks"),
-          arg("columns"), arg("threads"), py::call_guard<py::gil_scoped_release>(),
-          "y += hw . b of float32, for a few ranks.");
     m.attr("MOST_OWN_RANKS") = kMostOwnRanks;
     m.def("own_lora", &own_lora, arg("dtype"), arg("lora_dtype"), arg("y"), arg("x"), arg("a"),
           arg("b"), arg("ranks"), arg("scales"), arg("owner"), arg("rows"), arg("inputs"),

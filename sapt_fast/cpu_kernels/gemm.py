@@ -16,8 +16,6 @@ _FEW_ROWS = {torch.float32: 16, torch.bfloat16: 1, torch.float16: 32, torch.floa
 _FEW_WIDENED_ROWS = 8
 # Multiplications below which a direct call of oneDNN, dear at a new shape, gains too little.
 _ONEDNN_WORK = 1 << 24
-# Up to so many ranks our kernel adds their product faster than a BLAS.
-_ADDED_RANKS = 256
 # Numbers of one operand that are converted to float32 at a time: 8 MiB.
 _WIDENED = 1 << 21
 
@@ -92,19 +90,9 @@ def two_products(
     # In place onto the large product: a product of its own would cost the page faults of a new
     # [M, O] tensor, which on CPUs is more than reading y once more.
     if matrix is None:
-        return torch.mm(ranks, rows) if onto is None else _add_product(onto, ranks, rows)
+        return torch.mm(ranks, rows) if onto is None else onto.addmm_(ranks, rows)
     y = linear(x, matrix.t(), bias) if onto is None else onto.addmm_(x, matrix)
-    return _add_product(y, ranks, rows)
-
-
-def _add_product(y: Tensor, ranks: Tensor, rows: Tensor) -> Tensor:
-    """Adds ranks [M, R] . rows [R, O] to y [M, O] in place, and returns y."""
-    count = ranks.shape[1]
-    if y.dtype != torch.float32 or count > _ADDED_RANKS:
-        return y.addmm_(ranks, rows)
-    ranks, rows = ranks.contiguous(), rows.contiguous()
-    _C.add_product(y, ranks, rows, y.shape[0], count, y.shape[1], torch.get_num_threads())
-    return y
+    return y.addmm_(ranks, rows)
 
 
 def _widened(
@@ -132,7 +120,7 @@ def _widened(
         for part in _blocks(count, max(inputs, len(wide))):
             product = linear(x[part].float(), wide, wide_bias)
             if added is not None and rows is not None:
-                _add_product(product, added[0][part].float(), rows)
+                product.addmm_(added[0][part].float(), rows)
             if onto is not None:
                 product += onto[part, columns]
             y[part, columns] = product

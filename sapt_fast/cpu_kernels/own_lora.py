@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sapt_fast import _C
-from sapt_fast.cpu_kernels.common import CODES
 from sapt_fast.cpu_kernels import gemm
+from sapt_fast.cpu_kernels.common import CODES
 from sapt_fast.ops import own_lora as reference
 
 if TYPE_CHECKING:

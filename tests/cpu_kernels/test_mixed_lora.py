@@ -389,31 +389,6 @@ def test_widened_products_are_rounded_once(dtype, rows):
     assert torch.equal(onto, (exact + 0.5).to(dtype))
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (3, 5, 7), (66, 61, 70), (130, 4, 515), (9, 0, 33)])
-@pytest.mark.usefixtures("capability")
-def test_added_product(sizes):
-    rows, ranks, columns = sizes
-    generator = torch.Generator().manual_seed(0)
-    y, hw, b = (
-        torch.randn(size, generator=generator)
-        for size in ((rows, columns), (rows, ranks), (ranks, columns))
-    )
-    exact = y.double() + hw.double() @ b.double()
-    for threads in (1, 3):
-        got = y.clone()
-        _C.add_product(got, hw, b, rows, ranks, columns, threads)
-        assert_close(got, exact, torch.float32)
-
-
-def test_added_product_of_wrong_sizes():
-    y, hw, b = torch.ones(4, 5), torch.ones(4, 3), torch.ones(3, 5)
-    for given in ((y[:3], hw, b), (y, hw[:3], b), (y, hw, b[:2]), (y.double(), hw, b)):
-        with pytest.raises(ValueError, match="expected 4 for each of"):
-            _C.add_product(*given, 4, 3, 5, 1)
-    with pytest.raises(ValueError, match="negative"):
-        _C.add_product(y, hw, b, -4, 3, 5, 1)
-
-
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_mixture_gradient_does_not_depend_on_threads(threads):
     case = make_case(2, 1000, 8, 8)

@@ -3,9 +3,9 @@
     python benchmarks/aot_report.py [--quick] [--output FILE]
 
 Needs no GPU. The launchers run on tensors without memory; each launch is recorded with the exact
-specialisation Triton would compile, and compiled for compute capabilities 8.0, 9.0 and 10.0. The
-exit code is 1 if a kernel spills registers, has its matrix instructions serialised, needs more
-shared memory than there is, misses the matrix unit of its GPU, or loads its main loop without
+specialisation Triton would compile, and compiled for compute capabilities 8.0 to 12.0. The exit
+code is 1 if a kernel spills registers, has its matrix instructions serialised, needs more shared
+memory than there is, misses the matrix unit of its GPU, or loads its main loop without
 asynchronous copies.
 """
 
@@ -42,9 +42,9 @@ from op_case import LaunchCase
 
 from sapt_fast.triton_kernels.blocks import common
 
-SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
-NUM_SMS = {80: 108, 90: 132, 100: 148}
-MATRIX_UNIT = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+NUM_SMS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
+SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+MATRIX_UNIT = dict.fromkeys(NUM_SMS, "mma.sync") | {90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def record(case: LaunchCase, capability: int, jobs: dict[tuple[str, ...], Job]) 
             get_current_stream=lambda device: 0,
         )
     )
-    traits = common.DeviceTraits(capability, NUM_SMS[capability])
+    traits = common.DeviceTraits(capability, NUM_SMS[capability], shared=SHARED_LIMIT[capability])
     triton.knobs.runtime.jit_cache_hook = on_compile
     common.device_traits, original = (lambda device: traits), common.device_traits
     try:

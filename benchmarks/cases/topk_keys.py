@@ -102,6 +102,7 @@ CPU_TIMED = (  # the first is that of the search targets
     (TopKeysCase(16, 1_000_000, 256, 32), torch.float32),
     (TopKeysCase(16, 1_000_000, 256, 32), torch.bfloat16),
     (TopKeysCase(1, 1_000_000, 256, 32), torch.float32),
+    (TopKeysCase(1, 10_000, 100, 8), torch.float32),
     (TopKeysCase(64, 100, 768, 5), torch.float32),
 )
 CPU_TIMED_QUICK = ((TopKeysCase(3, 700, 16, 5), torch.float32),)

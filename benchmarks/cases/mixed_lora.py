@@ -107,7 +107,7 @@ def mixed_lora_forward(c: MixedLora, route: str) -> Passes:
 
 
 def mixed_lora_backward(c: MixedLora, route: str, through_frozen: bool = True) -> Passes:
-    """Of each member everything in rank space from one pass over dy, then its factors and dx.
+    """Of equal members everything in rank space from one pass over their dy, and their factors.
 
     g = dy B^T takes 2 M O R FLOPs; of it leave g * w in the columns through which x gets a
     gradient, h * w in those that train, and one line of partial sums of g * h per tile of rows,
@@ -115,59 +115,56 @@ def mixed_lora_backward(c: MixedLora, route: str, through_frozen: bool = True) -
     weights are read again for that. dA and dB read M x Rt and x or dy once more.
     dx of the second member and on is added to what is there.
     """
-    passes: Passes = []
+    alike: dict[Member, list[int]] = {}
     for j, member in enumerate(c.members):
-        columns, (start, stop) = padded(member.r), member.window
-        through = (0, columns) if through_frozen else (start, stop)
-        dy, trained = c.m * member.o * c.itemsize, member.train[1] - member.train[0]
-        lines = -(-c.m // c.tile_rows)
-        passes.append(
-            Pass(
-                f"shrink {j}",
-                {
-                    f"dy{j}": dy,
-                    f"b{j}": member.r * member.o * c.factor_itemsize,
-                    f"h{j}": 4 * c.m * columns,
-                    "mixture": c.mixture,
-                    **c.of_rows(j),
-                },
-                {
-                    f"gw{j}": c.m * (through[1] - through[0]) * c.itemsize,
-                    f"hw{j}": c.m * (stop - start) * c.itemsize,
-                    f"partial{j}": 4 * lines * columns,
-                },
-                2 * c.m * member.o * member.r,
-            )
-        )
-        passes.append(
-            Pass(
-                f"d_mixture {j}",
-                {
-                    f"partial{j}": 4 * lines * member.r,
-                    f"row_adapter{j}": 4 * member.r,
-                    "mixture": c.mixture,
-                    **({"d_mixture": c.mixture} if j else {}),
-                },
-                {"d_mixture": c.mixture},
-                lines * member.r,
-            )
-        )
-        for grad, p, source, width in (
-            ("d_a", f"gw{j}", "x", c.i),
-            ("d_b", f"hw{j}", f"dy{j}", member.o),
-        ):
-            if trained:
-                passes.append(
-                    Pass(
-                        f"{grad} {j}",
-                        {p: c.m * (stop - start) * c.itemsize, source: c.m * width * c.itemsize},
-                        {f"{grad}{j}": trained * width * c.factor_itemsize},
-                        2 * c.m * trained * width,
-                    )
-                )
+        alike.setdefault(member, []).append(j)
+    passes: Passes = []
+    for member, numbers in alike.items():
+        passes += _in_rank_space(c, member, numbers, through_frozen, first=not passes)
+    for j, member in enumerate(c.members):
+        through = (0, padded(member.r)) if through_frozen else member.window
         passes += _product(
             c, route, j, (f"dy{j}", member.o), f"gw{j}", f"a{j}", through, ("dx", c.i), False, j > 0
         )
+    return passes
+
+
+def _in_rank_space(
+    c: MixedLora, member: Member, numbers: list[int], through_frozen: bool, first: bool
+) -> Passes:
+    """The shrink, d_mixture and the factors' gradients of some equal members."""
+    columns, (start, stop) = padded(member.r), member.window
+    through = (0, columns) if through_frozen else (start, stop)
+    dy, trained = c.m * member.o * c.itemsize, member.train[1] - member.train[0]
+    lines = -(-c.m // c.tile_rows)
+    reads, writes = {"mixture": c.mixture}, {}
+    pooled = {"mixture": c.mixture, **({} if first else {"d_mixture": c.mixture})}
+    factor_reads, factors = {"x": c.m * c.i * c.itemsize}, {}
+    for j in numbers:
+        reads |= {
+            f"dy{j}": dy,
+            f"b{j}": member.r * member.o * c.factor_itemsize,
+            f"h{j}": 4 * c.m * columns,
+            **c.of_rows(j),
+        }
+        writes |= {
+            f"gw{j}": c.m * (through[1] - through[0]) * c.itemsize,
+            f"hw{j}": c.m * (stop - start) * c.itemsize,
+            f"partial{j}": 4 * lines * columns,
+        }
+        pooled |= {f"partial{j}": 4 * lines * member.r, f"row_adapter{j}": 4 * member.r}
+        factor_reads |= {f"{p}{j}": c.m * (stop - start) * c.itemsize for p in ("gw", "hw")}
+        factor_reads[f"dy{j}"] = dy
+        for grad, width in (("d_a", c.i), ("d_b", member.o)):
+            factors[f"{grad}{j}"] = trained * width * c.factor_itemsize
+    count = len(numbers)
+    passes = [
+        Pass("shrink", reads, writes, 2 * c.m * member.o * member.r * count),
+        Pass("d_mixture", pooled, {"d_mixture": c.mixture}, lines * member.r * count),
+    ]
+    if trained:
+        flops = 2 * c.m * trained * (c.i + member.o) * count
+        passes.append(Pass("factors", factor_reads, factors, flops))
     return passes
 
 

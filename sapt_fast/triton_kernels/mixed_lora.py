@@ -9,8 +9,8 @@ GEMMs take the route that `routes` chooses: one kernel, or the rank term first a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +21,16 @@ from sapt_fast.triton_kernels.blocks import gemm_variants as routes
 from sapt_fast.triton_kernels.blocks.common import round_up, with_unit_column_stride
 from sapt_fast.triton_kernels.blocks.gemm import RANK_ALIGN, two_source_gemm
 from sapt_fast.triton_kernels.blocks.plans import Results, planned
-from sapt_fast.triton_kernels.blocks.row_reduction import Mixing, factor_grad
-from sapt_fast.triton_kernels.blocks.shrink import Gate, readable_columns, shrink_bwd, shrink_fwd
+from sapt_fast.triton_kernels.blocks.row_reduction import Mixing, factor_grads
+from sapt_fast.triton_kernels.blocks.shrink import (
+    Gate,
+    ShrinkGrads,
+    Upstream,
+    readable_columns,
+    shrink_bwd,
+    shrink_fwd,
+)
+from sapt_fast.triton_kernels.blocks.shrink_tiles import MAX_GROUP
 
 
 def empty_h(x: Tensor, total_rank: int) -> Tensor:
@@ -172,43 +180,43 @@ def _backward(
     dx = x.new_empty(x.shape) if needs_x else None
     d_mixture = mixture.new_empty(mixture.shape) if needs_mixture else None
     x, mixture = with_unit_column_stride(x), mixture.contiguous()
-    x_written = mixture_written = False
-    factors: Results = []
-    for dy, projection, h, spans in zip(dys, projections, hs, train_rows, strict=True):
-        dy = with_unit_column_stride(dy)
-        lora_a, R = projection.lora_a, projection.lora_a.shape[0]
-        trained = _merged(spans)
-        trainable = _window(trained) if trained else None
-        through = trainable  # rank columns that reach x
-        if grad_through_frozen:
-            through = (0, round_up(R, RANK_ALIGN)) if R > 0 else None
-        gw_window = through if needs_x else trainable
-        gw = hw = None
-        if dy.numel() > 0 and R > 0 and (needs_mixture or gw_window):
-            cut = needs_x and not grad_through_frozen
-            gw, hw = shrink_bwd(
-                dy,
-                with_unit_column_stride(projection.lora_b),
-                _mixing(mixture, projection),
-                _gate(projection.row_scale, trained if cut else [(0, R)]),
-                h,
-                gw_window,
-                trainable,
-                d_mixture,
-                mixture_written,
-            )
-            mixture_written = needs_mixture
-        factors += _factor_grads(gw, hw, x, dy, projection, trained)
+    dys = [with_unit_column_stride(dy) for dy in dys]
+    plans = [
+        _columns(p, spans, needs_x, needs_mixture, grad_through_frozen)
+        for p, spans in zip(projections, train_rows, strict=True)
+    ]
+    made: dict[int, ShrinkGrads] = {}
+    factors: dict[int, tuple[Tensor, Tensor]] = {}
+    mixture_written = False
+    for members, upstream in _alike(dys, mixture, projections, hs, plans):
+        plan = plans[members[0]]
+        grads = shrink_bwd(upstream, plan.gw, plan.hw, d_mixture, mixture_written)
+        mixture_written = needs_mixture
+        made |= zip(members, grads, strict=True)
+        if plan.trained:
+            ps = [p for each in grads for p in each if p is not None]
+            sources = [source for i in members for source in (x, dys[i])]
+            found = factor_grads(ps, sources, plan.trained, projections[members[0]].lora_a.dtype)
+            factors |= zip(members, zip(found[::2], found[1::2], strict=True), strict=True)
+    x_written = False
+    results: Results = []
+    for i, (dy, projection, plan) in enumerate(zip(dys, projections, plans, strict=True)):
+        weight, lora_a, lora_b, rows = projection.weight, *projection[2:4], plan.trained_rows
+        if i in factors:
+            results += factors[i]
+        elif rows:  # a batch without rows, or an output without columns
+            results += lora_a.new_zeros(rows, x.shape[1]), lora_b.new_zeros(rows, dy.shape[1])
+        else:
+            results += None, None
         if dx is not None:
-            weight = projection.weight
             x_written |= _product(
                 "backward",
                 dy,
                 None if weight is None else _with_a_unit_stride(weight),
-                gw if through else None,
+                made[i].gw if i in made and plan.through else None,
                 lora_a,
                 None,
-                through or (0, 0),
+                plan.through or (0, 0),
                 dx,
                 accumulate=x_written,
             )
@@ -216,25 +224,63 @@ def _backward(
         dx.zero_()
     if d_mixture is not None and not mixture_written:
         d_mixture.zero_()
-    return [dx, d_mixture, *factors]
+    return [dx, d_mixture, *results]
 
 
-def _factor_grads(
-    gw: Tensor | None,
-    hw: Tensor | None,
-    x: Tensor,
-    dy: Tensor,
+class _Columns(NamedTuple):
+    """Rank columns of a projection that the backward works on; ranges are multiples of 16."""
+
+    trained: list[tuple[int, int]]  # rows of the factors that train, any numbers
+    through: tuple[int, int] | None  # columns that reach x
+    gw: tuple[int, int] | None  # columns of g times the weights that are needed
+    hw: tuple[int, int] | None  # the same of h
+    passing: list[tuple[int, int]]  # columns of gw that are not zero, any numbers
+    wanted: bool  # whether anything in rank space is
+
+    @property
+    def trained_rows(self) -> int:
+        return sum(stop - start for start, stop in self.trained)
+
+
+def _columns(
     projection: Projection,
-    trained: list[tuple[int, int]],
-) -> tuple[Tensor | None, Tensor | None]:
-    """d_a and d_b, stacked over the trained rows; zero for a batch without rows (no gw, hw)."""
-    if not trained:
-        return None, None
-    lora_a, lora_b = projection.lora_a, projection.lora_b
-    if gw is None or hw is None:
-        rows = sum(stop - start for start, stop in trained)
-        return lora_a.new_zeros((rows, x.shape[1])), lora_b.new_zeros((rows, dy.shape[1]))
-    return factor_grad(gw, x, trained, lora_a.dtype), factor_grad(hw, dy, trained, lora_b.dtype)
+    spans: list[int],
+    needs_x: bool,
+    needs_mixture: bool,
+    grad_through_frozen: bool,
+) -> _Columns:
+    R = projection.lora_a.shape[0]
+    trained = _merged(spans)
+    trainable = _window(trained) if trained else None
+    through = trainable
+    if grad_through_frozen:
+        through = (0, round_up(R, RANK_ALIGN)) if R > 0 else None
+    gw = through if needs_x else trainable
+    passing = trained if needs_x and not grad_through_frozen else [(0, R)]
+    return _Columns(trained, through, gw, trainable, passing, needs_mixture or gw is not None)
+
+
+def _alike(
+    dys: Sequence[Tensor],
+    mixture: Tensor,
+    projections: Sequence[Projection],
+    hs: Sequence[Tensor | None],
+    plans: Sequence[_Columns],
+) -> Iterator[tuple[list[int], list[Upstream]]]:
+    """Numbers of projections that one launch serves, and what their backward starts from."""
+    groups: dict[Hashable, list[tuple[int, Upstream]]] = {}
+    for i, (dy, projection, h, plan) in enumerate(zip(dys, projections, hs, plans, strict=True)):
+        if dy.numel() == 0 or projection.lora_a.shape[0] == 0 or not plan.wanted:
+            continue
+        lora_b = with_unit_column_stride(projection.lora_b)
+        gate = _gate(projection.row_scale, plan.passing)
+        upstream = Upstream(dy, lora_b, _mixing(mixture, projection), gate, h)
+        key = upstream.kind(), tuple(plan.trained), *plan[1:4]
+        groups.setdefault(key, []).append((i, upstream))
+    for group in groups.values():
+        for start in range(0, len(group), MAX_GROUP):
+            numbers, upstreams = zip(*group[start : start + MAX_GROUP], strict=True)
+            yield [*numbers], [*upstreams]
 
 
 def _product(

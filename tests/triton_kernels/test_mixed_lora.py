@@ -166,6 +166,12 @@ GROUPS = {
         replace(CUT, needs_mixture=False, trainable=()),
     ],
     "mixture-only": [Case(trainable=(), needs_x=False), Case(trainable=(), needs_x=False, o=8)],
+    "alike-and-another": [Case(), Case(o=40), Case(bias=False), Case()],
+    "alike-in-parts": [Case(samples=1, rows=530, i=32, ranks=(2, 6), trainable=(0, 1))] * 2,
+    "alike-split-reduction": [Case(rows=5, i=40, o=288, ranks=(20, 2), trainable=(1,))] * 2,
+    "alike-two-ranges": [Case(ranks=(9, 9, 20, 9), trainable=(0, 3), samples=2, rows=80)] * 2,
+    "alike-cut": [replace(CUT, needs_mixture=False)] * 3,
+    "alike-per-token": [Case(samples=23, rows=1, ranks=(4, 40, 9))] * 2,
     "strided-x": [Case(x="transposed"), Case(x="transposed", dy="expanded")],
 }
 

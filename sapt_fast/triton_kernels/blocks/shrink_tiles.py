@@ -40,10 +40,10 @@ def member_tile(tile, ranks, lo, BLOCK_N: tl.constexpr, MEMBERS: tl.constexpr):
 
 
 @triton.jit
-def pointer_of(member, pointers, MEMBERS: tl.constexpr):
+def pointer_of(member, pointers):
     """pointers[member]: tuples take no index that is known at run time only."""
     pointer = pointers[0]
-    for i in tl.static_range(1, MEMBERS):
+    for i in tl.static_range(1, len(pointers)):
         if member == i:
             pointer = pointers[i]
     return pointer
@@ -149,7 +149,7 @@ a pool that grows must not recompile."""
 
 @triton.jit(do_not_specialize=["M", "steps", "tiles_r", "rank_lo", *RANK_ARGUMENTS])
 def _split_kernel(
-    x_ptr,
+    x_ptrs,
     a_ptrs,
     parts_ptr,
     M,
@@ -175,13 +175,16 @@ def _split_kernel(
     EVEN_K: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """Part s = program axis 1 of x a^T into parts[s, M, stride_pm]: more programs for few tiles."""
+    """Part s = program axis 1 of x a^T into parts[s, M, stride_pm]: more programs for few tiles.
+
+    The members may have one x or one each.
+    """
     ranks_of = (rank_0, rank_1, rank_2, rank_3, rank_4, rank_5, rank_6, rank_7)
     lo = rank_lo * 16
     member, R, column, tile_r = member_tile(
         tl.program_id(0) % tiles_r, ranks_of, lo, BLOCK_N, MEMBERS
     )
-    a_ptr = pointer_of(member, a_ptrs, MEMBERS)
+    x_ptr, a_ptr = pointer_of(member, x_ptrs), pointer_of(member, a_ptrs)
     # [BLOCK_M]; ranks [BLOCK_N]
     rows = tl.program_id(0) // tiles_r * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks = lo + tile_r * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -250,7 +253,7 @@ class Plan(NamedTuple):
 
 
 def plan_shrink(
-    x: Tensor,
+    xs: Sequence[Tensor],
     factors: Sequence[Tensor],
     stride_ar: int,
     window: tuple[int, int] | None,
@@ -259,17 +262,19 @@ def plan_shrink(
 ) -> Plan:
     """Choose the tile; with few tiles, split the reduction and compute its parts (>= 4 steps).
 
-    Rows of all factors are `stride_ar` elements apart. `window` restricts the columns of a single
-    factor.
+    `xs` are of one shape and row stride, one for all factors or one each. Rows of all factors are
+    `stride_ar` elements apart. `window` restricts the columns of factors of one rank; those of the
+    parts then begin at window[0] as well.
     """
+    x = xs[0]
     M, D = x.shape
     T = M // S
     ranks = [factor.shape[0] for factor in factors]
-    columns = sum(round_up(rank, RANK_ALIGN) for rank in ranks)
     first = 0
     if window is not None:
-        first, ranks = window[0], [min(window[1], ranks[0])]
+        first, ranks = window[0], [min(window[1], rank) for rank in ranks]
     widths = [round_up(rank, RANK_ALIGN) - first for rank in ranks]
+    columns = first + sum(widths)
     traits = common.device_traits(x.device)
     tile = _shrink_config(traits, x.element_size(), M, widths, gathers=False, backward=backward)
     if segments_of(tile.m, S, T) == 0:
@@ -283,25 +288,11 @@ def plan_shrink(
         num_parts = cdiv(steps, steps_per_part)
         parts = x.new_empty((num_parts, M, columns), dtype=torch.float32)
         launch(
-            _split_kernel,
-            (cdiv(M, tile.m) * tiles_r, num_parts),
-            x,
-            tuple(factors),
-            parts,
-            M,
-            D,
-            steps_per_part,
-            tiles_r,
-            first // RANK_ALIGN,
-            *rank_arguments(ranks),
-            x.stride(0),
-            stride_ar,
-            columns,
-            MEMBERS=len(factors),
-            **tile.launch_options(),
-            EVEN_K=D % tile.k == 0,
-            COMPUTE=common.compute_dtype(x.dtype),
-        )
+            _split_kernel, (cdiv(M, tile.m) * tiles_r, num_parts),
+            tuple(xs), tuple(factors), parts, M, D, steps_per_part, tiles_r, first // RANK_ALIGN,
+            *rank_arguments(ranks), x.stride(0), stride_ar, columns, MEMBERS=len(factors),
+            **tile.launch_options(), EVEN_K=D % tile.k == 0, COMPUTE=common.compute_dtype(x.dtype),
+        )  # fmt: skip
         # What remains has no matrix product: short tiles give it more programs.
         tile = tile._replace(m=16, num_warps=4)
     return Plan(tile, cdiv(M, tile.m), tiles_r, segments_of(tile.m, S, T), parts, num_parts)

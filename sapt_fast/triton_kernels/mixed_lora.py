@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sapt_fast.ops.projection import Projection
-from sapt_fast.triton_kernels.blocks import common
+from sapt_fast.triton_kernels.blocks import casts, common
 from sapt_fast.triton_kernels.blocks import gemm_variants as routes
 from sapt_fast.triton_kernels.blocks.common import round_up, with_unit_column_stride
 from sapt_fast.triton_kernels.blocks.gemm import RANK_ALIGN, two_source_gemm
@@ -88,6 +88,7 @@ def _forward(x: Tensor, mixture: Tensor, projections: Sequence[Projection]) -> R
     if x.shape[1] == 0:
         for h in hs:
             h.zero_()
+    projections = _cast(x, projections)
     hws: dict[int, Tensor] = {}
     if ranked:
         made = shrink_fwd(
@@ -185,6 +186,7 @@ def _backward(
         _columns(p, spans, needs_x, needs_mixture, grad_through_frozen)
         for p, spans in zip(projections, train_rows, strict=True)
     ]
+    projections = _cast(x, projections)
     made: dict[int, ShrinkGrads] = {}
     factors: dict[int, tuple[Tensor, Tensor]] = {}
     mixture_written = False
@@ -196,16 +198,16 @@ def _backward(
         if plan.trained:
             ps = [p for each in grads for p in each if p is not None]
             sources = [source for i in members for source in (x, dys[i])]
-            found = factor_grads(ps, sources, plan.trained, projections[members[0]].lora_a.dtype)
+            found = factor_grads(ps, sources, plan.trained, plan.dtype)
             factors |= zip(members, zip(found[::2], found[1::2], strict=True), strict=True)
     x_written = False
     results: Results = []
     for i, (dy, projection, plan) in enumerate(zip(dys, projections, plans, strict=True)):
-        weight, lora_a, lora_b, rows = projection.weight, *projection[2:4], plan.trained_rows
+        weight, rows = projection.weight, plan.trained_rows
         if i in factors:
             results += factors[i]
         elif rows:  # a batch without rows, or an output without columns
-            results += lora_a.new_zeros(rows, x.shape[1]), lora_b.new_zeros(rows, dy.shape[1])
+            results += [x.new_zeros((rows, t.shape[1]), dtype=plan.dtype) for t in (x, dy)]
         else:
             results += None, None
         if dx is not None:
@@ -214,7 +216,7 @@ def _backward(
                 dy,
                 None if weight is None else _with_a_unit_stride(weight),
                 made[i].gw if i in made and plan.through else None,
-                lora_a,
+                projection.lora_a,
                 None,
                 plan.through or (0, 0),
                 dx,
@@ -236,6 +238,7 @@ class _Columns(NamedTuple):
     hw: tuple[int, int] | None  # the same of h
     passing: list[tuple[int, int]]  # columns of gw that are not zero, any numbers
     wanted: bool  # whether anything in rank space is
+    dtype: torch.dtype  # of the gradients of the factors
 
     @property
     def trained_rows(self) -> int:
@@ -257,7 +260,8 @@ def _columns(
         through = (0, round_up(R, RANK_ALIGN)) if R > 0 else None
     gw = through if needs_x else trainable
     passing = trained if needs_x and not grad_through_frozen else [(0, R)]
-    return _Columns(trained, through, gw, trainable, passing, needs_mixture or gw is not None)
+    wanted, dtype = needs_mixture or gw is not None, projection.lora_a.dtype
+    return _Columns(trained, through, gw, trainable, passing, wanted, dtype)
 
 
 def _alike(
@@ -275,7 +279,7 @@ def _alike(
         lora_b = with_unit_column_stride(projection.lora_b)
         gate = _gate(projection.row_scale, plan.passing)
         upstream = Upstream(dy, lora_b, _mixing(mixture, projection), gate, h)
-        key = upstream.kind(), tuple(plan.trained), *plan[1:4]
+        key = upstream.kind(), tuple(plan.trained), *plan[1:4], plan.dtype
         groups.setdefault(key, []).append((i, upstream))
     for group in groups.values():
         for start in range(0, len(group), MAX_GROUP):
@@ -345,6 +349,13 @@ def _gate(row_scale: Tensor, passing: list[tuple[int, int]]) -> Gate:
     for first, last in passing:
         scale[first:last] = row_scale[first:last]
     return Gate(scale, start, stop)
+
+
+def _cast(x: Tensor, projections: Sequence[Projection]) -> list[Projection]:
+    """The projections with factors in x's dtype where `casts` finds that this pays."""
+    factors = casts.in_dtype_of(x, [t for p in projections for t in (p.lora_a, p.lora_b)])
+    pairs = zip(factors[::2], factors[1::2], strict=True)
+    return [p._replace(lora_a=a, lora_b=b) for p, (a, b) in zip(projections, pairs, strict=True)]
 
 
 def _mixing(mixture: Tensor, projection: Projection) -> Mixing:

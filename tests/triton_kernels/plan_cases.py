@@ -56,6 +56,7 @@ CASES = [
     Case("without a base", (3, 5), weight=False),
     Case("float32", (4, 6), dtype=torch.float32),
     Case("float32 factors", (3, 5), factors=torch.float32),
+    Case("cast factors", (4, 7), rows=65536, samples=8, width=128, factors=torch.float32),
     Case("descriptors", (3, 5), rows=256, samples=2),
     Case("many rows", (2, 5), rows=8192, samples=8, members=1),
     Case("rows per sample", (3, 5), rows=96, samples=32),

@@ -15,7 +15,7 @@ from kernel_work import counted_work
 from triton_mixed_lora_cases import CASES, DEVICE, Case, expected_values, made_inputs, viewed
 
 from sapt_fast.ops.projection import Projection
-from sapt_fast.triton_kernels.blocks import common, gemm, shrink, shrink_tiles
+from sapt_fast.triton_kernels.blocks import casts, common, gemm, shrink, shrink_tiles
 from sapt_fast.triton_kernels.blocks import gemm_variants as routes
 from sapt_fast.triton_kernels.mixed_lora import empty_h, mixed_lora_bwd, mixed_lora_fwd
 
@@ -234,6 +234,40 @@ def test_groups_of_projections(group: str, dtype: torch.dtype, route: str) -> No
         kind, _, member = name.partition(" ")
         of = _result_dtype(kind, inputs[int(member or 0)])
         _check(name, got, want, torch_made, of, stores=n if kind == "dx" else 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_factors_that_are_cast_first(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(casts, "_LAUNCH_SECONDS", 0.0)
+    launch, launched = casts.launch, []
+    monkeypatch.setattr(casts, "launch", lambda *a, **k: launched.append(a) or launch(*a, **k))
+    cases = [
+        Case(lora_dtype=torch.float32, trainable=(0, 2)),
+        Case(trainable=(0, 2)),  # like the first, once that is cast
+        Case(lora_dtype=torch.float32, ranks=(0, 0, 0), trainable=()),
+        Case(lora_dtype=torch.float32, o=8),
+    ]
+    inputs = _group_inputs(cases, dtype)
+    exact = _group_expected(cases, inputs, torch.float64)
+    plain = _group_expected(cases, inputs, dtype)
+    outputs = _group_actual(cases, inputs)
+    assert len(launched) == 2
+    names = ["y"] * 4 + ["dx", "d_mixture"] + ["d_a", "d_b"] * 4
+    members = [0, 1, 2, 3, 0, 0, 0, 0, 1, 1, 2, 2, 3, 3]
+    for i, name, *values in zip(members, names, outputs, exact, plain, strict=True):
+        of = _result_dtype(name, inputs[i])
+        _check(name, *values, of, stores=4 if name == "dx" else 1)
+
+
+def test_a_write_that_torch_does_not_count_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(casts, "_LAUNCH_SECONDS", 0.0)
+    inputs = made_inputs(Case(lora_dtype=torch.float32), torch.float16)
+    before, _ = _forward(inputs)
+    inputs["lora_b"].data.mul_(2)
+    after, _ = _forward(inputs)
+    fresh, _ = _forward(inputs | {"lora_b": inputs["lora_b"].clone()})
+    assert torch.equal(after, fresh)
+    assert not torch.equal(after, before)
 
 
 def test_a_group_is_one_shrink(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,9 +42,9 @@ from op_case import LaunchCase
 
 from sapt_fast.triton_kernels.blocks import common
 
-SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
-NUM_SMS = {80: 108, 90: 132, 100: 148}
-MATRIX_UNIT = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+NUM_SMS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
+SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+MATRIX_UNIT = dict.fromkeys(NUM_SMS, "mma.sync") | {90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 
 @dataclass(frozen=True)

@@ -115,10 +115,10 @@ def _gemm_kernel(
     tile_m, tile_n = _tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Rows past the end wrap to 0, which spares a mask. Columns must not: b and q may be contiguous
-    # along them, and a wrapped index is no longer known to be.
+    # Masked, not wrapped: a decoding step would read its few rows of a as often as the tile has
+    # rows, and columns that wrap are no longer known to be contiguous.
+    in_rows, in_cols = (rows < M)[:, None], (cols < N)[None, :]
     safe_rows = tl.where(rows < M, rows, 0).to(tl.int64)
-    in_cols = (cols < N)[None, :]
     # [BLOCK_M, BLOCK_N]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
@@ -130,7 +130,7 @@ def _gemm_kernel(
         q_ptrs = q_ptr + (lo + offs_r).to(tl.int64)[:, None] * stride_qr + cols[None, :]
         for r in range(lo, hi, BLOCK_R):
             # p [BLOCK_M, BLOCK_R], q [BLOCK_R, BLOCK_N]
-            p = tl.load(p_ptrs, mask=offs_r[None, :] < hi - r, other=0.0)
+            p = tl.load(p_ptrs, mask=in_rows & (offs_r[None, :] < hi - r), other=0.0)
             in_rank = offs_r[:, None] < min(hi, R) - r
             q = tl.load(q_ptrs, mask=in_rank & in_cols, other=0.0)
             # rank term; p has the weights applied
@@ -157,10 +157,10 @@ def _gemm_kernel(
         for k in range(0, K, BLOCK_K):
             if EVEN_K:
                 # a [BLOCK_M, BLOCK_K], b [BLOCK_K, BLOCK_N]
-                a = tl.load(a_ptrs)
+                a = tl.load(a_ptrs, mask=in_rows, other=0.0)
                 b = tl.load(b_ptrs, mask=in_cols, other=0.0)
             else:
-                a = tl.load(a_ptrs, mask=offs_k[None, :] < K - k, other=0.0)
+                a = tl.load(a_ptrs, mask=in_rows & (offs_k[None, :] < K - k), other=0.0)
                 b = tl.load(b_ptrs, mask=(offs_k[:, None] < K - k) & in_cols, other=0.0)
             # base product
             acc = tl.dot(a.to(COMPUTE), b.to(COMPUTE), acc, input_precision="ieee")
@@ -172,7 +172,7 @@ def _gemm_kernel(
         bias = tl.load(bias_ptr + cols, mask=cols < N, other=0.0)
         acc += bias.to(tl.float32)[None, :]
     y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :]
-    mask = (rows < M)[:, None] & in_cols
+    mask = in_rows & in_cols
     if ACCUMULATE:
         acc += tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
     # [BLOCK_M, BLOCK_N] in y's dtype: rounded once
@@ -368,7 +368,9 @@ def _launch_by_descriptors(
             operands[1] = _descriptor(b, (K, N), tile.k, tile.n)
     if p is not None and q is not None:
         operands[2] = _descriptor(p, (M, hi * RANK_ALIGN), tile.m, block_r)
-        operands[3] = _descriptor(q, (q.shape[0], N), block_r, tile.n)
+        # Rows behind the window are out of range too: 0 times an infinity there would be a NaN.
+        rank_end = min(q.shape[0], hi * RANK_ALIGN)
+        operands[3] = _descriptor(q, (rank_end, N), block_r, tile.n)
     tiles = cdiv(M, tile.m) * cdiv(N, tile.n)
     launch(
             _gemm_tma_kernel, (min(tiles, traits.num_sms),),

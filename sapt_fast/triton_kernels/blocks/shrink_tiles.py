@@ -70,21 +70,20 @@ def tile_product(
     """x[rows, k_start:k_stop] a[ranks, k_start:k_stop]^T, float32; k_stop > k_start."""
     tl.assume(k_stop > k_start)
     offs_k = tl.arange(0, BLOCK_K)
-    # Rows and ranks past the end read the first: whoever stores masks them.
-    safe_rows = tl.where(rows < M, rows, 0).to(tl.int64)
-    safe_ranks = tl.where(ranks < R, ranks, 0).to(tl.int64)
-    x_ptrs = x_ptr + safe_rows[:, None] * stride_xm + (k_start + offs_k)[None, :]
-    a_ptrs = a_ptr + safe_ranks[None, :] * stride_ar + (k_start + offs_k)[:, None]
+    # Rows and ranks past the end are not read, and are zero in the product.
+    in_rows, in_ranks = (rows < M)[:, None], (ranks < R)[None, :]
+    x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * stride_xm + (k_start + offs_k)[None, :]
+    a_ptrs = a_ptr + ranks.to(tl.int64)[None, :] * stride_ar + (k_start + offs_k)[:, None]
     # [BLOCK_M, BLOCK_N]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(k_start, k_stop, BLOCK_K):
         if EVEN_K:
             # x [BLOCK_M, BLOCK_K], a [BLOCK_K, BLOCK_N]
-            x = tl.load(x_ptrs)
-            a = tl.load(a_ptrs)
+            x = tl.load(x_ptrs, mask=in_rows, other=0.0)
+            a = tl.load(a_ptrs, mask=in_ranks, other=0.0)
         else:
-            x = tl.load(x_ptrs, mask=offs_k[None, :] < k_stop - k, other=0.0)
-            a = tl.load(a_ptrs, mask=offs_k[:, None] < k_stop - k, other=0.0)
+            x = tl.load(x_ptrs, mask=in_rows & (offs_k[None, :] < k_stop - k), other=0.0)
+            a = tl.load(a_ptrs, mask=in_ranks & (offs_k[:, None] < k_stop - k), other=0.0)
         # [BLOCK_M, BLOCK_K] [BLOCK_K, BLOCK_N]; "ieee": float32 is not cut to tf32
         acc = tl.dot(x.to(COMPUTE), a.to(COMPUTE), acc, input_precision="ieee")
         x_ptrs += BLOCK_K

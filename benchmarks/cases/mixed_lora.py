@@ -5,7 +5,7 @@ It is checked and timed inside of a layer: see `providers.Layer`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -98,12 +98,19 @@ def mixed_lora_forward(c: MixedLora, route: str) -> Passes:
         }
     shrink = Pass("shrink", reads, writes, 2 * c.m * c.i * sum(m.r for m in c.members))
     products: Passes = []
-    for j, member in enumerate(c.members):
-        columns = (0, padded(member.r))
-        products += _product(
-            c, route, j, ("x", c.i), f"hw{j}", f"b{j}", columns, (f"y{j}", member.o), member.bias
-        )
+    for numbers in _alike(c, range(len(c.members)), lambda m: (m.o, m.r, m.bias)):
+        products += _products(c, route, numbers, "forward", (0, padded(c.members[numbers[0]].r)))
     return [shrink, *products]
+
+
+def _alike(
+    c: MixedLora, numbers: Iterable[int], kind: Callable[[Member], Hashable]
+) -> list[list[int]]:
+    """The numbers of members of one kind, as one launch serves them."""
+    found: dict[Hashable, list[int]] = {}
+    for j in numbers:
+        found.setdefault(kind(c.members[j]), []).append(j)
+    return [*found.values()]
 
 
 def mixed_lora_backward(c: MixedLora, route: str, through_frozen: bool = True) -> Passes:
@@ -113,19 +120,18 @@ def mixed_lora_backward(c: MixedLora, route: str, through_frozen: bool = True) -
     gradient, h * w in those that train, and one line of partial sums of g * h per tile of rows,
     from which the gradient of the mixture follows, 0 where it is undefined and the weight is 0: the
     weights are read again for that. dA and dB read M x Rt and x or dy once more.
-    dx of the second member and on is added to what is there.
+    dx of equal members is one sum in one pass, by pointers one pass each that adds to dx.
     """
-    alike: dict[Member, list[int]] = {}
-    for j, member in enumerate(c.members):
-        alike.setdefault(member, []).append(j)
     passes: Passes = []
-    for member, numbers in alike.items():
+    for numbers in _alike(c, range(len(c.members)), lambda m: m):
+        member = c.members[numbers[0]]
         passes += _in_rank_space(c, member, numbers, through_frozen, first=not passes)
-    for j, member in enumerate(c.members):
+    written = False
+    for numbers in _alike(c, range(len(c.members)), lambda m: (m.o, m.r, m.train)):
+        member = c.members[numbers[0]]
         through = (0, padded(member.r)) if through_frozen else member.window
-        passes += _product(
-            c, route, j, (f"dy{j}", member.o), f"gw{j}", f"a{j}", through, ("dx", c.i), False, j > 0
-        )
+        passes += _products(c, route, numbers, "backward", through, written)
+        written = True
     return passes
 
 
@@ -168,43 +174,53 @@ def _in_rank_space(
     return passes
 
 
-def _product(
+def _products(
     c: MixedLora,
     route: str,
-    j: int,
-    source: tuple[str, int],
-    p: str,
-    q: str,
+    numbers: list[int],
+    direction: str,
     columns: tuple[int, int],
-    out: tuple[str, int],
-    bias: bool,
     accumulate: bool = False,
 ) -> Passes:
-    """[y +] source W + p q [+ bias], the sizes named with the widths of source and y.
+    """y of equal members, or the sum dx over them: [y +] source W + p q [+ bias].
 
     Fused it is one pass over the sources and y, 2 M O (I + R) FLOPs. By the other route the rank
-    term goes first and cuBLAS adds the product onto it: y is written and read once more.
+    terms go first and cuBLAS adds each product onto them: y is written and read once more.
     """
-    (name, depth), (y, width) = source, out
-    y_bytes = {y: c.m * width * c.itemsize}
-    base = {
-        name: c.m * depth * c.itemsize,
-        f"weight{j}": depth * width * c.itemsize,
-    }
-    rank = min(columns[1], c.members[j].r) - columns[0]
-    term = {
-        p: c.m * (columns[1] - columns[0]) * c.itemsize,
-        q: rank * width * c.factor_itemsize,
-        **({f"bias{j}": width * c.itemsize} if bias else {}),
-        **(y_bytes if accumulate else {}),
-    }
-    flops = 2 * c.m * width
-    if route == "fused":
-        return [Pass(f"{y} fused", base | term, y_bytes, flops * (depth + rank))]
-    return [
-        Pass(f"{y} expand", term, y_bytes, flops * rank),
-        Pass(f"{y} cuBLAS", base | y_bytes, y_bytes, flops * depth, library=True),
-    ]
+    first, forward = c.members[numbers[0]], direction == "forward"
+    depth, width = (c.i, first.o) if forward else (first.o, c.i)
+    rank = min(columns[1], first.r) - columns[0]
+    y_bytes, flops = c.m * width * c.itemsize, 2 * c.m * width
+    bases, terms = {}, {}
+    for j in numbers:
+        source, p, q = ("x", f"hw{j}", f"b{j}") if forward else (f"dy{j}", f"gw{j}", f"a{j}")
+        bases[j] = {
+            source: c.m * depth * c.itemsize,
+            f"weight{j}": depth * width * c.itemsize,
+        }
+        terms[j] = {
+            p: c.m * (columns[1] - columns[0]) * c.itemsize,
+            q: rank * width * c.factor_itemsize,
+            **({f"bias{j}": width * c.itemsize} if forward and first.bias else {}),
+        }
+    by_descriptors = c.itemsize == 2 and c.m > 64
+    launches = [numbers] if forward or by_descriptors else [[j] for j in numbers]
+    names = {j: f"y{j}" if forward else "dx" for j in numbers}
+    passes: Passes = []
+    for served in launches:
+        ys = {names[j]: y_bytes for j in served}
+        reads: dict[str, int] = dict(ys) if accumulate else {}
+        for j in served:
+            reads |= terms[j] | (bases[j] if route == "fused" else {})
+        steps = rank + (depth if route == "fused" else 0)
+        name = ", ".join(ys) + (" fused" if route == "fused" else " expand")
+        passes.append(Pass(name, reads, ys, flops * steps * len(served)))
+        accumulate = accumulate or not forward
+    if route != "fused":
+        for j in numbers:
+            y = {names[j]: y_bytes}
+            passes.append(Pass(f"{names[j]} cuBLAS", bases[j] | y, y, flops * depth, library=True))
+    return passes
 
 
 def roofline() -> Iterable[Row]:

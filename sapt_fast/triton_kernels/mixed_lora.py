@@ -19,7 +19,7 @@ from sapt_fast.ops.projection import Projection
 from sapt_fast.triton_kernels.blocks import casts, common
 from sapt_fast.triton_kernels.blocks import gemm_variants as routes
 from sapt_fast.triton_kernels.blocks.common import round_up, with_unit_column_stride
-from sapt_fast.triton_kernels.blocks.gemm import RANK_ALIGN, two_source_gemm
+from sapt_fast.triton_kernels.blocks.gemm import MAX_SOURCES, RANK_ALIGN, Operands, gemm_group
 from sapt_fast.triton_kernels.blocks.plans import Results, planned
 from sapt_fast.triton_kernels.blocks.row_reduction import Mixing, factor_grads
 from sapt_fast.triton_kernels.blocks.shrink import (
@@ -98,20 +98,18 @@ def _forward(x: Tensor, mixture: Tensor, projections: Sequence[Projection]) -> R
             [hs[i].as_strided((x.shape[0], hs[i].stride(0)), hs[i].stride()) for i in ranked],
         )
         hws = dict(zip(ranked, made, strict=True))
-    for i, (projection, y) in enumerate(zip(projections, ys, strict=True)):
-        weight, bias = projection.weight, projection.bias
-        written = _product(
-            "forward",
-            x,
-            None if weight is None else _with_a_unit_stride(weight).t(),
-            hws.get(i),
-            projection.lora_b,
-            None if bias is None else bias.contiguous(),
-            (0, round_up(projection.lora_a.shape[0], RANK_ALIGN)),
-            y,
-        )
-        if not written:
-            y.zero_() if bias is None else y.copy_(bias)
+    members = []
+    for i, p in enumerate(projections):
+        weight = None if p.weight is None else _with_a_unit_stride(p.weight).t()
+        members.append(_operands(x, weight, hws.get(i), p.lora_b, p.bias))
+    windows = [(0, round_up(p.lora_a.shape[0], RANK_ALIGN)) for p in projections]
+    for numbers in _of_one_kind(members, windows):
+        i = numbers[0]
+        own = [ys[i] for i in numbers]
+        if not _products("forward", [members[i] for i in numbers], windows[i], own):
+            for y, number in zip(own, numbers, strict=True):
+                bias = projections[number].bias
+                y.zero_() if bias is None else y.copy_(bias)
     return [*ys, *hs]
 
 
@@ -200,33 +198,40 @@ def _backward(
             sources = [source for i in members for source in (x, dys[i])]
             found = factor_grads(ps, sources, plan.trained, plan.dtype)
             factors |= zip(members, zip(found[::2], found[1::2], strict=True), strict=True)
-    x_written = False
     results: Results = []
-    for i, (dy, projection, plan) in enumerate(zip(dys, projections, plans, strict=True)):
-        weight, rows = projection.weight, plan.trained_rows
+    for i, (dy, plan) in enumerate(zip(dys, plans, strict=True)):
         if i in factors:
             results += factors[i]
-        elif rows:  # a batch without rows, or an output without columns
+        elif rows := plan.trained_rows:  # a batch without rows, or an output without columns
             results += [x.new_zeros((rows, t.shape[1]), dtype=plan.dtype) for t in (x, dy)]
         else:
             results += None, None
-        if dx is not None:
-            x_written |= _product(
-                "backward",
-                dy,
-                None if weight is None else _with_a_unit_stride(weight),
-                made[i].gw if i in made and plan.through else None,
-                projection.lora_a,
-                None,
-                plan.through or (0, 0),
-                dx,
-                accumulate=x_written,
-            )
-    if dx is not None and not x_written:
-        dx.zero_()
+    if dx is not None:
+        gws = {i: grads.gw for i, grads in made.items() if plans[i].through}
+        _fill_dx(dx, dys, projections, gws, [plan.through or (0, 0) for plan in plans])
     if d_mixture is not None and not mixture_written:
         d_mixture.zero_()
     return [dx, d_mixture, *results]
+
+
+def _fill_dx(
+    dx: Tensor,
+    dys: Sequence[Tensor],
+    projections: Sequence[Projection],
+    gws: dict[int, Tensor | None],
+    windows: Sequence[tuple[int, int]],
+) -> None:
+    """The sum over all projections of dy @ weight + gw @ lora_a."""
+    members = []
+    for i, (dy, p) in enumerate(zip(dys, projections, strict=True)):
+        weight = None if p.weight is None else _with_a_unit_stride(p.weight)
+        members.append(_operands(dy, weight, gws.get(i), p.lora_a, None))
+    written = False
+    for numbers in _of_one_kind(members, windows):
+        group, window = [members[i] for i in numbers], windows[numbers[0]]
+        written |= _products("backward", group, window, [dx], accumulate=written)
+    if not written:
+        dx.zero_()
 
 
 class _Columns(NamedTuple):
@@ -287,29 +292,50 @@ def _alike(
             yield [*numbers], [*upstreams]
 
 
-def _product(
+def _operands(
+    a: Tensor, b: Tensor | None, p: Tensor | None, q: Tensor, bias: Tensor | None
+) -> Operands:
+    """Without the products that sum nothing."""
+    base = None if a.shape[1] == 0 else b
+    return Operands(
+        None if base is None else a,
+        base,
+        p,
+        None if p is None else with_unit_column_stride(q),
+        None if bias is None else bias.contiguous(),
+    )
+
+
+def _of_one_kind(
+    members: Sequence[Operands], windows: Sequence[tuple[int, int]]
+) -> Iterator[list[int]]:
+    """Numbers of members that one launch serves."""
+    kinds: dict[Hashable, list[int]] = {}
+    for i, (member, window) in enumerate(zip(members, windows, strict=True)):
+        kinds.setdefault((member.kind(), window), []).append(i)
+    for numbers in kinds.values():
+        for start in range(0, len(numbers), MAX_SOURCES):
+            yield numbers[start : start + MAX_SOURCES]
+
+
+def _products(
     direction: routes.Direction,
-    a: Tensor,
-    b: Tensor | None,
-    p: Tensor | None,
-    q: Tensor,
-    bias: Tensor | None,
+    members: Sequence[Operands],
     window: tuple[int, int],
-    y: Tensor,
+    ys: Sequence[Tensor],
     accumulate: bool = False,
 ) -> bool:
-    """Writes `y`, or add to it, as `two_source_gemm` does, by the route that is faster.
+    """Writes `ys`, or add to them, as `gemm_group` does, by the route that is faster.
 
     Returns:
-        False where there is nothing to sum; then `y` is left as it was.
+        False where there is nothing to sum; then the ys are left as they were.
     """
-    if y.numel() == 0:
+    a, _, p, _, _ = members[0]
+    y = ys[0]
+    if y.numel() == 0 or (a is None and p is None):
         return False
-    q = with_unit_column_stride(q)
-    if b is None or a.shape[1] == 0:
-        if p is None:
-            return False
-        two_source_gemm(None, None, p, q, bias, window, y, accumulate=accumulate)
+    if a is None:
+        gemm_group(members, window, ys, accumulate=accumulate)
         return True
     route = routes.EXPAND_FIRST
     if p is not None:
@@ -317,8 +343,7 @@ def _product(
         route = routes.choose(
             traits, direction, a.shape[1], y.shape[1], window[1] - window[0], y.shape[0], y.dtype
         )
-    q_or_none = None if p is None else q
-    routes.run(route, a, b, p, q_or_none, bias, window, y, accumulate=accumulate)
+    routes.run_group(route, members, window, ys, accumulate=accumulate)
     return True
 
 

@@ -30,7 +30,10 @@ MIXED = {
     "two, descriptors": MixedLora(
         80, 40, 1, 5, (Member(48, 20, (16, 20)), Member(24, 35, (21, 35))), tile_rows=16
     ),
-    "two alike": MixedLora(32, 40, 2, 5, (Member(48, 20, (16, 20)),) * 2, tile_rows=16),
+    "two alike, pointers": MixedLora(32, 40, 2, 5, (Member(48, 20, (16, 20)),) * 2, tile_rows=16),
+    "two alike, descriptors": MixedLora(
+        80, 40, 1, 5, (Member(48, 20, (16, 20)),) * 2, tile_rows=16
+    ),
     "two, pointers": MixedLora(
         32, 33, 2, 3, (Member(41, 6, (4, 6), bias=True), Member(17, 18, (0, 18))), tile_rows=16
     ),
@@ -87,10 +90,10 @@ def test_mixed_lora_forward(name, route):
     own = 1
     if route == "fused":
         meets += sum(tiles(m.o, 32) for m in c.members)
-        own += len(c.members)
+        own += len({(m.o, m.r, m.bias) for m in c.members})
     tiles_m = tiles(c.m, 16)
     rereads = {"x": meets / own}
-    for j, m in enumerate(c.members):
+    for j in range(len(c.members)):
         rereads[f"a{j}"] = rereads[f"b{j}"] = tiles_m
         if route == "fused":
             rereads[f"weight{j}"] = tiles_m

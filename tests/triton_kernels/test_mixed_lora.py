@@ -430,3 +430,22 @@ def test_gradients_cut_at_frozen_adapters_cost_less(needs_mixture: bool, route: 
     assert whole.loaded - cut.loaded >= columns * 2 + members * frozen * case.i * 2
     dx, g = 2 * columns * case.i, 2 * columns * case.o
     assert whole.flops - cut.flops >= dx + (0 if needs_mixture else g)
+
+
+@pytest.mark.parametrize("rows", [5, 45])  # by pointers and by descriptors
+@pytest.mark.parametrize("route", [routes.FUSED, routes.EXPAND_FIRST], indirect=True)
+def test_an_absent_adapter_of_one_member_is_not_seen(rows: int, route: str) -> None:
+    case = Case(samples=2, rows=rows, i=32, o=48, ranks=(20, 4, 13), trainable=(1, 2))
+    inputs = _group_inputs([case] * 3, torch.float16)
+    inputs[0]["mixture"][:, 1] = 0.0
+    want = _group_actual([case] * 3, inputs)
+    for name, bad in (("lora_a", "inf"), ("lora_b", "nan")):
+        inputs[1][name] = inputs[1][name].clone()
+        inputs[1][name][20:24] = float(bad)
+    for i, (got, finite) in enumerate(zip(_group_actual([case] * 3, inputs), want, strict=True)):
+        assert got is not None
+        assert finite is not None
+        if i == 4:  # d_mixture, to whose second column the member adds nothing
+            assert got.isfinite().all()
+            got, finite = got[:, ::2], finite[:, ::2]
+        assert _error(got, finite) < 2e-3

@@ -17,9 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from sapt_fast.triton_kernels.blocks import common
-from sapt_fast.triton_kernels.blocks.common import cdiv
+from sapt_fast.triton_kernels.blocks.common import cdiv, pointer_of
 from sapt_fast.triton_kernels.blocks.plans import launch
-from sapt_fast.triton_kernels.blocks.shrink_tiles import MAX_GROUP, pointer_of
+from sapt_fast.triton_kernels.blocks.shrink_tiles import MAX_GROUP
 
 _LAUNCH_SECONDS = 2e-6  # from the end of one kernel to full speed of the next
 

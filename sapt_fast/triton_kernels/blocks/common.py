@@ -112,6 +112,16 @@ def compute_dtype(dtype: torch.dtype) -> tl.dtype:
     return tl.float32 if INTERPRETED else _TRITON_DTYPE[dtype]
 
 
+@triton.jit
+def pointer_of(member, pointers):  # type: ignore[no-untyped-def]
+    """pointers[member]: tuples take no index that is known at run time only."""
+    pointer = pointers[0]
+    for i in tl.static_range(1, len(pointers)):
+        if member == i:
+            pointer = pointers[i]
+    return pointer
+
+
 def cdiv(a: int, b: int) -> int:
     """Returns a / b rounded up."""
     return -(-a // b)

@@ -2,12 +2,12 @@
 
 These routes give the same result:
 
-- `FUSED`: one kernel of ours reduces over both sources (`gemm.two_source_gemm`). It spends no
+- `FUSED`: one kernel of ours reduces over both sources (`gemm.gemm_group`). It spends no
   traffic on the rank term, but its base product is not cuBLAS's.
 - `FUSED_POINTERS`: the same without tensor descriptors, on a GPU that has them. Only a measurement
   chooses it.
 - `EXPAND_FIRST`: our kernel writes p @ q, and cuBLAS adds a @ b onto it
-  (`gemm.expand_first_gemm`). It writes y once more; that it reads it once more hides inside a
+  (`gemm.expand_first_group`). It writes y once more; that it reads it once more hides inside a
   product that is bound by arithmetic.
 
 `choose` is deterministic and measures nothing. It looks into the table that `sapt-fast bench tune`
@@ -40,7 +40,7 @@ from sapt_fast.files.directories import atomic_write_text
 from sapt_fast.files.reading import CONFIG_BYTES, read_bytes
 from sapt_fast.triton_kernels.blocks import plans
 from sapt_fast.triton_kernels.blocks.common import DeviceTraits
-from sapt_fast.triton_kernels.blocks.gemm import expand_first_gemm, two_source_gemm
+from sapt_fast.triton_kernels.blocks.gemm import Operands, expand_first_group, gemm_group
 
 Direction = Literal["forward", "backward"]
 Route = Literal["fused", "fused_pointers", "expand_first"]
@@ -133,14 +133,25 @@ def run(
     bias: Tensor | None,
     rank_window: tuple[int, int],
     y: Tensor,
+) -> Tensor:
+    """Compute a product by a route; arguments as of `gemm.Operands` and `gemm.gemm_group`."""
+    run_group(route, [Operands(a, b, p, q, bias)], rank_window, [y])
+    return y
+
+
+def run_group(
+    route: Route,
+    members: Sequence[Operands],
+    rank_window: tuple[int, int],
+    ys: Sequence[Tensor],
     *,
     accumulate: bool = False,
-) -> Tensor:
-    """Compute a product by a route; arguments as of `gemm.two_source_gemm`."""
-    operands = a, b, p, q, bias, rank_window, y
+) -> None:
+    """Computes products by a route; arguments as of `gemm.gemm_group`."""
     if route == EXPAND_FIRST:
-        return expand_first_gemm(*operands, accumulate=accumulate)
-    return two_source_gemm(*operands, accumulate=accumulate, descriptors=route == FUSED)
+        expand_first_group(members, rank_window, ys, accumulate=accumulate)
+    else:
+        gemm_group(members, rank_window, ys, accumulate=accumulate, descriptors=route == FUSED)
 
 
 _forced: Route | None = None

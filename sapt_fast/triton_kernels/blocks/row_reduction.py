@@ -17,10 +17,15 @@ import triton.language as tl
 from torch import Tensor
 
 from sapt_fast.triton_kernels.blocks import common
-from sapt_fast.triton_kernels.blocks.common import DeviceTraits, TileConfig, cdiv, round_up
+from sapt_fast.triton_kernels.blocks.common import (
+    DeviceTraits,
+    TileConfig,
+    cdiv,
+    pointer_of,
+    round_up,
+)
 from sapt_fast.triton_kernels.blocks.gemm import RANK_ALIGN, is_absent
 from sapt_fast.triton_kernels.blocks.plans import launch
-from sapt_fast.triton_kernels.blocks.shrink_tiles import pointer_of
 
 
 @triton.jit(do_not_specialize=["S", "T", "K", "R", "tile_rows", "segments", "width"])

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sapt_fast.triton_kernels.blocks import common
-from sapt_fast.triton_kernels.blocks.common import round_up
+from sapt_fast.triton_kernels.blocks.common import pointer_of, round_up
 from sapt_fast.triton_kernels.blocks.gemm import RANK_ALIGN
 from sapt_fast.triton_kernels.blocks.plans import launch
 from sapt_fast.triton_kernels.blocks.row_reduction import Mixing, mixture_grad
@@ -32,7 +32,6 @@ from sapt_fast.triton_kernels.blocks.shrink_tiles import (
     RANK_ARGUMENTS,
     member_tile,
     plan_shrink,
-    pointer_of,
     rank_arguments,
     sum_of_parts,
     tile_product,

@@ -13,7 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from sapt_fast.triton_kernels.blocks import common
-from sapt_fast.triton_kernels.blocks.common import DeviceTraits, TileConfig, cdiv, round_up
+from sapt_fast.triton_kernels.blocks.common import (
+    DeviceTraits,
+    TileConfig,
+    cdiv,
+    pointer_of,
+    round_up,
+)
 from sapt_fast.triton_kernels.blocks.gemm import RANK_ALIGN
 from sapt_fast.triton_kernels.blocks.plans import launch
 
@@ -37,16 +43,6 @@ def member_tile(tile, ranks, lo, BLOCK_N: tl.constexpr, MEMBERS: tl.constexpr):
         if tile >= begin:
             member, first, first_column, R = i, begin, column, ranks[i]
     return member, R, first_column, tile - first
-
-
-@triton.jit
-def pointer_of(member, pointers):
-    """pointers[member]: tuples take no index that is known at run time only."""
-    pointer = pointers[0]
-    for i in tl.static_range(1, len(pointers)):
-        if member == i:
-            pointer = pointers[i]
-    return pointer
 
 
 @triton.jit

@@ -27,7 +27,6 @@ import argparse
 import contextlib
 import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -188,8 +187,11 @@ def stacked(members: int, training: bool) -> Call:
     return lambda: torch.autograd.grad(forward(), leaves, dys)
 
 
-def interleaved_us(functions: dict[str, Call], rounds: int, calls: int = 20) -> dict[str, float]:
-    """Median thread CPU time of a call in microseconds; batches of the functions alternate."""
+def interleaved_us(functions: dict[str, Call], rounds: int, calls: int = 10) -> dict[str, float]:
+    """Least thread CPU time of a call in microseconds; batches of the functions alternate.
+
+    The least, because whatever else the machine does only adds to it.
+    """
     times: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
         for _ in range(3):
@@ -200,7 +202,7 @@ def interleaved_us(functions: dict[str, Call], rounds: int, calls: int = 20) -> 
             for _ in range(calls):
                 function()
             times[name].append((time.thread_time_ns() - start) / calls / 1e3)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: min(values) for name, values in times.items()}
 
 
 def main() -> None:
@@ -208,7 +210,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=41, help="batches of each [default: 41]")
+    parser.add_argument("--rounds", type=int, default=200, help="batches of each [default: 200]")
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
     ratios = {}

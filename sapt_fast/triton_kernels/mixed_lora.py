@@ -20,13 +20,12 @@ from sapt_fast.triton_kernels.blocks import casts, common
 from sapt_fast.triton_kernels.blocks import gemm_variants as routes
 from sapt_fast.triton_kernels.blocks.common import round_up, with_unit_column_stride
 from sapt_fast.triton_kernels.blocks.gemm import MAX_SOURCES, RANK_ALIGN, Operands, gemm_group
-from sapt_fast.triton_kernels.blocks.plans import Results, planned
+from sapt_fast.triton_kernels.blocks.plans import Results, derived, planned
 from sapt_fast.triton_kernels.blocks.row_reduction import Mixing, factor_grads
 from sapt_fast.triton_kernels.blocks.shrink import (
     Gate,
     ShrinkGrads,
     Upstream,
-    readable_columns,
     shrink_bwd,
     shrink_fwd,
 )
@@ -150,7 +149,7 @@ def mixed_lora_bwd(
     inputs += [h for h in hs if h is not None]
     given = tuple(
         [
-            (p.weight is None, p.bias is None, None if h is None else readable_columns(h), *rows)
+            (p.weight is None, p.bias is None, None if h is None else _bounds(h), *rows)
             for p, h, rows in zip(projections, hs, train_rows, strict=True)
         ]
     )
@@ -162,6 +161,11 @@ def mixed_lora_bwd(
         lambda: _backward(dys, x, mixture, projections, hs, train_rows, *flags),
     )
     return dx, d_mixture, list(zip(factors[::2], factors[1::2], strict=True))
+
+
+def _bounds(h: Tensor) -> tuple[int, int]:
+    """What `readable_columns` depends on besides size and strides."""
+    return h.untyped_storage().nbytes(), h.storage_offset()
 
 
 def _backward(
@@ -370,10 +374,15 @@ def _gate(row_scale: Tensor, passing: list[tuple[int, int]]) -> Gate:
     start, stop = passing[0][0], passing[-1][1]
     if len(passing) == 1:
         return Gate(row_scale, start, stop)
+    return Gate(derived(_only, row_scale, passing), start, stop)
+
+
+def _only(row_scale: Tensor, passing: list[tuple[int, int]]) -> Tensor:
+    """The scales in the ranges, 0 elsewhere."""
     scale = torch.zeros_like(row_scale)
     for first, last in passing:
         scale[first:last] = row_scale[first:last]
-    return Gate(scale, start, stop)
+    return scale
 
 
 def _cast(x: Tensor, projections: Sequence[Projection]) -> list[Projection]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sapt_fast.ops.projection import Projection
-from sapt_fast.triton_kernels.blocks import gemm_variants, plans
+from sapt_fast.triton_kernels.blocks import gemm_variants, launchers, plans, replay, signatures
 from sapt_fast.triton_kernels.mixed_lora import mixed_lora_bwd, mixed_lora_fwd
 
 
@@ -67,7 +67,7 @@ CASES = [
     Case("one tensor for all members", (2, 5), same=True),
     Case("cuBLAS", (4, 6), rows=128, route=gemm_variants.EXPAND_FIRST),
     Case("many members", (6, 15), members=9, ranks=8, train=(4, 8)),
-    Case("two ranges", (2, 6), train=(4, 8, 20, 24), through=False, planned=False),
+    Case("two ranges", (2, 6), train=(4, 8, 20, 24), through=False),
     Case("nothing trains", (2, 4), train=()),
 ]
 
@@ -174,23 +174,33 @@ class Comparison:
                 assert planned - self.starts[start] == ordinary - start
 
 
-def watched(call: Callable[[], Any], launches: list[Any]) -> tuple[Any, list[Any], list[Any]]:
-    """Results, launches and allocations (address, bytes) of a call."""
+def watched(call: Callable[[], Any], launches: list[Any]) -> tuple[Any, list[Any], list[Tensor]]:
+    """Results, launches and the plan's allocations of a call."""
     launches.clear()
-    allocated = []
-    new_empty = Tensor.new_empty
+    allocated: list[Tensor] = []
+    run = replay.Plan.run
 
-    def allocate(*args: Any, **kwargs: Any) -> Tensor:
-        made = new_empty(*args, **kwargs)
-        allocated.append(made)
-        return made
+    def watching(plan: replay.Plan, *args: Any) -> Any:
+        def allocate(*given: Any) -> Tensor:
+            allocated.append(plan.allocate(*given))
+            return allocated[-1]
 
-    Tensor.new_empty = allocate
+        def keeping(each: replay.Derived) -> replay.Derived:
+            def make(*given: Any) -> Tensor:
+                allocated.append(each.function(*given))
+                return allocated[-1]
+
+            return each._replace(function=make)
+
+        derived = [keeping(each) for each in plan.derived]
+        return run(plan._replace(allocate=allocate, derived=derived), *args)
+
+    replay.Plan.run = watching
     try:
         with Products(launches):
             results = call()
     finally:
-        Tensor.new_empty = new_empty
+        replay.Plan.run = run
     return results, list(launches), allocated
 
 
@@ -201,7 +211,7 @@ def compare(call: Callable[[], Any], inputs: list[Tensor], launches: list[Any]) 
     watched(call, launches)
     got, planned, allocated = watched(call, launches)
     assert [(name, grid) for name, grid, _ in planned] == [(n, grid) for n, grid, _ in ordinary]
-    if not any(plans._plans.values()):
+    if not allocated:
         return False
     spans = [(t.data_ptr(), t.untyped_storage().nbytes()) for t in allocated]
     comparison = Comparison(inputs, spans)
@@ -266,13 +276,24 @@ def never_stale(launches: list[Any]) -> None:
     hooks.remove(hook)
     assert took_plan(x, mixture, projections)
     print("hooks ok")
-    known, plans._KNOWN_PARAMETERS = plans._KNOWN_PARAMETERS, ()
+    known, launchers._KNOWN_PARAMETERS = launchers._KNOWN_PARAMETERS, ()
     plans.forget()
     assert [took_plan(x, mixture, projections) for _ in range(3)] == [False] * 3
-    plans._KNOWN_PARAMETERS = known
+    launchers._KNOWN_PARAMETERS = known
     plans.forget()
     assert [took_plan(x, mixture, projections) for _ in range(3)] == [False, False, True]
     print("a launcher that is not known ok")
+    for module, name, value in (
+        (signatures, "_compiled", None),
+        (launchers, "_direct", lambda *_: None),
+    ):
+        before = getattr(module, name)
+        setattr(module, name, value)
+        check(CASES[0], launches)
+        setattr(module, name, before)
+        print("without", name, "ok")
+    plans.forget()
+    assert [took_plan(x, mixture, projections) for _ in range(3)] == [False, False, True]
     wide = torch.ones(2 * 256, 256, dtype=torch.bfloat16)
     others = {
         "more rows": drawn(Case("", NOT_COUNTED, rows=8))[:3],

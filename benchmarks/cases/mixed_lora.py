@@ -259,6 +259,7 @@ class Launch:
     lora_dtype: torch.dtype | None = None
     weight: str = "plain"  # plain, transposed, none
     bias: bool = False
+    onto: bool = False  # the bias has rows, as the output of a quantised layer
     siblings: tuple[tuple[int, tuple[int, ...]], ...] = ()  # o and ranks of further projections
     quick: bool = False
     aligned: bool = True
@@ -283,13 +284,14 @@ class Launch:
                 kernels.mixed_lora_bwd(*given, False, False, False)
 
     def _projection(self, tensor: NewTensor, o: int, r: int) -> Projection:
+        lead = (self.samples * self.rows,) if self.onto else ()
         weight = None if self.weight == "none" else tensor(o, self.i)
         if self.weight == "transposed":
             weight = tensor(self.i, o).t()
         lora_dtype = self.lora_dtype or self.dtype
         return Projection(
             weight,
-            tensor(o) if self.bias else None,
+            tensor(*lead, o) if self.bias or self.onto else None,
             tensor(r, self.i, dtype=lora_dtype),
             tensor(r, o, dtype=lora_dtype),
             tensor(r, dtype=torch.int32),
@@ -318,6 +320,7 @@ LAUNCHES = (
     Launch("decode, batch 32", 32, 1, 4096, 4096, (4,) * 15),
     Launch("no weight", 16, 512, 4096, 4096, (4,) * 15, weight="none"),
     Launch("no weight, decode", 4, 1, 4096, 4096, (4,) * 15, weight="none"),
+    Launch("quantised", 16, 512, 4096, 4096, (4,) * 15, weight="none", onto=True),
     Launch("Conv1D", 16, 512, 768, 2304, (8,) * 5, weight="transposed", bias=True),
     Launch("float32 factors", 16, 512, 1024, 1024, (4,) * 15, lora_dtype=torch.float32),
     Launch("float32 factors, d4096", 8, 1024, 4096, 4096, (16,) * 15, lora_dtype=torch.float32),

@@ -104,14 +104,15 @@ def _gemm_kernel(
     M, N, K, R, rank_lo, rank_hi, stride_am, stride_bk, stride_bn, stride_pm, stride_qr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, ACCUMULATE: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    BIAS_HAS_ROWS: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """One tile of y[M, N] = [y +] a[M, K] b[K, N] + p[M, lo:hi] q[lo:hi, N] + bias, by pointers.
 
-    There may be several y of one a. Absent sources are None. `rank_lo` and `rank_hi` count groups
-    of 16 rank columns; p is zero in the columns that pad R. A p of +0 means that the adapter is not
-    there, so that an infinity in its q is not seen: a tile that got a NaN from the rank term
-    computes this term once more. That term comes first, so that nothing else has to be.
+    There may be several y of one a. bias is [N], or [M, N] with BIAS_HAS_ROWS. Absent sources are
+    None. `rank_lo` and `rank_hi` count groups of 16 rank columns; p is zero in the columns that
+    pad R. A p of +0 means that the adapter is not there, so that an infinity in its q is not seen:
+    a tile that got a NaN from the rank term computes this term once more. That term comes first, so
+    that nothing else has to be.
     """
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     member, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
@@ -173,12 +174,17 @@ def _gemm_kernel(
             a_ptrs += BLOCK_K
             b_tile_ptrs += BLOCK_K * stride_bk
 
-    if bias_ptrs is not None:
-        # [BLOCK_N]
-        bias = tl.load(pointer_of(member, bias_ptrs) + cols, mask=cols < N, other=0.0)
-        acc += bias.to(tl.float32)[None, :]
-    y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :]
+    offsets = rows.to(tl.int64)[:, None] * N + cols[None, :]
     mask = in_rows & in_cols
+    if bias_ptrs is not None:
+        bias_ptr = pointer_of(member, bias_ptrs)
+        if BIAS_HAS_ROWS:
+            # [BLOCK_M, BLOCK_N]
+            acc += tl.load(bias_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        else:
+            # [BLOCK_N]
+            acc += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    y_ptrs = y_ptr + offsets
     if ACCUMULATE:
         acc += tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
     # [BLOCK_M, BLOCK_N] in y's dtype: rounded once
@@ -314,7 +320,7 @@ class Operands(NamedTuple):
     b: Tensor | None  # [K, N], either stride 1, in a's dtype; None with `a`
     p: Tensor | None  # [M, Rp] in y's dtype, Rp a multiple of 16, zero in the columns from R on
     q: Tensor | None  # [R, N], unit column stride, in y's dtype or float32; None with `p`
-    bias: Tensor | None  # [N]
+    bias: Tensor | None  # [N] or [M, N], contiguous
 
     def kind(self) -> Hashable:
         """Equal for those that one launch may serve."""
@@ -346,7 +352,7 @@ def gemm_group(
         accumulate: Add to what the ys hold.
         descriptors: Read and write by tensor descriptors where the device and the operands allow.
     """
-    a, b, p, q, _ = members[0]
+    a, b, p, q, bias = members[0]
     y = ys[0]
     M, N = y.shape
     K = 0 if a is None else a.shape[1]
@@ -363,6 +369,8 @@ def gemm_group(
         "COMPUTE": common.compute_dtype(y.dtype),
     }
     aligned = all(_is_aligned(t) for t in (a, b, p, q, *ys))
+    bias_has_rows = bias is not None and bias.dim() == 2
+    descriptors = descriptors and not bias_has_rows
     with torch.cuda.device_of(y):
         if descriptors and traits.has_tma and aligned and itemsize == 2 and M > 64:
             _launch_by_descriptors(members, ys, lo, hi, traits, meta)
@@ -381,6 +389,7 @@ def gemm_group(
             0 if b is None else b.stride(0), 0 if b is None else b.stride(1),
             0 if p is None else p.stride(0), 0 if q is None else q.stride(0),
             **tile.launch_options(), **meta, EVEN_K=K % tile.k == 0,
+            BIAS_HAS_ROWS=bias_has_rows,
         )  # fmt: skip
 
 

@@ -3,9 +3,9 @@
     python benchmarks/aot_report.py [--quick] [--output FILE]
 
 Needs no GPU. The launchers run on tensors without memory; each launch is recorded with the exact
-specialisation Triton would compile, and compiled for compute capabilities 8.0, 9.0 and 10.0. The
-exit code is 1 if a kernel spills registers, has its matrix instructions serialised, needs more
-shared memory than there is, misses the matrix unit of its GPU, or loads its main loop without
+specialisation Triton would compile, and compiled for compute capabilities 8.0 to 12.0. The exit
+code is 1 if a kernel spills registers, has its matrix instructions serialised, needs more shared
+memory than there is, misses the matrix unit of its GPU, or loads its main loop without
 asynchronous copies.
 """
 
@@ -84,7 +84,7 @@ def record(case: LaunchCase, capability: int, jobs: dict[tuple[str, ...], Job]) 
             get_current_stream=lambda device: 0,
         )
     )
-    traits = common.DeviceTraits(capability, NUM_SMS[capability])
+    traits = common.DeviceTraits(capability, NUM_SMS[capability], shared=SHARED_LIMIT[capability])
     triton.knobs.runtime.jit_cache_hook = on_compile
     common.device_traits, original = (lambda device: traits), common.device_traits
     try:

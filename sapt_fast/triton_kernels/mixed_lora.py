@@ -68,7 +68,7 @@ def mixed_lora_fwd(
     given = tuple([(p.weight is None, p.bias is None) for p in projections])
     kept = [True] * len(projections) + [keep_h] * len(projections)
     found: list[Any] = planned(
-        ("forward", given, keep_h, routes.forced_route()),
+        ("forward", given, keep_h, routes.setting()),
         inputs,
         kept,
         lambda: _forward(x, mixture, projections),
@@ -155,7 +155,7 @@ def mixed_lora_bwd(
     )
     flags = needs_x, needs_mixture, grad_through_frozen
     dx, d_mixture, *factors = planned(
-        ("backward", given, flags, routes.forced_route()),
+        ("backward", given, flags, routes.setting()),
         inputs,
         [True] * (2 + 2 * len(projections)),
         lambda: _backward(dys, x, mixture, projections, hs, train_rows, *flags),
@@ -341,13 +341,13 @@ def _products(
     if a is None:
         gemm_group(members, window, ys, accumulate=accumulate)
         return True
-    route = routes.EXPAND_FIRST
+    variant = routes.Variant(routes.EXPAND_FIRST)
     if p is not None:
         traits = common.device_traits(y.device)
-        route = routes.choose(
+        variant = routes.choose(
             traits, direction, a.shape[1], y.shape[1], window[1] - window[0], y.shape[0], y.dtype
         )
-    routes.run_group(route, members, window, ys, accumulate=accumulate)
+    routes.run_group(variant, members, window, ys, accumulate=accumulate)
     return True
 
 

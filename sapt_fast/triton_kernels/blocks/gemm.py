@@ -19,13 +19,17 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sapt_fast.triton_kernels.blocks import common
-from sapt_fast.triton_kernels.blocks.common import DeviceTraits, TileConfig, cdiv, pointer_of
+from sapt_fast.triton_kernels.blocks import common, gemm_tiles
+from sapt_fast.triton_kernels.blocks.common import (
+    RANK_ALIGN,
+    DeviceTraits,
+    TileConfig,
+    cdiv,
+    pointer_of,
+    round_up,
+)
 from sapt_fast.triton_kernels.blocks.plans import launch
-
-RANK_ALIGN = 16
-"""Rank columns come in groups of 16: the shortest reduction of a matrix instruction, and enough
-to keep rows of 16-bit elements aligned for vector loads."""
+from sapt_fast.triton_kernels.blocks.shrink_tiles import products_in_parts, sum_of_parts
 
 _GROUP_M = 8
 
@@ -98,18 +102,19 @@ def _write_present(
     tl.debug_barrier()  # what one thread has written another reads
 
 
-@triton.jit(do_not_specialize=["M", "R", "rank_lo", "rank_hi"])
+@triton.jit(do_not_specialize=["parts", "M", "R", "rank_lo", "rank_hi"])
 def _gemm_kernel(
-    a_ptr, b_ptrs, p_ptrs, q_ptrs, bias_ptrs, y_ptrs,
+    a_ptr, b_ptrs, parts_ptr, parts, p_ptrs, q_ptrs, bias_ptrs, y_ptrs,
     M, N, K, R, rank_lo, rank_hi, stride_am, stride_bk, stride_bn, stride_pm, stride_qr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, ACCUMULATE: tl.constexpr,
-    BIAS_HAS_ROWS: tl.constexpr, COMPUTE: tl.constexpr,
+    BIAS_HAS_ROWS: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of y[M, N] = [y +] a[M, K] b[K, N] + p[M, lo:hi] q[lo:hi, N] + bias, by pointers.
 
-    There may be several y of one a. bias is [N], or [M, N] with BIAS_HAS_ROWS. Absent sources are
-    None. `rank_lo` and `rank_hi` count groups of 16 rank columns; p is zero in the columns that
+    There may be several y of one a. a b is summed here, or was by `products_in_parts` in
+    parts[s, M, each N rounded up to 16]. bias is [N], or [M, N] with BIAS_HAS_ROWS. Absent sources
+    are None. `rank_lo` and `rank_hi` count groups of 16 rank columns; p is zero in the columns that
     pad R. A p of +0 means that the adapter is not there, so that an infinity in its q is not seen:
     a tile that got a NaN from the rank term computes this term once more. That term comes first, so
     that nothing else has to be.
@@ -140,7 +145,7 @@ def _gemm_kernel(
             in_rank = offs_r[:, None] < min(hi, R) - r
             q = tl.load(q_ptrs, mask=in_rank & in_cols, other=0.0)
             # rank term; p has the weights applied
-            acc = tl.dot(p.to(COMPUTE), q.to(COMPUTE), acc, input_precision="ieee")
+            acc = tl.dot(p.to(COMPUTE), q.to(COMPUTE), acc, input_precision=PRECISION)
             p_ptrs += BLOCK_R
             q_ptrs += BLOCK_R * stride_qr
         # 0 times an infinity: once more, over the adapters that are there
@@ -170,9 +175,18 @@ def _gemm_kernel(
                 a = tl.load(a_ptrs, mask=in_rows & (offs_k[None, :] < K - k), other=0.0)
                 b = tl.load(b_tile_ptrs, mask=(offs_k[:, None] < K - k) & in_cols, other=0.0)
             # base product
-            acc = tl.dot(a.to(COMPUTE), b.to(COMPUTE), acc, input_precision="ieee")
+            acc = tl.dot(a.to(COMPUTE), b.to(COMPUTE), acc, input_precision=PRECISION)
             a_ptrs += BLOCK_K
             b_tile_ptrs += BLOCK_K * stride_bk
+    if parts_ptr is not None:
+        width = tl.cdiv(N, 16) * 16
+        stride = width * len(y_ptrs)
+        part_offsets = rows.to(tl.int64)[:, None] * stride + (member * width + cols)[None, :]
+        part_size = M.to(tl.int64) * stride
+        # [BLOCK_M, BLOCK_N]
+        acc += sum_of_parts(
+            parts_ptr, parts, part_offsets, part_size, in_rows & in_cols, BLOCK_M, BLOCK_N
+        )
 
     offsets = rows.to(tl.int64)[:, None] * N + cols[None, :]
     mask = in_rows & in_cols
@@ -275,36 +289,6 @@ def _descriptor(matrix: Tensor, shape: tuple[int, int], rows: int, cols: int) ->
     return TensorDescriptor(matrix, list(shape), [matrix.stride(0), 1], [rows, cols])
 
 
-def _tma_config(traits: DeviceTraits, M: int, N: int) -> TileConfig:
-    if traits.capability == 0:
-        return TileConfig(16, 32, 32, num_warps=4, num_stages=1)
-    if cdiv(M, 128) * cdiv(N, 256) >= traits.num_sms:
-        return TileConfig(128, 256, 64, num_warps=8, num_stages=3)
-    return TileConfig(128, 128, 64, num_warps=8, num_stages=4)
-
-
-def _pointer_config(
-    traits: DeviceTraits, itemsize: int, M: int, N: int, aligned: bool
-) -> TileConfig:
-    if traits.capability == 0:
-        return TileConfig(16, 32, 32, num_warps=4, num_stages=1)
-    if itemsize == 4:
-        return TileConfig(64, 64, 32, num_warps=8, num_stages=2)
-    if not aligned:
-        return TileConfig(64, 64, 32, num_warps=4, num_stages=2)
-    if M <= 64:
-        return TileConfig(64, 32, 128, num_warps=8, num_stages=4)
-    if cdiv(M, 128) * cdiv(N, 128) >= traits.num_sms // 2 and traits.capability < 120:
-        return TileConfig(128, 128, 64, num_warps=8, num_stages=3)
-    return TileConfig(64, 64, 64, num_warps=4, num_stages=4)
-
-
-def _rank_block(columns: int, itemsize: int, factor_itemsize: int) -> int:
-    """Reduction step of the rank loop: no longer than needed, shorter for wider factors."""
-    longest = 16 if itemsize == 4 else 64 // (factor_itemsize // itemsize)
-    return max(16, min(longest, triton.next_power_of_2(columns)))
-
-
 def _is_aligned(matrix: Tensor | None) -> bool:
     """Every row starts at a multiple of 16 bytes, as descriptors and vector loads want it."""
     if matrix is None:
@@ -339,6 +323,8 @@ def gemm_group(
     *,
     accumulate: bool = False,
     descriptors: bool = True,
+    tile: TileConfig | None = None,
+    precision: str | None = None,
 ) -> None:
     """Writes into each y its member's products and bias, or into the only y those of all members.
 
@@ -351,45 +337,62 @@ def gemm_group(
         ys: Of shape `[M, N]`, contiguous, not empty.
         accumulate: Add to what the ys hold.
         descriptors: Read and write by tensor descriptors where the device and the operands allow.
+        tile: Taken if it is one of `gemm_tiles.candidates`; otherwise the one that should be best.
+        precision: Of float32 products, as `tl.dot` takes it; by default torch's setting decides.
     """
     a, b, p, q, bias = members[0]
     y = ys[0]
     M, N = y.shape
     K = 0 if a is None else a.shape[1]
-    itemsize = y.element_size()
+    itemsize, factor_itemsize = y.element_size(), (y if q is None else q).element_size()
     traits = common.device_traits(y.device)
     lo, hi = rank_window[0] // RANK_ALIGN, rank_window[1] // RANK_ALIGN
-    block_r = _rank_block(
-        rank_window[1] - rank_window[0], itemsize, itemsize if q is None else q.element_size()
-    )
+    rank = 0 if p is None else rank_window[1] - rank_window[0]
+    precision = precision or common.float32_precision(y.dtype)
     meta = {
-        "BLOCK_R": block_r,
+        "BLOCK_R": gemm_tiles.rank_block(rank, itemsize, factor_itemsize),
         "GROUP_M": _GROUP_M,
         "ACCUMULATE": accumulate,
         "COMPUTE": common.compute_dtype(y.dtype),
     }
     aligned = all(_is_aligned(t) for t in (a, b, p, q, *ys))
     bias_has_rows = bias is not None and bias.dim() == 2
-    descriptors = descriptors and not bias_has_rows
+    summed = len(members) // len(ys)
+    product = gemm_tiles.Product(
+        M, N * len(ys), K * summed, rank * summed, itemsize, aligned,
+        descriptors and not bias_has_rows, tf32=precision == "tf32",
+    )  # fmt: skip
+    chosen = tile
+    if tile not in gemm_tiles.candidates(traits, product):
+        tile = gemm_tiles.chosen(traits, product)
+    by_descriptors = tile.parts == 1 and gemm_tiles.takes_descriptors(traits, product)
+    if summed > 1 and not by_descriptors:
+        for i, member in enumerate(members):
+            gemm_group(
+                [member], rank_window, ys, accumulate=accumulate or i > 0, descriptors=descriptors,
+                tile=chosen, precision=precision,
+            )  # fmt: skip
+        return
     with torch.cuda.device_of(y):
-        if descriptors and traits.has_tma and aligned and itemsize == 2 and M > 64:
-            _launch_by_descriptors(members, ys, lo, hi, traits, meta)
+        if by_descriptors:
+            _launch_by_descriptors(members, ys, lo, hi, tile, traits, meta)
             return
-        if len(ys) < len(members):
-            for i, member in enumerate(members):
-                gemm_group(
-                    [member], rank_window, ys, accumulate=accumulate or i > 0, descriptors=False
-                )
-            return
-        tile = _pointer_config(traits, itemsize, M, N, aligned)
+        _, bs, *others = _fields(members)
+        parts = None
+        if a is not None and b is not None and bs is not None and tile.parts > 1:
+            width, strides = round_up(N, RANK_ALIGN), (b.stride(1), b.stride(0))
+            window = 0, [N] * len(ys)
+            parts = products_in_parts([a], bs, strides, window, width * len(ys), tile, precision)
+            a, b, bs, K, tile = None, None, None, 0, gemm_tiles.sum_tile(traits)
         launch(
             _gemm_kernel, (len(ys) * cdiv(M, tile.m) * cdiv(N, tile.n),),
-            a, *_fields(members)[1:], tuple(ys), M, N, K, 0 if q is None else q.shape[0], lo, hi,
+            a, bs, parts, 0 if parts is None else parts.shape[0], *others, tuple(ys), M, N, K,
+            0 if q is None else q.shape[0], lo, hi,
             0 if a is None else a.stride(0),
             0 if b is None else b.stride(0), 0 if b is None else b.stride(1),
             0 if p is None else p.stride(0), 0 if q is None else q.stride(0),
             **tile.launch_options(), **meta, EVEN_K=K % tile.k == 0,
-            BIAS_HAS_ROWS=bias_has_rows,
+            BIAS_HAS_ROWS=bias_has_rows, PRECISION=precision,
         )  # fmt: skip
 
 
@@ -401,13 +404,10 @@ def two_source_gemm(
     bias: Tensor | None,
     rank_window: tuple[int, int],
     y: Tensor,
-    *,
-    accumulate: bool = False,
-    descriptors: bool = True,
+    **options: Any,
 ) -> Tensor:
-    """`gemm_group` of one member."""
-    members = [Operands(a, b, p, q, bias)]
-    gemm_group(members, rank_window, [y], accumulate=accumulate, descriptors=descriptors)
+    """`gemm_group` of one member, with its options."""
+    gemm_group([Operands(a, b, p, q, bias)], rank_window, [y], **options)
     return y
 
 
@@ -421,6 +421,7 @@ def _launch_by_descriptors(
     ys: Sequence[Tensor],
     lo: int,
     hi: int,
+    tile: TileConfig,
     traits: DeviceTraits,
     meta: dict[str, Any],
 ) -> None:
@@ -428,7 +429,7 @@ def _launch_by_descriptors(
     M, N = ys[0].shape
     a, b, p, q, _ = members[0]
     K = 0 if a is None else a.shape[1]
-    tile, block_r = _tma_config(traits, M, N * len(ys)), meta["BLOCK_R"]
+    block_r = meta["BLOCK_R"]
     b_is_nk = b is not None and b.stride(0) == 1
     operands: list[list[TensorDescriptor]] = [[], [], [], [], []]
     for i, member in enumerate(members):

@@ -306,7 +306,7 @@ def test_factors_of_a_group_may_have_any_row_strides(i: int) -> None:
     for got, same in zip(_group_actual(cases, inputs), want, strict=True):
         assert (got is None) == (same is None)
         if got is not None and same is not None:
-            assert torch.equal(got, same)
+            assert _error(got, same) < 1e-6  # other groups may sum in other parts
 
 
 def test_members_do_not_share_memory() -> None:

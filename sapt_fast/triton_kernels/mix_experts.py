@@ -12,7 +12,7 @@ products run on sorted pairs instead (`grouped_experts`).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import triton
@@ -27,6 +27,7 @@ from sapt_fast.triton_kernels.blocks.grouped_experts import (
     grouped_out_of_ranks,
     grouping_pays,
 )
+from sapt_fast.triton_kernels.blocks.plans import Results, launch, planned
 
 if TYPE_CHECKING:
     from sapt_fast.ops.mix_experts import PairGroups
@@ -197,11 +198,23 @@ def mix_experts_fwd(
     """
     common.compute_dtype(x.dtype)
     common.device_traits(x.device)
+    y, h = planned(
+        ("mix_experts", scaling),
+        [x, bank_a, bank_b, index, weights],
+        [True, True],
+        lambda: _mixed(x, bank_a, bank_b, index, weights, scaling),
+    )
+    return cast(Tensor, y), cast(Tensor, h)
+
+
+def _mixed(
+    x: Tensor, bank_a: Tensor, bank_b: Tensor, index: Tensor, weights: Tensor, scaling: float
+) -> Results:
     bank_a, bank_b = _with_unit_stride(bank_a), _with_unit_stride(bank_b)
     index, weights = index.contiguous(), weights.contiguous()
     order = _order_if_crowded(index, bank_a, bank_b, None)
     h = _into_ranks(with_unit_column_stride(x), bank_a, index, order)
-    return _out_of_ranks(h, bank_b, index, weights, order, scaling, x.dtype), h
+    return [_out_of_ranks(h, bank_b, index, weights, order, scaling, x.dtype), h]
 
 
 def mix_experts_bwd(
@@ -292,7 +305,9 @@ def _into_ranks(x: Tensor, bank: Tensor, index: Tensor, order: Tensor | None) ->
         return h
     block_r = min(_BLOCK_RANK, triton.next_power_of_2(R))
     with torch.cuda.device_of(x):
-        _into_ranks_kernel[(M * k, cdiv(R, block_r))](
+        launch(
+            _into_ranks_kernel,
+            (M * k, cdiv(R, block_r)),
             x,
             bank,
             index,
@@ -330,7 +345,9 @@ def _out_of_ranks(
     block_r = min(_BLOCK_RANK, triton.next_power_of_2(max(R, 1)))
     block_n = min(256, max(16, triton.next_power_of_2(D)))
     with torch.cuda.device_of(h):
-        _out_of_ranks_kernel[(M, cdiv(D, block_n))](
+        launch(
+            _out_of_ranks_kernel,
+            (M, cdiv(D, block_n)),
             h,
             weights,
             bank,

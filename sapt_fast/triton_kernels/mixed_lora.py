@@ -165,7 +165,7 @@ def mixed_lora_bwd(
 
 def _bounds(h: Tensor) -> tuple[int, int]:
     """What `readable_columns` depends on besides size and strides."""
-    return h.untyped_storage().nbytes(), h.storage_offset()
+    return h.untyped_storage().nbytes(), int(h.storage_offset())
 
 
 def _backward(

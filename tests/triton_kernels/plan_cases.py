@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import host_path
@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sapt_fast.ops.projection import Projection
+from sapt_fast.ops.route import QueryProjection
+from sapt_fast.triton_kernels import mix_experts, mix_prompts, pool_tokens, route
 from sapt_fast.triton_kernels.blocks import gemm_variants, launchers, plans, replay, signatures
 from sapt_fast.triton_kernels.blocks.gemm_variants import EXPAND_FIRST, FUSED
 from sapt_fast.triton_kernels.mixed_lora import mixed_lora_bwd, mixed_lora_fwd
@@ -263,7 +265,75 @@ def main() -> None:
             check(case, launches)
             print(case.name, "ok")
         gemm_variants._forced = None
+        other_ops(launches)
+        benchmark(launches)
         never_stale(launches)
+
+
+def other_ops(launches: list[Any]) -> None:
+    """Calls of the ops whose forwards are planned too."""
+
+    def new(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.ones(*shape, dtype=dtype)
+
+    pooled, keys = new(4, 64), new(15, 64)
+    projection = QueryProjection(new(8, 64), new(64, 8), new(64), new(64))
+    prompts, mixture, embeds = new(15, 10, 64), new(4, 15, dtype=torch.float32), new(4, 7, 64)
+    ids, mask = torch.ones(4, 700, dtype=torch.int64), torch.ones(4, 700, dtype=torch.bool)
+    table, bank_a, bank_b = new(100, 64), new(20, 4, 64), new(20, 4, 96)
+    index, weights = torch.ones(4, 2, dtype=torch.int64), new(4, 2, dtype=torch.float32)
+    calls: dict[str, tuple[Callable[[], Any], list[Tensor]]] = {
+        "scores": (
+            lambda: [route.route_scores_fwd(pooled, keys, projection, 8.0)],
+            [pooled, keys, *projection[:4]],
+        ),
+        "weights": (
+            lambda: [route.route_fwd(pooled, keys, None, 8.0, 3, 0.1)],
+            [pooled, keys],
+        ),
+        "prompts before embeddings": (
+            lambda: [mix_prompts.mix_prompts_fwd(prompts, mixture, embeds, None)],
+            [prompts, mixture, embeds],
+        ),
+        "prompts before tokens": (
+            lambda: [mix_prompts.mix_prompts_fwd(prompts, mixture, table, ids)],
+            [prompts, mixture, table, ids],
+        ),
+        "pooling": (
+            lambda: pool_tokens.pool_tokens_fwd(ids, table, mask, "max", True),
+            [ids, table, mask],
+        ),
+        "experts": (
+            lambda: mix_experts.mix_experts_fwd(pooled, bank_a, bank_b, index, weights, 2.0),
+            [pooled, bank_a, bank_b, index, weights],
+        ),
+    }
+    for name, (call, inputs) in calls.items():
+        assert compare(call, inputs, launches), name
+        print(name, "ok")
+
+
+def benchmark(launches: list[Any]) -> None:
+    """The calls that `host_path` times launch with plans what they launch without."""
+    for training, members in product((False, True), (1, 2)):
+        with torch.set_grad_enabled(training):
+            call = host_path.ours(members, training)
+            plans.forget()
+            found = []
+            for _ in range(3):
+                launches.clear()
+                call()
+                found.append([*launches])
+        ordinary, _, planned = found
+        assert [(n, grid) for n, grid, _ in planned] == [(n, grid) for n, grid, _ in ordinary]
+        for (name, _, first), (_, _, second) in zip(ordinary, planned, strict=True):
+            assert not any(isinstance(value, Tensor) for value in second), name
+            for before, after in zip(first, second, strict=True):
+                if isinstance(before, Tensor):
+                    assert isinstance(after, int), name
+                elif not isinstance(before, tuple):
+                    assert before is after or before == after, name
+        print("benchmark", "train" if training else "no_grad", members, "ok")
 
 
 def never_stale(launches: list[Any]) -> None:

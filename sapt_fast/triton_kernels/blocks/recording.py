@@ -177,8 +177,9 @@ class Recording(TorchDispatchMode):
             return choice_of([starts[section] + at for section, at in numbers])
 
         return Plan(
-            allocate, outputs, [each for each, _ in self.derived], scratch, [*moved], [choice(each) for each in tuples], descriptors,
-            constants, [(what, choice(numbers)) for what, numbers in numbered], {},
+            allocate, outputs, [each for each, _ in self.derived], scratch, [*moved],
+            [choice(each) for each in tuples], descriptors, constants,
+            [(what, choice(numbers)) for what, numbers in numbered], {},
         )  # fmt: skip
 
     def _product(

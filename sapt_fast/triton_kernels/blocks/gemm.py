@@ -108,7 +108,8 @@ def _gemm_kernel(
     M, N, K, R, rank_lo, rank_hi, stride_am, stride_bk, stride_bn, stride_pm, stride_qr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, ACCUMULATE: tl.constexpr,
-    BIAS_HAS_ROWS: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS_HAS_ROWS: tl.constexpr, FEW_ROWS: tl.constexpr, COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of y[M, N] = [y +] a[M, K] b[K, N] + p[M, lo:hi] q[lo:hi, N] + bias, by pointers.
 
@@ -125,10 +126,14 @@ def _gemm_kernel(
     tile_m, tile_n = _tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Masked, not wrapped: a decoding step would read its few rows of a as often as the tile has
-    # rows, and columns that wrap are no longer known to be contiguous.
     in_rows, in_cols = (rows < M)[:, None], (cols < N)[None, :]
+    # Rows past the end wrap to 0, which spares a mask and its registers; of few rows that would
+    # read a as often as the tile has rows. Columns that wrap are no longer known to be contiguous.
     safe_rows = tl.where(rows < M, rows, 0).to(tl.int64)
+    if FEW_ROWS:  # noqa: SIM108 - Triton has no conditional expression on tensors
+        read_rows = in_rows
+    else:
+        read_rows = tl.full((BLOCK_M, 1), True, tl.int1)
     # [BLOCK_M, BLOCK_N]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
@@ -141,7 +146,7 @@ def _gemm_kernel(
         q_ptrs = q_ptr + (lo + offs_r).to(tl.int64)[:, None] * stride_qr + cols[None, :]
         for r in range(lo, hi, BLOCK_R):
             # p [BLOCK_M, BLOCK_R], q [BLOCK_R, BLOCK_N]
-            p = tl.load(p_ptrs, mask=in_rows & (offs_r[None, :] < hi - r), other=0.0)
+            p = tl.load(p_ptrs, mask=read_rows & (offs_r[None, :] < hi - r), other=0.0)
             in_rank = offs_r[:, None] < min(hi, R) - r
             q = tl.load(q_ptrs, mask=in_rank & in_cols, other=0.0)
             # rank term; p has the weights applied
@@ -169,10 +174,10 @@ def _gemm_kernel(
         for k in range(0, K, BLOCK_K):
             if EVEN_K:
                 # a [BLOCK_M, BLOCK_K], b [BLOCK_K, BLOCK_N]
-                a = tl.load(a_ptrs, mask=in_rows, other=0.0)
+                a = tl.load(a_ptrs, mask=read_rows, other=0.0)
                 b = tl.load(b_tile_ptrs, mask=in_cols, other=0.0)
             else:
-                a = tl.load(a_ptrs, mask=in_rows & (offs_k[None, :] < K - k), other=0.0)
+                a = tl.load(a_ptrs, mask=read_rows & (offs_k[None, :] < K - k), other=0.0)
                 b = tl.load(b_tile_ptrs, mask=(offs_k[:, None] < K - k) & in_cols, other=0.0)
             # base product
             acc = tl.dot(a.to(COMPUTE), b.to(COMPUTE), acc, input_precision=PRECISION)
@@ -392,7 +397,7 @@ def gemm_group(
             0 if b is None else b.stride(0), 0 if b is None else b.stride(1),
             0 if p is None else p.stride(0), 0 if q is None else q.stride(0),
             **tile.launch_options(), **meta, EVEN_K=K % tile.k == 0,
-            BIAS_HAS_ROWS=bias_has_rows, PRECISION=precision,
+            BIAS_HAS_ROWS=bias_has_rows, FEW_ROWS=gemm_tiles.FEW_ROWS >= M, PRECISION=precision,
         )  # fmt: skip
 
 

@@ -87,7 +87,7 @@ def candidates(traits: DeviceTraits, product: Product) -> tuple[TileConfig, ...]
     elif traits.capability < 120:
         tiles = _BY_POINTERS
     if traits.capability in (100, 103):  # where the others would spill
-        warps = {_FEW: 4, _BY_DESCRIPTORS[2]: 8}
+        warps = {_FEW: 4, _SMALL: 8, _BY_DESCRIPTORS[2]: 8}
         tiles = tuple(t._replace(num_warps=warps.get(t, t.num_warps)) for t in tiles)
     size = product.itemsize
     found = [fitted(tile, traits.shared, size, size) for tile in tiles]

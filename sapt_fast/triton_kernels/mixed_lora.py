@@ -1,10 +1,10 @@
 """Triton backend of op `mixed_lora`: see `ops.mixed_lora` for what is computed.
 
 Projections of one x that are alike but for their tensors share every launch. Forward: `shrink_fwd`
-reads x once for h = x A^T and h * w, then a GEMM reduces over [x | h * w] against [W | B]. Backward:
-`shrink_bwd` reads each dy once for everything in rank space, dx is one GEMM over all [dy | g * w]
-against [W ; A], and the factors' gradients touch the trainable rows only. The GEMMs take the route
-that `routes` chooses: one kernel, or the rank terms first and cuBLAS onto them.
+reads x once for h = x A^T and h * w, then a GEMM reduces over [x | h * w] against [W | B].
+Backward: `shrink_bwd` reads each dy once for everything in rank space, dx is one GEMM over all
+[dy | g * w] against [W ; A], and the factors' gradients touch the trainable rows only. The GEMMs
+take the route that `routes` chooses: one kernel, or the rank terms first and cuBLAS onto them.
 """
 
 from __future__ import annotations

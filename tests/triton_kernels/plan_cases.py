@@ -74,6 +74,7 @@ CASES = [
         route=gemm_variants.FUSED,
     ),
     Case("two of many rows", (2, 5), rows=8192, samples=8, width=1024, route=FUSED),
+    Case("two by cuBLAS", (4, 7), rows=8192, samples=8, width=1024, route=EXPAND_FIRST),
     Case("three of unequal ranks", (5, 15), members=3, unequal=True),
     Case("one tensor for all members", (3, 6), same=True),
     Case("cuBLAS", (5, 7), rows=128, route=EXPAND_FIRST),

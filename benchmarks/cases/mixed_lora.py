@@ -6,7 +6,7 @@ It is checked and timed inside of a layer: see `providers.Layer`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -100,116 +100,129 @@ def mixed_lora_forward(c: MixedLora, route: str) -> Passes:
         }
     shrink = Pass("shrink", reads, writes, 2 * c.m * c.i * sum(m.r for m in c.members))
     products: Passes = []
-    for j, member in enumerate(c.members):
-        columns = (0, padded(member.r))
-        products += _product(
-            c, route, j, ("x", c.i), f"hw{j}", f"b{j}", columns, (f"y{j}", member.o), member.bias
-        )
+    for numbers in _alike(c, range(len(c.members)), lambda m: (m.o, m.r, m.bias)):
+        products += _products(c, route, numbers, "forward", (0, padded(c.members[numbers[0]].r)))
     return [shrink, *products]
 
 
+def _alike(
+    c: MixedLora, numbers: Iterable[int], kind: Callable[[Member], Hashable]
+) -> list[list[int]]:
+    """The numbers of members of one kind, as one launch serves them."""
+    found: dict[Hashable, list[int]] = {}
+    for j in numbers:
+        found.setdefault(kind(c.members[j]), []).append(j)
+    return [*found.values()]
+
+
 def mixed_lora_backward(c: MixedLora, route: str, through_frozen: bool = True) -> Passes:
-    """Of each member everything in rank space from one pass over dy, then its factors and dx.
+    """Of equal members everything in rank space from one pass over their dy, and their factors.
 
     g = dy B^T takes 2 M O R FLOPs; of it leave g * w in the columns through which x gets a
     gradient, h * w in those that train, and one line of partial sums of g * h per tile of rows,
     from which the gradient of the mixture follows, 0 where it is undefined and the weight is 0: the
     weights are read again for that. dA and dB read M x Rt and x or dy once more.
-    dx of the second member and on is added to what is there.
+    dx of equal members is one sum in one pass, by pointers one pass each that adds to dx.
     """
     passes: Passes = []
-    for j, member in enumerate(c.members):
-        columns, (start, stop) = padded(member.r), member.window
-        through = (0, columns) if through_frozen else (start, stop)
-        dy, trained = c.m * member.o * c.itemsize, member.train[1] - member.train[0]
-        lines = -(-c.m // c.tile_rows)
-        passes.append(
-            Pass(
-                f"shrink {j}",
-                {
-                    f"dy{j}": dy,
-                    f"b{j}": member.r * member.o * c.factor_itemsize,
-                    f"h{j}": 4 * c.m * columns,
-                    "mixture": c.mixture,
-                    **c.of_rows(j),
-                },
-                {
-                    f"gw{j}": c.m * (through[1] - through[0]) * c.itemsize,
-                    f"hw{j}": c.m * (stop - start) * c.itemsize,
-                    f"partial{j}": 4 * lines * columns,
-                },
-                2 * c.m * member.o * member.r,
-            )
-        )
-        passes.append(
-            Pass(
-                f"d_mixture {j}",
-                {
-                    f"partial{j}": 4 * lines * member.r,
-                    f"row_adapter{j}": 4 * member.r,
-                    "mixture": c.mixture,
-                    **({"d_mixture": c.mixture} if j else {}),
-                },
-                {"d_mixture": c.mixture},
-                lines * member.r,
-            )
-        )
-        for grad, p, source, width in (
-            ("d_a", f"gw{j}", "x", c.i),
-            ("d_b", f"hw{j}", f"dy{j}", member.o),
-        ):
-            if trained:
-                passes.append(
-                    Pass(
-                        f"{grad} {j}",
-                        {p: c.m * (stop - start) * c.itemsize, source: c.m * width * c.itemsize},
-                        {f"{grad}{j}": trained * width * c.factor_itemsize},
-                        2 * c.m * trained * width,
-                    )
-                )
-        passes += _product(
-            c, route, j, (f"dy{j}", member.o), f"gw{j}", f"a{j}", through, ("dx", c.i), False, j > 0
-        )
+    for numbers in _alike(c, range(len(c.members)), lambda m: m):
+        member = c.members[numbers[0]]
+        passes += _in_rank_space(c, member, numbers, through_frozen, first=not passes)
+    written = False
+    for numbers in _alike(c, range(len(c.members)), lambda m: (m.o, m.r, m.train)):
+        member = c.members[numbers[0]]
+        through = (0, padded(member.r)) if through_frozen else member.window
+        passes += _products(c, route, numbers, "backward", through, written)
+        written = True
     return passes
 
 
-def _product(
+def _in_rank_space(
+    c: MixedLora, member: Member, numbers: list[int], through_frozen: bool, first: bool
+) -> Passes:
+    """The shrink, d_mixture and the factors' gradients of some equal members."""
+    columns, (start, stop) = padded(member.r), member.window
+    through = (0, columns) if through_frozen else (start, stop)
+    dy, trained = c.m * member.o * c.itemsize, member.train[1] - member.train[0]
+    lines = -(-c.m // c.tile_rows)
+    reads, writes = {"mixture": c.mixture}, {}
+    pooled = {"mixture": c.mixture, **({} if first else {"d_mixture": c.mixture})}
+    factor_reads, factors = {"x": c.m * c.i * c.itemsize}, {}
+    for j in numbers:
+        reads |= {
+            f"dy{j}": dy,
+            f"b{j}": member.r * member.o * c.factor_itemsize,
+            f"h{j}": 4 * c.m * columns,
+            **c.of_rows(j),
+        }
+        writes |= {
+            f"gw{j}": c.m * (through[1] - through[0]) * c.itemsize,
+            f"hw{j}": c.m * (stop - start) * c.itemsize,
+            f"partial{j}": 4 * lines * columns,
+        }
+        pooled |= {f"partial{j}": 4 * lines * member.r, f"row_adapter{j}": 4 * member.r}
+        factor_reads |= {f"{p}{j}": c.m * (stop - start) * c.itemsize for p in ("gw", "hw")}
+        factor_reads[f"dy{j}"] = dy
+        for grad, width in (("d_a", c.i), ("d_b", member.o)):
+            factors[f"{grad}{j}"] = trained * width * c.factor_itemsize
+    count = len(numbers)
+    passes = [
+        Pass("shrink", reads, writes, 2 * c.m * member.o * member.r * count),
+        Pass("d_mixture", pooled, {"d_mixture": c.mixture}, lines * member.r * count),
+    ]
+    if trained:
+        flops = 2 * c.m * trained * (c.i + member.o) * count
+        passes.append(Pass("factors", factor_reads, factors, flops))
+    return passes
+
+
+def _products(
     c: MixedLora,
     route: str,
-    j: int,
-    source: tuple[str, int],
-    p: str,
-    q: str,
+    numbers: list[int],
+    direction: str,
     columns: tuple[int, int],
-    out: tuple[str, int],
-    bias: bool,
     accumulate: bool = False,
 ) -> Passes:
-    """[y +] source W + p q [+ bias], the sizes named with the widths of source and y.
+    """y of equal members, or the sum dx over them: [y +] source W + p q [+ bias].
 
     Fused it is one pass over the sources and y, 2 M O (I + R) FLOPs. By the other route the rank
-    term goes first and cuBLAS adds the product onto it: y is written and read once more.
+    terms go first and cuBLAS adds each product onto them: y is written and read once more.
     """
-    (name, depth), (y, width) = source, out
-    y_bytes = {y: c.m * width * c.itemsize}
-    base = {
-        name: c.m * depth * c.itemsize,
-        f"weight{j}": depth * width * c.itemsize,
-    }
-    rank = min(columns[1], c.members[j].r) - columns[0]
-    term = {
-        p: c.m * (columns[1] - columns[0]) * c.itemsize,
-        q: rank * width * c.factor_itemsize,
-        **({f"bias{j}": width * c.itemsize} if bias else {}),
-        **(y_bytes if accumulate else {}),
-    }
-    flops = 2 * c.m * width
-    if route == "fused":
-        return [Pass(f"{y} fused", base | term, y_bytes, flops * (depth + rank))]
-    return [
-        Pass(f"{y} expand", term, y_bytes, flops * rank),
-        Pass(f"{y} cuBLAS", base | y_bytes, y_bytes, flops * depth, library=True),
-    ]
+    first, forward = c.members[numbers[0]], direction == "forward"
+    depth, width = (c.i, first.o) if forward else (first.o, c.i)
+    rank = min(columns[1], first.r) - columns[0]
+    y_bytes, flops = c.m * width * c.itemsize, 2 * c.m * width
+    bases, terms = {}, {}
+    for j in numbers:
+        source, p, q = ("x", f"hw{j}", f"b{j}") if forward else (f"dy{j}", f"gw{j}", f"a{j}")
+        bases[j] = {
+            source: c.m * depth * c.itemsize,
+            f"weight{j}": depth * width * c.itemsize,
+        }
+        terms[j] = {
+            p: c.m * (columns[1] - columns[0]) * c.itemsize,
+            q: rank * width * c.factor_itemsize,
+            **({f"bias{j}": width * c.itemsize} if forward and first.bias else {}),
+        }
+    by_descriptors = c.itemsize == 2 and c.m > 64
+    launches = [numbers] if forward or by_descriptors else [[j] for j in numbers]
+    names = {j: f"y{j}" if forward else "dx" for j in numbers}
+    passes: Passes = []
+    for served in launches:
+        ys = {names[j]: y_bytes for j in served}
+        reads: dict[str, int] = dict(ys) if accumulate else {}
+        for j in served:
+            reads |= terms[j] | (bases[j] if route == "fused" else {})
+        steps = rank + (depth if route == "fused" else 0)
+        name = ", ".join(ys) + (" fused" if route == "fused" else " expand")
+        passes.append(Pass(name, reads, ys, flops * steps * len(served)))
+        accumulate = accumulate or not forward
+    if route != "fused":
+        for j in numbers:
+            y = {names[j]: y_bytes}
+            passes.append(Pass(f"{names[j]} cuBLAS", bases[j] | y, y, flops * depth, library=True))
+    return passes
 
 
 class Tiles(NamedTuple):
@@ -302,6 +315,7 @@ class Launch:
     lora_dtype: torch.dtype | None = None
     weight: str = "plain"  # plain, transposed, none
     bias: bool = False
+    onto: bool = False  # the bias has rows, as the output of a quantised layer
     siblings: tuple[tuple[int, tuple[int, ...]], ...] = ()  # o and ranks of further projections
     quick: bool = False
     aligned: bool = True
@@ -326,13 +340,14 @@ class Launch:
                 kernels.mixed_lora_bwd(*given, False, False, False)
 
     def _projection(self, tensor: NewTensor, o: int, r: int) -> Projection:
+        lead = (self.samples * self.rows,) if self.onto else ()
         weight = None if self.weight == "none" else tensor(o, self.i)
         if self.weight == "transposed":
             weight = tensor(self.i, o).t()
         lora_dtype = self.lora_dtype or self.dtype
         return Projection(
             weight,
-            tensor(o) if self.bias else None,
+            tensor(*lead, o) if self.bias or self.onto else None,
             tensor(r, self.i, dtype=lora_dtype),
             tensor(r, o, dtype=lora_dtype),
             tensor(r, dtype=torch.int32),
@@ -367,6 +382,7 @@ LAUNCHES = (
     Launch("few tiles, odd width", 4, 32, 8190, 510, (4,) * 3, aligned=False),
     Launch("no weight", 16, 512, 4096, 4096, (4,) * 15, weight="none"),
     Launch("no weight, decode", 4, 1, 4096, 4096, (4,) * 15, weight="none"),
+    Launch("quantised", 16, 512, 4096, 4096, (4,) * 15, weight="none", onto=True),
     Launch("Conv1D", 16, 512, 768, 2304, (8,) * 5, weight="transposed", bias=True),
     Launch("float32 factors", 16, 512, 1024, 1024, (4,) * 15, lora_dtype=torch.float32),
     Launch("float32 factors, d4096", 8, 1024, 4096, 4096, (16,) * 15, lora_dtype=torch.float32),

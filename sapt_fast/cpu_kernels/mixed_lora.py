@@ -33,6 +33,13 @@ def mixed_lora_fwd(
         (y [M, O] in x's dtype, h = x A^T, [M, R], in x's dtype) of each projection; h may be None
         without `keep_h`.
     """
+    if any(given.bias is not None and given.bias.dim() == 2 for given in projections):
+        bare = [given._replace(bias=None) for given in projections]
+        results = mixed_lora_fwd(x, mixture, bare, keep_h)
+        for (y, _), given in zip(results, projections, strict=True):
+            if given.bias is not None:
+                y += given.bias
+        return results
     if x.shape[0] <= _DECODE_ROWS[x.dtype]:
         return [_decode(x, mixture, given, keep_h) for given in projections]
     x, mixture = x.contiguous(), mixture.contiguous()

@@ -154,10 +154,14 @@ def weight_grads(dys: Sequence[Tensor | None], x: Tensor, needs: Sequence[bool])
         ]
 
 
-def bias_grads(dys: Sequence[Tensor | None], needs: Sequence[bool]) -> Gradients:
-    """Returns the gradient [O] of each bias; None if it is not needed, or without dy."""
+def bias_grads(dys: Sequence[Tensor | None], needs: Sequence[bool], have_rows: bool) -> Gradients:
+    """Returns the gradient [O] of each bias; None if it is not needed, or without dy.
+
+    With `have_rows` biases and gradients are [M, O].
+    """
     return [
-        dy.sum(0) if need and dy is not None else None for dy, need in zip(dys, needs, strict=False)
+        None if dy is None or not need else dy if have_rows else dy.sum(0)
+        for dy, need in zip(dys, needs, strict=False)
     ]
 
 

@@ -31,6 +31,7 @@ class _Options(NamedTuple):
         tables: row_adapter and row_scale of each projection.
         rows: the ranges [start, stop, ...] of each projection that train.
         weights, biases: how many there are.
+        biases_have_rows: whether they are [M, O].
         grad_through_frozen: as in `ops.mixed_lora_linear`.
         ran: the backend.
     """
@@ -39,6 +40,7 @@ class _Options(NamedTuple):
     rows: list[list[int]]
     weights: int
     biases: int
+    biases_have_rows: bool
     grad_through_frozen: bool
     ran: str
 
@@ -70,6 +72,7 @@ def apply(
         [given.train_rows for given in pooled],
         len(weights),
         len(biases),
+        biases != [] and biases[0].dim() == 2,
         grad_through_frozen,
         dispatch.resolve(OP, x.device, backend, x.dtype),
     )
@@ -109,7 +112,7 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         """Returns a gradient for each argument of `forward`."""
-        tables, rows, weights, biases, through, ran = ctx.options
+        tables, rows, weights, biases, have_rows, through, ran = ctx.options
         count = len(tables)
         x, mixture, *saved = ctx.saved_tensors
         needs_x, needs_mixture, *needs = ctx.needs_input_grad[2:]
@@ -132,5 +135,5 @@ class _Function(torch.autograd.Function):
                 (needs_x, needs_mixture, through), ran,
             )  # fmt: skip
             d_weights = weight_grads(grads, x, needs[:weights])
-        d_biases = bias_grads(grads, needs[len(needs) - biases :])
+        d_biases = bias_grads(grads, needs[len(needs) - biases :], have_rows)
         return None, None, dx, d_mixture, *d_weights, *d_a, *d_b, *d_biases

@@ -193,6 +193,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
     ctx.grad_through_frozen, ctx.backend = grad_through_frozen, backend
     given = [x, mixture], weights, train_a, train_b, biases
     ctx.needs = [[t.requires_grad for t in tensors] for tensors in given]
+    ctx.biases_have_rows = any(bias.dim() == 2 for bias in biases)
     needs_mixture = mixture.requires_grad
     hs = [h if needs_mixture or rows else None for h, rows in zip(made, ctx.rows, strict=True)]
     # The last two share lora_a's and lora_b's memory; saving them detects later writes.
@@ -225,7 +226,7 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
         dx if needs_x else None,
         d_mixture if needs_mixture else None,
         d_weights,
-        bias_grads(dys, needs_bias),
+        bias_grads(dys, needs_bias, ctx.biases_have_rows),
         *[nothing] * 4,
         [d if need else None for d, need in zip(d_a, needs_a, strict=True)],
         [d if need else None for d, need in zip(d_b, needs_b, strict=True)],

@@ -287,7 +287,7 @@ def _fill_prompt_grad(d_mixed: Tensor, mixture: Tensor, d_prompts: Tensor) -> No
         num_warps=4,
     )
     if parts > 1:
-        sum_parts(sums, d_prompts)
+        sum_parts(sums, [d_prompts])
 
 
 def _fill_mixture_grad(d_mixed: Tensor, prompts: Tensor, d_mixture: Tensor) -> None:
@@ -315,4 +315,4 @@ def _fill_mixture_grad(d_mixed: Tensor, prompts: Tensor, d_mixture: Tensor) -> N
         num_warps=4,
     )
     if parts > 1:
-        sum_parts(sums, d_mixture)
+        sum_parts(sums, [d_mixture])

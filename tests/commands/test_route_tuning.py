@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -119,8 +120,13 @@ def test_tiles_are_timed_and_tf32x3_in_float32() -> None:
 def test_routes_that_disagree_are_not_recorded(
     dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = routes.expand_first_gemm
-    monkeypatch.setattr(routes, "expand_first_gemm", lambda *a, **k: original(*a, **k).mul_(1.1))
+    original = routes.expand_first_group
+
+    def wrong(members: Any, window: Any, ys: list[torch.Tensor], **options: Any) -> None:
+        original(members, window, ys, **options)
+        ys[0].mul_(1.1)
+
+    monkeypatch.setattr(routes, "expand_first_group", wrong)
     gpu = Gpu(torch.device("cpu"), "NVIDIA H200", Clock())
     with pytest.raises(RuntimeError, match="differ by"):
         record_routes([(40, 24, 7, 9, dtype)], gpu, tmp_path / "table.json")

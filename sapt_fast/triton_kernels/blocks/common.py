@@ -147,6 +147,16 @@ def compute_dtype(dtype: torch.dtype) -> tl.dtype:
     return tl.float32 if INTERPRETED else _TRITON_DTYPE[dtype]
 
 
+@triton.jit
+def pointer_of(member, pointers):  # type: ignore[no-untyped-def]
+    """pointers[member]: tuples take no index that is known at run time only."""
+    pointer = pointers[0]
+    for i in tl.static_range(1, len(pointers)):
+        if member == i:
+            pointer = pointers[i]
+    return pointer
+
+
 def float32_precision(dtype: torch.dtype) -> str:
     """How `tl.dot` multiplies for tensors of `dtype`: "tf32" where torch is allowed to.
 

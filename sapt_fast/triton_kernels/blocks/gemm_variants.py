@@ -2,7 +2,7 @@
 
 These routes give the same result:
 
-- `FUSED`: one kernel of ours reduces over both sources (`gemm.two_source_gemm`). It spends no
+- `FUSED`: one kernel of ours reduces over both sources (`gemm.gemm_group`). It spends no
   traffic on the rank term, but its base product is not cuBLAS's.
 - `FUSED_POINTERS`: the same without tensor descriptors, on a GPU that has them. Only a measurement
   chooses it.
@@ -11,7 +11,7 @@ These routes give the same result:
   64 columns and more, but up to 6 times that over fewer. Factors above 3.402e38 become
   infinite, those below 1e-36 lose digits, and of a product of denormals with infinity comes NaN.
 - `EXPAND_FIRST`: our kernel writes p @ q, and cuBLAS adds a @ b onto it
-  (`gemm.expand_first_gemm`). It writes y once more; that it reads it once more hides inside a
+  (`gemm.expand_first_group`). It writes y once more; that it reads it once more hides inside a
   product that is bound by arithmetic.
 
 `choose` is deterministic and measures nothing. It looks into the table that `sapt-fast bench tune`
@@ -49,7 +49,7 @@ from sapt_fast.files.directories import atomic_write_text
 from sapt_fast.files.reading import CONFIG_BYTES, read_bytes
 from sapt_fast.triton_kernels.blocks import gemm_tiles, plans
 from sapt_fast.triton_kernels.blocks.common import DeviceTraits, TileConfig, float32_precision
-from sapt_fast.triton_kernels.blocks.gemm import expand_first_gemm, two_source_gemm
+from sapt_fast.triton_kernels.blocks.gemm import Operands, expand_first_group, gemm_group
 from sapt_fast.triton_kernels.blocks.gemm_tiles import Product
 
 Direction = Literal["forward", "backward"]
@@ -168,20 +168,35 @@ def run(
     bias: Tensor | None,
     rank_window: tuple[int, int],
     y: Tensor,
+) -> Tensor:
+    """Compute a product by a variant; arguments as of `gemm.Operands` and `gemm.gemm_group`."""
+    run_group(variant, [Operands(a, b, p, q, bias)], rank_window, [y])
+    return y
+
+
+def run_group(
+    variant: Variant,
+    members: Sequence[Operands],
+    rank_window: tuple[int, int],
+    ys: Sequence[Tensor],
     *,
     accumulate: bool = False,
-) -> Tensor:
-    """Compute a product by a variant; arguments as of `gemm.two_source_gemm`."""
-    operands, (route, tile) = (a, b, p, q, bias, rank_window, y), variant
+) -> None:
+    """Computes products by a variant; arguments as of `gemm.gemm_group`."""
+    route, tile = variant
     if route == EXPAND_FIRST:
-        return expand_first_gemm(*operands, accumulate=accumulate)
-    is_tf32x3 = route == FUSED_TF32X3 and float32_precision(y.dtype) == "ieee"
-    return two_source_gemm(
-        *operands,
+        expand_first_group(members, rank_window, ys, accumulate=accumulate)
+        return
+    is_float32 = ys[0].dtype == torch.float32
+    is_tf32x3 = route == FUSED_TF32X3 and float32_precision(ys[0].dtype) == "ieee"
+    gemm_group(
+        members,
+        rank_window,
+        ys,
         accumulate=accumulate,
         descriptors=route != FUSED_POINTERS,
         tile=tile,
-        precision="tf32x3" if is_tf32x3 and y.dtype == torch.float32 else None,
+        precision="tf32x3" if is_tf32x3 and is_float32 else None,
     )
 
 

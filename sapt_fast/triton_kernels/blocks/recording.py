@@ -155,7 +155,7 @@ class Recording(TorchDispatchMode):
         def argument(value: Any) -> tuple[int, int]:
             if isinstance(value, Tensor):
                 return address(value)
-            if isinstance(value, tuple):
+            if isinstance(value, tuple) and not all(type(each) is int for each in value):
                 return 2, tuples.setdefault(tuple(map(address, value)), len(tuples))
             if isinstance(value, TensorDescriptor):
                 fields = {name: each for name, each in vars(value).items() if name != "base"}

@@ -19,6 +19,7 @@ from sapt_fast.triton_kernels.blocks.common import (
     TileConfig,
     cdiv,
     fitted,
+    pointer_of,
     round_up,
 )
 from sapt_fast.triton_kernels.blocks.plans import launch
@@ -44,16 +45,6 @@ def member_tile(tile, ranks, lo, BLOCK_N: tl.constexpr, MEMBERS: tl.constexpr):
         if tile >= begin:
             member, first, first_column, R = i, begin, column, ranks[i]
     return member, R, first_column, tile - first
-
-
-@triton.jit
-def pointer_of(member, pointers, MEMBERS: tl.constexpr):
-    """pointers[member]: tuples take no index that is known at run time only."""
-    pointer = pointers[0]
-    for i in tl.static_range(1, MEMBERS):
-        if member == i:
-            pointer = pointers[i]
-    return pointer
 
 
 @triton.jit
@@ -158,7 +149,7 @@ a pool that grows must not recompile."""
 
 @triton.jit(do_not_specialize=["M", "steps", "tiles_r", "rank_lo", *RANK_ARGUMENTS])
 def _split_kernel(
-    x_ptr,
+    x_ptrs,
     a_ptrs,
     parts_ptr,
     M,
@@ -187,13 +178,16 @@ def _split_kernel(
     EVEN_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Part s = program axis 1 of x a^T into parts[s, M, stride_pm]: more programs for few tiles."""
+    """Part s = program axis 1 of x a^T into parts[s, M, stride_pm]: more programs for few tiles.
+
+    The members may have one x or one each.
+    """
     ranks_of = (rank_0, rank_1, rank_2, rank_3, rank_4, rank_5, rank_6, rank_7)
     lo = rank_lo * 16
     member, R, column, tile_r = member_tile(
         tl.program_id(0) % tiles_r, ranks_of, lo, BLOCK_N, MEMBERS
     )
-    a_ptr = pointer_of(member, a_ptrs, MEMBERS)
+    x_ptr, a_ptr = pointer_of(member, x_ptrs), pointer_of(member, a_ptrs)
     if EVEN_R:  # where a is contiguous along them, its loads are whole vectors for that
         R = tl.multiple_of(R, 16)
     # [BLOCK_M]; ranks [BLOCK_N]
@@ -276,7 +270,7 @@ class Plan(NamedTuple):
 
 
 def plan_shrink(
-    x: Tensor,
+    xs: Sequence[Tensor],
     factors: Sequence[Tensor],
     stride_ar: int,
     window: tuple[int, int] | None,
@@ -285,17 +279,19 @@ def plan_shrink(
 ) -> Plan:
     """Choose the tile; with few tiles, split the reduction and compute its parts (>= 2 steps).
 
-    Rows of all factors are `stride_ar` elements apart. `window` restricts the columns of a single
-    factor.
+    `xs` are of one shape and row stride, one for all factors or one each. Rows of all factors are
+    `stride_ar` elements apart. `window` restricts the columns of factors of one rank; those of the
+    parts then begin at window[0] as well.
     """
+    x = xs[0]
     M, D = x.shape
     T = M // S
     ranks = [factor.shape[0] for factor in factors]
-    columns = sum(round_up(rank, RANK_ALIGN) for rank in ranks)
     first = 0
     if window is not None:
-        first, ranks = window[0], [min(window[1], ranks[0])]
+        first, ranks = window[0], [min(window[1], rank) for rank in ranks]
     widths = [round_up(rank, RANK_ALIGN) - first for rank in ranks]
+    columns = first + sum(widths)
     traits = common.device_traits(x.device)
     sizes = x.element_size(), factors[0].element_size()
     tile = _shrink_config(traits, sizes, M, widths, gathers=False, backward=backward)
@@ -307,7 +303,7 @@ def plan_shrink(
     parts = None
     if num_parts > 1:
         parts = products_in_parts(
-            x, factors, (stride_ar, 1), (first, ranks), columns, tile._replace(parts=num_parts)
+            xs, factors, (stride_ar, 1), (first, ranks), columns, tile._replace(parts=num_parts)
         )
         num_parts = parts.shape[0]
         # What remains has no matrix product: short tiles give it more programs.
@@ -316,7 +312,7 @@ def plan_shrink(
 
 
 def products_in_parts(
-    x: Tensor,
+    xs: Sequence[Tensor],
     factors: Sequence[Tensor],
     strides: tuple[int, int],
     window: tuple[int, Sequence[int]],
@@ -327,7 +323,7 @@ def products_in_parts(
     """Returns x @ factor.T of all factors side by side, in partial sums over the columns of x.
 
     Args:
-        x: Of shape `[M, D]`, unit column stride.
+        xs: Of shape `[M, D]`, unit column stride, of one row stride; one for all factors, or each.
         factors: Of shape `[R, D]`.
         strides: Elements from one row of a factor to the next, and from one column to the next.
         window: First row of the factors that takes part, a multiple of 16, and of each factor the
@@ -339,6 +335,7 @@ def products_in_parts(
     Returns:
         Of shape `[parts, M, columns]`, float32; written in the columns of the window.
     """
+    x = xs[0]
     (M, D), (first, ranks) = x.shape, window
     steps = cdiv(D, tile.k)
     steps_per_part = cdiv(steps, tile.parts)
@@ -346,7 +343,7 @@ def products_in_parts(
     tiles_r = _tiles([round_up(rank, RANK_ALIGN) - first for rank in ranks], tile.n)
     launch(
         _split_kernel, (cdiv(M, tile.m) * tiles_r, parts.shape[0]),
-        x, tuple(factors), parts, M, D, steps_per_part, tiles_r, first // RANK_ALIGN,
+        tuple(xs), tuple(factors), parts, M, D, steps_per_part, tiles_r, first // RANK_ALIGN,
         *rank_arguments(ranks), x.stride(0), *strides, columns, MEMBERS=len(factors),
         **tile.launch_options(), EVEN_K=D % tile.k == 0, COMPUTE=common.compute_dtype(x.dtype),
         EVEN_R=strides[1] != 1 and all(rank % 16 == 0 for rank in ranks), PRECISION=precision,

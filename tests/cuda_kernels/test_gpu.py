@@ -25,7 +25,7 @@ OPS = [op for op in dispatch.ops() if "cuda" in dispatch.backends(op)]
 
 @pytest.fixture(autouse=True)
 def kernels_that_run() -> Iterator[None]:
-    reason = common.unavailable()
+    reason = common.unavailable(torch.cuda.current_device())
     if reason is not None:
         pytest.fail(reason)  # a skip would pass for a run
     with checks.without_tf32():

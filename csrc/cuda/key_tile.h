@@ -57,15 +57,23 @@ struct TileProducts {
                     const unsigned b[2][2] = {{part.x, part.y}, {part.z, part.w}};
                     multiply_add<T>(products[half], a[0], b[0]);
                     multiply_add<T>(products[half], a[1], b[1]);
-                    if constexpr (!SQUARES) continue;
-                    float values[kVector];
-                    unpack(values, packed[ahead][half]);
-#pragma unroll
-                    for (int e = 0; e < kVector; ++e) squares[half] += values[e] * values[e];
+                    if constexpr (SQUARES) add_squares(half, packed[ahead][half]);
                 }
             }
         }
-        if constexpr (!SQUARES) return;
+        if constexpr (SQUARES) gather_squares();
+    }
+
+   private:
+    template <class T>
+    __device__ void add_squares(int half, const Packed<T>& packed) {
+        float values[kVector];
+        unpack(values, packed);
+#pragma unroll
+        for (int e = 0; e < kVector; ++e) squares[half] += values[e] * values[e];
+    }
+
+    __device__ void gather_squares() {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             squares[half] += __shfl_xor_sync(kAllLanes, squares[half], 1);

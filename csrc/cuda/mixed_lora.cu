@@ -8,7 +8,7 @@
 namespace sapt_fast {
 namespace {
 
-constexpr int64_t kMaxSplits = 8;    // parts of the reduction over the inputs
+constexpr int64_t kMaxSplits = 8;     // parts of the reduction over the inputs
 constexpr int64_t kManyBlocks = 128;  // about one for each processor of a large GPU
 
 int64_t splits_of(int64_t inputs) {
@@ -38,8 +38,8 @@ void run_expand(const Arguments& arguments, int64_t tiles, const Stream& stream)
 
 template <class T, class L, int ROWS>
 void run(Arguments& arguments, const Stream& stream) {
-    constexpr int kWide = 16;    // lanes on the columns: a row of B in 16-byte loads side by side
-    constexpr int kNarrow = 2;   // where columns are few: more blocks, each with fewer of them
+    constexpr int kWide = 8;    // lanes on the columns, 16 bytes of B each
+    constexpr int kNarrow = 2;  // where columns are few: more blocks, each of which reads all of h
     const int64_t tiles = ceil_div(arguments.rows, ROWS);
     const int64_t reduce_blocks = arguments.base_blocks + arguments.shrink_blocks;
     if (reduce_blocks > 0) {

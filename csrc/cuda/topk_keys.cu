@@ -47,13 +47,12 @@ __device__ inline float inverse_root(float square) {
     return square == 0.0f ? 0.0f : 1.0f / sqrtf(square);
 }
 
-// Squared norms of the block's queries, where the metric needs them.
-template <class T, Metric METRIC, int QUERIES>
+// Squared norms of the block's queries.
+template <class T, int QUERIES>
 __device__ inline void square_queries(const Arguments& arguments, Shared<QUERIES>& shared,
                                       int64_t first_query) {
     const TopkKeys& search = arguments.search;
     const int lane = threadIdx.x % kWarp;
-    if constexpr (METRIC == Metric::dot) return;
     for (int q = threadIdx.x / kWarp; q < QUERIES; q += kWarps) {
         float sum[1] = {0.0f};
         const T* query = static_cast<const T*>(search.query) + (first_query + q) * search.width;
@@ -106,7 +105,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t stop = min(search.count, start + arguments.keys_per_split);
     const T* query = static_cast<const T*>(search.query) + first_query * width;
     const T* keys = static_cast<const T*>(search.keys);
-    square_queries<T, METRIC>(arguments, shared, first_query);
+    if constexpr (METRIC != Metric::dot) square_queries<T>(arguments, shared, first_query);
     // The sum that this lane gets, and whether it is the first of those that get it.
     const int own_key = lane / (kWarp / kSums) / QUERIES;
     const int own_query = lane / (kWarp / kSums) % QUERIES;
@@ -180,7 +179,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t start = arguments.split() * arguments.keys_per_split;
     const int64_t stop = min(search.count, start + arguments.keys_per_split);
     const T* query = static_cast<const T*>(search.query) + first_query * width;
-    square_queries<T, METRIC>(arguments, shared, first_query);
+    if constexpr (METRIC != Metric::dot) square_queries<T>(arguments, shared, first_query);
     Best best[kTile];
 #pragma unroll
     for (int q = 0; q < kTile; ++q) best[q].word = kNothing;

@@ -23,8 +23,8 @@ EMULATION = Path(__file__).resolve().parent / "emulation"
 @pytest.fixture(scope="session")
 def emulated_module(request, tmp_path_factory) -> ModuleType:
     """The CUDA bindings of ``sapt_fast._C`` and the unchanged kernels, compiled for the CPU."""
-    folder = tmp_path_factory.mktemp("emulated_cuda")
-    return _emulated(request.config.cache.mkdir("emulated_cuda"), ROOT / "csrc", folder)
+    cache = request.config.cache.mkdir("emulated_cuda")
+    return _emulated(cache, ROOT / "csrc", tmp_path_factory.mktemp("emulated_cuda"))
 
 
 _OF_HALF = " if (!FAULT || threadIdx.x % 2)"
@@ -63,13 +63,18 @@ def faulty_module(request, tmp_path_factory) -> tuple[ModuleType, list[str]]:
 
 
 def _emulated(cache: Path, csrc: Path, folder: Path) -> ModuleType:
-    """The module of a folder of sources, kept in pytest's cache until one of them changes."""
+    """The module of a folder of sources, kept in pytest's cache until one of them changes.
+
+    It has the cache's name: pybind11 makes one module of a name.
+    """
+    name = cache.name
     pybind11 = pytest.importorskip("pybind11")
     compiler = shlex.split(os.environ.get("CXX", "g++"))
     flags = ["-O1", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE"]
     # A fibre is left and entered again by longjmp, which compilers warn of; "#pragma unroll" is
     # nvcc's.
     flags += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-clobbered"]
+    flags += [f"-DMODULE_NAME={name}"]
     for path in (sysconfig.get_path("include"), pybind11.get_include()):
         flags += ["-isystem", path]
     kernels = [path for path in sorted((csrc / "cuda").glob("*.cu")) if path.stem != "runtime"]
@@ -83,7 +88,7 @@ def _emulated(cache: Path, csrc: Path, folder: Path) -> ModuleType:
     if not kept.exists():
         includes = [f"-I{EMULATION}", f"-I{csrc}"]
         _build([*compiler, *flags, *includes], sources, kept, folder)
-    spec = importlib.util.spec_from_file_location("emulated_cuda", kept)
+    spec = importlib.util.spec_from_file_location(name, kept)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

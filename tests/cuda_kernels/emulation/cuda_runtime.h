@@ -92,6 +92,10 @@ constexpr size_t kMaxSharedBytes = 48 << 10;
 inline int fault = 0;
 inline bool has_fault(int number) { return number == fault; }
 
+// Since the module was loaded.
+inline size_t launches = 0;
+inline size_t bytes_from_l2 = 0;  // read by __ldcg
+
 inline int current_device = 0;
 inline int launched_on = -1;  // the current device at the last launch
 
@@ -182,5 +186,6 @@ inline float __int_as_float(int bits) { return __uint_as_float(static_cast<unsig
 
 template <class T>
 T __ldcg(const T* from) {
+    emulation::bytes_from_l2 += sizeof(T);
     return *from;
 }

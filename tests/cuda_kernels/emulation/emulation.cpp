@@ -236,6 +236,7 @@ const char* last_error() { return error.c_str(); }
 cudaError_t submit(Launch launch) {
     error.clear();
     launched_on = current_device;
+    ++launches;
     if (refused != cudaSuccess) {
         error = "refused";
         return std::exchange(refused, cudaSuccess);

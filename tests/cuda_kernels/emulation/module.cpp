@@ -10,7 +10,7 @@
 #include "emulation.h"
 #include "toys.h"
 
-PYBIND11_MODULE(emulated_cuda, m) {
+PYBIND11_MODULE(MODULE_NAME, m) {
     using namespace sapt_fast;
     m.attr("FLOAT32") = static_cast<int>(DType::float32);
     m.attr("BFLOAT16") = static_cast<int>(DType::bfloat16);
@@ -22,6 +22,8 @@ PYBIND11_MODULE(emulated_cuda, m) {
         emulation::copy_late(at(to), at(from), bytes);
     });
     m.def("set_fault", [](int number) { emulation::fault = number; });
+    m.def("traffic", [] { return std::pair(emulation::launches, emulation::bytes_from_l2); },
+          "Launches, and bytes that kernels have read by __ldcg, up to now.");
     m.def("limit_grid", &emulation::limit_grid);
     m.def("refuse_next", &emulation::refuse_next);
     m.def("set_current_device", [](int device) { emulation::current_device = device; });

@@ -44,16 +44,28 @@ __device__ inline const Projection& projection_of(const Arguments& arguments, un
     return arguments.projections[p];
 }
 
-// 0 where the mixture is, at any scale; NaN for an adapter that there is not.
-__device__ inline float weight_of(const Arguments& arguments, const Projection& projection,
-                                  int64_t row, int64_t rank) {
+// A rank's weight for each of ROWS rows: 0 where the mixture is, at any scale; NaN for an adapter
+// that there is not.
+template <int ROWS>
+__device__ inline void weights_of(float (&weights)[ROWS], const Arguments& arguments,
+                                  const Projection& projection, int64_t first_row, int64_t rank) {
     const DecodeProjection& tensors = projection.tensors;
-    if (row >= arguments.rows || rank >= tensors.ranks) return 0.0f;
+#pragma unroll
+    for (float& weight : weights) weight = 0.0f;
+    if (rank >= tensors.ranks) return;
     const int64_t adapter = read<Cache::l2>(tensors.row_adapter + rank);
-    if (adapter < 0 || adapter >= arguments.adapters) return __uint_as_float(0x7fc00000u);
-    const int64_t sample = row / arguments.rows_per_sample;
-    const float weight = read<Cache::l2>(arguments.mixture + sample * arguments.adapters + adapter);
-    return weight == 0.0f ? 0.0f : weight * read<Cache::l2>(tensors.row_scale + rank);
+    const float scale = read<Cache::l2>(tensors.row_scale + rank);
+    const bool exists = adapter >= 0 && adapter < arguments.adapters;
+#pragma unroll
+    for (int m = 0; m < ROWS; ++m) {
+        const int64_t row = first_row + m;
+        if (row >= arguments.rows) break;
+        const int64_t sample = row / arguments.rows_per_sample;
+        const float weight =
+            exists ? read<Cache::l2>(arguments.mixture + sample * arguments.adapters + adapter)
+                   : __uint_as_float(0x7fc00000u);
+        weights[m] = weight == 0.0f ? 0.0f : weight * scale;
+    }
 }
 
 }  // namespace sapt_fast

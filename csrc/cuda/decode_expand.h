@@ -131,12 +131,10 @@ __global__ void __launch_bounds__(kExpandThreads)
          first_rank += kExpandThreads) {
         const int64_t rank = first_rank + threadIdx.x;
         float weights[ROWS];
+        weights_of(weights, arguments, projection, tile.first_row, rank);
         bool weighted = false;
 #pragma unroll
-        for (int m = 0; m < ROWS; ++m) {
-            weights[m] = weight_of(arguments, projection, tile.first_row + m, rank);
-            weighted = weighted || weights[m] != 0.0f;
-        }
+        for (const float weight : weights) weighted = weighted || weight != 0.0f;
         int count;
         // Its barrier also keeps these ranks from the places that the last ones are still read at.
         const int place = place_among(weighted, shared.counts, count);

@@ -117,11 +117,11 @@ __device__ inline void shrink(const Arguments& arguments, unsigned block, int64_
         static_cast<int64_t>(block / splits - projection.first_shrink_block) * kReduceRows;
     const int64_t split = block % splits;
     const int lane = threadIdx.x % kWarp;
-    const float weight =
-        lane < kSums
-            ? weight_of(arguments, projection, first_row + lane % ROWS, first + lane / ROWS)
-            : 0.0f;
-    const unsigned weighted = __ballot_sync(kAllLanes, weight != 0.0f);
+    float weight[1] = {0.0f};
+    if (lane < kSums) {
+        weights_of(weight, arguments, projection, first_row + lane % ROWS, first + lane / ROWS);
+    }
+    const unsigned weighted = __ballot_sync(kAllLanes, weight[0] != 0.0f);
     if (weighted == 0) return;
 
     const int64_t inputs = arguments.inputs;

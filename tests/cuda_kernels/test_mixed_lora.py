@@ -147,7 +147,7 @@ def test_weights_are_multiplied_in_the_same_launch(check, monkeypatch, samples):
 @pytest.mark.parametrize("samples", [1, 4])
 def test_matrices_are_read_once_in_two_launches(cuda, emulated_module, samples):
     """W, A, B and what goes with the ranks; x is not counted, which comes from L1."""
-    group = Group(samples, 1, 2048, (2048, 2048), (4,) * 15, dtype=torch.bfloat16)
+    group = Group(samples, 1, 1024, (1024, 1024), (4,) * 15, dtype=torch.bfloat16)
     launches, before = emulated_module.traffic()
     cuda("mixed_lora").mixed_lora_fwd(group.x, group.mixture, group.projections)
     after = emulated_module.traffic()

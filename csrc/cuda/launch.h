@@ -66,7 +66,10 @@ bool waits_by_itself(int device, const char* name) {
 template <auto kernel, class Argument>
 void launch(const char* name, int64_t blocks, int threads, size_t shared_bytes,
             const Stream& stream, const Argument& argument) {
-    if (blocks > INT32_MAX) throw std::invalid_argument(std::string(name) + ": too many blocks");
+    if (blocks > INT32_MAX) {
+        throw std::invalid_argument(std::string(name) + ": got " + std::to_string(blocks) +
+                                    " blocks, expected at most 2^31 - 1");
+    }
     const OnDevice on_device(stream.device, name);
     cudaLaunchAttribute attribute;
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;

@@ -42,9 +42,11 @@ struct DecodeGroup {
 // Floats of scratch memory that the launches share.
 int64_t mixed_lora_workspace(int64_t rows, int64_t inputs, int64_t total_ranks);
 
-// y (+)= x weight^T + bias + sum over ranks j of mixture[sample, row_adapter[j]] row_scale[j] (x . lora_a[j]) lora_b[j]
-// for every projection; the first two terms are rounded to y's dtype before the sum is added. Ranks whose weight is zero in every row of a tile of rows are not read.
-// Sums are in float and in a fixed order. Throws std::runtime_error where a launch fails.
+// y (+)= x weight^T + bias
+//     + sum over ranks j of mixture[sample, row_adapter[j]] row_scale[j] (x . lora_a[j]) lora_b[j]
+// for every projection; the first two terms are rounded to y's dtype before the sum is added. Ranks
+// whose weight is zero in every row of a tile of rows are not read. Sums are in float and in a fixed
+// order. Throws std::runtime_error where a launch fails.
 void mixed_lora_decode(const DecodeGroup& group, const Stream& stream);
 
 }  // namespace sapt_fast

@@ -209,14 +209,14 @@ struct Launches {
 
     template <class T>
     static void multiply(int64_t blocks, const Arguments& arguments, const Stream& stream) {
-        launch<sapt_fast::multiply<T>>("nearest_key multiply", blocks, kThreads, sizeof(Shared<kTile>),
-                                       stream, arguments);
+        launch<sapt_fast::multiply<T>>("nearest_key multiply", blocks, kThreads,
+                                       sizeof(Shared<kTile>), stream, arguments);
     }
 
     template <class T>
     static void merge(int64_t blocks, const Arguments& arguments, const Stream& stream) {
-        launch<sapt_fast::merge<T>>("nearest_key merge", blocks, kThreads, sizeof(MergeShared), stream,
-                                    arguments);
+        launch<sapt_fast::merge<T>>("nearest_key merge", blocks, kThreads, sizeof(MergeShared),
+                                    stream, arguments);
     }
 };
 

@@ -229,7 +229,8 @@ __global__ void __launch_bounds__(kThreads) merge(const __grid_constant__ Argume
 
     Best best = {kNothing};
     for (int64_t split = warp; split < arguments.splits; split += kWarps) {
-        best.offer(__ldcg(search.workspace + (split * search.queries + m) * kWarp + lane), search.k);
+        best.offer(__ldcg(search.workspace + (split * search.queries + m) * kWarp + lane),
+                   search.k);
     }
     shared.best[warp][0][lane] = best.word;
     __syncthreads();
@@ -253,8 +254,8 @@ struct Launches {
 
     template <class T>
     static void multiply(int64_t blocks, const Arguments& arguments, const Stream& stream) {
-        launch<sapt_fast::multiply<T, METRIC>>("topk_keys multiply", blocks, kThreads, sizeof(Shared<kTile>),
-                                       stream, arguments);
+        launch<sapt_fast::multiply<T, METRIC>>("topk_keys multiply", blocks, kThreads,
+                                               sizeof(Shared<kTile>), stream, arguments);
     }
 
     template <class T>

@@ -1,4 +1,4 @@
-// A warp's product of 16 keys with 16 queries of 16 bits, and the keys' squared norms if SQUARES.
+// A warp's product of 16 keys with 16 queries of 16 bits, and the keys' squared norms.
 #pragma once
 
 #include "cuda/mma.h"
@@ -10,10 +10,9 @@ constexpr int kTile = 16;       // keys and queries
 constexpr int kTileWidth = 32;  // elements of theirs that a warp loads at a time
 
 // A lane holds the products of keys lane / 4 and lane / 4 + 8 (half 0 and 1) with four queries.
-template <bool SQUARES>
 struct TileProducts {
     float products[2][4];
-    float squares[2];  // of the two keys, the same in all lanes that hold them; or zero
+    float squares[2];  // of the two keys, the same in all lanes that hold them
 
     __device__ float product(int half, int query) const {
         return products[query / 2][half * 2 + query % 2];
@@ -57,23 +56,13 @@ struct TileProducts {
                     const unsigned b[2][2] = {{part.x, part.y}, {part.z, part.w}};
                     multiply_add<T>(products[half], a[0], b[0]);
                     multiply_add<T>(products[half], a[1], b[1]);
-                    if constexpr (SQUARES) add_squares(half, packed[ahead][half]);
+                    float values[kVector];
+                    unpack(values, packed[ahead][half]);
+#pragma unroll
+                    for (int e = 0; e < kVector; ++e) squares[half] += values[e] * values[e];
                 }
             }
         }
-        if constexpr (SQUARES) gather_squares();
-    }
-
-   private:
-    template <class T>
-    __device__ void add_squares(int half, const Packed<T>& packed) {
-        float values[kVector];
-        unpack(values, packed);
-#pragma unroll
-        for (int e = 0; e < kVector; ++e) squares[half] += values[e] * values[e];
-    }
-
-    __device__ void gather_squares() {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             squares[half] += __shfl_xor_sync(kAllLanes, squares[half], 1);

@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kThreads)
     uint64_t best[4] = {kNothing, kNothing, kNothing, kNothing};
     for (int64_t first = start + warp * kTile; first < stop; first += kWarps * kTile) {
         const T* keys = static_cast<const T*>(search.keys) + first * width;
-        TileProducts<true> tile = {};
+        TileProducts tile = {};
         tile.add(keys, stop - first, query, search.queries - first_query, width,
                  arguments.aligned);
 #pragma unroll

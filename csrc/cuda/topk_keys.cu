@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int64_t first = start + threadIdx.x / kWarp * kTile; first < stop;
          first += kWarps * kTile) {
         const T* keys = static_cast<const T*>(search.keys) + first * width;
-        TileProducts<METRIC != Metric::dot> tile = {};
+        TileProducts tile = {};
         tile.add(keys, stop - first, query, search.queries - first_query, width,
                  arguments.aligned);
 #pragma unroll

@@ -131,8 +131,10 @@ def resolve(
         BackendError: if the requested backend cannot run this op on this device.
     """
     requested = backend or _from_environment(op)
-    are_few = rows is not None and device.type == "cuda" and _rows()[op].are_few(rows, dtype, ranks)
-    return _resolve(op, device, requested, dtype, rows if are_few else None)
+    is_few = (
+        rows is not None and _kind(device) == "cuda" and _rows()[op].are_few(rows, dtype, ranks)
+    )
+    return _resolve(op, device, requested, dtype, rows if is_few else None)
 
 
 @torch.compiler.assume_constant_result
@@ -172,9 +174,17 @@ def import_failure(module: str, remedy: str) -> str | None:
 
 
 def _from_environment(op: str) -> str | None:
-    named = os.environ.get(ENV_VARIABLE) or None
+    named = os.environ.get(ENV_VARIABLE)
+    if not named:
+        return None
     elsewhere = named in BACKENDS and named not in backends(op)
     return None if elsewhere else named
+
+
+@cache
+def _kind(device: torch.device) -> str:
+    """Returns the device's type; torch makes the string anew at each access, which takes longer."""
+    return device.type
 
 
 @cache

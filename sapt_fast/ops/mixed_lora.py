@@ -192,7 +192,7 @@ def mix(
     dtype = _compute_dtype(x)
     if dtype != x.dtype:
         x = x.to(dtype)
-    accumulate = torch.promote_types(dtype, torch.float32)
+    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
     if mixture.dtype != accumulate:
         mixture = mixture.to(accumulate)
     rows = x if dims == 2 else x.flatten(0, -2) if dims > 2 else x.unsqueeze(0)

@@ -20,9 +20,9 @@ from sapt_fast.triton_kernels.blocks import common
 from sapt_fast.triton_kernels.blocks import gemm_variants as routes
 from sapt_fast.triton_kernels.blocks.common import round_up, with_unit_column_stride
 from sapt_fast.triton_kernels.blocks.gemm import RANK_ALIGN, two_source_gemm
-from sapt_fast.triton_kernels.blocks.plans import Results, planned
+from sapt_fast.triton_kernels.blocks.plans import Results, derived, planned
 from sapt_fast.triton_kernels.blocks.row_reduction import Mixing, factor_grad
-from sapt_fast.triton_kernels.blocks.shrink import Gate, readable_columns, shrink_bwd, shrink_fwd
+from sapt_fast.triton_kernels.blocks.shrink import Gate, shrink_bwd, shrink_fwd
 
 
 def empty_h(x: Tensor, total_rank: int) -> Tensor:
@@ -61,7 +61,7 @@ def mixed_lora_fwd(
     given = tuple([(p.weight is None, p.bias is None) for p in projections])
     kept = [True] * len(projections) + [keep_h] * len(projections)
     found: list[Any] = planned(
-        ("forward", given, keep_h, routes.forced_route()),
+        ("forward", given, keep_h, routes.setting()),
         inputs,
         kept,
         lambda: _forward(x, mixture, projections),
@@ -143,18 +143,23 @@ def mixed_lora_bwd(
     inputs += [h for h in hs if h is not None]
     given = tuple(
         [
-            (p.weight is None, p.bias is None, None if h is None else readable_columns(h), *rows)
+            (p.weight is None, p.bias is None, None if h is None else _bounds(h), *rows)
             for p, h, rows in zip(projections, hs, train_rows, strict=True)
         ]
     )
     flags = needs_x, needs_mixture, grad_through_frozen
     dx, d_mixture, *factors = planned(
-        ("backward", given, flags, routes.forced_route()),
+        ("backward", given, flags, routes.setting()),
         inputs,
         [True] * (2 + 2 * len(projections)),
         lambda: _backward(dys, x, mixture, projections, hs, train_rows, *flags),
     )
     return dx, d_mixture, list(zip(factors[::2], factors[1::2], strict=True))
+
+
+def _bounds(h: Tensor) -> tuple[int, int]:
+    """What `readable_columns` depends on besides size and strides."""
+    return h.untyped_storage().nbytes(), int(h.storage_offset())
 
 
 def _backward(
@@ -261,14 +266,14 @@ def _product(
             return False
         two_source_gemm(None, None, p, q, bias, window, y, accumulate=accumulate)
         return True
-    route = routes.EXPAND_FIRST
+    variant = routes.Variant(routes.EXPAND_FIRST)
     if p is not None:
         traits = common.device_traits(y.device)
-        route = routes.choose(
+        variant = routes.choose(
             traits, direction, a.shape[1], y.shape[1], window[1] - window[0], y.shape[0], y.dtype
         )
     q_or_none = None if p is None else q
-    routes.run(route, a, b, p, q_or_none, bias, window, y, accumulate=accumulate)
+    routes.run(variant, a, b, p, q_or_none, bias, window, y, accumulate=accumulate)
     return True
 
 
@@ -295,10 +300,15 @@ def _gate(row_scale: Tensor, passing: list[tuple[int, int]]) -> Gate:
     start, stop = passing[0][0], passing[-1][1]
     if len(passing) == 1:
         return Gate(row_scale, start, stop)
+    return Gate(derived(_only, row_scale, passing), start, stop)
+
+
+def _only(row_scale: Tensor, passing: list[tuple[int, int]]) -> Tensor:
+    """The scales in the ranges, 0 elsewhere."""
     scale = torch.zeros_like(row_scale)
     for first, last in passing:
         scale[first:last] = row_scale[first:last]
-    return Gate(scale, start, stop)
+    return scale
 
 
 def _mixing(mixture: Tensor, projection: Projection) -> Mixing:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import host_path
@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sapt_fast.ops.projection import Projection
-from sapt_fast.triton_kernels.blocks import gemm_variants, plans
+from sapt_fast.ops.route import QueryProjection
+from sapt_fast.triton_kernels import mix_experts, mix_prompts, pool_tokens, route
+from sapt_fast.triton_kernels.blocks import gemm_variants, launchers, plans, replay, signatures
 from sapt_fast.triton_kernels.mixed_lora import mixed_lora_bwd, mixed_lora_fwd
 
 
@@ -57,7 +59,7 @@ CASES = [
     Case("one tensor for all members", same=True),
     Case("cuBLAS", rows=128, route=gemm_variants.EXPAND_FIRST),
     Case("many members", members=9, ranks=8, train=(4, 8)),
-    Case("two ranges", train=(4, 8, 20, 24), through=False, planned=False),
+    Case("two ranges", train=(4, 8, 20, 24), through=False),
     Case("nothing trains", train=()),
 ]
 
@@ -163,23 +165,33 @@ class Comparison:
                 assert planned - self.starts[start] == ordinary - start
 
 
-def watched(call: Callable[[], Any], launches: list[Any]) -> tuple[Any, list[Any], list[Any]]:
-    """Results, launches and allocations (address, bytes) of a call."""
+def watched(call: Callable[[], Any], launches: list[Any]) -> tuple[Any, list[Any], list[Tensor]]:
+    """Results, launches and the plan's allocations of a call."""
     launches.clear()
-    allocated = []
-    new_empty = Tensor.new_empty
+    allocated: list[Tensor] = []
+    run = replay.Plan.run
 
-    def allocate(*args: Any, **kwargs: Any) -> Tensor:
-        made = new_empty(*args, **kwargs)
-        allocated.append(made)
-        return made
+    def watching(plan: replay.Plan, *args: Any) -> Any:
+        def allocate(*given: Any) -> Tensor:
+            allocated.append(plan.allocate(*given))
+            return allocated[-1]
 
-    Tensor.new_empty = allocate
+        def keeping(each: replay.Derived) -> replay.Derived:
+            def make(*given: Any) -> Tensor:
+                allocated.append(each.function(*given))
+                return allocated[-1]
+
+            return each._replace(function=make)
+
+        derived = [keeping(each) for each in plan.derived]
+        return run(plan._replace(allocate=allocate, derived=derived), *args)
+
+    replay.Plan.run = watching
     try:
         with Products(launches):
             results = call()
     finally:
-        Tensor.new_empty = new_empty
+        replay.Plan.run = run
     return results, list(launches), allocated
 
 
@@ -190,7 +202,7 @@ def compare(call: Callable[[], Any], inputs: list[Tensor], launches: list[Any]) 
     watched(call, launches)
     got, planned, allocated = watched(call, launches)
     assert [(name, grid) for name, grid, _ in planned] == [(n, grid) for n, grid, _ in ordinary]
-    if not any(plans._plans.values()):
+    if not allocated:
         return False
     spans = [(t.data_ptr(), t.untyped_storage().nbytes()) for t in allocated]
     comparison = Comparison(inputs, spans)
@@ -230,7 +242,75 @@ def main() -> None:
             check(case, launches)
             print(case.name, "ok")
         gemm_variants._forced = None
+        other_ops(launches)
+        benchmark(launches)
         never_stale(launches)
+
+
+def other_ops(launches: list[Any]) -> None:
+    """Calls of the ops whose forwards are planned too."""
+
+    def new(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.ones(*shape, dtype=dtype)
+
+    pooled, keys = new(4, 64), new(15, 64)
+    projection = QueryProjection(new(8, 64), new(64, 8), new(64), new(64))
+    prompts, mixture, embeds = new(15, 10, 64), new(4, 15, dtype=torch.float32), new(4, 7, 64)
+    ids, mask = torch.ones(4, 700, dtype=torch.int64), torch.ones(4, 700, dtype=torch.bool)
+    table, bank_a, bank_b = new(100, 64), new(20, 4, 64), new(20, 4, 96)
+    index, weights = torch.ones(4, 2, dtype=torch.int64), new(4, 2, dtype=torch.float32)
+    calls: dict[str, tuple[Callable[[], Any], list[Tensor]]] = {
+        "scores": (
+            lambda: [route.route_scores_fwd(pooled, keys, projection, 8.0)],
+            [pooled, keys, *projection[:4]],
+        ),
+        "weights": (
+            lambda: [route.route_fwd(pooled, keys, None, 8.0, 3, 0.1)],
+            [pooled, keys],
+        ),
+        "prompts before embeddings": (
+            lambda: [mix_prompts.mix_prompts_fwd(prompts, mixture, embeds, None)],
+            [prompts, mixture, embeds],
+        ),
+        "prompts before tokens": (
+            lambda: [mix_prompts.mix_prompts_fwd(prompts, mixture, table, ids)],
+            [prompts, mixture, table, ids],
+        ),
+        "pooling": (
+            lambda: pool_tokens.pool_tokens_fwd(ids, table, mask, "max", True),
+            [ids, table, mask],
+        ),
+        "experts": (
+            lambda: mix_experts.mix_experts_fwd(pooled, bank_a, bank_b, index, weights, 2.0),
+            [pooled, bank_a, bank_b, index, weights],
+        ),
+    }
+    for name, (call, inputs) in calls.items():
+        assert compare(call, inputs, launches), name
+        print(name, "ok")
+
+
+def benchmark(launches: list[Any]) -> None:
+    """The calls that `host_path` times launch with plans what they launch without."""
+    for training, members in product((False, True), (1, 2)):
+        with torch.set_grad_enabled(training):
+            call = host_path.ours(members, training)
+            plans.forget()
+            found = []
+            for _ in range(3):
+                launches.clear()
+                call()
+                found.append([*launches])
+        ordinary, _, planned = found
+        assert [(n, grid) for n, grid, _ in planned] == [(n, grid) for n, grid, _ in ordinary]
+        for (name, _, first), (_, _, second) in zip(ordinary, planned, strict=True):
+            assert not any(isinstance(value, Tensor) for value in second), name
+            for before, after in zip(first, second, strict=True):
+                if isinstance(before, Tensor):
+                    assert isinstance(after, int), name
+                elif not isinstance(before, tuple):
+                    assert before is after or before == after, name
+        print("benchmark", "train" if training else "no_grad", members, "ok")
 
 
 def never_stale(launches: list[Any]) -> None:
@@ -252,13 +332,24 @@ def never_stale(launches: list[Any]) -> None:
     hooks.remove(hook)
     assert took_plan(x, mixture, projections)
     print("hooks ok")
-    known, plans._KNOWN_PARAMETERS = plans._KNOWN_PARAMETERS, ()
+    known, launchers._KNOWN_PARAMETERS = launchers._KNOWN_PARAMETERS, ()
     plans.forget()
     assert [took_plan(x, mixture, projections) for _ in range(3)] == [False] * 3
-    plans._KNOWN_PARAMETERS = known
+    launchers._KNOWN_PARAMETERS = known
     plans.forget()
     assert [took_plan(x, mixture, projections) for _ in range(3)] == [False, False, True]
     print("a launcher that is not known ok")
+    for module, name, value in (
+        (signatures, "_compiled", None),
+        (launchers, "_direct", lambda *_: None),
+    ):
+        before = getattr(module, name)
+        setattr(module, name, value)
+        check(CASES[0], launches)
+        setattr(module, name, before)
+        print("without", name, "ok")
+    plans.forget()
+    assert [took_plan(x, mixture, projections) for _ in range(3)] == [False, False, True]
     wide = torch.ones(2 * 256, 256, dtype=torch.bfloat16)
     others = {
         "more rows": drawn(Case("", rows=8))[:3],

@@ -18,13 +18,16 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sapt_fast.triton_kernels.blocks import common
-from sapt_fast.triton_kernels.blocks.common import DeviceTraits, TileConfig, cdiv
+from sapt_fast.triton_kernels.blocks import common, gemm_tiles
+from sapt_fast.triton_kernels.blocks.common import (
+    RANK_ALIGN,
+    DeviceTraits,
+    TileConfig,
+    cdiv,
+    round_up,
+)
 from sapt_fast.triton_kernels.blocks.plans import launch
-
-RANK_ALIGN = 16
-"""Rank columns come in groups of 16: the shortest reduction of a matrix instruction, and enough
-to keep rows of 16-bit elements aligned for vector loads."""
+from sapt_fast.triton_kernels.blocks.shrink_tiles import products_in_parts, sum_of_parts
 
 _GROUP_M = 8
 
@@ -97,28 +100,33 @@ def _write_present(
     tl.debug_barrier()  # what one thread has written another reads
 
 
-@triton.jit(do_not_specialize=["M", "R", "rank_lo", "rank_hi"])
+@triton.jit(do_not_specialize=["parts", "M", "R", "rank_lo", "rank_hi"])
 def _gemm_kernel(
-    a_ptr, b_ptr, p_ptr, q_ptr, bias_ptr, y_ptr,
+    a_ptr, b_ptr, parts_ptr, parts, p_ptr, q_ptr, bias_ptr, y_ptr,
     M, N, K, R, rank_lo, rank_hi, stride_am, stride_bk, stride_bn, stride_pm, stride_qr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, ACCUMULATE: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    FEW_ROWS: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of y[M, N] = [y +] a[M, K] b[K, N] + p[M, lo:hi] q[lo:hi, N] + bias, by pointers.
 
-    Absent sources are None. `rank_lo` and `rank_hi` count groups of 16 rank columns; p is zero
-    in the columns that pad R. A p of +0 means that the adapter is not there, so that an infinity in
-    its q is not seen: a tile that got a NaN from the rank term computes this term once more. That
-    term comes first, so that nothing else has to be.
+    a b is summed here, or was in parts[s, M, N rounded up to 16] by `products_in_parts`. Absent
+    sources are None. `rank_lo` and `rank_hi` count groups of 16 rank columns; p is zero in the
+    columns that pad R. A p of +0 means that the adapter is not there, so that an infinity in its q
+    is not seen: a tile that got a NaN from the rank term computes this term once more. That term
+    comes first, so that nothing else has to be.
     """
     tile_m, tile_n = _tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Rows past the end wrap to 0, which spares a mask. Columns must not: b and q may be contiguous
-    # along them, and a wrapped index is no longer known to be.
+    in_rows, in_cols = (rows < M)[:, None], (cols < N)[None, :]
+    # Rows past the end wrap to 0, which spares a mask and its registers; of few rows that would
+    # read a as often as the tile has rows. Columns that wrap are no longer known to be contiguous.
     safe_rows = tl.where(rows < M, rows, 0).to(tl.int64)
-    in_cols = (cols < N)[None, :]
+    if FEW_ROWS:  # noqa: SIM108 - Triton has no conditional expression on tensors
+        read_rows = in_rows
+    else:
+        read_rows = tl.full((BLOCK_M, 1), True, tl.int1)
     # [BLOCK_M, BLOCK_N]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
@@ -130,11 +138,11 @@ def _gemm_kernel(
         q_ptrs = q_ptr + (lo + offs_r).to(tl.int64)[:, None] * stride_qr + cols[None, :]
         for r in range(lo, hi, BLOCK_R):
             # p [BLOCK_M, BLOCK_R], q [BLOCK_R, BLOCK_N]
-            p = tl.load(p_ptrs, mask=offs_r[None, :] < hi - r, other=0.0)
+            p = tl.load(p_ptrs, mask=read_rows & (offs_r[None, :] < hi - r), other=0.0)
             in_rank = offs_r[:, None] < min(hi, R) - r
             q = tl.load(q_ptrs, mask=in_rank & in_cols, other=0.0)
             # rank term; p has the weights applied
-            acc = tl.dot(p.to(COMPUTE), q.to(COMPUTE), acc, input_precision="ieee")
+            acc = tl.dot(p.to(COMPUTE), q.to(COMPUTE), acc, input_precision=PRECISION)
             p_ptrs += BLOCK_R
             q_ptrs += BLOCK_R * stride_qr
         # 0 times an infinity: once more, over the adapters that are there
@@ -157,22 +165,28 @@ def _gemm_kernel(
         for k in range(0, K, BLOCK_K):
             if EVEN_K:
                 # a [BLOCK_M, BLOCK_K], b [BLOCK_K, BLOCK_N]
-                a = tl.load(a_ptrs)
+                a = tl.load(a_ptrs, mask=read_rows, other=0.0)
                 b = tl.load(b_ptrs, mask=in_cols, other=0.0)
             else:
-                a = tl.load(a_ptrs, mask=offs_k[None, :] < K - k, other=0.0)
+                a = tl.load(a_ptrs, mask=read_rows & (offs_k[None, :] < K - k), other=0.0)
                 b = tl.load(b_ptrs, mask=(offs_k[:, None] < K - k) & in_cols, other=0.0)
             # base product
-            acc = tl.dot(a.to(COMPUTE), b.to(COMPUTE), acc, input_precision="ieee")
+            acc = tl.dot(a.to(COMPUTE), b.to(COMPUTE), acc, input_precision=PRECISION)
             a_ptrs += BLOCK_K
             b_ptrs += BLOCK_K * stride_bk
+    if parts_ptr is not None:
+        width = tl.cdiv(N, 16) * 16
+        offsets = rows.to(tl.int64)[:, None] * width + cols[None, :]
+        mask, part_size = in_rows & in_cols, M.to(tl.int64) * width
+        # [BLOCK_M, BLOCK_N]
+        acc += sum_of_parts(parts_ptr, parts, offsets, part_size, mask, BLOCK_M, BLOCK_N)
 
     if bias_ptr is not None:
         # [BLOCK_N]
         bias = tl.load(bias_ptr + cols, mask=cols < N, other=0.0)
         acc += bias.to(tl.float32)[None, :]
     y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :]
-    mask = (rows < M)[:, None] & in_cols
+    mask = in_rows & in_cols
     if ACCUMULATE:
         acc += tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
     # [BLOCK_M, BLOCK_N] in y's dtype: rounded once
@@ -244,36 +258,6 @@ def _descriptor(matrix: Tensor, shape: tuple[int, int], rows: int, cols: int) ->
     return TensorDescriptor(matrix, list(shape), [matrix.stride(0), 1], [rows, cols])
 
 
-def _tma_config(traits: DeviceTraits, M: int, N: int) -> TileConfig:
-    if traits.capability == 0:
-        return TileConfig(16, 32, 32, num_warps=4, num_stages=1)
-    if cdiv(M, 128) * cdiv(N, 256) >= traits.num_sms:
-        return TileConfig(128, 256, 64, num_warps=8, num_stages=3)
-    return TileConfig(128, 128, 64, num_warps=8, num_stages=4)
-
-
-def _pointer_config(
-    traits: DeviceTraits, itemsize: int, M: int, N: int, aligned: bool
-) -> TileConfig:
-    if traits.capability == 0:
-        return TileConfig(16, 32, 32, num_warps=4, num_stages=1)
-    if itemsize == 4:
-        return TileConfig(64, 64, 32, num_warps=8, num_stages=2)
-    if not aligned:
-        return TileConfig(64, 64, 32, num_warps=4, num_stages=2)
-    if M <= 64:
-        return TileConfig(64, 32, 128, num_warps=8, num_stages=4)
-    if cdiv(M, 128) * cdiv(N, 128) >= traits.num_sms // 2 and traits.capability < 120:
-        return TileConfig(128, 128, 64, num_warps=8, num_stages=3)
-    return TileConfig(64, 64, 64, num_warps=4, num_stages=4)
-
-
-def _rank_block(columns: int, itemsize: int, factor_itemsize: int) -> int:
-    """Reduction step of the rank loop: no longer than needed, shorter for wider factors."""
-    longest = 16 if itemsize == 4 else 64 // (factor_itemsize // itemsize)
-    return max(16, min(longest, triton.next_power_of_2(columns)))
-
-
 def _is_aligned(matrix: Tensor | None) -> bool:
     """Every row starts at a multiple of 16 bytes, as descriptors and vector loads want it."""
     if matrix is None:
@@ -293,6 +277,8 @@ def two_source_gemm(
     *,
     accumulate: bool = False,
     descriptors: bool = True,
+    tile: TileConfig | None = None,
+    precision: str | None = None,
 ) -> Tensor:
     """Writes a @ b + p[:, lo:hi] @ q[lo:hi] + bias into `y` and return it.
 
@@ -309,35 +295,46 @@ def two_source_gemm(
         y: Of shape `[M, N]`, contiguous, not empty.
         accumulate: Add to what `y` holds.
         descriptors: Read and write by tensor descriptors where the device and the operands allow.
+        tile: Taken if it is one of `gemm_tiles.candidates`; otherwise the one that should be best.
+        precision: Of float32 products, as `tl.dot` takes it; by default torch's setting decides.
     """
     M, N = y.shape
     K = 0 if a is None else a.shape[1]
-    itemsize = y.element_size()
+    itemsize, factor_itemsize = y.element_size(), (y if q is None else q).element_size()
     traits = common.device_traits(y.device)
     lo, hi = rank_window[0] // RANK_ALIGN, rank_window[1] // RANK_ALIGN
-    block_r = _rank_block(
-        rank_window[1] - rank_window[0], itemsize, itemsize if q is None else q.element_size()
-    )
+    rank = 0 if p is None else rank_window[1] - rank_window[0]
+    precision = precision or common.float32_precision(y.dtype)
     meta = {
-        "BLOCK_R": block_r,
+        "BLOCK_R": gemm_tiles.rank_block(rank, itemsize, factor_itemsize),
         "GROUP_M": _GROUP_M,
         "ACCUMULATE": accumulate,
         "COMPUTE": common.compute_dtype(y.dtype),
     }
-
     aligned = all(_is_aligned(t) for t in (a, b, p, q, y))
+    product = gemm_tiles.Product(
+        M, N, K, rank, itemsize, aligned, descriptors, tf32=precision == "tf32"
+    )
+    if tile not in gemm_tiles.candidates(traits, product):
+        tile = gemm_tiles.chosen(traits, product)
     with torch.cuda.device_of(y):
-        if descriptors and traits.has_tma and aligned and itemsize == 2 and M > 64:
-            _launch_by_descriptors(a, b, p, q, bias, y, lo, hi, traits, meta)
+        parts = None
+        if a is not None and b is not None and tile.parts > 1:
+            width, strides = round_up(N, RANK_ALIGN), (b.stride(1), b.stride(0))
+            parts = products_in_parts(a, [b], strides, (0, [N]), width, tile, precision)
+            a, b, K, tile = None, None, 0, gemm_tiles.sum_tile(traits)
+        elif gemm_tiles.takes_descriptors(traits, product):
+            _launch_by_descriptors(a, b, p, q, bias, y, lo, hi, tile, traits, meta)
             return y
-        tile = _pointer_config(traits, itemsize, M, N, aligned)
         launch(
             _gemm_kernel, (cdiv(M, tile.m) * cdiv(N, tile.n),),
-            a, b, p, q, bias, y, M, N, K, 0 if q is None else q.shape[0], lo, hi,
+            a, b, parts, 0 if parts is None else parts.shape[0], p, q, bias, y, M, N, K,
+            0 if q is None else q.shape[0], lo, hi,
             0 if a is None else a.stride(0),
             0 if b is None else b.stride(0), 0 if b is None else b.stride(1),
             0 if p is None else p.stride(0), 0 if q is None else q.stride(0),
             **tile.launch_options(), **meta, EVEN_K=K % tile.k == 0,
+            FEW_ROWS=gemm_tiles.FEW_ROWS >= M, PRECISION=precision,
         )  # fmt: skip
     return y
 
@@ -351,13 +348,14 @@ def _launch_by_descriptors(
     y: Tensor,
     lo: int,
     hi: int,
+    tile: TileConfig,
     traits: DeviceTraits,
     meta: dict[str, Any],
 ) -> None:
     """Fills y by `_gemm_tma_kernel`; lo and hi count groups of rank columns."""
     M, N = y.shape
     K = 0 if a is None else a.shape[1]
-    tile, block_r = _tma_config(traits, M, N), meta["BLOCK_R"]
+    block_r = meta["BLOCK_R"]
     b_is_nk = b is not None and b.stride(0) == 1
     operands = [None, None, None, None]
     if a is not None and b is not None:
@@ -368,7 +366,9 @@ def _launch_by_descriptors(
             operands[1] = _descriptor(b, (K, N), tile.k, tile.n)
     if p is not None and q is not None:
         operands[2] = _descriptor(p, (M, hi * RANK_ALIGN), tile.m, block_r)
-        operands[3] = _descriptor(q, (q.shape[0], N), block_r, tile.n)
+        # Rows behind the window are out of range too: 0 times an infinity there would be a NaN.
+        rank_end = min(q.shape[0], hi * RANK_ALIGN)
+        operands[3] = _descriptor(q, (rank_end, N), block_r, tile.n)
     tiles = cdiv(M, tile.m) * cdiv(N, tile.n)
     launch(
             _gemm_tma_kernel, (min(tiles, traits.num_sms),),

@@ -159,6 +159,17 @@ def _laid_out(inputs: dict[str, Tensor], layout) -> dict[str, Tensor]:
     return {n: layout(t) if n in given else t for n, t in inputs.items()}
 
 
+@_each(SAMPLES)
+def test_saved_tensors_may_come_back_with_other_strides(name, way, backend):
+    if way == "reference":
+        pytest.skip("torch's own backwards need the layout that they saved")
+    sample = SAMPLES[name][1]
+    want = _results(sample, sample.inputs, backend)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, _strided):
+        got = _results(sample, sample.inputs, backend)
+    _assert_close(got, want, TOLERANCE[torch.float32])
+
+
 @pytest.mark.parametrize("layout", [_strided, _permuted, _sliced, _expanded])
 @_each(FIRST)
 def test_any_layout_of_inputs_and_gradient(name, backend, layout):

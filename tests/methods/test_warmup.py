@@ -2,6 +2,7 @@
 
 import importlib
 
+import accelerate
 import peft
 import pytest
 import tiny_models
@@ -110,6 +111,13 @@ def test_in_training_it_asks_for_the_backward(planned):
     planned.clear()
     model(input_ids=IDS, labels=IDS).loss.backward()
     assert {(op, options[0], shape) for op, options, shape in planned} <= warmed
+
+
+def test_offloaded_weights_are_loaded(planned):
+    model = accelerate.cpu_offload(_patched().eval(), execution_device="cpu")
+    model.sapt.warmup([(2, 3)])
+    assert "mixed_lora" in {op for op, _, _ in planned}
+    assert model.get_submodule(next(iter(model.sapt.layers))).weight.is_meta
 
 
 def test_prompts_are_mixed(planned):

@@ -1,0 +1,193 @@
+"""The keys, radii and values of the edits at one layer.
+
+(GRACE, NeurIPS 2023, section 3.)
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sapt_fast.ops import nearest_key, topk_keys
+from sapt_fast.pools.own import Own
+
+__all__ = ["Codebook", "Found"]
+
+_MARGIN = 1e-5  # by which the older of two keys gets the smaller radius, as in the released code
+
+
+class Found(NamedTuple):
+    """The nearest key of each query.
+
+    Attributes:
+        row: [M] int64, the key's row; -1 without keys.
+        distance: [M] float32, infinity without keys.
+        acts: [M] bool, whether the query is near enough.
+    """
+
+    row: Tensor
+    distance: Tensor
+    acts: Tensor
+
+
+class Codebook(Own, nn.Module):
+    """One row for each edit that has a key here.
+
+    Args:
+        key_width: D.
+        value_width: O.
+        ratio: the largest distance to the nearest key, as a share of that to the second; None: any.
+        device: of the buffers.
+
+    Attributes:
+        keys: [N, D] float32.
+        radii: [N] float32; a key acts on queries at most this far from it.
+        values: [N, T, O] float32, the outputs that replace the layer's: one for all tokens (T = 1),
+            or one for each token of the answer.
+        edits: [N] int64, ascending, the edit to which the row belongs.
+        replaced_by: [N] int64, a later edit of the same prompt, whose row acts instead; -1: none.
+        hits: [N] int64, how many prompts the row has acted on.
+    """
+
+    keys: Tensor
+    radii: Tensor
+    values: Tensor
+    edits: Tensor
+    replaced_by: Tensor
+    hits: Tensor
+
+    def __init__(
+        self, key_width: int, value_width: int, ratio: float | None, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.ratio = ratio
+        empty: Any = partial(torch.empty, device=device, dtype=torch.float32)
+        self.register_buffer("keys", empty(0, key_width))
+        self.register_buffer("radii", empty(0))
+        self.register_buffer("values", empty(0, 1, value_width))
+        for name in ("edits", "replaced_by", "hits"):
+            self.register_buffer(name, empty(0, dtype=torch.int64))
+        self._present: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.edits.shape[0]
+
+    # --- look-up ---
+
+    @torch.no_grad()
+    def find(self, query: Tensor) -> Found:
+        """Finds the nearest key of each query [M, D], by Euclidean distance."""
+        present = self.present
+        keys, radii = self.keys.float(), self.radii.float()
+        if present is not None:
+            keys, radii = keys[present], radii[present]
+        query = query.float()
+        row, distance = nearest_key(query, keys, torch.full_like(radii, float("inf")))
+        at = row.clamp(min=0)
+        if radii.shape[0] == 0:
+            return Found(row, distance, torch.zeros_like(row, dtype=torch.bool))
+        acts = (row >= 0) & (distance <= radii[at])
+        if self.ratio is not None and radii.shape[0] > 1:
+            scores, _ = topk_keys(query, keys, 2, metric="l2")
+            acts &= distance <= self.ratio * (-scores[:, 1]).clamp(min=0).sqrt()
+        if present is not None:
+            row = torch.where(row >= 0, present[at], -1)
+        return Found(row, distance, acts)
+
+    def rows_of(self, edits: Tensor) -> Tensor:
+        """Returns the rows [M] of edits [M]; -1 for -1 and for edits that are gone."""
+        if len(self) == 0:
+            return torch.full_like(edits, -1)
+        at = torch.searchsorted(self.edits, edits).clamp(max=len(self) - 1)
+        return torch.where(self.edits[at] == edits, at, -1)
+
+    @property
+    def present(self) -> Tensor | None:
+        """[P] int64, the rows that no later edit replaces; None if that is all of them."""
+        if self._present is None:
+            self._present = (self.replaced_by < 0).nonzero().squeeze(1)
+        return None if self._present.shape[0] == len(self) else self._present
+
+    # --- changes ---
+
+    def add(self, keys: Tensor, values: Tensor, radii: Tensor, edits: Tensor) -> None:
+        """Adds a row for each of M edits.
+
+        Args:
+            keys: [M, D].
+            values: [M, T, O]. The last token's value stands for the tokens behind it.
+            radii: [M].
+            edits: [M] int64, ascending, greater than those that are there.
+        """
+        tokens = max(self.values.shape[1], values.shape[1])
+        held, new = (_lengthened(v, tokens) for v in (self.values, values.to(self.values)))
+        none = torch.full_like(edits, -1)
+        self._set(
+            keys=torch.cat([self.keys, keys.to(self.keys)]),
+            radii=torch.cat([self.radii, radii.to(self.radii)]),
+            values=torch.cat([held, new]),
+            edits=torch.cat([self.edits, edits]),
+            replaced_by=torch.cat([self.replaced_by, none]),
+            hits=torch.cat([self.hits, torch.zeros_like(edits)]),
+        )
+
+    def replace(self, old: int, new: int) -> None:
+        """Lets the row of edit `new` act instead of that of edit `old`, while `new` is there."""
+        replaced = torch.where(self.edits == old, new, self.replaced_by)
+        self._set(replaced_by=replaced)
+
+    def remove(self, edit: int) -> None:
+        """Removes the row of an edit; the row that it replaced acts again."""
+        kept = self.edits != edit
+        self._set(
+            keys=self.keys[kept],
+            radii=self.radii[kept],
+            values=self.values[kept],
+            edits=self.edits[kept],
+            replaced_by=torch.where(self.replaced_by == edit, -1, self.replaced_by)[kept],
+            hits=self.hits[kept],
+        )
+
+    def split(self, radius: float, labels: Tensor, rows: Tensor) -> None:
+        """Sets radii so that the balls of keys with different labels do not overlap.
+
+            radius_i = min(radius, min_j d_ij / 2),  j over the keys with another label
+
+        Args:
+            radius: the largest radius.
+            labels: [N] int64, equal for rows with equal targets.
+            rows: [M] int64, the rows whose radii are computed again.
+        """
+        present = (self.replaced_by < 0)[None]
+        for part in rows.split(256):
+            distance = torch.cdist(self.keys[part], self.keys)  # [m, N]
+            other = present & (labels[part, None] != labels[None])
+            nearest, at = torch.where(other, distance, float("inf")).min(1)
+            older = (at > part) * _MARGIN
+            self.radii[part] = (nearest / 2 - older).clamp(0, radius)
+
+    def _set(self, **buffers: Tensor) -> None:
+        for name, value in buffers.items():
+            setattr(self, name, value)
+        self._present = None
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        for name, buffer in self._buffers.items():
+            value = state_dict.get(prefix + name)
+            if buffer is not None and value is not None and value.dim() == buffer.dim():
+                fits = name == "values" or value.shape[1:] == buffer.shape[1:]
+                if fits:  # else torch's own message
+                    setattr(self, name, buffer.new_empty(value.shape))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._present = None
+
+
+def _lengthened(values: Tensor, tokens: int) -> Tensor:
+    """Repeats the last token's value: [N, T, O] to [N, `tokens`, O]."""
+    missing = tokens - values.shape[1]
+    return torch.cat([values, values[:, -1:].expand(-1, missing, -1)], 1) if missing else values

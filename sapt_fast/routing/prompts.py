@@ -1,0 +1,304 @@
+"""Where prompts end, for methods whose layers decide something about each prompt.
+
+A decision is made at the last token of a prompt, when that token is read, and holds for all tokens
+that follow. It travels with the model's cache, as mixture weights do (`routing.generation`).
+
+The last token of a prompt is
+
+- in `generate`: the last token that the call is given, also if it continues a filled cache or
+  reads the prompt in chunks;
+- in a forward with labels of a decoder-only model: the last token before the first label;
+- in a forward that continues a filled cache: that of the forward that filled it;
+- in the decoder of an encoder-decoder model: its first token;
+- else the last token that is no padding.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sapt_fast.routing.forward import Forward, Prompt
+from sapt_fast.routing.generation import for_rows, prompt_of
+from sapt_fast.routing.inputs import for_router
+from sapt_fast.routing.packing import find_segments
+from sapt_fast.routing.recompute import Recomputation
+from sapt_fast.routing.router_call import NO_CONTINUOUS_BATCHING
+from sapt_fast.routing.running import Running
+from sapt_fast.routing.stand_in import StandIn, generation_arguments, positional_names
+
+__all__ = ["Prompts"]
+
+_CONTINUOUS_BATCHING = (
+    "generate_batch",
+    "init_continuous_batching",
+    "continuous_batching_context_manager",
+)
+
+
+class Prompts(Running):
+    """The prompts of one model's forwards, as the layers of a method see them.
+
+    Args:
+        model: the transformers model (inside any wrapper).
+
+    Attributes:
+        query: computes what prompts are looked up by, [B, D], from the tokens [T_b] of each; None
+            if layers look up by their input.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(lambda: True, lambda: 0)
+        self.model = model
+        self.query: Callable[[list[Tensor]], Tensor] | None = None
+        self.recomputation = Recomputation(model, self)
+        self._hooks: list[Any] = []
+        self._stand_ins: list[StandIn] = []
+        self._argument_names: dict[type[nn.Module], tuple[str, ...]] = {}
+        self._call = threading.local()
+
+    # --- what layers read ---
+
+    def of_rows(self, rows: int, device: torch.device) -> Prompt:
+        """Returns the prompts of the running forward.
+
+        Args:
+            rows: B, of the layer's input.
+            device: that of the layer's input.
+
+        Raises:
+            RuntimeError: if no forward of the model runs, or it has other rows.
+        """
+        prompt = self._given or (None if self.forward is None else self.forward.prompt)
+        if prompt is None and self.running is not None:  # a checkpoint is computed again
+            first, last, *query = self.running
+            found = torch.stack(query, 1).to(device) if query else None
+            prompt = Prompt(first.long(), last.long(), 1, 0, found, {})
+        if prompt is None:
+            raise RuntimeError(
+                "an edited layer looks at the end of the prompt: call the model itself with "
+                "input_ids or inputs_embeds, not a part of it"
+            )
+        if prompt.last.shape[0] != rows:
+            raise RuntimeError(
+                f"an edited layer got {rows} rows for {prompt.last.shape[0]} prompts: expected a "
+                "layer whose first dimension is the batch, and a cache of the same rows"
+            )
+        return prompt._replace(first=prompt.first.to(device), last=prompt.last.to(device))
+
+    @contextmanager
+    def given(self, prompt: Prompt) -> Iterator[None]:
+        """Uses `prompt` in every forward of this thread while the context lasts."""
+        before, self._call.prompt = self._given, prompt
+        try:
+            yield
+        finally:
+            self._call.prompt = before
+
+    @property
+    def is_free(self) -> bool:
+        """Whether no prompts are given by `given` in this thread."""
+        return self._given is None
+
+    @property
+    def _given(self) -> Prompt | None:
+        return getattr(self._call, "prompt", None)
+
+    # --- installing ---
+
+    def install(self) -> None:
+        """Adds the hooks and stand-ins; `remove` takes them away again."""
+        model, methods = self.model, self.recomputation.stand_ins()
+        roots: dict[nn.Module, Callable[..., None]]
+        if self._is_encoder_decoder:
+            roots = {model.get_encoder(): self._enter, model.get_decoder(): self._enter_decoder}
+        else:
+            # The model with its head, and the one inside it, which may be called on its own.
+            roots = dict.fromkeys((model, model.base_model), self._enter)
+        for root, enter in roots.items():
+            self._argument_names[type(root)] = positional_names(root.forward)
+            self._hooks += [
+                root.register_forward_pre_hook(enter, with_kwargs=True),
+                root.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
+            ]
+        methods |= dict.fromkeys(_CONTINUOUS_BATCHING, _refuse_continuous_batching)
+        methods["generate"] = self._generate
+        for name in [name for name in methods if hasattr(model, name)]:
+            self._stand_ins.append(StandIn(model, name, methods[name]))
+            self._stand_ins[-1].install()
+        self.recomputation.install()
+
+    @property
+    def installed(self) -> bool:
+        """Whether the hooks are there."""
+        return bool(self._hooks)
+
+    def remove(self) -> None:
+        """Takes hooks and stand-ins away.
+
+        Raises:
+            ValueError: if another library has replaced a stand-in; nothing has changed then.
+        """
+        self.require_removable()
+        for stand_in in self._stand_ins:
+            stand_in.remove()
+        for hook in self._hooks:
+            hook.remove()
+        if self.installed:
+            self.recomputation.remove()
+        self._hooks, self._stand_ins = [], []
+
+    def require_removable(self) -> None:
+        """Raises ValueError if another library has replaced a stand-in."""
+        for stand_in in self._stand_ins:
+            stand_in.above()
+
+    @property
+    def _is_encoder_decoder(self) -> bool:
+        return bool(getattr(self.model.config, "is_encoder_decoder", False))
+
+    def _is_causal(self) -> bool:
+        return not self._is_encoder_decoder and bool(self.model.can_generate())
+
+    # --- forwards ---
+
+    def _generate(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        before = getattr(self._call, "generation", None)
+        if not self._is_encoder_decoder:
+            inputs = prompt_of(self.model, generation_arguments(own, args, kwargs))
+            self._call.generation = self._of_text({**inputs, "labels": None})
+        try:
+            with self.generating():
+                return own(*args, **kwargs)
+        finally:
+            self._call.generation = before
+
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Begins the forward of a decoder-only or encoder-only model, or of an encoder."""
+        outer = self.current()
+        if outer is not None and outer.module is not module and module is not self.model:
+            return  # the model with its head has begun
+        forward = self.begin(module)
+        inputs = self._named(module, args, kwargs)
+        start, carried = _carried(inputs)
+        prompt = getattr(self._call, "generation", None)
+        if prompt is not None:
+            rows = _tokens(inputs).shape[0]
+            first, last = (for_rows(t, rows, True) for t in (prompt.first, prompt.last))
+            query = None if prompt.query is None else for_rows(prompt.query, rows, True)
+            decided = {} if carried is None else carried.decided
+            prompt = Prompt(first, last, prompt.length, 0, query, decided)
+        elif start == 0:
+            prompt = self._of_text(inputs)
+        elif carried is None:
+            raise RuntimeError(
+                f"past_key_values: got a {type(inputs['past_key_values']).__name__} that was "
+                "filled before the model was edited, so what holds for its prompts is unknown; run "
+                "the whole input"
+            )
+        else:
+            prompt = carried
+        self._set(forward, prompt, start)
+
+    def _enter_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.current()
+        forward = self.begin(module)
+        inputs = self._named(module, args, kwargs)
+        start, carried = _carried(inputs)
+        rows = torch.zeros(_tokens(inputs).shape[0], dtype=torch.int64)
+        decided = {} if carried is None else carried.decided
+        self._set(forward, Prompt(rows, rows, 1, 0, None, decided), start)
+
+    def _set(self, forward: Forward, prompt: Prompt | None, start: int) -> None:
+        if prompt is None:
+            return
+        prompt = prompt.moved(start)._replace(decided=dict(prompt.decided))
+        forward.prompt = prompt
+        # The recomputation of a checkpoint is given a tensor.
+        query = [] if prompt.query is None else [*prompt.query.double().t()]
+        forward.weights = torch.stack([prompt.first.double(), prompt.last.double(), *query])
+
+    def _leave(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        forward = self.forward
+        if forward is not None and forward.module is module and output is not None:
+            cache = self._named(module, args, kwargs).get("past_key_values")
+            cache = getattr(output, "past_key_values", None) if cache is None else cache
+            if cache is not None:
+                cache.prompts = forward.prompt
+        self.end(module)
+
+    def _of_text(self, inputs: Mapping[str, Any]) -> Prompt | None:
+        """Finds the prompts of texts that begin in this forward; None if it is given no tokens."""
+        inputs = for_router(self.model, inputs)
+        if find_segments(inputs, self._is_causal) is not None:
+            raise RuntimeError(
+                "position_ids: got several texts in a row, expected one text per row, whose end "
+                "decides which edit acts: give the model a padded batch"
+            )
+        text = _tokens(inputs)
+        if text is None:
+            return None
+        shape = text.shape[:2]
+        mask = inputs.get("attention_mask")
+        if mask is None:
+            mask = torch.ones(shape, dtype=torch.bool, device=text.device)
+        elif not isinstance(mask, Tensor) or mask.shape != shape:
+            got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise RuntimeError(
+                f"attention_mask: got {got}, expected {tuple(shape)}, which tells where the "
+                "prompts end"
+            )
+        mask, labels = mask.bool(), inputs.get("labels")
+        if labels is not None and labels.shape == shape and self._is_causal():
+            before = mask & (((labels != -100) & mask).long().cumsum(1) == 0)
+            mask = torch.where(before.any(1, keepdim=True), before, mask)
+        first = mask.long().argmax(1)
+        last = shape[1] - 1 - mask.long().flip(1).argmax(1)
+        query = self._query_of(inputs.get("input_ids"), mask)
+        return Prompt(first, last, shape[1], 0, query, {})
+
+    def _query_of(self, ids: Tensor | None, mask: Tensor) -> Tensor | None:
+        if self.query is None:
+            return None
+        if ids is None:
+            raise RuntimeError("input_ids: got None, expected tokens, to look up their edits by")
+        query = self.query([row[kept] for row, kept in zip(ids, mask, strict=True)])
+        if query.dim() != 2 or query.shape[0] != ids.shape[0]:
+            raise RuntimeError(
+                f"query: got shape {tuple(query.shape)}, expected [{ids.shape[0]}, D]"
+            )
+        return query
+
+    def _named(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if not args:
+            return kwargs
+        return {**dict(zip(self._argument_names[type(module)], args, strict=False)), **kwargs}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in super().__getstate__().items() if k != "_call"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._call = threading.local()
+
+
+def _tokens(inputs: Mapping[str, Any]) -> Any:
+    """Returns input_ids or inputs_embeds."""
+    ids = inputs.get("input_ids")
+    return inputs.get("inputs_embeds") if ids is None else ids
+
+
+def _carried(inputs: Mapping[str, Any]) -> tuple[int, Prompt | None]:
+    """Returns how many tokens the cache has, and the prompts that it carries."""
+    cache = inputs.get("past_key_values")
+    start = 0 if cache is None else int(cache.get_seq_length())
+    return start, getattr(cache, "prompts", None) if start else None
+
+
+def _refuse_continuous_batching(own: Any, *args: Any, **kwargs: Any) -> None:
+    raise RuntimeError(NO_CONTINUOUS_BATCHING)

@@ -55,10 +55,10 @@ class Fitted(NamedTuple):
 
 @contextmanager
 def trying(
-    layers: Mapping[str, EditedOutput], values: Mapping[str, Tensor] | None
+    layers: Mapping[str, EditedOutput], values: Mapping[str, Tensor] | None, records: bool = False
 ) -> Iterator[dict[str, Trial]]:
     """Lets values act in place of the codebooks; None: nothing acts."""
-    trials = {path: Trial(None if values is None else values[path]) for path in layers}
+    trials = {path: Trial(None if values is None else values[path], records) for path in layers}
     for path, layer in layers.items():
         layer.trial = trials[path]
     try:
@@ -95,7 +95,7 @@ def queries(
     Args:
         values: what acts at lower layers, [B, T, O] by path; None: nothing.
     """
-    with trying(layers, values) as trials, prompts.given(texts.prompt):
+    with trying(layers, values, True) as trials, prompts.given(texts.prompt):
         texts.whole()
     looked: dict[str, Any] = {path: trial.query for path, trial in trials.items()}
     own: dict[str, Any] = {path: trial.output for path, trial in trials.items()}

@@ -9,22 +9,22 @@ from torch import nn
 
 __all__ = ["default_targets", "in_decoder", "widths_of"]
 
-# Last projections of MLPs, as the model's path behind the block's number.
+# The last projection of the MLP of each block, by its path.
 _LAST = (
-    r"encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wo",  # T5
-    r".*\bencoder\.layers?\.(\d+)\.(?:output\.dense|fc2)",  # BERT, BART
+    r"decoder\.block\.(\d+)\.layer\.2\.DenseReluDense\.wo",  # T5
+    r".*\bdecoder\.layers\.(\d+)\.fc2",  # BART, OPT
+    r".*\bencoder\.layers?\.(\d+)\.output\.dense",  # BERT
     r".*\bh\.(\d+)\.mlp\.(?:c_proj|dense_4h_to_h)",  # GPT-2, BLOOM
     r".*\blayers\.(\d+)\.mlp\.(?:down_proj|dense_4h_to_h|fc2)",  # LLaMA-like, GPT-NeoX, Phi
-    r".*\bdecoder\.layers\.(\d+)\.fc2",  # OPT
 )
-_CAUSAL_DEPTH = 0.73  # of the released layers: 35 of GPT2-XL's 48
+_DEPTH = 0.73  # of the blocks of a decoder, as in the released code: 35 of GPT2-XL's 48
 
 
 def default_targets(model: Any) -> tuple[str, ...]:
-    """Returns the layer to edit: the last projection of one MLP.
+    """Returns the layer to edit: the last projection of the MLP of one block.
 
-    In an encoder it is that of the block before the last, in a decoder-only model that at 0.73 of
-    the depth: blocks behind it have to read the value.
+    In a decoder it is the block at 0.73 of the depth, in an encoder-only model the one before the
+    last. Blocks behind it have to read the value, so it is never the last of several.
 
     Raises:
         ValueError: if the model has no layer of a known name.
@@ -33,10 +33,9 @@ def default_targets(model: Any) -> tuple[str, ...]:
     for pattern in _LAST:
         found = {int(m[1]): m[0] for name in names if (m := re.fullmatch(pattern, name))}
         if found:
-            depth = len(found)
-            index = max(0, depth - 2)
-            if model.can_generate() and not getattr(model.config, "is_encoder_decoder", False):
-                index = min(index, round(_CAUSAL_DEPTH * depth))
+            index = max(0, len(found) - 2)
+            if model.can_generate():
+                index = min(index, round(_DEPTH * len(found)))
             return (found[sorted(found)[index]],)
     raise ValueError(
         f"target_modules: no default is known for {type(model).__name__}; name the layer to edit, "

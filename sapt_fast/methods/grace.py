@@ -24,7 +24,7 @@ from sapt_fast.methods.edit_fitting import (
 )
 from sapt_fast.methods.edit_inputs import Edit, EditError, read_edits, read_prompt
 from sapt_fast.methods.edit_sites import default_targets, in_decoder, widths_of
-from sapt_fast.methods.edit_texts import is_causal
+from sapt_fast.methods.edit_texts import kind_of
 from sapt_fast.methods.grace_released import edit_as_released
 from sapt_fast.methods.output import OutputHandle
 from sapt_fast.methods.task_config import require
@@ -39,6 +39,11 @@ __all__ = ["EditError", "GraceConfig", "GraceHandle", "Match"]
 
 RULES = ("fixed", "split", "coverage", "moving_average")
 RELEASED = ("coverage", "moving_average")
+_REPLACEMENTS = {
+    "causal": "generation",
+    "encoder-decoder": "per_token",
+    "classifier": "replace_all",
+}
 _SAME = 1e-4  # keys nearer than this share of their length cannot be told apart
 
 
@@ -86,7 +91,8 @@ class GraceConfig(MethodConfig["GraceHandle"]):
             "help": "The tokens whose output is replaced: the prompt's last and all behind it "
             "(generation), the same with one value per token of the target (per_token), the last "
             "alone (replace_last), those before it (replace_prompt), or all (replace_all). None: "
-            "generation for decoder-only models, else replace_all."
+            "generation for decoder-only models, per_token for encoder-decoder models, else "
+            "replace_all."
         },
     )
     steps: int = field(default=100, metadata={"help": "The largest number of training steps."})
@@ -239,7 +245,7 @@ class GraceHandle(OutputHandle):
     def replacement(self) -> str:
         """The tokens whose output is replaced: `config.replacement`, or the model's default."""
         own: str | None = self.config.replacement
-        return own or ("generation" if is_causal(self._model) else "replace_all")
+        return own or _REPLACEMENTS[kind_of(self._model)]
 
     @property
     def layers(self) -> dict[str, EditedOutput]:
@@ -255,16 +261,12 @@ class GraceHandle(OutputHandle):
 
         Raises:
             ValueError: if the config has other keys.
-            ValueError: if a layer is in the decoder of an encoder-decoder model.
             ValueError: if D is not the width of the keys that there are.
         """
         if self.config.keys != "function":
             raise ValueError(
                 f"function: the config has keys={self.config.keys!r}, expected 'function'"
             )
-        inside = [path for path, layer in self.layers.items() if layer.in_decoder]
-        if inside:
-            raise ValueError(f"target_modules: got {inside[0]}, expected a layer of the encoder")
         width = function([torch.zeros(1, dtype=torch.int64, device=self._model.device)]).shape[1]
         for path, layer in self.layers.items():
             held = layer.codebook.keys.shape

@@ -34,6 +34,7 @@ from sapt_fast.routing.stand_in import StandIn, generation_arguments, positional
 
 __all__ = ["Prompts"]
 
+_QUERY = "prompt_query"  # of the encoder's output
 _CONTINUOUS_BATCHING = (
     "generate_batch",
     "init_continuous_batching",
@@ -64,17 +65,22 @@ class Prompts(Running):
 
     # --- what layers read ---
 
-    def of_rows(self, rows: int, device: torch.device) -> Prompt:
+    def of_rows(self, rows: int, device: torch.device, in_decoder: bool) -> Prompt:
         """Returns the prompts of the running forward.
 
         Args:
             rows: B, of the layer's input.
             device: that of the layer's input.
+            in_decoder: whether the layer is in the decoder of an encoder-decoder model.
 
         Raises:
             RuntimeError: if no forward of the model runs, or it has other rows.
         """
-        prompt = self._given or (None if self.forward is None else self.forward.prompt)
+        prompt = self._given
+        if prompt is not None and in_decoder:  # it is the encoder's
+            prompt = _of_decoder(torch.zeros_like(prompt.last), prompt.query, {})
+        if prompt is None and self.forward is not None:
+            prompt = self.forward.prompt
         if prompt is None and self.running is not None:  # a checkpoint is computed again
             first, last, *query = self.running
             found = torch.stack(query, 1).to(device) if query else None
@@ -116,7 +122,8 @@ class Prompts(Running):
         model, methods = self.model, self.recomputation.stand_ins()
         roots: dict[nn.Module, Callable[..., None]]
         if self._is_encoder_decoder:
-            roots = {model.get_encoder(): self._enter, model.get_decoder(): self._enter_decoder}
+            roots = dict.fromkeys((model, model.base_model), self._enter_both)
+            roots |= {model.get_encoder(): self._enter, model.get_decoder(): self._enter_decoder}
         else:
             # The model with its head, and the one inside it, which may be called on its own.
             roots = dict.fromkeys((model, model.base_model), self._enter)
@@ -205,14 +212,27 @@ class Prompts(Running):
             prompt = carried
         self._set(forward, prompt, start)
 
+    def _enter_both(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Begins the forward of an encoder-decoder model."""
+        given = self._named(module, args, kwargs).get("encoder_outputs")
+        if given is not None:
+            self._call.query = given.get(_QUERY) if hasattr(given, "get") else None
+
     def _enter_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.current()
         forward = self.begin(module)
         inputs = self._named(module, args, kwargs)
         start, carried = _carried(inputs)
-        rows = torch.zeros(_tokens(inputs).shape[0], dtype=torch.int64)
+        tokens = _tokens(inputs)
+        query = getattr(self._call, "query", None)
+        if self.query is not None and query is None:
+            raise RuntimeError(
+                "encoder_outputs: got none that carry what edits are looked up by: pass the "
+                "encoder's own output object (return_dict=True)"
+            )
+        zeros = torch.zeros(tokens.shape[0], dtype=torch.int64, device=tokens.device)
         decided = {} if carried is None else carried.decided
-        self._set(forward, Prompt(rows, rows, 1, 0, None, decided), start)
+        self._set(forward, _of_decoder(zeros, query, decided), start)
 
     def _set(self, forward: Forward, prompt: Prompt | None, start: int) -> None:
         if prompt is None:
@@ -230,7 +250,15 @@ class Prompts(Running):
             cache = getattr(output, "past_key_values", None) if cache is None else cache
             if cache is not None:
                 cache.prompts = forward.prompt
+            if self._is_encoder_decoder and module is self.model.get_encoder():
+                self._keep_query(None if forward.prompt is None else forward.prompt.query, output)
         self.end(module)
+
+    def _keep_query(self, query: Tensor | None, output: Any) -> None:
+        """Lets the encoder's output carry what its texts are looked up by."""
+        self._call.query = query
+        if query is not None and hasattr(output, "keys"):
+            output[_QUERY] = query
 
     def _of_text(self, inputs: Mapping[str, Any]) -> Prompt | None:
         """Finds the prompts of texts that begin in this forward; None if it is given no tokens."""
@@ -285,6 +313,11 @@ class Prompts(Running):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._call = threading.local()
+
+
+def _of_decoder(zeros: Tensor, query: Tensor | None, decided: dict[str, Tensor]) -> Prompt:
+    """The prompts of a decoder: its first token [B]."""
+    return Prompt(zeros, zeros, 1, 0, query, decided)
 
 
 def _tokens(inputs: Mapping[str, Any]) -> Any:

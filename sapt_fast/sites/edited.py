@@ -22,14 +22,16 @@ class Trial:
 
     Args:
         values: [B, T, O]; None: nothing acts.
+        records: whether the layer sets the attributes.
 
     Attributes:
         query: [B, D], what the layer looked the prompts up by.
         output: [B, O], the layer's own output at the prompts' last tokens.
     """
 
-    def __init__(self, values: Tensor | None = None) -> None:
+    def __init__(self, values: Tensor | None, records: bool) -> None:
         self.values = values
+        self.records = records
         self.query: Tensor | None = None
         self.output: Tensor | None = None
 
@@ -89,8 +91,9 @@ class EditedOutput(AtOutput):
             )
         prompt = self._prompt(x)
         if self.trial is not None:
-            self.trial.query = self._query(x, prompt)
-            self.trial.output = _at(output, prompt.last).detach()
+            if self.trial.records:
+                self.trial.query = self._query(x, prompt)
+                self.trial.output = _at(output, prompt.last).detach()
             if self.trial.values is None:
                 return output
             everywhere = torch.ones_like(prompt.last, dtype=torch.bool)
@@ -105,13 +108,10 @@ class EditedOutput(AtOutput):
         return self._replaced(output, self.codebook.values[rows.clamp(min=0)], acts, prompt)
 
     def _prompt(self, x: Tensor) -> Prompt:
-        if self.in_decoder and not self.prompts.is_free:  # they are the encoder's
-            start = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-            return Prompt(start, start, 1, 0, None, {})
         if self.each_forward and self.prompts.is_free:
             last = torch.full(x.shape[:1], x.shape[1] - 1, device=x.device)
             return Prompt(torch.zeros_like(last), last, x.shape[1], 0, None, {})
-        return self.prompts.of_rows(x.shape[0], x.device)
+        return self.prompts.of_rows(x.shape[0], x.device, self.in_decoder)
 
     def _decided(self, x: Tensor, prompt: Prompt) -> Tensor | None:
         """Returns the edit [B] of each row, -1 for none; None if nothing was decided."""

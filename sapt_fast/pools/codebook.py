@@ -161,13 +161,41 @@ class Codebook(Own, nn.Module):
             labels: [N] int64, equal for rows with equal targets.
             rows: [M] int64, the rows whose radii are computed again.
         """
-        present = (self.replaced_by < 0)[None]
+        present, radii = (self.replaced_by < 0)[None], self.radii.clone()
         for part in rows.split(256):
             distance = torch.cdist(self.keys[part], self.keys)  # [m, N]
             other = present & (labels[part, None] != labels[None])
             nearest, at = torch.where(other, distance, float("inf")).min(1)
             older = (at > part) * _MARGIN
-            self.radii[part] = (nearest / 2 - older).clamp(0, radius)
+            radii[part] = (nearest / 2 - older).clamp(0, radius)
+        self._set(radii=radii)
+
+    def move(self, row: int, radius: float, key: Tensor | None) -> None:
+        """Sets the radius of a row and, unless `key` [D] is None, its key."""
+        radii, keys = self.radii.clone(), self.keys.clone()
+        radii[row] = radius
+        if key is not None:
+            keys[row] = key
+        self._set(radii=radii, keys=keys)
+
+    def set_value(self, row: int, value: Tensor) -> None:
+        """Sets the value [T, O] of a row."""
+        values = self.values.clone()
+        values[row] = value
+        self._set(values=values)
+
+    def require_consistent(self, edits: Tensor, path: str) -> None:
+        """Raises ValueError unless there is a row of each buffer for some of the edits.
+
+        Args:
+            edits: [E] int64, the edits that there are.
+            path: the layer's path, for the message.
+        """
+        shapes = {name: tuple(buffer.shape) for name, buffer in self.named_buffers()}
+        known = torch.isin(self.edits, edits.to(self.edits.device)).all()
+        ascending = (self.edits.diff() > 0).all()
+        if {shape[0] for shape in shapes.values()} != {len(self)} or not known or not ascending:
+            raise ValueError(f"{path}: got {shapes}, expected one row for each edit")
 
     def _set(self, **buffers: Tensor) -> None:
         for name, value in buffers.items():

@@ -69,6 +69,16 @@ class EditLog(Own, nn.Module):
             setattr(self, f"{name}_lengths", lengths[kept])
         self.edits = self.edits[kept]
 
+    def require_consistent(self) -> None:
+        """Raises ValueError unless lengths, tokens and numbers fit each other."""
+        count = len(self)
+        parts = (self.prompts, self.prompt_lengths), (self.targets, self.target_lengths)
+        for flat, lengths in parts:
+            if lengths.shape != (count,) or (lengths < 1).any() or lengths.sum() != len(flat):
+                raise ValueError(f"log: got lengths that do not sum to {len(flat)} tokens")
+        if (self.edits.diff() <= 0).any() or (count and self.next_edit <= self.edits[-1]):
+            raise ValueError("log: got edits that do not ascend to next_edit")
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
     ) -> None:

@@ -327,7 +327,7 @@ class TestSaving:
         other = sapt_fast.patch(fresh(), GraceConfig(**TIGHT))
         path = next(iter(other.grace.layers))
         for name, wrong in (
-            ("log.prompt_lengths", torch.tensor([1, 1])),
+            ("log:prompt_lengths", torch.tensor([1, 1])),
             (f"{path}:radii", torch.ones(1)),
             (f"{path}:edits", torch.tensor([0, 7])),
             (f"{path}:keys", torch.ones(2, 3)),

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sapt_fast.routing.forward import Prompt
 
-__all__ = ["EditTexts", "held_below", "is_causal", "kind_of"]
+__all__ = ["IGNORED", "EditTexts", "held_below", "kind_of"]
 
 IGNORED = -100
 
@@ -24,11 +24,6 @@ def kind_of(model: Any) -> str:
     if getattr(model.config, "is_encoder_decoder", False):
         return "encoder-decoder"
     return "causal" if model.can_generate() else "classifier"
-
-
-def is_causal(model: Any) -> bool:
-    """Returns whether a model is decoder-only."""
-    return kind_of(model) == "causal"
 
 
 class EditTexts:

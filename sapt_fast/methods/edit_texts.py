@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sapt_fast.routing.forward import Prompt
 
-__all__ = ["EditTexts", "held_below", "is_causal", "kind_of"]
+__all__ = ["IGNORED", "EditTexts", "held_below", "is_causal", "kind_of"]
 
 IGNORED = -100
 

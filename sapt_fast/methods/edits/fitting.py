@@ -14,7 +14,15 @@ from sapt_fast.methods.edits.texts import IGNORED, EditTexts, held_below
 from sapt_fast.routing.prompts import Prompts
 from sapt_fast.sites.edited import EditedOutput, Trial
 
-__all__ = ["Fitted", "FittingOptions", "fit", "present_answers", "queries"]
+__all__ = [
+    "Fitted",
+    "FittingOptions",
+    "fit",
+    "gives",
+    "losses_of",
+    "present_answers",
+    "queries",
+]
 
 
 class FittingOptions(NamedTuple):
@@ -77,7 +85,7 @@ def present_answers(
         layer.counting = False
     try:
         with prompts.given(texts.prompt):
-            return _gives(texts.whole(), texts.labels, 0.0)
+            return gives(texts.whole(), texts.labels, 0.0)
     finally:
         for layer in layers.values():
             layer.counting = True
@@ -153,7 +161,7 @@ def _descend(texts: EditTexts, values: dict[str, Tensor], options: FittingOption
     for step in range(options.steps + 1):
         with torch.enable_grad():
             logits = texts.logits()
-            losses = _losses(logits, texts.labels)
+            losses = losses_of(logits, texts.labels)
         if not torch.isfinite(losses).all():
             raise FloatingPointError(
                 f"the loss of an edit is {losses.max().item()} after {step} steps: expected a "
@@ -162,7 +170,7 @@ def _descend(texts: EditTexts, values: dict[str, Tensor], options: FittingOption
         last = losses.detach()
         first = last.clone() if step == 0 else first
         with torch.no_grad():
-            right = _gives(logits, texts.labels, options.margin)
+            right = gives(logits, texts.labels, options.margin)
             moving = ~fits if options.stop else torch.ones_like(fits)
             for path, value in values.items():
                 kept[path] = torch.where(moving[:, None, None], value.detach(), kept[path])
@@ -176,16 +184,16 @@ def _descend(texts: EditTexts, values: dict[str, Tensor], options: FittingOption
     return Fitted(kept, fits, torch.stack([first, last], 1))
 
 
-def _losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """The mean cross-entropy of each row's target, [B]."""
+def losses_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """Returns the mean cross-entropy of each row's target, [B], from logits [B, S, C]."""
     losses = F.cross_entropy(
         logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
     ).view_as(labels)
     return losses.sum(1) / (labels != IGNORED).sum(1)
 
 
-def _gives(logits: Tensor, labels: Tensor, margin: float) -> Tensor:
-    """Whether each token of a target is the likeliest, by a margin: [B] bool."""
+def gives(logits: Tensor, labels: Tensor, margin: float) -> Tensor:
+    """Returns whether each token of a target is the likeliest, by a margin: [B] bool."""
     real = labels != IGNORED
     target = labels.clamp(min=0)[..., None]
     wanted = logits.gather(-1, target).squeeze(-1)

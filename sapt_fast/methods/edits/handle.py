@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sapt_fast.methods.base import handles
 from sapt_fast.methods.edits.inputs import EditError, read_edits, read_prompt
 from sapt_fast.methods.edits.texts import EditTexts
 from sapt_fast.methods.output import OutputHandle
@@ -41,7 +42,7 @@ class EditHandle(OutputHandle):
     def __init__(self, model: Any, config: Any, report: PatchReport) -> None:
         super().__init__(model, config, report)
         self.tokenizer: Any = None
-        self.prompts = Prompts(model)
+        self.prompts = Prompts(model, self.attribute)
         self.log = EditLog().to(model.device)
         self.register_load_state_dict_post_hook(_follow_loaded)
 
@@ -156,7 +157,8 @@ class EditHandle(OutputHandle):
 
     def texts(self, pairs: Sequence[Pair]) -> EditTexts:
         """Returns prompts and targets as a batch for the model."""
-        found = EditTexts(self._model, [p for p, _ in pairs], [t for _, t in pairs])
+        alone = len(handles(self._model)) == 1
+        found = EditTexts(self._model, [p for p, _ in pairs], [t for _, t in pairs], not alone)
         if self.prompts.query is not None:
             query = self.prompts.query([p.to(self._model.device) for p, _ in pairs])
             found.prompt = found.prompt._replace(query=query)

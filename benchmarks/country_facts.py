@@ -3,11 +3,11 @@
     npm pack world-countries@5.1.0 && tar xzf world-countries-5.1.0.tgz
     python benchmarks/country_facts.py package/countries.json MODEL_DIR OUTPUT_DIR
 
-The facts are capitals, currencies and two-letter codes. The model is asked all of them, and those
-whose answer does not contain the true one are shuffled (`--seed`) and divided: `tuning.jsonl` to choose settings by,
-`edits.jsonl` to measure, and `untouched.jsonl`, questions of the same kinds about other countries,
-whose answers must not change. Each edit has two paraphrases and one question about the same
-country as a locality prompt.
+The facts are capitals, currencies and two-letter codes. The model is asked all of them in random
+order (`--seed`). Those whose answer does not contain the true one are divided: `edits.jsonl` to
+measure, `tuning.jsonl` to choose settings by. `untouched.jsonl` has questions of the same kinds
+about other facts, whose answers must not change. Each edit has two paraphrases and one question
+about the same country as a locality prompt.
 """
 
 from __future__ import annotations

@@ -212,7 +212,7 @@ class GraceHandle(EditHandle):
         device = next(layer.parameters()).device
         return EditedOutput(
             path,
-            Codebook(key_width, value_width, config.ratio, device),
+            Codebook(key_width, value_width, config.keys == "function", config.ratio, device),
             self.prompts,
             self.replacement,
             "mean" if config.keys == "mean" else "last",

@@ -139,7 +139,7 @@ class MeloHandle(EditHandle):
         device = next(layer.parameters()).device
         key_path = self.report.patched[0]
         if path == key_path:
-            clusters = Clusters(widths[1], config.radius, device)
+            clusters = Clusters(widths[1], config.keys == "function", config.radius, device)
             pooling = "mean" if config.keys == "mean" else "last"
             return KeyOutput(path, clusters, self.prompts, pooling, inside)
         replacement = "generation" if kind_of(self._model) == "causal" else "replace_all"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sapt_fast.ops import nearest_key
-from sapt_fast.pools.codebook import Found
+from sapt_fast.pools.codebook import Found, resize
 from sapt_fast.pools.own import Own
 
 __all__ = ["Clusters"]
@@ -27,6 +27,7 @@ class Clusters(Own, nn.Module):
 
     Args:
         width: D.
+        any_width: whether points of another width can be loaded.
         radius: the smallest radius of a ball.
         device: of the buffers.
 
@@ -44,8 +45,9 @@ class Clusters(Own, nn.Module):
     replaced_by: Tensor
     hits: Tensor
 
-    def __init__(self, width: int, radius: float, device: torch.device) -> None:
+    def __init__(self, width: int, any_width: bool, radius: float, device: torch.device) -> None:
         super().__init__()
+        self.any_width = any_width
         self.radius = radius
         empty: Any = partial(torch.empty, device=device)
         self.register_buffer("points", empty(0, width, dtype=torch.float32))
@@ -131,14 +133,6 @@ class Clusters(Own, nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        resize(self, state_dict, prefix)
+        resize(self, state_dict, prefix, {"points"} if self.any_width else set())
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._balls = None
-
-
-def resize(module: nn.Module, state: dict[str, Tensor], prefix: str) -> None:
-    """Gives buffers the sizes of those in a state_dict, which differ in their numbers of rows."""
-    for name, buffer in module._buffers.items():
-        value = state.get(prefix + name)
-        if buffer is not None and value is not None and value.dim() == buffer.dim():
-            setattr(module, name, buffer.new_empty(value.shape))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sapt_fast.pools.codebook import resize
 from sapt_fast.pools.own import Own
 
 __all__ = ["EditLog"]
@@ -82,10 +83,7 @@ class EditLog(Own, nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        for name, buffer in self._buffers.items():
-            value = state_dict.get(prefix + name)
-            if buffer is not None and value is not None and value.dim() == buffer.dim():
-                setattr(self, name, buffer.new_empty(value.shape))
+        resize(self, state_dict, prefix, set())
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

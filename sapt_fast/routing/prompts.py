@@ -46,16 +46,19 @@ class Prompts(Running):
 
     Args:
         model: the transformers model (inside any wrapper).
-        name: of the method, under which caches and encoder outputs carry what it has decided.
+        name: of the method's handle, under which caches and encoder outputs carry decisions.
+        by_function: whether prompts are looked up by `query`, which has to be set.
 
     Attributes:
         query: computes what prompts are looked up by, [B, D], from the tokens [T_b] of each; None
             if layers look up by their input.
     """
 
-    def __init__(self, model: Any, name: str) -> None:
+    def __init__(self, model: Any, name: str, by_function: bool) -> None:
         super().__init__(lambda: True, lambda: 0)
         self.model = model
+        self.name = name
+        self.by_function = by_function
         self.carried = f"prompts_of_{name}"
         self.query: Callable[[list[Tensor]], Tensor] | None = None
         self.recomputation = Recomputation(model, self)
@@ -226,7 +229,7 @@ class Prompts(Running):
         start, carried = self._carried(inputs)
         tokens = _tokens(inputs)
         query = getattr(self._call, "query", None)
-        if self.query is not None and query is None:
+        if self.by_function and query is None:
             raise RuntimeError(
                 "encoder_outputs: got none that carry what edits are looked up by: pass the "
                 "encoder's own output object (return_dict=True)"
@@ -292,8 +295,13 @@ class Prompts(Running):
         return Prompt(first, last, shape[1], 0, query, {})
 
     def _query_of(self, ids: Tensor | None, mask: Tensor) -> Tensor | None:
-        if self.query is None:
+        if not self.by_function:
             return None
+        if self.query is None:
+            raise RuntimeError(
+                "edits of this model are looked up by a function, which is not saved with them: "
+                f"call model.{self.name}.look_up_by(function) first"
+            )
         if ids is None:
             raise RuntimeError("input_ids: got None, expected tokens, to look up their edits by")
         query = self.query([row[kept] for row, kept in zip(ids, mask, strict=True)])

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sapt_fast.ops import mix_experts
 from sapt_fast.pools.clusters import Clusters
+from sapt_fast.pools.codebook import resize
 from sapt_fast.pools.own import Own
 from sapt_fast.routing.prompts import Prompts
 from sapt_fast.sites.edited import AtPrompts, replaced_tokens, tokens_behind
@@ -87,10 +88,7 @@ class Blocks(Own, nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        for name, buffer in (("a", self.a), ("b", self.b)):
-            value = state_dict.get(prefix + name)
-            if value is not None and value.shape[1:] == buffer.shape[1:]:
-                setattr(self, name, buffer.new_empty(value.shape))
+        resize(self, state_dict, prefix, set())
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

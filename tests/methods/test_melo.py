@@ -115,7 +115,7 @@ def test_save_and_load_beside_grace(tmp_path):
 
 
 def test_points_join_the_nearest_ball():
-    clusters = Clusters(2, 1.0, torch.device("cpu"))
+    clusters = Clusters(2, False, 1.0, torch.device("cpu"))
     points = torch.tensor([[0.0, 0.0], [0.8, 0.0], [5.0, 0.0], [1.6, 0.0], [1.3, 0.0]])
     for edit, point in enumerate(points):
         clusters.add(point[None], torch.tensor([edit]), block=edit)
@@ -130,12 +130,12 @@ def test_points_join_the_nearest_ball():
 
 
 def test_a_ball_grows_with_its_farthest_point():
-    clusters = Clusters(1, 1.0, torch.device("cpu"))
+    clusters = Clusters(1, False, 1.0, torch.device("cpu"))
     clusters.add(torch.tensor([[0.0], [0.9], [1.4], [1.9]]), torch.arange(4), block=0)
     _, radii, member = clusters.balls()
     assert member.tolist() == [0, 0, 0, 1]  # 1.9 is 1.13 from the centre .77
     torch.testing.assert_close(radii, torch.ones(2))
-    wide = Clusters(1, 1.0, torch.device("cpu"))
+    wide = Clusters(1, False, 1.0, torch.device("cpu"))
     wide.add(torch.tensor([[0.0], [-1.0], [0.5], [0.8]]), torch.arange(4), block=0)
     _, radii, member = wide.balls()
     assert member.tolist() == [0, 0, 0, 0]

@@ -42,7 +42,7 @@ class EditHandle(OutputHandle):
     def __init__(self, model: Any, config: Any, report: PatchReport) -> None:
         super().__init__(model, config, report)
         self.tokenizer: Any = None
-        self.prompts = Prompts(model, self.attribute)
+        self.prompts = Prompts(model, self.attribute, config.keys == "function")
         self.log = EditLog().to(model.device)
         self.register_load_state_dict_post_hook(_follow_loaded)
 

@@ -17,7 +17,7 @@ from sapt_fast.methods.config import MethodConfig
 from sapt_fast.methods.edits.fitting import FittingOptions, fit, present_answers, queries
 from sapt_fast.methods.edits.handle import EditHandle, Pair, evaluating, require_finite_keys
 from sapt_fast.methods.edits.inputs import Edit, EditError
-from sapt_fast.methods.edits.sites import default_targets, in_decoder, widths_of
+from sapt_fast.methods.edits.sites import default_targets, device_of, in_decoder, widths_of
 from sapt_fast.methods.edits.texts import kind_of
 from sapt_fast.methods.grace_released import edit_as_released
 from sapt_fast.methods.task_config import require
@@ -160,7 +160,7 @@ class Match:
     """The edit nearest to a prompt.
 
     Attributes:
-        edit: its number; None without edits.
+        edit: its number; None without edits, or if the prompt's key is not finite.
         distance: from the prompt's key to the edit's.
         radius: the largest distance at which the edit acts.
         acts: whether it acts on the prompt.
@@ -209,7 +209,7 @@ class GraceHandle(EditHandle):
         """Returns an empty codebook for a layer."""
         layer, config = self._model.get_submodule(path), self.config
         key_width, value_width = widths_of(layer, path)
-        device = next(layer.parameters()).device
+        device = device_of(layer, path)
         return EditedOutput(
             path,
             Codebook(key_width, value_width, config.keys == "function", config.ratio, device),
@@ -386,6 +386,8 @@ class GraceHandle(EditHandle):
             return Match(None, float("inf"), 0.0, False)
         book = next(iter(self.layers.values())).codebook
         row, distance, acts = (t[0].item() for t in book.find(self.key_of(tokens)))
+        if row < 0:  # the codebook is empty, or the key is not finite
+            return Match(None, float("inf"), 0.0, False)
         number, radius = int(book.edits[int(row)]), float(book.radii[int(row)])
         return Match(number, float(distance), radius, bool(acts))
 

@@ -5,6 +5,7 @@ Yu et al., "MELO: Enhancing Model Editing with Neuron-Indexed Dynamic LoRA", AAA
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from sapt_fast.methods.config import MethodConfig
 from sapt_fast.methods.edits.fitting import gives, losses_of, present_answers
 from sapt_fast.methods.edits.handle import EditHandle, Pair, evaluating, require_finite_keys
 from sapt_fast.methods.edits.inputs import Edit
-from sapt_fast.methods.edits.sites import default_targets, in_decoder, widths_of
+from sapt_fast.methods.edits.sites import default_targets, device_of, in_decoder, widths_of
 from sapt_fast.methods.edits.texts import EditTexts, held_below, kind_of
 from sapt_fast.methods.task_config import require
 from sapt_fast.pools.clusters import Clusters
@@ -28,6 +29,8 @@ from sapt_fast.sites.output import find_outputs
 from sapt_fast.sites.report import PatchReport
 
 __all__ = ["MeloConfig", "MeloHandle"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -136,7 +139,7 @@ class MeloHandle(EditHandle):
         layer, config = self._model.get_submodule(path), self.config
         inside = in_decoder(self._model, path)
         widths = widths_of(layer, path)
-        device = next(layer.parameters()).device
+        device = device_of(layer, path)
         key_path = self.report.patched[0]
         if path == key_path:
             clusters = Clusters(widths[1], config.keys == "function", config.radius, device)
@@ -267,6 +270,12 @@ class MeloHandle(EditHandle):
             old = before.get(tuple(prompt.tolist()))
             if old is not None:
                 clusters.replace(old, edit)
+        strays = clusters.strays()
+        if strays:
+            logger.warning(
+                "clusters: the prompts of edits %s are nearer to another cluster than to their own "
+                "and may get its answers; use a smaller radius than %g", strays, clusters.radius
+            )  # fmt: skip
         numbers: list[int] = edits.tolist()
         return numbers
 

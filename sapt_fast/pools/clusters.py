@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -82,14 +83,25 @@ class Clusters(Exact):
         The cluster of a point that does not count is -1.
         """
         if self._balls is None:
-            self._balls = self._clustered()
+            points = self.points
+            self._balls = self._joined((points[:0], points.new_empty(0), self.edits[:0]))
         return self._balls
 
-    def _clustered(self) -> tuple[Tensor, Tensor, Tensor]:
-        points = self.points
-        member = torch.full_like(self.edits, -1)
-        centres, radii = points[:0], points.new_empty(0)
-        for row in (self.replaced_by < 0).nonzero().flatten().tolist():
+    def strays(self) -> list[int]:
+        """Returns edits whose points are now nearer to the centre of another cluster."""
+        centres, radii, member = self.balls()
+        nearest, _ = nearest_key(self.points, centres, torch.full_like(radii, math.inf))
+        strays: list[int] = self.edits[(member >= 0) & (nearest != member)].tolist()
+        return strays
+
+    def _joined(self, before: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the balls, given those of the first points."""
+        centres, radii, member = before
+        points, first = self.points, member.shape[0]
+        member = torch.cat([member, torch.full_like(self.edits[first:], -1)])
+        radii, centres = radii.clone(), centres.clone()
+        for row in (self.replaced_by[first:] < 0).nonzero().flatten().tolist():
+            row += first
             found, _ = nearest_key(points[row : row + 1], centres, radii)
             cluster = int(found)
             if cluster < 0:
@@ -104,7 +116,7 @@ class Clusters(Exact):
 
     def add(self, points: Tensor, edits: Tensor, block: int) -> None:
         """Adds points [M, D] of edits [M] near which a block acts."""
-        none = torch.full_like(edits, -1)
+        none, before = torch.full_like(edits, -1), self._balls
         self._set(
             points=torch.cat([self.points, points.to(self.points)]),
             edits=torch.cat([self.edits, edits]),
@@ -112,6 +124,7 @@ class Clusters(Exact):
             replaced_by=torch.cat([self.replaced_by, none]),
             hits=torch.cat([self.hits, torch.zeros_like(edits)]),
         )
+        self._balls = None if before is None else self._joined(before)
 
     def replace(self, old: int, new: int) -> None:
         """Lets the point of edit `new` count instead of that of edit `old`."""

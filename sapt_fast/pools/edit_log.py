@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from sapt_fast.pools.codebook import resize
 from sapt_fast.pools.own import Own
 
-__all__ = ["EditLog"]
+__all__ = ["EditLog", "Text"]
+
+Text = tuple[tuple[int, ...], tuple[int, ...]]  # the tokens of a prompt and of its target
 
 
 class EditLog(Own, nn.Module):
@@ -35,12 +37,18 @@ class EditLog(Own, nn.Module):
         for name in ("edits", "prompts", "prompt_lengths", "targets", "target_lengths"):
             self.register_buffer(name, torch.empty(0, dtype=torch.int64))
         self.register_buffer("next_edit", torch.zeros((), dtype=torch.int64))
+        self._texts: list[Text] | None = []
 
     def __len__(self) -> int:
         return self.edits.shape[0]
 
-    def texts(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    def texts(self) -> list[Text]:
         """Returns prompt and target of each edit."""
+        if self._texts is None:
+            self._texts = self._split()
+        return [*self._texts]
+
+    def _split(self) -> list[Text]:
         prompts, targets = (
             [tuple(t.tolist()) for t in flat.split(lengths.tolist())] if len(self) else []
             for flat, lengths in (
@@ -52,12 +60,14 @@ class EditLog(Own, nn.Module):
 
     def add(self, prompts: list[Tensor], targets: list[Tensor]) -> Tensor:
         """Adds edits, and returns their numbers [M] int64."""
-        first = int(self.next_edit)
+        before, first = self.texts(), int(self.next_edit)
         edits = torch.arange(first, first + len(prompts), device=self.edits.device)
         self.edits = torch.cat([self.edits, edits])
         self.next_edit = self.next_edit + len(prompts)
         self.prompts, self.prompt_lengths = _joined(self.prompts, self.prompt_lengths, prompts)
         self.targets, self.target_lengths = _joined(self.targets, self.target_lengths, targets)
+        new = zip(prompts, targets, strict=True)
+        self._texts = before + [(tuple(p.tolist()), tuple(t.tolist())) for p, t in new]
         return edits
 
     def remove(self, edit: int) -> None:
@@ -69,6 +79,7 @@ class EditLog(Own, nn.Module):
             setattr(self, f"{name}s", tokens[kept.repeat_interleave(lengths)])
             setattr(self, f"{name}_lengths", lengths[kept])
         self.edits = self.edits[kept]
+        self._texts = None
 
     def require_consistent(self) -> None:
         """Raises ValueError unless lengths, tokens and numbers fit each other."""
@@ -85,6 +96,7 @@ class EditLog(Own, nn.Module):
     ) -> None:
         resize(self, state_dict, prefix, set())
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._texts = None
 
 
 def _joined(flat: Tensor, lengths: Tensor, texts: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -59,7 +59,7 @@ class Prompts(Running):
     """
 
     def __init__(self, model: Any, name: str, by_function: bool) -> None:
-        super().__init__(lambda: True, lambda: 0)
+        super().__init__(bool, int)  # there are no weights
         self.model = model
         self.name = name
         self.by_function = by_function

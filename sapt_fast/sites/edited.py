@@ -158,6 +158,7 @@ class EditedOutput(AtPrompts):
         prompt = self.prompt_of(x)
         if self.trial is not None and not self.prompts.is_free:
             if self.trial.records:
+                require_first(self.trial.query, self.path)
                 self.trial.query = self.query(x, prompt)
                 self.trial.output = at_token(output, prompt.last).detach()
             if self.trial.values is None:
@@ -196,6 +197,15 @@ class EditedOutput(AtPrompts):
             index = behind.clamp(0, values.shape[1] - 1)[..., None]
             values = values.gather(1, index.expand(-1, -1, values.shape[2]))
         return torch.where(where[..., None], values.to(output.dtype), output)
+
+
+def require_first(recorded: Tensor | None, path: str) -> None:
+    """Raises RuntimeError if a layer has recorded something in this forward already."""
+    if recorded is not None:
+        raise RuntimeError(
+            f"{path}: the layer is called several times in a forward, so that what it looks up "
+            "differs from call to call; choose another layer by target_modules"
+        )
 
 
 def tokens_behind(x: Tensor, prompt: Prompt) -> Tensor:

@@ -1,5 +1,7 @@
 """Small models with edits, shared by the tests of GRACE and MELO."""
 
+import copy
+
 import torch
 from tiny_models import tiny
 
@@ -13,6 +15,7 @@ TARGETS = [[20, 30, 1], [21, 31, 1], [22, 32, 33, 1]]
 PAIRS = list(zip(PROMPTS, TARGETS, strict=True))
 OTHER = [40, 41, 42, 43]
 METHODS = ("grace", "melo")
+_MADE = {}
 
 
 def fresh(family="llama"):
@@ -31,9 +34,12 @@ def patched(method="grace", family="llama", **fields):
 
 
 def edited(method="grace", family="llama", pairs=PAIRS, **fields):
-    model = patched(method, family, **fields)
-    edits_of(model).edit(pairs, batch_size=2)
-    return model
+    """A copy of a model with edits, which are made once."""
+    key = repr((method, family, pairs, fields))
+    if key not in _MADE:
+        _MADE[key] = patched(method, family, **fields)
+        edits_of(_MADE[key]).edit(pairs, batch_size=2)
+    return copy.deepcopy(_MADE[key])
 
 
 def edits_of(model):

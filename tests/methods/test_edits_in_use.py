@@ -1,5 +1,6 @@
 """Edits while threads, caches, checkpoints, modes and interruptions come between."""
 
+import pickle
 import threading
 
 import pytest
@@ -23,12 +24,13 @@ from torch.nn import functional as F
 
 import sapt_fast
 from sapt_fast import SaptConfig
-from sapt_fast.methods.grace import EditError, GraceConfig
+from sapt_fast.methods.grace import EditError, GraceConfig, Match
+from sapt_fast.pools.edit_log import EditLog
 
 
 class TestUndo:
     @pytest.mark.parametrize("method", METHODS)
-    @pytest.mark.parametrize("order", [(1, 2), (1, 0), (2, 1), (0, 1), (0, 2)])
+    @pytest.mark.parametrize("order", [(1, 2), (1, 0), (0, 2)])
     def test_edits_of_one_prompt_in_every_order(self, method, order):
         model = edited(method, pairs=[(PROMPTS[0], TARGETS[0])])
         for target in TARGETS[1:]:
@@ -88,7 +90,7 @@ class TestMaking:
 
     @pytest.mark.parametrize("method", METHODS)
     def test_other_threads_run_the_model_meanwhile(self, method):
-        model, ids = edited(method, pairs=PAIRS[:1], steps=400), torch.tensor([PROMPTS[0], OTHER])
+        model, ids = edited(method, pairs=PAIRS[:1], steps=150), torch.tensor([PROMPTS[0], OTHER])
         expected, got, trained = run(model, ids), [], threading.Event()
 
         def work():
@@ -208,6 +210,7 @@ def test_checkpoints_use_what_was_decided(method, reentrant):
     gradients = []
     for again in (False, True):
         model = edited(method, pairs=PAIRS[:1], target_modules=("layers.1.mlp.down_proj",), **below)
+        torch.manual_seed(0)
         sapt_fast.patch(model, SaptConfig(r=2, reserve_tasks=2))
         model.sapt.add_task("a")
         model.train()
@@ -276,3 +279,68 @@ class TestStates:
         train(other, 2, True)
         texts = [(e.prompt, e.target) for e in edits_of(other).edits]
         assert texts == [(tuple(p), tuple(t)) for p, t in PAIRS[:2]]
+
+
+def test_texts_follow_the_log():
+    log = EditLog()
+    log.add([torch.tensor([5, 6]), torch.tensor([7])], [torch.tensor([8]), torch.tensor([9, 1])])
+    assert log.texts() == [((5, 6), (8,)), ((7,), (9, 1))]
+    other = EditLog()
+    other.load_state_dict(log.state_dict())
+    log.remove(0)
+    log.add([torch.tensor([3])], [torch.tensor([4])])
+    assert log.texts() == [((7,), (9, 1)), ((3,), (4,))]
+    assert other.texts() == [((5, 6), (8,)), ((7,), (9, 1))]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_config_whose_pad_token_is_minus_one(method):
+    model = patched(method)
+    model.config.pad_token_id = -1
+    edits_of(model).edit([([5], [20, 1]), ([9, 10, 11], [21, 31, 1])])
+    assert answer(model, [5], pad_token_id=0) == [20, 1]
+
+
+def test_a_layer_that_runs_several_times_in_a_forward():
+    sizes = {"embedding_size": 16, "hidden_size": 32, "intermediate_size": 48}
+    config = transformers.AlbertConfig(
+        vocab_size=97, num_hidden_layers=3, num_attention_heads=4, num_labels=5, **sizes
+    )
+    model = transformers.AlbertForSequenceClassification(config).eval()
+    sapt_fast.patch(model, GraceConfig(target_modules=("ffn_output",)))
+    with pytest.raises(RuntimeError, match="several times in a forward"):
+        model.grace.edit([([5, 6, 7], label) for label in (0,)] + [([8, 9], 1), ([3], 2)])
+    assert model.grace.tasks == []
+
+
+def test_which_of_a_key_that_is_not_finite():
+    model, width = patched(keys="function", radius=0.5), torch.eye(128)
+    model.grace.look_up_by(lambda texts: torch.stack([width[t[0]] / (t[0] != 40) for t in texts]))
+    model.grace.edit(PAIRS[:2])
+    assert model.grace.which(OTHER) == Match(None, float("inf"), 0.0, False)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_saving_a_given_state(method, tmp_path):
+    model = edited(method, pairs=PAIRS[:1])
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    edits_of(model).edit(*PAIRS[1])
+    model.save_pretrained(tmp_path, state_dict=state)
+    loaded = sapt_fast.load_pretrained(fresh(), tmp_path)
+    assert edits_of(loaded).edits == edits_of(model).edits[:1]
+    assert answer(loaded, PROMPTS[0]) == TARGETS[0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_pickling(method):
+    model = pickle.loads(pickle.dumps(edited(method, pairs=PAIRS[:1])))
+    assert answer(model, PROMPTS[0]) == TARGETS[0]
+    edits_of(model).undo(0)
+    assert torch.equal(run(model, token_ids()), run(fresh(), token_ids()))
+
+
+def test_a_model_without_weights():
+    with torch.device("meta"):
+        model = tiny("llama")
+    with pytest.raises(ValueError, match="meta device"):
+        sapt_fast.patch(model, GraceConfig())

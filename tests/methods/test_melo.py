@@ -164,3 +164,30 @@ def test_what_does_not_fit_changes_nothing():
         model.melo.edit(PAIRS)
     assert model.melo.tasks == []
     assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_points_added_one_by_one_join_as_together():
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randn(60, 2, generator=generator) * 2
+    one, together = (Clusters(2, False, 1.0, torch.device("cpu")) for _ in range(2))
+    together.add(points, torch.arange(60), block=0)
+    for edit, point in enumerate(points):
+        one.add(point[None], torch.tensor([edit]), block=0)
+        one.balls()
+    for got, expected in zip(one.balls(), together.balls(), strict=True):
+        assert torch.equal(got, expected)
+    for clusters in (one, together):
+        clusters.replace(3, 59)
+        clusters.remove(10)
+    for got, expected in zip(one.balls(), together.balls(), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_points_that_another_cluster_would_catch_are_named():
+    clusters = Clusters(1, False, 1.0, torch.device("cpu"))
+    clusters.add(torch.tensor([[0.0], [0.9], [1.4], [-1.0]]), torch.arange(4), block=0)
+    assert clusters.strays() == []
+    clusters.add(torch.tensor([[-0.2]]), torch.tensor([4]), block=1)
+    # 0 is .77 from the centre of its own cluster, and .6 from that of -1 and -.2
+    assert clusters.balls()[2].tolist() == [0, 0, 0, 1, 1]
+    assert clusters.strays() == [0]

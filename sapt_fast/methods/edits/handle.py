@@ -15,16 +15,15 @@ from sapt_fast.methods.base import handles
 from sapt_fast.methods.edits.inputs import EditError, read_edits, read_prompt
 from sapt_fast.methods.edits.texts import EditTexts
 from sapt_fast.methods.output import OutputHandle
-from sapt_fast.pools.edit_log import EditLog
+from sapt_fast.pools.edit_log import EditLog, Text
 from sapt_fast.routing.prompts import Prompts
 from sapt_fast.sites.output import listen, silence
 from sapt_fast.sites.report import PatchReport
-from sapt_fast.storage.method_files import read_method
+from sapt_fast.storage.method_files import read_method, write_method
 
 __all__ = ["EditHandle", "Pair", "evaluating", "require_finite_keys"]
 
 Pair = tuple[Tensor, Tensor]  # the tokens [T] int64 of a prompt and of its target
-Text = tuple[tuple[int, ...], tuple[int, ...]]  # the same as numbers
 
 
 class EditHandle(OutputHandle):
@@ -249,6 +248,27 @@ class EditHandle(OutputHandle):
             self._restore_state(before)
             raise ValueError(f"tensors: {error}") from None
         self.follow_edits()
+
+    def save(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        is_main_process: bool | None = None,
+        state: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Saves the edits; with the model's state_dict, those in it."""
+        if state is None:
+            return super().save(directory, is_main_process=is_main_process)
+        for one in handles(self._model):
+            one.require_unmerged()
+        paths = {module: path for path, module in self._model.named_modules()}
+        tensors = {
+            f"{name}:{buffer}": state[f"{paths[part]}.{buffer}"]
+            for name, part in self._stateful().items()
+            for buffer in part.state_dict()
+        }
+        values = {"edits": len(tensors["log:edits"])}
+        return write_method(self, directory, tensors, values, is_main_process)
 
     def restore_values(self, directory: str | os.PathLike[str]) -> None:
         """Sets the edits to those in a saved folder; errors as `sapt_fast.load_pretrained`."""

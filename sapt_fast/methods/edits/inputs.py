@@ -27,7 +27,7 @@ class EditError(RuntimeError):
         super().__init__(
             f"after {steps} steps the model does not give the targets of edits {places} (counted "
             "from 0), and no edit was made; leave these out, allow more steps, or choose a lower "
-            "layer in GraceConfig"
+            "layer in the config"
         )
 
 
@@ -54,10 +54,12 @@ class Edit:
         """Prompt and target as text; needs a tokenizer.
 
         Raises:
-            ValueError: if `model.grace.tokenizer` is not set.
+            ValueError: if the handle has no tokenizer.
         """
         if self._tokenizer is None:
-            raise ValueError("tokenizer: got None; set model.grace.tokenizer")
+            raise ValueError(
+                "tokenizer: got None; set model.grace.tokenizer (model.melo.tokenizer)"
+            )
         decode = self._tokenizer.decode
         return decode([*self.prompt]), decode([*self.target], skip_special_tokens=True)
 
@@ -118,7 +120,7 @@ def _target(model: Any, tokenizer: Any, target: Any, before: int, where: str) ->
 def _tokens(tokenizer: Any, given: Any, name: str, special: bool) -> Tensor:
     if isinstance(given, str):
         if tokenizer is None:
-            raise ValueError(f"{name}: got text, but model.grace.tokenizer is None; set it")
+            raise ValueError(f"{name}: got text, but the method's tokenizer is None; set it")
         if not given.strip():
             raise ValueError(f"{name}: got {given!r}, expected text")
         ids = list(tokenizer(given, add_special_tokens=special).input_ids)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import torch
 from torch import nn
 
-__all__ = ["default_targets", "in_decoder", "widths_of"]
+__all__ = ["default_targets", "device_of", "in_decoder", "widths_of"]
 
 # The last projection of the MLP of each block, by its path.
 _LAST = (
@@ -48,6 +49,17 @@ def in_decoder(model: Any, path: str) -> bool:
     if not getattr(model.config, "is_encoder_decoder", False):
         return False
     return any(module is model.get_submodule(path) for module in model.get_decoder().modules())
+
+
+def device_of(layer: nn.Module, path: str) -> torch.device:
+    """Returns a layer's device; raises ValueError if it has no weights (meta, offloaded)."""
+    device = next(layer.parameters()).device
+    if device.type == "meta":
+        raise ValueError(
+            f"target_modules: got {path}, whose weights are on the meta device or offloaded, "
+            "expected a layer with weights"
+        )
+    return device
 
 
 def widths_of(layer: nn.Module, path: str) -> tuple[int, int]:

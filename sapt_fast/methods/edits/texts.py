@@ -56,7 +56,7 @@ class EditTexts:
         self.labelled = labelled
         self.kind = kind_of(model)
         device = model.device
-        pad = getattr(model.config, "pad_token_id", None) or 0
+        pad = max(getattr(model.config, "pad_token_id", None) or 0, 0)  # -1: none
         self.labels = pad_sequence([*targets], batch_first=True, padding_value=IGNORED).to(device)
         self._cache: Any = None
         self._head = 0  # tokens of the prefix

@@ -142,6 +142,7 @@ class Reader:
     def _pair(self, prompt: Any, target: Any) -> tuple[Tokens, Tokens]:
         if target is None:
             raise ValueError("target: got null, expected text, or a list of tokens")
+        self._require_tokenizer("target", target)
         generates = kind_of(self.model) != "classifier"
         ends = generates and isinstance(target, list) and target and self._ends
         if ends and target[-1] not in self._ends:
@@ -151,12 +152,19 @@ class Reader:
         return tuple(read.tolist()), tuple(wanted.tolist())
 
     def _chatted(self, prompt: Any) -> Any:
+        self._require_tokenizer("prompt", prompt)
         if not self.chat or not isinstance(prompt, str) or not prompt.strip():
             return prompt
         message = [{"role": "user", "content": prompt}]
         return self.tokenizer.apply_chat_template(
             message, add_generation_prompt=True, tokenize=True, return_dict=False
         )
+
+    def _require_tokenizer(self, name: str, given: Any) -> None:
+        if self.tokenizer is None and isinstance(given, str):
+            raise ValueError(
+                f"{name}: got text, but there is no tokenizer; expected a list of token ids"
+            )
 
 
 def end_tokens(model: Any) -> Tokens:

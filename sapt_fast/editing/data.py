@@ -140,6 +140,7 @@ class Reader:
         return tuple(tokens.tolist())
 
     def _pair(self, prompt: Any, target: Any) -> tuple[Tokens, Tokens]:
+        prompt = self._chatted(prompt)
         if target is None:
             raise ValueError("target: got null, expected text, or a list of tokens")
         self._require_tokenizer("target", target)
@@ -147,7 +148,7 @@ class Reader:
         ends = generates and isinstance(target, list) and target and self._ends
         if ends and target[-1] not in self._ends:
             target = [*target, self._ends[0]]
-        pairs, _ = read_edits(self.model, self.tokenizer, self._chatted(prompt), target)
+        pairs, _ = read_edits(self.model, self.tokenizer, prompt, target)
         ((read, wanted),) = pairs
         return tuple(read.tolist()), tuple(wanted.tolist())
 

@@ -44,7 +44,8 @@ class HandleEditor(Editor):
         try:
             made = self.handle.edit(given, batch_size=len(given))
         except EditError as error:
-            missed = {place: str(error) for place in error.unfitted}
+            failed = f"does not fit after {self.handle.config.steps} steps"
+            missed = dict.fromkeys(error.unfitted, failed)
         except (ValueError, FloatingPointError) as error:
             if len(pairs) == 1:
                 return [str(error)]
@@ -119,7 +120,11 @@ class ReleasedOptions:
     """The options of GRACE as released; defaults are those of `GraceConfig.released`."""
 
     target_modules: tuple[str, ...] | list[str] | str | None = field(
-        default=None, metadata={"help": "The layer to edit."}
+        default=None,
+        metadata={
+            "help": "The layer to edit. None: that of `GraceConfig`, for T5 the last projection of "
+            "the encoder's last block but one."
+        },
     )
     rule: str = field(
         default="coverage", metadata={"help": "How radii change: coverage or moving_average."}
@@ -148,4 +153,12 @@ class ReleasedGraceEditor(HandleEditor):
 
     def config(self) -> Any:
         """Returns the released settings."""
-        return self.options.config(self.options.target_modules or default_targets(self.model))
+        return self.options.config(self.options.target_modules or _released_targets(self.model))
+
+
+def _released_targets(model: Any) -> tuple[str, ...]:
+    """The layer that the released code edits in a T5; else that of `GraceConfig`."""
+    if model.config.model_type != "t5":
+        return default_targets(model)
+    block = max(0, model.config.num_layers - 2)
+    return (f"encoder.block.{block}.layer.1.DenseReluDense.wo",)

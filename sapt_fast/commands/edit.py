@@ -15,8 +15,8 @@ from sapt_fast.commands.output import show
 from sapt_fast.continual.data.models import DTYPES
 from sapt_fast.continual.run.processes import require_device
 from sapt_fast.editing.data import EditRow, Probe, Reader, Tokens
-from sapt_fast.editing.editors.registry import EDITORS, editor_type
-from sapt_fast.editing.models import load_editable
+from sapt_fast.editing.editors.registry import EDITORS, editor_type, options_of
+from sapt_fast.editing.models import load_editable, sentence_keys
 from sapt_fast.editing.report import report_table
 from sapt_fast.editing.run import run_edits
 from sapt_fast.editing.settings import EditingSettings
@@ -50,7 +50,7 @@ _METHOD_NAMES = [one.name for one in fields(_METHOD)]
 _SETTING_NAMES = [one.name for one in fields(EditingSettings)]
 _PANELS = {
     "Data": ("edits", "upstream", "text", "chat", "limit", "order_seed"),
-    "Method": ("method", "target_modules", *_METHOD_NAMES),
+    "Method": ("method", "target_modules", *_METHOD_NAMES, "encoder", "encoder_pattern"),
     "Run": (
         "batch", "every", "save_every", "eval_batch", "answer_tokens", "window", "seed", "resume",
     ),
@@ -97,6 +97,21 @@ def edit_command(
             default="the last projection of an MLP, by the model's type",
         ),
     ] = None,
+    encoder: Annotated[
+        Path | None,
+        option(
+            "Folder of a sentence encoder, by which prompts are looked up; sets --keys function.",
+            panel="Method",
+        ),
+    ] = None,
+    encoder_pattern: Annotated[
+        str | None,
+        option(
+            "Regular expression whose first group is the part of a prompt that is encoded.",
+            panel="Method",
+            default="all of it",
+        ),
+    ] = None,
     resume: Annotated[
         bool, option("Resume the run in --output if there is one.", panel="Run")
     ] = True,
@@ -124,15 +139,25 @@ def edit_command(
     options = given(context, {name: values[name] for name in _METHOD_NAMES})
     if target_modules is not None:
         options["target_modules"] = tuple(name.strip() for name in target_modules.split(","))
+    if encoder is not None:
+        options.setdefault("keys", "function")
+    elif encoder_pattern is not None:
+        raise ValueError("encoder_pattern: expected --encoder with it")
+    elif options.get("keys") == "function":
+        raise ValueError("keys: got 'function', expected --encoder with it")
+    options_of(method, options)
     loaded, tokenizer = load_editable(model, dtype, attention)
     rows, probes, tokens = _data(Reader(loaded, tokenizer, chat), edits, upstream, text)
     from torch.cuda import is_available
 
-    loaded.to(device or ("cuda" if is_available() else "cpu"))
+    place = device or ("cuda" if is_available() else "cpu")
+    keys = None if encoder is None else sentence_keys(encoder, tokenizer, encoder_pattern, place)
+    loaded.to(place)
     content = run_edits(
         loaded, rows, output, settings,
-        method=method, options=options, upstream=probes, text=tokens, resume=resume,
-        progress=progress, source=_source(model, dtype, edits, upstream, text, chat),
+        method=method, options=options, upstream=probes, text=tokens, look_up_by=keys,
+        resume=resume, progress=progress,
+        source=_source(model, dtype, edits, upstream, text, encoder, chat),
     )  # fmt: skip
     show(report_table(content), f"written to {output}")
 
@@ -155,12 +180,13 @@ def _data(
 
 
 def _source(model: str, dtype: str, *files: Any) -> Mapping[str, Any]:
-    edits, upstream, text, chat = files
+    edits, upstream, text, encoder, chat = files
     return {
         "model": str(Path(model).resolve()) if Path(model).is_dir() else model,
         "dtype": dtype,
         "edits": str(edits),
         "upstream": None if upstream is None else str(upstream),
         "text": None if text is None else str(text),
+        "encoder": None if encoder is None else str(encoder),
         "chat": chat,
     }

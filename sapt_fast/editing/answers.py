@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import GenerationConfig
 
 from sapt_fast.editing.data import Tokens, end_tokens
-from sapt_fast.methods.edit_texts import IGNORED, kind_of
+from sapt_fast.methods.edits.texts import IGNORED, kind_of
 
 __all__ = ["Examiner", "matches"]
 

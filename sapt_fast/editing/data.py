@@ -10,8 +10,8 @@ from hashlib import sha256
 from typing import Any
 
 from sapt_fast.editing.records import edit_records, probe_records
-from sapt_fast.methods.edit_inputs import read_edits, read_prompt
-from sapt_fast.methods.edit_texts import kind_of
+from sapt_fast.methods.edits.inputs import read_edits, read_prompt
+from sapt_fast.methods.edits.texts import kind_of
 
 __all__ = ["EditRow", "Probe", "Reader", "Tokens", "digest", "end_tokens", "require_agreement"]
 

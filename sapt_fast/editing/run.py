@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from hashlib import sha256
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from sapt_fast.checks import require_folder
 from sapt_fast.editing.answers import Examiner, matches
@@ -24,7 +25,7 @@ from sapt_fast.editing.metrics import mean, measure, questions, untouched
 from sapt_fast.editing.report import write_report
 from sapt_fast.editing.settings import EditingSettings
 from sapt_fast.editing.state import EDITED, Progress, RunFolder
-from sapt_fast.methods.grace import evaluating
+from sapt_fast.methods.edits.handle import evaluating
 from sapt_fast.pools.own import is_inside, own_paths
 
 __all__ = ["run_edits"]
@@ -42,6 +43,7 @@ def run_edits(
     options: Mapping[str, Any] | None = None,
     upstream: Sequence[Probe] = (),
     text: Tokens | None = None,
+    look_up_by: Callable[[list[Tensor]], Tensor] | None = None,
     resume: bool = True,
     progress: bool = False,
     source: Mapping[str, Any] | None = None,
@@ -59,6 +61,8 @@ def run_edits(
         options: those of the method's options that differ from the defaults.
         upstream: prompts that no edit should touch, from `Reader.probes`.
         text: tokens of a plain text, whose perplexity is measured.
+        look_up_by: what prompts are looked up by, for GRACE and MELO with `keys="function"`, such
+            as `methods.edits.keys.SentenceKeys`.
         resume: whether a run in the folder is resumed, else it is an error.
         progress: whether to show a progress bar.
         source: noted in run.json; where model and data came from.
@@ -90,12 +94,20 @@ def run_edits(
             "upstream": {"count": len(upstream), "digest": digest(upstream)},
             "text": None if text is None else sha256(str(text).encode()).hexdigest(),
             "model": _fingerprint(model),
+            "encoder": None,
             "source": dict(source or {}),
         }
+        encoder = getattr(look_up_by, "encoder", None)
+        if isinstance(encoder, nn.Module):
+            description["encoder"] = _fingerprint(encoder)
         with _seeded(settings.seed, model):
             editor = editor_type(method)(model, chosen_options)
         folder = RunFolder(Path(output))
         try:
+            if look_up_by is not None:
+                editor.look_up_by(look_up_by)
+            elif getattr(chosen_options, "keys", None) == "function":
+                raise ValueError("keys: got 'function', expected look_up_by with it")
             folder.open(description, resume=resume)
             run = _Run(editor, examiner, rows, upstream, text, settings, folder)
             run.begin()

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sapt_fast.methods.edit_fitting import fit, queries, texts_of
-from sapt_fast.methods.edit_texts import is_causal
+from sapt_fast.methods.edits.fitting import fit, queries
+from sapt_fast.methods.edits.handle import evaluating
+from sapt_fast.methods.edits.texts import kind_of
 from sapt_fast.pools.codebook import Codebook
 
 __all__ = ["edit_as_released"]
@@ -29,11 +30,9 @@ def edit_as_released(handle: Any, prompt: Tensor, target: Tensor) -> int:
         handle: the `GraceHandle`.
         prompt, target: [T] int64.
     """
-    model, layers = handle._model, handle.layers
-    training = model.training
-    model.eval()
-    try:
-        texts = texts_of(model, [prompt], [target], None)
+    layers = handle.layers
+    with evaluating(handle._model):
+        texts = handle.texts([(prompt, target)])
         looked, own = queries(texts, layers, handle.prompts, None)
         (edit,) = handle.log.add([prompt], [target]).tolist()
         start, rows = {}, {}
@@ -46,12 +45,10 @@ def edit_as_released(handle: Any, prompt: Tensor, target: Tensor) -> int:
                 start[path] = layer.codebook.values[int(found.row)]
         if rows:
             trained = {path: layers[path] for path in rows}
-            values = fit(texts, trained, handle.prompts, start, handle._options()).values
+            values = fit(texts, trained, handle.prompts, start, handle.options()).values
             for path, row in rows.items():
-                layers[path].codebook.values[row] = values[path][0]
-    finally:
-        model.train(training)
-    return edit
+                layers[path].codebook.set_value(row, values[path][0])
+    return int(edit)
 
 
 def _place(handle: Any, book: Codebook, query: Tensor, own: Tensor, edit: int) -> None:
@@ -62,16 +59,15 @@ def _place(handle: Any, book: Codebook, query: Tensor, own: Tensor, edit: int) -
     near = row >= 0 and distance <= config.radius + float(book.radii[row])
     if near and _labels_match(handle, edit, int(book.edits[row])):
         if distance > float(book.radii[row]):
-            book.radii[row] = distance
-            if config.rule == "moving_average":
-                book.keys[row] = (query[0].float() + book.keys[row]) / 2
+            moving = config.rule == "moving_average"
+            book.move(row, distance, (query[0].float() + book.keys[row]) / 2 if moving else None)
         return
     value = torch.rand_like(own) if config.cold else own
     radius = distance / 2 if near else config.radius
     numbers = torch.tensor([edit], device=book.edits.device)
     book.add(query, value[:, None], torch.tensor([radius]), numbers)
     if near:
-        book.radii[row] = distance / 2 - 1e-5
+        book.move(row, distance / 2 - 1e-5, None)
 
 
 def _labels_match(handle: Any, edit: int, other: int) -> bool:
@@ -79,8 +75,8 @@ def _labels_match(handle: Any, edit: int, other: int) -> bool:
 
     Labels of a decoder-only model are -100 for each token of the prompt.
     """
-    causal = is_causal(handle._model)
-    texts = dict(zip(handle.log.edits.tolist(), handle.log.texts(), strict=True))
+    causal = kind_of(handle._model) == "causal"
+    texts = dict(handle.numbered())
     means = []
     for number in (edit, other):
         prompt, target = texts[number]

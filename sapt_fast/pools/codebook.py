@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from sapt_fast.ops import nearest_key, topk_keys
 from sapt_fast.pools.own import Own
 
-__all__ = ["Codebook", "Found"]
+__all__ = ["Codebook", "Found", "resize"]
 
 _MARGIN = 1e-5  # by which the older of two keys gets the smaller radius, as in the released code
 
@@ -39,6 +40,7 @@ class Codebook(Own, nn.Module):
     Args:
         key_width: D.
         value_width: O.
+        any_width: whether keys of another width can be loaded.
         ratio: the largest distance to the nearest key, as a share of that to the second; None: any.
         device: of the buffers.
 
@@ -60,9 +62,15 @@ class Codebook(Own, nn.Module):
     hits: Tensor
 
     def __init__(
-        self, key_width: int, value_width: int, ratio: float | None, device: torch.device
+        self,
+        key_width: int,
+        value_width: int,
+        any_width: bool,
+        ratio: float | None,
+        device: torch.device,
     ) -> None:
         super().__init__()
+        self.any_width = any_width
         self.ratio = ratio
         empty: Any = partial(torch.empty, device=device, dtype=torch.float32)
         self.register_buffer("keys", empty(0, key_width))
@@ -161,13 +169,41 @@ class Codebook(Own, nn.Module):
             labels: [N] int64, equal for rows with equal targets.
             rows: [M] int64, the rows whose radii are computed again.
         """
-        present = (self.replaced_by < 0)[None]
+        present, radii = (self.replaced_by < 0)[None], self.radii.clone()
         for part in rows.split(256):
             distance = torch.cdist(self.keys[part], self.keys)  # [m, N]
             other = present & (labels[part, None] != labels[None])
             nearest, at = torch.where(other, distance, float("inf")).min(1)
             older = (at > part) * _MARGIN
-            self.radii[part] = (nearest / 2 - older).clamp(0, radius)
+            radii[part] = (nearest / 2 - older).clamp(0, radius)
+        self._set(radii=radii)
+
+    def move(self, row: int, radius: float, key: Tensor | None) -> None:
+        """Sets the radius of a row and, unless `key` [D] is None, its key."""
+        radii, keys = self.radii.clone(), self.keys.clone()
+        radii[row] = radius
+        if key is not None:
+            keys[row] = key
+        self._set(radii=radii, keys=keys)
+
+    def set_value(self, row: int, value: Tensor) -> None:
+        """Sets the value [T, O] of a row."""
+        values = self.values.clone()
+        values[row] = value
+        self._set(values=values)
+
+    def require_consistent(self, edits: Tensor, path: str) -> None:
+        """Raises ValueError unless there is a row of each buffer for some of the edits.
+
+        Args:
+            edits: [E] int64, the edits that there are.
+            path: the layer's path, for the message.
+        """
+        shapes = {name: tuple(buffer.shape) for name, buffer in self.named_buffers()}
+        known = torch.isin(self.edits, edits.to(self.edits.device)).all()
+        ascending = (self.edits.diff() > 0).all()
+        if {shape[0] for shape in shapes.values()} != {len(self)} or not known or not ascending:
+            raise ValueError(f"{path}: got {shapes}, expected one row for each edit")
 
     def _set(self, **buffers: Tensor) -> None:
         for name, value in buffers.items():
@@ -177,12 +213,8 @@ class Codebook(Own, nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        for name, buffer in self._buffers.items():
-            value = state_dict.get(prefix + name)
-            if buffer is not None and value is not None and value.dim() == buffer.dim():
-                fits = name == "values" or value.shape[1:] == buffer.shape[1:]
-                if fits:  # else torch's own message
-                    setattr(self, name, buffer.new_empty(value.shape))
+        free = {"values", "keys"} if self.any_width else {"values"}
+        resize(self, state_dict, prefix, free)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._present = None
 
@@ -191,3 +223,20 @@ def _lengthened(values: Tensor, tokens: int) -> Tensor:
     """Repeats the last token's value: [N, T, O] to [N, `tokens`, O]."""
     missing = tokens - values.shape[1]
     return torch.cat([values, values[:, -1:].expand(-1, missing, -1)], 1) if missing else values
+
+
+def resize(module: nn.Module, state: dict[str, Tensor], prefix: str, free: Set[str]) -> None:
+    """Gives buffers the sizes of those in a state_dict, which differ in their numbers of rows.
+
+    Args:
+        module: has the buffers.
+        state, prefix: the state_dict, and what its names begin with.
+        free: names of buffers of which other sizes may differ too. Others keep their sizes, so that
+            loading raises an error.
+    """
+    for name, buffer in module._buffers.items():
+        value = state.get(prefix + name)
+        if buffer is None or value is None or value.dim() != buffer.dim():
+            continue
+        if name in free or value.shape[1:] == buffer.shape[1:]:
+            setattr(module, name, buffer.new_empty(value.shape))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sapt_fast.pools.codebook import resize
 from sapt_fast.pools.own import Own
 
 __all__ = ["EditLog"]
@@ -69,13 +70,20 @@ class EditLog(Own, nn.Module):
             setattr(self, f"{name}_lengths", lengths[kept])
         self.edits = self.edits[kept]
 
+    def require_consistent(self) -> None:
+        """Raises ValueError unless lengths, tokens and numbers fit each other."""
+        count = len(self)
+        parts = (self.prompts, self.prompt_lengths), (self.targets, self.target_lengths)
+        for flat, lengths in parts:
+            if lengths.shape != (count,) or (lengths < 1).any() or lengths.sum() != len(flat):
+                raise ValueError(f"log: got lengths that do not sum to {len(flat)} tokens")
+        if (self.edits.diff() <= 0).any() or (count and self.next_edit <= self.edits[-1]):
+            raise ValueError("log: got edits that do not ascend to next_edit")
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        for name, buffer in self._buffers.items():
-            value = state_dict.get(prefix + name)
-            if buffer is not None and value is not None and value.dim() == buffer.dim():
-                setattr(self, name, buffer.new_empty(value.shape))
+        resize(self, state_dict, prefix, set())
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

@@ -34,7 +34,6 @@ from sapt_fast.routing.stand_in import StandIn, generation_arguments, positional
 
 __all__ = ["Prompts"]
 
-_QUERY = "prompt_query"  # of the encoder's output
 _CONTINUOUS_BATCHING = (
     "generate_batch",
     "init_continuous_batching",
@@ -47,15 +46,20 @@ class Prompts(Running):
 
     Args:
         model: the transformers model (inside any wrapper).
+        name: of the method's handle, under which caches and encoder outputs carry decisions.
+        by_function: whether prompts are looked up by `query`, which has to be set.
 
     Attributes:
         query: computes what prompts are looked up by, [B, D], from the tokens [T_b] of each; None
             if layers look up by their input.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, name: str, by_function: bool) -> None:
         super().__init__(lambda: True, lambda: 0)
         self.model = model
+        self.name = name
+        self.by_function = by_function
+        self.carried = f"prompts_of_{name}"
         self.query: Callable[[list[Tensor]], Tensor] | None = None
         self.recomputation = Recomputation(model, self)
         self._hooks: list[Any] = []
@@ -192,7 +196,7 @@ class Prompts(Running):
             return  # the model with its head has begun
         forward = self.begin(module)
         inputs = self._named(module, args, kwargs)
-        start, carried = _carried(inputs)
+        start, carried = self._carried(inputs)
         prompt = getattr(self._call, "generation", None)
         if prompt is not None:
             rows = _tokens(inputs).shape[0]
@@ -216,16 +220,16 @@ class Prompts(Running):
         """Begins the forward of an encoder-decoder model."""
         given = self._named(module, args, kwargs).get("encoder_outputs")
         if given is not None:
-            self._call.query = given.get(_QUERY) if hasattr(given, "get") else None
+            self._call.query = given.get(self.carried) if hasattr(given, "get") else None
 
     def _enter_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.current()
         forward = self.begin(module)
         inputs = self._named(module, args, kwargs)
-        start, carried = _carried(inputs)
+        start, carried = self._carried(inputs)
         tokens = _tokens(inputs)
         query = getattr(self._call, "query", None)
-        if self.query is not None and query is None:
+        if self.by_function and query is None:
             raise RuntimeError(
                 "encoder_outputs: got none that carry what edits are looked up by: pass the "
                 "encoder's own output object (return_dict=True)"
@@ -249,7 +253,7 @@ class Prompts(Running):
             cache = self._named(module, args, kwargs).get("past_key_values")
             cache = getattr(output, "past_key_values", None) if cache is None else cache
             if cache is not None:
-                cache.prompts = forward.prompt
+                setattr(cache, self.carried, forward.prompt)
             if self._is_encoder_decoder and module is self.model.get_encoder():
                 self._keep_query(None if forward.prompt is None else forward.prompt.query, output)
         self.end(module)
@@ -258,7 +262,7 @@ class Prompts(Running):
         """Lets the encoder's output carry what its texts are looked up by."""
         self._call.query = query
         if query is not None and hasattr(output, "keys"):
-            output[_QUERY] = query
+            output[self.carried] = query
 
     def _of_text(self, inputs: Mapping[str, Any]) -> Prompt | None:
         """Finds the prompts of texts that begin in this forward; None if it is given no tokens."""
@@ -291,8 +295,13 @@ class Prompts(Running):
         return Prompt(first, last, shape[1], 0, query, {})
 
     def _query_of(self, ids: Tensor | None, mask: Tensor) -> Tensor | None:
-        if self.query is None:
+        if not self.by_function:
             return None
+        if self.query is None:
+            raise RuntimeError(
+                "edits of this model are looked up by a function, which is not saved with them: "
+                f"call model.{self.name}.look_up_by(function) first"
+            )
         if ids is None:
             raise RuntimeError("input_ids: got None, expected tokens, to look up their edits by")
         query = self.query([row[kept] for row, kept in zip(ids, mask, strict=True)])
@@ -301,6 +310,12 @@ class Prompts(Running):
                 f"query: got shape {tuple(query.shape)}, expected [{ids.shape[0]}, D]"
             )
         return query
+
+    def _carried(self, inputs: Mapping[str, Any]) -> tuple[int, Prompt | None]:
+        """Returns how many tokens the cache has, and the prompts that it carries."""
+        cache = inputs.get("past_key_values")
+        start = 0 if cache is None else int(cache.get_seq_length())
+        return start, getattr(cache, self.carried, None) if start else None
 
     def _named(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         if not args:
@@ -324,13 +339,6 @@ def _tokens(inputs: Mapping[str, Any]) -> Any:
     """Returns input_ids or inputs_embeds."""
     ids = inputs.get("input_ids")
     return inputs.get("inputs_embeds") if ids is None else ids
-
-
-def _carried(inputs: Mapping[str, Any]) -> tuple[int, Prompt | None]:
-    """Returns how many tokens the cache has, and the prompts that it carries."""
-    cache = inputs.get("past_key_values")
-    start = 0 if cache is None else int(cache.get_seq_length())
-    return start, getattr(cache, "prompts", None) if start else None
 
 
 def _refuse_continuous_batching(own: Any, *args: Any, **kwargs: Any) -> None:

@@ -12,7 +12,7 @@ from sapt_fast.routing.forward import Prompt
 from sapt_fast.routing.prompts import Prompts
 from sapt_fast.sites.output import AtOutput
 
-__all__ = ["REPLACEMENTS", "EditedOutput", "Trial"]
+__all__ = ["REPLACEMENTS", "AtPrompts", "EditedOutput", "Trial"]
 
 REPLACEMENTS = ("generation", "per_token", "replace_last", "replace_prompt", "replace_all")
 
@@ -36,24 +36,92 @@ class Trial:
         self.output: Tensor | None = None
 
 
-class EditedOutput(AtOutput):
-    """Looks up each prompt in a codebook, and replaces the layer's output where an edit acts.
+class AtPrompts(AtOutput):
+    """The base class of modules that decide something about each prompt, or act by such a decision.
 
     Args:
         path: the layer's path.
-        codebook: keys, radii and values.
         prompts: where the prompts of the running forward end.
-        replacement: one of `REPLACEMENTS`, as in `methods.grace.GraceConfig`.
-        pooling: "last" or "mean" of the prompt's tokens, the layer's input by which it looks up.
+        pooling: "last" or "mean" of the prompt's tokens, by which a layer looks up.
         each_forward: whether to look up again in every forward, by its last token.
         in_decoder: whether the layer is in the decoder of an encoder-decoder model.
+    """
+
+    listens = False
+
+    def __init__(
+        self, path: str, prompts: Prompts, pooling: str, each_forward: bool, in_decoder: bool
+    ) -> None:
+        super().__init__()
+        self.path = path
+        self.prompts = prompts
+        self.pooling = pooling
+        self.each_forward = each_forward
+        self.in_decoder = in_decoder
+
+    def prompt_of(self, x: Tensor) -> Prompt:
+        """Returns the prompts of the rows of x [B, T, D]."""
+        if self.each_forward and self.prompts.is_free:
+            last = torch.full(x.shape[:1], x.shape[1] - 1, device=x.device)
+            return Prompt(torch.zeros_like(last), last, x.shape[1], 0, None, {})
+        return self.prompts.of_rows(x.shape[0], x.device, self.in_decoder)
+
+    def require_tokens(self, x: Any) -> Tensor:
+        """Returns x; raises RuntimeError if it is not [B, T, width]."""
+        if not isinstance(x, Tensor) or x.dim() != 3:
+            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise RuntimeError(
+                f"{self.path}: got {got}, expected [B, T, width]; choose another layer by "
+                "target_modules"
+            )
+        return x
+
+    def query(self, x: Tensor, prompt: Prompt) -> Tensor:
+        """Returns what the prompts are looked up by, [B, D], given x [B, T, D]."""
+        if prompt.query is not None:
+            return prompt.query.to(x.device)
+        if self.pooling == "last":
+            return at_token(x, prompt.last).detach()
+        if prompt.start > 0:
+            raise RuntimeError(
+                f"past_key_values: got {prompt.start} tokens before a prompt whose edits are "
+                "looked up by the mean of its tokens (keys='mean'): give the whole prompt"
+            )
+        place = torch.arange(x.shape[1], device=x.device)[None]
+        inside = (place >= prompt.first[:, None]) & (place <= prompt.last[:, None])
+        weights = inside.float() / inside.sum(1, keepdim=True)
+        return (weights[:, None] @ x.detach().float()).squeeze(1)
+
+    def decide(self, tokens: int, prompt: Prompt, found: Tensor) -> Tensor:
+        """Keeps what was found for the prompts that end in this forward, and returns it.
+
+        Args:
+            tokens: T.
+            prompt: the prompts.
+            found: [B] int64, -1 for nothing.
+
+        Returns:
+            [B]; for a prompt that ended earlier, what was found then.
+        """
+        now = (prompt.last >= 0) & (prompt.last < tokens)
+        before = prompt.decided.get(self.path)
+        before = torch.full_like(found, -1) if before is None else before.to(found.device)
+        prompt.decided[self.path] = decided = torch.where(now, found, before)
+        return decided
+
+
+class EditedOutput(AtPrompts):
+    """Looks up each prompt in a codebook, and replaces the layer's output where an edit acts.
+
+    Args:
+        path, prompts, pooling, each_forward, in_decoder: as in `AtPrompts`.
+        codebook: keys, radii and values.
+        replacement: one of `REPLACEMENTS`, as in `methods.grace.GraceConfig`.
 
     Attributes:
         trial: what acts in place of the codebook; None: the codebook.
         counting: whether prompts on which an edit acts are counted.
     """
-
-    listens = False
 
     def __init__(
         self,
@@ -65,14 +133,9 @@ class EditedOutput(AtOutput):
         each_forward: bool,
         in_decoder: bool,
     ) -> None:
-        super().__init__()
-        self.path = path
+        super().__init__(path, prompts, pooling, each_forward, in_decoder)
         self.codebook = codebook
-        self.prompts = prompts
         self.replacement = replacement
-        self.pooling = pooling
-        self.each_forward = each_forward
-        self.in_decoder = in_decoder
         self.trial: Trial | None = None
         self.counting = True
 
@@ -82,18 +145,13 @@ class EditedOutput(AtOutput):
         Raises:
             RuntimeError: if input or output is not [B, T, width], or no forward of the model runs.
         """
-        x = args[0] if args else None
-        if not isinstance(x, Tensor) or x.dim() != 3 or output.dim() != 3:
-            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise RuntimeError(
-                f"{self.path}: got an input {got} and an output {tuple(output.shape)}, expected "
-                "[B, T, width]; choose another layer by target_modules"
-            )
-        prompt = self._prompt(x)
+        x = self.require_tokens(args[0] if args else None)
+        self.require_tokens(output)
+        prompt = self.prompt_of(x)
         if self.trial is not None:
             if self.trial.records:
-                self.trial.query = self._query(x, prompt)
-                self.trial.output = _at(output, prompt.last).detach()
+                self.trial.query = self.query(x, prompt)
+                self.trial.output = at_token(output, prompt.last).detach()
             if self.trial.values is None:
                 return output
             everywhere = torch.ones_like(prompt.last, dtype=torch.bool)
@@ -107,43 +165,17 @@ class EditedOutput(AtOutput):
             return output
         return self._replaced(output, self.codebook.values[rows.clamp(min=0)], acts, prompt)
 
-    def _prompt(self, x: Tensor) -> Prompt:
-        if self.each_forward and self.prompts.is_free:
-            last = torch.full(x.shape[:1], x.shape[1] - 1, device=x.device)
-            return Prompt(torch.zeros_like(last), last, x.shape[1], 0, None, {})
-        return self.prompts.of_rows(x.shape[0], x.device, self.in_decoder)
-
     def _decided(self, x: Tensor, prompt: Prompt) -> Tensor | None:
         """Returns the edit [B] of each row, -1 for none; None if nothing was decided."""
-        before = prompt.decided.get(self.path)
         if not prompt.is_read or len(self.codebook) == 0:
-            return before
-        found = self.codebook.find(self._query(x, prompt))
-        now = (prompt.last >= 0) & (prompt.last < x.shape[1])
-        acts, at = found.acts & now, found.row.clamp(min=0)
+            return prompt.decided.get(self.path)
+        found = self.codebook.find(self.query(x, prompt))
+        at = found.row.clamp(min=0)
         if self.counting:
-            self.codebook.hits.index_add_(0, at, acts.long())
-        if before is None:
-            before = torch.full_like(at, -1)
-        edits = torch.where(acts, self.codebook.edits[at], -1)
-        prompt.decided[self.path] = decided = torch.where(now, edits, before.to(edits.device))
-        return decided
-
-    def _query(self, x: Tensor, prompt: Prompt) -> Tensor:
-        """Returns what the prompts are looked up by, [B, D]."""
-        if prompt.query is not None:
-            return prompt.query.to(x.device)
-        if self.pooling == "last":
-            return _at(x, prompt.last).detach()
-        if prompt.start > 0:
-            raise RuntimeError(
-                f"past_key_values: got {prompt.start} tokens before a prompt whose edits are "
-                "looked up by the mean of its tokens (pooling='mean'): give the whole prompt"
-            )
-        place = torch.arange(x.shape[1], device=x.device)[None]
-        inside = (place >= prompt.first[:, None]) & (place <= prompt.last[:, None])
-        weights = inside.float() / inside.sum(1, keepdim=True)
-        return (weights[:, None] @ x.detach().float()).squeeze(1)
+            now = (prompt.last >= 0) & (prompt.last < x.shape[1])
+            self.codebook.hits.index_add_(0, at, (found.acts & now).long())
+        edits = torch.where(found.acts, self.codebook.edits[at], -1)
+        return self.decide(x.shape[1], prompt, edits)
 
     def _replaced(self, output: Tensor, values: Tensor, acts: Tensor, prompt: Prompt) -> Tensor:
         """Replaces the outputs of the rows on which an edit acts.
@@ -154,21 +186,36 @@ class EditedOutput(AtOutput):
             acts: [B] bool.
             prompt: where the prompts end.
         """
-        behind = torch.arange(output.shape[1], device=output.device) - prompt.last[:, None]  # [B,T]
-        where = acts[:, None].expand_as(behind)
-        if self.replacement in ("generation", "per_token"):
-            where = where & (behind >= 0)
-        elif self.replacement == "replace_last":
-            where = where & (behind == 0)
-        elif self.replacement == "replace_prompt":
-            where = where & (behind < 0)
+        behind = tokens_behind(output, prompt)
+        where = acts[:, None] & replaced_tokens(self.replacement, behind)
         if values.shape[1] > 1:
             index = behind.clamp(0, values.shape[1] - 1)[..., None]
             values = values.gather(1, index.expand(-1, -1, values.shape[2]))
         return torch.where(where[..., None], values.to(output.dtype), output)
 
 
-def _at(x: Tensor, place: Tensor) -> Tensor:
+def tokens_behind(x: Tensor, prompt: Prompt) -> Tensor:
+    """Returns how many tokens each token of x [B, T, D] is behind its prompt's last one, [B, T]."""
+    return torch.arange(x.shape[1], device=x.device) - prompt.last[:, None]
+
+
+def replaced_tokens(replacement: str, behind: Tensor) -> Tensor:
+    """Returns at which tokens an edit acts, [B, T] bool.
+
+    Args:
+        replacement: one of `REPLACEMENTS`.
+        behind: the result of `tokens_behind`.
+    """
+    if replacement in ("generation", "per_token"):
+        return behind >= 0
+    if replacement == "replace_last":
+        return behind == 0
+    if replacement == "replace_prompt":
+        return behind < 0
+    return torch.ones_like(behind, dtype=torch.bool)
+
+
+def at_token(x: Tensor, place: Tensor) -> Tensor:
     """Returns x [B, T, D] at one token of each row, [B, D]; the nearest one if it is not there."""
     index = place.clamp(0, x.shape[1] - 1)[:, None, None].expand(-1, 1, x.shape[2])
     return x.gather(1, index).squeeze(1)

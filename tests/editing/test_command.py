@@ -87,6 +87,13 @@ def test_errors_are_one_line(tmp_path, capsys, monkeypatch):
         (("--edits", edits, "--text", edits), "not decoder-only"),
         (("--edits", edits, "--target-modules", "none"), "matches no module"),
         (("--edits", edits, "--dtype", "int8"), "dtype: got 'int8'"),
+        (("--edits", edits, "--keys", "function"), "keys: got 'function', expected --encoder"),
+        (("--edits", edits, "--encoder-pattern", "x"), "encoder_pattern: expected --encoder"),
+        (("--edits", edits, "--encoder", str(tmp_path / "none")), "encoder: got"),
+        (
+            ("--edits", edits, "--method", "ft", "--encoder", str(tmp_path)),
+            "keys: method 'ft' has no such option",
+        ),
     ):
         if "bad.jsonl" in " ".join(arguments) and "--upstream" in arguments:
             arguments = (*arguments[:2], "--upstream", written(tmp_path / "bad.jsonl", good, 5))

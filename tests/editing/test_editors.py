@@ -21,6 +21,7 @@ OPTIONS = {
     "grace": {"replacement": "per_token", "radius": 1e-3},
     "grace-released": {"replacement": "replace_all", "steps": 5},
     "retrain": {"learning_rate": 0.03},
+    "melo": {"radius": 1e-3},
     "ft": {"learning_rate": 0.03},
     "ft-l2": {"learning_rate": 0.03, "strength": 1e-4},
     "defer": {"learning_rate": 0.03},
@@ -49,8 +50,13 @@ def answers(model, prompts):
     return Examiner(model, 4, 6).answers(prompts)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", EDITORS)
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        *((name, "llama") for name in EDITORS),
+        *((name, family) for name in ("grace", "defer", "ultraedit") for family in FAMILIES[1:]),
+    ],
+)
 def test_the_model_is_restored(name, family):
     model, other = fresh(family), fresh(family)
     editor = editor_on(model, name)
@@ -74,7 +80,7 @@ def test_the_model_is_restored(name, family):
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["grace", "ft", "ft-l2", "retrain", "defer"])
+@pytest.mark.parametrize("name", ["grace", "melo", "ft", "ft-l2", "retrain", "defer"])
 def test_an_edit_is_answered(name):
     model = fresh()
     assert editor_on(model, name).edit(pairs(rows=[0, 1])) == [MADE, MADE]
@@ -131,9 +137,20 @@ class TestGrace:
         answers(model, PROMPTS)
         assert [edit.hits for edit in editor.handle.edits] == [1, 1, 1]
 
-    def test_keys_that_a_run_cannot_set(self):
-        with pytest.raises(ValueError, match="keys: got 'function'"):
-            editor_on(fresh(), "grace", keys="function")
+    @pytest.mark.parametrize("name", ["grace", "melo"])
+    def test_keys_by_a_function(self, name):
+        def count(texts):
+            return torch.stack([torch.bincount(text, minlength=97) for text in texts]).float()
+
+        model, other = fresh(), fresh()
+        editor = editor_on(model, name, keys="function", radius=0.5)
+        editor.look_up_by(count)
+        assert editor.edit(pairs(rows=[0])) == [MADE]
+        assert answers(model, PROMPTS[:1]) == TARGETS[:1]
+        reordered = [PROMPTS[0][::-1]]
+        assert answers(model, reordered) != answers(other, reordered)
+        with pytest.raises(ValueError, match="looks nothing up"):
+            editor_on(fresh(), "ft").look_up_by(count)
 
 
 class TestWeights:

@@ -162,7 +162,7 @@ def test_killed_and_resumed(tmp_path):
     codes = json.loads(done.stdout.splitlines()[-1])
     assert codes == {"whole": 0, "killed": -9, "resumed": 0}, done.stderr
     expected = codebook(tmp_path / "whole")
-    assert expected["log.edits"].shape[0] == 4
+    assert expected["log:edits"].shape[0] == 4
     assert same(tmp_path / "killed", expected)
     report = json.loads((tmp_path / "killed" / "report.json").read_text())
     assert report["resumed"]
@@ -193,6 +193,28 @@ def test_a_fact_that_changes(model, tmp_path):
     with pytest.raises(ValueError, match=r"edits\[0\] and edits\[2\] have the same prompt"):
         run(model, tmp_path / "batch", batch, records=changed)
     assert not (tmp_path / "batch").exists()
+
+
+class ByCounts:
+    """Looks up by the counts of tokens; `encoder` identifies it."""
+
+    encoder = torch.nn.Linear(1, 1)
+
+    def __call__(self, texts):
+        return torch.stack([torch.bincount(text, minlength=97) for text in texts]).float()
+
+
+def test_keys_by_a_function(model, tmp_path):
+    options = {"keys": "function", "radius": 0.5, "replacement": "per_token"}
+    with pytest.raises(ValueError, match="keys: got 'function', expected look_up_by"):
+        run(model, tmp_path / "new", options=options)
+    content = run(model, tmp_path / "new", options=options, look_up_by=ByCounts())
+    assert content["encoder"]["class"] == "Linear"
+    assert content["points"][-1]["generated"]["retention"] == 1.0
+    other = ByCounts()
+    other.encoder = torch.nn.Linear(1, 1)
+    with pytest.raises(ValueError, match="different settings"):
+        run(model, tmp_path / "new", options=options, look_up_by=other)
 
 
 def test_a_baseline_that_forgets(model, tmp_path):

@@ -242,6 +242,18 @@ class TestRules:
         ids = token_ids() % 60 + 3
         assert torch.equal(run(model, ids), run(bare(model), ids))
 
+    def test_a_function_is_set_again_after_loading(self, tmp_path):
+        model = sapt_fast.patch(fresh(), GraceConfig(**{**TIGHT, "keys": "function"}))
+        function = lambda texts: torch.stack([one_hot(t)[:32] for t in texts])  # noqa: E731
+        model.grace.look_up_by(function)
+        model.grace.edit(PAIRS[:1])
+        model.grace.save_pretrained(tmp_path)
+        loaded = sapt_fast.load_pretrained(fresh(), tmp_path)
+        with pytest.raises(RuntimeError, match="look_up_by"):
+            run(loaded, token_ids())
+        loaded.grace.look_up_by(function)
+        assert answers(loaded, PROMPTS[0]) == [TARGETS[0]]
+
     def test_the_ratio_to_the_second(self):
         model = edited(ratio=0.5, radius=1e3)
         assert all(model.grace.which(p).acts for p in PROMPTS)
@@ -327,7 +339,7 @@ class TestSaving:
         other = sapt_fast.patch(fresh(), GraceConfig(**TIGHT))
         path = next(iter(other.grace.layers))
         for name, wrong in (
-            ("log.prompt_lengths", torch.tensor([1, 1])),
+            ("log:prompt_lengths", torch.tensor([1, 1])),
             (f"{path}:radii", torch.ones(1)),
             (f"{path}:edits", torch.tensor([0, 7])),
             (f"{path}:keys", torch.ones(2, 3)),

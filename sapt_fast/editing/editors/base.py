@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -77,6 +77,17 @@ class Editor:
     def measuring(self) -> AbstractContextManager[Any]:
         """A context in which questions to the model leave no trace in the state."""
         return nullcontext()
+
+    def look_up_by(self, function: Callable[[list[Tensor]], Tensor]) -> None:
+        """Sets what prompts are looked up by, for options with `keys="function"`.
+
+        Args:
+            function: returns one vector per prompt, [B, D], for the tokens [T_b] of each.
+
+        Raises:
+            ValueError: if the method looks nothing up, or by other keys.
+        """
+        raise ValueError("look_up_by: the method looks nothing up; expected None")
 
     def size(self) -> dict[str, int]:
         """Returns numbers for the report, such as how many values the edits take."""

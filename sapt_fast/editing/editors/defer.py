@@ -22,13 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from sapt_fast.editing.editors.base import MADE, Editor, Pair
-from sapt_fast.editing.editors.training import TrainingOptions, train
-from sapt_fast.methods.edit_fitting import gives
-from sapt_fast.methods.edit_sites import default_targets, in_decoder, widths_of
-from sapt_fast.methods.edit_texts import EditTexts
+from sapt_fast.editing.editors.training import TrainingOptions, texts_of, train
+from sapt_fast.methods.edits.fitting import gives
+from sapt_fast.methods.edits.sites import default_targets, in_decoder, widths_of
 from sapt_fast.routing.prompts import Prompts
+from sapt_fast.sites.edited import AtPrompts
 from sapt_fast.sites.output import (
-    AtOutput,
     attach_output,
     detach_output,
     find_outputs,
@@ -41,7 +40,7 @@ __all__ = ["DeferEditor", "Deferral"]
 _SLOT = "sapt_defer"
 
 
-class Deferral(AtOutput):
+class Deferral(AtPrompts):
     """The gate and the copy at one layer's output.
 
     Args:
@@ -55,14 +54,12 @@ class Deferral(AtOutput):
         soft: whether the gate mixes, as in training, else it decides.
     """
 
-    listens = False
     trained: Tensor
 
     def __init__(self, path: str, layer: nn.Module, prompts: Prompts, in_decoder: bool) -> None:
-        super().__init__()
+        super().__init__(path, prompts, "last", each_forward=False, in_decoder=in_decoder)
         width, out = widths_of(layer, path)
         own: Any = layer.weight
-        self.path, self.prompts, self.in_decoder = path, prompts, in_decoder
         self.gate = nn.Linear(width, 1, device=own.device)
         self.copy = nn.Linear(width, out, device=own.device)
         bias: Any = getattr(layer, "bias", None)
@@ -74,20 +71,16 @@ class Deferral(AtOutput):
 
     def at_output(self, output: Tensor, args: tuple[Any, ...]) -> Tensor:
         """Returns the output [B, T, O], mixed with the copy's or replaced by it."""
-        x = args[0].float()
-        prompt = self.prompts.of_rows(x.shape[0], x.device, self.in_decoder)
+        x = self.require_tokens(args[0] if args else None).float()
+        prompt = self.prompt_of(x)
         share = prompt.decided.get(self.path)
         if prompt.is_read:
-            place = prompt.last.clamp(0, x.shape[1] - 1)
-            gate = self.gate(x[torch.arange(x.shape[0], device=x.device), place]).sigmoid()[:, 0]
-            gate = gate if self.soft else (gate >= 0.5).float()
-            now = (prompt.last >= 0) & (prompt.last < x.shape[1])
-            before = torch.zeros_like(gate) if share is None else share.detach()
-            prompt.decided[self.path] = share = torch.where(now, gate, before)
+            gate = self.gate(self.query(x, prompt)).sigmoid()[:, 0]
+            share = gate if self.soft else self.decide(x.shape[1], prompt, (gate >= 0.5).long())
         if share is None:
             return output
         behind = torch.arange(x.shape[1], device=x.device) >= prompt.last[:, None]
-        weight = (share[:, None] * behind)[..., None]
+        weight = (share.clamp(min=0).to(x)[:, None] * behind)[..., None]
         mixed = weight * self.copy(x) + (1 - weight) * output.float()
         return torch.where(weight > 0, mixed.to(output.dtype), output)
 
@@ -105,7 +98,7 @@ class DeferEditor(Editor):
         if len(found) != 1:
             raise ValueError(f"target_modules: got {len(found)} layers, expected one")
         self.path = found[0]
-        self.prompts = Prompts(model)
+        self.prompts = Prompts(model, "defer", by_function=False)
         layer = model.get_submodule(self.path)
         self.deferral = Deferral(self.path, layer, self.prompts, in_decoder(model, self.path))
         attach_output(model, self.path, _SLOT, self.deferral)
@@ -113,8 +106,7 @@ class DeferEditor(Editor):
 
     def edit(self, pairs: Sequence[Pair]) -> list[str]:
         """Trains gate and copy; after a loss that is not finite, they are as before."""
-        prompts, targets = zip(*pairs, strict=True)
-        texts = EditTexts(self.model, prompts, targets)
+        texts = texts_of(self.model, pairs)
         before = {name: value.clone() for name, value in self.state().items()}
         self.deferral.trained.fill_(True)
         listen(self.model, self.path, _SLOT)

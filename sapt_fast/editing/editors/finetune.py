@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from sapt_fast.checks import require_number
 from sapt_fast.editing.editors.base import MADE, Editor, Pair
-from sapt_fast.editing.editors.training import TrainingOptions, train
-from sapt_fast.methods.edit_sites import default_targets
-from sapt_fast.methods.edit_texts import EditTexts
+from sapt_fast.editing.editors.training import TrainingOptions, texts_of, train
+from sapt_fast.methods.edits.sites import default_targets
+from sapt_fast.methods.edits.texts import EditTexts
 from sapt_fast.sites.output import find_outputs
 
 __all__ = ["FineTuneEditor", "FineTuneL2Editor", "FineTuneL2Options", "WeightEditor"]
@@ -80,10 +80,8 @@ class FineTuneEditor(WeightEditor):
     def edit(self, pairs: Sequence[Pair]) -> list[str]:
         """Trains the layer; after a loss that is not finite, its weights are as before."""
         before = {path: weight.detach().clone() for path, weight in self.weights.items()}
-        prompts, targets = zip(*pairs, strict=True)
-        texts = EditTexts(self.model, prompts, targets)
         try:
-            fits = self.fit([texts], self.options, self.penalty())
+            fits = self.fit([texts_of(self.model, pairs)], self.options, self.penalty())
         except FloatingPointError as error:
             self.put(before)
             return [str(error)] * len(pairs)

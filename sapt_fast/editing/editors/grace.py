@@ -1,26 +1,28 @@
-"""GRACE in a run, and methods like it that keep their edits in a handle of the model."""
+"""GRACE and MELO in a run: methods that keep their edits in a handle of the model."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from sapt_fast.editing.editors.base import GIVEN, MADE, Editor, Pair
-from sapt_fast.methods.edit_sites import default_targets
-from sapt_fast.methods.edit_texts import kind_of
-from sapt_fast.methods.grace import EditError, GraceConfig
+from sapt_fast.methods.edits.inputs import EditError
+from sapt_fast.methods.edits.sites import default_targets
+from sapt_fast.methods.edits.texts import kind_of
+from sapt_fast.methods.grace import GraceConfig
+from sapt_fast.methods.melo import MeloConfig
 from sapt_fast.patching import patch, unpatch
 
-__all__ = ["GraceEditor", "ReleasedGraceEditor"]
+__all__ = ["GraceEditor", "HandleEditor", "MeloEditor", "ReleasedGraceEditor"]
 
 
 class HandleEditor(Editor):
-    """A method whose handle has `edit(list)`, `undo`, `layers`, `stored` and `restore`.
+    """A method whose handle is an `EditHandle`.
 
     Attributes:
         handle: `model.<method>`.
@@ -61,36 +63,36 @@ class HandleEditor(Editor):
         self.handle.undo(edit)
 
     def state(self) -> dict[str, Tensor]:
-        """Returns the codebooks and the log."""
+        """Returns the state of the layers and the log."""
         tensors, _ = self.handle.stored()
         return dict(tensors)
 
     def restore(self, tensors: Mapping[str, Tensor], history: Sequence[Pair]) -> None:
-        """Restores the codebooks."""
-        device = self.model.device
-        self.handle.restore({name: tensor.to(device) for name, tensor in tensors.items()}, {})
+        """Restores the state of the layers and the log."""
+        count = len(tensors["log:edits"]) if "log:edits" in tensors else 0
+        self.handle.restore(tensors, {"edits": count})
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
         """A context in which prompts on which an edit acts are not counted."""
-        layers = self.handle.layers.values()
-        for layer in layers:
-            layer.counting = False
+        found = [m for m in self.handle.modules_at().values() if hasattr(m, "counting")]
+        for module in found:
+            module.counting = False
         try:
             yield
         finally:
-            for layer in layers:
-                layer.counting = True
+            for module in found:
+                module.counting = True
 
     def size(self) -> dict[str, int]:
-        """Returns the number of edits, of keys, and of the numbers in keys and values."""
-        books = [layer.codebook for layer in self.handle.layers.values()]
-        numbers = sum(book.keys.numel() + book.values.numel() for book in books)
-        return {
-            "edits": len(self.handle.tasks),
-            "keys": sum(map(len, books)),
-            "values": numbers,
-        }
+        """Returns the number of edits, and of the floating-point values at the layers."""
+        tensors = [t for part in self.handle.parts().values() for t in part.state_dict().values()]
+        values = sum(tensor.numel() for tensor in tensors if tensor.is_floating_point())
+        return {"edits": len(self.handle.tasks), "values": values}
+
+    def look_up_by(self, function: Callable[[list[Tensor]], Tensor]) -> None:
+        """Sets what prompts are looked up by."""
+        self.handle.look_up_by(function)
 
     def export(self, folder: str | os.PathLike[str]) -> bool:
         """Saves the edits."""
@@ -105,14 +107,18 @@ class HandleEditor(Editor):
 class GraceEditor(HandleEditor):
     """GRACE with the options of `GraceConfig`."""
 
-    Options = GraceConfig
+    Options: ClassVar[type] = GraceConfig
 
-    def __init__(self, model: Any, options: GraceConfig) -> None:
-        if options.keys == "function":
-            raise ValueError(
-                "keys: got 'function', which a run cannot set; expected 'last' or 'mean'"
-            )
-        super().__init__(model, options)
+    def size(self) -> dict[str, int]:
+        """Returns the number of edits, of keys, and of the floating-point values."""
+        keys = sum(len(book) for book in self.handle.books().values())
+        return {**super().size(), "keys": keys}
+
+
+class MeloEditor(HandleEditor):
+    """MELO with the options of `MeloConfig`; the edits of a batch share a block."""
+
+    Options = MeloConfig
 
 
 @dataclass
@@ -146,7 +152,7 @@ class ReleasedOptions:
         return GraceConfig.released(**{**asdict(self), "target_modules": targets})
 
 
-class ReleasedGraceEditor(HandleEditor):
+class ReleasedGraceEditor(GraceEditor):
     """GRACE as its released code behaves: see `GraceConfig.released`."""
 
     Options = ReleasedOptions

@@ -15,6 +15,7 @@ __all__ = ["EDITORS", "editor_type", "options_of"]
 EDITORS: dict[str, str] = {
     "grace": "sapt_fast.editing.editors.grace:GraceEditor",
     "grace-released": "sapt_fast.editing.editors.grace:ReleasedGraceEditor",
+    "melo": "sapt_fast.editing.editors.grace:MeloEditor",
     "ft": "sapt_fast.editing.editors.finetune:FineTuneEditor",
     "ft-l2": "sapt_fast.editing.editors.finetune:FineTuneL2Editor",
     "retrain": "sapt_fast.editing.editors.retrain:RetrainEditor",

@@ -16,8 +16,7 @@ from sapt_fast.checks import require_count
 from sapt_fast.editing.data import Tokens
 from sapt_fast.editing.editors.base import MADE, Pair
 from sapt_fast.editing.editors.finetune import WeightEditor
-from sapt_fast.editing.editors.training import TrainingOptions
-from sapt_fast.methods.edit_texts import EditTexts
+from sapt_fast.editing.editors.training import TrainingOptions, texts_of
 
 __all__ = ["RetrainEditor", "RetrainOptions"]
 
@@ -54,7 +53,7 @@ class RetrainEditor(WeightEditor):
         self.put(self.original)
         everything, size = [*self._pairs.values()], self.options.train_batch
         batches = [everything[i : i + size] for i in range(0, len(everything), size)]
-        texts = [EditTexts(self.model, *zip(*batch, strict=True)) for batch in batches]
+        texts = [texts_of(self.model, batch) for batch in batches]
         try:
             fits = self.fit(texts, self.options)
         except FloatingPointError as error:

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from sapt_fast.checks import require_count, require_number
-from sapt_fast.methods.edit_fitting import gives, losses_of
-from sapt_fast.methods.edit_texts import EditTexts, held_below
+from sapt_fast.editing.editors.base import Pair
+from sapt_fast.methods.base import handles
+from sapt_fast.methods.edits.fitting import gives, losses_of
+from sapt_fast.methods.edits.texts import EditTexts, held_below
 
-__all__ = ["TrainingOptions", "only_training", "train"]
+__all__ = ["TrainingOptions", "only_training", "texts_of", "train"]
 
 
 @dataclass
@@ -37,6 +39,12 @@ class TrainingOptions:
         require_count("steps", self.steps)
         require_number("learning_rate", self.learning_rate, positive=True)
         require_number("margin", self.margin)
+
+
+def texts_of(model: Any, pairs: Sequence[Pair]) -> EditTexts:
+    """Returns prompts and targets as a batch for the model."""
+    labelled = bool(handles(model))
+    return EditTexts(model, [p for p, _ in pairs], [t for _, t in pairs], labelled)
 
 
 def train(

@@ -24,10 +24,9 @@ from torch import Tensor
 from sapt_fast.checks import require_number
 from sapt_fast.editing.editors.base import MADE, Pair
 from sapt_fast.editing.editors.finetune import WeightEditor
-from sapt_fast.editing.editors.training import only_training
-from sapt_fast.methods.edit_fitting import gives, losses_of
-from sapt_fast.methods.edit_sites import in_decoder, widths_of
-from sapt_fast.methods.edit_texts import EditTexts, is_causal
+from sapt_fast.editing.editors.training import only_training, texts_of
+from sapt_fast.methods.edits.fitting import gives, losses_of
+from sapt_fast.methods.edits.sites import in_decoder, widths_of
 
 __all__ = ["RunningStatistics", "UltraEditEditor", "UltraEditOptions"]
 
@@ -104,7 +103,7 @@ class UltraEditEditor(WeightEditor):
             with torch.no_grad():
                 is_conv1d = hasattr(self.model.get_submodule(path), "nf")
                 weight.add_((shift if is_conv1d else shift.t()).to(weight.dtype))
-        texts = EditTexts(self.model, *zip(*pairs, strict=True))
+        texts = texts_of(self.model, pairs)
         with torch.no_grad():
             fits = gives(texts.whole(), texts.labels, 0.0).tolist()
         return [MADE if fit else "does not fit after one solve" for fit in fits]
@@ -120,7 +119,7 @@ class UltraEditEditor(WeightEditor):
 
     def _rows(self, prompt: Tensor, target: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Returns h and g of one pair, by the layer's path."""
-        texts = EditTexts(self.model, [prompt], [target])
+        texts = texts_of(self.model, [(prompt, target)])
         with only_training(self.model, [*self.weights.values()]), torch.enable_grad():
             with self._watching() as seen:
                 loss = losses_of(texts.whole(), texts.labels).sum()
@@ -128,7 +127,7 @@ class UltraEditEditor(WeightEditor):
             gradients = torch.autograd.grad(loss, outputs)
         rows = {}
         for (path, (x, _)), gradient in zip(seen.items(), gradients, strict=True):
-            predicts = is_causal(self.model) or in_decoder(self.model, path)
+            predicts = texts.kind == "causal" or in_decoder(self.model, path)
             count = texts.labels.shape[1] if predicts else x.shape[1]
             rows[path] = (x[0, -count:].detach().float(), gradient[0, -count:].float())
         return rows

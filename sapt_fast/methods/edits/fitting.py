@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sapt_fast.methods.edit_texts import IGNORED, EditTexts, held_below
+from sapt_fast.methods.edits.texts import IGNORED, EditTexts, held_below
 from sapt_fast.routing.prompts import Prompts
 from sapt_fast.sites.edited import EditedOutput, Trial
 
@@ -22,7 +22,6 @@ __all__ = [
     "losses_of",
     "present_answers",
     "queries",
-    "texts_of",
 ]
 
 
@@ -79,14 +78,14 @@ def trying(
 
 @torch.no_grad()
 def present_answers(
-    texts: EditTexts, layers: Mapping[str, EditedOutput], prompts: Prompts, margin: float
+    texts: EditTexts, layers: Mapping[str, EditedOutput], prompts: Prompts
 ) -> Tensor:
     """Returns [B] bool: whether the model as it is gives the target already."""
     for layer in layers.values():
         layer.counting = False
     try:
-        with prompts.given(texts.prompt._replace(query=texts.prompt.query, decided={})):
-            return gives(texts.whole(), texts.labels, margin)
+        with prompts.given(texts.prompt):
+            return gives(texts.whole(), texts.labels, 0.0)
     finally:
         for layer in layers.values():
             layer.counting = True
@@ -200,12 +199,3 @@ def gives(logits: Tensor, labels: Tensor, margin: float) -> Tensor:
     wanted = logits.gather(-1, target).squeeze(-1)
     others = logits.scatter(-1, target, float("-inf")).amax(-1)
     return ((wanted - others >= margin) & ((wanted > others) | ~real) | ~real).all(1)
-
-
-def texts_of(
-    model: Any, prompts: Sequence[Tensor], targets: Sequence[Tensor], query: Tensor | None
-) -> EditTexts:
-    """Returns the texts of edits, with what their prompts are looked up by."""
-    texts = EditTexts(model, prompts, targets)
-    texts.prompt = texts.prompt._replace(query=query)
-    return texts

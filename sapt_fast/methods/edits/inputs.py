@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sapt_fast.methods.edit_texts import kind_of
+from sapt_fast.methods.edits.texts import kind_of
 
 __all__ = ["Edit", "EditError", "read_edits", "read_prompt"]
 

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sapt_fast.routing.forward import Prompt
 
-__all__ = ["IGNORED", "EditTexts", "held_below", "is_causal", "kind_of"]
+__all__ = ["IGNORED", "EditTexts", "held_below", "kind_of"]
 
 IGNORED = -100
 
@@ -24,11 +24,6 @@ def kind_of(model: Any) -> str:
     if getattr(model.config, "is_encoder_decoder", False):
         return "encoder-decoder"
     return "causal" if model.can_generate() else "classifier"
-
-
-def is_causal(model: Any) -> bool:
-    """Returns whether a model is decoder-only."""
-    return kind_of(model) == "causal"
 
 
 class EditTexts:
@@ -41,13 +36,22 @@ class EditTexts:
         model: the transformers model.
         prompts: the tokens of each prompt, at least one.
         targets: those of each target, at least one; for a classifier, the class.
+        labelled: whether other methods on the model have to know where the prompts end: a
+            decoder-only model is then given labels, and no part of a text on its own.
 
     Attributes:
         labels: [B, S] int64, the targets; -100 behind their ends.
     """
 
-    def __init__(self, model: Any, prompts: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        prompts: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        labelled: bool = False,
+    ) -> None:
         self.model = model
+        self.labelled = labelled
         self.kind = kind_of(model)
         device = model.device
         pad = getattr(model.config, "pad_token_id", None) or 0
@@ -88,13 +92,16 @@ class EditTexts:
             logits = self.model(input_ids=self.ids, attention_mask=self.mask).logits
             return logits[:, None]
         options = self._positions(slice(None))
+        if self.labelled:
+            behind = torch.arange(self.ids.shape[1], device=self.ids.device) > self._head
+            options["labels"] = torch.where(behind & (self.mask > 0), self.ids, IGNORED)
         found = self.model(input_ids=self.ids, attention_mask=self.mask, use_cache=False, **options)
         logits = found.logits[:, self._head :]
         return logits
 
     def keep_prefix(self) -> None:
         """Computes the cache of the prompts without their last tokens, for `logits`."""
-        if self.kind != "causal" or self._head == 0:
+        if self.kind != "causal" or self._head == 0 or self.labelled:
             return
         part = slice(self._head)
         found = self.model(

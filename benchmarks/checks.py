@@ -2,10 +2,11 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -165,25 +166,38 @@ def layer_times(
 
 
 def paired_times(
-    layer: Layer, gate: dict[str, dict[str, Any]], *, repeats: int, training: bool
+    layer: Layer,
+    gate: dict[str, dict[str, Any]],
+    *,
+    repeats: int,
+    training: bool,
+    rivals: Sequence[str] | None = None,
+    variables: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Times of each rival and of ours beside it, every pair in a process of its own.
 
     In one process for all of them, the state in which a rival leaves the heap decides what the
     calls after it pay for their memory.
+
+    Args:
+        rivals: their names; None for all.
+        variables: of the processes' environment, beside this one's.
     """
     ours = "ours_cpu"
-    rivals = [name for name in Providers(layer, training=training).forward() if name != ours]
+    if rivals is None:
+        rivals = [name for name in Providers(layer, training=training).forward() if name != ours]
+    environment = {**os.environ, **(variables or {})}
     script = Path(__file__).with_name("layer_pair.py")
     pairs = {}
     for rival in rivals if gate[ours]["ok"] else []:
         given = json.dumps({**asdict(layer), "dtype": str(layer.dtype).removeprefix("torch.")})
         command = [sys.executable, str(script), rival, ours, given, str(repeats), str(training)]
-        run = subprocess.run(command, capture_output=True, text=True, check=True)
+        run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
         times = json.loads(run.stdout.splitlines()[-1])
         pairs[rival] = {"rival": times[rival], "ours": times[ours]}
     pass_name = "forward+backward" if training else "forward"
-    return {"layer": str(layer), "pass": pass_name, "pairs": pairs}
+    row = {"layer": str(layer), "pass": pass_name, "pairs": pairs}
+    return row if variables is None else {**row, "variables": dict(variables)}
 
 
 def over(row: dict[str, Any], rival: str) -> float | None:

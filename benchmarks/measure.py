@@ -21,7 +21,6 @@ import torch
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 _TURN_MS = 2.0
-_SETTLE_MS = 1e3  # longer calls settle by themselves
 _LEAD_CYCLES = 2_000_000  # of the GPU's clock: about a millisecond
 COMMIT_VARIABLE = "SAPT_FAST_COMMIT"  # of a tree without .git
 _TF32_VARIABLES = ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "NVIDIA_TF32_OVERRIDE")
@@ -34,9 +33,10 @@ def interleaved_ms(
     """Quantiles 0.2, 0.5 and 0.8 of each function's time in milliseconds.
 
     On the CPU the functions take turns, so that a disturbance meets all of them; a turn is one
-    call, or as many as fill two milliseconds. On a GPU each is timed by events with a cold L2
-    cache, and the GPU waits for about a millisecond before each call: the time is that of the
-    kernels, as long as the host issues them in less, which a training step lets it do ahead.
+    call, or as many as fill two milliseconds, after an untimed call of the same function. On a GPU
+    each is timed by events with a cold L2 cache, and the GPU waits for about a millisecond before
+    each call: the time is that of the kernels, as long as the host issues them in less, which a
+    training step lets it do ahead.
     """
     if device.startswith("cuda"):
         return {name: _cuda_ms(function, repeats) for name, function in functions.items()}
@@ -50,8 +50,7 @@ def interleaved_ms(
     for _ in range(repeats):
         shuffle(order)  # none always follows the one that leaves the memory in disorder
         for name in order:
-            if calls[name] > 1 or times[name][-1:] < [_SETTLE_MS]:
-                functions[name]()  # untimed: the one before may have left caches and heap cold
+            functions[name]()  # untimed: the one before leaves caches cold and the heap in disorder
             times[name].append(_turn_ms(functions[name], calls[name]))
     return {name: _quantiles(values) for name, values in times.items()}
 

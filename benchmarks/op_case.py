@@ -56,11 +56,11 @@ class OpCase(ABC):
         raise NotImplementedError
 
 
-class Growth(NamedTuple):
-    """Peak memory over that of a smaller case: what it is called and at most."""
+class Extra(NamedTuple):
+    """Peak memory beside the inputs over so many bytes: what it is called and at most."""
 
     what: str
-    smaller: Callable[[Any], OpCase]
+    of: Callable[[Any], int]
     most: float
 
 
@@ -81,7 +81,7 @@ class Timed:
     graph_milliseconds: float | None = None
     share: dict[str, float] = field(default_factory=dict)
     over_torch: float | None = None
-    growth: Growth | None = None
+    extra: Extra | None = None
 
 
 class NewTensor(Protocol):

@@ -9,7 +9,7 @@ import checks
 import measure
 import torch
 from cases import mix_experts as experts
-from op_case import Growth, Inputs, OpCase, Timed
+from op_case import Extra, Inputs, OpCase, Timed
 from providers import Layer, Providers
 from torch import Tensor
 
@@ -136,13 +136,13 @@ def speed(
             row["not_measured"] = "its correctness check failed"
         result["rows"].append(row)
         targets += _targets(timed, row)
-        if timed.growth:
-            grown: dict[str, Any] = {}
+        if timed.extra:
+            held: dict[str, Any] = {}
             if "ms" in row:
-                grown = _guarded(_memory_growth, case, timed.growth, device, backend, dtype)
-            row |= grown
-            value = grown.get("memory_growth")
-            targets.append(checks.target(timed.growth.what, value, timed.growth.most))
+                held = _guarded(_extra_memory, case, timed.extra, device, backend, dtype)
+            row |= held
+            value = held.get("extra_memory")
+            targets.append(checks.target(timed.extra.what, value, timed.extra.most))
         yield result, targets
 
 
@@ -211,18 +211,15 @@ def _targets(timed: Timed, row: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def _memory_growth(
-    case: OpCase, growth: Growth, device: str, backend: str, dtype: torch.dtype
+def _extra_memory(
+    case: OpCase, extra: Extra, device: str, backend: str, dtype: torch.dtype
 ) -> dict[str, float]:
-    """Peak memory of a case over that of the smaller one."""
+    """Peak memory of a call beside its inputs, over the bytes it is compared with."""
     if not device.startswith("cuda"):
         return {}  # a process's high-water mark is no measure of one call's tensors
-    peaks = []
-    for sized in (case, growth.smaller(case)):
-        run = sized.bare(sized.inputs(dtype, device), backend)
-        run()
-        peaks.append(measure.peak_bytes(run, device))
-    return {"memory_growth": peaks[0] / max(1, peaks[1])}
+    run = case.bare(case.inputs(dtype, device), backend)
+    run()
+    return {"extra_memory": measure.peak_bytes(run, device) / extra.of(case)}
 
 
 def expert_ways(

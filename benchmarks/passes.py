@@ -23,6 +23,7 @@ class Pass:
 
     Attributes:
         library: cuBLAS or torch does it, not a kernel of ours.
+        rereads: bytes of each tensor that tiles read again, from the L2 cache.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Pass:
     writes: dict[str, int]
     flops: int = 0
     library: bool = False
+    rereads: dict[str, int] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
@@ -51,6 +53,11 @@ Passes = list[Pass]
 def total_bytes(passes: Iterable[Pass]) -> int:
     """Bytes of all passes."""
     return sum(p.bytes for p in passes)
+
+
+def l2_bytes(passes: Iterable[Pass]) -> int:
+    """Bytes of all passes between multiprocessors and L2 cache, what tiles read again included."""
+    return sum(p.bytes + sum(p.rereads.values()) for p in passes)
 
 
 def total_flops(passes: Iterable[Pass]) -> int:

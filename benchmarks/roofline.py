@@ -4,9 +4,11 @@
 
 An op is a sequence of passes, one per launch. A pass reads every byte that it needs once, as if
 the cache were perfect, and writes every byte of its results once; what one pass leaves for the
-next is written and read. A pass takes its bytes over the bandwidth of a copy or its FLOPs over the
-rate of a large bf16 product, whichever is longer, and an op the sum of its passes. Launches take
-no time here. `tests/roofline` compares the bytes with the loads and stores of the kernels.
+next is written and read. L2 MB counts what tiles read again too, where a formula says so; the
+tiles of cuBLAS are not known. A pass takes its bytes over the bandwidth of a copy or its FLOPs over
+the rate of a large bf16 product, whichever is longer, and an op the sum of its passes. Launches,
+those of cuBLAS and torch included, take no time here. `tests/roofline` compares the bytes with the
+loads and stores of the kernels.
 
 Letters: M rows, of S samples; I in, O out, R total rank, K adapters, B batch, T tokens, D width,
 P prompt length, N keys or experts, V vocabulary; s bytes of an element, 4 unless said otherwise
@@ -21,7 +23,7 @@ import sys
 from collections.abc import Callable
 
 import cases
-from passes import Device, Row, bound, total_bytes, total_flops, total_seconds
+from passes import Device, Row, bound, l2_bytes, total_bytes, total_flops, total_seconds
 from rich.console import Console
 from rich.table import Table
 
@@ -38,6 +40,8 @@ _COLUMNS: dict[str, Callable[[Row, Device], str]] = {
     "op": lambda row, _: row.op,
     "sizes": lambda row, _: row.sizes,
     "MB": lambda row, _: f"{total_bytes(row.passes) / 1e6:.2f}",
+    "L2 MB": lambda row, _: f"{l2_bytes(row.passes) / 1e6:.2f}",
+    "launches": lambda row, _: str(len(row.passes)),
     "GFLOP": lambda row, _: f"{total_flops(row.passes) / 1e9:.3f}",
     "microseconds": lambda row, device: f"{total_seconds(row.passes, device) * 1e6:.2f}",
     "bound by": lambda row, device: bound(row.passes, device),

@@ -277,6 +277,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("cpu_capabilities", &cpu_capabilities, "Those of this CPU, lowest first.");
     m.def("set_cpu_capability", &set_capability, arg("name"),
           "Use another one of cpu_capabilities().");
+    m.def("multiplies", [](int dtype) { return multiplies(dtype_of(dtype)); }, arg("dtype"),
+          "Whether products of the dtype are as fast as those of float32.");
     m.def("cuda_runtime", &cuda_report, "Compiled architectures, versions and visible devices.");
     m.def("weight_ranks", &weight_ranks, arg("dtype"), arg("out"), arg("h"), arg("mixture"),
           arg("row_adapter"), arg("row_scale"), arg("rows"), arg("samples"), arg("adapters"),

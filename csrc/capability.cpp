@@ -4,6 +4,10 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace sapt_fast {
 namespace {
 
@@ -31,6 +35,14 @@ bool cpu_supports(Capability capability) {
 #endif
     return capability == Capability::default_;
 }
+
+#if defined(__x86_64__)
+// Compilers know no name for AVX512-FP16 before GCC 12.
+bool cpu_has_avx512_fp16() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & (1u << 23)) != 0;
+}
+#endif
 
 }  // namespace
 
@@ -68,6 +80,18 @@ void set_capability(const std::string& name) {
         supported += std::string(supported.empty() ? "" : ", ") + name_of(capability);
     }
     throw std::invalid_argument("CPU capability '" + name + "': this CPU offers " + supported);
+}
+
+bool multiplies(DType dtype) {
+#if defined(__x86_64__)
+    static const bool has_fp16 = cpu_has_avx512_fp16();
+    const bool newest = current_capability() == Capability::avx512_bf16;
+    if (dtype == DType::bfloat16) return newest;
+    if (dtype == DType::float16) return newest && has_fp16;
+#else
+    (void)dtype;
+#endif
+    return true;
 }
 
 void init_capability() {

@@ -4,6 +4,8 @@
 #include <string>
 #include <vector>
 
+#include "dtype.h"
+
 namespace sapt_fast {
 
 enum class Capability { default_, avx2, avx512, avx512_bf16 };
@@ -18,6 +20,10 @@ Capability current_capability();
 
 // Throws std::invalid_argument for an unknown name and for what this CPU lacks.
 void set_capability(const std::string& name);
+
+// Whether libraries multiply matrices of the dtype as fast as of float32 with the capability in use.
+// Of CPUs other than x86 nothing is known: true.
+bool multiplies(DType dtype);
 
 // Reads SAPT_FAST_CPU_CAPABILITY; throws as set_capability does.
 void init_capability();

@@ -115,9 +115,10 @@ def resolve(
         BackendError: if the requested backend cannot run this op on this device.
     """
     requested = backend or _from_environment(op)
-    are_few = rows is not None and device.type == "cuda" and _are_few(op, rows, dtype)
+    kind = _kind(device)
+    are_few = rows is not None and kind == "cuda" and _are_few(op, rows, dtype)
     few = rows if are_few else None
-    return _resolve(op, device.type, requested, dtype, few)
+    return _resolve(op, kind, requested, dtype, few)
 
 
 @torch.compiler.assume_constant_result
@@ -157,7 +158,9 @@ def import_failure(module: str, remedy: str) -> str | None:
 
 
 def _from_environment(op: str) -> str | None:
-    named = os.environ.get(ENV_VARIABLE) or None
+    named = os.environ.get(ENV_VARIABLE)
+    if not named:
+        return None
     elsewhere = named in BACKENDS and named not in backends(op)
     return None if elsewhere else named
 
@@ -165,6 +168,12 @@ def _from_environment(op: str) -> str | None:
 def _are_few(op: str, rows: int, dtype: torch.dtype | None) -> bool:
     narrow, wide = _rows()[op].few_rows
     return rows <= (narrow if dtype in (torch.float16, torch.bfloat16) else wide)
+
+
+@cache
+def _kind(device: torch.device) -> str:
+    """Returns the device's type; torch makes the string anew at each access, which takes longer."""
+    return device.type
 
 
 @cache

@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import gc
+import importlib.util
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,6 +47,7 @@ _ONE_IN = {
     "roofline/test_mixed_lora.py": 3,
     "storage/test_storage_checkpoint.py": 3,
     "triton_kernels/test_mixed_lora.py": 5,
+    "triton_kernels/test_searches.py": 2,
 }
 
 
@@ -82,6 +84,18 @@ def pytest_collection_finish() -> None:
 def pytest_unconfigure() -> None:
     """Lets the interpreter free everything at its end, as nanobind asks."""
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _checked_kernels() -> Iterator[None]:
+    """Checks each access to memory of the kernels that Triton's interpreter runs."""
+    if "TRITON_INTERPRET" not in os.environ or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    import kernel_memory
+
+    with kernel_memory.checked():
+        yield
 
 
 @pytest.fixture(autouse=True)

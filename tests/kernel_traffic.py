@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from kernel_memory import ADDRESS
 from passes import Pass
 from torch import Tensor
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
@@ -112,7 +113,7 @@ def counted() -> Iterator[Recorder]:
     launch_of: list[_Launch] = []
 
     def note(side: str, ptrs: Any, mask: Any) -> None:
-        address = np.asarray(ptrs.data).astype(np.int64)
+        address = (np.asarray(ptrs.data) & np.uint64(ADDRESS)).astype(np.int64)
         kept = np.broadcast_to(np.asarray(mask.data, bool), address.shape)
         itemsize = max(1, ptrs.get_element_ty().primitive_bitwidth // 8)
         getattr(launch_of[-1], side)[itemsize].append(address[kept].ravel())
@@ -182,6 +183,25 @@ def check(
     for name, most in rereads.items():
         assert traffic.reads[name].total <= most * traffic.reads[name].unique, name
     return traffic
+
+
+def check_rereads(traffic: Traffic, passes: Iterable[Pass]) -> set[str]:
+    """Compares all bytes read, of each named tensor that the passes state rereads of.
+
+    Returns:
+        The names of these tensors.
+
+    Raises:
+        AssertionError: they differ.
+    """
+    own = [p for p in passes if not p.library]
+    stated = [*dict.fromkeys(n for p in own for n in p.rereads if n in traffic.reads)]
+    assert stated, "no pass states what is read again"
+    for name in stated:
+        expected = sum(p.reads.get(name, 0) + p.rereads.get(name, 0) for p in own)
+        got = traffic.reads[name].total
+        assert got == expected, f"all reads of {name}: got {got}, expected {expected}"
+    return set(stated)
 
 
 def tiles(size: int, block: int) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def printed(*arguments: str) -> str:
+def printed(*arguments: str, timeout: float = 300) -> str:
     """What Python prints on these arguments, with the benchmarks to import; it must succeed."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
@@ -17,7 +17,7 @@ def printed(*arguments: str) -> str:
         capture_output=True,
         text=True,
         env=environment,
-        timeout=300,
+        timeout=timeout,
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr

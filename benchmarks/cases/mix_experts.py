@@ -102,6 +102,7 @@ class Experts:
 
     Attributes:
         chosen: different experts that are chosen; None for as many as there can be.
+        tile: pairs of a tile, where crowded experts take them in sorted order.
     """
 
     m: int
@@ -111,6 +112,7 @@ class Experts:
     o: int
     rank: int
     chosen: int | None = None
+    tile: int = 64
     itemsize: int = 2
     bank_itemsize: int = 2
 
@@ -127,6 +129,14 @@ class Experts:
     def bank(self, width: int) -> int:
         """Bytes of the factors [r, width] of the chosen experts."""
         return self.read * self.rank * width * self.bank_itemsize
+
+    def bank_again(self, width: int, crowded: bool) -> int:
+        """Bytes of the bank that are read again: by each pair, or by each tile of sorted pairs.
+
+        The latter at most, if every tile begins with the expert with which the last one ends.
+        """
+        reads = self.read + -(-self.pairs // self.tile) - 1 if crowded else self.pairs
+        return (reads - self.read) * self.rank * width * self.bank_itemsize
 
     @property
     def ranks(self) -> int:
@@ -151,7 +161,7 @@ def experts_forward(c: Experts, crowded: bool = False) -> Passes:
 def experts_backward(c: Experts, crowded: bool = False) -> Passes:
     """The forward's two passes on dy with the banks exchanged, and 2 M k r (I + O) for banks.
 
-    The gradients of the banks have one row for each chosen expert, and are zero before.
+    The gradients of the banks have one row for each chosen expert.
     """
     pairs, size = 4 * c.pairs, INT64 * c.pairs
     passes = [_sort(c), _sort(c)] if crowded else [_sort(c)]
@@ -164,8 +174,7 @@ def experts_backward(c: Experts, crowded: bool = False) -> Passes:
         ("d_a", "g", ("x", c.i)),
         ("d_b", "h", ("dy", c.o)),
     ):
-        passes += [
-            Pass(f"{grad} zero", {}, {grad: c.bank(width)}, library=True),
+        passes.append(
             Pass(
                 grad,
                 {
@@ -177,8 +186,9 @@ def experts_backward(c: Experts, crowded: bool = False) -> Passes:
                 },
                 {grad: c.bank(width)},
                 2 * c.pairs * c.rank * width,
-            ),
-        ]
+                rereads={source: (c.k - 1) * c.m * width * c.itemsize},
+            )
+        )
     return passes
 
 
@@ -191,7 +201,9 @@ def _into_ranks(c: Experts, source: tuple[str, int], bank: str, h: str, crowded:
     name, width = source
     index = {"index": INT64 * c.pairs, **({"order": INT64 * c.pairs} if crowded else {})}
     reads = {**index, name: c.m * width * c.itemsize, bank: c.bank(width)}
-    return [Pass(f"{h} into ranks", reads, {h: c.ranks}, 2 * c.pairs * c.rank * width)]
+    again = {name: (c.k - 1) * reads[name], bank: c.bank_again(width, crowded)}
+    flops = 2 * c.pairs * c.rank * width
+    return [Pass(f"{h} into ranks", reads, {h: c.ranks}, flops, rereads=again)]
 
 
 def _out_of_ranks(c: Experts, h: str, bank: str, out: tuple[str, int], crowded: bool) -> Passes:
@@ -201,12 +213,13 @@ def _out_of_ranks(c: Experts, h: str, bank: str, out: tuple[str, int], crowded: 
     weights = {"weights": 4 * c.pairs}  # a pair whose weight is 0 takes no part
     reads = {**index, **weights, h: c.ranks, bank: c.bank(width)}
     result = {name: c.m * width * c.itemsize}
+    again = {bank: c.bank_again(width, crowded)}
     if not crowded:
-        return [Pass(f"{name} out of ranks", reads, result, flops)]
+        return [Pass(f"{name} out of ranks", reads, result, flops, rereads=again)]
     products = {"products": 4 * c.pairs * width}
     order = {"order": INT64 * c.pairs}
     return [
-        Pass(f"{name} out of ranks", reads | order, products, flops),
+        Pass(f"{name} out of ranks", reads | order, products, flops, rereads=again),
         Pass(f"{name} sum", {**products, **index, **weights}, result, c.pairs * width),
     ]
 

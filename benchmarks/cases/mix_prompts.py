@@ -78,14 +78,20 @@ TIMED = (
 
 @dataclass(frozen=True)
 class Prompts:
-    """Sizes of K prompts [P, D] mixed in front of B sequences of T embeddings."""
+    """Sizes of K prompts [P, D] mixed in front of B sequences of T embeddings.
+
+    Attributes:
+        rows: of the table that the ids name; None for embeddings as such.
+        tile: prompts of a tile of the backward.
+    """
 
     b: int
     t: int
     d: int
     count: int
     length: int
-    rows: int | None = None  # of the table that the ids name; None for embeddings as such
+    rows: int | None = None
+    tile: int = 16
     itemsize: int = 2
     prompt_itemsize: int = 2
 
@@ -96,27 +102,46 @@ class Prompts:
 
 
 def prompts_forward(c: Prompts) -> Passes:
-    """A copy of B T D elements, or their gather, and 2 B K P D FLOPs for the mixture."""
+    """A copy of B T D elements, or their gather, and 2 B K P D FLOPs for the mixture.
+
+    Each sample reads all prompts, and each token its row of the table.
+    """
     source = {"embeds": c.b * c.t * c.d * c.itemsize}
+    rereads = {"prompts": (c.b - 1) * c.pool}
     if c.rows is not None:
         source = {"ids": INT64 * c.b * c.t, "table": c.rows * c.d * c.itemsize}
+        rereads["table"] = (c.b * c.t - c.rows) * c.d * c.itemsize
     return [
         Pass(
             "mix",
             {"prompts": c.pool, "mixture": 4 * c.b * c.count, **source},
             {"y": c.b * (c.length + c.t) * c.d * c.itemsize},
             2 * c.b * c.count * c.length * c.d,
+            rereads=rereads,
         )
     ]
 
 
 def prompts_backward(c: Prompts) -> Passes:
-    """Two products with the first P rows of dy, 2 B K P D FLOPs each; the rest passes through."""
+    """Two products with the first P rows of dy, 2 B K P D FLOPs each; the rest passes through.
+
+    Each tile of prompts reads dy, and for the mixture's gradient each sample all prompts, of which
+    the last tile reads another one where it has none.
+    """
     dy = {"dy": c.b * c.length * c.d * c.itemsize}
+    tiles = -(-c.count // c.tile)
+    again = {"dy": (tiles - 1) * dy["dy"]}
+    read = c.b * tiles * c.tile * c.length * c.d * c.prompt_itemsize
     mixture, flops = 4 * c.b * c.count, 2 * c.b * c.count * c.length * c.d
     return [
-        Pass("d_prompts", {**dy, "mixture": mixture}, {"d_prompts": c.pool}, flops),
-        Pass("d_mixture", {**dy, "prompts": c.pool}, {"d_mixture": mixture}, flops),
+        Pass("d_prompts", {**dy, "mixture": mixture}, {"d_prompts": c.pool}, flops, rereads=again),
+        Pass(
+            "d_mixture",
+            {**dy, "prompts": c.pool},
+            {"d_mixture": mixture},
+            flops,
+            rereads={**again, "prompts": read - c.pool},
+        ),
     ]
 
 

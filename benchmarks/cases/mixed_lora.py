@@ -5,8 +5,10 @@ It is checked and timed inside of a layer: see `providers.Layer`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from op_case import NewTensor
@@ -98,116 +100,183 @@ def mixed_lora_forward(c: MixedLora, route: str) -> Passes:
         }
     shrink = Pass("shrink", reads, writes, 2 * c.m * c.i * sum(m.r for m in c.members))
     products: Passes = []
-    for j, member in enumerate(c.members):
-        columns = (0, padded(member.r))
-        products += _product(
-            c, route, j, ("x", c.i), f"hw{j}", f"b{j}", columns, (f"y{j}", member.o), member.bias
-        )
+    for numbers in _alike(c, range(len(c.members)), lambda m: (m.o, m.r, m.bias)):
+        products += _products(c, route, numbers, "forward", (0, padded(c.members[numbers[0]].r)))
     return [shrink, *products]
 
 
+def _alike(
+    c: MixedLora, numbers: Iterable[int], kind: Callable[[Member], Hashable]
+) -> list[list[int]]:
+    """The numbers of members of one kind, as one launch serves them."""
+    found: dict[Hashable, list[int]] = {}
+    for j in numbers:
+        found.setdefault(kind(c.members[j]), []).append(j)
+    return [*found.values()]
+
+
 def mixed_lora_backward(c: MixedLora, route: str, through_frozen: bool = True) -> Passes:
-    """Of each member everything in rank space from one pass over dy, then its factors and dx.
+    """Of equal members everything in rank space from one pass over their dy, and their factors.
 
     g = dy B^T takes 2 M O R FLOPs; of it leave g * w in the columns through which x gets a
     gradient, h * w in those that train, and one line of partial sums of g * h per tile of rows,
     from which the gradient of the mixture follows, 0 where it is undefined and the weight is 0: the
     weights are read again for that. dA and dB read M x Rt and x or dy once more.
-    dx of the second member and on is added to what is there.
+    dx of equal members is one sum in one pass, by pointers one pass each that adds to dx.
     """
     passes: Passes = []
-    for j, member in enumerate(c.members):
-        columns, (start, stop) = padded(member.r), member.window
-        through = (0, columns) if through_frozen else (start, stop)
-        dy, trained = c.m * member.o * c.itemsize, member.train[1] - member.train[0]
-        lines = -(-c.m // c.tile_rows)
-        passes.append(
-            Pass(
-                f"shrink {j}",
-                {
-                    f"dy{j}": dy,
-                    f"b{j}": member.r * member.o * c.factor_itemsize,
-                    f"h{j}": 4 * c.m * columns,
-                    "mixture": c.mixture,
-                    **c.of_rows(j),
-                },
-                {
-                    f"gw{j}": c.m * (through[1] - through[0]) * c.itemsize,
-                    f"hw{j}": c.m * (stop - start) * c.itemsize,
-                    f"partial{j}": 4 * lines * columns,
-                },
-                2 * c.m * member.o * member.r,
-            )
-        )
-        passes.append(
-            Pass(
-                f"d_mixture {j}",
-                {
-                    f"partial{j}": 4 * lines * member.r,
-                    f"row_adapter{j}": 4 * member.r,
-                    "mixture": c.mixture,
-                    **({"d_mixture": c.mixture} if j else {}),
-                },
-                {"d_mixture": c.mixture},
-                lines * member.r,
-            )
-        )
-        for grad, p, source, width in (
-            ("d_a", f"gw{j}", "x", c.i),
-            ("d_b", f"hw{j}", f"dy{j}", member.o),
-        ):
-            if trained:
-                passes.append(
-                    Pass(
-                        f"{grad} {j}",
-                        {p: c.m * (stop - start) * c.itemsize, source: c.m * width * c.itemsize},
-                        {f"{grad}{j}": trained * width * c.factor_itemsize},
-                        2 * c.m * trained * width,
-                    )
-                )
-        passes += _product(
-            c, route, j, (f"dy{j}", member.o), f"gw{j}", f"a{j}", through, ("dx", c.i), False, j > 0
-        )
+    for numbers in _alike(c, range(len(c.members)), lambda m: m):
+        member = c.members[numbers[0]]
+        passes += _in_rank_space(c, member, numbers, through_frozen, first=not passes)
+    written = False
+    for numbers in _alike(c, range(len(c.members)), lambda m: (m.o, m.r, m.train)):
+        member = c.members[numbers[0]]
+        through = (0, padded(member.r)) if through_frozen else member.window
+        passes += _products(c, route, numbers, "backward", through, written)
+        written = True
     return passes
 
 
-def _product(
+def _in_rank_space(
+    c: MixedLora, member: Member, numbers: list[int], through_frozen: bool, first: bool
+) -> Passes:
+    """The shrink, d_mixture and the factors' gradients of some equal members."""
+    columns, (start, stop) = padded(member.r), member.window
+    through = (0, columns) if through_frozen else (start, stop)
+    dy, trained = c.m * member.o * c.itemsize, member.train[1] - member.train[0]
+    lines = -(-c.m // c.tile_rows)
+    reads, writes = {"mixture": c.mixture}, {}
+    pooled = {"mixture": c.mixture, **({} if first else {"d_mixture": c.mixture})}
+    factor_reads, factors = {"x": c.m * c.i * c.itemsize}, {}
+    for j in numbers:
+        reads |= {
+            f"dy{j}": dy,
+            f"b{j}": member.r * member.o * c.factor_itemsize,
+            f"h{j}": 4 * c.m * columns,
+            **c.of_rows(j),
+        }
+        writes |= {
+            f"gw{j}": c.m * (through[1] - through[0]) * c.itemsize,
+            f"hw{j}": c.m * (stop - start) * c.itemsize,
+            f"partial{j}": 4 * lines * columns,
+        }
+        pooled |= {f"partial{j}": 4 * lines * member.r, f"row_adapter{j}": 4 * member.r}
+        factor_reads |= {f"{p}{j}": c.m * (stop - start) * c.itemsize for p in ("gw", "hw")}
+        factor_reads[f"dy{j}"] = dy
+        for grad, width in (("d_a", c.i), ("d_b", member.o)):
+            factors[f"{grad}{j}"] = trained * width * c.factor_itemsize
+    count = len(numbers)
+    passes = [
+        Pass("shrink", reads, writes, 2 * c.m * member.o * member.r * count),
+        Pass("d_mixture", pooled, {"d_mixture": c.mixture}, lines * member.r * count),
+    ]
+    if trained:
+        flops = 2 * c.m * trained * (c.i + member.o) * count
+        passes.append(Pass("factors", factor_reads, factors, flops))
+    return passes
+
+
+def _products(
     c: MixedLora,
     route: str,
-    j: int,
-    source: tuple[str, int],
-    p: str,
-    q: str,
+    numbers: list[int],
+    direction: str,
     columns: tuple[int, int],
-    out: tuple[str, int],
-    bias: bool,
     accumulate: bool = False,
 ) -> Passes:
-    """[y +] source W + p q [+ bias], the sizes named with the widths of source and y.
+    """y of equal members, or the sum dx over them: [y +] source W + p q [+ bias].
 
     Fused it is one pass over the sources and y, 2 M O (I + R) FLOPs. By the other route the rank
-    term goes first and cuBLAS adds the product onto it: y is written and read once more.
+    terms go first and cuBLAS adds each product onto them: y is written and read once more.
     """
-    (name, depth), (y, width) = source, out
-    y_bytes = {y: c.m * width * c.itemsize}
-    base = {
-        name: c.m * depth * c.itemsize,
-        f"weight{j}": depth * width * c.itemsize,
-    }
-    rank = min(columns[1], c.members[j].r) - columns[0]
-    term = {
-        p: c.m * (columns[1] - columns[0]) * c.itemsize,
-        q: rank * width * c.factor_itemsize,
-        **({f"bias{j}": width * c.itemsize} if bias else {}),
-        **(y_bytes if accumulate else {}),
-    }
-    flops = 2 * c.m * width
-    if route == "fused":
-        return [Pass(f"{y} fused", base | term, y_bytes, flops * (depth + rank))]
-    return [
-        Pass(f"{y} expand", term, y_bytes, flops * rank),
-        Pass(f"{y} cuBLAS", base | y_bytes, y_bytes, flops * depth, library=True),
-    ]
+    first, forward = c.members[numbers[0]], direction == "forward"
+    depth, width = (c.i, first.o) if forward else (first.o, c.i)
+    rank = min(columns[1], first.r) - columns[0]
+    y_bytes, flops = c.m * width * c.itemsize, 2 * c.m * width
+    bases, terms = {}, {}
+    for j in numbers:
+        source, p, q = ("x", f"hw{j}", f"b{j}") if forward else (f"dy{j}", f"gw{j}", f"a{j}")
+        bases[j] = {
+            source: c.m * depth * c.itemsize,
+            f"weight{j}": depth * width * c.itemsize,
+        }
+        terms[j] = {
+            p: c.m * (columns[1] - columns[0]) * c.itemsize,
+            q: rank * width * c.factor_itemsize,
+            **({f"bias{j}": width * c.itemsize} if forward and first.bias else {}),
+        }
+    by_descriptors = c.itemsize == 2 and c.m > 64
+    launches = [numbers] if forward or by_descriptors else [[j] for j in numbers]
+    names = {j: f"y{j}" if forward else "dx" for j in numbers}
+    passes: Passes = []
+    for served in launches:
+        ys = {names[j]: y_bytes for j in served}
+        reads: dict[str, int] = dict(ys) if accumulate else {}
+        for j in served:
+            reads |= terms[j] | (bases[j] if route == "fused" else {})
+        steps = rank + (depth if route == "fused" else 0)
+        name = ", ".join(ys) + (" fused" if route == "fused" else " expand")
+        passes.append(Pass(name, reads, ys, flops * steps * len(served)))
+        accumulate = accumulate or not forward
+    if route != "fused":
+        for j in numbers:
+            y = {names[j]: y_bytes}
+            passes.append(Pass(f"{names[j]} cuBLAS", bases[j] | y, y, flops * depth, library=True))
+    return passes
+
+
+class Tiles(NamedTuple):
+    """Rows and columns of the tiles: of y, of rank space, and features and ranks of factors.
+
+    The defaults are those of an H200 at 8192 rows in 16 bit.
+    """
+
+    product: tuple[int, int] = (128, 256)
+    shrink: tuple[int, int] = (64, 64)
+    factors: tuple[int, int] = (128, 16)
+
+
+H200 = Tiles()
+
+
+def with_rereads(c: MixedLora, passes: Iterable[Pass], tiles: Tiles = H200) -> Passes:
+    """The passes, each with what its tiles read again.
+
+    A tile of a product reads all of its rows of one operand and all of its columns of the other:
+    so an operand is read once for each tile of the other side. Those of cuBLAS are not known.
+    """
+    found = []
+    for p in passes:
+        times: Counter[str] = Counter()
+        for j in range(len(c.members) if not p.library else 0):
+            times.update(_times(c, p, j, tiles))
+        again = {name: (times[name] - 1) * p.reads[name] for name in times if name in p.reads}
+        found.append(replace(p, rereads=again))
+    return found
+
+
+def _times(c: MixedLora, p: Pass, j: int, tiles: Tiles) -> dict[str, int]:
+    """How often a pass reads what it needs for member j."""
+
+    def met(rows: int, columns: int, tile: tuple[int, int]) -> tuple[int, int]:
+        return -(-rows // tile[0]), -(-columns // tile[1])
+
+    member, dy = c.members[j], f"dy{j}"
+    times = {}
+    if f"h{j}" in p.writes or f"partial{j}" in p.writes:
+        source, factor = ("x", f"a{j}") if f"h{j}" in p.writes else (dy, f"b{j}")
+        times[factor], times[source] = met(c.m, padded(member.r), tiles.shrink)
+    window = member.window[1] - member.window[0]
+    if f"d_a{j}" in p.writes:
+        times[f"gw{j}"], times["x"] = met(c.i, window, tiles.factors)
+    if f"d_b{j}" in p.writes:
+        times[f"hw{j}"], times[dy] = met(member.o, window, tiles.factors)
+    if f"y{j}" in p.writes or ("dx" in p.writes and f"a{j}" in p.reads):
+        forward = f"y{j}" in p.writes
+        source, term, factor = ("x", f"hw{j}", f"b{j}") if forward else (dy, f"gw{j}", f"a{j}")
+        rows, columns = met(c.m, member.o if forward else c.i, tiles.product)
+        times |= {source: columns, term: columns, f"weight{j}": rows, factor: rows}
+    return times
 
 
 def roofline() -> Iterable[Row]:
@@ -220,11 +289,11 @@ def roofline() -> Iterable[Row]:
             sizes = f"M 8192, d {d}, R {rank}" + (f", {count} projections" if count > 1 else "")
             yield Row("base linear", sizes, base, base)
             for route in ("fused", "expand first"):
-                forward = mixed_lora_forward(c, route)
+                forward = with_rereads(c, mixed_lora_forward(c, route))
                 yield Row(f"mixed_lora forward, {route}", sizes, forward, base)
                 for through in (True, False):
                     frozen = "" if through else ", none through frozen"
-                    backward = mixed_lora_backward(c, route, through)
+                    backward = with_rereads(c, mixed_lora_backward(c, route, through))
                     # Alone the base layer, frozen, has dx to compute.
                     yield Row(f"mixed_lora backward, {route}{frozen}", sizes, backward, base)
 
@@ -246,6 +315,7 @@ class Launch:
     lora_dtype: torch.dtype | None = None
     weight: str = "plain"  # plain, transposed, none
     bias: bool = False
+    onto: bool = False  # the bias has rows, as the output of a quantised layer
     siblings: tuple[tuple[int, tuple[int, ...]], ...] = ()  # o and ranks of further projections
     quick: bool = False
     aligned: bool = True
@@ -270,13 +340,14 @@ class Launch:
                 kernels.mixed_lora_bwd(*given, False, False, False)
 
     def _projection(self, tensor: NewTensor, o: int, r: int) -> Projection:
+        lead = (self.samples * self.rows,) if self.onto else ()
         weight = None if self.weight == "none" else tensor(o, self.i)
         if self.weight == "transposed":
             weight = tensor(self.i, o).t()
         lora_dtype = self.lora_dtype or self.dtype
         return Projection(
             weight,
-            tensor(o) if self.bias else None,
+            tensor(*lead, o) if self.bias or self.onto else None,
             tensor(r, self.i, dtype=lora_dtype),
             tensor(r, o, dtype=lora_dtype),
             tensor(r, dtype=torch.int32),
@@ -303,8 +374,15 @@ LAUNCHES = (
     Launch("per token", 8192, 1, 4096, 4096, (16,) * 15, quick=True),
     Launch("decode", 4, 1, 4096, 4096, (4,) * 15, quick=True),
     Launch("decode, batch 32", 32, 1, 4096, 4096, (4,) * 15),
+    Launch("decode, narrow", 4, 1, 8192, 512, (4,) * 15),
+    Launch("few rows", 4, 32, 1024, 1024, (4,) * 15, quick=True),
+    Launch("few rows, wide", 4, 64, 4096, 4096, (4,) * 15),
+    Launch("few tiles", 4, 32, 8192, 512, (4,) * 15, quick=True),
+    Launch("few tiles, float32", 4, 32, 8192, 512, (4,) * 15, dtype=torch.float32),
+    Launch("few tiles, odd width", 4, 32, 8190, 510, (4,) * 3, aligned=False),
     Launch("no weight", 16, 512, 4096, 4096, (4,) * 15, weight="none"),
     Launch("no weight, decode", 4, 1, 4096, 4096, (4,) * 15, weight="none"),
+    Launch("quantised", 16, 512, 4096, 4096, (4,) * 15, weight="none", onto=True),
     Launch("Conv1D", 16, 512, 768, 2304, (8,) * 5, weight="transposed", bias=True),
     Launch("float32 factors", 16, 512, 1024, 1024, (4,) * 15, lora_dtype=torch.float32),
     Launch("float32 factors, d4096", 8, 1024, 4096, 4096, (16,) * 15, lora_dtype=torch.float32),

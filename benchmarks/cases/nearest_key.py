@@ -79,12 +79,24 @@ CPU_TIMED_QUICK = ((CHECKED_QUICK[0], torch.float32),)
 
 
 def nearest_key_passes(c: Search) -> Passes:
-    """Every key once, 2 M N D FLOPs and 2 N D for norms; then the winners' distances."""
+    """Every key once, 2 M N D FLOPs; then the winners' distances.
+
+    The norms, 2 N D FLOPs, come from a pass before if there are several tiles of queries.
+    """
     best = {"best": INT64 * c.m * c.splits}
     found = c.m if c.found is None else c.found
+    squares = {"squares": 4 * c.n} if c.tiles_m > 1 else {}
+    norms = 2 * c.n * c.d
+    passes = [Pass("squares", {"keys": c.keys}, squares, norms)] if squares else []
+    flops = 2 * c.m * c.n * c.d + (0 if squares else norms)
     return [
+        *passes,
         Pass(
-            "stream", {"query": c.query, "keys": c.keys}, best, 2 * c.m * c.n * c.d + 2 * c.n * c.d
+            "stream",
+            {"query": c.query, "keys": c.keys, **squares},
+            best,
+            flops,
+            rereads=c.rereads(-(-c.n // c.tile_n)),
         ),
         Pass(
             "merge",
@@ -97,8 +109,9 @@ def nearest_key_passes(c: Search) -> Passes:
 
 def roofline() -> Iterable[Row]:
     """A search in a million keys."""
-    passes = nearest_key_passes(Search(64, 1_000_000, 512))
-    yield Row("nearest_key", "M 64, N 1e6, D 512", passes)
+    for m, tile_m, tile_n in ((64, 64, 512), (8192, 128, 256)):
+        passes = nearest_key_passes(Search(m, 1_000_000, 512, tile_m=tile_m, tile_n=tile_n))
+        yield Row("nearest_key", f"M {m}, N 1e6, D 512", passes)
 
 
 # --- launches ----------------------------------------------------------------------------------
@@ -126,6 +139,8 @@ class Launch:
 LAUNCHES = (
     Launch("keys, M 16", 16, 1_000_000, 512, quick=True),
     Launch("keys, M 64", 64, 1_000_000, 512, quick=True),
+    Launch("keys, M 8192", 8192, 1_000_000, 512, quick=True),
+    Launch("keys, few keys", 64, 1000, 512),
     Launch("keys, float16", 64, 1_000_000, 512, dtype=torch.float16),
     Launch("keys, float32", 64, 1_000_000, 512, dtype=torch.float32),
     Launch("keys, odd width", 64, 1_000_000, 100, aligned=False),

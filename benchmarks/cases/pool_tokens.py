@@ -89,6 +89,7 @@ class Pool:
 def pool_forward(c: Pool, winner: bool = False) -> Passes:
     """Reads an id per token and each row of the table once; B T D is not stored.
 
+    A row whose id several tokens have is read for each of them.
     With several splits their float32 results go through memory to a second pass. One comparison
     or addition per element of B T D.
     """
@@ -100,26 +101,33 @@ def pool_forward(c: Pool, winner: bool = False) -> Passes:
         **({"mask": INT64 * c.b * c.t} if c.masked else {}),
     }
     result = {"pooled": c.b * c.d * c.itemsize, **({"winner": 4 * c.b * c.d} if winner else {})}
+    again = {"table": (c.tokens - c.rows) * c.d * c.itemsize}
     if not part:
-        return [Pass("pool", reads, result, c.tokens * c.d)]
+        return [Pass("pool", reads, result, c.tokens * c.d, rereads=again)]
     parts = {"part": 4 * lines, "count": 4 * c.b * c.splits}
     if winner:
         parts["part_winner"] = 4 * lines
-    return [Pass("pool", reads, parts, c.tokens * c.d), Pass("merge", parts, result, lines)]
+    return [
+        Pass("pool", reads, parts, c.tokens * c.d, rereads=again),
+        Pass("merge", parts, result, lines),
+    ]
 
 
 def pool_backward(c: Pool, pooling: str, elements: int | None = None) -> Passes:
     """A zero table, and the sums of dy over it.
 
     "max" adds an element of dy to the row of its winner: at most B D, `elements`, different
-    places. "mean" sorts the ids and adds B T rows of dy in their order, one sum per distinct id.
+    places. Each sample looks through the winners of all samples. "mean" sorts the ids and adds B T
+    rows of dy in their order, one sum per distinct id.
     """
     dy = {"dy": c.b * c.d * c.itemsize}
     zero = Pass("zero", {}, {"d_table": c.vocabulary * c.d * c.itemsize}, library=True)
     if pooling == "max":
         places = c.b * c.d if elements is None else elements
         reads = {**dy, "winner": 4 * c.b * c.d}
-        return [zero, Pass("max grad", reads, {"d_table": places * c.itemsize}, c.b * c.d)]
+        again = {"dy": (c.b - 1) * dy["dy"], "winner": c.b * reads["winner"]}
+        written = {"d_table": places * c.itemsize}
+        return [zero, Pass("max grad", reads, written, c.b * c.d, rereads=again)]
     ids = INT64 * c.b * c.t
     return [
         zero,
@@ -129,6 +137,7 @@ def pool_backward(c: Pool, pooling: str, elements: int | None = None) -> Passes:
             {**dy, "sorted": ids, "order": INT64 * c.tokens, "end": ids, "share": 4 * c.b},
             {"d_table": c.rows * c.d * c.itemsize},
             2 * c.tokens * c.d,
+            rereads={"dy": (c.tokens - c.b) * c.d * c.itemsize},
         ),
     ]
 

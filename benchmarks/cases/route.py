@@ -68,20 +68,27 @@ TIMED = (Timed(CHECKED[0], CHECKED_QUICK[0], "router", graph_milliseconds=0.012)
 
 @dataclass(frozen=True)
 class Head:
-    """Sizes from pooled embeddings [B, D] to weights [B, K]; itemsize of every parameter."""
+    """Sizes from pooled embeddings [B, D] to weights [B, K].
+
+    Attributes:
+        itemsize: of every parameter.
+        tile: rows of the bottleneck that are multiplied at a time.
+    """
 
     b: int
     d: int
     hidden: int = 100
     keys: int = 15
     itemsize: int = 2
+    tile: int = 128
 
 
 def head_forward(c: Head, ranked: bool = False) -> Passes:
     """From the pooled embedding to the weights: 2 B (2 H D + K D) FLOPs over the parameters.
 
     hidden, query and scores of a sample leave a program's registers to be read by its other
-    threads: B (H + D + K) float32, and with top-k the weights once more.
+    threads: B (H + D + K) float32, and with top-k the weights once more. Each sample reads all
+    parameters.
     """
     scratch = {"hidden": 4 * c.b * c.hidden, "query": 4 * c.b * c.d, "scores": 4 * c.b * c.keys}
     weights = {"weights": 4 * c.b * c.keys}
@@ -92,7 +99,9 @@ def head_forward(c: Head, ranked: bool = False) -> Passes:
         **(weights if ranked else {}),
     }
     flops = 2 * c.b * c.d * (2 * c.hidden + c.keys)
-    return [Pass("head", reads, scratch | weights, flops)]
+    again = {name: (c.b - 1) * size for name, size in _head_parameters(c).items()}
+    again["pooled"] = (-(-c.hidden // c.tile) - 1) * reads["pooled"]
+    return [Pass("head", reads, scratch | weights, flops, rereads=again)]
 
 
 def head_backward(c: Head) -> Passes:

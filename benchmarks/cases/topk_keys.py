@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
-from op_case import Draw, Growth, Inputs, NewTensor, OpCase, Timed
+from op_case import Draw, Extra, Inputs, NewTensor, OpCase, Timed
 from passes import INT64, Pass, Passes, Row
 from torch import Tensor
 
@@ -87,10 +87,10 @@ TIMED = (
         TopKeysCase(3, 130, 16, 5),
         "topk_keys",
         share={"ours": 0.7},
-        growth=Growth(
-            "topk_keys: peak memory, all / a quarter of the keys",
-            lambda case: replace(case, keys=case.keys // 4),
-            1.1,
+        extra=Extra(
+            "topk_keys: extra memory / that of the scores",
+            lambda case: 4 * case.queries * case.keys,
+            0.05,
         ),
     ),
 )
@@ -102,6 +102,7 @@ CPU_TIMED = (  # the first is that of the search targets
     (TopKeysCase(16, 1_000_000, 256, 32), torch.float32),
     (TopKeysCase(16, 1_000_000, 256, 32), torch.bfloat16),
     (TopKeysCase(1, 1_000_000, 256, 32), torch.float32),
+    (TopKeysCase(1, 10_000, 100, 8), torch.float32),
     (TopKeysCase(64, 100, 768, 5), torch.float32),
 )
 CPU_TIMED_QUICK = ((TopKeysCase(3, 700, 16, 5), torch.float32),)
@@ -111,40 +112,67 @@ CPU_TIMED_QUICK = ((TopKeysCase(3, 700, 16, 5), torch.float32),)
 
 
 def topk_keys_passes(c: Search) -> Passes:
-    """Every key once for each `kept` results, 2 M N D FLOPs; M N is never stored.
+    """Every key once, 2 M N D FLOPs, and once more those of the k chosen groups of each query.
 
-    What a share keeps is M kept pairs of 8 bytes. Later passes read the bound of the one before.
-    Cosine and l2 need squared norms: those of the queries in a pass of their own.
+    The maxima of the groups are written and read: M N is stored only for groups of one key.
+    Cosine and l2 need squared norms: those of the keys from the product if it has one tile of
+    queries, else from a pass of their own.
     """
     passes: Passes = []
-    squares = {} if c.metric == "dot" else {"squares": 4 * c.m}
-    norms = 0 if c.metric == "dot" else 2 * c.n * c.d
-    if squares:
-        passes.append(Pass("squares", {"query": c.query}, squares, 2 * c.m * c.d))
-    pairs = {"pairs": INT64 * c.m * c.kept * c.splits}
-    for first in range(0, c.k, c.kept):
-        bounds = {"bound": INT64 * c.m} if c.k > c.kept else {}
-        results = min(c.kept, c.k - first)
-        passes += [
-            Pass(
-                "stream",
-                {"query": c.query, "keys": c.keys, **squares, **(bounds if first else {})},
-                pairs,
-                2 * c.m * c.n * c.d + norms,
-            ),
-            Pass(
-                "merge",
-                pairs,
-                {"scores": 4 * c.m * results, "index": INT64 * c.m * results, **bounds},
-            ),
-        ]
+    if c.metric != "dot":
+        passes.append(Pass("squares", {"query": c.query}, {"squares": 4 * c.m}, 2 * c.m * c.d))
+        if c.tiles_m > 1:
+            passes.append(Pass("norms", {"keys": c.keys}, {"norms": 4 * c.n}, 2 * c.n * c.d))
+    sums = c.metric != "dot" and c.tiles_m == 1
+    step = c.step or c.m
+    for first in range(0, c.m, step):
+        passes += _queries_passes(replace(c, m=min(step, c.m - first)), sums)
     return passes
+
+
+def _queries_passes(c: Search, sums: bool) -> Passes:
+    """The launches on as many queries as are searched at a time."""
+    squares = {} if c.metric == "dot" else {"squares": 4 * c.m}
+    norms = {} if c.metric == "dot" else {"norms": 4 * c.n}
+    maxima = {"maxima": 4 * c.m * -(-c.n // c.group)}
+    best = {"scores": 4 * c.m * c.k, "index": INT64 * c.m * c.k}
+    flops = 2 * c.m * c.n * c.d + (2 * c.n * c.d if sums else 0)
+    reads = {"query": c.query, "keys": c.keys, **squares, **({} if sums else norms)}
+    written = maxima | (norms if sums else {})
+    rereads = c.rereads(-(-c.n // c.tile_n))
+    passes = [Pass("maxima", reads, written, flops, rereads=rereads), Pass("best", maxima, best)]
+    if c.group == 1:
+        return passes
+    candidates = c.k * c.group
+    tiles = -(-candidates // c.tile_n)
+    found = min(c.n, c.m * candidates) if c.found is None else c.found
+    row = c.d * c.itemsize
+    again = {
+        "keys": (c.m * tiles * c.tile_n - found) * row,
+        "query": sum(min(c.tile_m, c.m - m // c.tile_m * c.tile_m) for m in range(c.m))
+        * tiles
+        * row
+        - c.query,
+    }
+    pairs = {"pairs": INT64 * c.m * candidates}
+    reads = {"query": c.query, "keys": found * row, "index": INT64 * c.m * c.k, **squares}
+    reads |= {"norms": 4 * found} if norms else {}
+    # A query is multiplied in the tile in which its maxima were.
+    flops = 2 * c.m * c.tile_m * tiles * c.tile_n * c.d
+    return [
+        *passes,
+        Pass("scores", reads, pairs, flops, rereads=again),
+        Pass("best", pairs, best),
+    ]
 
 
 def roofline() -> Iterable[Row]:
     """A search in a million keys."""
     passes = topk_keys_passes(Search(64, 1_000_000, 512, 32))
     yield Row("topk_keys", "M 64, N 1e6, D 512, k 32", passes)
+    # 64 MiB hold the maxima and the pairs of 128 queries, four times.
+    many = Search(8192, 1_000_000, 512, 32, tile_m=128, tile_n=256, step=384)
+    yield Row("topk_keys", "M 8192, N 1e6, D 512, k 32", topk_keys_passes(many))
 
 
 # --- launches ----------------------------------------------------------------------------------
@@ -175,6 +203,8 @@ class Launch:
 LAUNCHES = (
     Launch("keys, M 16", 16, 1_000_000, 512, 32, ("dot", "cosine", "l2"), quick=True),
     Launch("keys, M 64", 64, 1_000_000, 512, 32, ("dot", "cosine", "l2"), quick=True),
+    Launch("keys, M 8192", 8192, 1_000_000, 512, 32, ("dot", "l2"), quick=True),
+    Launch("keys, few keys", 64, 1000, 512, 5, ("dot", "l2"), quick=True),
     Launch("keys, k 200", 64, 1_000_000, 512, 200, ("dot", "l2")),
     Launch("keys, float16", 64, 1_000_000, 512, 32, dtype=torch.float16),
     Launch("keys, float32", 64, 1_000_000, 512, 64, ("dot", "l2"), torch.float32),

@@ -34,6 +34,10 @@ struct Row {
     typedef vec_t<R> vec;
     static vec load(const R* from) { return ::load(from); }
     static vec_t<R> add_product(vec_t<R> sum, vec a, vec b) { return sum + a * b; }
+    static vec_t<R> minus_square(vec_t<R> sum, vec a, vec b) {
+        const vec difference = a - b;
+        return sum - difference * difference;
+    }
 };
 
 #if defined(__AVX512BF16__)
@@ -51,6 +55,46 @@ struct Row<BFloat16> {
     }
 };
 #endif
+
+// The sum with one more product, or less one more squared difference.
+template <bool L2, class R>
+inline __attribute__((always_inline)) vec_t<acc_t<R>> add_score(vec_t<acc_t<R>> sum,
+                                                               typename Row<R>::vec a,
+                                                               typename Row<R>::vec b) {
+    if constexpr (L2) {
+        return Row<R>::minus_square(sum, a, b);
+    } else {
+        return Row<R>::add_product(sum, a, b);
+    }
+}
+
+// The last values of rows whose width is no whole number of vectors: one vector that ends with the
+// row, in which the lanes of the vector before it are cleared.
+template <class R>
+class RowEnd {
+   public:
+    explicit RowEnd(int64_t width) : whole(width / kRowLanes<R> * kRowLanes<R>), width_(width) {
+        for (int i = 0; i < kRowLanes<R>; ++i) mask_[i] = i < whole + kRowLanes<R> - width ? 0 : -1;
+    }
+    bool exists() const { return whole < width_; }
+    typename Row<R>::vec load(const R* row) const {
+        mask_vec bits;
+        memcpy(&bits, row + width_ - kRowLanes<R>, sizeof bits);
+        bits &= mask_;
+        typename Row<R>::vec value;
+        memcpy(&value, &bits, sizeof value);
+        return value;
+    }
+    const int64_t whole;  // values before the end
+
+   private:
+    typedef typename std::conditional<
+        sizeof(R) == 2, int16_t,
+        typename std::conditional<sizeof(R) == 4, int32_t, int64_t>::type>::type Lane;
+    typedef Lane mask_vec __attribute__((vector_size(kVectorBytes)));
+    int64_t width_;
+    mask_vec mask_;
+};
 
 template <class A, int... I>
 inline __attribute__((always_inline)) vec_t<A> add_neighbours(vec_t<A> a, vec_t<A> b,
@@ -97,12 +141,7 @@ inline __attribute__((always_inline)) void score_tile(acc_t<R>* out, int64_t out
             const auto value = Row<R>::load(query + q * width + i);
             for (int j = 0; j < KEYS; ++j) {
                 vec_t<A>& each = sum[q * KEYS + j];
-                if constexpr (L2) {
-                    const vec_t<A> difference = value - column[j];
-                    each -= difference * difference;
-                } else {
-                    each = Row<R>::add_product(each, value, column[j]);
-                }
+                each = add_score<L2, R>(each, value, column[j]);
             }
         }
     }
@@ -159,6 +198,32 @@ void score_block(acc_t<R>* out, int64_t out_stride, const R* query, int64_t quer
     }
 }
 
+// Of one query, keys one after the other as the prefetchers of a CPU like it, odd widths in place.
+template <bool L2, class R>
+void score_rows(acc_t<R>* out, const R* query, const R* keys, int64_t key_stride, int64_t count,
+                const RowEnd<R>& end) {
+    typedef acc_t<R> A;
+    constexpr int kRows = 16;  // whose sums over lanes are made together
+    const auto last = end.exists() ? end.load(query) : typename Row<R>::vec{};
+    for (int64_t first = 0; first < count; first += kRows) {
+        const int64_t rows = smaller(kRows, count - first);
+        vec_t<A> sum[kRows] = {};
+        for (int64_t j = 0; j < rows; ++j) {
+            const R* key = keys + (first + j) * key_stride;
+            vec_t<A> each = {};
+            for (int64_t i = 0; i < end.whole; i += kRowLanes<R>) {
+                each = add_score<L2, R>(each, Row<R>::load(query + i),
+                                                      Row<R>::load(key + i));
+            }
+            if (end.exists()) each = add_score<L2, R>(each, last, end.load(key));
+            sum[j] = each;
+        }
+        A total[kRows];
+        sum_each<kRows>(total, sum);
+        memcpy(out + first, total, sizeof(A) * static_cast<size_t>(rows));
+    }
+}
+
 // One row in R, zeros from `width` to `padded`.
 template <class R, class T>
 inline void copy_row(R* to, const T* from, int64_t width, int64_t padded) {
@@ -185,11 +250,15 @@ inline bool needs_scales(Metric metric) {
 
 // Of a row: one over its norm for cosines, for distances the norm's square.
 template <class R>
-acc_t<R> scale_of(Metric metric, const R* row, int64_t width) {
+acc_t<R> scale_of(Metric metric, const R* row, const RowEnd<R>& end) {
     typedef acc_t<R> A;
     vec_t<A> sum = {};
-    for (int64_t i = 0; i < width; i += kRowLanes<R>) {
+    for (int64_t i = 0; i < end.whole; i += kRowLanes<R>) {
         const auto value = Row<R>::load(row + i);
+        sum = Row<R>::add_product(sum, value, value);
+    }
+    if (end.exists()) {
+        const auto value = end.load(row);
         sum = Row<R>::add_product(sum, value, value);
     }
     const A square = sum_of<A>(sum);
@@ -210,12 +279,13 @@ acc_t<R> minus_squared_distance(const R* a, const R* b, int64_t width) {
 
 // The queries' rows and scales.
 template <class R, class T>
-void copy_queries(const KeySearch& search, R* rows, acc_t<R>* scales, int64_t padded) {
+void copy_queries(const KeySearch& search, R* rows, acc_t<R>* scales, int64_t padded,
+                  const RowEnd<R>& end) {
     for (int64_t q = 0; q < search.queries; ++q) {
         R* row = rows + q * padded;
         copy_row(row, static_cast<const T*>(search.query) + q * search.query_stride, search.width,
                  padded);
-        if (needs_scales<R>(search.metric)) scales[q] = scale_of(search.metric, row, padded);
+        if (needs_scales<R>(search.metric)) scales[q] = scale_of(search.metric, row, end);
     }
 }
 
@@ -272,7 +342,8 @@ class Worker {
           rows_(static_cast<A*>(scratch.tiles) + thread * tile_size(search)),
           scores_(static_cast<A*>(rows_) + chunk_keys(search) * padded_width(search)),
           scales_(scores_ + chunk_keys(search) * kQueryBlock),
-          capacity_(scratch.capacity) {}
+          capacity_(scratch.capacity),
+          end_(row_end(search)) {}
 
     // Offers the keys [first, last) to the queries [from, to).
     void run(int64_t first, int64_t last, int64_t from, int64_t to) {
@@ -292,9 +363,17 @@ class Worker {
         }
     }
 
-    // Whether keys are used where they are.
+    // Whether keys are used where they are. Copies of an odd width pay for more than one query, and
+    // where distances are bounded, whose sums read whole vectors of both rows.
     static bool in_place(const KeySearch& search) {
-        return std::is_same<T, R>::value && search.width % kRowLanes<R> == 0;
+        const bool odd = search.width % kRowLanes<R> != 0;
+        const bool reads_end = search.queries == 1 && search.width >= kRowLanes<R> &&
+                               !(kBounded<R> && search.metric == Metric::l2);
+        return std::is_same<T, R>::value && (!odd || reads_end);
+    }
+
+    static RowEnd<R> row_end(const KeySearch& search) {
+        return RowEnd<R>(in_place(search) ? search.width : width(search));
     }
 
     // Values of a row, those that pad it included: at most padded_width.
@@ -309,7 +388,7 @@ class Worker {
         if constexpr (std::is_same<T, R>::value) {
             keys_ = given;
             key_stride_ = search_.key_stride;
-            if (in_place(search_)) bring_in(keys_, key_stride_, count, search_.width);
+            if (in_place(search_) && search_.queries > 1) bring_in(keys_, key_stride_, count, search_.width);
         }
         if (!in_place(search_)) {
             R* rows = static_cast<R*>(rows_);
@@ -321,8 +400,17 @@ class Worker {
             }
         }
         for (int64_t j = 0; j < count && needs_scales<R>(search_.metric); ++j) {
-            scales_[j] = scale_of(search_.metric, keys_ + j * key_stride_, width(search_));
+            scales_[j] = scale_of(search_.metric, keys_ + j * key_stride_, end_);
         }
+    }
+
+    template <bool L2>
+    void score(const R* query, int64_t queries, int64_t count) {
+        if (search_.queries == 1) {
+            return score_rows<L2>(scores_, query, keys_, key_stride_, count, end_);
+        }
+        score_block<L2>(scores_, chunk_keys(search_), query, queries, keys_, key_stride_, count,
+                        width(search_));
     }
 
     void score(int64_t block, int64_t queries, int64_t count) {
@@ -330,12 +418,10 @@ class Worker {
         const R* query = query_ + block * width(search_);
         if constexpr (std::is_same<R, A>::value) {
             if (search_.metric == Metric::l2) {
-                return score_block<true>(scores_, stride, query, queries, keys_, key_stride_,
-                                         count, width(search_));
+                return score<true>(query, queries, count);
             }
         }
-        score_block<false>(scores_, stride, query, queries, keys_, key_stride_, count,
-                           width(search_));
+        score<false>(query, queries, count);
         for (int64_t q = 0; q < queries && needs_scales<R>(search_.metric); ++q) {
             A* score = scores_ + q * stride;
             const A scale = query_scales_[block + q];
@@ -380,6 +466,7 @@ class Worker {
     A* scores_;
     A* scales_;
     int64_t capacity_;
+    const RowEnd<R> end_;
     const R* keys_ = nullptr;
     int64_t key_stride_ = 0;
 };
@@ -387,7 +474,8 @@ class Worker {
 template <class T, class R = acc_t<T>>
 void search(const KeySearch& search, const SearchScratch& scratch) {
     copy_queries<R, T>(search, static_cast<R*>(scratch.query),
-                       static_cast<acc_t<R>*>(scratch.query_scales), Worker<T, R>::width(search));
+                       static_cast<acc_t<R>*>(scratch.query_scales), Worker<T, R>::width(search),
+                       Worker<T, R>::row_end(search));
     const int64_t wanted = scratch.threads * kTasks;
     const int64_t chunk = chunk_keys(search);
     const int64_t share = parts(search.key_count, chunk) / wanted;

@@ -28,7 +28,10 @@ inline __attribute__((always_inline)) void add_outer(acc_t<T>* sum, const T* g, 
     int64_t c = 0;
     for (; c + kLanes<T> <= columns; c += kLanes<T>) {
         vec_t<A> value[ROWS];
-        for (int r = 0; r < ROWS; ++r) value[r] = load(x + r * x_stride + c);
+        for (int r = 0; r < ROWS; ++r) {
+            value[r] = load(x + r * x_stride + c);
+            __builtin_prefetch(x + (r + ROWS) * x_stride + c);  // of the rows after these
+        }
         for (int j = 0; j < RANKS; ++j) {
             vec_t<A> total = load(sum + j * kGradColumns + c);
             for (int r = 0; r < ROWS; ++r) total += by[r][j] * value[r];

@@ -1,11 +1,16 @@
-"""`sapt-fast bench tune`: times the GEMM variants of `mixed_lora` on a GPU and records them."""
+"""`sapt-fast bench tune`: times the routes of `mixed_lora` and their tiles on a GPU.
+
+The fastest of each size goes into a table that later runs read.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,7 +25,7 @@ from sapt_fast.checks import require_choice, require_folder
 from sapt_fast.commands.output import show
 
 if TYPE_CHECKING:  # triton is optional
-    from sapt_fast.triton_kernels.blocks.gemm_variants import Measurement, Route, Size
+    from sapt_fast.triton_kernels.blocks.gemm_variants import Measurement, Size, Variant
 
 __all__ = [
     "Gpu",
@@ -186,15 +191,16 @@ def record_routes(
     return path, measurements
 
 
-def time_routes(size: Size, gpu: Gpu) -> dict[str, float]:
+def time_routes(size: Size, gpu: Gpu) -> dict[Variant, float]:
     """Measures the seconds of every variant at a size, after a check that they agree.
+
+    float32 products are in full precision, whatever torch is set to.
 
     Raises:
         RuntimeError: if two variants disagree.
     """
-    from sapt_fast.triton_kernels.blocks.common import device_traits, round_up
-    from sapt_fast.triton_kernels.blocks.gemm import RANK_ALIGN
-    from sapt_fast.triton_kernels.blocks.gemm_variants import FUSED_POINTERS, ROUTES, run
+    from sapt_fast.triton_kernels.blocks.common import RANK_ALIGN, device_traits, round_up
+    from sapt_fast.triton_kernels.blocks.gemm_variants import run, variants
 
     generator = torch.Generator(gpu.device).manual_seed(0)
 
@@ -213,20 +219,31 @@ def time_routes(size: Size, gpu: Gpu) -> dict[str, float]:
     p[:, size.rank :] = 0
     y = a.new_empty((size.rows, size.d_out))
 
-    def call(route: Route) -> torch.Tensor:
-        return run(route, a, b, p, q, None, (0, padded), y)
+    def call(variant: Variant) -> torch.Tensor:
+        return run(variant, a, b, p, q, None, (0, padded), y)
 
-    has_descriptors = device_traits(gpu.device).has_tma
-    timed = [route for route in ROUTES if route != FUSED_POINTERS or has_descriptors]
-    first, *others = timed
-    expected = call(first).double()  # a copy: every variant writes into y
-    for route in others:
-        error = float((call(route).double() - expected).norm() / expected.norm())
-        if not error <= _TOLERANCE[size.dtype]:
-            raise RuntimeError(
-                f"routes {first} and {route} differ by {error:.2g} at {size}: nothing is recorded"
-            )
-    return {route: gpu.clock(lambda route=route: call(route)) for route in timed}  # type: ignore[misc]
+    with _full_precision():
+        timed = variants(device_traits(gpu.device), size)
+        first, *others = timed
+        expected = call(first).double()  # a copy: every variant writes into y
+        for other in others:
+            error = float((call(other).double() - expected).norm() / expected.norm())
+            if not error <= _TOLERANCE[size.dtype]:
+                raise RuntimeError(
+                    f"routes {first.route} and {other.route} differ by {error:.2g} at {size}: "
+                    f"nothing is recorded"
+                )
+        return {variant: gpu.clock(partial(call, variant)) for variant in timed}
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def routes_table(measurements: Sequence[Measurement]) -> Table:
@@ -238,7 +255,15 @@ def routes_table(measurements: Sequence[Measurement]) -> Table:
     for measurement in measurements:
         size = measurement.size
         key = (str(size.direction), size.dtype, f"{size.d_in} x {size.d_out}")
-        groups.setdefault(key, Counter())[measurement.fastest] += 1
+        groups.setdefault(key, Counter())[_name(measurement.fastest)] += 1
     for key, counts in groups.items():
         table.add_row(*key, ", ".join(f"{route} {n}" for route, n in counts.most_common()))
     return table
+
+
+def _name(variant: Variant) -> str:
+    """The route and the tile, as "fused 64x128x64", with its parts if there are several."""
+    if variant.tile is None:
+        return variant.route
+    m, n, k, *_, parts = variant.tile
+    return f"{variant.route} {m}x{n}x{k}" + (f" in {parts}" if parts > 1 else "")

@@ -33,6 +33,13 @@ def mixed_lora_fwd(
         (y [M, O] in x's dtype, h = x A^T, [M, R], in x's dtype) of each projection; h may be None
         without `keep_h`.
     """
+    if any(given.bias is not None and given.bias.dim() == 2 for given in projections):
+        bare = [given._replace(bias=None) for given in projections]
+        results = mixed_lora_fwd(x, mixture, bare, keep_h)
+        for (y, _), given in zip(results, projections, strict=True):
+            if given.bias is not None:
+                y += given.bias
+        return results
     if x.shape[0] <= _DECODE_ROWS[x.dtype]:
         return [_decode(x, mixture, given, keep_h) for given in projections]
     x, mixture = x.contiguous(), mixture.contiguous()
@@ -88,24 +95,23 @@ def mixed_lora_bwd(
         if own is not None:
             d_mixture = own if d_mixture is None else d_mixture.add_(own)
         present = present_ranks(*table, x.shape[0]) if _has_absent(table) else None
+        d_a = d_b = None
+        if spans:  # before dx: dy may still be in a cache
+            trained = None if present is None else present[:, _selected(spans)]
+            d_b = _factor_grad(packed_h, dy, lora_b.dtype, trained)
+            d_a = _factor_grad(packed_g, x, lora_a.dtype, trained)
         if needs_x and present is not None and not _is_finite(lora_a):
             through: slice | Tensor = slice(None)
             if not grad_through_frozen:
                 g, through = packed_g, _selected(spans)
             term = present_product(g, present[:, through], lora_a[through].to(x.dtype))
             if weight is not None:
-                term.addmm_(dy, weight)
+                term += linear(dy, weight.t())
             dx = term if dx is None else dx.add_(term)
         elif needs_x and grad_through_frozen:
             dx = two_products(dy, weight, None, g, lora_a.to(x.dtype), dx)
         elif needs_x:
             dx = _through_trained(dy, weight, packed_g, lora_a, spans, dx)
-        d_a = d_b = None
-        if spans:
-            if present is not None:
-                present = present[:, _selected(spans)]
-            d_a = _factor_grad(packed_g, x, lora_a.dtype, present)
-            d_b = _factor_grad(packed_h, dy, lora_b.dtype, present)
         factors.append((d_a, d_b))
     return dx, d_mixture, factors
 
@@ -233,5 +239,5 @@ def _through_trained(
     rows = [lora_a[start:stop].to(dy.dtype) for start, stop in spans] or [lora_a[:0].to(dy.dtype)]
     dx = two_products(dy, weight, None, parts[0], rows[0], onto)
     for part, row in zip(parts[1:], rows[1:], strict=True):
-        dx.addmm_(part, row)
+        dx = two_products(dy, None, None, part, row, dx)
     return dx

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sapt_fast import _C
+from sapt_fast.cpu_kernels import gemm
 from sapt_fast.cpu_kernels.common import CODES
-from sapt_fast.cpu_kernels.gemm import linear
 from sapt_fast.ops import own_lora as reference
 
 if TYPE_CHECKING:
@@ -29,12 +29,14 @@ def own_lora_fwd(
 ) -> Tensor:
     """Computes the base output [M, O] of x [M, I], plus each sample's adapter."""
     x = x.contiguous()
-    y = base if isinstance(base, Tensor) else linear(x, *base)
+    y = base if isinstance(base, Tensor) else gemm.linear(x, *base)
     rows = x.shape[0]
     ranks = [a.shape[0] for a, _, _ in adapters]
     lora_dtype = adapters[0].a.dtype if adapters else x.dtype
     widens = x.dtype == torch.float64 != lora_dtype
     if widens or rows > _FEW_ROWS * len(owner) or max(ranks, default=0) > _C.MOST_OWN_RANKS:
+        if gemm.widens(x.dtype):
+            adapters = [reference.Adapter(a.float(), b.float(), scale) for a, b, scale in adapters]
         return reference.own_lora_fwd(x, y, adapters, owner)
     kept = [(a.contiguous(), b.contiguous()) for a, b, _ in adapters]
     _C.own_lora(

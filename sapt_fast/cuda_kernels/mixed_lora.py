@@ -67,7 +67,9 @@ def _base(x: Tensor, projection: Projection) -> Tensor:
     if projection.weight is not None:
         return F.linear(x, projection.weight, projection.bias)
     if projection.bias is not None:
-        return projection.bias.repeat(x.shape[0], 1)
+        return projection.bias.expand(x.shape[0], outputs).clone(
+            memory_format=torch.contiguous_format
+        )
     return x.new_empty(x.shape[0], outputs)
 
 

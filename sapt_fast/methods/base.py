@@ -15,12 +15,14 @@ To add a method, write its config and handle in one file and add the handle to
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from sapt_fast.checks import require_count
 from sapt_fast.methods.config import MethodConfig
 from sapt_fast.pools.own import Own
 from sapt_fast.routing.hooks import Routing
@@ -184,6 +186,58 @@ class Handle(Own, nn.Module):
         """Raises RuntimeError if a mixture is merged into the base weights."""
         if self.routing is not None:
             self.routing.require_unmerged()
+
+    def warmup(self, batches: Iterable[tuple[int, int]], *, train: bool = False) -> None:
+        """Runs the method's kernels for batches of these sizes, before a time that counts.
+
+        Afterwards, calls with these sizes compile no kernel and read no file. Call it before a
+        CUDA graph is captured, during which neither is possible. The values of all inputs are 0.
+
+        Nothing visible changes: random states, gradients, buffers and the weights of the last
+        forward stay. Hooks on the model's layers and parameters are not called, except
+        those of the input embedding, which the router reads. A method whose layers have no
+        kernels of their own does nothing. The base model's own operations are not run.
+
+        Args:
+            batches: (B, T) of each batch: samples, and tokens of a sample. Include (B, 1) for
+                generation, and for an encoder-decoder model the lengths on both sides.
+            train: False: forwards without gradients. True: forwards and backwards. Call it inside
+                autocast if the model will run there.
+
+        Raises:
+            ValueError: if a size is not a whole number of at least 1.
+            RuntimeError: if there is no task yet, or a mixture is merged into the base weights.
+
+        Example:
+            >>> import sapt_fast
+            >>> from sapt_fast.demo.backbone import load_backbone
+            >>> model = sapt_fast.patch(load_backbone()).eval()
+            >>> model.sapt.add_task("first")
+            >>> model.sapt.warmup([(8, 64), (8, 1)])  # a prompt, then one token at a time
+        """
+        sizes = [*batches]
+        for size in sizes:
+            if not isinstance(size, tuple) or len(size) != 2:
+                raise ValueError(f"batches: got {size!r}, expected pairs (samples, tokens)")
+            for number in size:
+                require_count("batches", number)
+        self.require_unmerged()
+        devices = {p.device for p in self._model.parameters() if p.is_cuda}
+        apart = nullcontext() if self.routing is None else self.routing.apart()
+        with torch.random.fork_rng([*devices]), apart, torch.set_grad_enabled(train):
+            for samples, tokens in sizes:
+                # The first call compiles, the second is recorded, the third takes the record.
+                for _ in range(3):
+                    self.run_layers(samples, tokens)
+
+    def run_layers(self, samples: int, tokens: int) -> None:
+        """Runs the method's layers once, for `warmup`; without kernels of its own, nothing.
+
+        Where gradients are enabled, the backward runs too. It may not change any `.grad`.
+
+        Args:
+            samples, tokens: B and T of the inputs [B, T, in_features].
+        """
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """Returns the parameters that training updates.

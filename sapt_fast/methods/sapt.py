@@ -37,6 +37,7 @@ from sapt_fast.sites.linear import Mixed
 from sapt_fast.sites.merging import Addend, Merged, static_weights
 from sapt_fast.sites.report import PatchReport
 from sapt_fast.sites.towers import token_embedding
+from sapt_fast.sites.warm import run_mixed
 from sapt_fast.storage.lora import LoraFiles
 from sapt_fast.storage.task_saving import stacked_rows
 from sapt_fast.storage.tasks import AdapterFiles, Expected
@@ -309,6 +310,18 @@ class SaptHandle(TaskHandle):
         """Returns the router's weights [B, K] for inputs with one text per row."""
         with self._in_one_piece():
             return self.router.weights(self._pooled(**inputs))
+
+    def run_layers(self, samples: int, tokens: int) -> None:
+        """Runs the router, with and without a mask, and what mixes by its weights."""
+        self._require_task()
+        ids = torch.zeros(samples, tokens, dtype=torch.int64, device=self._device)
+        for mask in (torch.ones_like(ids), None):
+            weights = self.signal(input_ids=ids, inputs_embeds=None, attention_mask=mask)
+        weights = weights.expand(samples, -1).detach().requires_grad_(weights.requires_grad)
+        self._run_mixture(weights, ids)
+
+    def _run_mixture(self, weights: Tensor, ids: Tensor) -> None:
+        run_mixed(self.layers.values(), weights, ids.shape[1])
 
     def reflection_loss(
         self,

@@ -14,6 +14,7 @@ from sapt_fast.sites.embeddings import PromptRouting, prompt_place
 from sapt_fast.sites.find import require_placement
 from sapt_fast.sites.report import PatchReport
 from sapt_fast.sites.towers import token_embedding
+from sapt_fast.sites.warm import run_backward
 from sapt_fast.storage.prompt import PromptFiles, outer_layers
 from sapt_fast.storage.task_saving import stacked_rows
 from sapt_fast.storage.tasks import AdapterFiles, Expected
@@ -102,6 +103,10 @@ class PromptHandle(SaptHandle):
     def layers(self) -> dict[str, nn.Module]:
         """Empty: no layer is patched."""
         return {}
+
+    def _run_mixture(self, weights: Tensor, ids: Tensor) -> None:
+        embedding = self._model.get_input_embeddings()
+        run_backward(lambda: [self.prompts(weights, embedding, ids)], [weights])
 
     def merge(self, weights: Tensor | Sequence[float]) -> None:
         """Raises ValueError: prompts are inputs, not weights, so they cannot be merged."""

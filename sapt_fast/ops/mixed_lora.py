@@ -174,7 +174,8 @@ def mix(
     Args:
         x: [..., I] or [I], the input of all projections; its rows are grouped by sample.
         mixture: [S, K]; S divides the number of rows of x. Every pool has K adapters.
-        projections: either all or none have a weight; the same holds for the bias.
+        projections: either all or none have a weight; the same holds for the bias, and for its
+            number of dimensions.
         grad_through_frozen, backend: as in `mixed_lora_linear`.
 
     Returns:
@@ -192,7 +193,7 @@ def mix(
     dtype = _compute_dtype(x)
     if dtype != x.dtype:
         x = x.to(dtype)
-    accumulate = torch.promote_types(dtype, torch.float32)
+    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
     if mixture.dtype != accumulate:
         mixture = mixture.to(accumulate)
     rows = x if dims == 2 else x.flatten(0, -2) if dims > 2 else x.unsqueeze(0)
@@ -227,7 +228,9 @@ def _check_sizes(rows: Tensor, mixture: Tensor, projections: Sequence[PooledProj
             raise ValueError(
                 f"weight: got shape {tuple(weight.shape)}, expected [{outputs}, {width}]"
             )
-        if bias is not None and bias.shape[0] != outputs:
+        if bias is not None and (
+            bias.shape[-1] != outputs or (bias.dim() == 2 and bias.shape[0] != count)
+        ):
             raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected [{outputs}]")
 
 

@@ -10,7 +10,7 @@ class Projection(NamedTuple):
 
     Attributes:
         weight: [O, I] in x's dtype, any strides; None to compute only the mixture.
-        bias: [O] in x's dtype, or None.
+        bias: [O], or [M, O] for rows of their own, in x's dtype; or None.
         lora_a: [R, I], in x's dtype or float32.
         lora_b: [R, O], in x's dtype or float32.
         row_adapter: [R] int32, ascending: the adapter of each rank row.

@@ -152,7 +152,8 @@ class AdapterPool(Own, Resident):
             x: [..., in_features], rows grouped by sample.
             weight: the layer's weight [out_features, in_features]; None to compute only the
                 mixture of the adapters.
-            bias: the layer's bias [out_features], or None.
+            bias: the layer's bias [out_features], or what is added to each row of x,
+                [rows, out_features]; or None.
             mixture: [S, K]; S divides the number of rows of x.
             grad_through_frozen, backend: as in `ops.mixed_lora_linear`.
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sapt_fast.devices import is_wrapped_by_accelerate
+from sapt_fast.ops._common import autocasts
 from sapt_fast.ops.mixed_lora import mix
 from sapt_fast.pools.lora import AdapterPool
 from sapt_fast.routing.forward import Waiting
@@ -42,13 +43,19 @@ class Mixed:
         if not len(pool) or self.sapt_routing.merged is not None:
             return F.linear(x, weight, bias)
         mixture = checked_mixture(self.sapt_routing.running, x, len(pool), type(self).__name__)
-        through = self.sapt_grad_through_frozen
         drops = self.training and self.sapt_dropout
         if drops or is_torchao(weight):
             dropped = F.dropout(x, self.sapt_dropout) if drops else x
-            delta = pool(dropped, None, None, mixture, grad_through_frozen=through)
-            return F.linear(x, weight, bias) + delta
-        return pool(x, weight, bias, mixture, grad_through_frozen=through)
+            return self._plus_mixture(F.linear(x, weight, bias), dropped, mixture)
+        return pool(x, weight, bias, mixture, grad_through_frozen=self.sapt_grad_through_frozen)
+
+    def _plus_mixture(self, y: Tensor, x: Tensor, mixture: Tensor) -> Tensor:
+        """Returns y [..., O] plus the mixture for x; y itself may be anybody's, and stays."""
+        pool, through = self.sapt_pool, self.sapt_grad_through_frozen
+        if type(y) is Tensor and y.dtype == x.dtype and not autocasts(x.device):
+            rows = y.flatten(0, -2) if y.dim() > 1 else y.unsqueeze(0)
+            return pool(x, None, rows, mixture, grad_through_frozen=through)
+        return y + pool(x, None, None, mixture, grad_through_frozen=through).to(y.dtype)
 
 
 class MixedLinear(Mixed, nn.Linear):
@@ -166,8 +173,7 @@ class MixedOther(Mixed, _Other):
             )
         mixture = checked_mixture(self.sapt_routing.running, x, len(pool), type(self).__name__)
         dropped = F.dropout(x, self.sapt_dropout, self.training and self.sapt_dropout > 0)
-        through = self.sapt_grad_through_frozen
-        return y + pool(dropped, None, None, mixture, grad_through_frozen=through).to(y.dtype)
+        return self._plus_mixture(y, dropped, mixture)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """By the class underneath: this one exists only where a model was patched."""

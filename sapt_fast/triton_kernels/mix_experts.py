@@ -12,7 +12,7 @@ products run on sorted pairs instead (`grouped_experts`).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import triton
@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sapt_fast.ops._presence import without_undefined
+from sapt_fast.ops.mix_experts import sorted_by_expert
 from sapt_fast.triton_kernels.blocks import common
 from sapt_fast.triton_kernels.blocks.common import cdiv, with_unit_column_stride
 from sapt_fast.triton_kernels.blocks.grouped_experts import (
@@ -27,11 +28,14 @@ from sapt_fast.triton_kernels.blocks.grouped_experts import (
     grouped_out_of_ranks,
     grouping_pays,
 )
+from sapt_fast.triton_kernels.blocks.plans import Results, launch, planned
 
 if TYPE_CHECKING:
     from sapt_fast.ops.mix_experts import PairGroups
 
 _BLOCK_RANK = 16
+# Pairs of an expert that cost less one by one than the matrix unit's smallest tile.
+_FEW = 4
 
 
 @triton.jit(do_not_specialize=["k", "N", "R"])
@@ -91,27 +95,23 @@ def _out_of_ranks_kernel(
     """out[row, columns] = sum over j and ranks of scaling weights[row, j] h[row, j] bank[n_j]."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    # [BLOCK_R, BLOCK_N], summed over ranks at the end
+    # [BLOCK_R, BLOCK_N], summed over its rows at the end
     acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
-    for j in range(k):
-        pair = row * k + j
-        expert = tl.load(index_ptr + pair)
-        weight = tl.load(weights_ptr + pair)
-        # Nothing is read for a pair without an expert or weight: its ranks are all masked.
-        last = tl.where((expert >= 0) & (expert < N) & (weight != 0), R, 0)
-        for r in range(0, R, BLOCK_R):
-            ranks = r + tl.arange(0, BLOCK_R)
-            # h [BLOCK_R], b [BLOCK_R, BLOCK_N]
-            h = tl.load(h_ptr + pair * R + ranks, mask=ranks < last, other=0.0)
-            b = tl.load(
-                bank_ptr
-                + expert * stride_bn
-                + ranks.to(tl.int64)[:, None] * stride_br
-                + columns[None, :],
-                mask=(ranks < last)[:, None] & (columns < D)[None, :],
-                other=0.0,
-            )
-            acc += (h * weight * scaling)[:, None] * b.to(tl.float32)
+    for first in tl.range(0, k * R, BLOCK_R, loop_unroll_factor=2):
+        # [BLOCK_R] factors: rank after rank of choice after choice
+        factors = first + tl.arange(0, BLOCK_R)
+        inside = factors < k * R
+        pairs = row * k + factors // R
+        expert = tl.load(index_ptr + pairs, mask=inside, other=-1)
+        weight = tl.load(weights_ptr + pairs, mask=inside, other=0.0)
+        # Nothing is read for a pair without an expert or weight.
+        used = (expert >= 0) & (expert < N) & (weight != 0)
+        # h [BLOCK_R], b [BLOCK_R, BLOCK_N]
+        h = tl.load(h_ptr + row * k * R + factors, mask=used, other=0.0)
+        b_rows = bank_ptr + expert * stride_bn + (factors % R).to(tl.int64) * stride_br
+        mask = used[:, None] & (columns < D)[None, :]
+        b = tl.load(b_rows[:, None] + columns[None, :], mask=mask, other=0.0)
+        acc += (h * weight * scaling)[:, None] * b.to(tl.float32)
     out = tl.sum(acc, axis=0).to(out_ptr.dtype.element_ty)
     # [BLOCK_N]
     tl.store(out_ptr + row * D + columns, out, mask=columns < D)
@@ -136,36 +136,47 @@ def _bank_grad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    FEW: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
     """out[target, ranks, columns] = sum over the pairs of a target of scaling weights h (x) x[row].
 
     Program p of axis 0 sums the sorted pairs from start[p] to stop[p], which may be none, into
-    target[p]; axis 1 counts tiles of columns, axis 2 tiles of ranks. The tile is [columns, ranks].
+    target[p], if that is a row of out; axis 1 counts tiles of columns, axis 2 tiles of ranks. The
+    tile is [columns, ranks]. Up to FEW pairs are added one by one, more on the matrix unit.
     """
     start = tl.load(start_ptr + tl.program_id(0)).to(tl.int32)
     stop = tl.load(stop_ptr + tl.program_id(0)).to(tl.int32)
     target = tl.load(target_ptr + tl.program_id(0))
-    if (stop > start) & (target >= 0) & (target < rows):
-        tl.assume(stop > start)
+    if (target >= 0) & (target < rows):
         columns = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
         ranks = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
         offs = tl.arange(0, BLOCK_K)
         # [BLOCK_M columns, BLOCK_N ranks]: the matrix instruction wants 64 rows
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for p in range(start, stop, BLOCK_K):
-            inside = offs < stop - p
-            # [BLOCK_K] pairs and their weights
-            pairs = tl.load(order_ptr + p + offs, mask=inside, other=0)
-            weights = tl.load(weights_ptr + pairs, mask=inside, other=0.0) * scaling
-            h_mask = inside[:, None] & (ranks < R)[None, :]
-            # h [BLOCK_K, BLOCK_N], x [BLOCK_K, BLOCK_M]
-            h = tl.load(h_ptr + pairs[:, None] * R + ranks[None, :], mask=h_mask, other=0.0)
-            x_ptrs = x_ptr + (pairs // k)[:, None] * stride_xm + columns[None, :]
-            x = tl.load(x_ptrs, mask=inside[:, None] & (columns < D)[None, :], other=0.0)
-            hw = h * weights[:, None]
-            # x^T (h * w), summed over pairs
-            acc = tl.dot(x.to(COMPUTE).T, hw.to(COMPUTE), acc, input_precision="ieee")
+        if stop - start <= FEW:
+            for p in range(start, stop):
+                pair = tl.load(order_ptr + p)
+                weight = tl.load(weights_ptr + pair) * scaling
+                # h [BLOCK_N], x [BLOCK_M]
+                h = tl.load(h_ptr + pair * R + ranks, mask=ranks < R, other=0.0)
+                x_ptrs = x_ptr + pair // k * stride_xm + columns
+                x = tl.load(x_ptrs, mask=columns < D, other=0.0).to(tl.float32)
+                acc += x[:, None] * (h * weight)[None, :]
+        else:
+            for p in range(start, stop, BLOCK_K):
+                inside = offs < stop - p
+                # [BLOCK_K] pairs and their weights
+                pairs = tl.load(order_ptr + p + offs, mask=inside, other=0)
+                weights = tl.load(weights_ptr + pairs, mask=inside, other=0.0) * scaling
+                h_mask = inside[:, None] & (ranks < R)[None, :]
+                # h [BLOCK_K, BLOCK_N], x [BLOCK_K, BLOCK_M]
+                h = tl.load(h_ptr + pairs[:, None] * R + ranks[None, :], mask=h_mask, other=0.0)
+                x_ptrs = x_ptr + (pairs // k)[:, None] * stride_xm + columns[None, :]
+                x = tl.load(x_ptrs, mask=inside[:, None] & (columns < D)[None, :], other=0.0)
+                hw = h * weights[:, None]
+                # x^T (h * w), summed over pairs
+                acc = tl.dot(x.to(COMPUTE).T, hw.to(COMPUTE), acc, input_precision="ieee")
         out_rows = (target * R + ranks) * D
         mask = (columns < D)[:, None] & (ranks < R)[None, :]
         out_ptrs = out_ptr + out_rows[None, :] + columns[:, None]
@@ -197,11 +208,23 @@ def mix_experts_fwd(
     """
     common.compute_dtype(x.dtype)
     common.device_traits(x.device)
+    y, h = planned(
+        ("mix_experts", scaling),
+        [x, bank_a, bank_b, index, weights],
+        [True, True],
+        lambda: _mixed(x, bank_a, bank_b, index, weights, scaling),
+    )
+    return cast(Tensor, y), cast(Tensor, h)
+
+
+def _mixed(
+    x: Tensor, bank_a: Tensor, bank_b: Tensor, index: Tensor, weights: Tensor, scaling: float
+) -> Results:
     bank_a, bank_b = _with_unit_stride(bank_a), _with_unit_stride(bank_b)
     index, weights = index.contiguous(), weights.contiguous()
     order = _order_if_crowded(index, bank_a, bank_b, None)
     h = _into_ranks(with_unit_column_stride(x), bank_a, index, order)
-    return _out_of_ranks(h, bank_b, index, weights, order, scaling, x.dtype), h
+    return [_out_of_ranks(h, bank_b, index, weights, order, scaling, x.dtype), h]
 
 
 def mix_experts_bwd(
@@ -264,22 +287,27 @@ def _order_if_crowded(
     # Groups without the experts alone that were chosen leave out the pairs without an expert.
     if groups is not None and groups.ids is None:
         return groups.order
-    return index.flatten().sort(stable=True).indices
+    return sorted_by_expert(index, experts)[1]
 
 
 def _segments(groups: PairGroups) -> tuple[Tensor, Tensor, Tensor]:
     """(target, start, stop): of each program its target and the sorted pairs that it sums.
 
     One program per target, or one per pair where these are fewer; then the first of a target
-    works and the others have nothing to do.
+    works and the others have none.
     """
     pairs = groups.target
-    one_per_pair = pairs.shape[0] < groups.rows
+    one_per_pair = _one_per_pair(groups)
     target = pairs if one_per_pair else torch.arange(groups.rows, device=pairs.device)
     start, stop = (torch.searchsorted(pairs, target, right=right) for right in (False, True))
     if one_per_pair:
-        stop = torch.where(start == torch.arange(len(pairs), device=pairs.device), stop, start)
+        first = start == torch.arange(len(pairs), device=pairs.device)
+        target = torch.where(first, target, -1)
     return target, start, stop
+
+
+def _one_per_pair(groups: PairGroups) -> bool:
+    return groups.target.shape[0] < groups.rows
 
 
 def _into_ranks(x: Tensor, bank: Tensor, index: Tensor, order: Tensor | None) -> Tensor:
@@ -292,7 +320,9 @@ def _into_ranks(x: Tensor, bank: Tensor, index: Tensor, order: Tensor | None) ->
         return h
     block_r = min(_BLOCK_RANK, triton.next_power_of_2(R))
     with torch.cuda.device_of(x):
-        _into_ranks_kernel[(M * k, cdiv(R, block_r))](
+        launch(
+            _into_ranks_kernel,
+            (M * k, cdiv(R, block_r)),
             x,
             bank,
             index,
@@ -327,10 +357,12 @@ def _out_of_ranks(
     out = h.new_empty((M, D), dtype=dtype)
     if out.numel() == 0:
         return out
-    block_r = min(_BLOCK_RANK, triton.next_power_of_2(max(R, 1)))
+    block_r = min(_BLOCK_RANK, triton.next_power_of_2(max(k * R, 1)))
     block_n = min(256, max(16, triton.next_power_of_2(D)))
     with torch.cuda.device_of(h):
-        _out_of_ranks_kernel[(M, cdiv(D, block_n))](
+        launch(
+            _out_of_ranks_kernel,
+            (M, cdiv(D, block_n)),
             h,
             weights,
             bank,
@@ -361,11 +393,16 @@ def _bank_grad(
 ) -> Tensor:
     """[rows, r, D]: for each target the sum over its pairs of weighted h [r] (x) x [D]."""
     (_, k, R), D, programs = h.shape, x.shape[1], segments[0].shape[0]
-    out = x.new_zeros((groups.rows, R, D), dtype=dtype)
-    if out.numel() == 0 or groups.order.numel() == 0:
+    shape = (groups.rows, R, D)
+    # With a program per target every element is written.
+    fill = x.new_zeros if _one_per_pair(groups) else x.new_empty
+    out = fill(shape, dtype=dtype)
+    if out.numel() == 0 or programs == 0:
         return out
     interpreted = common.device_traits(x.device).capability == 0
-    block_d = 32 if interpreted else 128
+    single = x.element_size() == 4
+    scattered = groups.order.numel() < _FEW * programs
+    block_d = 32 if interpreted else 512 if scattered and R <= 16 and not single else 128
     block_r = 16 if interpreted else max(16, min(64, triton.next_power_of_2(R)))
     with torch.cuda.device_of(x):
         _bank_grad_kernel[(programs, cdiv(D, block_d), cdiv(R, block_r))](
@@ -383,10 +420,12 @@ def _bank_grad(
             x.stride(0),
             BLOCK_M=block_d,
             BLOCK_N=block_r,
-            BLOCK_K=16 if x.element_size() == 4 or interpreted else 32,
+            BLOCK_K=16 if single or interpreted or scattered else 32,
+            FEW=_FEW,
             COMPUTE=common.compute_dtype(x.dtype),
             num_warps=4,
             num_stages=3,
+            maxnreg=224 if single else None,  # where ptxas stops at 128 it spills a few bytes
         )
     return out
 

@@ -9,6 +9,8 @@ rows of dy, split into parts where programs are few and added in a fixed order.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from sapt_fast.triton_kernels.blocks import common
 from sapt_fast.triton_kernels.blocks.common import cdiv, round_up, with_unit_column_stride
+from sapt_fast.triton_kernels.blocks.plans import launch, planned
 from sapt_fast.triton_kernels.blocks.row_reduction import sum_parts
 
 
@@ -175,6 +178,17 @@ def mix_prompts_fwd(
     Raises:
         ValueError: if the tensors are not on a CUDA device (unless the interpreter runs).
     """
+    inputs = [source, prompts, mixture] + ([] if input_ids is None else [input_ids])
+    (out,) = planned(
+        ("mix_prompts", input_ids is None),
+        inputs,
+        [True],
+        lambda: [_mixed(prompts, mixture, source, input_ids)],
+    )
+    return cast(Tensor, out)
+
+
+def _mixed(prompts: Tensor, mixture: Tensor, source: Tensor, input_ids: Tensor | None) -> Tensor:
     K, P, D = prompts.shape
     B, T = (source if input_ids is None else input_ids).shape[:2]
     out = source.new_empty((B, P + T, D))
@@ -190,7 +204,9 @@ def mix_prompts_fwd(
     prompt_tiles = cdiv(P, block_m)
     tiles = prompt_tiles + cdiv(T, block_m)
     with torch.cuda.device_of(source):
-        _mix_prompts_kernel[(B * tiles * cdiv(D, block_n),)](
+        launch(
+            _mix_prompts_kernel,
+            (B * tiles * cdiv(D, block_n),),
             prompts.contiguous(),
             mixture.contiguous(),
             source,
@@ -271,7 +287,7 @@ def _fill_prompt_grad(d_mixed: Tensor, mixture: Tensor, d_prompts: Tensor) -> No
         num_warps=4,
     )
     if parts > 1:
-        sum_parts(sums, d_prompts)
+        sum_parts(sums, [d_prompts])
 
 
 def _fill_mixture_grad(d_mixed: Tensor, prompts: Tensor, d_mixture: Tensor) -> None:
@@ -299,4 +315,4 @@ def _fill_mixture_grad(d_mixed: Tensor, prompts: Tensor, d_mixture: Tensor) -> N
         num_warps=4,
     )
     if parts > 1:
-        sum_parts(sums, d_mixture)
+        sum_parts(sums, [d_mixture])

@@ -1,28 +1,35 @@
 """Triton backend of op `mixed_lora`: see `ops.mixed_lora` for what is computed.
 
-Forward: one launch of `shrink_fwd` reads x once for h = x A^T and h * w of all projections, then
-one GEMM for each reduces over [x | h * w] against [W | B]. Backward: `shrink_bwd` reads dy once
-for everything in rank space, dx is one GEMM over [dy | g * w] against [W ; A], to which each
-further projection adds in place, and the factors' gradients touch the trainable rows only. The
-GEMMs take the route that `routes` chooses: one kernel, or the rank term first and cuBLAS onto it.
+Projections of one x that are alike but for their tensors share every launch. Forward: `shrink_fwd`
+reads x once for h = x A^T and h * w, then a GEMM reduces over [x | h * w] against [W | B].
+Backward: `shrink_bwd` reads each dy once for everything in rank space, dx is one GEMM over all
+[dy | g * w] against [W ; A], and the factors' gradients touch the trainable rows only. The GEMMs
+take the route that `routes` chooses: one kernel, or the rank terms first and cuBLAS onto them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sapt_fast.ops.projection import Projection
-from sapt_fast.triton_kernels.blocks import common
+from sapt_fast.triton_kernels.blocks import casts, common
 from sapt_fast.triton_kernels.blocks import gemm_variants as routes
 from sapt_fast.triton_kernels.blocks.common import round_up, with_unit_column_stride
-from sapt_fast.triton_kernels.blocks.gemm import RANK_ALIGN, two_source_gemm
-from sapt_fast.triton_kernels.blocks.plans import Results, planned
-from sapt_fast.triton_kernels.blocks.row_reduction import Mixing, factor_grad
-from sapt_fast.triton_kernels.blocks.shrink import Gate, readable_columns, shrink_bwd, shrink_fwd
+from sapt_fast.triton_kernels.blocks.gemm import MAX_SOURCES, RANK_ALIGN, Operands, gemm_group
+from sapt_fast.triton_kernels.blocks.plans import Results, derived, planned
+from sapt_fast.triton_kernels.blocks.row_reduction import Mixing, factor_grads
+from sapt_fast.triton_kernels.blocks.shrink import (
+    Gate,
+    ShrinkGrads,
+    Upstream,
+    shrink_bwd,
+    shrink_fwd,
+)
+from sapt_fast.triton_kernels.blocks.shrink_tiles import MAX_GROUP
 
 
 def empty_h(x: Tensor, total_rank: int) -> Tensor:
@@ -61,7 +68,7 @@ def mixed_lora_fwd(
     given = tuple([(p.weight is None, p.bias is None) for p in projections])
     kept = [True] * len(projections) + [keep_h] * len(projections)
     found: list[Any] = planned(
-        ("forward", given, keep_h, routes.forced_route()),
+        ("forward", given, keep_h, routes.setting()),
         inputs,
         kept,
         lambda: _forward(x, mixture, projections),
@@ -80,6 +87,7 @@ def _forward(x: Tensor, mixture: Tensor, projections: Sequence[Projection]) -> R
     if x.shape[1] == 0:
         for h in hs:
             h.zero_()
+    projections = _cast(x, projections)
     hws: dict[int, Tensor] = {}
     if ranked:
         made = shrink_fwd(
@@ -89,20 +97,18 @@ def _forward(x: Tensor, mixture: Tensor, projections: Sequence[Projection]) -> R
             [hs[i].as_strided((x.shape[0], hs[i].stride(0)), hs[i].stride()) for i in ranked],
         )
         hws = dict(zip(ranked, made, strict=True))
-    for i, (projection, y) in enumerate(zip(projections, ys, strict=True)):
-        weight, bias = projection.weight, projection.bias
-        written = _product(
-            "forward",
-            x,
-            None if weight is None else _with_a_unit_stride(weight).t(),
-            hws.get(i),
-            projection.lora_b,
-            None if bias is None else bias.contiguous(),
-            (0, round_up(projection.lora_a.shape[0], RANK_ALIGN)),
-            y,
-        )
-        if not written:
-            y.zero_() if bias is None else y.copy_(bias)
+    members = []
+    for i, p in enumerate(projections):
+        weight = None if p.weight is None else _with_a_unit_stride(p.weight).t()
+        members.append(_operands(x, weight, hws.get(i), p.lora_b, p.bias))
+    windows = [(0, round_up(p.lora_a.shape[0], RANK_ALIGN)) for p in projections]
+    for numbers in _of_one_kind(members, windows):
+        i = numbers[0]
+        own = [ys[i] for i in numbers]
+        if not _products("forward", [members[i] for i in numbers], windows[i], own):
+            for y, number in zip(own, numbers, strict=True):
+                bias = projections[number].bias
+                y.zero_() if bias is None else y.copy_(bias)
     return [*ys, *hs]
 
 
@@ -143,18 +149,23 @@ def mixed_lora_bwd(
     inputs += [h for h in hs if h is not None]
     given = tuple(
         [
-            (p.weight is None, p.bias is None, None if h is None else readable_columns(h), *rows)
+            (p.weight is None, p.bias is None, None if h is None else _bounds(h), *rows)
             for p, h, rows in zip(projections, hs, train_rows, strict=True)
         ]
     )
     flags = needs_x, needs_mixture, grad_through_frozen
     dx, d_mixture, *factors = planned(
-        ("backward", given, flags, routes.forced_route()),
+        ("backward", given, flags, routes.setting()),
         inputs,
         [True] * (2 + 2 * len(projections)),
         lambda: _backward(dys, x, mixture, projections, hs, train_rows, *flags),
     )
     return dx, d_mixture, list(zip(factors[::2], factors[1::2], strict=True))
+
+
+def _bounds(h: Tensor) -> tuple[int, int]:
+    """What `readable_columns` depends on besides size and strides."""
+    return h.untyped_storage().nbytes(), int(h.storage_offset())
 
 
 def _backward(
@@ -172,103 +183,171 @@ def _backward(
     dx = x.new_empty(x.shape) if needs_x else None
     d_mixture = mixture.new_empty(mixture.shape) if needs_mixture else None
     x, mixture = with_unit_column_stride(x), mixture.contiguous()
-    x_written = mixture_written = False
-    factors: Results = []
-    for dy, projection, h, spans in zip(dys, projections, hs, train_rows, strict=True):
-        dy = with_unit_column_stride(dy)
-        lora_a, R = projection.lora_a, projection.lora_a.shape[0]
-        trained = _merged(spans)
-        trainable = _window(trained) if trained else None
-        through = trainable  # rank columns that reach x
-        if grad_through_frozen:
-            through = (0, round_up(R, RANK_ALIGN)) if R > 0 else None
-        gw_window = through if needs_x else trainable
-        gw = hw = None
-        if dy.numel() > 0 and R > 0 and (needs_mixture or gw_window):
-            cut = needs_x and not grad_through_frozen
-            gw, hw = shrink_bwd(
-                dy,
-                with_unit_column_stride(projection.lora_b),
-                _mixing(mixture, projection),
-                _gate(projection.row_scale, trained if cut else [(0, R)]),
-                h,
-                gw_window,
-                trainable,
-                d_mixture,
-                mixture_written,
-            )
-            mixture_written = needs_mixture
-        factors += _factor_grads(gw, hw, x, dy, projection, trained)
-        if dx is not None:
-            weight = projection.weight
-            x_written |= _product(
-                "backward",
-                dy,
-                None if weight is None else _with_a_unit_stride(weight),
-                gw if through else None,
-                lora_a,
-                None,
-                through or (0, 0),
-                dx,
-                accumulate=x_written,
-            )
-    if dx is not None and not x_written:
-        dx.zero_()
+    dys = [with_unit_column_stride(dy) for dy in dys]
+    plans = [
+        _columns(p, spans, needs_x, needs_mixture, grad_through_frozen)
+        for p, spans in zip(projections, train_rows, strict=True)
+    ]
+    projections = _cast(x, projections)
+    made: dict[int, ShrinkGrads] = {}
+    factors: dict[int, tuple[Tensor, Tensor]] = {}
+    mixture_written = False
+    for members, upstream in _alike(dys, mixture, projections, hs, plans):
+        plan = plans[members[0]]
+        grads = shrink_bwd(upstream, plan.gw, plan.hw, d_mixture, mixture_written)
+        mixture_written = needs_mixture
+        made |= zip(members, grads, strict=True)
+        if plan.trained:
+            ps = [p for each in grads for p in each if p is not None]
+            sources = [source for i in members for source in (x, dys[i])]
+            found = factor_grads(ps, sources, plan.trained, plan.dtype)
+            factors |= zip(members, zip(found[::2], found[1::2], strict=True), strict=True)
+    results: Results = []
+    for i, (dy, plan) in enumerate(zip(dys, plans, strict=True)):
+        if i in factors:
+            results += factors[i]
+        elif rows := plan.trained_rows:  # a batch without rows, or an output without columns
+            results += [x.new_zeros((rows, t.shape[1]), dtype=plan.dtype) for t in (x, dy)]
+        else:
+            results += None, None
+    if dx is not None:
+        gws = {i: grads.gw for i, grads in made.items() if plans[i].through}
+        _fill_dx(dx, dys, projections, gws, [plan.through or (0, 0) for plan in plans])
     if d_mixture is not None and not mixture_written:
         d_mixture.zero_()
-    return [dx, d_mixture, *factors]
+    return [dx, d_mixture, *results]
 
 
-def _factor_grads(
-    gw: Tensor | None,
-    hw: Tensor | None,
-    x: Tensor,
-    dy: Tensor,
+def _fill_dx(
+    dx: Tensor,
+    dys: Sequence[Tensor],
+    projections: Sequence[Projection],
+    gws: dict[int, Tensor | None],
+    windows: Sequence[tuple[int, int]],
+) -> None:
+    """The sum over all projections of dy @ weight + gw @ lora_a."""
+    members = []
+    for i, (dy, p) in enumerate(zip(dys, projections, strict=True)):
+        weight = None if p.weight is None else _with_a_unit_stride(p.weight)
+        members.append(_operands(dy, weight, gws.get(i), p.lora_a, None))
+    written = False
+    for numbers in _of_one_kind(members, windows):
+        group, window = [members[i] for i in numbers], windows[numbers[0]]
+        written |= _products("backward", group, window, [dx], accumulate=written)
+    if not written:
+        dx.zero_()
+
+
+class _Columns(NamedTuple):
+    """Rank columns of a projection that the backward works on; ranges are multiples of 16."""
+
+    trained: list[tuple[int, int]]  # rows of the factors that train, any numbers
+    through: tuple[int, int] | None  # columns that reach x
+    gw: tuple[int, int] | None  # columns of g times the weights that are needed
+    hw: tuple[int, int] | None  # the same of h
+    passing: list[tuple[int, int]]  # columns of gw that are not zero, any numbers
+    wanted: bool  # whether anything in rank space is
+    dtype: torch.dtype  # of the gradients of the factors
+
+    @property
+    def trained_rows(self) -> int:
+        return sum(stop - start for start, stop in self.trained)
+
+
+def _columns(
     projection: Projection,
-    trained: list[tuple[int, int]],
-) -> tuple[Tensor | None, Tensor | None]:
-    """d_a and d_b, stacked over the trained rows; zero for a batch without rows (no gw, hw)."""
-    if not trained:
-        return None, None
-    lora_a, lora_b = projection.lora_a, projection.lora_b
-    if gw is None or hw is None:
-        rows = sum(stop - start for start, stop in trained)
-        return lora_a.new_zeros((rows, x.shape[1])), lora_b.new_zeros((rows, dy.shape[1]))
-    return factor_grad(gw, x, trained, lora_a.dtype), factor_grad(hw, dy, trained, lora_b.dtype)
+    spans: list[int],
+    needs_x: bool,
+    needs_mixture: bool,
+    grad_through_frozen: bool,
+) -> _Columns:
+    R = projection.lora_a.shape[0]
+    trained = _merged(spans)
+    trainable = _window(trained) if trained else None
+    through = trainable
+    if grad_through_frozen:
+        through = (0, round_up(R, RANK_ALIGN)) if R > 0 else None
+    gw = through if needs_x else trainable
+    passing = trained if needs_x and not grad_through_frozen else [(0, R)]
+    wanted, dtype = needs_mixture or gw is not None, projection.lora_a.dtype
+    return _Columns(trained, through, gw, trainable, passing, wanted, dtype)
 
 
-def _product(
+def _alike(
+    dys: Sequence[Tensor],
+    mixture: Tensor,
+    projections: Sequence[Projection],
+    hs: Sequence[Tensor | None],
+    plans: Sequence[_Columns],
+) -> Iterator[tuple[list[int], list[Upstream]]]:
+    """Numbers of projections that one launch serves, and what their backward starts from."""
+    groups: dict[Hashable, list[tuple[int, Upstream]]] = {}
+    for i, (dy, projection, h, plan) in enumerate(zip(dys, projections, hs, plans, strict=True)):
+        if dy.numel() == 0 or projection.lora_a.shape[0] == 0 or not plan.wanted:
+            continue
+        lora_b = with_unit_column_stride(projection.lora_b)
+        gate = _gate(projection.row_scale, plan.passing)
+        upstream = Upstream(dy, lora_b, _mixing(mixture, projection), gate, h)
+        key = upstream.kind(), tuple(plan.trained), *plan[1:4], plan.dtype
+        groups.setdefault(key, []).append((i, upstream))
+    for group in groups.values():
+        for start in range(0, len(group), MAX_GROUP):
+            numbers, upstreams = zip(*group[start : start + MAX_GROUP], strict=True)
+            yield [*numbers], [*upstreams]
+
+
+def _operands(
+    a: Tensor, b: Tensor | None, p: Tensor | None, q: Tensor, bias: Tensor | None
+) -> Operands:
+    """Without the products that sum nothing."""
+    base = None if a.shape[1] == 0 else b
+    return Operands(
+        None if base is None else a,
+        base,
+        p,
+        None if p is None else with_unit_column_stride(q),
+        None if bias is None else bias.contiguous(),
+    )
+
+
+def _of_one_kind(
+    members: Sequence[Operands], windows: Sequence[tuple[int, int]]
+) -> Iterator[list[int]]:
+    """Numbers of members that one launch serves."""
+    kinds: dict[Hashable, list[int]] = {}
+    for i, (member, window) in enumerate(zip(members, windows, strict=True)):
+        kinds.setdefault((member.kind(), window), []).append(i)
+    for numbers in kinds.values():
+        for start in range(0, len(numbers), MAX_SOURCES):
+            yield numbers[start : start + MAX_SOURCES]
+
+
+def _products(
     direction: routes.Direction,
-    a: Tensor,
-    b: Tensor | None,
-    p: Tensor | None,
-    q: Tensor,
-    bias: Tensor | None,
+    members: Sequence[Operands],
     window: tuple[int, int],
-    y: Tensor,
+    ys: Sequence[Tensor],
     accumulate: bool = False,
 ) -> bool:
-    """Writes `y`, or add to it, as `two_source_gemm` does, by the route that is faster.
+    """Writes `ys`, or add to them, as `gemm_group` does, by the route that is faster.
 
     Returns:
-        False where there is nothing to sum; then `y` is left as it was.
+        False where there is nothing to sum; then the ys are left as they were.
     """
-    if y.numel() == 0:
+    a, _, p, _, _ = members[0]
+    y = ys[0]
+    if y.numel() == 0 or (a is None and p is None):
         return False
-    q = with_unit_column_stride(q)
-    if b is None or a.shape[1] == 0:
-        if p is None:
-            return False
-        two_source_gemm(None, None, p, q, bias, window, y, accumulate=accumulate)
+    if a is None:
+        gemm_group(members, window, ys, accumulate=accumulate)
         return True
-    route = routes.EXPAND_FIRST
+    variant = routes.Variant(routes.EXPAND_FIRST)
     if p is not None:
         traits = common.device_traits(y.device)
-        route = routes.choose(
+        variant = routes.choose(
             traits, direction, a.shape[1], y.shape[1], window[1] - window[0], y.shape[0], y.dtype
         )
-    q_or_none = None if p is None else q
-    routes.run(route, a, b, p, q_or_none, bias, window, y, accumulate=accumulate)
+    routes.run_group(variant, members, window, ys, accumulate=accumulate)
     return True
 
 
@@ -295,10 +374,22 @@ def _gate(row_scale: Tensor, passing: list[tuple[int, int]]) -> Gate:
     start, stop = passing[0][0], passing[-1][1]
     if len(passing) == 1:
         return Gate(row_scale, start, stop)
+    return Gate(derived(_only, row_scale, passing), start, stop)
+
+
+def _only(row_scale: Tensor, passing: list[tuple[int, int]]) -> Tensor:
+    """The scales in the ranges, 0 elsewhere."""
     scale = torch.zeros_like(row_scale)
     for first, last in passing:
         scale[first:last] = row_scale[first:last]
-    return Gate(scale, start, stop)
+    return scale
+
+
+def _cast(x: Tensor, projections: Sequence[Projection]) -> list[Projection]:
+    """The projections with factors in x's dtype where `casts` finds that this pays."""
+    factors = casts.in_dtype_of(x, [t for p in projections for t in (p.lora_a, p.lora_b)])
+    pairs = zip(factors[::2], factors[1::2], strict=True)
+    return [p._replace(lora_a=a, lora_b=b) for p, (a, b) in zip(projections, pairs, strict=True)]
 
 
 def _mixing(mixture: Tensor, projection: Projection) -> Mixing:

@@ -1,9 +1,10 @@
 """Triton backend of op `nearest_key`: see `ops.nearest_key` for what is computed.
 
-Each program streams its share of the keys past a tile of queries and keeps, for every place of the
-tile, the best score and its index; a second launch takes the best of the shares. Keys are compared
-by `2 q k - |k|^2` in float32, so keys whose distances differ by less than its rounding may change
-places; the distance returned is then summed anew from the differences.
+Each program streams its share of the keys past a tile of queries and keeps, for every query, the
+best score and its index; a second launch takes the best of the shares. Keys are compared by
+`2 q k - |k|^2` in float32, so keys whose distances differ by less than its rounding may change
+places; the distance returned is then summed anew from the differences. One tile of queries sums
+|k|^2 on the way; for more they are computed once, before.
 """
 # ruff: noqa: N803 - kernel arguments keep the letters of the formulas
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -16,18 +17,33 @@ import triton.language as tl
 from torch import Tensor
 
 from sapt_fast.triton_kernels.blocks import common
-from sapt_fast.triton_kernels.blocks.common import TileConfig, with_unit_column_stride
-from sapt_fast.triton_kernels.blocks.key_tiles import EMPTY, pack, search_plan, tile_scores, unpack
+from sapt_fast.triton_kernels.blocks.common import cdiv, round_up, with_unit_column_stride
+from sapt_fast.triton_kernels.blocks.key_tiles import (
+    EMPTY,
+    METRICS,
+    checked_count,
+    ordered,
+    pack,
+    row_squares,
+    search_options,
+    search_tile,
+    tile_scores,
+    unpack,
+)
+
+_NO_KEY = tl.constexpr(2147483647)
 
 
-@triton.jit(do_not_specialize=["M", "N", "keys_per_split"])
+@triton.jit(do_not_specialize=["M", "N", "tiles_m", "keys_per_split"])
 def _nearest_stream_kernel(
     query_ptr,
     keys_ptr,
+    key_squares_ptr,
     best_ptr,
     M,
     N,
     D,
+    tiles_m,
     keys_per_split,
     stride_qm,
     stride_kn,
@@ -35,29 +51,35 @@ def _nearest_stream_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
+    METRIC: tl.constexpr,
+    SUM_SQUARES: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """best[s, m]: the packed best key of query m in the share s = program axis 1 of the keys."""
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    split = tl.program_id(1)
+    """best[s, m]: the packed best key of query m in the share s of the keys."""
+    # The tiles of queries of the same keys follow each other: the L2 cache keeps the keys.
+    rows = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    split = tl.program_id(0) // tiles_m
     start = split * keys_per_split
     # Not start + keys_per_split, which may pass 2^31.
     stop = start + min(keys_per_split, N - start)
-    # [BLOCK_N, BLOCK_M]: the best of each place in the tiles, reduced once at the end
-    best = tl.full((BLOCK_N, BLOCK_M), float("-inf"), tl.float32)
-    at = tl.full((BLOCK_N, BLOCK_M), -1, tl.int32)
+    # [BLOCK_M]
+    best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    at = tl.full((BLOCK_M,), _NO_KEY, tl.int32)
     for tile in range(0, tl.cdiv(stop - start, BLOCK_N)):
         key_ids = start + tile * BLOCK_N + tl.arange(0, BLOCK_N)
         # [BLOCK_N, BLOCK_M]: l2 without the square of the query
         scores = tile_scores(
-            query_ptr, keys_ptr, None, rows, key_ids, M, stop, D, stride_qm, stride_kn,
-            BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, 2, COMPUTE,
+            query_ptr, keys_ptr, None, key_squares_ptr, rows, key_ids, M, stop, D,
+            stride_qm, stride_kn, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, METRIC, SUM_SQUARES, COMPUTE,
         )  # fmt: skip
-        better = (scores > best) & (key_ids < stop)[:, None]
-        best = tl.where(better, scores, best)
-        at = tl.where(better, key_ids[:, None], at)
+        scores = tl.where((scores == scores) & (key_ids < stop)[:, None], scores, float("-inf"))
+        # [BLOCK_M]: the greatest, and its lowest index; a later tile must be better
+        top = tl.max(scores, axis=0)
+        first = tl.min(tl.where(scores == top[None, :], key_ids[:, None], _NO_KEY), axis=0)
+        at = tl.where(top > best, first, at)
+        best = tl.maximum(top, best)
     # [BLOCK_M] int64
-    packed = tl.max(tl.where(at < 0, EMPTY, pack(best, at)), axis=0)
+    packed = tl.where(at == _NO_KEY, EMPTY, pack(ordered(best), at))
     tl.store(best_ptr + split.to(tl.int64) * M + rows, packed, mask=rows < M)
 
 
@@ -105,17 +127,6 @@ def _nearest_merge_kernel(
     tl.store(nearest_ptr + m, tl.where(found, at, -1))
 
 
-def _tile(query: Tensor) -> TileConfig:
-    """Queries, keys and step over the key width."""
-    if common.device_traits(query.device).capability == 0:
-        return TileConfig(2, 16, 16, num_warps=4, num_stages=1)
-    if query.element_size() == 4 or query.shape[1] % 16:
-        return TileConfig(16, 64, 32, num_warps=8, num_stages=3)
-    if query.shape[0] <= 16:
-        return TileConfig(16, 128, 64, num_warps=8, num_stages=4)
-    return TileConfig(64, 128, 64, num_warps=8, num_stages=4)
-
-
 def nearest_key_fwd(query: Tensor, keys: Tensor, radius: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Nearest key of every query.
 
@@ -135,32 +146,41 @@ def nearest_key_fwd(query: Tensor, keys: Tensor, radius: Tensor) -> tuple[Tensor
         ValueError: if the number of keys is too large.
         ValueError: if the tensors are not on a CUDA device (unless the interpreter runs).
     """
-    M, D = query.shape
-    compute = common.compute_dtype(query.dtype)
+    (M, D), N = query.shape, checked_count(keys)
+    common.compute_dtype(query.dtype)
     index = query.new_empty((M,), dtype=torch.int64)
     distance = query.new_empty((M,), dtype=torch.float32)
     nearest = query.new_empty((M,), dtype=torch.int64)
-    if M == 0 or keys.shape[0] == 0:
+    if M == 0 or N == 0:
         return distance.fill_(float("inf")), index.fill_(-1), nearest.fill_(-1)
     query, keys, radius = (
         with_unit_column_stride(query), with_unit_column_stride(keys), radius.contiguous()
     )  # fmt: skip
-    plan = search_plan(query, keys, _tile(query))
-    best = query.new_empty((plan.splits, M), dtype=torch.int64)
+    tile = search_tile(query, keys)
+    tiles_m = cdiv(M, tile.m)
+    # Four programs per multiprocessor, each at least four tiles long.
+    programs = 4 * common.device_traits(query.device).num_sms
+    splits = max(1, min(cdiv(programs, tiles_m), cdiv(N, 4 * tile.n)))
+    keys_per_split = round_up(cdiv(N, splits), tile.n)
+    splits = cdiv(N, keys_per_split)
+    best = query.new_empty((splits, M), dtype=torch.int64)
     with torch.cuda.device_of(query):
-        _nearest_stream_kernel[(plan.tiles_m, plan.splits)](
+        key_squares = row_squares(keys) if tiles_m > 1 else None
+        _nearest_stream_kernel[(tiles_m * splits,)](
             query,
             keys,
+            key_squares,
             best,
             M,
-            keys.shape[0],
+            N,
             D,
-            plan.keys_per_split,
+            tiles_m,
+            keys_per_split,
             query.stride(0),
             keys.stride(0),
-            **plan.tile.launch_options(),
-            EVEN_K=D % plan.tile.k == 0,
-            COMPUTE=compute,
+            **search_options(query, tile),
+            METRIC=METRICS["l2"],
+            SUM_SQUARES=key_squares is None,
         )
         _nearest_merge_kernel[(M,)](
             query,
@@ -172,7 +192,7 @@ def nearest_key_fwd(query: Tensor, keys: Tensor, radius: Tensor) -> tuple[Tensor
             nearest,
             M,
             D,
-            plan.splits,
+            splits,
             query.stride(0),
             keys.stride(0),
             BLOCK_S=128,

@@ -9,6 +9,8 @@ of size B x T x D is stored, and the sums of the backward have a fixed order: no
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from sapt_fast.triton_kernels.blocks import common
 from sapt_fast.triton_kernels.blocks.common import DeviceTraits, cdiv, round_up
+from sapt_fast.triton_kernels.blocks.plans import Results, launch, planned
 
 _NO_TOKEN = tl.constexpr(2147483647)
 
@@ -248,12 +251,25 @@ def pool_tokens_fwd(
     Raises:
         ValueError: if the tensors are not on a CUDA device (unless the interpreter runs).
     """
+    inputs = [table, input_ids] + ([] if mask is None else [mask])
+    pooled, winner = planned(
+        ("pool_tokens", mask is None, pooling, keep_winner),
+        inputs,
+        [True, keep_winner],
+        lambda: _pooled(input_ids, table, mask, pooling, keep_winner),
+    )
+    return cast(Tensor, pooled), winner
+
+
+def _pooled(
+    input_ids: Tensor, table: Tensor, mask: Tensor | None, pooling: str, keep_winner: bool
+) -> Results:
     (B, T), (V, D) = input_ids.shape, table.shape
     traits = common.device_traits(table.device)
     pooled = table.new_empty((B, D))
     winner = pooled.new_empty((B, D), dtype=torch.int32) if keep_winner else None
     if T == 0 or pooled.numel() == 0:
-        return pooled.zero_(), None if winner is None else winner.fill_(-1)
+        return [pooled.zero_(), None if winner is None else winner.fill_(-1)]
     if table.stride(1) != 1:
         table = table.contiguous()
     mean = pooling == "mean"
@@ -270,7 +286,9 @@ def pool_tokens_fwd(
         if winner is not None:
             part_winner = winner.new_empty((B, splits, D))
     with torch.cuda.device_of(table):
-        _pool_kernel[(B * splits * columns,)](
+        launch(
+            _pool_kernel,
+            (B * splits * columns,),
             input_ids.contiguous(),
             _bytes(mask),
             table,
@@ -290,7 +308,9 @@ def pool_tokens_fwd(
         )
         if count is not None:
             merge_d = min(block_d, 256)
-            _merge_kernel[(B * cdiv(D, merge_d),)](
+            launch(
+                _merge_kernel,
+                (B * cdiv(D, merge_d),),
                 part,
                 part_winner,
                 count,
@@ -302,7 +322,7 @@ def pool_tokens_fwd(
                 BLOCK_D=merge_d,
                 num_warps=4,
             )
-    return pooled, winner
+    return [pooled, winner]
 
 
 def pool_tokens_bwd(

@@ -8,7 +8,7 @@ stay in the caches while the program streams the projection and the keys, everyt
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import triton
@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sapt_fast.triton_kernels.blocks import common
+from sapt_fast.triton_kernels.blocks.plans import Results, launch, planned
 
 if TYPE_CHECKING:
     from sapt_fast.ops.route import QueryProjection
@@ -176,9 +177,8 @@ def route_scores_fwd(
     Raises:
         ValueError: if the tensors are not on a CUDA device (unless the interpreter runs).
     """
-    scores = pooled.new_empty((pooled.shape[0], keys.shape[0]), dtype=torch.float32)
-    _launch(pooled, keys, projection, divisor, scores, None, None, None)
-    return scores
+    scores, _ = _planned(pooled, keys, projection, divisor, False, None, None)
+    return cast(Tensor, scores)
 
 
 def route_fwd(
@@ -202,10 +202,30 @@ def route_fwd(
     Raises:
         ValueError: as in `route_scores_fwd`.
     """
-    scores = pooled.new_empty((pooled.shape[0], keys.shape[0]), dtype=torch.float32)
-    weights = torch.empty_like(scores)
-    _launch(pooled, keys, projection, divisor, scores, weights, top_k, threshold)
-    return weights
+    _, weights = _planned(pooled, keys, projection, divisor, True, top_k, threshold)
+    return cast(Tensor, weights)
+
+
+def _planned(
+    pooled: Tensor,
+    keys: Tensor,
+    projection: QueryProjection | None,
+    divisor: float,
+    weighs: bool,
+    top_k: int | None,
+    threshold: float | None,
+) -> Results:
+    """Scores and, if `weighs`, weights; a plan gives the last of them alone."""
+
+    def compute() -> Results:
+        scores = pooled.new_empty((pooled.shape[0], keys.shape[0]), dtype=torch.float32)
+        weights = torch.empty_like(scores) if weighs else None
+        _launch(pooled, keys, projection, divisor, scores, weights, top_k, threshold)
+        return [scores, weights]
+
+    factors, eps = ((), 0.0) if projection is None else (projection[:4], projection.eps)
+    options = "route", eps, divisor, weighs, top_k, threshold
+    return planned(options, [pooled, keys, *factors], [not weighs, weighs], compute)
 
 
 def _launch(
@@ -245,7 +265,9 @@ def _launch(
         "RANKED": ranked,
     }
     with torch.cuda.device_of(pooled):
-        _route_kernel[(B,)](
+        launch(
+            _route_kernel,
+            (B,),
             pooled.contiguous(),
             *factors,
             keys.contiguous(),

@@ -1,9 +1,19 @@
 """Triton backend of op `topk_keys`: see `ops.topk_keys` for what is computed.
 
-Each program streams its share of the keys past a tile of queries and keeps the best of every query
-in registers, packed with their indices into int64; a second launch merges the shares. A tile whose
-scores are all below the worst kept ones is not sorted. An l2 score is expanded, `2 q k - |k|^2 -
-|q|^2` in float32: its error is about 1e-7 (|q|^2 + |k|^2).
+A matrix product of tiles of keys and queries stores, for each query, the greatest score of every
+group of adjacent keys. Of each query the k groups with the greatest maxima are chosen, the scores
+of their keys are computed again, and the k best of these are the result. This is exact:
+
+    Order the keys by score, ties by lower index, and the groups by maximum, ties by lower index.
+    Let a key t lie in a group g, and let k other groups come before g. Each has a key that scores
+    at least as much as its group's maximum, so at least as much as t; if it ties with t, its group
+    is lower than g, and so is its index. Then k keys come before t: it is not one of the k best.
+
+Both times a score is the same element-wise sum in the same order, so that it has the same bits: the
+tile has the same sizes, and an element of a product depends on its own row and column alone. NaN
+counts as the lowest score. Where few keys would be spared, a group is one key and nothing is
+computed again. An l2 score is expanded, `2 q k - |k|^2 - |q|^2` in float32: its error is about 1e-7
+(|q|^2 + |k|^2).
 """
 # ruff: noqa: N803 - kernel arguments keep the letters of the formulas
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -16,150 +26,208 @@ import triton.language as tl
 from torch import Tensor
 
 from sapt_fast.triton_kernels.blocks import common
-from sapt_fast.triton_kernels.blocks.common import TileConfig, with_unit_column_stride
+from sapt_fast.triton_kernels.blocks.common import cdiv, with_unit_column_stride
 from sapt_fast.triton_kernels.blocks.key_tiles import (
     EMPTY,
+    LOWEST,
     METRICS,
+    checked_count,
+    ordered,
     pack,
     row_squares,
-    search_plan,
+    search_options,
+    search_tile,
     tile_scores,
     unpack,
 )
 
-# Pairs kept per query and pass; more than the largest take several passes over the keys. The
-# interpreter sorts slowly, so it sorts less at a time.
-_KEPT = (8, 32, 64) if common.INTERPRETED else (32, 64)
-# Pairs that a merging program sorts at a time.
-_MERGED_PAIRS = 16 if common.INTERPRETED else 512
+# Keys of a group, and groups per chosen one from which choosing pays: a key that is scored again
+# is read for one query alone. The interpreter has few keys.
+_GROUP, _GROUPS_PER_CHOSEN = (8, 2) if common.INTERPRETED else (32, 64)
+# Bytes of the scores or maxima of as many queries as are searched at a time.
+_SCRATCH_BYTES = 1 << 26
+# Pairs that the selection keeps, torch selects more, and that it sorts at a time. The interpreter
+# sorts slowly.
+_KEPT = (8,) if common.INTERPRETED else (32, 64)
+_SORTED = 16 if common.INTERPRETED else 512
 
 
-@triton.jit
-def _best_of_both(a, b, KEPT: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The KEPT largest of a and b, both [BLOCK_M, KEPT], descending."""
-    return tl.topk(tl.reshape(tl.join(a, b), (BLOCK_M, 2 * KEPT)), KEPT)
-
-
-@triton.jit(do_not_specialize=["M", "N", "keys_per_split"])
-def _topk_stream_kernel(
+@triton.jit(do_not_specialize=["M", "N", "tiles_m", "groups"])
+def _group_maxima_kernel(
     query_ptr,
     keys_ptr,
-    squares_ptr,
-    bound_ptr,
-    kept_ptr,
+    query_squares_ptr,
+    key_squares_ptr,
+    maxima_ptr,
     M,
     N,
     D,
-    keys_per_split,
+    tiles_m,
+    groups,
     stride_qm,
     stride_kn,
+    GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    KEPT: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    METRIC: tl.constexpr,
+    SUM_SQUARES: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """maxima[m, g]: the greatest ordered score of query m in the group g of keys, int32."""
+    # The tiles of queries of the same keys follow each other: the L2 cache keeps the keys.
+    rows = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    tile = tl.program_id(0) // tiles_m
+    key_ids = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    # [BLOCK_N, BLOCK_M]
+    best = ordered(
+        tile_scores(
+            query_ptr, keys_ptr, query_squares_ptr, key_squares_ptr, rows, key_ids, M, N, D,
+            stride_qm, stride_kn, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, METRIC, SUM_SQUARES, COMPUTE,
+        )
+    )  # fmt: skip
+    if GROUP > 1:
+        best = tl.where((key_ids < N)[:, None], best, LOWEST)
+        # [BLOCK_N / GROUP, BLOCK_M]
+        best = tl.max(tl.reshape(best, (BLOCK_N // GROUP, GROUP, BLOCK_M)), axis=1)
+    group_ids = tile * (BLOCK_N // GROUP) + tl.arange(0, BLOCK_N // GROUP)
+    places = rows.to(tl.int64)[None, :] * groups + group_ids[:, None]
+    tl.store(maxima_ptr + places, best, mask=(rows < M)[None, :] & (group_ids < groups)[:, None])
+
+
+@triton.jit(do_not_specialize=["M", "N", "k"])
+def _group_scores_kernel(
+    query_ptr,
+    keys_ptr,
+    query_squares_ptr,
+    key_squares_ptr,
+    chosen_ptr,
+    pairs_ptr,
+    M,
+    N,
+    D,
+    k,
+    stride_qm,
+    stride_kn,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
     METRIC: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """kept[s, m, KEPT]: the best packed pairs of query m in the share s of the keys.
+    """pairs[m, k GROUP]: the packed keys of the groups that chosen[m, k] names; one query m.
 
-    Pairs at or above bound[m], if given, belong to an earlier pass and are left out.
+    The tile is that of the maxima, with the query among the same others: so are the scores.
     """
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    split = tl.program_id(1)
-    start = split * keys_per_split
-    # Not start + keys_per_split, which may pass 2^31.
-    stop = start + min(keys_per_split, N - start)
-    # [BLOCK_M, KEPT], descending; worst [BLOCK_M]
-    kept = tl.full((BLOCK_M, KEPT), EMPTY, tl.int64)
-    worst = tl.full((BLOCK_M,), EMPTY, tl.int64)
-    for tile in range(0, tl.cdiv(stop - start, BLOCK_N)):
-        key_ids = start + tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        # [BLOCK_N, BLOCK_M]
-        scores = tile_scores(
-            query_ptr, keys_ptr, squares_ptr, rows, key_ids, M, stop, D, stride_qm, stride_kn,
-            BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, METRIC, COMPUTE,
-        )  # fmt: skip
-        # [BLOCK_M, BLOCK_N] int64
-        pairs = pack(tl.trans(scores), key_ids[None, :])
-        pairs = tl.where((key_ids < stop)[None, :], pairs, EMPTY)
-        if bound_ptr is not None:
-            bound = tl.load(bound_ptr + tl.where(rows < M, rows, 0))
-            pairs = tl.where(pairs < bound[:, None], pairs, EMPTY)
-        # Flat: Triton 3.6 fails on a reduction by rows and then by columns on sm_100.
-        above = tl.reshape((pairs > worst[:, None]).to(tl.int32), (BLOCK_M * BLOCK_N,))
-        better = tl.max(above, axis=0)
-        if better > 0:
-            # Rare once the best are found: a tile without a better key is not sorted.
-            kept = _best_of_both(kept, tl.topk(pairs, KEPT), KEPT, BLOCK_M)
-            worst = tl.min(kept, axis=1)
-    places = (split.to(tl.int64) * M + rows[:, None]) * KEPT + tl.arange(0, KEPT)[None, :]
-    # [BLOCK_M, KEPT] of kept [splits, M, KEPT]
-    tl.store(kept_ptr + places, kept, mask=(rows < M)[:, None])
+    m = tl.program_id(0)
+    rows = m // BLOCK_M * BLOCK_M + tl.arange(0, BLOCK_M)
+    places = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    wanted = places < k * GROUP
+    chosen = tl.load(chosen_ptr + m.to(tl.int64) * k + places // GROUP, mask=wanted, other=0)
+    # [BLOCK_N]
+    key_ids = chosen.to(tl.int32) * GROUP + places % GROUP
+    # [BLOCK_N, BLOCK_M], of which the column of m is wanted
+    values = ordered(
+        tile_scores(
+            query_ptr, keys_ptr, query_squares_ptr, key_squares_ptr, rows, key_ids, M, N, D,
+            stride_qm, stride_kn, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, METRIC, False, COMPUTE,
+        )
+    )  # fmt: skip
+    values = tl.max(tl.where((rows == m)[None, :], values, LOWEST), axis=1)
+    pairs = tl.where(key_ids < N, pack(values, key_ids), EMPTY)
+    tl.store(pairs_ptr + m.to(tl.int64) * k * GROUP + places, pairs, mask=wanted)
 
 
-@triton.jit(do_not_specialize=["M", "splits", "k", "first"])
-def _topk_merge_kernel(
-    kept_ptr,
+@triton.jit
+def _load_pairs(values_ptr, places, C):
+    """Packed pairs; ordered scores are packed with their places."""
+    if values_ptr.dtype.element_ty == tl.int64:
+        return tl.load(values_ptr + places, mask=places < C, other=EMPTY)
+    values = tl.load(values_ptr + places, mask=places < C, other=0)
+    return tl.where(places < C, pack(values, places), EMPTY)
+
+
+@triton.jit(do_not_specialize=["C", "k"])
+def _best_kernel(
+    values_ptr,
     scores_ptr,
     index_ptr,
-    bound_ptr,
-    M,
-    splits,
+    C,
     k,
-    first,
     KEPT: tl.constexpr,
-    SHARES: tl.constexpr,
+    LANES: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
-    """One query: the best of all shares into the places `first` and on of its k; the last of
-    them, if bound_ptr is given, bounds the next pass."""
+    """scores, index[m, k]: the k best of values[m, C], best first; one query m.
+
+    values are packed pairs, at most LANES, or any number of ordered scores, of which index gives
+    the places. The k best lie in the k best of LANES interleaved groups: pairs never tie.
+    """
     m = tl.program_id(0).to(tl.int64)
-    places = tl.arange(0, SHARES * KEPT)
+    values_ptr += m * C
+    lanes = tl.arange(0, LANES)
+    best = tl.full((LANES,), EMPTY, tl.int64)
+    for c in range(0, C, LANES):
+        best = tl.maximum(best, _load_pairs(values_ptr, c + lanes, C))
     # [1, KEPT], descending
-    kept = tl.full((1, KEPT), EMPTY, tl.int64)
-    for s in range(0, splits, SHARES):
-        share = (s + places // KEPT).to(tl.int64)
-        # [SHARES KEPT]
-        pairs = tl.load(
-            kept_ptr + (share * M + m) * KEPT + places % KEPT, mask=share < splits, other=EMPTY
-        )
-        best = tl.topk(tl.reshape(pairs, (1, SHARES * KEPT)), KEPT)
-        kept = _best_of_both(kept, best, KEPT, 1)
+    kept = tl.topk(tl.reshape(best, (1, LANES)), KEPT)
+    if C > LANES:
+        # [STEPS, KEPT]
+        lane = (unpack(kept)[1] % LANES).to(tl.int32)
+        members = tl.arange(0, STEPS)[:, None] * LANES + lane
+        kept = tl.full((1, KEPT), EMPTY, tl.int64)
+        for c in range(0, C, STEPS * LANES):
+            pairs = tl.reshape(_load_pairs(values_ptr, c + members, C), (1, STEPS * KEPT))
+            both = tl.join(kept, tl.topk(pairs, KEPT))
+            kept = tl.topk(tl.reshape(both, (1, 2 * KEPT)), KEPT)
     scores, index = unpack(kept)
-    out = first + tl.arange(0, KEPT)[None, :]
-    # [1, KEPT], of which k - first are wanted
+    out = tl.arange(0, KEPT)[None, :]
+    # [1, KEPT], of which k are wanted
     tl.store(scores_ptr + m * k + out, scores, mask=out < k)
     tl.store(index_ptr + m * k + out, index, mask=out < k)
-    if bound_ptr is not None:
-        tl.store(bound_ptr + m, tl.min(tl.min(kept, axis=1), axis=0))
 
 
-def _tile(query: Tensor, kept: int) -> TileConfig:
-    """Queries, keys (no fewer than `kept`) and step over the key width."""
-    if common.device_traits(query.device).capability == 0:
-        return TileConfig(2, max(16, kept), 16, num_warps=4, num_stages=1)
-    if query.element_size() == 4 or query.shape[1] % 16:
-        return TileConfig(16, 64, 16, num_warps=8, num_stages=3)
-    # More queries, or 8 kept pairs, spill on some target of some Triton version.
-    return TileConfig(16, 64, 64, num_warps=8, num_stages=4)
-
-
-def _register_limit(query: Tensor, kept: int) -> int | None:
-    """More registers per thread where ptxas would stop at 128, for a second program per
-    multiprocessor, and spill a few bytes."""
-    capability = common.device_traits(query.device).capability
-    unaligned = query.element_size() == 4 or query.shape[1] % 16
-    return 224 if unaligned or (capability == 80 and kept > 32) else None
+def _select(values: Tensor, scores: Tensor, index: Tensor) -> None:
+    """Fills scores and index `[M, k]` with the k best of values `[M, C]`, as `_best_kernel`."""
+    (M, C), k = values.shape, scores.shape[1]
+    if k > _KEPT[-1]:
+        if values.dtype == torch.int32:
+            places = torch.arange(C, device=values.device)
+            values = (values.long() << 32) | (0x7FFFFFFF - places)
+        pairs = values.topk(k).values
+        best = (pairs >> 32).int()
+        scores.copy_((best ^ ((best >> 31) & 0x7FFFFFFF)).view(torch.float32))
+        index.copy_(0x7FFFFFFF - (pairs & 0x7FFFFFFF))
+        return
+    kept = next(size for size in _KEPT if size >= k)
+    lanes = kept * _GROUP
+    _best_kernel[(M,)](
+        values,
+        scores,
+        index,
+        C,
+        k,
+        KEPT=kept,
+        LANES=lanes,
+        STEPS=max(2, _SORTED // kept),
+        num_warps=8,
+    )
 
 
 def topk_keys_fwd(query: Tensor, keys: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
     """Returns the k best keys of every query, best first.
 
+    Beside its results it holds 4 bytes for each query and group of 32 keys, 256 for each query and
+    chosen group, and 4 for each key, of as many queries at a time as fit into 64 MiB, at least one.
+
     Args:
         query: Of shape `[M, D]`, float32, float16 or bfloat16, any strides.
         keys: Of shape `[N, D]`, query's dtype, k <= N < 2^31 - 1; copied unless its columns are
             adjacent in memory.
-        k: At least 1. Above 64 the keys are read once per 64.
+        k: At least 1.
         metric: "dot", "cosine" or "l2".
 
     Returns:
@@ -170,49 +238,43 @@ def topk_keys_fwd(query: Tensor, keys: Tensor, k: int, metric: str) -> tuple[Ten
         ValueError: if the number of keys is too large.
         ValueError: if the tensors are not on a CUDA device (unless the interpreter runs).
     """
-    M, D = query.shape
-    compute = common.compute_dtype(query.dtype)
+    (M, D), N = query.shape, checked_count(keys)
+    common.compute_dtype(query.dtype)
     scores = query.new_empty((M, k), dtype=torch.float32)
     index = query.new_empty((M, k), dtype=torch.int64)
     if M == 0:
         return scores, index
     query, keys = with_unit_column_stride(query), with_unit_column_stride(keys)
-    kept = next((size for size in _KEPT if size >= k), _KEPT[-1])
-    plan = search_plan(query, keys, _tile(query, kept))
-    pairs = query.new_empty((plan.splits, M, kept), dtype=torch.int64)
-    bound = query.new_empty((M,), dtype=torch.int64) if k > kept else None
+    tile = search_tile(query, keys)
+    options = {**search_options(query, tile), "METRIC": METRICS[metric]}
+    group = _GROUP if _GROUPS_PER_CHOSEN * k < cdiv(N, _GROUP) else 1
+    groups = cdiv(N, group)
+    per_query = 4 * groups + (8 * k * group if group > 1 else 0)
+    step = max(1, _SCRATCH_BYTES // per_query)
+    step = min(M, step // tile.m * tile.m or step)
+    maxima = query.new_empty((step, groups), dtype=torch.int32)
     with torch.cuda.device_of(query):
-        squares = None if metric == "dot" else row_squares(query)
-        for first in range(0, k, kept):
-            _topk_stream_kernel[(plan.tiles_m, plan.splits)](
-                query,
-                keys,
-                squares,
-                bound if first else None,
-                pairs,
-                M,
-                keys.shape[0],
-                D,
-                plan.keys_per_split,
-                query.stride(0),
-                keys.stride(0),
-                **plan.tile.launch_options(),
-                KEPT=kept,
-                EVEN_K=D % plan.tile.k == 0,
-                METRIC=METRICS[metric],
-                COMPUTE=compute,
-                maxnreg=_register_limit(query, kept),
-            )
-            _topk_merge_kernel[(M,)](
-                pairs,
-                scores,
-                index,
-                bound,
-                M,
-                plan.splits,
-                k,
-                first,
-                KEPT=kept,
-                SHARES=max(2, _MERGED_PAIRS // kept),
-            )
+        query_squares = key_squares = None
+        # One tile of queries: the keys are read for it alone, and their squares on the way.
+        sums = metric != "dot" and tile.m >= M == step
+        if metric != "dot":
+            query_squares = row_squares(query)
+            key_squares = query.new_empty(N, dtype=torch.float32) if sums else row_squares(keys)
+        for first in range(0, M, step):
+            part = slice(first, first + step)
+            q, values = query[part], maxima[: M - first]
+            squares = None if query_squares is None else query_squares[part]
+            tiles_m = cdiv(len(q), tile.m)
+            _group_maxima_kernel[(tiles_m * cdiv(N, tile.n),)](
+                q, keys, squares, key_squares, values, len(q), N, D, tiles_m, groups,
+                query.stride(0), keys.stride(0), GROUP=group, SUM_SQUARES=sums, **options,
+            )  # fmt: skip
+            if group > 1:
+                chosen, values = index[part], q.new_empty((len(q), k * group), dtype=torch.int64)
+                _select(maxima[: len(q)], scores[part], chosen)
+                _group_scores_kernel[(len(q), cdiv(k * group, tile.n))](
+                    q, keys, squares, key_squares, chosen, values, len(q), N, D, k,
+                    query.stride(0), keys.stride(0), GROUP=group, **options,
+                )  # fmt: skip
+            _select(values, scores[part], index[part])
     return scores, index

@@ -97,6 +97,23 @@ def test_the_gpu_clock_starts_after_the_flush_and_a_lead(monkeypatch):
     assert order == [*["call"] * 3, *turn * 2]
 
 
+@pytest.mark.parametrize("ms", [0.9, 5e3])
+def test_a_turn_on_the_cpu_follows_a_call_of_its_own(ms, monkeypatch):
+    order = []
+
+    def turn(function, calls):
+        order.append(f"timed {function()}")
+        return ms
+
+    monkeypatch.setattr(measure, "_turn_ms", turn)
+    functions = {name: lambda name=name: order.append(name) or name for name in "abc"}
+    measure.interleaved_ms(functions, "cpu", repeats=4, warmup=1)
+    turns = order[2 * len(functions) :]
+    assert len(turns) == 3 * 4 * len(functions)
+    for own, call, timed in zip(turns[::3], turns[1::3], turns[2::3], strict=True):
+        assert (call, timed) == (own, f"timed {own}")
+
+
 def test_the_time_of_an_import_is_that_beyond_the_first(tmp_path, monkeypatch):
     (tmp_path / "slow_first.py").write_text("import time; time.sleep(1.0)")
     (tmp_path / "slow_second.py").write_text("import time; time.sleep(0.2)")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,12 @@ from sapt_fast.triton_kernels.blocks import common
 from sapt_fast.triton_kernels.blocks import gemm_variants as routes
 
 GRID = [(48, 32, 20, 70, "float16"), (40, 24, 7, 9, "bfloat16")]
+ROUTES_16 = [routes.FUSED, routes.FUSED_POINTERS, routes.EXPAND_FIRST]  # of 16 bits
 interpreted = pytest.mark.skipif(not common.INTERPRETED, reason="needs TRITON_INTERPRET=1")
+
+
+def _routes(variants: Iterable[routes.Variant]) -> list[routes.Route]:
+    return [variant.route for variant in variants]
 
 
 class Clock:
@@ -72,18 +78,19 @@ def test_every_route_is_timed_forward_and_backward(
     assert path == tmp_path / "nvidia-h200.json"
     assert [m.size.direction for m in measurements] == ["forward", "backward"] * 2
     assert [(m.size.d_in, m.size.d_out) for m in measurements[:2]] == [(48, 32), (32, 48)]
-    assert [tuple(m.seconds) for m in measurements] == [routes.ROUTES] * 4
-    assert len(clock.calls) == 4 * len(routes.ROUTES)
+    assert [_routes(m.seconds) for m in measurements] == [ROUTES_16] * 4
+    assert len(clock.calls) == 4 * len(ROUTES_16)
     assert [y.shape for y in clock.calls[:6]] == [(70, 32)] * 3 + [(70, 48)] * 3
     # The clock calls the first route the fastest, and so does the table that is read now.
     traits = common.DeviceTraits(90, 132, "NVIDIA H200")
     assert routes.recorded("NVIDIA H200") == tuple(measurements)
-    assert routes.choose(traits, "forward", 48, 32, 20, 70, torch.float16) == routes.FUSED
+    found = routes.choose(traits, "forward", 48, 32, 20, 70, torch.float16)
+    assert found == (routes.FUSED, common.TileConfig(16, 32, 32, 4, 1))
     console = Console(width=100)
     with console.capture() as shown:
         console.print(route_tuning.routes_table(measurements))
     assert "32 x 48" in shown.get()
-    assert "fused 1" in shown.get()
+    assert "fused 16x32x32 1" in shown.get()
     routes.forget()
 
 
@@ -93,9 +100,19 @@ def test_a_gpu_without_descriptors_has_no_route_for_them(
 ) -> None:
     size = routes.Size("forward", 40, 24, 7, 9, "float16")
     gpu = Gpu(torch.device("cpu"), "", Clock())
-    assert tuple(time_routes(size, gpu)) == routes.ROUTES
+    assert _routes(time_routes(size, gpu)) == ROUTES_16
     monkeypatch.setattr(common.DeviceTraits, "has_tma", False)
-    assert tuple(time_routes(size, gpu)) == (routes.FUSED, routes.EXPAND_FIRST)
+    assert _routes(time_routes(size, gpu)) == [routes.FUSED, routes.EXPAND_FIRST]
+
+
+@interpreted
+def test_tiles_are_timed_and_tf32x3_in_float32() -> None:
+    size = routes.Size("forward", 320, 24, 7, 9, "float32")
+    timed = time_routes(size, Gpu(torch.device("cpu"), "", Clock()))
+    ours = [route for route in routes.ROUTES if route != routes.EXPAND_FIRST]
+    assert _routes(timed) == [route for r in ours for route in (r, r)] + [routes.EXPAND_FIRST]
+    assert [variant.tile.parts for variant in timed if variant.tile] == [1, 2] * 3
+    assert route_tuning._name(list(timed)[1]) == "fused 16x32x32 in 2"
 
 
 @interpreted
@@ -103,8 +120,13 @@ def test_a_gpu_without_descriptors_has_no_route_for_them(
 def test_routes_that_disagree_are_not_recorded(
     dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = routes.expand_first_gemm
-    monkeypatch.setattr(routes, "expand_first_gemm", lambda *a, **k: original(*a, **k).mul_(1.1))
+    original = routes.expand_first_group
+
+    def wrong(members: Any, window: Any, ys: list[torch.Tensor], **options: Any) -> None:
+        original(members, window, ys, **options)
+        ys[0].mul_(1.1)
+
+    monkeypatch.setattr(routes, "expand_first_group", wrong)
     gpu = Gpu(torch.device("cpu"), "NVIDIA H200", Clock())
     with pytest.raises(RuntimeError, match="differ by"):
         record_routes([(40, 24, 7, 9, dtype)], gpu, tmp_path / "table.json")
@@ -116,17 +138,17 @@ def test_measured_products_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     original = routes.run
 
-    def run(route: routes.Route, *operands: torch.Tensor) -> torch.Tensor:
-        y = original(route, *operands)
+    def run(variant: routes.Variant, *operands: torch.Tensor) -> torch.Tensor:
+        y = original(variant, *operands)
         a, b, p, q = (t.double() for t in operands[:4])
         want = a @ b + p[:, : q.shape[0]] @ q
-        seen.append((route, float((y.double() - want).norm() / want.norm())))
+        seen.append((variant.route, float((y.double() - want).norm() / want.norm())))
         return y
 
     monkeypatch.setattr(routes, "run", run)
     gpu = Gpu(torch.device("cpu"), "", Clock())
     time_routes(routes.Size("backward", 40, 24, 7, 9, "float16"), gpu)
-    assert {route for route, _ in seen} == set(routes.ROUTES)
+    assert {route for route, _ in seen} == set(ROUTES_16)
     assert max(error for _, error in seen) < 2e-3
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _C = pytest.importorskip("sapt_fast._C", reason="built without native kernels")
 from sapt_fast.cpu_kernels import gemm  # noqa: E402
@@ -176,6 +177,7 @@ def route(request, monkeypatch):
     decode, whole = {"gemms": (-1, -1), "accumulate": (999, -1), "whole": (999, 999)}[request.param]
     monkeypatch.setattr(kernel, "_DECODE_ROWS", dict.fromkeys(DTYPES, decode))
     monkeypatch.setattr(gemm, "_FEW_ROWS", dict.fromkeys(DTYPES, whole))
+    monkeypatch.setattr(gemm, "_FEW_WIDENED_ROWS", whole)
     return request.param
 
 
@@ -304,6 +306,87 @@ def test_sizes_that_use_onednn(weight, monkeypatch):
         case = case._replace(weight=None, bias=None)
     check(case, [16, 20])
     check(case, [0, 4, 16, 20], through_frozen=False)
+
+
+class _Products(TorchDispatchMode):
+    """Notes the dtype of every matrix product of torch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket._qualified_op_name.split("::")[1] in _PRODUCTS:
+            self.dtypes.update(given.dtype for given in args if isinstance(given, Tensor))
+        return func(*args, **(kwargs or {}))
+
+
+_PRODUCTS = ("mm", "addmm", "addmm_", "linear", "_linear_pointwise", "bmm", "matmul")
+
+
+@pytest.fixture(params=["default", "avx2", "avx512"])
+def without_bfloat16(request):
+    """A CPU that has no instructions for 16-bit products."""
+    if request.param not in _C.cpu_capabilities() or "avx2" not in _C.cpu_capabilities():
+        pytest.skip(f"this CPU has no {request.param}, or is not known to be slow")
+    before = _C.cpu_capability()
+    _C.set_cpu_capability(request.param)
+    yield
+    _C.set_cpu_capability(before)
+
+
+@pytest.mark.usefixtures("without_bfloat16")
+@pytest.mark.parametrize("lora_dtype", [None, torch.float32], ids=["same", "float32"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+class TestProductsWidened:
+    """16-bit products in float32, in several blocks of rows and of columns."""
+
+    @pytest.fixture(autouse=True)
+    def small_blocks(self, monkeypatch):
+        monkeypatch.setattr(gemm, "_WIDENED", 1)
+
+    @pytest.mark.parametrize("through_frozen", [True, False])
+    @pytest.mark.parametrize("weight", ["plain", "transposed", "none"])
+    def test_every_gradient(self, dtype, lora_dtype, weight, through_frozen):
+        case = make_case(2, 75, 133, 71, (16, 4, 20), dtype, lora_dtype)
+        if weight == "transposed":
+            case = case._replace(weight=case.weight.t().contiguous().t())
+        elif weight == "none":
+            case = case._replace(weight=None, bias=None)
+        with _Products() as products:
+            check(case, [0, 16, 20, 40], through_frozen)
+        assert products.dtypes <= {torch.float32, torch.float64}
+
+    def test_onto_the_gradient_of_another_projection(self, dtype, lora_dtype):
+        case = make_case(2, 75, 133, 71, (4, 4), dtype, lora_dtype)
+        [(y, h)] = kernel.mixed_lora_fwd(case.x, case.mixture, [case.projection])
+        one, two = (
+            kernel.mixed_lora_bwd(
+                [y] * n, case.x, case.mixture, [case.projection] * n, [h] * n, [[]] * n,
+                True, True, True,
+            )[:2]
+            for n in (1, 2)
+        )  # fmt: skip
+        for single, double in zip(one, two, strict=True):
+            assert_close(double, 2 * single.double(), dtype)
+
+
+@pytest.mark.usefixtures("without_bfloat16")
+@pytest.mark.parametrize("rows", [5, 20, 150])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_widened_products_are_rounded_once(dtype, rows):
+    """Sums of integers are exact in float32; rounded between, they would be off by more."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, ranks, lora_b = (
+        torch.randint(-9, 10, size, generator=generator).to(dtype)
+        for size in ((rows, 70), (90, 70), (rows, 6), (6, 90))
+    )
+    product = x.double() @ weight.double().t()
+    assert torch.equal(gemm.linear(x, weight), product.to(dtype))
+    exact = product + ranks.double() @ lora_b.double()
+    assert torch.equal(gemm.two_products(x, weight.t(), None, ranks, lora_b), exact.to(dtype))
+    onto = gemm.two_products(x, weight.t(), None, ranks, lora_b, x.new_full((rows, 90), 0.5))
+    assert torch.equal(onto, (exact + 0.5).to(dtype))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

@@ -27,6 +27,10 @@ SHAPES = [
     (35, 300, 100, 7),
     (2, 40, 5000, 3),
     (1, 70_000, 2, 5),
+    # one query, for which keys of odd widths are not copied
+    (1, 333, 100, 9),
+    (1, 1003, 45, 20),
+    (1, 50, 32, 7),
 ]
 
 
@@ -75,10 +79,11 @@ def test_scores_and_order(shape, dtype, metric):
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("m", "d"), [(7, 21), (1, 43)])
 @pytest.mark.usefixtures("capability")
-def test_equal_keys_have_equal_scores_wherever_they_stand(dtype, metric, with_threads):
+def test_equal_keys_have_equal_scores_wherever_they_stand(m, d, dtype, metric, with_threads):
     """In whole tiles and at the ends of chunks, for queries of whole blocks and in parts."""
-    query, keys = make(7, 3001, 21, dtype)
+    query, keys = make(m, 3001, d, dtype)
     query[:] = query[0]
     keys[::3] = query[0]
     keys[1::3] = keys[1]
@@ -141,18 +146,33 @@ def test_undefined_and_infinite_scores():
     assert scores[1].isnan().all()
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
 @pytest.mark.usefixtures("capability")
-def test_non_contiguous(metric):
-    query, keys = make(3, 50, 32)
+def test_one_query_meets_every_element_of_an_odd_width_once(value, dtype):
+    """The vector at the end of a row holds elements of the vector before it too."""
+    query, keys = torch.ones(1, 45, dtype=dtype), torch.ones(45, 45, dtype=dtype)
+    keys.fill_diagonal_(value)
+    scores, index = topk_keys_fwd(query, keys, 45, "dot")
+    assert index.tolist() == [list(range(45))]
+    assert scores.isnan().all() if value != value else (scores == value).all()
+    keys.fill_diagonal_(3.0)
+    assert (topk_keys_fwd(query, keys, 45, "dot")[0] == 47.0).all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(("m", "d"), [(3, 32), (1, 37)])
+@pytest.mark.usefixtures("capability")
+def test_non_contiguous(m, d, metric):
+    query, keys = make(m, 50, d)
     want = topk_keys_fwd(query, keys, 5, metric)
     wide = torch.full((50, 70), float("nan"))
-    wide[:, 3:35] = keys
-    for given in (wide[:, 3:35], keys.t().contiguous().t(), keys.repeat_interleave(2, 0)[::2]):
+    wide[:, 3 : 3 + d] = keys
+    for given in (wide[:, 3 : 3 + d], keys.t().contiguous().t(), keys.repeat_interleave(2, 0)[::2]):
         got = topk_keys_fwd(query.t().contiguous().t(), given, 5, metric)
         assert torch.equal(got[0], want[0])
         assert torch.equal(got[1], want[1])
-    _, index = topk_keys_fwd(query[:1].expand(4, 32), keys[:1].expand(6, 32), 6, metric)
+    _, index = topk_keys_fwd(query[:1].expand(4, d), keys[:1].expand(6, d), 6, metric)
     assert index.tolist() == [list(range(6))] * 4
 
 

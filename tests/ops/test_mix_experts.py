@@ -254,6 +254,29 @@ def test_values_out_of_range_touch_nothing_in_the_kernels(grouped, monkeypatch):
         assert all(_error(a, b) <= 1e-6 for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("rows", "compact"), [(2, False), (9, False), (9, True)], ids=["few", "many", "compact"]
+)
+def test_every_element_of_the_gradients_is_written(rows, compact):
+    """Memory that nobody wrote is NaN: experts without a pair have zeros all the same."""
+    inputs = {**_inputs("odd"), "x": torch.randn(rows, 19), "weights": torch.rand(rows, 3)}
+    inputs["index"] = torch.tensor([[1, -1, 4], [4, 4, 7]] + [[4, 1, 1]] * (rows - 2))
+    inputs["weights"][1, 0] = 0
+    t = [v.to(_device("triton")) for v in inputs.values()]
+    torch.use_deterministic_algorithms(True)
+    try:
+        y, h = kernels.mix_experts_fwd(*t, 1.0)
+        groups = op.pair_groups(op._present(t[3], t[4]), 7, compact)
+        grads = kernels.mix_experts_bwd(y, *t, h, 1.0, groups, True, True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    t[3] = t[3].masked_fill(t[3] == 7, -1)  # no expert either
+    groups = op.pair_groups(op._present(t[3], t[4]), 7, compact)
+    expected = op.mix_experts_bwd(y, *t, h, 1.0, groups, True, True)
+    for got, want in zip(grads, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_a_bad_expert_spoils_only_the_rows_that_chose_it(backend):
     inputs = _inputs("several_tiles")

@@ -8,7 +8,7 @@ import torch
 from sapt_fast import dispatch
 from sapt_fast.ops import mixed_lora, mixed_lora_linear
 
-registered = importlib.import_module("sapt_fast.ops._mixed_lora_ops")
+eager = importlib.import_module("sapt_fast.ops._mixed_lora_eager")
 
 BACKENDS = ["reference", "cpu", "triton"]
 GPU = "cuda" if torch.cuda.is_available() else "cpu"  # Triton interprets on the CPU
@@ -336,11 +336,27 @@ def test_eager_calls_and_the_registered_op_agree(backend):
             seen.append(func)
             return func(*args, **kwargs or {})
 
-    eager = _run(inputs, ranks=(3, 5), backend=backend)
-    assert registered._is_eager(*inputs.values())
+    plain = _run(inputs, ranks=(3, 5), backend=backend)
+    assert eager.is_eager(*inputs.values())
     with Watching():
-        assert not registered._is_eager(*inputs.values())
+        assert not eager.is_eager(*inputs.values())
         watched = _run(inputs, ranks=(3, 5), backend=backend)
     names = {func._schema.name for func in seen}
     assert {"sapt_fast::mixed_lora_fwd", "sapt_fast::mixed_lora_bwd"} <= names
-    torch.testing.assert_close(eager, watched, rtol=0, atol=0)
+    torch.testing.assert_close(plain, watched, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "bias", "lora_a", "lora_b", "mixture"])
+def test_one_input_alone_gets_the_gradient_that_it_gets_among_all(name, backend):
+    inputs = _inputs((2, 5, 16), 8, (3, 5), torch.float32)
+    _, grads = _run(inputs, ranks=(3, 5), backend=backend)
+    leaves = _leaves(inputs, backend)
+    for other, leaf in leaves.items():
+        leaf.requires_grad_(other == name)
+    y = mixed_lora_linear(*leaves.values(), ranks=(3, 5), backend=backend)
+    y.backward(_incoming(y))
+    torch.testing.assert_close(leaves[name].grad.cpu(), grads[name], rtol=1e-6, atol=1e-6)
+    asked = _leaves(inputs, backend)
+    y = mixed_lora_linear(*asked.values(), ranks=(3, 5), backend=backend)
+    (found,) = torch.autograd.grad(y, [asked[name]], _incoming(y))
+    torch.testing.assert_close(found.cpu(), grads[name], rtol=1e-6, atol=1e-6)

@@ -171,3 +171,52 @@ def test_fullgraph_compile(backend):
     torch.compile(layers, fullgraph=True, backend="aot_eager")(*compiled.values()).backward()
     for name in names:
         torch.testing.assert_close(compiled[name].grad, eager[name].grad)
+
+
+def with_rows_to_add(backend, dtype, rows=ROWS):
+    """Leaves without weights whose biases have rows."""
+    where = device(backend)
+    t = leaves("pair", dtype, with_weight=False, rows=rows, where=where)
+    for i in range(2):
+        generator = torch.Generator().manual_seed(i + 2)
+        values = torch.randn(SAMPLES * rows, 16, generator=generator)
+        t[f"bias{i}"] = values.to(where, dtype).requires_grad_()
+    return t
+
+
+@pytest.mark.parametrize("rows", [ROWS, 45])
+@pytest.mark.parametrize("dtype", FLOOR, ids=str)
+def test_rows_to_add(backend, dtype, rows):
+    t = with_rows_to_add(backend, dtype, rows)
+    got, grads = together("pair", t, backend)
+    plain = with_rows_to_add(backend, dtype, rows)
+    biases = [plain.pop(f"bias{i}") for i in range(2)]
+    assert all(torch.equal(t[f"bias{i}"], bias) for i, bias in enumerate(biases))  # not written to
+    ys = op.mix(plain["x"], plain["mixture"], pooled("pair", plain), True, backend)
+    ys = [y + bias for y, bias in zip(ys, biases, strict=True)]
+    plain |= {f"bias{i}": bias for i, bias in enumerate(biases)}
+    want, want_grads = finish(plain, ys, None)
+    for y, expected in zip(got, want, strict=True):
+        assert error(y, expected) <= FLOOR[dtype]
+    for name, expected in want_grads.items():
+        assert error(grads[name], expected) <= FLOOR[dtype], name
+
+
+def test_rows_to_add_are_compiled(backend):
+    def layer(t):
+        return op.mix(t["x"], t["mixture"], pooled("pair", t), True, backend)
+
+    results = []
+    for call in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        t = with_rows_to_add(backend, torch.float32)
+        results.append(finish(t, call(t), None))
+    (got, grads), (want, want_grads) = results
+    assert all(torch.equal(y, expected) for y, expected in zip(got, want, strict=True))
+    assert all(torch.equal(grads[name], expected) for name, expected in want_grads.items())
+
+
+def test_too_few_rows_to_add_are_refused(backend):
+    t = with_rows_to_add(backend, torch.float32)
+    t["bias1"] = t["bias1"][1:]
+    with pytest.raises(ValueError, match="bias: got shape"):
+        op.mix(t["x"], t["mixture"], pooled("pair", t), True, backend)

@@ -5,7 +5,7 @@ from importlib import import_module
 import pytest
 import torch
 from cases.mix_experts import Experts, experts_backward, experts_forward
-from kernel_traffic import check
+from kernel_traffic import check, check_rereads
 
 from sapt_fast.ops.mix_experts import pair_groups
 
@@ -19,19 +19,15 @@ def test_mix_experts(crowded, monkeypatch):
     x, dy = torch.randn(m, i).half(), torch.randn(m, o).half()
     bank_a, bank_b = torch.randn(n, rank, i).half(), torch.randn(n, rank, o).half()
     index, weights = torch.randint(0, n, (m, k)), torch.rand(m, k)
-    c = Experts(m, k, n, i, o, rank, chosen=index.unique().numel())
+    c = Experts(m, k, n, i, o, rank, chosen=index.unique().numel(), tile=16)
     inputs = {"bank_a": bank_a, "bank_b": bank_b, "index": index, "weights": weights}
 
     def forward():
         y, h = experts_kernels.mix_experts_fwd(x, bank_a, bank_b, index, weights, 2.0)
         return {"y": y, "h": h}
 
-    # Scattered, a pair reads its expert; sorted, a tile of 16 pairs does, and x or h with it.
-    per_pair = m * k / c.read
-    rereads = {"bank_a": per_pair, "bank_b": per_pair, "x": k}
-    if crowded:
-        rereads = {"bank_a": 2, "bank_b": 2, "x": k}
-    check(forward, {"x": x, **inputs}, experts_forward(c, crowded), rereads)
+    passes = experts_forward(c, crowded)
+    check_rereads(check(forward, {"x": x, **inputs}, passes, {}), passes)
 
     h, groups = forward()["h"], pair_groups(index, n, True)
 
@@ -42,4 +38,5 @@ def test_mix_experts(crowded, monkeypatch):
         return dict(zip(("dx", "d_weights", "d_a", "d_b"), grads, strict=True))
 
     passes = experts_backward(c, crowded)
-    check(backward, {"x": x, "dy": dy, "h": h, **inputs}, passes, rereads | {"dy": k, "x": k})
+    inputs |= {"x": x, "dy": dy, "h": h}
+    check_rereads(check(backward, inputs, passes, {}), passes)

@@ -16,8 +16,8 @@ def test_nearest_key():
             zip(("distance", "index", "nearest"), nearest_key_fwd(query, keys, radius), strict=True)
         ),
         {"query": query, "keys": keys, "radius": radius},
-        nearest_key_passes(Search(m, n, d, found=found)),
-        {"keys": tiles(m, 2) * tiles(n, 16) * 16 / n, "query": tiles(n, 16)},
+        nearest_key_passes(Search(m, n, d, tile_m=2, tile_n=8, found=found)),
+        {"keys": tiles(m, 2) * tiles(n, 8) * 8 / n, "query": tiles(n, 8)},
     )
 
 
@@ -32,6 +32,6 @@ def test_nearest_key_in_splits(four_multiprocessors):
             zip(("distance", "index", "nearest"), nearest_key_fwd(query, keys, radius), strict=True)
         ),
         inputs,
-        nearest_key_passes(Search(m, n, d, splits=3, found=found)),
+        nearest_key_passes(Search(m, n, d, tile_m=2, tile_n=8, splits=8, found=found)),
         {},
     )

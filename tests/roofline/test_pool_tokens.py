@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases.pool_tokens import Pool, pool_backward, pool_forward
-from kernel_traffic import check
+from kernel_traffic import check, check_rereads
 
 from sapt_fast.triton_kernels.pool_tokens import pool_tokens_bwd, pool_tokens_fwd
 
@@ -28,20 +28,20 @@ def test_pool_tokens(pooling, masked):
         )
 
     # The winners' ids are read once more, for a column each.
-    check(forward, inputs, pool_forward(c, keep), {"table": taken.numel() / c.rows})
+    passes = pool_forward(c, keep)
+    check_rereads(check(forward, inputs, passes, {}), passes)
 
     dy, winner = torch.randn(b, d).half(), forward()["winner"]
     inputs = {"dy": dy, **({"winner": winner} if keep else {})}
     places = None
     if keep:
         places = (winner.long() * d + torch.arange(d)).unique().numel()
-    check(
-        lambda: {"d_table": pool_tokens_bwd(dy, ids, mask, winner, vocabulary, pooling)},
-        inputs,
-        pool_backward(c, pooling, places),
-        # A sample's columns compare the winners of all samples; a token adds the row of its own.
-        {"dy": b if keep else t},
-    )
+    passes = pool_backward(c, pooling, places)
+
+    def backward():
+        return {"d_table": pool_tokens_bwd(dy, ids, mask, winner, vocabulary, pooling)}
+
+    check_rereads(check(backward, inputs, passes, {}), passes)
 
 
 def test_pool_tokens_in_splits(four_multiprocessors):
@@ -54,7 +54,8 @@ def test_pool_tokens_in_splits(four_multiprocessors):
             return {"pooled": pooled, "winner": winner}
 
         passes = pool_forward(c, keep)
-        check(forward, {"ids": ids, "table": table}, passes, {"table": 2 * 29 / c.rows})
+        traffic = check(forward, {"ids": ids, "table": table}, passes, {})
+        check_rereads(traffic, passes)
 
 
 def test_an_unread_byte_is_seen():

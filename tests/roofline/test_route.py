@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases.route import Head, head_forward
-from kernel_traffic import check, tiles
+from kernel_traffic import check, check_rereads
 
 from sapt_fast.ops import QueryProjection
 from sapt_fast.triton_kernels.route import route_fwd
@@ -13,7 +13,7 @@ from sapt_fast.triton_kernels.route import route_fwd
 @pytest.mark.parametrize("keys", [1, 15, 70])
 def test_router_head(keys, top_k):
     b, d, hidden = 3, 37, 19
-    c = Head(b, d, hidden, keys)
+    c = Head(b, d, hidden, keys, tile=16)
     shapes = {"pooled": (b, d), "keys": (keys, d), "down": (hidden, d), "up": (d, hidden),
               "norm_weight": (d,), "norm_bias": (d,)}  # fmt: skip
     inputs = {name: torch.randn(shape).half() for name, shape in shapes.items()}
@@ -23,8 +23,5 @@ def test_router_head(keys, top_k):
         projected = QueryProjection(*projection)
         return {"weights": route_fwd(pooled, key_rows, projected, 6.0, top_k, 0.01)}
 
-    # The parameters are streamed once per sample, the pooled vector once per 16 rows of down.
-    once_per_sample = dict.fromkeys(("down", "up", "norm_weight", "norm_bias", "keys"), b)
-    rereads = {"pooled": tiles(hidden, 16), **once_per_sample}
-    ranked = top_k is not None and top_k < keys
-    check(forward, inputs, head_forward(c, ranked), rereads)
+    passes = head_forward(c, ranked=top_k is not None and top_k < keys)
+    check_rereads(check(forward, inputs, passes, {}), passes)

@@ -162,6 +162,25 @@ def test_arguments_of_the_own_forward_pass_through():
         assert torch.equal(plain(input=x), plain(x))
 
 
+class Keeping(nn.Linear):
+    """Keeps its output."""
+
+    def forward(self, x):
+        self.kept = super().forward(x)
+        return self.kept
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_an_output_that_the_layer_keeps_stays(grad):
+    model = with_tasks(with_layers(Keeping))
+    layer, weights = model.model.layers[0].self_attn.v_proj, torch.tensor([0.5, 0.5])
+    x = torch.randn(2, 3, layer.in_features)
+    with model.sapt.fixed(weights), torch.set_grad_enabled(grad):
+        y = layer(x)
+    assert torch.equal(layer.kept, F.linear(x, layer.weight, layer.bias))
+    assert not torch.allclose(y, layer.kept)
+
+
 # --- what cannot mix ---
 
 

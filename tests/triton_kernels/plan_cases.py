@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import host_path
@@ -17,15 +17,22 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sapt_fast.ops.projection import Projection
-from sapt_fast.triton_kernels.blocks import gemm_variants, plans
+from sapt_fast.ops.route import QueryProjection
+from sapt_fast.triton_kernels import mix_experts, mix_prompts, pool_tokens, route
+from sapt_fast.triton_kernels.blocks import gemm_variants, launchers, plans, replay, signatures
+from sapt_fast.triton_kernels.blocks.gemm_variants import EXPAND_FIRST, FUSED
 from sapt_fast.triton_kernels.mixed_lora import mixed_lora_bwd, mixed_lora_fwd
 
 
 @dataclass
 class Case:
-    """Sizes of a call; `planned` says whether a plan is expected for it."""
+    """Sizes of a call; `planned` says whether a plan is expected for it.
+
+    `launches` are those of the forward and the backward, products by cuBLAS included.
+    """
 
     name: str
+    launches: tuple[int, int]
     rows: int = 4
     samples: int = 4
     width: int = 256
@@ -39,26 +46,41 @@ class Case:
     through: bool = True
     shift: int = 0  # elements by which x is off its alignment
     same: bool = False  # all members are one
+    unequal: bool = False  # each member has 16 ranks more than the one before
     route: Any = None
     planned: bool = True
 
 
+NOT_COUNTED = 0, 0
 CASES = [
-    Case("decode"),
-    Case("decode, one", members=1),
-    Case("bias and no frozen gradients", bias=True, through=False),
-    Case("without a base", weight=False),
-    Case("float32", dtype=torch.float32),
-    Case("float32 factors", factors=torch.float32),
-    Case("descriptors", rows=256, samples=2),
-    Case("many rows", rows=8192, samples=8, members=1),
-    Case("rows per sample", rows=96, samples=32),
-    Case("misaligned", shift=1),
-    Case("one tensor for all members", same=True),
-    Case("cuBLAS", rows=128, route=gemm_variants.EXPAND_FIRST),
-    Case("many members", members=9, ranks=8, train=(4, 8)),
-    Case("two ranges", train=(4, 8, 20, 24), through=False, planned=False),
-    Case("nothing trains", train=()),
+    Case("decode", (3, 6)),
+    Case("decode, one", (3, 5), members=1),
+    Case("bias and no frozen gradients", (3, 6), bias=True, through=False),
+    Case("without a base", (3, 6), weight=False),
+    Case("float32", (5, 8), dtype=torch.float32),
+    Case("float32 factors", (3, 6), factors=torch.float32),
+    Case("cast factors", (3, 6), rows=65536, samples=8, width=128, factors=torch.float32),
+    Case("descriptors", (3, 5), rows=256, samples=2),
+    Case("many rows", (2, 5), rows=8192, samples=8, members=1),
+    Case("rows per sample", (3, 5), rows=96, samples=32),
+    Case("misaligned", (3, 6), shift=1),
+    Case(
+        "one of many rows",
+        (2, 5),
+        rows=8192,
+        samples=8,
+        width=1024,
+        members=1,
+        route=gemm_variants.FUSED,
+    ),
+    Case("two of many rows", (2, 5), rows=8192, samples=8, width=1024, route=FUSED),
+    Case("two by cuBLAS", (4, 7), rows=8192, samples=8, width=1024, route=EXPAND_FIRST),
+    Case("three of unequal ranks", (5, 15), members=3, unequal=True),
+    Case("one tensor for all members", (3, 6), same=True),
+    Case("cuBLAS", (5, 7), rows=128, route=EXPAND_FIRST),
+    Case("many members", (8, 17), members=9, ranks=8, train=(4, 8)),
+    Case("two ranges", (3, 7), train=(4, 8, 20, 24), through=False),
+    Case("nothing trains", (3, 5), train=()),
 ]
 
 
@@ -84,15 +106,16 @@ def drawn(case: Case) -> tuple[Tensor, Tensor, list[Projection], list[Tensor]]:
 
     factors = case.factors or case.dtype
     made = []
-    for _ in range(case.members):
+    for i in range(case.members):
+        ranks = case.ranks + 16 * i * case.unequal
         made.append(
             Projection(
                 new(case.width, case.width) if case.weight else None,
                 new(case.width) if case.bias else None,
-                new(case.ranks, case.width, dtype=factors),
-                new(case.ranks, case.width, dtype=factors),
-                torch.zeros(case.ranks, dtype=torch.int32),
-                torch.ones(case.ranks),
+                new(ranks, case.width, dtype=factors),
+                new(ranks, case.width, dtype=factors),
+                torch.zeros(ranks, dtype=torch.int32),
+                torch.ones(ranks),
             )
         )
     projections = [made[0]] * case.members if case.same else made
@@ -163,23 +186,33 @@ class Comparison:
                 assert planned - self.starts[start] == ordinary - start
 
 
-def watched(call: Callable[[], Any], launches: list[Any]) -> tuple[Any, list[Any], list[Any]]:
-    """Results, launches and allocations (address, bytes) of a call."""
+def watched(call: Callable[[], Any], launches: list[Any]) -> tuple[Any, list[Any], list[Tensor]]:
+    """Results, launches and the plan's allocations of a call."""
     launches.clear()
-    allocated = []
-    new_empty = Tensor.new_empty
+    allocated: list[Tensor] = []
+    run = replay.Plan.run
 
-    def allocate(*args: Any, **kwargs: Any) -> Tensor:
-        made = new_empty(*args, **kwargs)
-        allocated.append(made)
-        return made
+    def watching(plan: replay.Plan, *args: Any) -> Any:
+        def allocate(*given: Any) -> Tensor:
+            allocated.append(plan.allocate(*given))
+            return allocated[-1]
 
-    Tensor.new_empty = allocate
+        def keeping(each: replay.Derived) -> replay.Derived:
+            def make(*given: Any) -> Tensor:
+                allocated.append(each.function(*given))
+                return allocated[-1]
+
+            return each._replace(function=make)
+
+        derived = [keeping(each) for each in plan.derived]
+        return run(plan._replace(allocate=allocate, derived=derived), *args)
+
+    replay.Plan.run = watching
     try:
         with Products(launches):
             results = call()
     finally:
-        Tensor.new_empty = new_empty
+        replay.Plan.run = run
     return results, list(launches), allocated
 
 
@@ -190,7 +223,7 @@ def compare(call: Callable[[], Any], inputs: list[Tensor], launches: list[Any]) 
     watched(call, launches)
     got, planned, allocated = watched(call, launches)
     assert [(name, grid) for name, grid, _ in planned] == [(n, grid) for n, grid, _ in ordinary]
-    if not any(plans._plans.values()):
+    if not allocated:
         return False
     spans = [(t.data_ptr(), t.untyped_storage().nbytes()) for t in allocated]
     comparison = Comparison(inputs, spans)
@@ -212,6 +245,7 @@ def check(case: Case, launches: list[Any]) -> None:
         return mixed_lora_fwd(x, mixture, projections, keep_h)
 
     assert compare(forward, inputs, launches)
+    counts = [len(launches)]
     assert compare(lambda: [y for y, _ in forward(False)], inputs, launches)
     hs = [h for _, h in forward()]
 
@@ -219,6 +253,8 @@ def check(case: Case, launches: list[Any]) -> None:
         return mixed_lora_bwd(dys, x, mixture, projections, hs, spans, True, True, case.through)
 
     assert compare(backward, [*inputs, *hs], launches) == case.planned
+    counts.append(len(launches))
+    assert tuple(counts) == case.launches, (case.name, counts)
 
 
 def main() -> None:
@@ -230,7 +266,75 @@ def main() -> None:
             check(case, launches)
             print(case.name, "ok")
         gemm_variants._forced = None
+        other_ops(launches)
+        benchmark(launches)
         never_stale(launches)
+
+
+def other_ops(launches: list[Any]) -> None:
+    """Calls of the ops whose forwards are planned too."""
+
+    def new(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.ones(*shape, dtype=dtype)
+
+    pooled, keys = new(4, 64), new(15, 64)
+    projection = QueryProjection(new(8, 64), new(64, 8), new(64), new(64))
+    prompts, mixture, embeds = new(15, 10, 64), new(4, 15, dtype=torch.float32), new(4, 7, 64)
+    ids, mask = torch.ones(4, 700, dtype=torch.int64), torch.ones(4, 700, dtype=torch.bool)
+    table, bank_a, bank_b = new(100, 64), new(20, 4, 64), new(20, 4, 96)
+    index, weights = torch.ones(4, 2, dtype=torch.int64), new(4, 2, dtype=torch.float32)
+    calls: dict[str, tuple[Callable[[], Any], list[Tensor]]] = {
+        "scores": (
+            lambda: [route.route_scores_fwd(pooled, keys, projection, 8.0)],
+            [pooled, keys, *projection[:4]],
+        ),
+        "weights": (
+            lambda: [route.route_fwd(pooled, keys, None, 8.0, 3, 0.1)],
+            [pooled, keys],
+        ),
+        "prompts before embeddings": (
+            lambda: [mix_prompts.mix_prompts_fwd(prompts, mixture, embeds, None)],
+            [prompts, mixture, embeds],
+        ),
+        "prompts before tokens": (
+            lambda: [mix_prompts.mix_prompts_fwd(prompts, mixture, table, ids)],
+            [prompts, mixture, table, ids],
+        ),
+        "pooling": (
+            lambda: pool_tokens.pool_tokens_fwd(ids, table, mask, "max", True),
+            [ids, table, mask],
+        ),
+        "experts": (
+            lambda: mix_experts.mix_experts_fwd(pooled, bank_a, bank_b, index, weights, 2.0),
+            [pooled, bank_a, bank_b, index, weights],
+        ),
+    }
+    for name, (call, inputs) in calls.items():
+        assert compare(call, inputs, launches), name
+        print(name, "ok")
+
+
+def benchmark(launches: list[Any]) -> None:
+    """The calls that `host_path` times launch with plans what they launch without."""
+    for training, members in product((False, True), (1, 2)):
+        with torch.set_grad_enabled(training):
+            call = host_path.ours(members, training)
+            plans.forget()
+            found = []
+            for _ in range(3):
+                launches.clear()
+                call()
+                found.append([*launches])
+        ordinary, _, planned = found
+        assert [(n, grid) for n, grid, _ in planned] == [(n, grid) for n, grid, _ in ordinary]
+        for (name, _, first), (_, _, second) in zip(ordinary, planned, strict=True):
+            assert not any(isinstance(value, Tensor) for value in second), name
+            for before, after in zip(first, second, strict=True):
+                if isinstance(before, Tensor):
+                    assert isinstance(after, int), name
+                elif not isinstance(before, tuple):
+                    assert before is after or before == after, name
+        print("benchmark", "train" if training else "no_grad", members, "ok")
 
 
 def never_stale(launches: list[Any]) -> None:
@@ -238,12 +342,12 @@ def never_stale(launches: list[Any]) -> None:
 
     def took_plan(x: Tensor, mixture: Tensor, projections: list[Projection]) -> bool:
         _, found, _ = watched(lambda: mixed_lora_fwd(x, mixture, projections), launches)
-        return not isinstance(found[0][2][0], Tensor)
+        return not tensors_of(found[0][2])
 
     plans.forget()
-    x, mixture, projections, _ = drawn(Case("first"))
+    x, mixture, projections, _ = drawn(Case("first", NOT_COUNTED))
     assert [took_plan(x, mixture, projections) for _ in range(3)] == [False, False, True]
-    assert took_plan(*drawn(Case("other memory"))[:3])
+    assert took_plan(*drawn(Case("other memory", NOT_COUNTED))[:3])
     print("other memory ok")
     hooks = triton.knobs.runtime.launch_enter_hook
     hook = lambda metadata: None  # noqa: E731 - taken off again
@@ -252,20 +356,31 @@ def never_stale(launches: list[Any]) -> None:
     hooks.remove(hook)
     assert took_plan(x, mixture, projections)
     print("hooks ok")
-    known, plans._KNOWN_PARAMETERS = plans._KNOWN_PARAMETERS, ()
+    known, launchers._KNOWN_PARAMETERS = launchers._KNOWN_PARAMETERS, ()
     plans.forget()
     assert [took_plan(x, mixture, projections) for _ in range(3)] == [False] * 3
-    plans._KNOWN_PARAMETERS = known
+    launchers._KNOWN_PARAMETERS = known
     plans.forget()
     assert [took_plan(x, mixture, projections) for _ in range(3)] == [False, False, True]
     print("a launcher that is not known ok")
+    for module, name, value in (
+        (signatures, "_compiled", None),
+        (launchers, "_direct", lambda *_: None),
+    ):
+        before = getattr(module, name)
+        setattr(module, name, value)
+        check(CASES[0], launches)
+        setattr(module, name, before)
+        print("without", name, "ok")
+    plans.forget()
+    assert [took_plan(x, mixture, projections) for _ in range(3)] == [False, False, True]
     wide = torch.ones(2 * 256, 256, dtype=torch.bfloat16)
     others = {
-        "more rows": drawn(Case("", rows=8))[:3],
-        "other samples": drawn(Case("", samples=2))[:3],
-        "other alignment": drawn(Case("", shift=1))[:3],
-        "other ranks": drawn(Case("", ranks=56))[:3],
-        "a bias": drawn(Case("", bias=True))[:3],
+        "more rows": drawn(Case("", NOT_COUNTED, rows=8))[:3],
+        "other samples": drawn(Case("", NOT_COUNTED, samples=2))[:3],
+        "other alignment": drawn(Case("", NOT_COUNTED, shift=1))[:3],
+        "other ranks": drawn(Case("", NOT_COUNTED, ranks=56))[:3],
+        "a bias": drawn(Case("", NOT_COUNTED, bias=True))[:3],
         "other strides": (x, mixture, [p._replace(weight=wide[::2]) for p in projections]),
         "aliases": (x, mixture, [projections[0]] * 2),
     }

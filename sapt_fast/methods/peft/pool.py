@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sapt_fast.methods.base import Handle
 from sapt_fast.methods.config import MethodConfig
+from sapt_fast.methods.peft.layers import OnePass
 from sapt_fast.methods.peft.looks import Seen, Weighed, can_be_read, is_traced, version_of, weigh
 from sapt_fast.methods.peft.placing import (
     can_mix,
@@ -40,6 +41,7 @@ from sapt_fast.sites.linear import runs_its_class
 from sapt_fast.sites.merging import Merged, static_weights
 from sapt_fast.sites.report import PatchReport
 from sapt_fast.sites.towers import tower_notes
+from sapt_fast.sites.warm import run_on_zeros
 from sapt_fast.storage.pretrained_files import PeftFiles
 
 
@@ -177,6 +179,18 @@ class PeftHandle(Handle):
         vars(self._model.base_model).update(self.stand_ins())
         self.routing.install()
         self.files.install()
+
+    def run_layers(self, samples: int, tokens: int) -> None:
+        """Runs the linear layers that one pass computes, with equal weights for all adapters."""
+        count, train = len(self.tasks), torch.is_grad_enabled()
+        parts: list[Any] = [part for _, part in self._parts if isinstance(part, OnePass)]
+        for part in parts:
+            if can_mix(part):
+                like = [part.base_layer.weight, *part.lora_A.parameters()]
+                weights = torch.full((samples, count), 1 / count, device=like[0].device)
+                weights.requires_grad_(train)
+                size = tokens, part.in_features
+                run_on_zeros([part], self.routing, weights, size, like)
 
     def remove(self) -> None:
         """Removes the hooks and restores PEFT's methods."""

@@ -2,18 +2,25 @@
 
 These routes give the same result:
 
-- `FUSED`: one kernel of ours reduces over both sources (`gemm.two_source_gemm`). It spends no
+- `FUSED`: one kernel of ours reduces over both sources (`gemm.gemm_group`). It spends no
   traffic on the rank term, but its base product is not cuBLAS's.
 - `FUSED_POINTERS`: the same without tensor descriptors, on a GPU that has them. Only a measurement
   chooses it.
+- `FUSED_TF32X3`: `FUSED` in float32 on the matrix unit, each factor as the sum of two tf32. Only a
+  measurement chooses it. In an emulation its error is within twice a sequential float32 sum's over
+  64 columns and more, but up to 6 times that over fewer. Factors above 3.402e38 become
+  infinite, those below 1e-36 lose digits, and of a product of denormals with infinity comes NaN.
 - `EXPAND_FIRST`: our kernel writes p @ q, and cuBLAS adds a @ b onto it
-  (`gemm.expand_first_gemm`). It writes y once more; that it reads it once more hides inside a
+  (`gemm.expand_first_group`). It writes y once more; that it reads it once more hides inside a
   product that is bound by arithmetic.
 
 `choose` is deterministic and measures nothing. It looks into the table that `sapt-fast bench tune`
-recorded on this kind of GPU, for the nearest size; without a table, or for a size far from all
-that were measured, it compares times by `estimate`. No table is shipped yet: none has been
-measured.
+recorded on this kind of GPU with this version of Triton, for the nearest size; without a table, or
+for a size far from all that were measured, it compares times by `estimate`. No table is shipped
+yet: none has been measured. A variant is a route and the tile of its kernel (`gemm_tiles`).
+
+Where torch may use tf32 for float32 products (`torch.set_float32_matmul_precision`), every route
+does. The tables hold for products in full precision, so that the estimate then decides.
 
 A table is a JSON file named after the GPU. It is looked for in the folder that the environment
 variable SAPT_FAST_ROUTES names, by default `sapt_fast/routes` in the user's cache folder, then in
@@ -23,6 +30,7 @@ the package.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
@@ -31,40 +39,44 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from sapt_fast.files.directories import atomic_write_text
 from sapt_fast.files.reading import CONFIG_BYTES, read_bytes
-from sapt_fast.triton_kernels.blocks import plans
-from sapt_fast.triton_kernels.blocks.common import DeviceTraits
-from sapt_fast.triton_kernels.blocks.gemm import expand_first_gemm, two_source_gemm
+from sapt_fast.triton_kernels.blocks import gemm_tiles, plans
+from sapt_fast.triton_kernels.blocks.common import DeviceTraits, TileConfig, float32_precision
+from sapt_fast.triton_kernels.blocks.gemm import Operands, expand_first_group, gemm_group
+from sapt_fast.triton_kernels.blocks.gemm_tiles import Product
 
 Direction = Literal["forward", "backward"]
-Route = Literal["fused", "fused_pointers", "expand_first"]
+Route = Literal["fused", "fused_pointers", "fused_tf32x3", "expand_first"]
 
 FUSED: Route = "fused"
 FUSED_POINTERS: Route = "fused_pointers"
+FUSED_TF32X3: Route = "fused_tf32x3"
 EXPAND_FIRST: Route = "expand_first"
-ROUTES: tuple[Route, ...] = (FUSED, FUSED_POINTERS, EXPAND_FIRST)
+ROUTES: tuple[Route, ...] = (FUSED, FUSED_POINTERS, FUSED_TF32X3, EXPAND_FIRST)
+
+_log = logging.getLogger(__name__)
 
 ENV_VARIABLE = "SAPT_FAST_ROUTES"
 
 _DIRECTIONS = ("forward", "backward")
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float16, torch.bfloat16)}
-_FORMAT = 1
+_TF32 = "tf32"  # the dtype of a size in float32 where torch may use tf32; not in tables
+_FORMAT = 2  # 1 had no tiles
 _SHIPPED = Path(__file__).parents[1] / "recorded_routes"
 
-# Shares of what a chip can do at most that cuBLAS and a copy reach, as on an H200: 790 TFLOP/s in
-# bfloat16, 4.3 TB/s.
-_ARITHMETIC_SHARE = 0.75
-_BANDWIDTH_SHARE = 0.875
-# Our kernel's rate over cuBLAS's. Assumed, not measured: 5% is what a table should replace. In
-# float32 there is no matrix unit behind `tl.dot`, and its blocking falls behind further.
-_FUSED_SHARE = {2: 0.95, 4: 0.5}
-_LAUNCH_SECONDS = 2e-6  # from the end of one kernel to full speed of the next
+
+class Variant(NamedTuple):
+    """A route, and the tile of its kernel; None leaves that to `gemm_tiles.chosen`."""
+
+    route: Route
+    tile: TileConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -81,18 +93,40 @@ class Size:
     rows: int
     dtype: str
 
+    def product(self, route: Route = FUSED) -> Product:
+        """The product as a route of our own kernel computes it, its operands aligned."""
+        is_tf32 = self.dtype == _TF32
+        itemsize = 4 if is_tf32 else _DTYPES[self.dtype].itemsize
+        descriptors = route == FUSED
+        return Product(
+            self.rows, self.d_out, self.d_in, self.rank, itemsize, True, descriptors, is_tf32
+        )
+
 
 @dataclass(frozen=True)
 class Measurement:
-    """Median seconds of the routes that were timed for one size."""
+    """Median seconds of the variants that were timed for one size."""
 
     size: Size
-    seconds: dict[str, float]
+    seconds: dict[Variant, float]
 
     @property
-    def fastest(self) -> Route:
-        """The route that took least; of equals the first in `ROUTES`."""
-        return min((r for r in ROUTES if r in self.seconds), key=lambda r: self.seconds[r])
+    def fastest(self) -> Variant:
+        """The variant that took least; of equals the first."""
+        return min(self.seconds, key=lambda variant: self.seconds[variant])
+
+
+def variants(traits: DeviceTraits, size: Size) -> list[Variant]:
+    """All that can compute a product: the routes of its dtype and device, with their tiles."""
+    found = []
+    for route in ROUTES:
+        others = {FUSED_POINTERS: traits.has_tma, FUSED_TF32X3: size.dtype == "float32"}
+        if route == EXPAND_FIRST:
+            found.append(Variant(route))
+        elif others.get(route, True):
+            tiles = gemm_tiles.candidates(traits, size.product(route))
+            found += [Variant(route, tile) for tile in tiles]
+    return found
 
 
 def choose(
@@ -103,29 +137,30 @@ def choose(
     rank: int,
     rows: int,
     dtype: torch.dtype,
-) -> Route:
-    """Returns the route for a product; sizes as in `Size`, all positive.
+) -> Variant:
+    """Returns the variant for a product; sizes as in `Size`, all positive.
 
     Raises:
         ValueError: if the recorded table of this GPU cannot be read.
     """
     if _forced is not None:
-        return _forced
-    name = str(dtype).removeprefix("torch.")
+        return Variant(_forced)
+    is_tf32 = float32_precision(dtype) == _TF32
+    name = _TF32 if is_tf32 else str(dtype).removeprefix("torch.")
     return _choose(traits, Size(direction, d_in, d_out, rank, rows, name))
 
 
 @lru_cache(maxsize=4096)
-def _choose(traits: DeviceTraits, size: Size) -> Route:
+def _choose(traits: DeviceTraits, size: Size) -> Variant:
     measured = nearest(recorded(traits.name), size)
     if measured is not None:
         return measured.fastest
     fused = estimate_fused(traits, size)
-    return FUSED if fused <= estimate_expand_first(traits, size) else EXPAND_FIRST
+    return Variant(FUSED if fused <= estimate_expand_first(traits, size) else EXPAND_FIRST)
 
 
 def run(
-    route: Route,
+    variant: Variant,
     a: Tensor,
     b: Tensor,
     p: Tensor | None,
@@ -133,22 +168,44 @@ def run(
     bias: Tensor | None,
     rank_window: tuple[int, int],
     y: Tensor,
+) -> Tensor:
+    """Compute a product by a variant; arguments as of `gemm.Operands` and `gemm.gemm_group`."""
+    run_group(variant, [Operands(a, b, p, q, bias)], rank_window, [y])
+    return y
+
+
+def run_group(
+    variant: Variant,
+    members: Sequence[Operands],
+    rank_window: tuple[int, int],
+    ys: Sequence[Tensor],
     *,
     accumulate: bool = False,
-) -> Tensor:
-    """Compute a product by a route; arguments as of `gemm.two_source_gemm`."""
-    operands = a, b, p, q, bias, rank_window, y
+) -> None:
+    """Computes products by a variant; arguments as of `gemm.gemm_group`."""
+    route, tile = variant
     if route == EXPAND_FIRST:
-        return expand_first_gemm(*operands, accumulate=accumulate)
-    return two_source_gemm(*operands, accumulate=accumulate, descriptors=route == FUSED)
+        expand_first_group(members, rank_window, ys, accumulate=accumulate)
+        return
+    is_float32 = ys[0].dtype == torch.float32
+    is_tf32x3 = route == FUSED_TF32X3 and float32_precision(ys[0].dtype) == "ieee"
+    gemm_group(
+        members,
+        rank_window,
+        ys,
+        accumulate=accumulate,
+        descriptors=route != FUSED_POINTERS,
+        tile=tile,
+        precision="tf32x3" if is_tf32x3 and is_float32 else None,
+    )
 
 
 _forced: Route | None = None
 
 
-def forced_route() -> Route | None:
-    """The route that `forced` has set."""
-    return _forced
+def setting() -> tuple[Route | None, str]:
+    """What `choose` depends on besides its arguments and the tables: one plan is for one of it."""
+    return _forced, float32_precision(torch.float32)
 
 
 @contextmanager
@@ -163,46 +220,22 @@ def forced(route: Route) -> Iterator[None]:
 
 
 def estimate_fused(traits: DeviceTraits, size: Size) -> float:
-    """Seconds of `FUSED`: its FLOPs or its bytes, whichever take longer.
-
-    With F = 2 rows d_out the FLOPs of one step of a reduction, s bytes an element, A and B the
-    rates of arithmetic and memory that cuBLAS and a copy reach, and e A the rate of our kernel:
-
-        fused        = max(F (d_in + rank) / (e A), s (base + factors + y) / B)
-        expand_first = launch + max(F rank / (e A), s (factors + y) / B)
-                              + max(F d_in / A, s (base + 2 y) / B)
-
-    base = rows d_in + d_in d_out elements, factors = rows rank + rank d_out, y = rows d_out.
-    Large products being bound by arithmetic, fused pays while 1 - e stays below about
-    (s A / 2 B - rank) / d_in: for small widths and small ranks.
-    """
-    base, factors, y = _elements(size)
-    ours = _FUSED_SHARE[_itemsize(size)]
-    return _seconds(traits, size, size.d_in + size.rank, ours, base + factors + y)
+    """Seconds of `FUSED` with its best tile, as `gemm_tiles.seconds` estimates them."""
+    product = size.product()
+    return gemm_tiles.seconds(traits, gemm_tiles.chosen(traits, product), product)
 
 
 def estimate_expand_first(traits: DeviceTraits, size: Size) -> float:
-    """Seconds of `EXPAND_FIRST`; the formula is with `estimate_fused`."""
-    base, factors, y = _elements(size)
-    expand = _seconds(traits, size, size.rank, _FUSED_SHARE[_itemsize(size)], factors + y)
-    return _LAUNCH_SECONDS + expand + _seconds(traits, size, size.d_in, 1.0, base + 2 * y)
+    """Seconds of `EXPAND_FIRST`: the rank term by our kernel, a launch, and cuBLAS onto y.
 
-
-def _elements(size: Size) -> tuple[int, int, int]:
-    """Elements of the base product's operands, of the rank term's, and of y."""
-    sides = size.rows + size.d_out
-    return sides * size.d_in, sides * size.rank, size.rows * size.d_out
-
-
-def _itemsize(size: Size) -> int:
-    return _DTYPES[size.dtype].itemsize
-
-
-def _seconds(traits: DeviceTraits, size: Size, depth: int, share: float, elements: int) -> float:
-    itemsize = _itemsize(size)
-    rate = traits.flops(itemsize) * _ARITHMETIC_SHARE * share
-    moved = itemsize * elements / (traits.bandwidth * _BANDWIDTH_SHARE)
-    return max(2 * size.rows * size.d_out * depth / rate, moved)
+    Large products being bound by arithmetic, fused pays while what its kernel loses to cuBLAS there
+    stays below the traffic of y: for small widths and small ranks.
+    """
+    term, base = size.product()._replace(depth=0), size.product()._replace(rank=0)
+    expand = gemm_tiles.seconds(traits, gemm_tiles.chosen(traits, term), term)
+    tiles = gemm_tiles.candidates(traits, base)  # cuBLAS has these too, and splits as well
+    onto_y = min(gemm_tiles.seconds(traits, tile, base, onto_y=True) for tile in tiles)
+    return gemm_tiles.LAUNCH_SECONDS + expand + onto_y
 
 
 # --- recorded tables -----------------------------------------------------------------------------
@@ -245,6 +278,8 @@ def user_folder() -> Path:
 def recorded(device: str) -> tuple[Measurement, ...]:
     """Returns the table of a kind of GPU, the user's before the package's; empty if there is none.
 
+    A table of another version of Triton, whose kernels are others, does not count.
+
     Raises:
         ValueError: if the file is not such a table.
     """
@@ -253,7 +288,13 @@ def recorded(device: str) -> tuple[Measurement, ...]:
     for folder in (user_folder(), _SHIPPED):
         path = folder / table_file(device)
         if path.is_file():
-            return read_table(path, device)
+            table, version = read_table(path, device)
+            if version == triton.__version__:
+                return table
+            _log.warning(
+                "route table %s: measured with triton %s, not used with %s; "
+                "'sapt-fast bench tune' records it again", path, version, triton.__version__,
+            )  # fmt: skip
     return ()
 
 
@@ -267,15 +308,24 @@ def forget() -> None:
 def write_table(
     path: Path, device: str, measurements: Sequence[Measurement], versions: dict[str, str]
 ) -> Path:
-    """Writes a table so that the file is whole or absent; `versions` says what was measured."""
-    rows = [{**asdict(m.size), "seconds": m.seconds} for m in measurements]
+    """Writes a table so that the file is whole or absent; `versions` says what was measured.
+
+    A variant is written as [route, tile, seconds], the tile by its fields in their order.
+    """
+    rows = [
+        {
+            **asdict(m.size),
+            "seconds": [[*variant, seconds] for variant, seconds in m.seconds.items()],
+        }
+        for m in measurements
+    ]
     lines = ",\n".join("  " + json.dumps(row) for row in rows)
     head = json.dumps({"format": _FORMAT, "device": device, "versions": versions})[:-1]
     return atomic_write_text(path, f'{head}, "measurements": [\n{lines}\n]}}\n')
 
 
-def read_table(path: Path, device: str) -> tuple[Measurement, ...]:
-    """Read what `write_table` wrote.
+def read_table(path: Path, device: str) -> tuple[tuple[Measurement, ...], str]:
+    """Returns the measurements that `write_table` wrote, and the version of Triton.
 
     Raises:
         ValueError: if the file is not JSON, or has another format or device.
@@ -293,9 +343,14 @@ def read_table(path: Path, device: str) -> tuple[Measurement, ...]:
     except (RecursionError, ValueError) as problem:
         raise error(f"no JSON ({problem})") from None
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise error(f"expected an object of format {_FORMAT}")
+        got = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise error(f"format: got {got!r}, expected {_FORMAT}")
     if content.get("device") != device:
         raise error(f"got the device {content.get('device')!r}, expected {device!r}")
+    versions = content.get("versions")
+    version = versions.get("triton") if isinstance(versions, dict) else None
+    if not isinstance(version, str):
+        raise error(f"versions: got {versions!r}, expected that of triton")
     rows = content.get("measurements")
     if not isinstance(rows, list):
         raise error(f"measurements: got {type(rows).__name__}, expected a list")
@@ -305,7 +360,7 @@ def read_table(path: Path, device: str) -> tuple[Measurement, ...]:
             table.append(_measurement(row))
         except (TypeError, KeyError, ValueError) as problem:
             raise error(f"measurement {number}: {problem}") from None
-    return tuple(table)
+    return tuple(table), version
 
 
 def _measurement(row: Any) -> Measurement:
@@ -319,11 +374,28 @@ def _measurement(row: Any) -> Measurement:
     for name in ("d_in", "d_out", "rank", "rows"):
         if type(row[name]) is not int or row[name] < 1:
             raise ValueError(f"{name}: got {row[name]!r}, expected an integer, at least 1")
-    seconds = row["seconds"]
-    needed = {FUSED, EXPAND_FIRST}
-    if not isinstance(seconds, dict) or not needed <= set(seconds) <= set(ROUTES):
-        raise ValueError(f"seconds: got {seconds!r}, expected those of {', '.join(ROUTES)}")
-    for value in seconds.values():
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise ValueError(f"seconds: got {value!r}, expected a positive number")
+    entries = row["seconds"]
+    if not isinstance(entries, list):
+        raise ValueError(f"seconds: got {entries!r}, expected a list")
+    seconds = dict(_timed(entry) for entry in entries)
+    if not {FUSED, EXPAND_FIRST} <= {variant.route for variant in seconds}:
+        raise ValueError(f"seconds: got {entries!r}, expected those of {FUSED} and {EXPAND_FIRST}")
     return Measurement(size, seconds)
+
+
+def _timed(entry: Any) -> tuple[Variant, float]:
+    if not isinstance(entry, list) or len(entry) != 3:
+        raise ValueError(f"seconds: got {entry!r}, expected [route, tile, seconds]")
+    route, sides, seconds = entry
+    if route not in ROUTES:
+        raise ValueError(f"seconds: got {route!r}, expected one of {', '.join(ROUTES)}")
+    tile = None
+    if sides is not None:
+        numbers = isinstance(sides, list) and all(type(n) is int and n > 0 for n in sides)
+        if not numbers or len(sides) != len(TileConfig._fields):
+            names = ", ".join(TileConfig._fields)
+            raise ValueError(f"seconds: got the tile {sides!r}, expected {names}")
+        tile = TileConfig(*sides)
+    if type(seconds) not in (int, float) or not 0 < seconds < math.inf:
+        raise ValueError(f"seconds: got {seconds!r}, expected a positive number")
+    return Variant(route, tile), seconds

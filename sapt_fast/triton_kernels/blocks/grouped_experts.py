@@ -22,8 +22,8 @@ from sapt_fast.triton_kernels.blocks.common import cdiv, round_up
 _SCATTERED, _CROWDED = 4, 16
 # Below these, sorting and the matrix unit's smallest tile cost more than they save.
 _LEAST_RANK, _LEAST_PAIRS = 4, 1024
-# Read and written by a radix sort of int64 ids with their positions, eight bits at a time.
-_SORT_BYTES = 8 * 2 * 16
+# Read and written by a radix sort of int32 ids with their positions, eight bits at a time.
+_SORT_BYTES = 4 * 2 * 12
 # The products of the pairs are written and summed for as many columns at a time as fill this:
 # it stays in the L2 cache.
 _PRODUCT_BYTES = 1 << 25
@@ -40,7 +40,7 @@ def grouping_pays(pairs: int, experts: int, rank: int, width: int, element_size:
     Sorted, each expert is read once, and the pairs' products are written and read in float32
     (half of width, for either direction):
 
-        experts rank width element_size + pairs (4 width + 256)
+        experts rank width element_size + pairs (4 width + 96)
     """
     if pairs < _LEAST_PAIRS or rank < _LEAST_RANK or pairs < _SCATTERED * experts:
         return False

@@ -1,4 +1,4 @@
-"""Scores of a tile of keys against a tile of queries, and how a search is cut into programs.
+"""Scores of a tile of keys against a tile of queries, their order as integers, and the tiles.
 
 Keys are the rows of the matrix product: there are always many of them, so that its unit is used
 even for a single query.
@@ -8,19 +8,20 @@ even for a single query.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from sapt_fast.triton_kernels.blocks import common
-from sapt_fast.triton_kernels.blocks.common import TileConfig, cdiv, round_up
+from sapt_fast.triton_kernels.blocks.common import TileConfig, cdiv
 
 METRICS = {"dot": 0, "cosine": 1, "l2": 2}
 MAX_KEYS = 2**31 - 2**12
 """A packed index has 31 bits; what is left of them keeps the last tile's from overflowing."""
+
+LOWEST: tl.constexpr = tl.constexpr(-(2**31))
+"""The ordered score of NaN."""
 
 EMPTY: tl.constexpr = tl.constexpr(-(2**63))
 """Less than every packed pair."""
@@ -30,7 +31,8 @@ EMPTY: tl.constexpr = tl.constexpr(-(2**63))
 def tile_scores(
     query_ptr,
     keys_ptr,
-    squares_ptr,
+    query_squares_ptr,
+    key_squares_ptr,
     rows,
     key_ids,
     M,
@@ -43,49 +45,57 @@ def tile_scores(
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
     METRIC: tl.constexpr,
+    SUM_SQUARES: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
     """[BLOCK_N, BLOCK_M] float32, keys x queries; garbage for rows >= M and keys >= stop.
 
-    squares_ptr holds the squared norm of each query, or is None: then an l2 score lacks that
-    term, which does not change the order of a query's keys.
+    The squared norms |k|^2 are loaded from key_squares_ptr, or with SUM_SQUARES summed on the way
+    and, unless it is None, stored there. An l2 score lacks |q|^2, which does not change the order
+    of a query's keys, if query_squares_ptr is None.
     """
     tl.assume(D > 0)
     offs_d = tl.arange(0, BLOCK_K)
-    # Rows and keys past the end read the first: the caller masks them.
-    safe_rows = tl.where(rows < M, rows, 0)
-    safe_keys = tl.where(key_ids < stop, key_ids, 0).to(tl.int64)
-    q_ptrs = query_ptr + safe_rows.to(tl.int64)[None, :] * stride_qm + offs_d[:, None]
+    inside = key_ids < stop
+    # Keys past the end read the first; queries past the end read nothing.
+    safe_keys = tl.where(inside, key_ids, 0).to(tl.int64)
+    in_rows = (rows < M)[None, :]
+    q_ptrs = query_ptr + rows.to(tl.int64)[None, :] * stride_qm + offs_d[:, None]
     k_ptrs = keys_ptr + safe_keys[:, None] * stride_kn + offs_d[None, :]
     # [BLOCK_N keys, BLOCK_M queries]; squares [BLOCK_N]
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     squares = tl.zeros((BLOCK_N,), tl.float32)
     for d in range(0, D, BLOCK_K):
+        # k [BLOCK_N, BLOCK_K], q [BLOCK_K, BLOCK_M]
         if EVEN_K:
-            # k [BLOCK_N, BLOCK_K], q [BLOCK_K, BLOCK_M]
             k = tl.load(k_ptrs)
-            q = tl.load(q_ptrs)
+            q = tl.load(q_ptrs, mask=in_rows, other=0.0)
         else:
             k = tl.load(k_ptrs, mask=offs_d[None, :] < D - d, other=0.0)
-            q = tl.load(q_ptrs, mask=offs_d[:, None] < D - d, other=0.0)
+            q = tl.load(q_ptrs, mask=(offs_d < D - d)[:, None] & in_rows, other=0.0)
         # [BLOCK_N, BLOCK_K] [BLOCK_K, BLOCK_M]
         acc = tl.dot(k.to(COMPUTE), q.to(COMPUTE), acc, input_precision="ieee")
-        if METRIC != 0:
+        if SUM_SQUARES:
             wide = k.to(tl.float32)
             squares += tl.sum(wide * wide, axis=1)
         k_ptrs += BLOCK_K
         q_ptrs += BLOCK_K
-    if METRIC == 1:
+    if METRIC != 0:
+        if not SUM_SQUARES:
+            squares = tl.load(key_squares_ptr + safe_keys)
+        elif key_squares_ptr is not None:
+            tl.store(key_squares_ptr + key_ids, squares, mask=inside)
         # [BLOCK_M]
-        query_squares = tl.load(squares_ptr + safe_rows)
-        acc = acc * _inverse_root(squares)[:, None] * _inverse_root(query_squares)[None, :]
-    elif METRIC == 2:
-        # -|k|^2 + 2 q k; with the next term -|q - k|^2, which is at most 0
-        acc = 2.0 * acc - squares[:, None]
-        if squares_ptr is not None:
-            acc = tl.minimum(
-                acc - tl.load(squares_ptr + safe_rows)[None, :], 0.0, tl.PropagateNan.ALL
-            )
+        query_squares = tl.zeros((BLOCK_M,), tl.float32)
+        if query_squares_ptr is not None:
+            query_squares = tl.load(query_squares_ptr + rows, mask=rows < M, other=0.0)
+        if METRIC == 1:
+            acc = acc * _inverse_root(squares)[:, None] * _inverse_root(query_squares)[None, :]
+        else:
+            # -|k|^2 + 2 q k; with the next term -|q - k|^2, which is at most 0
+            acc = 2.0 * acc - squares[:, None]
+            if query_squares_ptr is not None:
+                acc = tl.minimum(acc - query_squares[None, :], 0.0, tl.PropagateNan.ALL)
     return acc
 
 
@@ -95,21 +105,27 @@ def _inverse_root(squares):
 
 
 @triton.jit
-def pack(scores, key_ids):
-    """Score and index in one int64 that orders as (score, then lower index); NaN comes last."""
-    # -0 and +0 tie
+def ordered(scores):
+    """int32 that orders as the float32 scores do; -0 and +0 tie, and NaN comes last."""
     bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)
     # flips the magnitude of negative numbers, so that integers order as floats do
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    ordered = tl.where(scores == scores, ordered, -2147483648)
-    return (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - key_ids).to(tl.int64)
+    return tl.where(scores == scores, bits ^ ((bits >> 31) & 0x7FFFFFFF), LOWEST)
+
+
+@triton.jit
+def pack(values, key_ids):
+    """Ordered score and index in one int64 that orders as (score, then lower index).
+
+    Pairs of different keys differ, and all are greater than EMPTY.
+    """
+    return (values.to(tl.int64) << 32) | (0x7FFFFFFF - key_ids).to(tl.int64)
 
 
 @triton.jit
 def unpack(pairs):
     """(scores float32, index int64) of packed pairs."""
-    ordered = (pairs >> 32).to(tl.int32)
-    bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
+    values = (pairs >> 32).to(tl.int32)
+    bits = values ^ ((values >> 31) & 0x7FFFFFFF)
     return bits.to(tl.float32, bitcast=True), 0x7FFFFFFF - (pairs & 0x7FFFFFFF)
 
 
@@ -140,17 +156,45 @@ def row_squares(x: Tensor) -> Tensor:
     return out
 
 
-class SearchPlan(NamedTuple):
-    """How a search is cut into programs."""
+def search_tile(query: Tensor, keys: Tensor) -> TileConfig:
+    """Queries, keys and step over the key width.
 
-    tile: TileConfig  # queries, keys, step over the key width
-    tiles_m: int
-    splits: int
-    keys_per_split: int
+    Up to a tile of queries the keys are read once, and a long tile of keys reads the queries
+    seldom; more queries take squarer tiles, for which both are read least. Where these are too few
+    for the chip, they are small.
+    """
+    traits = common.device_traits(query.device)
+    M, D = query.shape
+    if traits.capability == 0:
+        return TileConfig(2, 8, 16, num_warps=4, num_stages=1)
+    if query.element_size() == 4 or D % 16:
+        return TileConfig(16 if M <= 16 else 64, 64, 16, num_warps=8, num_stages=3)
+    # The largest tiles whose accumulators and epilogues do not spill.
+    if traits.capability == 90:
+        few, many = TileConfig(64, 512, 32, 8, 4), TileConfig(128, 256, 64, 8, 3)
+    else:
+        few, many = TileConfig(64, 128, 32, 8, 4), TileConfig(128, 128, 32, 8, 3)
+        if traits.capability in (100, 103):
+            many = few
+    tile = few if M <= 64 else many
+    if cdiv(M, tile.m) * cdiv(keys.shape[0], tile.n) < traits.num_sms:
+        return TileConfig(64, 64, 64, num_warps=8, num_stages=4)
+    return tile
 
 
-def search_plan(query: Tensor, keys: Tensor, tile: TileConfig) -> SearchPlan:
-    """Split the keys until the chip is full.
+def search_options(query: Tensor, tile: TileConfig) -> dict[str, object]:
+    """Returns the keyword arguments of a launch that computes `tile_scores` with this tile."""
+    # For a small tile ptxas stops at 80 to 128 registers, and spills a few bytes.
+    return {
+        **tile.launch_options(),
+        "EVEN_K": query.shape[1] % tile.k == 0,
+        "COMPUTE": common.compute_dtype(query.dtype),
+        "maxnreg": 224 if tile.m * tile.n <= 64 * 128 else None,
+    }
+
+
+def checked_count(keys: Tensor) -> int:
+    """Returns N, the number of keys.
 
     Raises:
         ValueError: if there are more keys than an index can express.
@@ -161,9 +205,4 @@ def search_plan(query: Tensor, keys: Tensor, tile: TileConfig) -> SearchPlan:
             f"keys: got {N} keys, expected fewer than {MAX_KEYS}: the Triton kernels hold an index"
             " in 31 bits"
         )
-    tiles_m = cdiv(query.shape[0], tile.m)
-    # Four programs per multiprocessor, each at least eight tiles long.
-    programs = 4 * common.device_traits(query.device).num_sms
-    splits = max(1, min(cdiv(programs, tiles_m), cdiv(N, 8 * tile.n)))
-    keys_per_split = round_up(cdiv(N, splits), tile.n)
-    return SearchPlan(tile, tiles_m, cdiv(N, keys_per_split), keys_per_split)
+    return N

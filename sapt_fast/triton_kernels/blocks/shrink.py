@@ -14,7 +14,7 @@ its h) is chosen before the loop, which therefore stays pipelined.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sapt_fast.triton_kernels.blocks import common
-from sapt_fast.triton_kernels.blocks.common import round_up
+from sapt_fast.triton_kernels.blocks.common import pointer_of, round_up
 from sapt_fast.triton_kernels.blocks.gemm import RANK_ALIGN
 from sapt_fast.triton_kernels.blocks.plans import launch
 from sapt_fast.triton_kernels.blocks.row_reduction import Mixing, mixture_grad
@@ -32,7 +32,6 @@ from sapt_fast.triton_kernels.blocks.shrink_tiles import (
     RANK_ARGUMENTS,
     member_tile,
     plan_shrink,
-    pointer_of,
     rank_arguments,
     sum_of_parts,
     tile_product,
@@ -66,7 +65,7 @@ def _shrink_fwd_kernel(
     # into hw [M, stride_hwm], where this member begins at `column`
     hw_offsets = rows.to(tl.int64)[:, None] * stride_hwm + (column + ranks)[None, :]
     if parts_ptr is None:
-        a_ptr = pointer_of(member, a_ptrs, MEMBERS)
+        a_ptr = pointer_of(member, a_ptrs)
         # h [BLOCK_M, BLOCK_N] = x [BLOCK_M, D] a [BLOCK_N, D]^T, float32
         h = tile_product(
             x_ptr, a_ptr, rows, ranks, M, R, 0, D, stride_xm, stride_ar,
@@ -80,10 +79,10 @@ def _shrink_fwd_kernel(
     # Ranks in the padding read those of rank 0: their h is zeroed below.
     safe_ranks = tl.where(ranks < R, ranks, 0)
     # [BLOCK_N] int32, float32
-    adapters = tl.load(pointer_of(member, row_adapter_ptrs, MEMBERS) + safe_ranks)
-    scales = tl.load(pointer_of(member, row_scale_ptrs, MEMBERS) + safe_ranks)
+    adapters = tl.load(pointer_of(member, row_adapter_ptrs) + safe_ranks)
+    scales = tl.load(pointer_of(member, row_scale_ptrs) + safe_ranks)
     h = tl.where((ranks < R)[None, :], h, 0.0)
-    h_ptr = pointer_of(member, h_ptrs, MEMBERS)
+    h_ptr = pointer_of(member, h_ptrs)
     # into h [M, hi], hi the ranks and their padding
     h_offsets = rows.to(tl.int64)[:, None] * hi + ranks[None, :]
     # [BLOCK_M, BLOCK_N] float32: the backward needs h unrounded
@@ -97,36 +96,42 @@ def _shrink_fwd_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        "parts", "M", "R", "S", "T", "K", "rank_lo", "rank_hi", "gw_lo", "gw_hi", "train_lo",
-        "train_hi", "gate_start", "gate_stop",
+        "parts", "M", "R", "S", "T", "K", "tiles_r", "rank_lo", "rank_hi", "gw_lo", "gw_hi",
+        "train_lo", "train_hi", "gate_start", "gate_stop",
     ]
 )  # fmt: skip
 def _shrink_bwd_kernel(
-    dy_ptr, b_ptr, parts_ptr,
-    parts, mixture_ptr, row_adapter_ptr, row_scale_ptr, gate_ptr, h_ptr, gw_ptr, hw_ptr,
-    partial_ptr, M, D, R, S, T, K, rank_lo, rank_hi, gw_lo, gw_hi, train_lo, train_hi,
+    dy_ptrs, b_ptrs, parts_ptr,
+    parts, mixture_ptr, row_adapter_ptrs, row_scale_ptrs, gate_ptrs, h_ptrs, gw_ptr, hw_ptr,
+    partial_ptr, M, D, R, S, T, K, tiles_r, rank_lo, rank_hi, gw_lo, gw_hi, train_lo, train_hi,
     gate_start, gate_stop, h_columns, stride_dym, stride_br, stride_hm, stride_gm,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
     SEGMENTS: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of g = dy b^T in the columns lo:hi, never stored itself. Outputs, None if unwanted:
+    """One tile of a member's g = dy b^T in the columns lo:hi, never stored itself.
+
+    Members are alike but for their tensors. Column r of member i is column r + i (hi - lo) of each
+    output. Outputs, None if unwanted:
 
     gw = g * w in its own columns, w taken with the scale `gate` of each rank; hw = h * w in the
     columns of the trainable rows; partial sums of scale * g * h over the rows of each segment, or
     (SEGMENTS = 0) that product for each row.
     """
     lo, hi = rank_lo * 16, rank_hi * 16
-    tiles_r = tl.cdiv(hi - lo, BLOCK_N)
     # All rank tiles of a row tile follow each other, so that its dy stays in L2.
-    tile_m = tl.program_id(0) // tiles_r
+    member_tiles = tl.program_id(0) // tiles_r
+    tile_r = tl.program_id(0) % tiles_r
+    tile_m, member = member_tiles // len(b_ptrs), member_tiles % len(b_ptrs)
     first_row = tile_m * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
-    ranks = lo + tl.program_id(0) % tiles_r * BLOCK_N + tl.arange(0, BLOCK_N)
+    ranks = lo + tile_r * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = member * (hi - lo) + ranks
     in_rows = (rows < M)[:, None]
     mask = in_rows & (ranks < hi)[None, :]
     # into gw, hw, partial and the parts, all of row stride stride_gm
-    offsets = rows.to(tl.int64)[:, None] * stride_gm + ranks[None, :]
+    offsets = rows.to(tl.int64)[:, None] * stride_gm + columns[None, :]
     if parts_ptr is None:
+        dy_ptr, b_ptr = pointer_of(member, dy_ptrs), pointer_of(member, b_ptrs)
         # g [BLOCK_M, BLOCK_N] = dy [BLOCK_M, D] b [BLOCK_N, D]^T, float32
         g = tile_product(
             dy_ptr, b_ptr, rows, ranks, M, R, 0, D, stride_dym, stride_br,
@@ -139,7 +144,7 @@ def _shrink_bwd_kernel(
 
     safe_ranks = tl.where(ranks < R, ranks, 0)
     # [BLOCK_N] int32
-    adapters = tl.load(row_adapter_ptr + safe_ranks)
+    adapters = tl.load(pointer_of(member, row_adapter_ptrs) + safe_ranks)
     # [BLOCK_M]: the sample of each row; `first` is that of the tile
     samples = tl.where(rows < M, rows, 0) // T
     first = first_row // T
@@ -147,18 +152,19 @@ def _shrink_bwd_kernel(
     # gw goes out before h comes in: both in registers at once would spill.
     if gw_ptr is not None:
         # [BLOCK_N]: the scale, or 0 where no gradient reaches the input
-        gates = tl.load(gate_ptr + safe_ranks)
+        gates = tl.load(pointer_of(member, gate_ptrs) + safe_ranks)
         gates = tl.where((ranks >= gate_start) & (ranks < gate_stop), gates, 0.0)
         gw = weighted(g, mixture_ptr, adapters, gates, samples, first, S, K, SEGMENTS)
         in_gw = (ranks >= gw_lo * 16) & (ranks < gw_hi * 16)
         # [BLOCK_M, BLOCK_N] in dy's dtype, in the columns of its window
         tl.store(gw_ptr + offsets, gw.to(gw_ptr.dtype.element_ty), mask=in_rows & in_gw[None, :])
-    if h_ptr is not None:
+    if h_ptrs is not None:
         # [BLOCK_N]
-        scales = tl.load(row_scale_ptr + safe_ranks)
-        h_ptrs = h_ptr + rows.to(tl.int64)[:, None] * stride_hm + ranks[None, :]
+        scales = tl.load(pointer_of(member, row_scale_ptrs) + safe_ranks)
+        h_offsets = rows.to(tl.int64)[:, None] * stride_hm + ranks[None, :]
         # [BLOCK_M, BLOCK_N]; the columns that pad R may hold anything
-        h = tl.load(h_ptrs, mask=in_rows & (ranks < h_columns)[None, :], other=0.0).to(tl.float32)
+        in_h = in_rows & (ranks < h_columns)[None, :]
+        h = tl.load(pointer_of(member, h_ptrs) + h_offsets, mask=in_h, other=0.0).to(tl.float32)
         h = tl.where((ranks < R)[None, :], h, 0.0)
         if hw_ptr is not None:
             hw = weighted(h, mixture_ptr, adapters, scales, samples, first, S, K, SEGMENTS)
@@ -178,7 +184,7 @@ def _shrink_bwd_kernel(
                     # [BLOCK_N]: over the rows of sample first + i
                     sums = tl.sum(tl.where(inside, product, 0.0), axis=0)
                     row = (tile_m * SEGMENTS + i).to(tl.int64)
-                    tl.store(partial_ptr + row * stride_gm + ranks, sums, mask=ranks < hi)
+                    tl.store(partial_ptr + row * stride_gm + columns, sums, mask=ranks < hi)
 
 
 def shrink_fwd(
@@ -223,7 +229,7 @@ def shrink_fwd(
     widths = [h.shape[1] for h in hs]
     hw = x.new_empty((M, sum(widths)))
     with torch.cuda.device_of(x):
-        plan = plan_shrink(x, factors, stride_ar, None, S, backward=False)
+        plan = plan_shrink([x], factors, stride_ar, None, S, backward=False)
         launch(
             _shrink_fwd_kernel, (plan.tiles_m * plan.tiles_r,),
             x, tuple(factors), plan.parts, plan.num_parts, mixings[0].mixture,
@@ -245,6 +251,25 @@ class Gate(NamedTuple):
     stop: int
 
 
+class Upstream(NamedTuple):
+    """What the backward of a projection starts from."""
+
+    dy: Tensor  # [M, O], M > 0, unit column stride
+    lora_b: Tensor  # [R, O], R > 0, unit column stride, in dy's dtype or float32
+    mixing: Mixing
+    gate: Gate  # which rows take part in gw; the others are zero
+    h: Tensor | None  # [M, R], unit column stride; needed for hw and d_mixture
+
+    def kind(self) -> Hashable:
+        """Equal for those that one launch may serve."""
+        dy, lora_b, h = self.dy, self.lora_b, self.h
+        of_h = None if h is None else (h.stride(0), readable_columns(h))
+        return (
+            dy.shape, dy.stride(0), lora_b.shape, lora_b.stride(0), lora_b.dtype, *self.gate[1:],
+            of_h,
+        )  # fmt: skip
+
+
 class ShrinkGrads(NamedTuple):
     """What the backward needs in rank space; None where it was not asked for."""
 
@@ -253,54 +278,51 @@ class ShrinkGrads(NamedTuple):
 
 
 def shrink_bwd(
-    dy: Tensor,
-    lora_b: Tensor,
-    mixing: Mixing,
-    gate: Gate,
-    h: Tensor | None,
+    members: Sequence[Upstream],
     gw_window: tuple[int, int] | None,
     train_window: tuple[int, int] | None,
     d_mixture: Tensor | None,
     accumulate: bool,
-) -> ShrinkGrads:
-    """Returns the weighted g = dy @ lora_b.T and the weighted h; fill or add to `d_mixture`.
+) -> list[ShrinkGrads]:
+    """Returns each member's weighted g = dy @ lora_b.T and weighted h; fill or add to `d_mixture`.
 
-    Windows are ranges of columns, multiples of 16. All columns of g are computed for
+    One launch serves all members (two if few rows make it split the reduction), and one more
+    `d_mixture`. Windows are ranges of columns, multiples of 16. All columns of g are computed for
     `d_mixture`, otherwise those of `gw_window`.
 
     Args:
-        dy: Of shape `[M, O]`, M > 0, unit column stride.
-        lora_b: Of shape `[R, O]`, R > 0, unit column stride, in dy's dtype or float32.
-        mixing: The weights of the rows' samples.
-        gate: Which rows take part in gw; the others are zero.
-        h: Of shape `[M, R]`, unit column stride; needed for `train_window` and `d_mixture`.
+        members: Up to `MAX_GROUP`, of one `kind`.
         gw_window: Columns in which gw is wanted, or None.
         train_window: Columns in which hw is wanted, within `gw_window`, or None.
         d_mixture: Of shape `[S, K]`, float32, contiguous, or None where it is not wanted.
         accumulate: Add to what `d_mixture` holds.
     """
+    dy, lora_b, mixing, gate, h = members[0]
+    if d_mixture is None and train_window is None:
+        h = None
     M, D = dy.shape
     R = lora_b.shape[0]
     S, K = mixing.mixture.shape
-    columns = round_up(R, RANK_ALIGN)
-
+    gw_lo, gw_hi = gw_window or (0, 0)
+    train_lo, train_hi = train_window or (0, 0)
+    lo, hi = (gw_lo, gw_hi) if d_mixture is None else (0, round_up(R, RANK_ALIGN))
+    columns = lo + len(members) * (hi - lo)
     gw = None if gw_window is None else dy.new_empty((M, columns))
     hw = None if train_window is None else dy.new_empty((M, columns))
     partial = None
-    gw_lo, gw_hi = gw_window or (0, 0)
-    train_lo, train_hi = train_window or (0, 0)
-    window = (gw_lo, gw_hi) if d_mixture is None else (0, columns)
-    if d_mixture is None and train_window is None:
-        h = None
+    row_adapters = tuple(m.mixing.row_adapter for m in members)
     with torch.cuda.device_of(dy):
-        plan = plan_shrink(dy, [lora_b], lora_b.stride(0), window, S, backward=True)
+        dys, factors = tuple(m.dy for m in members), tuple(m.lora_b for m in members)
+        plan = plan_shrink(dys, factors, lora_b.stride(0), (lo, hi), S, backward=True)
         if d_mixture is not None:
             partial_rows = plan.tiles_m * plan.segments if plan.segments else M
             partial = dy.new_empty((partial_rows, columns), dtype=torch.float32)
         launch(
             _shrink_bwd_kernel, (plan.tiles_m * plan.tiles_r,),
-            dy, lora_b, plan.parts, plan.num_parts, *mixing, gate.scale, h, gw, hw, partial, M,
-            D, R, S, M // S, K, window[0] // RANK_ALIGN, window[1] // RANK_ALIGN,
+            dys, factors, plan.parts, plan.num_parts, mixing.mixture, row_adapters,
+            tuple(m.mixing.row_scale for m in members), tuple(m.gate.scale for m in members),
+            None if h is None else tuple(m.h for m in members), gw, hw, partial, M,
+            D, R, S, M // S, K, plan.tiles_r // len(members), lo // RANK_ALIGN, hi // RANK_ALIGN,
             gw_lo // RANK_ALIGN, gw_hi // RANK_ALIGN, train_lo // RANK_ALIGN,
             train_hi // RANK_ALIGN, gate.start, gate.stop,
             0 if h is None else readable_columns(h), dy.stride(0), lora_b.stride(0),
@@ -311,8 +333,15 @@ def shrink_bwd(
         if partial is not None and d_mixture is not None:
             tile_rows = plan.tile.m if plan.segments else 1
             segments = max(plan.segments, 1)
-            mixture_grad(partial, mixing, M, tile_rows, segments, d_mixture, accumulate)
-    return ShrinkGrads(gw, hw)
+            mixture_grad(
+                partial, mixing.mixture, row_adapters, M, tile_rows, segments, d_mixture, accumulate
+            )
+
+    def views(made: Tensor | None) -> list[Tensor | None]:
+        starts = range(0, len(members) * (hi - lo), hi - lo)
+        return [None if made is None else made[:, i : i + hi] for i in starts]
+
+    return [ShrinkGrads(*pair) for pair in zip(views(gw), views(hw), strict=True)]
 
 
 def readable_columns(h: Tensor) -> int:

@@ -13,11 +13,19 @@ import triton.language as tl
 from torch import Tensor
 
 from sapt_fast.triton_kernels.blocks import common
-from sapt_fast.triton_kernels.blocks.common import DeviceTraits, TileConfig, cdiv, round_up
-from sapt_fast.triton_kernels.blocks.gemm import RANK_ALIGN
+from sapt_fast.triton_kernels.blocks.common import (
+    RANK_ALIGN,
+    DeviceTraits,
+    TileConfig,
+    cdiv,
+    fitted,
+    pointer_of,
+    round_up,
+)
 from sapt_fast.triton_kernels.blocks.plans import launch
 
 _MAX_SEGMENTS = 4
+_LEAST_STEPS = 2  # of a part of the reduction: d 1024 in up to 8 parts
 
 MAX_GROUP = 8
 """Projections that one launch of the forward serves at most."""
@@ -40,16 +48,6 @@ def member_tile(tile, ranks, lo, BLOCK_N: tl.constexpr, MEMBERS: tl.constexpr):
 
 
 @triton.jit
-def pointer_of(member, pointers, MEMBERS: tl.constexpr):
-    """pointers[member]: tuples take no index that is known at run time only."""
-    pointer = pointers[0]
-    for i in tl.static_range(1, MEMBERS):
-        if member == i:
-            pointer = pointers[i]
-    return pointer
-
-
-@triton.jit
 def tile_product(
     x_ptr,
     a_ptr,
@@ -66,29 +64,31 @@ def tile_product(
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
     COMPUTE: tl.constexpr,
+    stride_ak=1,
+    PRECISION: tl.constexpr = "ieee",
 ):
     """x[rows, k_start:k_stop] a[ranks, k_start:k_stop]^T, float32; k_stop > k_start."""
     tl.assume(k_stop > k_start)
     offs_k = tl.arange(0, BLOCK_K)
-    # Rows and ranks past the end read the first: whoever stores masks them.
-    safe_rows = tl.where(rows < M, rows, 0).to(tl.int64)
-    safe_ranks = tl.where(ranks < R, ranks, 0).to(tl.int64)
-    x_ptrs = x_ptr + safe_rows[:, None] * stride_xm + (k_start + offs_k)[None, :]
-    a_ptrs = a_ptr + safe_ranks[None, :] * stride_ar + (k_start + offs_k)[:, None]
+    # Rows and ranks past the end are not read, and are zero in the product.
+    in_rows, in_ranks = (rows < M)[:, None], (ranks < R)[None, :]
+    x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * stride_xm + (k_start + offs_k)[None, :]
+    steps_of_a = (k_start + offs_k).to(tl.int64) * stride_ak
+    a_ptrs = a_ptr + ranks.to(tl.int64)[None, :] * stride_ar + steps_of_a[:, None]
     # [BLOCK_M, BLOCK_N]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(k_start, k_stop, BLOCK_K):
         if EVEN_K:
             # x [BLOCK_M, BLOCK_K], a [BLOCK_K, BLOCK_N]
-            x = tl.load(x_ptrs)
-            a = tl.load(a_ptrs)
+            x = tl.load(x_ptrs, mask=in_rows, other=0.0)
+            a = tl.load(a_ptrs, mask=in_ranks, other=0.0)
         else:
-            x = tl.load(x_ptrs, mask=offs_k[None, :] < k_stop - k, other=0.0)
-            a = tl.load(a_ptrs, mask=offs_k[:, None] < k_stop - k, other=0.0)
+            x = tl.load(x_ptrs, mask=in_rows & (offs_k[None, :] < k_stop - k), other=0.0)
+            a = tl.load(a_ptrs, mask=in_ranks & (offs_k[:, None] < k_stop - k), other=0.0)
         # [BLOCK_M, BLOCK_K] [BLOCK_K, BLOCK_N]; "ieee": float32 is not cut to tf32
-        acc = tl.dot(x.to(COMPUTE), a.to(COMPUTE), acc, input_precision="ieee")
+        acc = tl.dot(x.to(COMPUTE), a.to(COMPUTE), acc, input_precision=PRECISION)
         x_ptrs += BLOCK_K
-        a_ptrs += BLOCK_K
+        a_ptrs += BLOCK_K * stride_ak
     return acc
 
 
@@ -149,7 +149,7 @@ a pool that grows must not recompile."""
 
 @triton.jit(do_not_specialize=["M", "steps", "tiles_r", "rank_lo", *RANK_ARGUMENTS])
 def _split_kernel(
-    x_ptr,
+    x_ptrs,
     a_ptrs,
     parts_ptr,
     M,
@@ -167,6 +167,7 @@ def _split_kernel(
     rank_7,
     stride_xm,
     stride_ar,
+    stride_ak,
     stride_pm,
     MEMBERS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -174,14 +175,21 @@ def _split_kernel(
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
     COMPUTE: tl.constexpr,
+    EVEN_R: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """Part s = program axis 1 of x a^T into parts[s, M, stride_pm]: more programs for few tiles."""
+    """Part s = program axis 1 of x a^T into parts[s, M, stride_pm]: more programs for few tiles.
+
+    The members may have one x or one each.
+    """
     ranks_of = (rank_0, rank_1, rank_2, rank_3, rank_4, rank_5, rank_6, rank_7)
     lo = rank_lo * 16
     member, R, column, tile_r = member_tile(
         tl.program_id(0) % tiles_r, ranks_of, lo, BLOCK_N, MEMBERS
     )
-    a_ptr = pointer_of(member, a_ptrs, MEMBERS)
+    x_ptr, a_ptr = pointer_of(member, x_ptrs), pointer_of(member, a_ptrs)
+    if EVEN_R:  # where a is contiguous along them, its loads are whole vectors for that
+        R = tl.multiple_of(R, 16)
     # [BLOCK_M]; ranks [BLOCK_N]
     rows = tl.program_id(0) // tiles_r * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks = lo + tile_r * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -192,7 +200,7 @@ def _split_kernel(
     # [BLOCK_M, BLOCK_N]
     acc = tile_product(
         x_ptr, a_ptr, rows, ranks, M, R, k_start, k_stop, stride_xm, stride_ar,
-        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, COMPUTE,
+        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, COMPUTE, stride_ak, PRECISION,
     )  # fmt: skip
     mask = (rows < M)[:, None] & (ranks < tl.cdiv(R, 16) * 16)[None, :]
     offsets = (part.to(tl.int64) * M + rows[:, None]) * stride_pm + (column + ranks)[None, :]
@@ -202,13 +210,25 @@ def _split_kernel(
 
 def _shrink_config(
     traits: DeviceTraits,
+    itemsizes: tuple[int, int],  # of x and of the factors
+    M: int,
+    widths: Sequence[int],
+    gathers: bool,
+    backward: bool,
+) -> TileConfig:
+    """Returns the tile for members of so many columns each, of no more shared memory than is."""
+    tile = _wanted_tile(traits, itemsizes[0], M, widths, gathers, backward)
+    return tile if traits.capability == 0 else fitted(tile, traits.shared, *itemsizes)
+
+
+def _wanted_tile(
+    traits: DeviceTraits,
     itemsize: int,
     M: int,
     widths: Sequence[int],
     gathers: bool,
     backward: bool,
 ) -> TileConfig:
-    """Returns the tile for members of so many columns each."""
     columns = max(widths)
     if traits.capability == 0:
         return TileConfig(16, 16 if columns <= 16 else 32, 32, num_warps=4, num_stages=1)
@@ -250,61 +270,85 @@ class Plan(NamedTuple):
 
 
 def plan_shrink(
-    x: Tensor,
+    xs: Sequence[Tensor],
     factors: Sequence[Tensor],
     stride_ar: int,
     window: tuple[int, int] | None,
     S: int,
     backward: bool,
 ) -> Plan:
-    """Choose the tile; with few tiles, split the reduction and compute its parts (>= 4 steps).
+    """Choose the tile; with few tiles, split the reduction and compute its parts (>= 2 steps).
 
-    Rows of all factors are `stride_ar` elements apart. `window` restricts the columns of a single
-    factor.
+    `xs` are of one shape and row stride, one for all factors or one each. Rows of all factors are
+    `stride_ar` elements apart. `window` restricts the columns of factors of one rank; those of the
+    parts then begin at window[0] as well.
     """
+    x = xs[0]
     M, D = x.shape
     T = M // S
     ranks = [factor.shape[0] for factor in factors]
-    columns = sum(round_up(rank, RANK_ALIGN) for rank in ranks)
     first = 0
     if window is not None:
-        first, ranks = window[0], [min(window[1], ranks[0])]
+        first, ranks = window[0], [min(window[1], rank) for rank in ranks]
     widths = [round_up(rank, RANK_ALIGN) - first for rank in ranks]
+    columns = first + sum(widths)
     traits = common.device_traits(x.device)
-    tile = _shrink_config(traits, x.element_size(), M, widths, gathers=False, backward=backward)
+    sizes = x.element_size(), factors[0].element_size()
+    tile = _shrink_config(traits, sizes, M, widths, gathers=False, backward=backward)
     if segments_of(tile.m, S, T) == 0:
-        tile = _shrink_config(traits, x.element_size(), M, widths, gathers=True, backward=backward)
+        tile = _shrink_config(traits, sizes, M, widths, gathers=True, backward=backward)
     tiles_r = _tiles(widths, tile.n)
     steps = cdiv(D, tile.k)
-    num_parts = min(traits.num_sms // (cdiv(M, tile.m) * tiles_r), steps // 4)
+    num_parts = min(traits.num_sms // (cdiv(M, tile.m) * tiles_r), steps // _LEAST_STEPS)
     parts = None
     if num_parts > 1:
-        steps_per_part = cdiv(steps, num_parts)
-        num_parts = cdiv(steps, steps_per_part)
-        parts = x.new_empty((num_parts, M, columns), dtype=torch.float32)
-        launch(
-            _split_kernel,
-            (cdiv(M, tile.m) * tiles_r, num_parts),
-            x,
-            tuple(factors),
-            parts,
-            M,
-            D,
-            steps_per_part,
-            tiles_r,
-            first // RANK_ALIGN,
-            *rank_arguments(ranks),
-            x.stride(0),
-            stride_ar,
-            columns,
-            MEMBERS=len(factors),
-            **tile.launch_options(),
-            EVEN_K=D % tile.k == 0,
-            COMPUTE=common.compute_dtype(x.dtype),
+        parts = products_in_parts(
+            xs, factors, (stride_ar, 1), (first, ranks), columns, tile._replace(parts=num_parts)
         )
+        num_parts = parts.shape[0]
         # What remains has no matrix product: short tiles give it more programs.
         tile = tile._replace(m=16, num_warps=4)
     return Plan(tile, cdiv(M, tile.m), tiles_r, segments_of(tile.m, S, T), parts, num_parts)
+
+
+def products_in_parts(
+    xs: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    strides: tuple[int, int],
+    window: tuple[int, Sequence[int]],
+    columns: int,
+    tile: TileConfig,
+    precision: str = "ieee",
+) -> Tensor:
+    """Returns x @ factor.T of all factors side by side, in partial sums over the columns of x.
+
+    Args:
+        xs: Of shape `[M, D]`, unit column stride, of one row stride; one for all factors, or each.
+        factors: Of shape `[R, D]`.
+        strides: Elements from one row of a factor to the next, and from one column to the next.
+        window: First row of the factors that takes part, a multiple of 16, and of each factor the
+            row behind the last.
+        columns: Of the result: the rows of all factors, each rounded up to a multiple of 16.
+        tile: Its parts are the most that there will be.
+        precision: As of `tl.dot`.
+
+    Returns:
+        Of shape `[parts, M, columns]`, float32; written in the columns of the window.
+    """
+    x = xs[0]
+    (M, D), (first, ranks) = x.shape, window
+    steps = cdiv(D, tile.k)
+    steps_per_part = cdiv(steps, tile.parts)
+    parts = x.new_empty((cdiv(steps, steps_per_part), M, columns), dtype=torch.float32)
+    tiles_r = _tiles([round_up(rank, RANK_ALIGN) - first for rank in ranks], tile.n)
+    launch(
+        _split_kernel, (cdiv(M, tile.m) * tiles_r, parts.shape[0]),
+        tuple(xs), tuple(factors), parts, M, D, steps_per_part, tiles_r, first // RANK_ALIGN,
+        *rank_arguments(ranks), x.stride(0), *strides, columns, MEMBERS=len(factors),
+        **tile.launch_options(), EVEN_K=D % tile.k == 0, COMPUTE=common.compute_dtype(x.dtype),
+        EVEN_R=strides[1] != 1 and all(rank % 16 == 0 for rank in ranks), PRECISION=precision,
+    )  # fmt: skip
+    return parts
 
 
 def _tiles(widths: Sequence[int], block_n: int) -> int:

@@ -78,12 +78,15 @@ def untouched(rows: Sequence[EditRow], upstream: Sequence[Probe]) -> list[Tokens
 
 def measure(examiner: Examiner, asked: Questions) -> dict[str, dict[str, float | None]]:
     """Asks, and returns each metric but success, "generated" and "forced"; None if not asked."""
+    by_name: dict[str, list[tuple[Tokens, Tokens]]] = vars(asked)
+    everything = [pair for pairs in by_name.values() for pair in pairs]  # more of equal length
+    answers = examiner.answers([prompt for prompt, _ in everything])
+    right = iter([matches(a, wanted) for a, (_, wanted) in zip(answers, everything, strict=True)])
+    shares = iter(examiner.forced(everything))
     found: dict[str, dict[str, float | None]] = {"generated": {}, "forced": {}}
-    for name, pairs in vars(asked).items():
-        answers = examiner.answers([prompt for prompt, _ in pairs])
-        right = [matches(a, wanted) for a, (_, wanted) in zip(answers, pairs, strict=True)]
-        found["generated"][name] = mean(right)
-        found["forced"][name] = mean(examiner.forced(pairs))
+    for name, pairs in by_name.items():
+        found["generated"][name] = mean([next(right) for _ in pairs])
+        found["forced"][name] = mean([next(shares) for _ in pairs])
     return found
 
 

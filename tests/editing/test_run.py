@@ -127,9 +127,9 @@ def interrupt_at(monkeypatch, moment):
     return left
 
 
-# One before the first edits are saved, at call 15; one after each of the saves; and the report.
-CALLS = 34
-SPANS = ((2, 14), (16, 23), (25, 32), (34, 34))
+# One before the first edits are saved, at call 9; one after each of the saves; and the report.
+CALLS = 22
+SPANS = ((2, 8), (10, 14), (16, 20), (22, 22))
 MOMENTS = [random.Random(7).randint(*span) for span in SPANS]
 
 

@@ -21,7 +21,7 @@ OPTIONS = {
     "grace": {"replacement": "per_token", "radius": 1e-3},
     "grace-released": {"replacement": "replace_all", "steps": 5},
     "retrain": {"learning_rate": 0.03},
-    "melo": {"radius": 1e-3},
+    "melo": {"radius": 1e-3, "learning_rate": 0.05},
     "ft": {"learning_rate": 0.03},
     "ft-l2": {"learning_rate": 0.03, "strength": 1e-4},
     "defer": {"learning_rate": 0.03},

@@ -165,7 +165,7 @@ def test_killed_and_resumed(tmp_path):
     codes = json.loads(done.stdout.splitlines()[-1])
     assert codes == {"whole": 0, "killed": -9, "resumed": 0}, done.stderr
     expected = codebook(tmp_path / "whole")
-    assert expected["log:edits"].shape[0] == 4
+    assert expected["log:edits"].shape[0] == 3
     assert same(tmp_path / "killed", expected)
     report = json.loads((tmp_path / "killed" / "report.json").read_text())
     assert report["resumed"]

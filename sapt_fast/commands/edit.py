@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
+from torch.cuda import is_available
 
 from sapt_fast.checks import require_choice, require_folder
 from sapt_fast.commands.options import given, option, with_fields
 from sapt_fast.commands.output import show
 from sapt_fast.continual.data.models import DTYPES
+from sapt_fast.continual.data.sources import Source
 from sapt_fast.continual.run.processes import require_device
+from sapt_fast.continual.settings import ContinualSettings
 from sapt_fast.editing.data import EditRow, Probe, Reader, Tokens
 from sapt_fast.editing.editors.registry import EDITORS, editor_type, options_of
 from sapt_fast.editing.models import load_editable, sentence_keys
@@ -58,7 +61,11 @@ _PANELS = {
 }  # fmt: skip
 
 
-@with_fields([*_SETTING_NAMES, *_METHOD_NAMES], EditingSettings, _METHOD, panels=_PANELS)
+@with_fields(
+    [*_SETTING_NAMES, *_METHOD_NAMES, *_PANELS["Machine"]],
+    EditingSettings, _METHOD, Source, ContinualSettings,
+    panels=_PANELS,
+)  # fmt: skip
 def edit_command(
     context: typer.Context,
     model: Annotated[str, option("Folder or name of a transformers model, or 'demo'.")],
@@ -115,28 +122,38 @@ def edit_command(
     resume: Annotated[
         bool, option("Resume the run in --output if there is one.", panel="Run")
     ] = True,
-    device: Annotated[
-        str | None, option("'cpu' or 'cuda'.", panel="Machine", default="a GPU if there is one")
-    ] = None,
-    dtype: Annotated[
-        str, option(f"Dtype of the weights: {', '.join(DTYPES)}.", panel="Machine")
-    ] = "float32",
-    attention: Annotated[
-        str | None,
-        option(
-            "Attention implementation of transformers.", panel="Machine", default="the model's own"
-        ),
-    ] = None,
-    progress: Annotated[bool, option("Show a progress bar.", panel="Machine")] = True,
     **values: Any,
 ) -> None:
     """Runs `run_edits` with the options of the command line."""
     require_choice("method", method, EDITORS)
-    require_choice("dtype", dtype, DTYPES)
-    require_device(device)
+    require_choice("dtype", values["dtype"], DTYPES)
+    require_device(values["device"])
     require_folder("output", output)
     settings = EditingSettings(**{name: values[name] for name in _SETTING_NAMES})
     options = given(context, {name: values[name] for name in _METHOD_NAMES})
+    _complete(options, method, target_modules, encoder, encoder_pattern)
+    loaded, tokenizer = load_editable(model, values["dtype"], values["attention"])
+    rows, probes, tokens = _data(Reader(loaded, tokenizer, chat), edits, upstream, text)
+    place = values["device"] or ("cuda" if is_available() else "cpu")
+    keys = None if encoder is None else sentence_keys(encoder, tokenizer, encoder_pattern, place)
+    loaded.to(place)
+    content = run_edits(
+        loaded, rows, output, settings,
+        method=method, options=options, upstream=probes, text=tokens, look_up_by=keys,
+        resume=resume, progress=values["progress"],
+        source=_source(model, values["dtype"], edits, upstream, text, encoder, chat),
+    )  # fmt: skip
+    show(report_table(content), f"written to {output}")
+
+
+def _complete(
+    options: dict[str, Any],
+    method: str,
+    target_modules: str | None,
+    encoder: Path | None,
+    encoder_pattern: str | None,
+) -> None:
+    """Adds the options of the method that are not fields; checks them all."""
     if target_modules is not None:
         options["target_modules"] = tuple(name.strip() for name in target_modules.split(","))
     if encoder is not None:
@@ -146,20 +163,6 @@ def edit_command(
     elif options.get("keys") == "function":
         raise ValueError("keys: got 'function', expected --encoder with it")
     options_of(method, options)
-    loaded, tokenizer = load_editable(model, dtype, attention)
-    rows, probes, tokens = _data(Reader(loaded, tokenizer, chat), edits, upstream, text)
-    from torch.cuda import is_available
-
-    place = device or ("cuda" if is_available() else "cpu")
-    keys = None if encoder is None else sentence_keys(encoder, tokenizer, encoder_pattern, place)
-    loaded.to(place)
-    content = run_edits(
-        loaded, rows, output, settings,
-        method=method, options=options, upstream=probes, text=tokens, look_up_by=keys,
-        resume=resume, progress=progress,
-        source=_source(model, dtype, edits, upstream, text, encoder, chat),
-    )  # fmt: skip
-    show(report_table(content), f"written to {output}")
 
 
 def _data(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -113,7 +114,8 @@ def _probes(model: Any, tensors: dict[str, Tensor]) -> Tensor:
 def _deviation(got: Tensor, recorded: Tensor) -> float:
     if got.shape != recorded.shape:
         return float("inf")
-    return float((got - recorded).abs().max() / recorded.abs().max().clamp(min=1e-6))
+    found = float((got - recorded).abs().max() / recorded.abs().max().clamp(min=1e-6))
+    return found if math.isfinite(found) else float("inf")  # no comparison holds for NaN
 
 
 def main() -> int:

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from sapt_fast.methods.config import MethodConfig
 from sapt_fast.methods.edits.fitting import FittingOptions, fit, present_answers, queries
-from sapt_fast.methods.edits.handle import EditHandle, Pair, evaluating
+from sapt_fast.methods.edits.handle import EditHandle, Pair, evaluating, require_finite_keys
 from sapt_fast.methods.edits.inputs import Edit, EditError
 from sapt_fast.methods.edits.sites import default_targets, in_decoder, widths_of
 from sapt_fast.methods.edits.texts import kind_of
 from sapt_fast.methods.grace_released import edit_as_released
 from sapt_fast.methods.task_config import require
-from sapt_fast.pools.codebook import Codebook
+from sapt_fast.pools.codebook import Codebook, differences
 from sapt_fast.sites.edited import REPLACEMENTS, EditedOutput
 from sapt_fast.sites.output import find_outputs
 from sapt_fast.sites.report import PatchReport
@@ -276,7 +276,7 @@ class GraceHandle(EditHandle):
             return [edit_as_released(self, *pair) for pair in pairs], []
         layers, prompts = self.layers, self.prompts
         with evaluating(self._model):
-            given = present_answers(self.texts(pairs), layers, prompts)
+            given = present_answers(self.texts(pairs), prompts)
             changing = (~given).nonzero().flatten().tolist()
             made: list[int | None] = [None] * len(pairs)
             if not changing:
@@ -337,7 +337,7 @@ class GraceHandle(EditHandle):
             book.split(self.config.radius, given, torch.arange(len(book), device=device))
 
     def _require_apart(self, pairs: Sequence[Pair], looked: Mapping[str, Tensor]) -> None:
-        """Raises ValueError if another prompt with another target has the same keys."""
+        """Raises ValueError if keys are NaN, or those of a prompt with another target."""
         targets = dict(self.numbered())
         held = [(edit, targets[edit]) for edit in self.present().values()]
         texts = [text for _, text in held]
@@ -346,7 +346,8 @@ class GraceHandle(EditHandle):
         for path, book in self.books().items():
             rows = book.rows_of(torch.tensor([e for e, _ in held], device=book.edits.device).long())
             query = looked[path].float()
-            distance = torch.cdist(query, torch.cat([book.keys[rows], query]))
+            require_finite_keys(query, path)
+            distance = differences(query, torch.cat([book.keys[rows], query]))
             same = same & (distance <= _SAME * query.norm(dim=1, keepdim=True)).cpu()
         for i, j in same.nonzero().tolist():
             (prompt, target), other = texts[len(held) + i], texts[j]
@@ -405,3 +406,7 @@ class GraceHandle(EditHandle):
         """Raises ValueError if the codebooks do not fit the log."""
         for path, book in self.books().items():
             book.require_consistent(self.log.edits, path)
+            if not self.config.is_released and len(book) != len(self.log):
+                raise ValueError(
+                    f"{path}: got {len(book)} rows, expected one for each of {len(self.log)} edits"
+                )

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sapt_fast.methods.config import MethodConfig
-from sapt_fast.methods.edits.fitting import gives, losses_of
-from sapt_fast.methods.edits.handle import EditHandle, Pair, evaluating
+from sapt_fast.methods.edits.fitting import gives, losses_of, present_answers
+from sapt_fast.methods.edits.handle import EditHandle, Pair, evaluating, require_finite_keys
 from sapt_fast.methods.edits.inputs import Edit
 from sapt_fast.methods.edits.sites import default_targets, in_decoder, widths_of
 from sapt_fast.methods.edits.texts import EditTexts, held_below, kind_of
@@ -189,7 +189,7 @@ class MeloHandle(EditHandle):
     def edit_batch(self, pairs: Sequence[Pair]) -> tuple[list[int | None], list[int]]:
         """Makes edits that share a block; see `EditHandle.edit_batch`."""
         with evaluating(self._model):
-            given = self._given(self.texts(pairs))
+            given = present_answers(self.texts(pairs), self.prompts)
             changing = (~given).nonzero().flatten().tolist()
             made: list[int | None] = [None] * len(pairs)
             if not changing:
@@ -197,6 +197,7 @@ class MeloHandle(EditHandle):
             pairs = [pairs[i] for i in changing]
             texts = self.texts(pairs)
             points = self._points(texts)
+            require_finite_keys(points, self.keys.path)
             block, fits = self._fit(texts)
         missed = [changing[i] for i in (~fits).nonzero().flatten().tolist()]
         if missed:
@@ -204,15 +205,6 @@ class MeloHandle(EditHandle):
         for i, edit in zip(changing, self._add(pairs, points, block), strict=True):
             made[i] = edit
         return made, []
-
-    @torch.no_grad()
-    def _given(self, texts: EditTexts) -> Tensor:
-        self.keys.counting = False
-        try:
-            with self.prompts.given(texts.prompt._replace(decided={})):
-                return gives(texts.whole(), texts.labels, 0.0)
-        finally:
-            self.keys.counting = True
 
     @torch.no_grad()
     def _points(self, texts: EditTexts) -> Tensor:

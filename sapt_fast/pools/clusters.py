@@ -9,16 +9,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sapt_fast.ops import nearest_key
-from sapt_fast.pools.codebook import Found, resize
-from sapt_fast.pools.own import Own
+from sapt_fast.pools.codebook import Exact, Found, differences, resize, rows_of, without
 
 __all__ = ["Clusters"]
 
 
-class Clusters(Own, nn.Module):
+class Clusters(Exact):
     """The points of the edits, and balls around them.
 
     In the order of the edits, a point joins the cluster with the nearest centre if it is inside its
@@ -68,9 +67,14 @@ class Clusters(Own, nn.Module):
         if len(self) == 0:
             none = torch.full_like(cluster, -1)
             return Found(none, query.new_full(none.shape, float("inf")), none >= 0)
-        pairs = torch.cdist(query, self.points.float())
+        pairs = differences(query, self.points)
         distance, row = torch.where(inside, pairs, float("inf")).min(1)
         return Found(row, distance, cluster >= 0)
+
+    def blocks_of(self, edits: Tensor) -> Tensor:
+        """Returns the blocks [M] of edits [M]; -1 for -1 and for edits that are gone."""
+        rows = rows_of(self.edits, edits)
+        return rows if len(self) == 0 else torch.where(rows >= 0, self.blocks[rows], -1)
 
     def balls(self) -> tuple[Tensor, Tensor, Tensor]:
         """Returns centres [C, D] and radii [C] of the clusters, and the cluster [P] of each point.
@@ -82,7 +86,7 @@ class Clusters(Own, nn.Module):
         return self._balls
 
     def _clustered(self) -> tuple[Tensor, Tensor, Tensor]:
-        points = self.points.float()
+        points = self.points
         member = torch.full_like(self.edits, -1)
         centres, radii = points[:0], points.new_empty(0)
         for row in (self.replaced_by < 0).nonzero().flatten().tolist():
@@ -114,9 +118,9 @@ class Clusters(Own, nn.Module):
         self._set(replaced_by=torch.where(self.edits == old, new, self.replaced_by))
 
     def remove(self, edit: int) -> None:
-        """Removes the point of an edit; the one that it replaced counts again."""
+        """Removes the point of an edit; that which it replaced counts, unless a later one does."""
         kept = self.edits != edit
-        replaced_by = torch.where(self.replaced_by == edit, -1, self.replaced_by)
+        replaced_by = without(self.replaced_by, self.edits, edit)
         self._set(
             points=self.points[kept],
             edits=self.edits[kept],

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Callable, Set
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sapt_fast.ops import nearest_key, topk_keys
 from sapt_fast.pools.own import Own
 
-__all__ = ["Codebook", "Found", "resize"]
+__all__ = ["Codebook", "Exact", "Found", "differences", "resize", "rows_of", "without"]
 
 _MARGIN = 1e-5  # by which the older of two keys gets the smaller radius, as in the released code
 
@@ -34,7 +34,21 @@ class Found(NamedTuple):
     acts: Tensor
 
 
-class Codebook(Own, nn.Module):
+class Exact(Own, nn.Module):
+    """The base class of modules whose buffers keep their dtypes, also in `model.half()`.
+
+    Rounded keys would be another distance from their prompts than their radii were chosen for.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        def moved(tensor: Tensor) -> Tensor:
+            found = fn(tensor)
+            return found if found.dtype == tensor.dtype else tensor.to(found.device)
+
+        return super()._apply(moved, recurse)
+
+
+class Codebook(Exact):
     """One row for each edit that has a key here.
 
     Args:
@@ -89,7 +103,7 @@ class Codebook(Own, nn.Module):
     def find(self, query: Tensor) -> Found:
         """Finds the nearest key of each query [M, D], by Euclidean distance."""
         present = self.present
-        keys, radii = self.keys.float(), self.radii.float()
+        keys, radii = self.keys, self.radii
         if present is not None:
             keys, radii = keys[present], radii[present]
         query = query.float()
@@ -107,10 +121,7 @@ class Codebook(Own, nn.Module):
 
     def rows_of(self, edits: Tensor) -> Tensor:
         """Returns the rows [M] of edits [M]; -1 for -1 and for edits that are gone."""
-        if len(self) == 0:
-            return torch.full_like(edits, -1)
-        at = torch.searchsorted(self.edits, edits).clamp(max=len(self) - 1)
-        return torch.where(self.edits[at] == edits, at, -1)
+        return rows_of(self.edits, edits)
 
     @property
     def present(self) -> Tensor | None:
@@ -148,14 +159,15 @@ class Codebook(Own, nn.Module):
         self._set(replaced_by=replaced)
 
     def remove(self, edit: int) -> None:
-        """Removes the row of an edit; the row that it replaced acts again."""
+        """Removes the row of an edit; that which it replaced acts, unless a later one does."""
         kept = self.edits != edit
+        replaced_by = without(self.replaced_by, self.edits, edit)
         self._set(
             keys=self.keys[kept],
             radii=self.radii[kept],
             values=self.values[kept],
             edits=self.edits[kept],
-            replaced_by=torch.where(self.replaced_by == edit, -1, self.replaced_by)[kept],
+            replaced_by=replaced_by[kept],
             hits=self.hits[kept],
         )
 
@@ -171,7 +183,7 @@ class Codebook(Own, nn.Module):
         """
         present, radii = (self.replaced_by < 0)[None], self.radii.clone()
         for part in rows.split(256):
-            distance = torch.cdist(self.keys[part], self.keys)  # [m, N]
+            distance = differences(self.keys[part], self.keys)  # [m, N]
             other = present & (labels[part, None] != labels[None])
             nearest, at = torch.where(other, distance, float("inf")).min(1)
             older = (at > part) * _MARGIN
@@ -217,6 +229,32 @@ class Codebook(Own, nn.Module):
         resize(self, state_dict, prefix, free)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._present = None
+
+
+def rows_of(held: Tensor, edits: Tensor) -> Tensor:
+    """Returns where edits [M] are among those held [N], ascending; -1 for those that are not."""
+    if held.shape[0] == 0:
+        return torch.full_like(edits, -1)
+    at = torch.searchsorted(held, edits).clamp(max=held.shape[0] - 1)
+    return torch.where(held[at] == edits, at, -1)
+
+
+def differences(x: Tensor, y: Tensor) -> Tensor:
+    """Returns the distances of x [M, D] from y [N, D], [M, N].
+
+    Not by a matrix product, whose rounding is larger than the distances of near keys.
+    """
+    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def without(replaced_by: Tensor, edits: Tensor, edit: int) -> Tensor:
+    """Returns which edit replaces each row's once `edit` is gone: the one that replaces `edit`.
+
+    Args:
+        replaced_by, edits: [N] int64, as in `Codebook`.
+    """
+    heir = torch.where(edits == edit, replaced_by, -1).amax()
+    return torch.where(replaced_by == edit, heir, replaced_by)
 
 
 def _lengthened(values: Tensor, tokens: int) -> Tensor:

@@ -26,6 +26,8 @@ class Prompt(NamedTuple):
         start: tokens in the cache.
         query: [B, D], what the prompts are looked up by; None if layers look up by their input.
         decided: what layers have decided about the prompts, [B] by the layer's path.
+        tokens: T of the forward's input, which is that of the layers; None: not known.
+        copies: rows per prompt, of which one is counted (beams have several); 0: none is counted.
     """
 
     first: Tensor
@@ -34,6 +36,8 @@ class Prompt(NamedTuple):
     start: int
     query: Tensor | None
     decided: dict[str, Tensor]
+    tokens: int | None = None
+    copies: int = 0
 
     @property
     def is_read(self) -> bool:

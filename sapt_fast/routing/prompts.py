@@ -16,6 +16,7 @@ The last token of a prompt is
 from __future__ import annotations
 
 import threading
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -41,6 +42,9 @@ _CONTINUOUS_BATCHING = (
 )
 
 
+_OF_GENERATE = ("generation", "samples", "decided")
+
+
 class Prompts(Running):
     """The prompts of one model's forwards, as the layers of a method see them.
 
@@ -59,7 +63,8 @@ class Prompts(Running):
         self.model = model
         self.name = name
         self.by_function = by_function
-        self.carried = f"prompts_of_{name}"
+        # Its own name: the numbers in caches of another patch are those of other edits.
+        self.carried = f"prompts_of_{name}_{uuid.uuid4().hex}"
         self.query: Callable[[list[Tensor]], Tensor] | None = None
         self.recomputation = Recomputation(model, self)
         self._hooks: list[Any] = []
@@ -69,37 +74,58 @@ class Prompts(Running):
 
     # --- what layers read ---
 
-    def of_rows(self, rows: int, device: torch.device, in_decoder: bool) -> Prompt:
+    def of_layer(self, x: Tensor, in_decoder: bool) -> Prompt:
         """Returns the prompts of the running forward.
 
         Args:
-            rows: B, of the layer's input.
-            device: that of the layer's input.
+            x: [B, T, D], the layer's input.
             in_decoder: whether the layer is in the decoder of an encoder-decoder model.
 
         Raises:
-            RuntimeError: if no forward of the model runs, or it has other rows.
+            RuntimeError: if no forward of the model runs, or it has other rows or tokens.
         """
         prompt = self._given
         if prompt is not None and in_decoder:  # it is the encoder's
-            prompt = _of_decoder(torch.zeros_like(prompt.last), prompt.query, {})
+            prompt = _of_decoder(torch.zeros_like(prompt.last), prompt.query, prompt.decided)
         if prompt is None and self.forward is not None:
             prompt = self.forward.prompt
-        if prompt is None and self.running is not None:  # a checkpoint is computed again
-            first, last, *query = self.running
-            found = torch.stack(query, 1).to(device) if query else None
-            prompt = Prompt(first.long(), last.long(), 1, 0, found, {})
         if prompt is None:
             raise RuntimeError(
                 "an edited layer looks at the end of the prompt: call the model itself with "
                 "input_ids or inputs_embeds, not a part of it"
             )
+        rows, tokens = x.shape[:2]
         if prompt.last.shape[0] != rows:
             raise RuntimeError(
                 f"an edited layer got {rows} rows for {prompt.last.shape[0]} prompts: expected a "
                 "layer whose first dimension is the batch, and a cache of the same rows"
             )
-        return prompt._replace(first=prompt.first.to(device), last=prompt.last.to(device))
+        if prompt.tokens not in (None, tokens):
+            raise RuntimeError(
+                f"an edited layer got {tokens} tokens where the model got {prompt.tokens}: "
+                "expected a layer that sees the model's tokens, and no prompts that another method "
+                "inserts"
+            )
+        return prompt._replace(first=prompt.first.to(x.device), last=prompt.last.to(x.device))
+
+    @property
+    def running(self) -> Any:
+        """What a checkpoint hands to its recomputation: the prompts of the running forward."""
+        return None if self.forward is None else self.forward.prompt
+
+    @contextmanager
+    def resume(self, weights: Any) -> Iterator[None]:
+        """Lets layers run inside a checkpoint, with the prompts that `running` gave it.
+
+        When they run again, they act by what they have decided, without counting it again.
+        """
+        outer = self.forward
+        first = outer is not None and outer.prompt is weights
+        with super().resume(None):
+            if weights is not None and self.forward is not None:
+                again = weights if first else weights._replace(start=weights.length, copies=0)
+                self.forward.prompt = again
+            yield
 
     @contextmanager
     def given(self, prompt: Prompt) -> Iterator[None]:
@@ -179,15 +205,23 @@ class Prompts(Running):
     # --- forwards ---
 
     def _generate(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        before = getattr(self._call, "generation", None)
+        before = {name: getattr(self._call, name, None) for name in _OF_GENERATE}
+        inputs = prompt_of(self.model, generation_arguments(own, args, kwargs))
         if not self._is_encoder_decoder:
-            inputs = prompt_of(self.model, generation_arguments(own, args, kwargs))
             self._call.generation = self._of_text({**inputs, "labels": None})
+        text = _tokens(inputs)
+        self._call.samples = text.shape[0] if isinstance(text, Tensor) else None
+        self._call.decided = {}
         try:
             with self.generating():
                 return own(*args, **kwargs)
         finally:
-            self._call.generation = before
+            vars(self._call).update(before)
+
+    @property
+    def _samples(self) -> int | None:
+        """How many prompts `generate` is given, in this thread; None outside of it."""
+        return getattr(self._call, "samples", None)
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Begins the forward of a decoder-only or encoder-only model, or of an encoder."""
@@ -202,7 +236,10 @@ class Prompts(Running):
             rows = _tokens(inputs).shape[0]
             first, last = (for_rows(t, rows, True) for t in (prompt.first, prompt.last))
             query = None if prompt.query is None else for_rows(prompt.query, rows, True)
-            decided = {} if carried is None else carried.decided
+            decided = prompt.decided  # of the steps before, without a cache
+            if inputs.get("past_key_values") is not None:
+                of_it = carried is not None and carried.length == prompt.length
+                decided = dict(carried.decided) if carried is not None and of_it else {}
             prompt = Prompt(first, last, prompt.length, 0, query, decided)
         elif start == 0:
             prompt = self._of_text(inputs)
@@ -212,15 +249,20 @@ class Prompts(Running):
                 "filled before the model was edited, so what holds for its prompts is unknown; run "
                 "the whole input"
             )
+        elif start < carried.length:
+            raise RuntimeError(
+                f"past_key_values: got {start} tokens of a prompt of {carried.length}, so where "
+                "the prompt that continues them ends is unknown: run the whole input, or use "
+                "generate"
+            )
         else:
-            prompt = carried
-        self._set(forward, prompt, start)
+            prompt = carried._replace(decided=dict(carried.decided))
+        self._set(forward, prompt, start, _tokens(inputs))
 
     def _enter_both(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Begins the forward of an encoder-decoder model."""
-        given = self._named(module, args, kwargs).get("encoder_outputs")
-        if given is not None:
-            self._call.query = given.get(self.carried) if hasattr(given, "get") else None
+        given: Any = self._named(module, args, kwargs).get("encoder_outputs")
+        self._call.query = given.get(self.carried) if hasattr(given, "get") else None
 
     def _enter_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.current()
@@ -235,17 +277,19 @@ class Prompts(Running):
                 "encoder's own output object (return_dict=True)"
             )
         zeros = torch.zeros(tokens.shape[0], dtype=torch.int64, device=tokens.device)
-        decided = {} if carried is None else carried.decided
-        self._set(forward, _of_decoder(zeros, query, decided), start)
+        decided = {} if carried is None else dict(carried.decided)
+        held = getattr(self._call, "decided", None)
+        if inputs.get("past_key_values") is None and held is not None:
+            decided = held  # of the steps before, without a cache
+        self._set(forward, _of_decoder(zeros, query, decided), start, tokens)
 
-    def _set(self, forward: Forward, prompt: Prompt | None, start: int) -> None:
+    def _set(self, forward: Forward, prompt: Prompt | None, start: int, tokens: Any) -> None:
         if prompt is None:
             return
-        prompt = prompt.moved(start)._replace(decided=dict(prompt.decided))
-        forward.prompt = prompt
-        # The recomputation of a checkpoint is given a tensor.
-        query = [] if prompt.query is None else [*prompt.query.double().t()]
-        forward.weights = torch.stack([prompt.first.double(), prompt.last.double(), *query])
+        rows = prompt.last.shape[0]
+        copies = max(1, rows // (self._samples or rows)) if rows else 1
+        count = tokens.shape[-2] if tokens.is_floating_point() else tokens.shape[-1]
+        forward.prompt = prompt.moved(start)._replace(tokens=count, copies=copies)
 
     def _leave(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         forward = self.forward
@@ -256,6 +300,8 @@ class Prompts(Running):
                 setattr(cache, self.carried, forward.prompt)
             if self._is_encoder_decoder and module is self.model.get_encoder():
                 self._keep_query(None if forward.prompt is None else forward.prompt.query, output)
+        if self._is_encoder_decoder and module in (self.model, self.model.base_model):
+            self._call.query = None  # the decoder on its own cannot know it
         self.end(module)
 
     def _keep_query(self, query: Tensor | None, output: Any) -> None:

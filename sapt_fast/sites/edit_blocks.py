@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sapt_fast.ops import mix_experts
 from sapt_fast.pools.clusters import Clusters
-from sapt_fast.pools.codebook import resize
-from sapt_fast.pools.own import Own
+from sapt_fast.pools.codebook import Exact, resize
 from sapt_fast.routing.prompts import Prompts
 from sapt_fast.sites.edited import AtPrompts, replaced_tokens, tokens_behind
 
@@ -25,9 +24,9 @@ class KeyOutput(AtPrompts):
         clusters: the points of the edits.
 
     Attributes:
-        recording: whether the layer sets `recorded` and decides nothing.
+        recording: whether the layer sets `recorded` and decides nothing, in a thread that makes
+            edits.
         recorded: [B, D], what the prompts were looked up by.
-        counting: whether prompts on which an edit acts are counted.
     """
 
     def __init__(
@@ -37,26 +36,29 @@ class KeyOutput(AtPrompts):
         self.clusters = clusters
         self.recording = False
         self.recorded: Tensor | None = None
-        self.counting = True
 
     def at_output(self, output: Tensor, args: tuple[Any, ...]) -> Tensor:
         """Returns the output [B, T, D] as it is."""
         output = self.require_tokens(output)
         prompt = self.prompt_of(output)
-        if self.recording:
+        if self.recording and not self.prompts.is_free:
             self.recorded = self.query(output, prompt)
-        elif prompt.is_read and len(self.clusters):
-            found = self.clusters.find(self.query(output, prompt))
-            at = found.row.clamp(min=0)
-            if self.counting:
-                now = (prompt.last >= 0) & (prompt.last < output.shape[1])
-                self.clusters.hits.index_add_(0, at, (found.acts & now).long())
-            blocks = torch.where(found.acts, self.clusters.blocks[at], -1)
-            self.decide(output.shape[1], prompt, blocks)
+            return output
+        clusters, edits = self.clusters, prompt.decided.get(self.path)
+        if prompt.is_read and len(clusters):
+            found = clusters.find(self.query(output, prompt))
+            edits = self.decide(output.shape[1], prompt, found, clusters.edits, clusters.hits)
+        if edits is not None:
+            prompt.decided[_blocks_of(self.path)] = clusters.blocks_of(edits)
         return output
 
 
-class Blocks(Own, nn.Module):
+def _blocks_of(path: str) -> str:
+    """The name under which the layer at a path leaves the block of each prompt, in each forward."""
+    return f"{path}:blocks"
+
+
+class Blocks(Exact):
     """The LoRA blocks of one layer.
 
     Args:
@@ -105,7 +107,8 @@ class BlockOutput(AtPrompts):
         scaling: s.
 
     Attributes:
-        trial: (a [r, I], b [r, O]), a block that acts on every row; None: those found.
+        trial: (a [r, I], b [r, O]), a block that acts on every row in a thread that makes edits;
+            None: those found.
     """
 
     def __init__(
@@ -131,11 +134,11 @@ class BlockOutput(AtPrompts):
         self.require_tokens(output)
         prompt = self.prompt_of(x)
         where = replaced_tokens(self.replacement, tokens_behind(output, prompt))
-        if self.trial is not None:
+        if self.trial is not None and not self.prompts.is_free:
             bank_a, bank_b = (factor[None] for factor in self.trial)
             chosen = torch.zeros_like(prompt.last)
         else:
-            found = prompt.decided.get(self.key_path)
+            found = prompt.decided.get(_blocks_of(self.key_path))
             if found is None:
                 return output
             bank_a, bank_b = self.blocks.a, self.blocks.b
@@ -146,8 +149,6 @@ class BlockOutput(AtPrompts):
         index = torch.where(where, chosen[:, None], -1).flatten()[:, None]  # [B T, 1]
         weights = torch.ones(index.shape, device=x.device)
         flat = x.reshape(-1, x.shape[-1])
-        delta = mix_experts(
-            flat, bank_a.float(), bank_b.float(), index, weights, scaling=self.scaling
-        )
+        delta = mix_experts(flat, bank_a, bank_b, index, weights, scaling=self.scaling)
         changed = output + delta.view_as(output).to(output.dtype)
         return torch.where(where[..., None], changed, output)

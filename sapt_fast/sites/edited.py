@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sapt_fast.pools.codebook import Codebook
+from sapt_fast.pools.codebook import Codebook, Found
 from sapt_fast.routing.forward import Prompt
 from sapt_fast.routing.prompts import Prompts
 from sapt_fast.sites.output import AtOutput
@@ -63,8 +63,8 @@ class AtPrompts(AtOutput):
         """Returns the prompts of the rows of x [B, T, D]."""
         if self.each_forward and self.prompts.is_free:
             last = torch.full(x.shape[:1], x.shape[1] - 1, device=x.device)
-            return Prompt(torch.zeros_like(last), last, x.shape[1], 0, None, {})
-        return self.prompts.of_rows(x.shape[0], x.device, self.in_decoder)
+            return Prompt(torch.zeros_like(last), last, x.shape[1], 0, None, {}, copies=1)
+        return self.prompts.of_layer(x, self.in_decoder)
 
     def require_tokens(self, x: Any) -> Tensor:
         """Returns x; raises RuntimeError if it is not [B, T, width]."""
@@ -81,7 +81,7 @@ class AtPrompts(AtOutput):
         if prompt.query is not None:
             return prompt.query.to(x.device)
         if self.pooling == "last":
-            return at_token(x, prompt.last).detach()
+            return at_token(x.detach(), prompt.last)
         if prompt.start > 0:
             raise RuntimeError(
                 f"past_key_values: got {prompt.start} tokens before a prompt whose edits are "
@@ -89,24 +89,34 @@ class AtPrompts(AtOutput):
             )
         place = torch.arange(x.shape[1], device=x.device)[None]
         inside = (place >= prompt.first[:, None]) & (place <= prompt.last[:, None])
-        weights = inside.float() / inside.sum(1, keepdim=True)
-        return (weights[:, None] @ x.detach().float()).squeeze(1)
+        kept = torch.where(inside[..., None], x.detach().float(), 0.0)
+        return kept.sum(1) / inside.sum(1, keepdim=True)
 
-    def decide(self, tokens: int, prompt: Prompt, found: Tensor) -> Tensor:
+    def decide(
+        self, tokens: int, prompt: Prompt, found: Found, edits: Tensor, hits: Tensor
+    ) -> Tensor:
         """Keeps what was found for the prompts that end in this forward, and returns it.
 
         Args:
             tokens: T.
             prompt: the prompts.
-            found: [B] int64, -1 for nothing.
+            found: the nearest row of each prompt.
+            edits: [N] int64, the edit of each row.
+            hits: [N] int64, to which the prompts are added on which a row acts.
 
         Returns:
-            [B]; for a prompt that ended earlier, what was found then.
+            The edits [B], -1 for none; for a prompt that ended earlier, what was found then.
         """
         now = (prompt.last >= 0) & (prompt.last < tokens)
+        at = found.row.clamp(min=0)
+        chosen = torch.where(found.acts, edits[at], -1)
         before = prompt.decided.get(self.path)
-        before = torch.full_like(found, -1) if before is None else before.to(found.device)
-        prompt.decided[self.path] = decided = torch.where(now, found, before)
+        before = torch.full_like(chosen, -1) if before is None else before.to(chosen.device)
+        if prompt.copies > 0:
+            first = torch.arange(len(at), device=at.device) % prompt.copies == 0
+            counted = found.acts & now & first & (chosen != before)
+            hits.index_add_(0, at, counted.long())
+        prompt.decided[self.path] = decided = torch.where(now, chosen, before)
         return decided
 
 
@@ -119,8 +129,7 @@ class EditedOutput(AtPrompts):
         replacement: one of `REPLACEMENTS`, as in `methods.grace.GraceConfig`.
 
     Attributes:
-        trial: what acts in place of the codebook; None: the codebook.
-        counting: whether prompts on which an edit acts are counted.
+        trial: what acts in place of the codebook in a thread that makes edits; None: the codebook.
     """
 
     def __init__(
@@ -137,7 +146,6 @@ class EditedOutput(AtPrompts):
         self.codebook = codebook
         self.replacement = replacement
         self.trial: Trial | None = None
-        self.counting = True
 
     def at_output(self, output: Tensor, args: tuple[Any, ...]) -> Tensor:
         """Returns the output [B, T, O] with the values of the edits that act.
@@ -148,7 +156,7 @@ class EditedOutput(AtPrompts):
         x = self.require_tokens(args[0] if args else None)
         self.require_tokens(output)
         prompt = self.prompt_of(x)
-        if self.trial is not None:
+        if self.trial is not None and not self.prompts.is_free:
             if self.trial.records:
                 self.trial.query = self.query(x, prompt)
                 self.trial.output = at_token(output, prompt.last).detach()
@@ -169,13 +177,9 @@ class EditedOutput(AtPrompts):
         """Returns the edit [B] of each row, -1 for none; None if nothing was decided."""
         if not prompt.is_read or len(self.codebook) == 0:
             return prompt.decided.get(self.path)
-        found = self.codebook.find(self.query(x, prompt))
-        at = found.row.clamp(min=0)
-        if self.counting:
-            now = (prompt.last >= 0) & (prompt.last < x.shape[1])
-            self.codebook.hits.index_add_(0, at, (found.acts & now).long())
-        edits = torch.where(found.acts, self.codebook.edits[at], -1)
-        return self.decide(x.shape[1], prompt, edits)
+        book = self.codebook
+        found = book.find(self.query(x, prompt))
+        return self.decide(x.shape[1], prompt, found, book.edits, book.hits)
 
     def _replaced(self, output: Tensor, values: Tensor, acts: Tensor, prompt: Prompt) -> Tensor:
         """Replaces the outputs of the rows on which an edit acts.

@@ -77,18 +77,10 @@ def trying(
 
 
 @torch.no_grad()
-def present_answers(
-    texts: EditTexts, layers: Mapping[str, EditedOutput], prompts: Prompts
-) -> Tensor:
+def present_answers(texts: EditTexts, prompts: Prompts) -> Tensor:
     """Returns [B] bool: whether the model as it is gives the target already."""
-    for layer in layers.values():
-        layer.counting = False
-    try:
-        with prompts.given(texts.prompt):
-            return gives(texts.whole(), texts.labels, 0.0)
-    finally:
-        for layer in layers.values():
-            layer.counting = True
+    with prompts.given(texts.prompt):
+        return gives(texts.whole(), texts.labels, 0.0)
 
 
 @torch.no_grad()
@@ -143,7 +135,8 @@ def fit(
         for path, own in start.items()
     }
     lowest = next(iter(layers))
-    with trying(layers, None), prompts.given(texts.prompt), torch.no_grad():
+    prefix = texts.prompt._replace(tokens=None)
+    with trying(layers, None), prompts.given(prefix), torch.no_grad():
         if options.behind_cache:
             texts.keep_prefix()
     with prompts.given(texts.prompt), held_below(texts.model, lowest):

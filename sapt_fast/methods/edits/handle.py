@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +19,9 @@ from sapt_fast.pools.edit_log import EditLog
 from sapt_fast.routing.prompts import Prompts
 from sapt_fast.sites.output import listen, silence
 from sapt_fast.sites.report import PatchReport
+from sapt_fast.storage.method_files import read_method
 
-__all__ = ["EditHandle", "Pair", "evaluating"]
+__all__ = ["EditHandle", "Pair", "evaluating", "require_finite_keys"]
 
 Pair = tuple[Tensor, Tensor]  # the tokens [T] int64 of a prompt and of its target
 Text = tuple[tuple[int, ...], tuple[int, ...]]  # the same as numbers
@@ -102,6 +105,10 @@ class EditHandle(OutputHandle):
 
         Nothing has changed after an error.
         """
+        with torch.inference_mode(False):  # whose tensors cannot be trained, or changed outside
+            return self._edit(prompt, target, batch_size)
+
+    def _edit(self, prompt: Any, target: Any, batch_size: int) -> Any:
         pairs, single = read_edits(self._model, self.tokenizer, prompt, target)
         if type(batch_size) is not int or batch_size < 1:
             raise ValueError(f"batch_size: got {batch_size!r}, expected an integer, at least 1")
@@ -143,8 +150,9 @@ class EditHandle(OutputHandle):
             here = ", ".join(self.tasks) or "none"
             raise ValueError(f"edit: got {edit!r}, expected the number of an edit ({here})")
         self.require_undoable(edit)
-        self.log.remove(edit)
-        self.remove_edit(edit)
+        with torch.inference_mode(False):
+            self.log.remove(edit)
+            self.remove_edit(edit)
         self.follow_edits()
 
     def present(self) -> dict[tuple[int, ...], int]:
@@ -242,6 +250,16 @@ class EditHandle(OutputHandle):
             raise ValueError(f"tensors: {error}") from None
         self.follow_edits()
 
+    def restore_values(self, directory: str | os.PathLike[str]) -> None:
+        """Sets the edits to those in a saved folder; errors as `sapt_fast.load_pretrained`."""
+        stored = read_method(Path(directory), self.attribute)
+        if self.Config.from_dict(stored.config) != self.config:
+            raise ValueError(
+                f"{stored.source}: got {stored.config}, expected {self.config.to_dict()}, the "
+                "config of the patched model"
+            )
+        self.restore(stored.tensors, stored.values)
+
     def _stateful(self) -> dict[str, nn.Module]:
         return {"log": self.log, **self.parts()}
 
@@ -251,6 +269,7 @@ class EditHandle(OutputHandle):
     def _restore_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         for name, part in self._stateful().items():
             part.load_state_dict(state[name])
+        self.follow_edits()
 
     # --- hooks ---
 
@@ -301,8 +320,24 @@ class EditHandle(OutputHandle):
 def _follow_loaded(handle: nn.Module, keys: Any) -> None:
     """After `load_state_dict`: the layers look up prompts if edits were loaded."""
     given: Any = handle
-    if given._model._modules.get(given.attribute) is handle:
-        given.follow_edits()
+    if given._model._modules.get(given.attribute) is not handle:
+        return
+    try:
+        given.log.require_consistent()
+        given.require_consistent()
+    except ValueError as error:
+        raise RuntimeError(f"load_state_dict: model.{given.attribute}: {error}") from None
+    given.follow_edits()
+
+
+def require_finite_keys(keys: Tensor, path: str) -> None:
+    """Raises ValueError if what prompts are looked up by, [B, D], is not finite."""
+    wrong = (~keys.isfinite().all(1)).nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(
+            f"prompt: {path} got NaN or infinity as what edit {wrong[0]} of the batch is looked up "
+            "by, expected finite numbers; no prompt would match"
+        )
 
 
 @contextmanager

@@ -110,6 +110,8 @@ def _target(model: Any, tokenizer: Any, target: Any, before: int, where: str) ->
     _require_ids(model, tokens, name)
     if kind_of(model) == "causal":
         _require_room(model, before + len(tokens), f"{where}prompt and target")
+    else:
+        _require_room(model, len(tokens), name)
     return tokens
 
 
@@ -133,11 +135,17 @@ def _tokens(tokenizer: Any, given: Any, name: str, special: bool) -> Tensor:
         raise ValueError(f"{name}: got shape {tuple(tokens.shape)}, expected at least one token")
     if tokens.is_floating_point() or tokens.dtype == torch.bool:
         raise TypeError(f"{name}: got {tokens.dtype}, expected integers")
-    return tokens.detach().to("cpu", torch.int64)
+    return tokens.detach().to("cpu", torch.int64).clone()  # no inference tensor
 
 
 def _require_ids(model: Any, tokens: Tensor, name: str) -> None:
-    size = model.get_input_embeddings().weight.shape[0]
+    try:
+        size = model.get_input_embeddings().weight.shape[0]
+    except (AttributeError, NotImplementedError):
+        raise ValueError(
+            f"model: got {type(model).__name__}, which has no table of token embeddings; only "
+            "models of text can be edited"
+        ) from None
     outside = tokens[(tokens < 0) | (tokens >= size)]
     if outside.numel():
         raise ValueError(f"{name}: got token {int(outside[0])}, expected 0 to {size - 1}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers.cache_utils import DynamicLayer
 
 from sapt_fast.routing.forward import Prompt
 
@@ -80,17 +82,26 @@ class EditTexts:
             last = lengths - 1
         self.ids, self.mask = self.ids.to(device), self.mask.to(device)
         first = self.mask.argmax(1)
-        self.prompt = Prompt(first, last.to(device), int(last.max()) + 1, 0, None, {})
+        tokens = self.ids.shape[1]
+        self.prompt = Prompt(first, last.to(device), int(last.max()) + 1, 0, None, {}, tokens)
 
     def whole(self) -> Tensor:
         """Runs the model on everything: logits [B, S, C] of the targets."""
         if self.kind == "encoder-decoder":
             inputs = {"input_ids": self.ids, "attention_mask": self.mask, "labels": self.labels}
-            logits: Tensor = self.model(**inputs, use_cache=False).logits
+            logits: Any = self.model(**inputs, use_cache=False).logits
             return logits
         if self.kind == "classifier":
-            logits = self.model(input_ids=self.ids, attention_mask=self.mask).logits
-            return logits[:, None]
+            found = self.model(input_ids=self.ids, attention_mask=self.mask)
+            logits = getattr(found, "logits", None)
+            if logits is None or logits.dim() != 2:
+                got = "no logits" if logits is None else f"logits {tuple(logits.shape)}"
+                raise ValueError(
+                    f"model: got {type(self.model).__name__} with {got}, expected a model that "
+                    "generates, or a classifier with one row of logits per text"
+                )
+            one: Tensor = logits[:, None]
+            return one
         options = self._positions(slice(None))
         if self.labelled:
             behind = torch.arange(self.ids.shape[1], device=self.ids.device) > self._head
@@ -111,9 +122,10 @@ class EditTexts:
             **self._positions(part),
         )
         cache = found.past_key_values
-        if hasattr(cache, "layers"):
+        if hasattr(cache, "layers") and all(map(_grows, cache.layers)):
             self._cache = cache
-            self.prompt = self.prompt.moved(self._head)
+            tokens = self.ids.shape[1] - self._head
+            self.prompt = self.prompt.moved(self._head)._replace(tokens=tokens)
 
     def logits(self) -> Tensor:
         """Runs the model behind the cache, if there is one: logits [B, S, C] of the targets."""
@@ -137,6 +149,11 @@ class EditTexts:
         return {"position_ids": (self.mask.cumsum(1) - 1).clamp(min=0)[:, part]}
 
 
+def _grows(layer: Any) -> bool:
+    """Whether a layer's cache gets new tensors in each forward, so that the old ones stay."""
+    return isinstance(layer, DynamicLayer) and not hasattr(layer, "recurrent_states")
+
+
 def _shared(cache: Any) -> Any:
     """Returns a cache that grows on its own, with the same tensors."""
     copied = copy.copy(cache)
@@ -146,7 +163,7 @@ def _shared(cache: Any) -> Any:
 
 @contextmanager
 def held_below(model: nn.Module, path: str) -> Iterator[None]:
-    """Lets the blocks below a layer return what they return in the first forward.
+    """Lets the blocks below a layer return what they return in this thread's first forward.
 
     Args:
         model: the model.
@@ -170,9 +187,12 @@ def held_below(model: nn.Module, path: str) -> Iterator[None]:
 class _Held:
     def __init__(self, forward: Any) -> None:
         self._forward = forward
+        self._thread = threading.get_ident()
         self._outputs: list[Any] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return self._forward(*args, **kwargs)
         if not self._outputs:
             self._outputs.append(self._forward(*args, **kwargs))
         return self._outputs[0]

@@ -72,8 +72,9 @@ def _build() -> list[str]:
         changed = [op for op in sources if built["sources"].get(op) != sources[op]]
         if changed:
             problems.append(f"the module is made of other sources of {', '.join(changed)}: rebuild")
-    if torch.cuda.is_available() and (reason := common.unavailable()):
-        problems.append(reason)
+    for index in range(torch.cuda.device_count()):
+        if reason := common.unavailable(index):
+            problems.append(reason)
     print(f"CUDA module for {', '.join(built['architectures'])}, sources {built['sources']}")
     return problems
 

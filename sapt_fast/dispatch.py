@@ -31,9 +31,18 @@ class Op(NamedTuple):
         few_rows: the largest numbers of rows, for 16-bit and for wider dtypes, for which a call
             without gradient may use kernels for few rows, where a launch costs more than the work.
             The numbers are assumptions; no GPU has measured them.
+        most_row_ranks: the largest product of rows and ranks for such a call, where the work grows
+            with both. Estimated, too.
     """
 
     few_rows: tuple[int, int] = (0, 0)
+    most_row_ranks: int | None = None
+
+    def are_few(self, rows: int, dtype: torch.dtype | None, ranks: int) -> bool:
+        """Returns whether kernels for few rows may run a call without gradient."""
+        narrow, wide = self.few_rows
+        most = narrow if dtype in (torch.float16, torch.bfloat16) else wide
+        return rows <= most and (self.most_row_ranks is None or rows * ranks <= self.most_row_ranks)
 
 
 class Backend(Protocol):
@@ -42,17 +51,20 @@ class Backend(Protocol):
     BACKWARD: str
     """The backend that computes the gradients of ops whose module has no `<op>_bwd`."""
 
-    def unavailable(self, op: str, device_type: str, dtype: torch.dtype | None) -> str | None:
-        """Returns why the backend cannot run one of its ops on such tensors, or None."""
+    def unavailable(self, op: str, device: torch.device, dtype: torch.dtype | None) -> str | None:
+        """Returns why the backend cannot run one of its ops on such tensors, or None.
+
+        A device without an index stands for any of its type.
+        """
 
     def unchosen(
-        self, op: str, device_type: str, few: int | None, dtype: torch.dtype | None = None
+        self, op: str, device: torch.device, few: int | None, dtype: torch.dtype | None = None
     ) -> str | None:
         """Returns why the backend is not selected by default, or None.
 
         Args:
             op: the op's name.
-            device_type: of the tensors.
+            device: of the tensors.
             few: the number of rows if they are few, else None.
             dtype: of the tensors. Defaults to any.
         """
@@ -79,12 +91,14 @@ def backends(op: str) -> tuple[str, ...]:
 
 
 def unavailable(
-    op: str, backend: str, device_type: str, dtype: torch.dtype | None = None
+    op: str, backend: str, device: torch.device | str, dtype: torch.dtype | None = None
 ) -> str | None:
     """Returns why a backend cannot run an op on tensors of a device and dtype; None if it can."""
     if backend not in backends(op):
         return f"op '{op}' has no {backend} kernel (it has: {', '.join(backends(op))})"
-    return None if backend == "reference" else _backend(backend).unavailable(op, device_type, dtype)
+    if backend == "reference":
+        return None
+    return _backend(backend).unavailable(op, torch.device(device), dtype)
 
 
 @torch.compiler.assume_constant_result
@@ -94,11 +108,12 @@ def resolve(
     backend: str | None = None,
     dtype: torch.dtype | None = None,
     rows: int | None = None,
+    ranks: int = 0,
 ) -> str:
     """Returns the backend that runs an op.
 
     A backend requested by name must be able to run. By default, the first backend that supports the
-    tensors is used. Each choice is logged once.
+    tensors is used. Each choice is logged once, with the reasons against preferred backends.
 
     Args:
         op: the op's name.
@@ -109,16 +124,17 @@ def resolve(
         rows: the number of rows of a call without gradient, else None. For few rows the CUDA
             kernels are used, if their current source has passed such calls on a GPU
             (`cuda_kernels/recorded.json`).
+        ranks: the most ranks that the adapters of a projection have together, where there are any.
 
     Raises:
         ValueError: if the requested name is unknown.
         BackendError: if the requested backend cannot run this op on this device.
     """
     requested = backend or _from_environment(op)
-    kind = _kind(device)
-    are_few = rows is not None and kind == "cuda" and _are_few(op, rows, dtype)
-    few = rows if are_few else None
-    return _resolve(op, kind, requested, dtype, few)
+    is_few = (
+        rows is not None and _kind(device) == "cuda" and _rows()[op].are_few(rows, dtype, ranks)
+    )
+    return _resolve(op, device, requested, dtype, rows if is_few else None)
 
 
 @torch.compiler.assume_constant_result
@@ -137,7 +153,7 @@ def backward(op: str, backend: str) -> str:
 
 def unchosen(op: str) -> str | None:
     """Returns why an op's CUDA kernels are not selected by default for few rows, or None."""
-    return _backend("cuda").unchosen(op, "cuda", 1)
+    return _backend("cuda").unchosen(op, torch.device("cuda"), 1)
 
 
 def triton_interpreted() -> bool:
@@ -165,11 +181,6 @@ def _from_environment(op: str) -> str | None:
     return None if elsewhere else named
 
 
-def _are_few(op: str, rows: int, dtype: torch.dtype | None) -> bool:
-    narrow, wide = _rows()[op].few_rows
-    return rows <= (narrow if dtype in (torch.float16, torch.bfloat16) else wide)
-
-
 @cache
 def _kind(device: torch.device) -> str:
     """Returns the device's type; torch makes the string anew at each access, which takes longer."""
@@ -178,29 +189,39 @@ def _kind(device: torch.device) -> str:
 
 @cache
 def _resolve(
-    op: str, device_type: str, requested: str | None, dtype: torch.dtype | None, few: int | None
+    op: str,
+    device: torch.device,
+    requested: str | None,
+    dtype: torch.dtype | None,
+    few: int | None,
 ) -> str:
+    passed_over = []
     if requested is not None:
         if requested not in BACKENDS:
             raise ValueError(
                 f"backend (or {ENV_VARIABLE}): got {requested!r}, expected one of {BACKENDS}"
             )
-        reason = unavailable(op, requested, device_type, dtype)
+        reason = unavailable(op, requested, device, dtype)
         if reason is not None:
             raise BackendError(f"backend '{requested}' cannot run op '{op}': {reason}")
         chosen = requested
     else:
-        chosen = next(
-            b
-            for b in backends(op)
-            if b == "reference"
-            or (
-                _backend(b).unchosen(op, device_type, few, dtype) is None
-                and unavailable(op, b, device_type, dtype) is None
-            )
-        )
-    logger.info("op %s on %s: backend %s", op, device_type, chosen)
+        for chosen in backends(op):
+            reason = _not_by_default(op, chosen, device, dtype, few)
+            if reason is None:
+                break
+            passed_over.append(f"; not {chosen}: {reason}")
+    logger.info("op %s on %s: backend %s%s", op, device, chosen, "".join(passed_over))
     return chosen
+
+
+def _not_by_default(
+    op: str, backend: str, device: torch.device, dtype: torch.dtype | None, few: int | None
+) -> str | None:
+    if backend == "reference":
+        return None
+    reason = _backend(backend).unchosen(op, device, few, dtype)
+    return unavailable(op, backend, device, dtype) if reason is None else reason
 
 
 @cache

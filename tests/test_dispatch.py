@@ -1,13 +1,15 @@
 """Which backend runs: by name, by preference, and the CUDA kernels for few rows."""
 
+import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
-from sapt_fast import dispatch
+from sapt_fast import dispatch, ops
 from sapt_fast.cuda_kernels import common
 from sapt_fast.triton_kernels.blocks import common as triton_common
 
@@ -52,7 +54,7 @@ def gpu(monkeypatch):
     """As if a GPU were here and ran everything; gives the record of what ran correctly."""
     recorded = {}
     monkeypatch.setattr(dispatch, "import_failure", lambda *_: None)
-    monkeypatch.setattr(common, "unavailable", lambda: None)
+    monkeypatch.setattr(common, "unavailable", lambda index=None: None)
     monkeypatch.setattr(common, "unrecorded", lambda op, *_: recorded.get(op, "not recorded"))
     dispatch._resolve.cache_clear()
     yield recorded
@@ -73,6 +75,53 @@ def test_cuda_kernels_are_chosen_for_few_rows_once_they_ran_correctly(gpu, op):
     assert dispatch.resolve(op, CUDA, None, half) == "triton"  # a gradient may be wanted
 
 
+@pytest.mark.parametrize(
+    ("rows", "ranks", "few"),
+    [(1, 8192, True), (1, 8193, False), (64, 128, True), (64, 129, False), (4, 60, True)],
+)
+def test_many_rows_of_many_ranks_are_not_few(gpu, rows, ranks, few):
+    gpu |= dict.fromkeys(FEW_ROWS)
+    chosen = dispatch.resolve("mixed_lora", CUDA, None, torch.bfloat16, rows, ranks)
+    assert chosen == ("cuda" if few else "triton")
+    assert dispatch.resolve("nearest_key", CUDA, None, torch.bfloat16, 1, ranks) == "cuda"
+
+
+def test_the_ranks_of_a_call_reach_the_choice(monkeypatch):
+    """Of the projection with the most."""
+    calls = []
+    monkeypatch.setattr(dispatch, "resolve", lambda *a: calls.append(a) or "reference")
+    x, mixture = torch.ones(3, 8), torch.ones(3, 2)
+    pools = [(torch.ones(8, 8), None, torch.ones(2 * r, 8), torch.ones(2 * r, 8)) for r in (3, 5)]
+    with torch.no_grad():
+        for weight, bias, a, b in pools:
+            ops.mixed_lora_linear(x, weight, bias, a, b, mixture, ranks=len(a) // 2)
+    assert [call[4:] for call in calls] == [(3, 6), (3, 10)]
+
+
+def test_each_gpu_for_itself(monkeypatch, caplog):
+    """Beside a GPU that the build does not cover, others run its kernels; the log says why not."""
+    devices = [{"name": name, "capability": of} for name, of in (("H", (9, 0)), ("old", (7, 5)))]
+    report = {"compiled": True, "error": "", "architectures": ["sm_90a"], "devices": devices}
+    native = types.SimpleNamespace(cuda_runtime=lambda: report)
+    monkeypatch.setattr(common, "native", lambda: native)
+    monkeypatch.setattr(common, "unrecorded", lambda *_: None)
+    monkeypatch.setattr(dispatch, "import_failure", lambda *_: None)
+    dispatch._resolve.cache_clear()
+    good, old = torch.device("cuda:0"), torch.device("cuda:1")
+    assert dispatch.resolve("route", good, "cuda", torch.bfloat16, 1) == "cuda"
+    assert dispatch.resolve("route", good, None, torch.bfloat16, 1) == "cuda"
+    with pytest.raises(dispatch.BackendError, match=r"old \(sm_75\): add 75 to SAPT"):
+        dispatch.resolve("route", old, "cuda", torch.bfloat16, 1)
+    with caplog.at_level("INFO", "sapt_fast.dispatch"):
+        for _ in range(2):
+            assert dispatch.resolve("route", old, None, torch.bfloat16, 1) == "triton"
+    (record,) = caplog.records
+    assert re.search(r"on cuda:1: backend triton; not cuda: .*\(sm_75\)", record.getMessage())
+    assert dispatch.unavailable("route", "cuda", "cuda") is None
+    assert "none with index 2" in str(dispatch.unavailable("route", "cuda", "cuda:2"))
+    dispatch._resolve.cache_clear()
+
+
 @pytest.mark.parametrize("op", FEW_ROWS)
 def test_cuda_by_name_runs_whatever_is_recorded(gpu, op):
     assert dispatch.resolve(op, CUDA, "cuda", torch.bfloat16, 10**6) == "cuda"
@@ -88,7 +137,7 @@ def test_an_op_without_cuda_kernels_says_so(gpu):
 
 
 def test_cuda_without_a_gpu_or_a_build_says_why(monkeypatch):
-    monkeypatch.setattr(common, "unavailable", lambda: "built without CUDA")
+    monkeypatch.setattr(common, "unavailable", lambda index=None: "built without CUDA")
     dispatch._resolve.cache_clear()
     with pytest.raises(dispatch.BackendError, match="built without CUDA"):
         dispatch.resolve("mixed_lora", CUDA, "cuda", torch.float32)

@@ -127,9 +127,9 @@ def test_every_gradient_equals_the_release(recorded, backend, monkeypatch):
     resolve = dispatch.resolve
     chosen = []
 
-    def pick(op, device, requested=None, dtype=None, rows=None):
+    def pick(op, device, requested=None, dtype=None, *few):
         mixes = op == "mixed_lora"
-        made = resolve(op, device, backend if mixes else requested, dtype, rows)
+        made = resolve(op, device, backend if mixes else requested, dtype, *few)
         if mixes:
             chosen.append(made)
         return made

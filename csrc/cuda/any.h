@@ -18,13 +18,14 @@ __device__ inline bool is_wide(const AnyTensor& tensor) { return tensor.dtype ==
 typedef Packed<float> AnyPacked;
 
 // The elements from `offset` on, zeros from `count` on.
+template <Cache CACHE = Cache::l1>
 __device__ inline AnyPacked load(const AnyTensor& tensor, int64_t offset, int64_t count) {
     if (is_wide(tensor)) {
-        return load(static_cast<const float*>(tensor.data) + offset, count, tensor.aligned);
+        return load<CACHE>(static_cast<const float*>(tensor.data) + offset, count, tensor.aligned);
     }
     // Bits are bits: half stands for both 16-bit types.
     const Packed<__half> half =
-        load(static_cast<const __half*>(tensor.data) + offset, count, tensor.aligned);
+        load<CACHE>(static_cast<const __half*>(tensor.data) + offset, count, tensor.aligned);
     AnyPacked packed = zeros<float>();
     packed.part[0] = half.part[0];
     return packed;

@@ -26,19 +26,23 @@ DType supported(int dtype) {
     return type;
 }
 
+typedef std::pair<int, Address> Place;  // index of a device, one of its streams
+
+Stream stream_of(const Place& place) { return {place.first, at(place.second)}; }
+
 // Raises unless scratch memory has so many elements, of so many bytes.
 void require_workspace(const Memory& workspace, std::int64_t count, std::int64_t element) {
     require(count == 0 || (workspace && workspace.bytes / element >= count),
             "workspace: too small");
 }
 
-// y, lora_a, lora_b, row_adapter, row_scale; ranks, outputs; whether to add to y
-using Projection =
-    std::tuple<Memory, Memory, Memory, Memory, Memory, std::int64_t, std::int64_t, bool>;
+// y, weight, bias, lora_a, lora_b, row_adapter, row_scale; ranks, outputs; whether to add to y
+using Member = std::tuple<Memory, Memory, Memory, Memory, Memory, Memory, Memory, std::int64_t,
+                          std::int64_t, bool>;
 
 void decode(int dtype, int lora_dtype, const Memory& x, const Memory& mixture,
-            const std::vector<Projection>& projections, const Memory& workspace, std::int64_t rows,
-            std::int64_t inputs, std::int64_t samples, std::int64_t adapters, Address stream) {
+            const std::vector<Member>& projections, const Memory& workspace, std::int64_t rows,
+            std::int64_t inputs, std::int64_t samples, std::int64_t adapters, const Place& place) {
     require(projections.size() <= kMaxProjections, "projections: more than MAX_PROJECTIONS");
     require(rows >= 0 && inputs >= 0 && adapters > 0, "rows, inputs, adapters: negative or zero");
     require(rows == 0 || (samples > 0 && rows % samples == 0), "samples: does not divide rows");
@@ -61,13 +65,19 @@ void decode(int dtype, int lora_dtype, const Memory& x, const Memory& mixture,
     const std::int64_t lora_size = size_of(group.lora_dtype);
     std::int64_t total_ranks = 0;
     for (int p = 0; p < group.count; ++p) {
-        const auto& [y, a, b, row_adapter, row_scale, ranks, outputs, accumulate] = projections[p];
+        const auto& [y, weight, bias, a, b, row_adapter, row_scale, ranks, outputs, accumulate] =
+            projections[p];
+        require(!weight || rows <= kMaxBaseRows, "weight: more than MAX_BASE_ROWS rows");
         require_holds("y", y, {rows, outputs}, size_of(group.dtype));
+        if (weight) require_holds("weight", weight, {outputs, inputs}, size_of(group.dtype));
+        if (bias) require_holds("bias", bias, {outputs}, size_of(group.dtype));
         require_holds("lora_a", a, {ranks, inputs}, lora_size);
         require_holds("lora_b", b, {ranks, outputs}, lora_size);
         require_holds("row_adapter", row_adapter, {ranks}, sizeof(std::int32_t));
         require_holds("row_scale", row_scale, {ranks}, sizeof(float));
         group.projections[p] = {at(y),
+                                at(weight),
+                                at(bias),
                                 at(a),
                                 at(b),
                                 at<const std::int32_t>(row_adapter),
@@ -78,13 +88,13 @@ void decode(int dtype, int lora_dtype, const Memory& x, const Memory& mixture,
         total_ranks += ranks;
     }
     require_workspace(workspace, mixed_lora_workspace(rows, inputs, total_ranks), sizeof(float));
-    mixed_lora_decode(group, at(stream));
+    mixed_lora_decode(group, stream_of(place));
 }
 
 void search_nearest(int dtype, const Memory& query, const Memory& keys, const Memory& radius,
                     const Memory& distance, const Memory& index, const Memory& nearest,
                     const Memory& workspace, std::int64_t queries, std::int64_t count,
-                    std::int64_t width, Address stream) {
+                    std::int64_t width, const Place& place) {
     const DType type = supported(dtype);
     require(queries >= 0 && width >= 0, "queries, width: negative");
     require(count > 0 && count < kMaxKeys, "count: no keys, or 2^32 and more");
@@ -99,7 +109,7 @@ void search_nearest(int dtype, const Memory& query, const Memory& keys, const Me
     nearest_key({at(query), at(keys), at<const float>(radius), at<float>(distance),
                  at<std::int64_t>(index), at<std::int64_t>(nearest), at<std::uint64_t>(workspace),
                  queries, count, width, type},
-                at(stream));
+                stream_of(place));
 }
 
 using Typed = std::pair<Memory, int>;  // tensor, dtype
@@ -116,9 +126,9 @@ void route_samples(const Typed& pooled, const std::vector<Typed>& projection, co
                    const Memory& workspace, const Memory& scores, const Memory& weights,
                    std::int64_t samples, std::int64_t width, std::int64_t hidden,
                    std::int64_t count, std::int64_t top_k, float eps, float divisor,
-                   float threshold, Address stream) {
-    require(samples >= 0 && samples <= 65535, "samples: negative, or more than 65535");
-    require(width >= 0 && hidden >= 0 && count >= 0, "width, hidden, count: negative");
+                   float threshold, const Place& place) {
+    require(samples >= 0 && width >= 0 && hidden >= 0 && count >= 0,
+            "samples, width, hidden, count: negative");
     require(projection.empty() || projection.size() == 4, "projection: not 4 tensors");
     require(!weights || count <= kMaxRoutedKeys, "count: more than MAX_ROUTED_KEYS");
     require(!weights || top_k >= 1, "top_k: below 1");
@@ -146,17 +156,16 @@ void route_samples(const Typed& pooled, const std::vector<Typed>& projection, co
     arguments.eps = eps;
     arguments.divisor = divisor;
     arguments.threshold = threshold;
-    route(arguments, at(stream));
+    route(arguments, stream_of(place));
 }
 
 // Embeddings [samples, tokens, width], or with `ids` the table [vocabulary, width] of their rows.
 void prompts_and_embeds(const Typed& prompts, const Memory& mixture, const Strided& source,
                         int source_dtype, const Memory& ids, bool wide_ids, const Memory& out,
                         std::int64_t samples, std::int64_t adapters, std::int64_t length,
-                        std::int64_t tokens, std::int64_t width, Address stream) {
+                        std::int64_t tokens, std::int64_t width, const Place& place) {
     require(samples >= 0 && adapters >= 0 && length >= 0 && tokens >= 0 && width >= 0,
             "samples, adapters, length, tokens, width: negative");
-    require(samples <= 65535, "samples: more than 65535");
     const DType type = supported(source_dtype);
     const bool gathers = ids.address != 0;
     if (samples == 0 || length + tokens == 0 || width == 0) return;
@@ -176,13 +185,13 @@ void prompts_and_embeds(const Typed& prompts, const Memory& mixture, const Strid
                  at(ids), wide_ids, at(out), samples, adapters, length, tokens, width,
                  gathers ? source.sizes[0] : 0, gathers ? 0 : source.strides[0],
                  source.strides[last - 1]},
-                at(stream));
+                stream_of(place));
 }
 
 void search_best(int dtype, int metric, const Memory& query, const Memory& keys,
                  const Memory& scores, const Memory& index, const Memory& workspace,
                  std::int64_t queries, std::int64_t count, std::int64_t width, std::int64_t k,
-                 Address stream) {
+                 const Place& place) {
     const DType type = supported(dtype);
     require(queries >= 0 && width >= 0, "queries, width: negative");
     require(count > 0 && count < kMaxKeys, "count: no keys, or 2^32 and more");
@@ -197,7 +206,7 @@ void search_best(int dtype, int metric, const Memory& query, const Memory& keys,
     topk_keys({at(query), at(keys), at<float>(scores), at<std::int64_t>(index),
                at<std::uint64_t>(workspace), queries, count, width, static_cast<int>(k),
                static_cast<Metric>(metric), type},
-              at(stream));
+              stream_of(place));
 }
 
 }  // namespace
@@ -205,34 +214,36 @@ void search_best(int dtype, int metric, const Memory& query, const Memory& keys,
 void bind_cuda(py::module_& m) {
     using py::arg;
     m.attr("MAX_PROJECTIONS") = kMaxProjections;
+    m.attr("MAX_BASE_ROWS") = kMaxBaseRows;
     m.def("cuda_mixed_lora_workspace", &mixed_lora_workspace, arg("rows"), arg("inputs"),
           arg("total_ranks"), "Floats of scratch memory that cuda_mixed_lora_decode needs.");
     m.def("cuda_mixed_lora_decode", &decode, arg("dtype"), arg("lora_dtype"), arg("x"),
-          arg("mixture"), arg("projections"), arg("workspace"), arg("rows"), arg("inputs"), arg("samples"), arg("adapters"), arg("stream"),
+          arg("mixture"), arg("projections"), arg("workspace"), arg("rows"),
+          arg("inputs"), arg("samples"), arg("adapters"), arg("place"),
           py::call_guard<py::gil_scoped_release>(),
           "The mixture of every projection of x, for a few rows, in two launches.");
     m.def("cuda_nearest_key_workspace", &nearest_key_workspace, arg("queries"), arg("count"),
           "64-bit words of scratch memory that cuda_nearest_key needs.");
     m.def("cuda_nearest_key", &search_nearest, arg("dtype"), arg("query"), arg("keys"),
           arg("radius"), arg("distance"), arg("index"), arg("nearest"), arg("workspace"),
-          arg("queries"), arg("count"), arg("width"), arg("stream"),
+          arg("queries"), arg("count"), arg("width"), arg("place"),
           py::call_guard<py::gil_scoped_release>(), "The nearest key of every query.");
     m.attr("MAX_TOP_K") = kMaxTopK;
     m.def("cuda_topk_keys_workspace", &topk_keys_workspace, arg("queries"), arg("count"),
           "64-bit words of scratch memory that cuda_topk_keys needs.");
     m.def("cuda_topk_keys", &search_best, arg("dtype"), arg("metric"), arg("query"), arg("keys"),
           arg("scores"), arg("index"), arg("workspace"), arg("queries"),
-          arg("count"), arg("width"), arg("k"), arg("stream"),
+          arg("count"), arg("width"), arg("k"), arg("place"),
           py::call_guard<py::gil_scoped_release>(), "The k best keys of every query.");
     m.attr("MAX_ROUTED_KEYS") = kMaxRoutedKeys;
     m.def("cuda_route", &route_samples, arg("pooled"), arg("projection"), arg("keys"),
           arg("workspace"), arg("scores"), arg("weights"), arg("samples"),
           arg("width"), arg("hidden"), arg("count"), arg("top_k"), arg("eps"), arg("divisor"),
-          arg("threshold"), arg("stream"), py::call_guard<py::gil_scoped_release>(),
+          arg("threshold"), arg("place"), py::call_guard<py::gil_scoped_release>(),
           "Scores, and weights unless they are None, of every key for each sample.");
     m.def("cuda_mix_prompts", &prompts_and_embeds, arg("prompts"), arg("mixture"), arg("source"),
           arg("source_dtype"), arg("ids"), arg("wide_ids"), arg("out"), arg("samples"),
-          arg("adapters"), arg("length"), arg("tokens"), arg("width"), arg("stream"), py::call_guard<py::gil_scoped_release>(),
+          arg("adapters"), arg("length"), arg("tokens"), arg("width"), arg("place"), py::call_guard<py::gil_scoped_release>(),
           "Each sample's mixture of prompts, followed by its embeddings.");
 }
 

@@ -14,6 +14,12 @@ struct SharedKeys {
     int64_t splits;  // shares of the keys
     int64_t keys_per_split;
     bool aligned;
+
+    // Blocks are numbered share by share for some of the queries, then for the next ones.
+    __device__ int64_t split() const { return blockIdx.x % static_cast<unsigned>(splits); }
+    __device__ int64_t first_query(int queries) const {
+        return static_cast<int64_t>(blockIdx.x / static_cast<unsigned>(splits)) * queries;
+    }
 };
 
 // Launches::kMinKeys is the least of a share, Launches::kMaxSplits the most shares.
@@ -24,16 +30,15 @@ int64_t splits_of(int64_t count) {
 }
 
 // Launches::compare<T, QUERIES> for QUERIES queries a block, or Launches::multiply<T> for kTile by
-// the tensor cores, which take 16 bits; then Launches::merge<T>. There must be keys.
+// the tensor cores, for several queries of 16 bits; then Launches::merge<T>. There must be keys.
 template <class Launches, class Search>
-void search_keys(const Search& search, void* stream) {
+void search_keys(const Search& search, const Stream& stream) {
     SharedKeys<Search> arguments = {};
     arguments.search = search;
     arguments.keys_per_split = ceil_div(search.count, splits_of<Launches>(search.count));
     arguments.splits = ceil_div(search.count, arguments.keys_per_split);
-    const auto grid = [&](int queries) {
-        return dim3(static_cast<unsigned>(arguments.splits),
-                    static_cast<unsigned>(ceil_div(search.queries, queries)));
+    const auto blocks = [&](int queries) {
+        return arguments.splits * ceil_div(search.queries, queries);
     };
     by_dtype(search.dtype, [&](auto type) {
         typedef typename decltype(type)::type T;
@@ -41,13 +46,13 @@ void search_keys(const Search& search, void* stream) {
         const int64_t row = search.width * static_cast<int64_t>(sizeof(T));
         arguments.aligned = aligned16(search.query, row) && aligned16(search.keys, row);
         if (search.queries == 1) {
-            Launches::template compare<T, 1>(grid(1), arguments, stream);
-        } else if (!kMultiplies || search.queries <= 4) {
-            Launches::template compare<T, 4>(grid(4), arguments, stream);
+            Launches::template compare<T, 1>(blocks(1), arguments, stream);
         } else if constexpr (kMultiplies) {
-            Launches::template multiply<T>(grid(kTile), arguments, stream);
+            Launches::template multiply<T>(blocks(kTile), arguments, stream);
+        } else {
+            Launches::template compare<T, 4>(blocks(4), arguments, stream);
         }
-        Launches::template merge<T>(dim3(static_cast<unsigned>(search.queries)), arguments, stream);
+        Launches::template merge<T>(search.queries, arguments, stream);
     });
 }
 

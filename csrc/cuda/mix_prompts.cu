@@ -15,6 +15,7 @@ struct Arguments {
     MixPrompts mix;
     AnyTensor prompts;
     int64_t vectors_per_row;
+    int64_t blocks_per_tile;  // of samples
     bool aligned_source;
     bool aligned_out;
 };
@@ -28,18 +29,19 @@ __device__ inline int64_t source_offset(const MixPrompts& mix, int64_t sample, i
     return id >= 0 && id < mix.vocabulary ? id * mix.row_stride : -1;
 }
 
-// Eight columns of one row for SAMPLES samples per thread; grid (rows and columns, samples).
+// Eight columns of one row for SAMPLES samples per thread; blocks (samples, rows and columns).
 template <class T, int SAMPLES>
 __global__ void __launch_bounds__(kThreads) write(const __grid_constant__ Arguments arguments) {
     wait_for_previous_kernel();
     const MixPrompts& mix = arguments.mix;
-    const int64_t vector = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+    const auto blocks = static_cast<unsigned>(arguments.blocks_per_tile);
+    const int64_t vector = static_cast<int64_t>(blockIdx.x % blocks) * kThreads + threadIdx.x;
     const int64_t row = vector / arguments.vectors_per_row;
     const int64_t column = (vector - row * arguments.vectors_per_row) * kVector;
     const int64_t rows = mix.length + mix.tokens;
     if (row >= rows) return;
     const int64_t left = mix.width - column;
-    const int64_t first = static_cast<int64_t>(blockIdx.y) * SAMPLES;
+    const int64_t first = static_cast<int64_t>(blockIdx.x / blocks) * SAMPLES;
     T* out = static_cast<T*>(mix.out) + (first * rows + row) * mix.width + column;
 
     if (row >= mix.length) {
@@ -101,24 +103,24 @@ __global__ void __launch_bounds__(kThreads) write(const __grid_constant__ Argume
 }
 
 template <class T>
-void run(Arguments& arguments, void* stream) {
+void run(Arguments& arguments, const Stream& stream) {
     const MixPrompts& mix = arguments.mix;
     const auto size = static_cast<int64_t>(sizeof(T));
     arguments.aligned_out = aligned16(mix.out, mix.width * size);
     arguments.aligned_source = aligned16(mix.source, mix.row_stride * size) &&
                                mix.sample_stride * size % 16 == 0;
     const int64_t vectors = (mix.length + mix.tokens) * arguments.vectors_per_row;
-    dim3 grid(static_cast<unsigned>(ceil_div(vectors, kThreads)));
+    const int64_t blocks = arguments.blocks_per_tile = ceil_div(vectors, kThreads);
     if (mix.samples == 1) {
-        return launch<write<T, 1>>("mix_prompts", grid, kThreads, 0, stream, arguments);
+        return launch<write<T, 1>>("mix_prompts", blocks, kThreads, 0, stream, arguments);
     }
-    grid.y = static_cast<unsigned>(ceil_div(mix.samples, 4));
-    launch<write<T, 4>>("mix_prompts", grid, kThreads, 0, stream, arguments);
+    launch<write<T, 4>>("mix_prompts", blocks * ceil_div(mix.samples, 4), kThreads, 0, stream,
+                        arguments);
 }
 
 }  // namespace
 
-void mix_prompts(const MixPrompts& mix, void* stream) {
+void mix_prompts(const MixPrompts& mix, const Stream& stream) {
     Arguments arguments = {};
     arguments.mix = mix;
     const int64_t size = mix.prompts_dtype == DType::float32 ? 4 : 2;

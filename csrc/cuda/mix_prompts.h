@@ -3,6 +3,7 @@
 
 #include <stdint.h>
 
+#include "cuda/stream.h"
 #include "dtype.h"
 
 namespace sapt_fast {
@@ -28,6 +29,6 @@ struct MixPrompts {
 
 // One launch. Prompts whose weight is zero in every sample of a tile are not read; an id out of
 // range gives NaN.
-void mix_prompts(const MixPrompts& mix, void* stream);
+void mix_prompts(const MixPrompts& mix, const Stream& stream);
 
 }  // namespace sapt_fast

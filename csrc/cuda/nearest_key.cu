@@ -29,10 +29,10 @@ __device__ inline void keep_best(const Arguments& arguments, const Shared<QUERIE
     if (threadIdx.x >= QUERIES || query >= arguments.search.queries) return;
     uint64_t best = kNothing;
     for (int w = 0; w < kWarps; ++w) best = min(best, shared.best[w][threadIdx.x]);
-    arguments.search.workspace[blockIdx.x * arguments.search.queries + query] = best;
+    arguments.search.workspace[arguments.split() * arguments.search.queries + query] = best;
 }
 
-// Squared distances by differences; grid (splits, queries).
+// Squared distances by differences; blocks (queries, splits).
 template <class T, int QUERIES>
 __global__ void __launch_bounds__(kThreads)
     compare(const __grid_constant__ Arguments arguments) {
@@ -46,8 +46,8 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t width = search.width;
     const int lane = threadIdx.x % kWarp;
     const int warp = threadIdx.x / kWarp;
-    const int64_t first_query = static_cast<int64_t>(blockIdx.y) * QUERIES;
-    const int64_t start = blockIdx.x * arguments.keys_per_split;
+    const int64_t first_query = arguments.first_query(QUERIES);
+    const int64_t start = arguments.split() * arguments.keys_per_split;
     const int64_t stop = min(search.count, start + arguments.keys_per_split);
     const T* query = static_cast<const T*>(search.query) + first_query * width;
     const T* keys = static_cast<const T*>(search.keys);
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads)
     keep_best<QUERIES>(arguments, shared, first_query);
 }
 
-// |k|^2 - 2 q k from the tensor cores; grid (splits, queries).
+// |k|^2 - 2 q k from the tensor cores; blocks (queries, splits).
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     multiply(const __grid_constant__ Arguments arguments) {
@@ -110,8 +110,8 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t width = search.width;
     const int group = threadIdx.x % kWarp / 4;
     const int warp = threadIdx.x / kWarp;
-    const int64_t first_query = static_cast<int64_t>(blockIdx.y) * kTile;
-    const int64_t start = blockIdx.x * arguments.keys_per_split;
+    const int64_t first_query = arguments.first_query(kTile);
+    const int64_t start = arguments.split() * arguments.keys_per_split;
     const int64_t stop = min(search.count, start + arguments.keys_per_split);
     const T* query = static_cast<const T*>(search.query) + first_query * width;
     uint64_t best[4] = {kNothing, kNothing, kNothing, kNothing};
@@ -202,21 +202,21 @@ struct Launches {
     static constexpr int64_t kMinKeys = 128;
 
     template <class T, int QUERIES>
-    static void compare(dim3 grid, const Arguments& arguments, void* stream) {
-        launch<sapt_fast::compare<T, QUERIES>>("nearest_key compare", grid, kThreads,
+    static void compare(int64_t blocks, const Arguments& arguments, const Stream& stream) {
+        launch<sapt_fast::compare<T, QUERIES>>("nearest_key compare", blocks, kThreads,
                                                sizeof(Shared<QUERIES>), stream, arguments);
     }
 
     template <class T>
-    static void multiply(dim3 grid, const Arguments& arguments, void* stream) {
-        launch<sapt_fast::multiply<T>>("nearest_key multiply", grid, kThreads, sizeof(Shared<kTile>),
-                                       stream, arguments);
+    static void multiply(int64_t blocks, const Arguments& arguments, const Stream& stream) {
+        launch<sapt_fast::multiply<T>>("nearest_key multiply", blocks, kThreads,
+                                       sizeof(Shared<kTile>), stream, arguments);
     }
 
     template <class T>
-    static void merge(dim3 grid, const Arguments& arguments, void* stream) {
-        launch<sapt_fast::merge<T>>("nearest_key merge", grid, kThreads, sizeof(MergeShared), stream,
-                                    arguments);
+    static void merge(int64_t blocks, const Arguments& arguments, const Stream& stream) {
+        launch<sapt_fast::merge<T>>("nearest_key merge", blocks, kThreads, sizeof(MergeShared),
+                                    stream, arguments);
     }
 };
 
@@ -226,7 +226,7 @@ int64_t nearest_key_workspace(int64_t queries, int64_t count) {
     return splits_of<Launches>(count) * queries;
 }
 
-void nearest_key(const NearestKey& search, void* stream) {
+void nearest_key(const NearestKey& search, const Stream& stream) {
     if (search.queries == 0 || search.count == 0) return;
     search_keys<Launches>(search, stream);
 }

@@ -3,6 +3,7 @@
 
 #include <stdint.h>
 
+#include "cuda/stream.h"
 #include "dtype.h"
 
 namespace sapt_fast {
@@ -26,9 +27,9 @@ constexpr int64_t kMaxKeys = int64_t{1} << 32;
 // 64-bit words of scratch memory that the launches share.
 int64_t nearest_key_workspace(int64_t queries, int64_t count);
 
-// Two launches. Of keys at equal distances the lowest index. Up to 4 queries, and float32, compare
-// differences; more queries of 16 bits compare |k|^2 - 2 q k from the tensor cores, in whose rounding
-// keys may change places. The distance is that of the chosen key, from the differences.
-void nearest_key(const NearestKey& search, void* stream);
+// Two launches. Of keys at equal distances the lowest index. One query, and float32, compare
+// differences; several queries of 16 bits compare |k|^2 - 2 q k from the tensor cores, in whose
+// rounding keys may change places. The distance is that of the chosen key, from the differences.
+void nearest_key(const NearestKey& search, const Stream& stream);
 
 }  // namespace sapt_fast

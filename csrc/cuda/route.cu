@@ -20,11 +20,13 @@ struct Product {
     float* out;  // [samples, rows]
     int64_t rows;
     int64_t columns;
+    int64_t blocks_per_sample;
     int warps_per_row;
     float eps;
     float factor;
     bool silu;        // of the product
     bool layer_norm;  // of the vector
+    bool follows;     // another kernel of the op, which writes no matrix
 };
 
 struct Shared {
@@ -57,45 +59,60 @@ __device__ inline float block_max(float value, Shared& shared) {
     return value;
 }
 
-// grid (rows, samples)
-__global__ void __launch_bounds__(kThreads, 2) multiply(const __grid_constant__ Product product) {
-    Shared& shared = shared_memory<Shared>();
-    wait_for_previous_kernel();
-    let_next_kernel_start();
-
-    const int64_t sample = blockIdx.y;
-    const int64_t columns = product.columns;
+// Mean and reciprocal deviation of a sample's vector.
+struct Moments {
     float mean = 0.0f;
     float scale = 1.0f;
-    if (product.layer_norm) {
-        const float* vector = static_cast<const float*>(product.vector.data) + sample * columns;
-        float sum = 0.0f;
-        for (int64_t i = threadIdx.x; i < columns; i += kThreads) sum += vector[i];
-        mean = block_sum(sum, shared) / static_cast<float>(columns);
-        sum = 0.0f;
-        for (int64_t i = threadIdx.x; i < columns; i += kThreads) {
-            sum += (vector[i] - mean) * (vector[i] - mean);
-        }
-        scale = 1.0f / sqrtf(block_sum(sum, shared) / static_cast<float>(columns) + product.eps);
-    }
+};
 
+__device__ inline Moments moments_of(const Product& product, int64_t sample, Shared& shared) {
+    const int64_t columns = product.columns;
+    const auto count = static_cast<float>(columns);
+    const float* vector = static_cast<const float*>(product.vector.data) + sample * columns;
+    float sum = 0.0f;
+    for (int64_t i = threadIdx.x; i < columns; i += kThreads) sum += vector[i];
+    const float mean = block_sum(sum, shared) / count;
+    sum = 0.0f;
+    for (int64_t i = threadIdx.x; i < columns; i += kThreads) {
+        sum += (vector[i] - mean) * (vector[i] - mean);
+    }
+    return {mean, 1.0f / sqrtf(block_sum(sum, shared) / count + product.eps)};
+}
+
+// Blocks (samples, rows).
+__global__ void __launch_bounds__(kThreads, 2) multiply(const __grid_constant__ Product product) {
+    Shared& shared = shared_memory<Shared>();
+    const auto blocks = static_cast<unsigned>(product.blocks_per_sample);
+    const int64_t sample = blockIdx.x / blocks;
+    const int64_t columns = product.columns;
     const int warp = threadIdx.x / kWarp;
     const int rows_per_block = kWarps / product.warps_per_row;
-    const int64_t row =
-        static_cast<int64_t>(blockIdx.x) * rows_per_block + warp / product.warps_per_row;
+    const int64_t first_row = static_cast<int64_t>(blockIdx.x % blocks) * rows_per_block;
+    const int64_t row = first_row + warp / product.warps_per_row;
     const int part = warp % product.warps_per_row;
     const int64_t step = product.warps_per_row * kWarp * kVector;
     const int64_t stop = row < product.rows ? columns : 0;
-    float sum[1] = {0.0f};
-    for (int64_t first = (part * kWarp + threadIdx.x % kWarp) * kVector; first < stop;
-         first += kAhead * step) {
-        AnyPacked packed[kAhead];
+    const int64_t start = (part * kWarp + threadIdx.x % kWarp) * kVector;
+    AnyPacked packed[kAhead];
+    const auto load_matrix = [&](int64_t first) {
 #pragma unroll
         for (int ahead = 0; ahead < kAhead; ++ahead) {
             const int64_t i = first + ahead * step;
-            packed[ahead] = i < stop ? load(product.matrix, row * columns + i, stop - i)
-                                     : zeros<float>();
+            packed[ahead] = i < stop
+                                ? load<Cache::l2>(product.matrix, row * columns + i, stop - i)
+                                : zeros<float>();
         }
+    };
+    if (product.follows) load_matrix(start);
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+    if (!product.follows) load_matrix(start);
+
+    Moments moments;
+    if (product.layer_norm) moments = moments_of(product, sample, shared);
+    float sum[1] = {0.0f};
+    for (int64_t first = start; first < stop; first += kAhead * step) {
+        if (first != start) load_matrix(first);
 #pragma unroll
         for (int ahead = 0; ahead < kAhead; ++ahead) {
             const int64_t i = first + ahead * step;
@@ -111,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, 2) multiply(const __grid_constant__ 
                 load_values(bias, product.norm_bias, i, stop - i);
 #pragma unroll
                 for (int e = 0; e < kVector; ++e) {
-                    vector[e] = (vector[e] - mean) * scale * weight[e] + bias[e];
+                    vector[e] = (vector[e] - moments.mean) * moments.scale * weight[e] + bias[e];
                 }
             }
 #pragma unroll
@@ -123,7 +140,7 @@ __global__ void __launch_bounds__(kThreads, 2) multiply(const __grid_constant__ 
     if (threadIdx.x % kWarp == 0) shared.sums[warp] = warp_sum;
     __syncthreads();
     const int place = threadIdx.x;
-    const int64_t own = static_cast<int64_t>(blockIdx.x) * rows_per_block + place;
+    const int64_t own = first_row + place;
     if (place >= rows_per_block || own >= product.rows) return;
     float total = 0.0f;
     for (int w = 0; w < product.warps_per_row; ++w) {
@@ -142,16 +159,100 @@ struct Choice {
     float threshold;
 };
 
+constexpr int kOwn = kMaxRoutedKeys / kThreads;  // weights of a thread: every kThreads-th
+constexpr int kCompared = 128;                   // so few are compared with each other
+
 struct ChoiceShared {
     Shared sums;
-    float weights[kMaxRoutedKeys];
+    float weights[kCompared];
+    int counts[2][kWarps];
+    int equal[kOwn][kWarps];
 };
 
-// Softmax of one sample's scores, and which of its weights are kept; grid (samples).
+// How many of the block's weights are chosen. `turn` is 0 and 1 by turns: one barrier will do.
+__device__ inline int block_count(const bool (&chosen)[kOwn], int turn, ChoiceShared& shared) {
+    int count = 0;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) count += __popc(__ballot_sync(kAllLanes, chosen[i]));
+    if (threadIdx.x % kWarp == 0) shared.counts[turn][threadIdx.x / kWarp] = count;
+    __syncthreads();
+    int total = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) total += shared.counts[turn][w];
+    return total;
+}
+
+// Keeps the first `left` of the block's open weights.
+__device__ inline void keep_first(bool (&kept)[kOwn], const bool (&open)[kOwn], int left,
+                                  ChoiceShared& shared) {
+    const int warp = threadIdx.x / kWarp;
+    unsigned masks[kOwn];
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+        masks[i] = __ballot_sync(kAllLanes, open[i]);
+        if (threadIdx.x % kWarp == 0) shared.equal[i][warp] = __popc(masks[i]);
+    }
+    __syncthreads();
+    int before = 0;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) {
+            const unsigned lower = w == warp ? masks[i] & ((1u << threadIdx.x % kWarp) - 1) : 0u;
+            if (w == warp && open[i] && before + __popc(lower) < left) kept[i] = true;
+            before += shared.equal[i][w];
+        }
+    }
+}
+
+// Which of `count` weights are among the `top_k` largest, of equal ones the first: bit by bit from
+// the highest on, those with the bit set are kept, or the others dropped. Weights are from 0 to 1.
+__device__ inline void keep_largest(bool (&kept)[kOwn], const float (&own)[kOwn], int count,
+                                    int top_k, ChoiceShared& shared) {
+    constexpr int kHighestBit = 29;  // of 1.0f
+    bool open[kOwn];
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+        kept[i] = false;
+        open[i] = i * kThreads + static_cast<int>(threadIdx.x) < count;
+    }
+    int left = top_k;
+    int undecided = count;
+    for (int bit = kHighestBit; bit >= 0 && undecided > left; --bit) {
+        bool set[kOwn];
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i) set[i] = open[i] && __float_as_uint(own[i]) >> bit & 1;
+        const int larger = block_count(set, bit % 2, shared);
+        const bool fit = larger < left;
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i) {
+            kept[i] = kept[i] || (fit && set[i]);
+            open[i] = open[i] && fit != set[i];
+        }
+        left -= fit ? larger : 0;
+        undecided = fit ? undecided - larger : larger;
+    }
+    keep_first(kept, open, left, shared);
+}
+
+// The same by counting for each weight those before it: fewer steps where weights are few.
+__device__ inline void keep_largest_of_few(bool (&kept)[kOwn], const float (&own)[kOwn], int count,
+                                           int top_k, ChoiceShared& shared) {
+    const int k = threadIdx.x;
+    if (k < count) shared.weights[k] = own[0];
+    __syncthreads();
+    int before = 0;
+    for (int other = 0; k < count && other < count; ++other) {
+        const float weight = shared.weights[other];
+        before += weight > own[0] || (weight == own[0] && other < k);
+    }
+    kept[0] = before < top_k;
+}
+
+// Softmax of one sample's scores, and which of its weights are kept; blocks (samples).
 __global__ void __launch_bounds__(kThreads) choose(const __grid_constant__ Choice choice) {
     ChoiceShared& shared = shared_memory<ChoiceShared>();
     wait_for_previous_kernel();
-    constexpr int kOwn = kMaxRoutedKeys / kThreads;
     const int count = static_cast<int>(choice.count);
     const float* scores = choice.scores + blockIdx.x * choice.count;
     float own[kOwn];
@@ -172,30 +273,25 @@ __global__ void __launch_bounds__(kThreads) choose(const __grid_constant__ Choic
     }
     sum = block_sum(sum, shared.sums);
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-        const int k = i * kThreads + threadIdx.x;
-        own[i] /= sum;
-        if (k < count) shared.weights[k] = own[i];
-    }
+    for (int i = 0; i < kOwn; ++i) own[i] /= sum;
     const bool ranked = choice.top_k < choice.count;
     if (ranked || choice.threshold > 0.0f) {
-        __syncthreads();
+        bool kept[kOwn];
+#pragma unroll
+        for (bool& keep : kept) keep = true;
+        const int top_k = static_cast<int>(choice.top_k);
+        if (ranked && count <= kCompared) keep_largest_of_few(kept, own, count, top_k, shared);
+        if (ranked && count > kCompared) keep_largest(kept, own, count, top_k, shared);
         const float limit = fminf(choice.threshold, 1.0f / sum);  // 1 / sum is the largest
-        float kept = 0.0f;
+        float total = 0.0f;
 #pragma unroll
         for (int i = 0; i < kOwn; ++i) {
-            const int k = i * kThreads + threadIdx.x;
-            int before = 0;
-            for (int other = 0; ranked && k < count && other < count; ++other) {
-                const float weight = shared.weights[other];
-                before += weight > own[i] || (weight == own[i] && other < k);
-            }
-            if (own[i] < limit || before >= choice.top_k) own[i] = 0.0f;
-            kept += own[i];
+            if (own[i] < limit || !kept[i]) own[i] = 0.0f;
+            total += own[i];
         }
-        kept = block_sum(kept, shared.sums);
+        total = block_sum(total, shared.sums);
 #pragma unroll
-        for (int i = 0; i < kOwn; ++i) own[i] /= kept;
+        for (int i = 0; i < kOwn; ++i) own[i] /= total;
     }
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
@@ -222,7 +318,7 @@ Product product_of(const TypedAddress& matrix, const TypedAddress& vector, float
     return product;
 }
 
-void run(Product product, int64_t samples, void* stream) {
+void run(Product product, int64_t samples, const Stream& stream) {
     if (product.rows == 0) return;
     // All warps of a block on a row that is long enough for them.
     product.warps_per_row = 1;
@@ -230,14 +326,14 @@ void run(Product product, int64_t samples, void* stream) {
            product.columns > product.warps_per_row * kWarp * kVector) {
         product.warps_per_row *= 2;
     }
-    const dim3 grid(static_cast<unsigned>(ceil_div(product.rows, kWarps / product.warps_per_row)),
-                    static_cast<unsigned>(samples));
-    launch<multiply>("router multiply", grid, kThreads, sizeof(Shared), stream, product);
+    product.blocks_per_sample = ceil_div(product.rows, kWarps / product.warps_per_row);
+    launch<multiply>("router multiply", product.blocks_per_sample * samples, kThreads,
+                     sizeof(Shared), stream, product);
 }
 
 }  // namespace
 
-void route(const Route& route, void* stream) {
+void route(const Route& route, const Stream& stream) {
     if (route.samples == 0 || route.count == 0) return;
     Product scores = product_of(route.keys, route.pooled, route.scores, route.count, route.width);
     scores.factor = 1.0f / route.divisor;
@@ -248,17 +344,18 @@ void route(const Route& route, void* stream) {
             route.samples, stream);
         Product up = product_of(route.up, hidden, query, route.width, route.hidden);
         up.silu = true;
+        up.follows = route.hidden > 0;
         run(up, route.samples, stream);
         scores.vector = any({query, DType::float32}, route.width);
         scores.norm_weight = any(route.norm_weight, route.width);
         scores.norm_bias = any(route.norm_bias, route.width);
         scores.eps = route.eps;
         scores.layer_norm = true;
+        scores.follows = route.width > 0;
     }
     run(scores, route.samples, stream);
     if (route.weights == nullptr) return;
-    launch<choose>("router choose", dim3(static_cast<unsigned>(route.samples)), kThreads,
-                   sizeof(ChoiceShared), stream,
+    launch<choose>("router choose", route.samples, kThreads, sizeof(ChoiceShared), stream,
                    Choice{route.scores, route.weights, route.count, route.top_k, route.threshold});
 }
 

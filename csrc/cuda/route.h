@@ -3,6 +3,7 @@
 
 #include <stdint.h>
 
+#include "cuda/stream.h"
 #include "dtype.h"
 
 namespace sapt_fast {
@@ -36,6 +37,6 @@ struct Route {
 
 // scores = LayerNorm(SiLU(up down pooled)) keys^T / divisor, weights = softmax(scores), those that
 // are kept scaled to sum to 1. One launch for each product, one for the weights; all in float.
-void route(const Route& route, void* stream);
+void route(const Route& route, const Stream& stream);
 
 }  // namespace sapt_fast

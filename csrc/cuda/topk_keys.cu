@@ -47,13 +47,12 @@ __device__ inline float inverse_root(float square) {
     return square == 0.0f ? 0.0f : 1.0f / sqrtf(square);
 }
 
-// Squared norms of the block's queries, where the metric needs them.
+// Squared norms of the block's queries.
 template <class T, int QUERIES>
 __device__ inline void square_queries(const Arguments& arguments, Shared<QUERIES>& shared,
                                       int64_t first_query) {
     const TopkKeys& search = arguments.search;
     const int lane = threadIdx.x % kWarp;
-    if (search.metric == Metric::dot) return;
     for (int q = threadIdx.x / kWarp; q < QUERIES; q += kWarps) {
         float sum[1] = {0.0f};
         const T* query = static_cast<const T*>(search.query) + (first_query + q) * search.width;
@@ -83,12 +82,13 @@ __device__ inline void keep_best(const Arguments& arguments, const Best (&best)[
     for (int q = warp; q < QUERIES && first_query + q < search.queries; q += kWarps) {
         Best all = {shared.best[0][q][lane]};
         for (int w = 1; w < kWarps; ++w) all.offer(shared.best[w][q][lane], search.k);
-        search.workspace[(blockIdx.x * search.queries + first_query + q) * kWarp + lane] = all.word;
+        search.workspace[(arguments.split() * search.queries + first_query + q) * kWarp + lane] =
+            all.word;
     }
 }
 
-// Products or differences in float; grid (splits, queries).
-template <class T, int QUERIES>
+// Products or differences in float; blocks (queries, splits).
+template <class T, Metric METRIC, int QUERIES>
 __global__ void __launch_bounds__(kThreads)
     compare(const __grid_constant__ Arguments arguments) {
     constexpr int kSums = kKeys * QUERIES;
@@ -100,12 +100,12 @@ __global__ void __launch_bounds__(kThreads)
     const TopkKeys& search = arguments.search;
     const int64_t width = search.width;
     const int lane = threadIdx.x % kWarp;
-    const int64_t first_query = static_cast<int64_t>(blockIdx.y) * QUERIES;
-    const int64_t start = blockIdx.x * arguments.keys_per_split;
+    const int64_t first_query = arguments.first_query(QUERIES);
+    const int64_t start = arguments.split() * arguments.keys_per_split;
     const int64_t stop = min(search.count, start + arguments.keys_per_split);
     const T* query = static_cast<const T*>(search.query) + first_query * width;
     const T* keys = static_cast<const T*>(search.keys);
-    square_queries<T>(arguments, shared, first_query);
+    if constexpr (METRIC != Metric::dot) square_queries<T>(arguments, shared, first_query);
     // The sum that this lane gets, and whether it is the first of those that get it.
     const int own_key = lane / (kWarp / kSums) / QUERIES;
     const int own_query = lane / (kWarp / kSums) % QUERIES;
@@ -138,21 +138,20 @@ __global__ void __launch_bounds__(kThreads)
                 unpack(key, packed[k]);
 #pragma unroll
                 for (int e = 0; e < kVector; ++e) {
-                    squares[k] += key[e] * key[e];
+                    if constexpr (METRIC == Metric::cosine) squares[k] += key[e] * key[e];
 #pragma unroll
                     for (int q = 0; q < QUERIES; ++q) {
                         const float difference = values[q][e] - key[e];
-                        sums[k * QUERIES + q] += search.metric == Metric::l2
-                                                     ? difference * difference
-                                                     : values[q][e] * key[e];
+                        sums[k * QUERIES + q] += METRIC == Metric::l2 ? difference * difference
+                                                                      : values[q][e] * key[e];
                     }
                 }
             }
         }
         float score = warp_sums(sums);
-        const float square = warp_sums(squares);  // of own_key, too
-        if (search.metric == Metric::l2) score = -score;
-        if (search.metric == Metric::cosine) {
+        if constexpr (METRIC == Metric::l2) score = -score;
+        if constexpr (METRIC == Metric::cosine) {
+            const float square = warp_sums(squares);  // of own_key, too
             score *= inverse_root(shared.squares[own_query]) * inverse_root(square);
         }
         const int64_t index = first + own_key;
@@ -165,8 +164,8 @@ __global__ void __launch_bounds__(kThreads)
     keep_best(arguments, best, shared, first_query);
 }
 
-// Products by the tensor cores; grid (splits, queries).
-template <class T>
+// Products by the tensor cores; blocks (queries, splits).
+template <class T, Metric METRIC>
 __global__ void __launch_bounds__(kThreads)
     multiply(const __grid_constant__ Arguments arguments) {
     Shared<kTile>& shared = shared_memory<Shared<kTile>>();
@@ -176,11 +175,11 @@ __global__ void __launch_bounds__(kThreads)
     const TopkKeys& search = arguments.search;
     const int64_t width = search.width;
     const int group = threadIdx.x % kWarp / 4;
-    const int64_t first_query = static_cast<int64_t>(blockIdx.y) * kTile;
-    const int64_t start = blockIdx.x * arguments.keys_per_split;
+    const int64_t first_query = arguments.first_query(kTile);
+    const int64_t start = arguments.split() * arguments.keys_per_split;
     const int64_t stop = min(search.count, start + arguments.keys_per_split);
     const T* query = static_cast<const T*>(search.query) + first_query * width;
-    square_queries<T>(arguments, shared, first_query);
+    if constexpr (METRIC != Metric::dot) square_queries<T>(arguments, shared, first_query);
     Best best[kTile];
 #pragma unroll
     for (int q = 0; q < kTile; ++q) best[q].word = kNothing;
@@ -197,12 +196,12 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
             for (int q = 0; q < 4; ++q) {
                 float score = tile.product(half, q);
-                if (search.metric == Metric::l2) {
+                if constexpr (METRIC == Metric::l2) {
                     const float squared =
                         shared.squares[tile_query(q)] + tile.squares[half] - 2.0f * score;
                     score = squared < 0.0f ? 0.0f : -squared;
                 }
-                if (search.metric == Metric::cosine) {
+                if constexpr (METRIC == Metric::cosine) {
                     score *= inverse_root(shared.squares[tile_query(q)]) *
                              inverse_root(tile.squares[half]);
                 }
@@ -219,7 +218,7 @@ __global__ void __launch_bounds__(kThreads)
     keep_best(arguments, best, shared, first_query);
 }
 
-// One query: the best of all shares; grid (queries).
+// One query: the best of all shares; blocks (queries).
 __global__ void __launch_bounds__(kThreads) merge(const __grid_constant__ Arguments arguments) {
     Shared<1>& shared = shared_memory<Shared<1>>();
     const TopkKeys& search = arguments.search;
@@ -230,7 +229,8 @@ __global__ void __launch_bounds__(kThreads) merge(const __grid_constant__ Argume
 
     Best best = {kNothing};
     for (int64_t split = warp; split < arguments.splits; split += kWarps) {
-        best.offer(__ldcg(search.workspace + (split * search.queries + m) * kWarp + lane), search.k);
+        best.offer(__ldcg(search.workspace + (split * search.queries + m) * kWarp + lane),
+                   search.k);
     }
     shared.best[warp][0][lane] = best.word;
     __syncthreads();
@@ -241,25 +241,26 @@ __global__ void __launch_bounds__(kThreads) merge(const __grid_constant__ Argume
     search.index[m * search.k + lane] = index_of(best.word);
 }
 
+template <Metric METRIC>
 struct Launches {
     static constexpr int64_t kMaxSplits = 264;  // two blocks on each of many processors
     static constexpr int64_t kMinKeys = 256;
 
     template <class T, int QUERIES>
-    static void compare(dim3 grid, const Arguments& arguments, void* stream) {
-        launch<sapt_fast::compare<T, QUERIES>>("topk_keys compare", grid, kThreads,
+    static void compare(int64_t blocks, const Arguments& arguments, const Stream& stream) {
+        launch<sapt_fast::compare<T, METRIC, QUERIES>>("topk_keys compare", blocks, kThreads,
                                                sizeof(Shared<QUERIES>), stream, arguments);
     }
 
     template <class T>
-    static void multiply(dim3 grid, const Arguments& arguments, void* stream) {
-        launch<sapt_fast::multiply<T>>("topk_keys multiply", grid, kThreads, sizeof(Shared<kTile>),
-                                       stream, arguments);
+    static void multiply(int64_t blocks, const Arguments& arguments, const Stream& stream) {
+        launch<sapt_fast::multiply<T, METRIC>>("topk_keys multiply", blocks, kThreads,
+                                               sizeof(Shared<kTile>), stream, arguments);
     }
 
     template <class T>
-    static void merge(dim3 grid, const Arguments& arguments, void* stream) {
-        launch<sapt_fast::merge>("topk_keys merge", grid, kThreads, sizeof(Shared<1>), stream,
+    static void merge(int64_t blocks, const Arguments& arguments, const Stream& stream) {
+        launch<sapt_fast::merge>("topk_keys merge", blocks, kThreads, sizeof(Shared<1>), stream,
                                  arguments);
     }
 };
@@ -267,12 +268,19 @@ struct Launches {
 }  // namespace
 
 int64_t topk_keys_workspace(int64_t queries, int64_t count) {
-    return splits_of<Launches>(count) * queries * kWarp;
+    return splits_of<Launches<Metric::dot>>(count) * queries * kWarp;  // of all metrics alike
 }
 
-void topk_keys(const TopkKeys& search, void* stream) {
+void topk_keys(const TopkKeys& search, const Stream& stream) {
     if (search.queries == 0) return;
-    search_keys<Launches>(search, stream);
+    switch (search.metric) {
+        case Metric::dot:
+            return search_keys<Launches<Metric::dot>>(search, stream);
+        case Metric::cosine:
+            return search_keys<Launches<Metric::cosine>>(search, stream);
+        case Metric::l2:
+            return search_keys<Launches<Metric::l2>>(search, stream);
+    }
 }
 
 }  // namespace sapt_fast

@@ -3,6 +3,7 @@
 
 #include <stdint.h>
 
+#include "cuda/stream.h"
 #include "dtype.h"
 
 namespace sapt_fast {
@@ -30,7 +31,7 @@ int64_t topk_keys_workspace(int64_t queries, int64_t count);
 
 // Two launches. Of equal scores the lower index first, NaN after all others. Scores are in float:
 // inner products; cosines, 0 with a vector of zeros; or squared distances times -1, from
-// differences for up to 4 queries and for float32, else |q|^2 + |k|^2 - 2 q k, at least 0.
-void topk_keys(const TopkKeys& search, void* stream);
+// differences for one query and for float32, else |q|^2 + |k|^2 - 2 q k, at least 0.
+void topk_keys(const TopkKeys& search, const Stream& stream);
 
 }  // namespace sapt_fast

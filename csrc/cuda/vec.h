@@ -45,15 +45,28 @@ __device__ inline Packed<T> zeros() {
     return packed;
 }
 
+// Where loads look first. What is read before wait_for_previous_kernel(), and what is read once, comes
+// from L2: no line of L1 that an earlier kernel left is taken for it, none is replaced by it.
+enum class Cache { l1, l2 };
+
+template <Cache CACHE, class E>
+__device__ inline E read(const E* from) {
+    if constexpr (CACHE == Cache::l2) {
+        return __ldcg(from);
+    } else {
+        return *from;
+    }
+}
+
 // The elements at `from`, zeros from `count` on. `aligned`: 16-byte loads are allowed.
-template <class T>
+template <Cache CACHE = Cache::l1, class T>
 __device__ inline Packed<T> load(const T* from, int64_t count, bool aligned) {
     Packed<T> packed = zeros<T>();
     if (aligned && count >= kVector) {
         const uint4* parts = reinterpret_cast<const uint4*>(from);
 #pragma unroll
         for (int i = 0; i < static_cast<int>(sizeof packed / sizeof(uint4)); ++i) {
-            packed.part[i] = parts[i];
+            packed.part[i] = read<CACHE>(parts + i);
         }
         return packed;
     }
@@ -61,7 +74,7 @@ __device__ inline Packed<T> load(const T* from, int64_t count, bool aligned) {
     memcpy(elements, &packed, sizeof packed);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-        if (i < count) elements[i] = from[i];
+        if (i < count) elements[i] = read<CACHE>(from + i);
     }
     memcpy(&packed, elements, sizeof packed);
     return packed;
@@ -138,9 +151,10 @@ __device__ inline Shared& shared_memory() {
 }
 
 // Kernels of one op overlap on Hopper and newer: a kernel may start while the one before it in the
-// stream still runs. All of them wait here before they read what earlier kernels wrote, and only
-// then let the next one start. So a kernel that has started may read everything but the results of
-// the kernel right before it, for which it must have waited.
+// stream still runs. All threads of all of them wait here, and only then let the next one start.
+// Memory is promised to be as earlier kernels left it only after the wait. Before it, a kernel that
+// follows another one of its op may read what that one does not write: everything else was complete
+// when that one let it start. It must come from L2 (Cache::l2), as L1 may hold what was there before.
 __device__ inline void wait_for_previous_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize();

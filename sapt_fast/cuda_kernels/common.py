@@ -32,23 +32,36 @@ def native() -> Any:
     return module
 
 
-def unavailable() -> str | None:
-    """Returns why no CUDA kernel of this build can run on this machine, or None."""
+def unavailable(index: int | None = None) -> str | None:
+    """Returns why no CUDA kernel of this build can run on a device, or None.
+
+    Args:
+        index: of the device. Defaults to any device of this machine.
+    """
     try:
         runtime = native().cuda_runtime()
     except ImportError as error:
         return str(error)
     if runtime["error"]:
         return f"the CUDA runtime says: {runtime['error']}"
-    for device in runtime["devices"]:
-        major, minor = device["capability"]
-        if not _covers(runtime["architectures"], major, minor):
-            return (
-                f"sapt_fast._C holds {', '.join(runtime['architectures'])}, nothing for"
-                f" {device['name']} (sm_{major}{minor}): add {major}{minor} to"
-                " SAPT_FAST_CUDA_ARCHS and reinstall"
-            )
-    return None
+    devices = runtime["devices"]
+    if index is None:
+        reasons = [_uncovered(runtime["architectures"], device) for device in devices]
+        return None if None in reasons else next(iter(reasons), "there is no GPU")
+    if index >= len(devices):
+        return f"the CUDA runtime sees {len(devices)} GPUs, none with index {index}"
+    return _uncovered(runtime["architectures"], devices[index])
+
+
+def _uncovered(architectures: list[str], device: dict[str, Any]) -> str | None:
+    """Returns why no kernel of the build runs on a device that the runtime reports, or None."""
+    major, minor = device["capability"]
+    if _covers(architectures, major, minor):
+        return None
+    return (
+        f"sapt_fast._C holds {', '.join(architectures)}, nothing for {device['name']}"
+        f" (sm_{major}{minor}): add {major}{minor} to SAPT_FAST_CUDA_ARCHS and reinstall"
+    )
 
 
 def _covers(architectures: list[str], major: int, minor: int) -> bool:
@@ -68,15 +81,16 @@ def _covers(architectures: list[str], major: int, minor: int) -> bool:
     return False
 
 
-def stream(device: torch.device) -> int:
-    """Returns the handle of torch's current stream on a device.
+def place(device: torch.device) -> tuple[int, int]:
+    """Returns a CUDA device's index and the handle of torch's current stream on it.
 
     Raises:
         ValueError: if it is not a CUDA device.
     """
     if device.type != "cuda":
         raise ValueError(f"CUDA kernels need CUDA tensors, got device {str(device)!r}")
-    return torch.cuda.current_stream(device).cuda_stream
+    stream = torch.cuda.current_stream(device)
+    return stream.device_index, stream.cuda_stream
 
 
 def dtype_code(dtype: torch.dtype) -> int:

@@ -38,10 +38,9 @@ def mix_prompts_fwd(
         source = source.contiguous()
     prompts, mixture = prompts.contiguous(), mixture.contiguous()
     ids = None if input_ids is None else input_ids.contiguous()
-    with torch.cuda.device_of(source):
-        common.native().cuda_mix_prompts(
-            common.typed(prompts), mixture, source, common.dtype_code(source.dtype),
-            ids, ids is not None and ids.dtype == torch.int64,
-            out, samples, adapters, length, tokens, width, common.stream(source.device),
-        )  # fmt: skip
+    common.native().cuda_mix_prompts(
+        common.typed(prompts), mixture, source, common.dtype_code(source.dtype),
+        ids, ids is not None and ids.dtype == torch.int64,
+        out, samples, adapters, length, tokens, width, common.place(source.device),
+    )  # fmt: skip
     return out

@@ -1,8 +1,8 @@
 """CUDA backend of op `mixed_lora`, for the few rows of a decoding step.
 
-torch computes the base products; then two launches add the mixtures of all projections: one
-reduces x to rank space, the other expands onto the outputs with the weights applied on load.
-Adapters without weight are not read. See csrc/cuda/mixed_lora.cu.
+Two launches for all projections: one multiplies x by the weights and by A, the other expands onto
+the outputs with the mixture applied on load. For more than `MAX_BASE_ROWS` rows torch computes the
+base products before that. Adapters without weight are not read. See csrc/cuda/mixed_lora.cu.
 """
 
 from __future__ import annotations
@@ -44,7 +44,11 @@ def mixed_lora_fwd(
         RuntimeError: if a launch failed.
     """
     x, mixture = x.contiguous(), mixture.contiguous()
-    ys = [_base(x, projection) for projection in projections]
+    fused = [_is_fused(x, projection) for projection in projections]
+    ys = [
+        x.new_empty(x.shape[0], projection.lora_b.shape[1]) if fuses else _base(x, projection)
+        for projection, fuses in zip(projections, fused, strict=True)
+    ]
     by_dtype: dict[torch.dtype, list[int]] = {}
     for i, projection in enumerate(projections):
         # With neither ranks nor a base product y is zero, which takes a launch too.
@@ -53,8 +57,19 @@ def mixed_lora_fwd(
     for members in by_dtype.values():
         for first in range(0, len(members), common.native().MAX_PROJECTIONS):
             chunk = members[first : first + common.native().MAX_PROJECTIONS]
-            _add_mixtures(x, mixture, [projections[i] for i in chunk], [ys[i] for i in chunk])
+            group = [(projections[i], ys[i], fused[i]) for i in chunk]
+            _launch(x, mixture, group)
     return [(y, empty_h(x, 0)) for y in ys]
+
+
+def _is_fused(x: Tensor, projection: Projection) -> bool:
+    """Returns whether the base product is computed in the same launch as x A^T."""
+    return (
+        projection.weight is not None
+        and 0 < x.shape[0] <= common.native().MAX_BASE_ROWS
+        and projection.lora_a.numel() > 0
+        and projection.weight.is_contiguous()
+    )
 
 
 def _has_no_base(projection: Projection) -> bool:
@@ -73,22 +88,22 @@ def _base(x: Tensor, projection: Projection) -> Tensor:
     return x.new_empty(x.shape[0], outputs)
 
 
-def _add_mixtures(
-    x: Tensor, mixture: Tensor, projections: Sequence[Projection], ys: Sequence[Tensor]
-) -> None:
+def _launch(x: Tensor, mixture: Tensor, group: Sequence[tuple[Projection, Tensor, bool]]) -> None:
+    """Fills each projection's y: from nothing if its base product is fused, else adds to it."""
     native = common.native()
     members = []  # of copies too: none may be freed, and its memory taken again, before the launch
-    for projection, y in zip(projections, ys, strict=True):
-        tensors = [t.contiguous() for t in projection[2:] if t is not None]
-        adds = not _has_no_base(projection)
+    for projection, y, fuses in group:
+        base, factors = projection[:2], projection[2:]
+        tensors = [t.contiguous() if fuses and t is not None else None for t in base]
+        tensors += [t.contiguous() for t in factors if t is not None]
+        adds = not fuses and not _has_no_base(projection)
         members.append((y, *tensors, *projection.lora_b.shape, adds))
     (rows, inputs), (samples, adapters) = x.shape, mixture.shape
-    total = sum(projection.lora_a.shape[0] for projection in projections)
+    total = sum(projection.lora_a.shape[0] for projection, _, _ in group)
     size = native.cuda_mixed_lora_workspace(rows, inputs, total)
     workspace = x.new_empty(size, dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        native.cuda_mixed_lora_decode(
-            common.dtype_code(x.dtype), common.dtype_code(projections[0].lora_a.dtype),
-            x, mixture, members, workspace, rows, inputs, samples, adapters,
-            common.stream(x.device),
-        )  # fmt: skip
+    native.cuda_mixed_lora_decode(
+        common.dtype_code(x.dtype), common.dtype_code(group[0][0].lora_a.dtype),
+        x, mixture, members, workspace, rows, inputs, samples, adapters,
+        common.place(x.device),
+    )  # fmt: skip

@@ -20,7 +20,7 @@ def nearest_key_fwd(query: Tensor, keys: Tensor, radius: Tensor) -> tuple[Tensor
     Returns:
         distance [M] float32 to the nearest key, infinite if there is none; index [M] int64, -1
         where that key is farther than its radius; nearest [M] int64, accepted or not, -1 if there
-        is none. Of keys at equal distances the lowest index. More than 4 queries of 16 bits
+        is none. Of keys at equal distances the lowest index. Several queries of 16 bits
         compare |k|^2 - 2 q k in float32, in whose rounding keys may change places.
 
     Raises:
@@ -39,9 +39,8 @@ def nearest_key_fwd(query: Tensor, keys: Tensor, radius: Tensor) -> tuple[Tensor
     query, keys, radius = query.contiguous(), keys.contiguous(), radius.contiguous()
     size = native.cuda_nearest_key_workspace(queries, count)
     workspace = query.new_empty(size, dtype=torch.int64)
-    with torch.cuda.device_of(query):
-        native.cuda_nearest_key(
-            common.dtype_code(query.dtype), query, keys, radius, distance, index, nearest,
-            workspace, queries, count, query.shape[1], common.stream(query.device),
-        )  # fmt: skip
+    native.cuda_nearest_key(
+        common.dtype_code(query.dtype), query, keys, radius, distance, index, nearest,
+        workspace, queries, count, query.shape[1], common.place(query.device),
+    )  # fmt: skip
     return distance, index, nearest

@@ -91,9 +91,8 @@ def _launch(
         hidden, eps = parts[0].shape[0], projection.eps
         workspace_size = samples * (hidden + width)
     workspace = scores.new_empty(workspace_size)
-    with torch.cuda.device_of(pooled):
-        common.native().cuda_route(
-            common.typed(pooled), [common.typed(part) for part in parts], common.typed(keys),
-            workspace, scores, weights, samples, width, hidden, keys.shape[0],
-            top_k, eps, divisor, threshold, common.stream(pooled.device),
-        )  # fmt: skip
+    common.native().cuda_route(
+        common.typed(pooled), [common.typed(part) for part in parts], common.typed(keys),
+        workspace, scores, weights, samples, width, hidden, keys.shape[0],
+        top_k, eps, divisor, threshold, common.place(pooled.device),
+    )  # fmt: skip

@@ -18,7 +18,7 @@ def topk_keys_fwd(query: Tensor, keys: Tensor, k: int, metric: str) -> tuple[Ten
             16 queries of 16 bits, for 4 of float32.
         keys: [N, D], query's dtype, N < 2^32.
         k: 1 to 32.
-        metric: "dot", "cosine" or "l2". More than 4 queries of 16 bits get l2 scores from
+        metric: "dot", "cosine" or "l2". Several queries of 16 bits get l2 scores from
             |q|^2 + |k|^2 - 2 q k in float32, others from the differences.
 
     Returns:
@@ -43,9 +43,8 @@ def topk_keys_fwd(query: Tensor, keys: Tensor, k: int, metric: str) -> tuple[Ten
     query, keys = query.contiguous(), keys.contiguous()
     size = native.cuda_topk_keys_workspace(queries, count)
     workspace = query.new_empty(size, dtype=torch.int64)
-    with torch.cuda.device_of(query):
-        native.cuda_topk_keys(
-            common.dtype_code(query.dtype), _METRICS[metric], query, keys, scores, index, workspace,
-            queries, count, query.shape[1], k, common.stream(query.device),
-        )  # fmt: skip
+    native.cuda_topk_keys(
+        common.dtype_code(query.dtype), _METRICS[metric], query, keys, scores, index, workspace,
+        queries, count, query.shape[1], k, common.place(query.device),
+    )  # fmt: skip
     return scores, index

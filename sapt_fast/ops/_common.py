@@ -49,10 +49,10 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 
 
 def kernel(
-    op: str, name: str, backend: str | None, x: Tensor, rows: int | None = None
+    op: str, name: str, backend: str | None, x: Tensor, rows: int | None = None, ranks: int = 0
 ) -> Callable[..., Any]:
     """Returns a kernel of the backend that dispatch selects; it runs without autocast."""
-    chosen = dispatch.resolve(op, x.device, backend, x.dtype, rows)
+    chosen = dispatch.resolve(op, x.device, backend, x.dtype, rows, ranks)
     return guarded(getattr(dispatch.kernels(op, chosen), name), x)
 
 

@@ -34,7 +34,7 @@ from sapt_fast.ops.rank_table import (
     trained_rows,
 )
 
-DISPATCH = dispatch.Op(few_rows=(64, 64))
+DISPATCH = dispatch.Op(few_rows=(64, 64), most_row_ranks=8192)
 
 
 def mixed_lora_linear(
@@ -204,7 +204,8 @@ def mix(
         ys = formulas.mixed_lora(rows, mixture, computed, projections, grad_through_frozen)
         return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
     if _eager_inference(x):
-        forward = kernel("mixed_lora", "mixed_lora_fwd", backend, rows, rows.shape[0])
+        ranks = max((p.lora_a.shape[0] for p in computed), default=0)
+        forward = kernel("mixed_lora", "mixed_lora_fwd", backend, rows, rows.shape[0], ranks)
         ys = [y for y, _ in forward(rows, mixture, computed, False)]
     else:
         ys = differentiable(rows, mixture, computed, projections, grad_through_frozen, backend)

@@ -9,7 +9,7 @@ from sapt_fast import dispatch
 BACKWARD = "triton"
 
 
-def unavailable(op: str, device_type: str, dtype: torch.dtype | None) -> str | None:
+def unavailable(op: str, device: torch.device, dtype: torch.dtype | None) -> str | None:
     """Returns why no kernel of this backend supports the device and dtype, or None."""
     if dtype == torch.float64:
         return "float64 runs in the reference and on the CPU only"
@@ -18,9 +18,9 @@ def unavailable(op: str, device_type: str, dtype: torch.dtype | None) -> str | N
         return missing
     if dispatch.triton_interpreted():
         return _interpreter_failure()
-    if device_type == "cuda":
+    if device.type == "cuda":
         return None
-    return f"the tensors are on '{device_type}' and TRITON_INTERPRET=1 is not set"
+    return f"the tensors are on '{device.type}' and TRITON_INTERPRET=1 is not set"
 
 
 def _interpreter_failure() -> str | None:
@@ -35,8 +35,8 @@ def _interpreter_failure() -> str | None:
 
 
 def unchosen(
-    op: str, device_type: str, few: int | None, dtype: torch.dtype | None = None
+    op: str, device: torch.device, few: int | None, dtype: torch.dtype | None = None
 ) -> str | None:
     """Returns why Triton's interpreter, which is for tests, is used only by name; else None."""
-    interpreted = device_type != "cuda" and dispatch.triton_interpreted()
+    interpreted = device.type != "cuda" and dispatch.triton_interpreted()
     return "Triton's interpreter would run it" if interpreted else None

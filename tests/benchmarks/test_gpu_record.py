@@ -7,6 +7,7 @@ from pathlib import Path
 import gpu_check
 import gpu_record
 import pytest
+import torch
 
 from sapt_fast import dispatch
 from sapt_fast.cuda_kernels import common
@@ -119,11 +120,13 @@ class TestMerging:
         assert recorded.read_text() == "{}"
 
     def test_the_record_decides_what_is_chosen(self, recorded, monkeypatch):
-        monkeypatch.setattr(common, "unavailable", lambda: None)
+        monkeypatch.setattr(common, "unavailable", lambda index=None: None)
         monkeypatch.setattr(common, "source_digest", lambda op: "2c3d")
         gpu_record.merge(gpu_record.of(result(case("mixed_lora", rows=2))))
         chosen = {
-            (dtype, rows): dispatch._backend("cuda").unchosen("mixed_lora", "cuda", rows, dtype)
+            (dtype, rows): dispatch._backend("cuda").unchosen(
+                "mixed_lora", torch.device("cuda"), rows, dtype
+            )
             for dtype in common.DTYPES
             for rows in (1, 2, 4, 5)
         }

@@ -1,8 +1,9 @@
 """Runs kernels on tensors that end where memory ends: an access beyond them kills this process.
 
-    python bounds_run.py MODULE OP
+    python bounds_run.py MODULE OP [FAULT]
 
-MODULE is the emulated module; OP an op of the cuda backend, or "beyond" for a kernel that does it.
+MODULE is the emulated module; OP an op of the cuda backend, or "beyond" for a kernel that does it;
+FAULT the number of one that is seeded into the kernels.
 """
 
 import ctypes
@@ -11,6 +12,8 @@ import importlib.util
 import mmap
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
 
 import torch
 from conftest import Synchronised  # the one beside this file
@@ -61,7 +64,9 @@ def _mixed_lora(kernel, dtype: torch.dtype) -> None:
             row_scale=normal(ranks),
         )
         x, mixture = normal(samples, inputs, dtype=dtype), normal(samples, 2)
-        kernel.mixed_lora_fwd(x, mixture, [projection, projection])
+        weight, bias = normal(outputs, inputs, dtype=dtype), normal(outputs, dtype=dtype)
+        whole = projection._replace(weight=weight, bias=bias)
+        kernel.mixed_lora_fwd(x, mixture, [projection, whole])
 
 
 def _nearest_key(kernel, dtype: torch.dtype) -> None:
@@ -90,12 +95,19 @@ def _mix_prompts(kernel, dtype: torch.dtype) -> None:
         kernel.mix_prompts_fwd(prompts, mixture, normal(samples, tokens, width, dtype=dtype), None)
 
 
-def main(path: str, op: str) -> None:
-    spec = importlib.util.spec_from_file_location("emulated_cuda", path)
+def load(path: str) -> ModuleType:
+    """The emulated module, whose name is that of its folder."""
+    spec = importlib.util.spec_from_file_location(Path(path).parent.name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def main(path: str, op: str, fault: str = "0") -> None:
+    module = load(path)
+    module.set_fault(int(fault))
     if op == "beyond":
         values, out = normal(128), torch.zeros(128)
         Synchronised(module).run_toy("reads_beyond", values.data_ptr(), out.data_ptr())
@@ -103,7 +115,7 @@ def main(path: str, op: str) -> None:
     torch.Tensor.new_empty = _new_empty
     native = Synchronised(module)
     common.native = lambda: native
-    common.stream = lambda device: 0
+    common.place = lambda device: (0, 0)
     kernel = importlib.import_module(f"sapt_fast.cuda_kernels.{op}")
     for dtype in _DTYPES:
         globals()[f"_{op}"](kernel, dtype)

@@ -45,7 +45,7 @@ def test_built_without_cuda(monkeypatch):
 
 def test_cpu_tensors():
     with pytest.raises(ValueError, match="need CUDA tensors, got device 'cpu'"):
-        common.stream(torch.device("cpu"))
+        common.place(torch.device("cpu"))
 
 
 def test_float64():

@@ -46,8 +46,8 @@ def test_a_launch_without_a_device():
     if not report["error"]:
         pytest.skip("there is a device")
     one, adapter = torch.ones(1), torch.zeros(1, dtype=torch.int32)
-    projection = (one, one, one, adapter, one, 1, 1, True)
-    arguments = (0, 0, one, one, [projection], torch.ones(9), 1, 1, 1, 1, 0)
+    projection = (one, None, None, one, one, adapter, one, 1, 1, True)
+    arguments = (0, 0, one, one, [projection], torch.ones(9), 1, 1, 1, 1, (0, 0))
     for _ in range(2):
         with pytest.raises(RuntimeError, match=re.escape(report["error"])):
             native.cuda_mixed_lora_decode(*arguments)

@@ -33,6 +33,8 @@ def test_a_race_shows_in_the_order(emulated_module, name):
         ("barrier_for_half", "different barriers"),
         ("beyond_shared", "beyond the 256 bytes of shared memory"),
         ("lets_go_before_waiting", "before this one has waited"),
+        ("never_waits", "^0 of 64 threads have waited"),
+        ("half_wait", "^32 of 64 threads have waited"),
     ],
 )
 def test_faults_are_reported(emulated_module, name, message):
@@ -41,18 +43,13 @@ def test_faults_are_reported(emulated_module, name, message):
     _run(emulated_module, "reverse", 1)  # and the next kernel runs
 
 
-@pytest.mark.parametrize("name", ["reverse", "reads_too_early", "never_waits"])
+@pytest.mark.parametrize("name", ["reverse", "reads_too_early"])
 def test_overlapping_kernels(emulated_module, name):
     """The second of two kernels starts while the first has not written anything."""
     emulated_module.set_order(0)
     values = torch.arange(128.0)
     between, out = torch.full((128,), -1.0), torch.full((128,), -1.0)
     emulated_module.run_toy("reverse", values.data_ptr(), between.data_ptr())
-    if name == "never_waits":
-        with pytest.raises(RuntimeError, match="no thread has waited"):
-            emulated_module.run_toy(name, between.data_ptr(), out.data_ptr())
-        emulated_module.synchronize()
-        return
     emulated_module.run_toy(name, between.data_ptr(), out.data_ptr())
     emulated_module.synchronize()
     if name == "reverse":

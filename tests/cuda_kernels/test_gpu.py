@@ -25,7 +25,7 @@ OPS = [op for op in dispatch.ops() if "cuda" in dispatch.backends(op)]
 
 @pytest.fixture(autouse=True)
 def kernels_that_run() -> Iterator[None]:
-    reason = common.unavailable()
+    reason = common.unavailable(torch.cuda.current_device())
     if reason is not None:
         pytest.fail(reason)  # a skip would pass for a run
     with checks.without_tf32():
@@ -283,3 +283,15 @@ def test_nothing_waits_for_the_device(op):
         call(given)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_of_a_gpu_that_is_not_current():
+    with torch.cuda.device(1):
+        here = Decode(3, 256, 5, 4, torch.bfloat16)
+        want = here.run()
+    torch.cuda.synchronize(1)
+    assert here.x.device.index == 1
+    assert torch.cuda.current_device() == 0
+    assert all(torch.equal(y, w) for y, w in zip(here.run(), want, strict=True))
+    assert torch.cuda.current_device() == 0

@@ -136,6 +136,46 @@ def test_more_projections_than_a_launch_takes(check):
     check(Group(outputs=tuple(range(1, 12)), ranks=(2,)))
 
 
+@pytest.mark.parametrize("samples", [1, 2, 4])
+def test_weights_are_multiplied_in_the_same_launch(check, monkeypatch, samples):
+    """Up to MAX_BASE_ROWS rows; torch multiplies none of them."""
+    monkeypatch.setattr(torch.nn.functional, "linear", None)
+    check(Group(samples, 1, 63, (131, 5), (5, 0, 1, 7), dtype=torch.bfloat16))
+    check(Group(samples, 1, 1100, (9,), dtype=torch.float16, lora_dtype=torch.float32, bias=False))
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+def test_matrices_are_read_once_in_two_launches(cuda, emulated_module, samples):
+    """W, A, B and what goes with the ranks; x is not counted, which comes from L1."""
+    group = Group(samples, 1, 1024, (1024, 1024), (4,) * 15, dtype=torch.bfloat16)
+    launches, before = emulated_module.traffic()
+    cuda("mixed_lora").mixed_lora_fwd(group.x, group.mixture, group.projections)
+    after = emulated_module.traffic()
+    once = [group.x, *(t for p in group.projections for t in (p.weight, p.lora_a, p.lora_b))]
+    assert after[0] - launches == 2
+    assert after[1] - before <= 1.15 * sum(t.nbytes for t in once if t is not None)
+
+
+def test_infinite_weights_of_the_base(cuda):
+    """They reach their own column of y alone, though others share its block."""
+    group = Group(samples=2, outputs=(7,), bias=False)
+    weight = group.projections[0].weight
+    assert weight is not None
+    weight[2, 3] = float("inf")
+    ((y, _),) = cuda("mixed_lora").mixed_lora_fwd(group.x, group.mixture, group.projections)
+    assert torch.equal(y.isfinite().all(0), torch.arange(7) != 2)
+
+
+@pytest.mark.parametrize(
+    ("rows", "outputs"),
+    [(1, (1,)), (3, (15, 17)), (9, (33,)), (1, (1017,) * 8), (3, (129,) * 8), (9, (505,) * 8)],
+)
+def test_blocks_of_few_and_of_many_columns(check, rows, outputs):
+    """A block of the expansion takes 16 columns, or 64 where these make 128 blocks or more."""
+    group = Group(1, rows, 8, outputs, (5, 65), dtype=torch.bfloat16, weight=False)
+    check(group, seeds=(1,))
+
+
 def test_one_adapter(check):
     check(Group(ranks=(1,)))
 
@@ -284,7 +324,8 @@ def test_inputs_are_left_alone(check):
 def _member(**change) -> tuple:
     """What the binding takes of a projection with 3 ranks, 5 inputs and 4 outputs."""
     good = {
-        "y": torch.ones(2, 4, dtype=torch.bfloat16), "a": torch.ones(3, 5), "b": torch.ones(3, 4),
+        "y": torch.ones(2, 4, dtype=torch.bfloat16), "weight": None, "bias": None,
+        "a": torch.ones(3, 5), "b": torch.ones(3, 4),
         "row_adapter": torch.zeros(3, dtype=torch.int32), "row_scale": torch.ones(3), "ranks": 3,
         "outputs": 4, "accumulate": False,
     }  # fmt: skip
@@ -308,6 +349,16 @@ def _member(**change) -> tuple:
         ({"workspace": torch.ones(1)}, "workspace: too small"),
         ({"projections": [_member()] * 9}, "MAX_PROJECTIONS"),
         ({"projections": [_member(y=None)]}, "y: got no memory"),
+        ({"projections": [_member(weight=torch.ones(4, 5))]}, "weight: got 80 bytes"),
+        ({"projections": [_member(bias=torch.ones(4))]}, "bias: got 16 bytes"),
+        (
+            {
+                "rows": 5,
+                "x": torch.ones(5, 5, dtype=torch.bfloat16),
+                "projections": [_member(weight=torch.ones(4, 5))],
+            },
+            "weight: more than MAX_BASE_ROWS rows",
+        ),
         ({"projections": [_member(a=torch.ones(3, 6))]}, "lora_a: got 72 bytes"),
         ({"projections": [_member(b=torch.ones(3, 5))]}, "lora_b: got 60 bytes"),
         ({"projections": [_member(row_adapter=torch.zeros(2))]}, "row_adapter: got 8 bytes"),
@@ -322,7 +373,7 @@ def test_bad_arguments(emulated_module, change, message):
         "dtype": emulated_module.BFLOAT16, "lora_dtype": emulated_module.FLOAT32,
         "x": torch.ones(2, 5, dtype=torch.bfloat16), "mixture": torch.ones(1, 1),
         "projections": [_member()], "workspace": torch.ones(99), "rows": 2, "inputs": 5,
-        "samples": 1, "adapters": 1, "stream": 0,
+        "samples": 1, "adapters": 1, "place": (0, 0),
     }  # fmt: skip
     emulated_module.cuda_mixed_lora_decode(**arguments)
     emulated_module.synchronize()

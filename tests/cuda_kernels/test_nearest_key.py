@@ -142,7 +142,7 @@ def test_bad_arguments(emulated_module, change, message):
     arguments = {
         "dtype": 0, "query": torch.ones(2, 3), "keys": torch.ones(1, 3), "radius": torch.ones(1),
         "distance": torch.ones(2), "index": index, "nearest": index, "workspace": torch.ones(99),
-        "queries": 2, "count": 1, "width": 3, "stream": 0,
+        "queries": 2, "count": 1, "width": 3, "place": (0, 0),
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         emulated_module.cuda_nearest_key(**{**arguments, **change})

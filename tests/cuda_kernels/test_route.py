@@ -110,6 +110,27 @@ def test_equal_scores_keep_the_lower_index(check):
             assert torch.equal(kept, kept.sort(descending=True, stable=True).values)
 
 
+@pytest.mark.parametrize("top_k", [1, 4, 100, 255, 257, 299])
+def test_equal_scores_of_many_keys_keep_the_lower_index(check, top_k):
+    """More than are compared with each other; three scores, each a hundred times."""
+    pooled, keys, _ = _case(hidden=None, count=3)
+    weights = check((pooled, keys.repeat(100, 1), None), top_k=top_k)
+    for row in weights:
+        assert (row != 0).sum() == top_k
+        for column in row.view(100, 3).t():
+            kept = column != 0
+            assert torch.equal(kept, kept.sort(descending=True, stable=True).values)
+
+
+@pytest.mark.parametrize("count", [100, 300])
+@pytest.mark.parametrize("top_k", [1, 7])
+def test_most_weights_vanish(check, count, top_k):
+    """Below the smallest float: zeros are not among the largest before others."""
+    pooled, keys, _ = _case(samples=1, hidden=None, count=count)
+    keys[::2] *= 1e3
+    check((pooled, keys, None), top_k)
+
+
 def test_threshold_above_every_weight_keeps_the_largest(check):
     weights = check(_case(count=20), threshold=1.0)
     assert torch.equal((weights == 1).sum(-1), torch.ones(2, dtype=torch.int64))

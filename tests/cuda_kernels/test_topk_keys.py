@@ -171,7 +171,8 @@ def test_bad_arguments(emulated_module, change, message):
     arguments = {
         "dtype": 0, "metric": 0, "query": torch.ones(2, 3), "keys": torch.ones(40, 3),
         "scores": torch.ones(2, 2), "index": torch.zeros(2, 2, dtype=torch.int64),
-        "workspace": torch.ones(9999), "queries": 2, "count": 40, "width": 3, "k": 2, "stream": 0,
+        "workspace": torch.ones(9999), "queries": 2, "count": 40, "width": 3, "k": 2,
+        "place": (0, 0),
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         emulated_module.cuda_topk_keys(**{**arguments, **change})

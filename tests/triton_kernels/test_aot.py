@@ -15,10 +15,10 @@ REPORT = str(Path(__file__).resolve().parents[2] / "benchmarks" / "aot_report.py
 
 def test_a_few_kernels_compile_soundly(tmp_path: Path) -> None:
     """Of the newest generation with wgmma and of one with little shared memory."""
-    cases = ("--case", "d1024", "--case", "float32 factors", "--only", "shrink_fwd")
+    cases = ("--case", "d1024", "--case", "float32 factors, decode", "--only", "shrink_fwd")
     chosen = ("--capability", "86", "--capability", "90", "--keep", str(tmp_path))
     told = printed(REPORT, *cases, *chosen)
-    assert "4 kernels, 0 with problems, 1 with known ones" in told, told
+    assert "4 kernels, 0 with problems" in told, told
 
 
 @pytest.mark.slow

@@ -88,6 +88,17 @@ struct Launch {
 
 constexpr size_t kMaxSharedBytes = 48 << 10;
 
+// Chosen among those that a test has put into the kernels; 0 is none.
+inline int fault = 0;
+inline bool has_fault(int number) { return number == fault; }
+
+// Since the module was loaded.
+inline size_t launches = 0;
+inline size_t bytes_from_l2 = 0;  // read by __ldcg
+
+inline int current_device = 0;
+inline int launched_on = -1;  // the current device at the last launch
+
 // A launch that may overlap stays pending until the next one waits for it, so that what the next one
 // reads too early is not there yet.
 cudaError_t submit(Launch launch);
@@ -101,8 +112,13 @@ unsigned ballot(bool value);
 
 }  // namespace emulation
 
+
 inline cudaError_t cudaGetDevice(int* device) {
-    *device = 0;
+    *device = emulation::current_device;
+    return cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int device) {
+    emulation::current_device = device;
     return cudaSuccess;
 }
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
@@ -170,5 +186,6 @@ inline float __int_as_float(int bits) { return __uint_as_float(static_cast<unsig
 
 template <class T>
 T __ldcg(const T* from) {
+    emulation::bytes_from_l2 += sizeof(T);
     return *from;
 }

@@ -20,6 +20,7 @@ namespace {
 
 constexpr size_t kStackBytes = 64 << 10;
 constexpr int kWarp = 32;
+constexpr unsigned kMaxGrid = 65535;  // in y and z
 constexpr unsigned char kPoison = 0xff;  // a NaN as a float, -1 as an int
 
 enum class State { ready, at_block_barrier, at_warp_operation, done };
@@ -31,6 +32,7 @@ struct Fiber {
     ucontext_t context;
     jmp_buf resume;
     int operations;  // of its warp, that it has taken part in
+    bool waited;     // for the previous kernel
 };
 
 // What the lanes of a warp give each other. The values of an operation stay until all lanes have
@@ -45,7 +47,6 @@ struct Block {
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
     Fiber* running;
-    bool waited;  // some thread has waited for the previous kernel
     jmp_buf scheduler;
 };
 
@@ -55,6 +56,7 @@ uint64_t order_seed = 0;
 uint64_t generator = 0;
 std::string error;
 cudaError_t refused = cudaSuccess;
+unsigned grid_limit = kMaxGrid;
 std::vector<std::unique_ptr<char[]>> free_stacks;
 
 uint64_t random_below(uint64_t count) {
@@ -185,6 +187,12 @@ void run_block(const Launch& launch, uint3 index) {
         if (!goes_on) last = able[order_seed ? random_below(able.size()) : 0];
         run_warp(block, last);
     }
+    const auto waited = std::count_if(block.fibers.begin(), block.fibers.end(),
+                                      [](const Fiber& fiber) { return fiber.waited; });
+    if (error.empty() && launch.overlaps && static_cast<size_t>(waited) != threads) {
+        fail(std::to_string(waited) + " of " + std::to_string(threads) +
+             " threads have waited for the previous kernel");
+    }
     current = outer;
     for (size_t i = launch.shared_bytes; i < kMaxSharedBytes && error.empty(); ++i) {
         if (static_cast<unsigned char>(shared_begin()[i]) != kPoison) {
@@ -227,6 +235,8 @@ const char* last_error() { return error.c_str(); }
 
 cudaError_t submit(Launch launch) {
     error.clear();
+    launched_on = current_device;
+    ++launches;
     if (refused != cudaSuccess) {
         error = "refused";
         return std::exchange(refused, cudaSuccess);
@@ -235,7 +245,8 @@ cudaError_t submit(Launch launch) {
     if (launch.block.x == 0 || launch.block.x > 1024 || launch.block.x % kWarp != 0 ||
         launch.block.y != 1 || launch.block.z != 1) {
         fail("a block of " + std::to_string(launch.block.x) + " threads");
-    } else if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) {
+    } else if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > grid_limit ||
+               grid.z > grid_limit) {
         fail("a grid that is empty or too large");
     } else if (launch.shared_bytes > kMaxSharedBytes) {
         fail(std::to_string(launch.shared_bytes) + " bytes of shared memory");
@@ -249,7 +260,6 @@ cudaError_t submit(Launch launch) {
             pending = std::move(next);
         } else if (error.empty()) {
             run_all(*next);
-            if (error.empty() && pending) fail("no thread has waited for the previous kernel");
         }
     }
     return error.empty() ? cudaSuccess : cudaErrorUnknown;
@@ -261,6 +271,16 @@ void synchronize() {
     if (!error.empty()) throw std::runtime_error(error);
 }
 
+void copy_late(void* to, const void* from, size_t bytes) {
+    const auto copy = [=] {
+        wait_for_previous();
+        if (threadIdx.x == 0) memcpy(to, from, bytes);
+    };
+    submit({copy, dim3(1), dim3(kWarp), 0, true});
+}
+
+void limit_grid(unsigned blocks) { grid_limit = blocks; }
+
 void set_order(uint64_t seed) {
     order_seed = seed;
     generator = seed * 0x9e3779b97f4a7c15u;
@@ -271,14 +291,14 @@ void refuse_next(int status) { refused = static_cast<cudaError_t>(status); }
 void block_barrier() { give_way(State::at_block_barrier); }
 
 void wait_for_previous() {
-    current->waited = true;
+    current->running->waited = true;
     if (current->launch->overlaps) run_pending();
     if (!error.empty()) fail(error);
     set_indices();
 }
 
 void let_next_start() {
-    if (!current->waited) fail("the next kernel is let go before this one has waited");
+    if (!current->running->waited) fail("the next kernel is let go before this one has waited");
 }
 
 const uint64_t* exchange(uint64_t bits) {

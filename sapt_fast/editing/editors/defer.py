@@ -25,6 +25,7 @@ from sapt_fast.editing.editors.base import MADE, Editor, Pair
 from sapt_fast.editing.editors.training import TrainingOptions, texts_of, train
 from sapt_fast.methods.edits.fitting import gives
 from sapt_fast.methods.edits.sites import default_targets, in_decoder, widths_of
+from sapt_fast.routing.forward import Prompt
 from sapt_fast.routing.prompts import Prompts
 from sapt_fast.sites.edited import AtPrompts
 from sapt_fast.sites.output import (
@@ -76,13 +77,21 @@ class Deferral(AtPrompts):
         share = prompt.decided.get(self.path)
         if prompt.is_read:
             gate = self.gate(self.query(x, prompt)).sigmoid()[:, 0]
-            share = gate if self.soft else self.decide(x.shape[1], prompt, (gate >= 0.5).long())
+            share = gate if self.soft else self._decided(gate, x.shape[1], prompt)
         if share is None:
             return output
         behind = torch.arange(x.shape[1], device=x.device) >= prompt.last[:, None]
-        weight = (share.clamp(min=0).to(x)[:, None] * behind)[..., None]
+        weight = (share.to(x)[:, None] * behind)[..., None]
         mixed = weight * self.copy(x) + (1 - weight) * output.float()
         return torch.where(weight > 0, mixed.to(output.dtype), output)
+
+    def _decided(self, gate: Tensor, tokens: int, prompt: Prompt) -> Tensor:
+        """Decides on the prompts that end within these tokens, and keeps what was decided, [B]."""
+        now = (prompt.last >= 0) & (prompt.last < tokens)
+        before = prompt.decided.get(self.path)
+        before = torch.zeros_like(gate) if before is None else before.to(gate)
+        prompt.decided[self.path] = decided = torch.where(now, (gate >= 0.5).to(gate), before)
+        return decided
 
 
 class DeferEditor(Editor):

@@ -75,14 +75,13 @@ class HandleEditor(Editor):
     @contextmanager
     def measuring(self) -> Iterator[None]:
         """A context in which prompts on which an edit acts are not counted."""
-        found = [m for m in self.handle.modules_at().values() if hasattr(m, "counting")]
-        for module in found:
-            module.counting = False
+        counted = [part.hits for part in self.handle.parts().values() if hasattr(part, "hits")]
+        before = [hits.clone() for hits in counted]
         try:
             yield
         finally:
-            for module in found:
-                module.counting = True
+            for hits, count in zip(counted, before, strict=True):
+                hits.copy_(count)
 
     def size(self) -> dict[str, int]:
         """Returns the number of edits, and of the floating-point values at the layers."""

@@ -52,7 +52,14 @@ def test_the_code_of_a_page_runs(page, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["methods/l2p.md", "methods/others.md", "methods/editing.md", "concepts/methods.md"]
+    "name",
+    [
+        "methods/l2p.md",
+        "methods/others.md",
+        "methods/editing.md",
+        "concepts/methods.md",
+        "train/editing.md",
+    ],
 )
 def test_the_code_of_a_methods_page_runs(page, name):
     assert "model" in page(name)

@@ -27,8 +27,8 @@ DEMO = "demo"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def load_model(model: str, kind: str, dtype: str, attention: str | None) -> tuple[Any, Any]:
-    """Loads a model and its tokenizer.
+def load_model(model: str, kind: str, dtype: str, attention: str | None) -> Any:
+    """Loads a model.
 
     Args:
         model: folder or name of a transformers model, or "demo".
@@ -37,15 +37,13 @@ def load_model(model: str, kind: str, dtype: str, attention: str | None) -> tupl
         attention: attention implementation; None for the model's own.
 
     Raises:
-        ValueError: if the tokenizer has neither a pad nor an end token, the model is not of
-            the given `kind`, or it does not have this `attention`.
+        ValueError: if the model is not of the given `kind`, or does not have this `attention`.
         OSError: if there is no such model.
     """
     if model == DEMO:
         from sapt_fast.demo.backbone import load_backbone
-        from sapt_fast.demo.tasks import CharTokenizer
 
-        return with_attention(load_backbone(torch_dtype(dtype)), attention), CharTokenizer()
+        return with_attention(load_backbone(torch_dtype(dtype)), attention)
     import transformers
 
     config = load_config(model)
@@ -60,7 +58,7 @@ def load_model(model: str, kind: str, dtype: str, attention: str | None) -> tupl
         raise ValueError(
             f"kind: got {kind!r}, but {model} is {model_kind(loaded)} ({type(loaded).__name__})"
         )
-    return loaded, load_tokenizer(model)
+    return loaded
 
 
 def load_config(model: str) -> Any:
@@ -78,7 +76,11 @@ def load_config(model: str) -> Any:
 
 
 def load_tokenizer(model: str) -> Any:
-    """Loads a tokenizer; raises ValueError if it has neither a pad nor an end token."""
+    """Loads a model's tokenizer; raises ValueError if it has neither a pad nor an end token."""
+    if model == DEMO:
+        from sapt_fast.demo.tasks import CharTokenizer
+
+        return CharTokenizer()
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)

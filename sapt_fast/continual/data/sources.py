@@ -15,6 +15,7 @@ from sapt_fast.continual.data.models import (
     check_folder,
     check_model,
     load_model,
+    load_tokenizer,
     torch_dtype,
 )
 from sapt_fast.continual.data.orders import resolve_order
@@ -135,7 +136,8 @@ class Source:
                 the given `kind`, or it does not have this `attention`.
             OSError: if there is no such model.
         """
-        return load_model(self.model, self.kind, self.dtype, self.attention)
+        model = load_model(self.model, self.kind, self.dtype, self.attention)
+        return model, load_tokenizer(self.model)
 
     def load_tasks(self) -> list[TaskData]:
         """Loads the tasks in learning order.

@@ -73,7 +73,7 @@ class Experiment:
         method, encodes, _ = METHODS[name]
         batch = _RETRAIN_BATCH if method == "retrain" else 1
         settings = EditingSettings(
-            batch=batch, order_seed=order, every=10**6, save_every=10, answer_tokens=12
+            batch=batch, order_seed=order, every=10**6, save_every=10, answer_tokens=8
         )
         values = "-".join(str(value) for value in tried.values())
         folder = (

@@ -22,12 +22,17 @@ STREAMS = frozenset(
 )
 
 _CONVERTED = "float32 factors are converted in shared memory before the product of the same step"
+_OUTER = (
+    "a few pairs of an expert are added as outer products, which read less than the matrix unit"
+)
 _WEIGHTED = "float32 h is weighted and rounded in registers before the product of the same step"
 
 KNOWN: tuple[Known, ...] = (
     Known("wgmma.wait_group 0", "*shrink*_kernel", "*float32 factors*", _CONVERTED, (90,)),
     Known("wgmma.wait_group 0", "gemm*_kernel", "*float32 factors*", _CONVERTED, (90,)),
     Known("wgmma.wait_group 0", "grouped_out_of_ranks_kernel", "*", _WEIGHTED, (90,)),
+    Known("wgmma.wait_group 0", "bank_grad_kernel", "*", _WEIGHTED, (90,)),
+    Known("FFMA in place of matrix instructions", "bank_grad_kernel", "*", _OUTER),
     Known(
         "narrow loads in a main loop", "grouped_out_of_ranks_kernel", "*",
         "rows of h have 4 R bytes, for any R",

@@ -51,6 +51,19 @@ def compare() -> Callable[..., None]:
     return compare_command
 
 
+@app.command(cls=DeferredCommand)
+def edit() -> Callable[..., None]:
+    """Edit single facts of a model one after another; writes metrics, a table and curves.
+
+    The answers are measured by generation after every few edits: those of the edits so far, of
+    their paraphrases, and of prompts that must not change. To resume an interrupted run, repeat the
+    command.
+    """
+    from sapt_fast.commands.edit import edit_command
+
+    return edit_command
+
+
 @app.command(name="eval")
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],

@@ -82,6 +82,11 @@ def patch(
     given: Any = model
     _require_config(config)
     if is_peft_model(model):
+        if config is not None and config.method != "sapt":
+            raise ValueError(
+                f"config: got {type(config).__name__} for a PeftModel, which this method cannot "
+                "patch: call model.merge_and_unload() and patch the model that it returns"
+            )
         if config is not None:
             raise ValueError(
                 "config must be None for a PeftModel: its adapters keep their own PEFT configs"

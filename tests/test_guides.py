@@ -51,7 +51,16 @@ def test_the_code_of_a_page_runs(page, name):
     assert left["model"].sapt.tasks == ["reviews", "plurals"]
 
 
-@pytest.mark.parametrize("name", ["methods/l2p.md", "methods/others.md", "concepts/methods.md"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "methods/l2p.md",
+        "methods/others.md",
+        "methods/editing.md",
+        "concepts/methods.md",
+        "train/editing.md",
+    ],
+)
 def test_the_code_of_a_methods_page_runs(page, name):
     assert "model" in page(name)
 

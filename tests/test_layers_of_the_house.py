@@ -22,7 +22,7 @@ LAYERS = [
     ("loading",),
     ("released",),
     ("demo",),
-    ("continual",),
+    ("continual", "editing"),
     ("commands",),
     ("cli",),
 ]

@@ -18,6 +18,8 @@ METHODS: dict[str, str] = {
     "epi": "sapt_fast.methods.epi:EpiHandle",
     "l2p": "sapt_fast.methods.l2p:L2pHandle",
     "progprompt": "sapt_fast.methods.progprompt:ProgPromptHandle",
+    "grace": "sapt_fast.methods.grace:GraceHandle",
+    "melo": "sapt_fast.methods.melo:MeloHandle",
     "peft": "sapt_fast.methods.peft.pool:PeftHandle",
     "xlora": "sapt_fast.methods.peft.xlora:XLoraHandle",
 }

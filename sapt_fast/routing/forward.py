@@ -1,7 +1,10 @@
 """A forward of a patched model while it runs."""
 
+from __future__ import annotations
+
 import sys
 from types import FrameType
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -10,6 +13,41 @@ from sapt_fast.routing.packing import Segments
 # For each group of layers with one input: the input, its version, and the outputs of the layers
 # that have not been called yet.
 Waiting = dict[object, tuple[Tensor, int | None, dict[nn.Module, Tensor]]]
+
+
+class Prompt(NamedTuple):
+    """Where the prompt of each row ends.
+
+    Attributes:
+        first: [B] int64, the first token of the row that is no padding.
+        last: [B] int64, the prompt's last token. Both count from the first token of the forward, so
+            that they are negative for a token in the cache.
+        length: tokens of the longest prompt, padding included.
+        start: tokens in the cache.
+        query: [B, D], what the prompts are looked up by; None if layers look up by their input.
+        decided: what layers have decided about the prompts, [B] by the layer's path.
+        tokens: T of the forward's input, which is that of the layers; None: not known.
+        copies: rows per prompt, of which one is counted (beams have several); 0: none is counted.
+    """
+
+    first: Tensor
+    last: Tensor
+    length: int
+    start: int
+    query: Tensor | None
+    decided: dict[str, Tensor]
+    tokens: int | None = None
+    copies: int = 0
+
+    @property
+    def is_read(self) -> bool:
+        """Whether the forward reads tokens of the prompts."""
+        return self.start < self.length
+
+    def moved(self, start: int) -> Prompt:
+        """The same prompts as a forward sees them that begins behind `start` tokens."""
+        by = self.start - start
+        return self._replace(first=self.first + by, last=self.last + by, start=start)
 
 
 class Forward:
@@ -27,10 +65,11 @@ class Forward:
         segments: the texts of packed rows, if the weights are those of each text; or None.
         waiting: outputs of layers that were computed together with another layer.
         inserted: whether a prompt was inserted before its tokens and has to be removed again.
+        prompt: where its prompts end, for methods that decide by a prompt's last token.
     """
 
     def __init__(
-        self, module: nn.Module | None, outer: "Forward | None", frame: FrameType | None
+        self, module: nn.Module | None, outer: Forward | None, frame: FrameType | None
     ) -> None:
         self.module = module
         self.outer = outer
@@ -41,6 +80,7 @@ class Forward:
         self.segments: Segments | None = None
         self.waiting: Waiting = {}
         self.inserted = False
+        self.prompt: Prompt | None = None
 
     def interrupted(self) -> bool:
         """Returns whether its frame is gone from the stack although no hook has ended it.

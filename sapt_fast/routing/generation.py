@@ -111,15 +111,9 @@ class Generation:
         cache = named.get("past_key_values")
         if is_filled(cache):
             return self.from_cache(cache)
-        prompt = {**self.prompt(named), "labels": None}
-        ids = prompt.get("input_ids")
-        if ids is None and prompt.get("inputs_embeds") is None:
+        prompt = {**prompt_of(self.model, named), "labels": None}
+        if prompt.get("input_ids") is None and prompt.get("inputs_embeds") is None:
             return None
-        if prompt.get("attention_mask") is None and ids is not None:
-            config = named.get("generation_config")
-            own = vars(self.model.generation_config)
-            settings = [named, vars(config) if config else {}, own]
-            prompt["attention_mask"] = _padding_mask(ids, settings)
         with torch.no_grad():
             weights, segments = self.router.weights(prompt)
         if segments is not None:
@@ -128,13 +122,6 @@ class Generation:
                 "generate would continue as one text per row: give it a padded batch"
             )
         return weights
-
-    def prompt(self, named: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments of `generate` with `inputs` under the name that the model's forward uses."""
-        prompt, main = dict(named), self.model.main_input_name
-        if prompt.get(main) is None:
-            prompt[main] = named.get("inputs")
-        return prompt
 
     def from_encoder_outputs(self, encoder_outputs: Any) -> Tensor | None:
         """Returns the weights that the encoder's output carries.
@@ -168,6 +155,24 @@ class Generation:
                 "model.sapt.fixed(weights)"
             )
         return weights
+
+
+def prompt_of(model: Any, named: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of `generate` as the model's forward names them, with their mask.
+
+    Args:
+        model: the transformers model.
+        named: the arguments by name.
+    """
+    prompt, main = dict(named), model.main_input_name
+    if prompt.get(main) is None:
+        prompt[main] = named.get("inputs")
+    ids = prompt.get("input_ids")
+    if prompt.get("attention_mask") is None and ids is not None:
+        config = named.get("generation_config")
+        settings = [named, vars(config) if config else {}, vars(model.generation_config)]
+        prompt["attention_mask"] = _padding_mask(ids, settings)
+    return prompt
 
 
 def is_filled(cache: Any) -> bool:

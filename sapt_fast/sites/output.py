@@ -11,11 +11,25 @@ from torch import Tensor, nn
 from sapt_fast.pools.own import Own, is_inside, own_paths
 from sapt_fast.sites.report import PatchReport
 
-__all__ = ["AtOutput", "attach_output", "detach_output", "find_outputs", "require_output"]
+__all__ = [
+    "AtOutput",
+    "attach_output",
+    "detach_output",
+    "find_outputs",
+    "listen",
+    "require_output",
+    "silence",
+]
 
 
 class AtOutput(Own, nn.Module):
-    """The base class of modules that change a layer's output."""
+    """The base class of modules that change a layer's output.
+
+    Attributes:
+        listens: whether the layer calls it.
+    """
+
+    listens = True
 
     def at_output(self, output: Tensor, args: tuple[Any, ...]) -> Tensor:
         """Returns the tensor [..., O] that replaces the layer's output.
@@ -65,7 +79,7 @@ def attach_output(model: nn.Module, path: str, slot: str, module: AtOutput) -> N
         model: the model.
         path: the layer's path.
         slot: the name of the child.
-        module: called with the layer's output in each forward.
+        module: called with the layer's output in each forward, if it listens.
 
     Raises:
         ValueError: if the layer has a child or attribute of that name.
@@ -74,7 +88,25 @@ def attach_output(model: nn.Module, path: str, slot: str, module: AtOutput) -> N
     if hasattr(layer, slot):
         raise ValueError(f"{path}: got a layer with {slot}, expected one without it")
     layer.add_module(slot, module)
-    layer.register_forward_hook(_Hook(slot))
+    if module.listens:
+        layer.register_forward_hook(_Hook(slot))
+
+
+def listen(model: nn.Module, path: str, slot: str) -> None:
+    """Lets the layer call its module from now on."""
+    layer = model.get_submodule(path)
+    module: Any = layer._modules[slot]
+    if not module.listens:
+        module.listens = True
+        layer.register_forward_hook(_Hook(slot))
+
+
+def silence(model: nn.Module, path: str, slot: str) -> None:
+    """Undoes `listen`: the layer runs as if there were no module."""
+    layer = model.get_submodule(path)
+    module: Any = layer._modules[slot]
+    module.listens = False
+    _remove_hook(layer, slot)
 
 
 def require_output(model: nn.Module, path: str, slot: str) -> None:
@@ -83,8 +115,9 @@ def require_output(model: nn.Module, path: str, slot: str) -> None:
         layer = model.get_submodule(path)
     except AttributeError:
         raise ValueError(f"{path}: the model has no such layer any more") from None
-    hooks = layer._forward_hooks.values()
-    if slot not in layer._modules or not any(_is_hook(hook, slot) for hook in hooks):
+    module: Any = layer._modules.get(slot)
+    hooked = any(_is_hook(hook, slot) for hook in layer._forward_hooks.values())
+    if module is None or hooked != module.listens:
         raise ValueError(
             f"{path}: got {type(layer).__module__}.{type(layer).__name__} without {slot}, expected "
             "the layer that patch changed; undo first what another library did to the model since"
@@ -94,10 +127,14 @@ def require_output(model: nn.Module, path: str, slot: str) -> None:
 def detach_output(model: nn.Module, path: str, slot: str) -> None:
     """Undoes `attach_output`."""
     layer = model.get_submodule(path)
+    _remove_hook(layer, slot)
+    delattr(layer, slot)
+
+
+def _remove_hook(layer: nn.Module, slot: str) -> None:
     for key, hook in list(layer._forward_hooks.items()):
         if _is_hook(hook, slot):
             del layer._forward_hooks[key]
-    delattr(layer, slot)
 
 
 def _is_hook(hook: Any, slot: str) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 
-from sapt_fast.routing.generation import Generation, is_filled
+from sapt_fast.routing.generation import Generation, is_filled, prompt_of
 from sapt_fast.routing.router_call import RouterCall
 from sapt_fast.routing.running import Running
 from sapt_fast.routing.stand_in import generation_arguments
@@ -70,7 +70,7 @@ class PromptGeneration(Generation):
                 )
             cache = named.get("past_key_values")
             if not is_filled(cache):
-                refuse_packed(self.prompt(named), self.router.is_causal)
+                refuse_packed(prompt_of(self.model, named), self.router.is_causal)
                 if cache is not None:
                     cache.routing_weights = None  # of a text before its reset()
         return super().generate(own, *args, mixture=mixture, **kwargs)

@@ -271,15 +271,16 @@ class PretrainedFiles(_StandIn):
         own = own_names(module, handle)
         # Their keys have a prefix if a module that contains the model was loaded.
         prefix = next((n.removesuffix(own[0]) for n in missing if own and n.endswith(own[0])), None)
-        if not handle.tasks or prefix is None:
+        folder = _checkpoint_being_resumed()
+        resumed = folder is not None and (folder / handle.config_file).is_file()
+        if prefix is None or not (handle.tasks or resumed):
             self._loaded_since.clear()
             return
         own = [prefix + name for name in own]
         if not missing.issuperset(own):
             self._loaded_since.clear()
             return
-        folder = _checkpoint_being_resumed()
-        if folder is not None and (folder / handle.config_file).is_file():
+        if folder is not None and resumed:
             handle.restore_values(folder)
             restored = set(own)
             keys.missing_keys[:] = [name for name in keys.missing_keys if name not in restored]

@@ -124,6 +124,7 @@ def test_rows_do_not_exceed_a_grid(cuda, emulated_module, op):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_every_seeded_fault_is_caught(faulty_module):
     """By an error, by a result that depends on the order, or as an access out of bounds."""
     module, faults = faulty_module

@@ -5,10 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 from sapt_fast.checks import MOST_SEED, require_choice, require_count
-from sapt_fast.continual.data.kinds import Kind, model_kind
+from sapt_fast.continual.data.models import (
+    DEMO,
+    DTYPES,
+    attentions,
+    check_folder,
+    check_model,
+    load_model,
+    load_tokenizer,
+    torch_dtype,
+)
 from sapt_fast.continual.data.orders import resolve_order
 from sapt_fast.continual.data.rows import (
     BENCHMARKS,
@@ -19,13 +28,8 @@ from sapt_fast.continual.data.rows import (
     read_task,
 )
 
-if TYPE_CHECKING:
-    import torch
-
 __all__ = ["DEMO", "Source", "demo_tasks", "torch_dtype"]
 
-DEMO = "demo"
-_DTYPES = ("float32", "bfloat16", "float16")
 _DEVS = ("from_train", "released")
 _KINDS = ("auto", "seq2seq", "causal", "encoder")
 
@@ -65,7 +69,7 @@ class Source:
         metadata={"help": "Keep at most N dev and N test examples per task.", "default": "all"},
     )
     dtype: str = field(
-        default="float32", metadata={"help": f"Dtype of the weights: {', '.join(_DTYPES)}."}
+        default="float32", metadata={"help": f"Dtype of the weights: {', '.join(DTYPES)}."}
     )
     kind: str = field(
         default="auto",
@@ -87,7 +91,7 @@ class Source:
     )
 
     def __post_init__(self) -> None:
-        require_choice("dtype", self.dtype, _DTYPES)
+        require_choice("dtype", self.dtype, DTYPES)
         require_choice("kind", self.kind, _KINDS)
         require_choice("dev", self.dev, _DEVS)
         for name in ("max_train", "max_eval"):
@@ -95,7 +99,7 @@ class Source:
                 require_count(name, getattr(self, name))
         require_count("seed", self.seed, least=0, most=MOST_SEED)
         if self.attention is not None:
-            require_choice("attention", self.attention, _attentions())
+            require_choice("attention", self.attention, attentions())
         if self.model == DEMO and self.kind not in ("auto", "seq2seq"):
             raise ValueError(f"kind: got {self.kind!r}, but the demo's model is seq2seq")
         if self.benchmark == DEMO:
@@ -120,9 +124,9 @@ class Source:
             NotADirectoryError: if it is a file.
         """
         if self.model != DEMO:
-            _check_model(self.model)
+            check_model(self.model)
         if self.data is not None:
-            _check_folder("data", self.data, "the folder that contains the benchmark")
+            check_folder("data", self.data, "the folder that contains the benchmark")
 
     def load_model(self) -> tuple[Any, Any]:
         """Loads the model and its tokenizer.
@@ -132,61 +136,8 @@ class Source:
                 the given `kind`, or it does not have this `attention`.
             OSError: if there is no such model.
         """
-        if self.model == DEMO:
-            from sapt_fast.demo.backbone import load_backbone
-            from sapt_fast.demo.tasks import CharTokenizer
-
-            return self._with_attention(load_backbone(torch_dtype(self.dtype))), CharTokenizer()
-        import transformers
-
-        _check_model(self.model)
-        try:
-            config = transformers.AutoConfig.from_pretrained(self.model)
-        except OSError as error:
-            raise OSError(
-                f"model: got {self.model!r}, which is not a folder here and cannot be loaded from "
-                f"the Hugging Face hub: {str(error).splitlines()[0]}"
-            ) from error
-        kind = _architecture(config) if self.kind == "auto" else self.kind
-        loader = {
-            "seq2seq": transformers.AutoModelForSeq2SeqLM,
-            "causal": transformers.AutoModelForCausalLM,
-            "encoder": transformers.AutoModel,
-        }[kind]
-        model = loader.from_pretrained(self.model, dtype=torch_dtype(self.dtype))
-        model = self._with_attention(model)
-        if model_kind(model) != kind:
-            raise ValueError(
-                f"kind: got {kind!r}, but {self.model} is {model_kind(model)} "
-                f"({type(model).__name__})"
-            )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(self.model)
-        if tokenizer.pad_token_id is None:
-            if tokenizer.eos_token_id is None:
-                raise ValueError(
-                    f"model: the tokenizer of {self.model} has neither a pad nor an end token"
-                )
-            tokenizer.pad_token = tokenizer.eos_token
-        return model, tokenizer
-
-    def _with_attention(self, model: Any) -> Any:
-        """Sets the attention implementation; raises ValueError if the model does not have it."""
-        if self.attention is None:
-            return model
-        try:
-            model.set_attn_implementation(self.attention)
-        except (ImportError, ValueError) as error:
-            raise ValueError(
-                f"attention: got {self.attention!r}, which this {type(model).__name__} does not "
-                f"support here: {str(error).splitlines()[0]}"
-            ) from error
-        used = model.config._attn_implementation
-        if used != self.attention:
-            raise ValueError(
-                f"attention: got {self.attention!r}, but this {type(model).__name__} only has "
-                f"{used!r}"
-            )
-        return model
+        model = load_model(self.model, self.kind, self.dtype, self.attention)
+        return model, load_tokenizer(self.model)
 
     def load_tasks(self) -> list[TaskData]:
         """Loads the tasks in learning order.
@@ -224,61 +175,6 @@ class Source:
             if values[name] is not None and Path(values[name]).is_dir():
                 values[name] = str(Path(values[name]).resolve())
         return values
-
-
-def _attentions() -> list[str]:
-    """Names of transformers' attention implementations."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    return ["eager", *sorted(ALL_ATTENTION_FUNCTIONS.keys())]
-
-
-def _check_model(model: str) -> None:
-    """Raises FileNotFoundError or NotADirectoryError if `model` looks like a path of a folder but
-    there is no model in it."""
-    if not model or "\0" in model:
-        raise ValueError(f"model: got {model!r}, expected a folder, a name or '{DEMO}'")
-    path = Path(model).expanduser()
-    is_path = path.is_absolute() or model[0] in ".~" or model.endswith("/") or model.count("/") > 1
-    if is_path or path.exists():
-        _check_folder("model", path, "a folder that contains a transformers model")
-        if not (path / "config.json").is_file():
-            raise FileNotFoundError(f"model: got {model!r}, which contains no config.json")
-
-
-def _check_folder(name: str, path: str | Path, expected: str) -> None:
-    if not Path(path).exists():
-        raise FileNotFoundError(
-            f"{name}: got {str(path)!r}, which does not exist; expected {expected}"
-        )
-    if not Path(path).is_dir():
-        raise NotADirectoryError(f"{name}: got {str(path)!r}, which is a file; expected {expected}")
-
-
-def _architecture(config: Any) -> Kind:
-    """The kind of a saved model; models that were pretrained on masked words are encoders."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-    if getattr(config, "is_encoder_decoder", False):
-        return "seq2seq"
-    named = getattr(config, "architectures", None) or []
-    generates = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in named)
-    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    return "encoder" if masked and not generates else "causal"
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """Returns the dtype of that name.
-
-    Raises:
-        ValueError: if it is none of "float32", "bfloat16", "float16".
-    """
-    if name not in _DTYPES:
-        raise ValueError(f"dtype: got {name!r}, expected one of {', '.join(_DTYPES)}")
-    import torch
-
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
 
 
 def demo_tasks(seed: int = 0) -> list[TaskData]:

@@ -1,0 +1,1 @@
+"""Sequential model editing: edits as data, runs that resume, metrics by generation, baselines."""

@@ -1,0 +1,1 @@
+"""The editing methods that the runner knows; `registry.EDITORS` has their names."""

@@ -1,0 +1,1 @@
+"""What methods of model editing have in common."""

@@ -33,7 +33,7 @@ def mixed_lora_fwd(
         (y [M, O] in x's dtype, h = x A^T, [M, R], in x's dtype) of each projection; h may be None
         without `keep_h`.
     """
-    if any(given.bias is not None and given.bias.dim() == 2 for given in projections):
+    if any(_adds_bias(given) for given in projections):
         bare = [given._replace(bias=None) for given in projections]
         results = mixed_lora_fwd(x, mixture, bare, keep_h)
         for (y, _), given in zip(results, projections, strict=True):
@@ -44,6 +44,12 @@ def mixed_lora_fwd(
         return [_decode(x, mixture, given, keep_h) for given in projections]
     x, mixture = x.contiguous(), mixture.contiguous()
     return [_forward(x, mixture, given) for given in projections]
+
+
+def _adds_bias(projection: Projection) -> bool:
+    """Returns whether the bias is added at the end: it has rows, or there is no base product."""
+    weight, bias, *_ = projection
+    return bias is not None and (weight is None or bias.dim() == 2)
 
 
 def _forward(x: Tensor, mixture: Tensor, projection: Projection) -> tuple[Tensor, Tensor]:

@@ -69,6 +69,7 @@ def _is_fused(x: Tensor, projection: Projection) -> bool:
         and 0 < x.shape[0] <= common.native().MAX_BASE_ROWS
         and projection.lora_a.numel() > 0
         and projection.weight.is_contiguous()
+        and (projection.bias is None or projection.bias.dim() == 1)
     )
 
 

@@ -48,7 +48,10 @@ def run_on_zeros(
         alike: the input has device and dtype of the first that is not quantised.
     """
     like = next(t for t in alike if t is not None and t.is_floating_point() and t.itemsize > 1)
-    x = like.new_zeros(len(weights), *size, requires_grad=torch.is_grad_enabled())
+    # accelerate loads an offloaded weight when the layer is called, and moves the input there.
+    device = weights.device if like.is_meta else like.device
+    grad = torch.is_grad_enabled()
+    x = like.new_zeros(len(weights), *size, device=device, requires_grad=grad)
     with routing.resume(weights):
         run_backward(lambda: [layer.forward(x) for layer in layers], [x, weights])
 

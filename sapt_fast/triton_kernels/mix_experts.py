@@ -259,7 +259,7 @@ def mix_experts_bwd(
     """
     bank_a, bank_b = _with_unit_stride(bank_a), _with_unit_stride(bank_b)
     dy, x = with_unit_column_stride(dy), with_unit_column_stride(x)
-    index, weights = index.contiguous(), weights.contiguous()
+    index, weights, h = index.contiguous(), weights.contiguous(), h.contiguous()
     order = _order_if_crowded(index, bank_a, bank_b, groups)
     g = _into_ranks(dy, bank_b, index, order)
     dx = d_weights = d_a = d_b = None

@@ -287,6 +287,8 @@ def _alike(
             continue
         lora_b = with_unit_column_stride(projection.lora_b)
         gate = _gate(projection.row_scale, plan.passing)
+        if h is not None:  # a hook on saved tensors may have changed its strides
+            h = with_unit_column_stride(h)
         upstream = Upstream(dy, lora_b, _mixing(mixture, projection), gate, h)
         key = upstream.kind(), tuple(plan.trained), *plan[1:4], plan.dtype
         groups.setdefault(key, []).append((i, upstream))

@@ -121,6 +121,8 @@ def _nearest_merge_kernel(
         k = tl.load(keys_ptr + at * stride_kn + d + offs_d, mask=mask, other=0.0).to(tl.float32)
         acc += (q - k) * (q - k)
     distance = tl.where(found, tl.sqrt(tl.sum(acc, axis=0)), float("inf"))
+    # of a query that is infinite, or so far from its nearest key
+    found = found & (distance < float("inf"))
     accepted = found & (distance <= tl.load(radius_ptr + at))
     tl.store(index_ptr + m, tl.where(accepted, at, -1))
     tl.store(distance_ptr + m, distance)

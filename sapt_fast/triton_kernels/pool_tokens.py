@@ -359,9 +359,10 @@ def pool_tokens_bwd(
     columns = cdiv(D, block_d)
     with torch.cuda.device_of(dy):
         if pooling == "max":
+            assert winner is not None
             _max_grad_kernel[(B * columns,)](
                 dy,
-                winner,
+                winner.contiguous(),
                 d_table,
                 B,
                 vocabulary,

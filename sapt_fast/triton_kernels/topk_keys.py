@@ -13,7 +13,7 @@ Both times a score is the same element-wise sum in the same order, so that it ha
 tile has the same sizes, and an element of a product depends on its own row and column alone. NaN
 counts as the lowest score. Where few keys would be spared, a group is one key and nothing is
 computed again. An l2 score is expanded, `2 q k - |k|^2 - |q|^2` in float32: its error is about 1e-7
-(|q|^2 + |k|^2).
+(|q|^2 + |k|^2). Where one of these squares is infinite or overflows, it is NaN.
 """
 # ruff: noqa: N803 - kernel arguments keep the letters of the formulas
 # mypy: allow-untyped-defs, allow-incomplete-defs

@@ -389,6 +389,12 @@ def test_widened_products_are_rounded_once(dtype, rows):
     assert torch.equal(onto, (exact + 0.5).to(dtype))
 
 
+def test_a_bias_without_a_weight():
+    for rows in (5, 45):  # by the decode, by products
+        case = make_case(rows=rows)._replace(weight=None)
+        assert_close(forward(case)[0], expected_forward(case)[0], torch.float32)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_mixture_gradient_does_not_depend_on_threads(threads):
     case = make_case(2, 1000, 8, 8)

@@ -123,6 +123,14 @@ def test_rows(check, rows):
     check(Group(samples=rows, rows=1, outputs=(24,), dtype=torch.bfloat16))
 
 
+def test_a_bias_of_each_row_beside_a_weight(check):
+    group = Group(samples=2)
+    group.projections = [
+        p._replace(bias=torch.stack([p.bias, 3 * p.bias])) for p in group.projections
+    ]
+    check(group)
+
+
 def test_several_rows_of_a_sample(check):
     check(Group(samples=3, rows=5))
 

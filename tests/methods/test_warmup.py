@@ -2,6 +2,7 @@
 
 import importlib
 
+import accelerate
 import peft
 import pytest
 import tiny_models
@@ -110,6 +111,14 @@ def test_in_training_it_asks_for_the_backward(planned):
     planned.clear()
     model(input_ids=IDS, labels=IDS).loss.backward()
     assert {(op, options[0], shape) for op, options, shape in planned} <= warmed
+
+
+@pytest.mark.parametrize("name", ["llama", "peft"])
+def test_offloaded_weights_are_loaded(planned, name):
+    model = accelerate.cpu_offload(MODELS[name]().eval(), execution_device="cpu")
+    model.sapt.warmup([(2, 3)])
+    assert "mixed_lora" in {op for op, _, _ in planned}
+    assert any(p.is_meta for p in model.parameters())
 
 
 def test_prompts_are_mixed(planned):

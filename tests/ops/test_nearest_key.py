@@ -96,6 +96,20 @@ def test_nan_and_infinity_are_never_nearest(backend):
     assert distance.tolist() == [5.0, inf]
 
 
+def test_no_key_is_near_an_infinite_query(backend):
+    inf = float("inf")
+    query = torch.tensor([[inf, 0.0], [-inf, 1.0], [3e38, 0.0], [1e20, 0.0], [1.0, 0.0]])
+    keys = torch.tensor([[-1.0, 2.0], [1.0, 2.0], [2.0, 2.0]], requires_grad=True)
+    index, distance = nearest_key(
+        query.to(_device(backend)), keys.to(_device(backend)), query.new_full((3,), inf),
+        backend=backend,
+    )  # fmt: skip
+    assert index.tolist() == [-1, -1, -1, -1, 1]
+    assert distance.tolist() == [inf, inf, inf, inf, 2.0]
+    distance.sum().backward()
+    assert keys.grad.tolist() == [[0.0, 0.0], [0.0, 1.0], [0.0, 0.0]]
+
+
 def test_nan_and_negative_radii_accept_nothing(backend):
     keys = torch.tensor([[0.0], [5.0]])
     radius = torch.tensor([float("nan"), -1.0])

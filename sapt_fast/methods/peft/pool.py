@@ -11,6 +11,7 @@ from peft import PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from sapt_fast.devices import execution_device
 from sapt_fast.methods.base import Handle
 from sapt_fast.methods.config import MethodConfig
 from sapt_fast.methods.peft.layers import OnePass
@@ -187,7 +188,8 @@ class PeftHandle(Handle):
         for part in parts:
             if can_mix(part):
                 like = [part.base_layer.weight, *part.lora_A.parameters()]
-                weights = torch.full((samples, count), 1 / count, device=like[0].device)
+                device = execution_device(part.base_layer)
+                weights = torch.full((samples, count), 1 / count, device=device)
                 weights.requires_grad_(train)
                 size = tokens, part.in_features
                 run_on_zeros([part], self.routing, weights, size, like)

@@ -31,6 +31,21 @@ KNOWN: tuple[Known, ...] = (
     Known("wgmma.wait_group 0", "*shrink*_kernel", "*float32 factors*", _CONVERTED, (90,)),
     Known("wgmma.wait_group 0", "gemm*_kernel", "*float32 factors*", _CONVERTED, (90,)),
     Known("wgmma.wait_group 0", "grouped_out_of_ranks_kernel", "*", _WEIGHTED, (90,)),
+    Known(
+        "wgmma.wait_group 0", "grouped_into_ranks_kernel", "crowded, float32 bank", _CONVERTED, (90,)
+    ),
+    Known(
+        "wgmma.wait_group 0", "grouped_into_ranks_kernel", "crowded, odd width",
+        "rows that are not aligned are loaded by element, through registers", (90,),
+    ),
+    Known(
+        "narrow loads", "into_ranks_kernel", "experts, rank 1",
+        "512 columns give each of 128 threads 4 elements of 16 bits",
+    ),
+    Known(
+        "spills", "mix_prompts_kernel", "prompts, float32 pool",
+        "two registers; half the tile would spill none and read less at a time", (120,),
+    ),
     Known("wgmma.wait_group 0", "bank_grad_kernel", "*", _WEIGHTED, (90,)),
     Known("FFMA in place of matrix instructions", "bank_grad_kernel", "*", _OUTER),
     Known(

@@ -309,7 +309,7 @@ def grouped_out_of_ranks(
                 BLOCK_N=block_n,
                 BLOCK_K=16,
                 COMPUTE=compute,
-                num_warps=4,
+                num_warps=8 if dtype == torch.float32 else 4,
                 num_stages=3,
             )
             _sum_choices_kernel[(M, tiles)](

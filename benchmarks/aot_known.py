@@ -32,7 +32,8 @@ KNOWN: tuple[Known, ...] = (
     Known("wgmma.wait_group 0", "gemm*_kernel", "*float32 factors*", _CONVERTED, (90,)),
     Known("wgmma.wait_group 0", "grouped_out_of_ranks_kernel", "*", _WEIGHTED, (90,)),
     Known(
-        "wgmma.wait_group 0", "grouped_into_ranks_kernel", "crowded, float32 bank", _CONVERTED, (90,)
+        "wgmma.wait_group 0", "grouped_into_ranks_kernel", "crowded, float32 bank",
+        _CONVERTED, (90,),
     ),
     Known(
         "wgmma.wait_group 0", "grouped_into_ranks_kernel", "crowded, odd width",

@@ -30,6 +30,7 @@ _ONE_IN = {
     "cuda_kernels/test_nearest_key.py": 3,
     "cuda_kernels/test_topk_keys.py": 3,
     "editing/test_editors.py": 2,
+    "methods/test_edits_in_use.py": 2,
     "ops/test_contract.py": 2,
     "ops/test_dtypes.py": 3,
     "ops/test_mix_experts.py": 3,

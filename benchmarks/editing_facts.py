@@ -148,7 +148,6 @@ def main() -> None:
     result = {
         "environment": environment("cpu"),
         "only": "editing-facts",
-        "command": " ".join(sys.argv[1:]),
         **counts,
         "rows": rows,
     }

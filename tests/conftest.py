@@ -27,10 +27,14 @@ import pytest
 _ONE_IN = {
     "cpu_kernels/test_mixed_lora.py": 4,
     "cpu_kernels/test_topk_keys.py": 4,
+    "cuda_kernels/test_bounds.py": 2,
+    "cuda_kernels/test_compiled.py": 4,
     "cuda_kernels/test_nearest_key.py": 3,
     "cuda_kernels/test_topk_keys.py": 3,
     "editing/test_editors.py": 2,
     "methods/test_edits_in_use.py": 2,
+    "methods/test_melo.py": 2,
+    "methods/test_warmup.py": 2,
     "ops/test_contract.py": 2,
     "ops/test_dtypes.py": 3,
     "ops/test_mix_experts.py": 3,
@@ -49,6 +53,7 @@ _ONE_IN = {
     "roofline/test_mixed_lora.py": 3,
     "storage/test_storage_checkpoint.py": 3,
     "triton_kernels/test_mixed_lora.py": 5,
+    "triton_kernels/test_plans.py": 2,
     "triton_kernels/test_searches.py": 2,
 }
 

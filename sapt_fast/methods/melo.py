@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sapt_fast.methods.config import MethodConfig
-from sapt_fast.methods.edits.fitting import gives, losses_of, present_answers
+from sapt_fast.methods.edits.fitting import gives, losses_of, present_answers, require_finite
 from sapt_fast.methods.edits.handle import EditHandle, Pair, evaluating, require_finite_keys
 from sapt_fast.methods.edits.inputs import Edit
 from sapt_fast.methods.edits.sites import default_targets, device_of, in_decoder, widths_of
@@ -240,11 +240,7 @@ class MeloHandle(EditHandle):
                 with torch.enable_grad():
                     logits = texts.whole()
                     losses = losses_of(logits, texts.labels)
-                if not torch.isfinite(losses).all():
-                    raise FloatingPointError(
-                        f"the loss of an edit is {losses.max().item()} after {step} steps: "
-                        "expected a finite one; use a smaller learning_rate"
-                    )
+                require_finite(losses, step)
                 fits = gives(logits.detach(), texts.labels, config.margin)
                 if step == config.steps or bool(fits.all()):
                     break

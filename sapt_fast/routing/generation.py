@@ -21,10 +21,15 @@ from sapt_fast.routing.router_call import NO_CONTINUOUS_BATCHING, RouterCall
 from sapt_fast.routing.running import Running
 from sapt_fast.routing.stand_in import generation_arguments
 
-_CONTINUOUS_BATCHING = (
-    "generate_batch",
-    "init_continuous_batching",
-    "continuous_batching_context_manager",
+
+def _refuse_continuous_batching(own: Any, *args: Any, **kwargs: Any) -> None:
+    raise RuntimeError(NO_CONTINUOUS_BATCHING)
+
+
+# Methods of a model that pack the texts of several requests into one row.
+REFUSED: dict[str, Callable[..., Any]] = dict.fromkeys(
+    ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager"),
+    _refuse_continuous_batching,
 )
 
 
@@ -77,7 +82,7 @@ class Generation:
     def stand_ins(self) -> dict[str, Callable[..., Any]]:
         """By name, the methods that stand in for the model's own; see `StandIn`."""
         methods: dict[str, Callable[..., Any]] = {"generate": self.generate}
-        methods |= dict.fromkeys(_CONTINUOUS_BATCHING, _refuse_continuous_batching)
+        methods |= REFUSED
         return {name: method for name, method in methods.items() if hasattr(self.model, name)}
 
     def generate(
@@ -178,10 +183,6 @@ def prompt_of(model: Any, named: Mapping[str, Any]) -> dict[str, Any]:
 def is_filled(cache: Any) -> bool:
     """Returns whether a cache contains tokens; None does not."""
     return cache is not None and int(cache.get_seq_length()) > 0
-
-
-def _refuse_continuous_batching(own: Any, *args: Any, **kwargs: Any) -> None:
-    raise RuntimeError(NO_CONTINUOUS_BATCHING)
 
 
 def _padding_mask(input_ids: Tensor, settings: Sequence[Mapping[str, Any]]) -> Tensor | None:

@@ -25,21 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from sapt_fast.routing.forward import Forward, Prompt
-from sapt_fast.routing.generation import for_rows, prompt_of
+from sapt_fast.routing.generation import REFUSED, for_rows, prompt_of
 from sapt_fast.routing.inputs import for_router
 from sapt_fast.routing.packing import find_segments
 from sapt_fast.routing.recompute import Recomputation
-from sapt_fast.routing.router_call import NO_CONTINUOUS_BATCHING
 from sapt_fast.routing.running import Running
 from sapt_fast.routing.stand_in import StandIn, generation_arguments, positional_names
 
 __all__ = ["Prompts"]
-
-_CONTINUOUS_BATCHING = (
-    "generate_batch",
-    "init_continuous_batching",
-    "continuous_batching_context_manager",
-)
 
 
 _OF_GENERATE = ("generation", "samples", "decided")
@@ -163,7 +156,7 @@ class Prompts(Running):
                 root.register_forward_pre_hook(enter, with_kwargs=True),
                 root.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
             ]
-        methods |= dict.fromkeys(_CONTINUOUS_BATCHING, _refuse_continuous_batching)
+        methods |= REFUSED
         methods["generate"] = self._generate
         for name in [name for name in methods if hasattr(model, name)]:
             self._stand_ins.append(StandIn(model, name, methods[name]))
@@ -385,7 +378,3 @@ def _tokens(inputs: Mapping[str, Any]) -> Any:
     """Returns input_ids or inputs_embeds."""
     ids = inputs.get("input_ids")
     return inputs.get("inputs_embeds") if ids is None else ids
-
-
-def _refuse_continuous_batching(own: Any, *args: Any, **kwargs: Any) -> None:
-    raise RuntimeError(NO_CONTINUOUS_BATCHING)

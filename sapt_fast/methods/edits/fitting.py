@@ -22,6 +22,7 @@ __all__ = [
     "losses_of",
     "present_answers",
     "queries",
+    "require_finite",
 ]
 
 
@@ -53,12 +54,10 @@ class Fitted(NamedTuple):
     Attributes:
         values: [B, T, O] of each layer, by its path.
         fits: [B] bool, whether the model gives the target.
-        losses: [B, 2], the mean cross-entropy of the target's tokens before and after.
     """
 
     values: dict[str, Tensor]
     fits: Tensor
-    losses: Tensor
 
 
 @contextmanager
@@ -150,18 +149,11 @@ def _descend(texts: EditTexts, values: dict[str, Tensor], options: FittingOption
     optimizer = torch.optim.Adam([*values.values()], lr=options.learning_rate)
     kept = {path: value.detach().clone() for path, value in values.items()}
     fits = torch.zeros(texts.labels.shape[0], dtype=torch.bool, device=texts.labels.device)
-    first = last = torch.zeros(0)
     for step in range(options.steps + 1):
         with torch.enable_grad():
             logits = texts.logits()
             losses = losses_of(logits, texts.labels)
-        if not torch.isfinite(losses).all():
-            raise FloatingPointError(
-                f"the loss of an edit is {losses.max().item()} after {step} steps: expected a "
-                "finite one; use a smaller learning_rate"
-            )
-        last = losses.detach()
-        first = last.clone() if step == 0 else first
+        require_finite(losses, step)
         with torch.no_grad():
             right = gives(logits, texts.labels, options.margin)
             moving = ~fits if options.stop else torch.ones_like(fits)
@@ -174,7 +166,7 @@ def _descend(texts: EditTexts, values: dict[str, Tensor], options: FittingOption
         for value, gradient in zip(values.values(), gradients, strict=True):
             value.grad = torch.zeros_like(value) if gradient is None else gradient
         optimizer.step()
-    return Fitted(kept, fits, torch.stack([first, last], 1))
+    return Fitted(kept, fits)
 
 
 def losses_of(logits: Tensor, labels: Tensor) -> Tensor:
@@ -185,10 +177,19 @@ def losses_of(logits: Tensor, labels: Tensor) -> Tensor:
     return losses.sum(1) / (labels != IGNORED).sum(1)
 
 
+def require_finite(losses: Tensor, step: int) -> None:
+    """Raises FloatingPointError if a loss [B] is not finite after `step` steps."""
+    if not torch.isfinite(losses).all():
+        raise FloatingPointError(
+            f"the loss of an edit is {losses.max().item()} after {step} steps: expected a finite "
+            "one; use a smaller learning_rate"
+        )
+
+
 def gives(logits: Tensor, labels: Tensor, margin: float) -> Tensor:
     """Returns whether each token of a target is the likeliest, by a margin: [B] bool."""
     real = labels != IGNORED
     target = labels.clamp(min=0)[..., None]
     wanted = logits.gather(-1, target).squeeze(-1)
     others = logits.scatter(-1, target, float("-inf")).amax(-1)
-    return ((wanted - others >= margin) & ((wanted > others) | ~real) | ~real).all(1)
+    return ((wanted > others) & (wanted - others >= margin) | ~real).all(1)

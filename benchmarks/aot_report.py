@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import inspect
 import io
 import json
 import multiprocessing
@@ -82,9 +83,9 @@ class Job:
 
     def digest(self) -> str:
         """Of all that the result of `compile_job` depends on."""
-        own = [Path(str(module.__file__)).read_text() for module in (aot_checks, aot_known)]
         parts = (
-            triton.__version__, Path(__file__).read_text(), own, self.kernel.cache_key,
+            triton.__version__, inspect.getsource(compile_job), inspect.getsource(aot_checks),
+            self.name in aot_known.STREAMS, self.kernel.cache_key,
             self.capability, self.signature, self.constexprs, self.attrs, self.options,
             self.case.aligned,
         )  # fmt: skip

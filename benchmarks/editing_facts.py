@@ -96,15 +96,14 @@ _GRACE = Method(
     "grace", "question", "radius", 25,
     tuned="margin", tried=_MARGINS, options={"replacement": "per_token"},
 )  # fmt: skip
+_FORCED = (_FIRST, "fine-tuning")  # measured by teacher forcing too, in one order
 METHODS = {
     "GRACE, question, radius": _GRACE,
     "GRACE, question, ratio": replace(_GRACE, limit="ratio", like=_FIRST, orders=1, every=50),
-    "GRACE, message, radius": replace(_GRACE, keys="message", like=_FIRST, orders=1, every=50),
-    "GRACE, projected, radius": replace(_GRACE, keys="projected", like=_FIRST, every=50),
-    "GRACE, hidden, radius": replace(_GRACE, keys="hidden", like=_FIRST, orders=1, every=50),
+    "GRACE, projected, radius": replace(_GRACE, keys="projected", like=_FIRST, orders=1, every=50),
     "GRACE, own keys": replace(_GRACE, keys="own", like=_FIRST, orders=1, every=50),
     "GRACE, question, one vector": replace(_GRACE, options={}, orders=1),
-    "MELO, question, radius": replace(_GRACE, method="melo", batch=5, options={}),
+    "MELO, question, radius": replace(_GRACE, method="melo", batch=5, options={}, every=50),
     "fine-tuning": Method("ft", tuned="learning_rate", tried=(1e-4, 1e-4 * _STEP, 1e-3)),
     "fine-tuning, L2": Method(
         "ft-l2",
@@ -130,7 +129,7 @@ METHODS = {
         tuned="learning_rate",
         tried=(1e-5, 1e-5 * _STEP, 1e-4),
         batch=25,
-        orders=2,
+        orders=1,
         options={"target_modules": _ULTRA},
         held=10,
         every=50,
@@ -251,7 +250,7 @@ class Experiment:
             every=given.every if order == 0 and not tuning else 10**6,
             save_every=25,
             answer_tokens=12,
-            teacher_forcing=order == 1,
+            teacher_forcing=order == 1 and name in _FORCED,
         )
         folder = self.folder(name, options, part) / str(order)
         if (folder / "report.json").exists():

@@ -44,7 +44,9 @@ def methods(result: Mapping[str, Any]) -> list[str]:
     for row in result["rows"]:
         generated, groups = row["generated"], row["groups"]
         found = [fmean(generated[name]) for name in ("success", "retention", "paraphrase")]
-        by_order = [dict(zip(groups, shares, strict=True)) for shares in zip(*groups.values())]
+        by_order = [
+            dict(zip(groups, shares, strict=True)) for shares in zip(*groups.values(), strict=True)
+        ]
         found.append(fmean(untouched(shares, result["prompts"]) for shares in by_order))
         found += [fmean(groups["near names"]), fmean(generated["locality"])]
         found += [fmean(groups[group]) for group in _APART]

@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 import transformers
-from editing_keys import Distances, OwnKeys, table
+from editing_distances import Distances, OwnKeys, table
 from held_blocks import HeldBlocks
 from measure import environment, save
 
@@ -41,6 +41,7 @@ from sapt_fast.editing.data import Reader
 from sapt_fast.editing.metrics import METRICS
 from sapt_fast.editing.run import run_edits
 from sapt_fast.editing.settings import EditingSettings
+from sapt_fast.files.directories import atomic_write_text
 from sapt_fast.methods import grace
 from sapt_fast.methods.edits.fitting import Fitted, fit
 from sapt_fast.methods.edits.keys import SentenceKeys
@@ -55,8 +56,6 @@ _FEW = 20  # edits to tune a rate by
 _MOST = 8  # values of a rate
 _STEP = 10**0.5
 _HELD = 21  # the edited layer is in block 22, MELO's key layer in block 21
-# The layers that the code of UltraEdit edits in a LLaMA of 32 blocks, at the same depths of 30.
-_ULTRA = r"model\.layers\.(?:1[0-4]\.mlp\.gate_proj|(?:1[7-9]|2[0-3])\.mlp\.up_proj)"
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,6 @@ class Method:
         tried: the first values of it.
         like: the method whose tuned option this one takes over; None for none.
         options: other options.
-        held: blocks below all edited layers.
         every: edits between the measurements of the first order.
     """
 
@@ -86,7 +84,6 @@ class Method:
     tried: tuple[float, ...] = ()
     like: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
-    held: int = _HELD
     every: int = 25
 
 
@@ -103,7 +100,9 @@ METHODS = {
     "GRACE, projected, radius": replace(_GRACE, keys="projected", like=_FIRST, orders=1, every=50),
     "GRACE, own keys": replace(_GRACE, keys="own", like=_FIRST, orders=1, every=50),
     "GRACE, question, one vector": replace(_GRACE, options={}, orders=1),
-    "MELO, question, radius": replace(_GRACE, method="melo", batch=5, options={}, every=50),
+    "MELO, question, radius": replace(
+        _GRACE, method="melo", batch=5, options={}, like=_FIRST, every=50
+    ),
     "fine-tuning": Method("ft", tuned="learning_rate", tried=(1e-4, 1e-4 * _STEP, 1e-3)),
     "fine-tuning, L2": Method(
         "ft-l2",
@@ -116,22 +115,12 @@ METHODS = {
     "deferral": Method(
         "defer", tuned="learning_rate", tried=(1e-3, 1e-3 * _STEP, 1e-2), orders=1, every=50
     ),
-    "UltraEdit, 1 layer": Method(
+    "UltraEdit": Method(
         "ultraedit",
         tuned="learning_rate",
-        tried=(1e-4, 1e-4 * _STEP, 1e-3),
+        tried=(1e-2 / _STEP, 1e-2, 1e-2 * _STEP),
         batch=25,
         orders=1,
-        every=50,
-    ),
-    "UltraEdit, 12 layers": Method(
-        "ultraedit",
-        tuned="learning_rate",
-        tried=(1e-5, 1e-5 * _STEP, 1e-4),
-        batch=25,
-        orders=1,
-        options={"target_modules": _ULTRA},
-        held=10,
         every=50,
     ),
     "retraining": Method(
@@ -161,8 +150,9 @@ class Experiment:
         self.untouched = reader.probes(options.facts / "untouched.jsonl")
         self.tuning = reader.edits(options.facts / "tuning.jsonl")
         self.tuning_untouched = reader.probes(options.facts / "tuning_untouched.jsonl")
-        self.held = HeldBlocks(self.model)
-        self._chosen: dict[tuple[str, str], dict[str, Any]] = {}
+        self.held = HeldBlocks(self.model, _HELD)
+        self._chosen: dict[str, dict[str, Any]] = {}
+        self.unedited = False  # whether the next answers are those from before the first edit
         self.timing = False  # whether GRACE trains values again that it has
         self._reuse()
 
@@ -186,15 +176,27 @@ class Experiment:
             self.keys["projected"] = ProjectedKeys(self.keys["question"]).fit(groups, others)
         return self.keys[name]
 
+    def _before(self, prompts: Any, ask: Any) -> list[Any]:
+        """Returns answers from before the first edit, which are kept for all runs."""
+        path = self.options.output / "before.json"
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        asked = [prompt for prompt in prompts if str(prompt) not in kept]
+        kept |= {str(prompt): answer for prompt, answer in zip(asked, ask(asked), strict=True)}
+        atomic_write_text(path, json.dumps(kept))
+        return [tuple(kept[str(prompt)]) for prompt in prompts]
+
     def _reuse(self) -> None:
-        """Lets measurements use held blocks, and GRACE the values that it has trained before."""
+        """Lets runs use what is the same in all: lower blocks, answers before edits, values."""
         answers, trained, path = Examiner.answers, {}, self.options.output / "values.pt"
         if path.exists():
             trained = torch.load(path, weights_only=True)
 
         def held_answers(examiner: Examiner, prompts: Any) -> Any:
+            first, self.unedited = self.unedited, False
             with self.held.on():
-                return answers(examiner, prompts)
+                if not first:
+                    return answers(examiner, prompts)
+                return self._before(prompts, lambda asked: answers(examiner, asked))
 
         def remembered(texts: Any, layers: Any, prompts: Any, start: Any, options: Any) -> Fitted:
             (layer,) = layers
@@ -219,25 +221,28 @@ class Experiment:
 
     def look_up(self, keys: str, limit: str) -> dict[str, Any]:
         """Chooses a radius or ratio on the tuning facts; also its shares on those reported."""
-        if (keys, limit) not in self._chosen:
+        path = self.options.output / "keys.json"
+        if not self._chosen and path.exists():
+            self._chosen = json.loads(path.read_text())
+        name = f"{keys}, {limit}"
+        if name not in self._chosen:
             with self.held.on():
                 tuning = Distances(self.keys_by(keys), self.tuning, self.tuning_untouched)
                 final = Distances(self.keys_by(keys), self.edits, self.untouched)
             chosen = tuning.choose(limit)
-            self._chosen[keys, limit] = {
+            self._chosen[name] = {
                 "limit": limit,
                 "value": chosen["value"],
                 "tuning": chosen,
                 "shares": final.shares(limit, chosen["value"]),
                 "quantiles": final.quantiles(),
             }
-        return self._chosen[keys, limit]
+            atomic_write_text(path, json.dumps(self._chosen))
+        return self._chosen[name]
 
     def run(self, name: str, options: dict[str, Any], part: str, order: int) -> Any:
         """Returns the report of one run, which is made unless it is there."""
         given, tuning = METHODS[name], part != "edits"
-        if given.held != self.held.below:
-            self.held.hold(given.held)
         rows, probes = self.edits, self.untouched
         if tuning:
             rows = [replace(r, paraphrases=r.paraphrases[::3], locality=()) for r in self.tuning]
@@ -255,6 +260,7 @@ class Experiment:
         folder = self.folder(name, options, part) / str(order)
         if (folder / "report.json").exists():
             return json.loads((folder / "report.json").read_text())
+        self.unedited = not folder.exists()
         return run_edits(
             self.model, rows, folder, settings,
             method=given.method, options=options, upstream=probes,
@@ -350,7 +356,7 @@ class Experiment:
             sapt_fast.load_pretrained(self.model, edited)
             handle = self.model.grace
             try:
-                handle.look_up_by(self.keys["question"])
+                handle.look_up_by(self.keys_by(str(METHODS[name].keys)))
                 acts = [handle.which(text).acts for text in asked]
                 after = [self.model(input_ids=text[None]).logits for text in asked]
             finally:
@@ -406,7 +412,7 @@ def main() -> None:
             for limit in _LIMITS
         },
         "rows": rows,
-        "unmatched": experiment.unmatched(_FIRST),
+        "unmatched": experiment.unmatched("GRACE, projected, radius"),
     }
     print(save(result, Path(__file__).parent / "results"))
 

@@ -22,26 +22,19 @@ class HeldBlocks:
 
     Args:
         model: a causal LLaMA-like model in transformers.
-
-    Attributes:
         below: how many blocks are held.
     """
 
-    def __init__(self, model: Any) -> None:
-        self.blocks = model.model.layers
-        self.below = 0
+    def __init__(self, model: Any, below: int) -> None:
+        self.below = below
         self._rows: dict[tuple[int, ...], Row] = {}
         self._prompts: list[tuple[int, ...]] | None = None  # of the running prefill
         self._active = False
         self._known = False
         model.model.register_forward_pre_hook(self._enter, with_kwargs=True)
         model.model.register_forward_hook(self._leave, with_kwargs=True)
-        for index, block in enumerate(self.blocks):
+        for index, block in enumerate(model.model.layers[:below]):
             vars(block)["forward"] = self._held(index, block.forward)
-
-    def hold(self, below: int) -> None:
-        """Sets how many blocks are held, and forgets what they made of prompts."""
-        self.below, self._rows = below, {}
 
     @contextmanager
     def on(self) -> Iterator[None]:
@@ -64,7 +57,7 @@ class HeldBlocks:
 
     def _held(self, index: int, forward: Any) -> Any:
         def run(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if self._prompts is None or index >= self.below:
+            if self._prompts is None:
                 found: Tensor = forward(hidden, *args, **kwargs)
                 return found
             cache, last = kwargs["past_key_values"], index == self.below - 1

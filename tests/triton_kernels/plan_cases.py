@@ -305,6 +305,12 @@ def other_ops(launches: list[Any]) -> None:
             [pooled, bank_a, bank_b, index, weights],
         ),
     }
+    few, of_few = torch.ones(512, 2, dtype=torch.int64), new(512, 2, dtype=torch.float32)
+    rows, order = new(512, 64), torch.ones(1024, dtype=torch.int64)
+    calls["crowded experts"] = (
+        lambda: mix_experts.mix_experts_fwd(rows, bank_a, bank_b, few, of_few, 2.0, order),
+        [rows, bank_a, bank_b, few, of_few, order],
+    )
     for name, (call, inputs) in calls.items():
         assert compare(call, inputs, launches), name
         print(name, "ok")

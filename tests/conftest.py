@@ -95,13 +95,14 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _checked_kernels() -> Iterator[None]:
-    """Checks each access to memory of the kernels that Triton's interpreter runs."""
+    """Checks each access to memory of the kernels that Triton's interpreter runs, and speeds it."""
     if "TRITON_INTERPRET" not in os.environ or importlib.util.find_spec("triton") is None:
         yield
         return
     import kernel_memory
+    import quick_interpreter
 
-    with kernel_memory.checked():
+    with kernel_memory.checked(), quick_interpreter.quick():
         yield
 
 

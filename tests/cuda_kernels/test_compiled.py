@@ -25,7 +25,8 @@ def test_no_spills(build, kernel, targets, tmp_path):
     nvcc = build.find_nvcc()
     if nvcc is None:
         pytest.skip("nvcc was not found")
-    command = [nvcc, "-O3", "-std=c++17", f"-I{ROOT / 'csrc'}", *build.cuda_gencode(";".join(targets))]
+    architectures = build.cuda_gencode(";".join(targets))
+    command = [nvcc, "-O3", "-std=c++17", f"-I{ROOT / 'csrc'}", *architectures]
     command += ["--threads", "0", "-Xptxas", "-v", "-c", str(kernel), "-o", str(tmp_path / "o.o")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     log = done.stdout + done.stderr

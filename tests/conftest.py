@@ -28,7 +28,7 @@ _ONE_IN = {
     "cpu_kernels/test_mixed_lora.py": 4,
     "cpu_kernels/test_topk_keys.py": 4,
     "cuda_kernels/test_bounds.py": 2,
-    "cuda_kernels/test_compiled.py": 4,
+    "cuda_kernels/test_compiled.py": 100,
     "cuda_kernels/test_nearest_key.py": 3,
     "cuda_kernels/test_topk_keys.py": 3,
     "editing/test_editors.py": 2,

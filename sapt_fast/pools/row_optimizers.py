@@ -108,6 +108,11 @@ class RowOptimizer:
         return self._state.used_ids()
 
     @property
+    def stored_rows(self) -> RowTable:
+        """What stores steps and moments of the trained experts."""
+        return self._state
+
+    @property
     def state_bytes(self) -> int:
         """Bytes of the state, with the map from experts to it (4 bytes for each of N)."""
         return self._state.nbytes
@@ -126,7 +131,7 @@ class RowOptimizer:
             ids: [T] int64.
             tensors: by name, [T, ...]: steps, and the moments of A and of B.
         """
-        tensors = {name: self._state.used(name) for name in self._state.tables}
+        tensors = {name: self._state.used(name) for name in self._state.shapes}
         return {
             "name": self.name,
             "options": self.options(),
@@ -157,7 +162,9 @@ class RowOptimizer:
                     f"shape {[len(ids), *shape]}"
                 )
             _require_finite(name, ids, given)
-        loaded._state.fill(ids, tensors)
+        rows = loaded._state
+        rows.reserve(len(ids))
+        rows.write(rows.add(ids.to(rows.device)), {name: tensors[name] for name in rows.shapes})
         vars(self).update(vars(loaded))
 
     def _new_state(self) -> RowTable:

@@ -91,6 +91,8 @@ class ExpertBank(Own, nn.Module):
         cache_rows: number of experts in the cache on `device`; not used by storage "device". A
             call that selects more copies them without the cache.
         seed: of the start values.
+        first: number of this bank's first expert in a larger one, of which it is a part; its start
+            values are those of that expert.
         device: where `mix` computes.
 
     Attributes:
@@ -108,6 +110,7 @@ class ExpertBank(Own, nn.Module):
         storage: str = "device",
         cache_rows: int = 4096,
         seed: int = 0,
+        first: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
@@ -119,9 +122,11 @@ class ExpertBank(Own, nn.Module):
         require_choice("storage", storage, STORAGES)
         require_count("cache_rows", cache_rows)
         require_count("seed", seed, least=0, most=2**63 - 1)
+        require_count("first", first, least=0, most=2**40)
         self.num_experts, self.r = num_experts, r
         self.in_features, self.out_features = in_features, out_features
-        self.dtype, self.storage, self.cache_rows, self.seed = dtype, storage, cache_rows, seed
+        self.dtype, self.storage, self.cache_rows = dtype, storage, cache_rows
+        self.seed, self.first = seed, first
         # Moves with the module and tells where it computes.
         self.register_buffer("_place", torch.empty(0, device=device), persistent=False)
         home = self.device if storage == "device" else torch.device("cpu")
@@ -189,7 +194,7 @@ class ExpertBank(Own, nn.Module):
         if len(whole[0]) == len(ids):
             return whole[0], whole[1]
         ids, found = ids.to(self.device), found.to(self.device)
-        a = start_rows(self.seed, ids, self.r, self.in_features)
+        a = start_rows(self.seed, ids + self.first, self.r, self.in_features)
         b = a.new_zeros(len(ids), self.r, self.out_features)
         a[found], b[found] = whole
         return a, b

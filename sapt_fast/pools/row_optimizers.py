@@ -60,6 +60,8 @@ class RowOptimizer:
         """
         bank = self.bank
         require_ids("ids", ids, bank.num_experts)
+        if len(ids) == 0:
+            return
         if self._state.device != bank.home:
             self._state.apply(lambda tensor: tensor.to(bank.home))
         rows = dict(zip(_SIDES, bank.master_rows(ids), strict=True))
@@ -71,8 +73,6 @@ class RowOptimizer:
                     f"grads: got shape {shape} for {side}, expected {tuple(rows[side].shape)}"
                 )
             _require_finite("grads", ids, grad)
-        if len(ids) == 0:
-            return
         ids = ids.to(bank.home)
         at = self._state.find(ids)
         state = self._state.read(at.clamp(min=0)) if len(self._state) else self._zeros(len(ids))

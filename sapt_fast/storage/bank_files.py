@@ -37,7 +37,7 @@ from sapt_fast.storage.description import (
 from sapt_fast.storage.tensors import StoredFiles, write_tensors
 from sapt_fast.version import __version__
 
-__all__ = ["BANK_FILE", "load_bank", "read_bank", "save_bank", "write_bank"]
+__all__ = ["BANK_FILE", "load_bank", "read_bank", "save_bank", "sizes_of", "write_bank"]
 
 BANK_FILE = "bank.json"
 _INDEX = "index.safetensors"
@@ -118,7 +118,7 @@ def write_bank(
         "format_version": _FORMAT_VERSION,
         "sapt_fast_version": __version__,
         "num_experts": bank.num_experts,
-        **_sizes(bank),
+        **sizes_of(bank),
         "seed": bank.seed,
         "rows": len(ids),
         "shard_rows": shard_rows,
@@ -208,7 +208,7 @@ def read_bank(folder: Path, bank: ExpertBank) -> RowOptimizer | None:
         ValueError: if the bank does not fit. After any error the bank is unchanged.
     """
     stated, source = _description(folder), folder / BANK_FILE
-    for name, value in _sizes(bank).items():
+    for name, value in sizes_of(bank).items():
         if stated[name] != value:
             raise ValueError(f"{source}: {name}: got {stated[name]}, expected {value}")
     files = StoredFiles(folder)
@@ -337,7 +337,7 @@ def _named(name: str, stated: dict[str, Any]) -> Iterator[None]:
 # --- both ---
 
 
-def _sizes(bank: ExpertBank) -> dict[str, Any]:
+def sizes_of(bank: ExpertBank) -> dict[str, Any]:
     """Returns what a folder and a bank must have in common."""
     return {
         "r": bank.r,

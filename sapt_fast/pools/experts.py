@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sapt_fast.checks import require_choice, require_count
 from sapt_fast.ops import mix_experts
 from sapt_fast.ops._common import autocasts
+from sapt_fast.pools.mapped_rows import MappedRows
 from sapt_fast.pools.own import Own, keeping_dtype
 from sapt_fast.pools.row_cache import RowCache
 from sapt_fast.pools.row_table import RowTable, require_ids
@@ -90,6 +91,8 @@ class ExpertBank(Own, nn.Module):
         cache_rows: number of experts in the cache on `device`; not used by storage "device". A
             call that selects more copies them without the cache.
         seed: of the start values.
+        first: number of this bank's first expert in a larger one, of which it is a part; its start
+            values are those of that expert.
         device: where `mix` computes.
 
     Attributes:
@@ -107,6 +110,7 @@ class ExpertBank(Own, nn.Module):
         storage: str = "device",
         cache_rows: int = 4096,
         seed: int = 0,
+        first: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
@@ -118,13 +122,15 @@ class ExpertBank(Own, nn.Module):
         require_choice("storage", storage, STORAGES)
         require_count("cache_rows", cache_rows)
         require_count("seed", seed, least=0, most=2**63 - 1)
+        require_count("first", first, least=0, most=2**40)
         self.num_experts, self.r = num_experts, r
         self.in_features, self.out_features = in_features, out_features
-        self.dtype, self.storage, self.cache_rows, self.seed = dtype, storage, cache_rows, seed
+        self.dtype, self.storage, self.cache_rows = dtype, storage, cache_rows
+        self.seed, self.first = seed, first
         # Moves with the module and tells where it computes.
         self.register_buffer("_place", torch.empty(0, device=device), persistent=False)
         home = self.device if storage == "device" else torch.device("cpu")
-        self._rows = RowTable(num_experts, self._shapes(), home)
+        self._rows: RowTable | MappedRows = RowTable(num_experts, self.shapes(), home)
         self._cache = self._new_cache()
         self._trained: _Trained | None = None
 
@@ -143,6 +149,11 @@ class ExpertBank(Own, nn.Module):
     def touched(self) -> Tensor:
         """The experts that are stored, [T] int64, in the order in which they were first trained."""
         return self._rows.used_ids()
+
+    @property
+    def stored_rows(self) -> RowTable | MappedRows:
+        """What stores the touched experts; only for reading."""
+        return self._rows
 
     @property
     def nbytes(self) -> int:
@@ -183,7 +194,7 @@ class ExpertBank(Own, nn.Module):
         if len(whole[0]) == len(ids):
             return whole[0], whole[1]
         ids, found = ids.to(self.device), found.to(self.device)
-        a = start_rows(self.seed, ids, self.r, self.in_features)
+        a = start_rows(self.seed, ids + self.first, self.r, self.in_features)
         b = a.new_zeros(len(ids), self.r, self.out_features)
         a[found], b[found] = whole
         return a, b
@@ -303,10 +314,10 @@ class ExpertBank(Own, nn.Module):
         """
         self._require_index(index)
         convert = self.dtype == torch.bfloat16 and dtype != torch.bfloat16
-        if self._cache is None and not convert:
-            inside = torch.where(index < self.num_experts, index, -1)
-            at = self._rows.find(inside)
-            return Selection(self._rows.tables["down"], self._rows.tables["up"], at)
+        rows = self._rows
+        if self._cache is None and not convert and isinstance(rows, RowTable):
+            at = rows.find(torch.where(index < self.num_experts, index, -1))
+            return Selection(rows.tables["down"], rows.tables["up"], at)
         a, b, at = self._select_rows(index, copy=keep or torch.is_grad_enabled())
         return Selection(a.float(), b.float(), at) if convert else Selection(a, b, at)
 
@@ -362,7 +373,7 @@ class ExpertBank(Own, nn.Module):
         place = torch.full_like(at, -1)
         if self._cache is None:
             place[found] = torch.arange(int(found.sum()), device=at.device)
-            stored = {name: self._rows.tables[name][at[found]] for name in _TABLES}
+            stored = {name: self._rows.gather(name, at[found]) for name in _TABLES}
         else:
             place[found], stored = self._cache.rows(ids[found], at[found], self._rows, copy)
         return stored["down"], stored["up"], place.to(index.device)[inverse]
@@ -383,7 +394,8 @@ class ExpertBank(Own, nn.Module):
 
     # --- storing ---
 
-    def _shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Returns shape and dtype of what is stored of an expert, by name (as `stored`)."""
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         for name in _TABLES:
             shape = (self.r, self._width(name))
@@ -409,7 +421,7 @@ class ExpertBank(Own, nn.Module):
     def _new_cache(self) -> RowCache | None:
         if self.storage == "device":
             return None
-        shapes = {name: shape for name, shape in self._shapes().items() if name in _TABLES}
+        shapes = {name: shape for name, shape in self.shapes().items() if name in _TABLES}
         return RowCache(
             min(self.cache_rows, self.num_experts), self.num_experts, shapes, self.device
         )
@@ -417,7 +429,7 @@ class ExpertBank(Own, nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertBank:
         before, fn = self.device, keeping_dtype(fn)
         super()._apply(fn, recurse)
-        if self.storage == "device":
+        if self.storage == "device" and isinstance(self._rows, RowTable):
             self._rows.apply(fn)
         elif self.device != before:
             self._cache = self._new_cache()
@@ -446,7 +458,7 @@ class ExpertBank(Own, nn.Module):
             down_rest, up_rest: int16, of a bank in bfloat16: see `split_floats`.
         """
         seed = torch.tensor(self.seed, dtype=torch.int64)
-        tables = {name: self._rows.used(name) for name in self._rows.tables}
+        tables = {name: self._rows.used(name) for name in self._rows.shapes}
         return {"seed": seed, "ids": self._rows.used_ids(), **tables}
 
     def restore(self, state: dict[str, Tensor]) -> None:
@@ -458,7 +470,7 @@ class ExpertBank(Own, nn.Module):
         """
         ids = state["ids"]
         require_ids("ids", ids, self.num_experts)
-        for name, (shape, dtype) in self._shapes().items():
+        for name, (shape, dtype) in self.shapes().items():
             given = state[name]
             if tuple(given.shape) != (len(ids), *shape) or given.dtype != dtype:
                 raise ValueError(
@@ -467,8 +479,19 @@ class ExpertBank(Own, nn.Module):
                 )
             if not torch.isfinite(given).all():
                 raise ValueError(f"{name}: got NaN or infinite values, expected finite ones")
-        self.seed = int(state["seed"])
-        self._rows.fill(ids, state)
+        rows = RowTable(self.num_experts, self.shapes(), self.home)
+        rows.reserve(len(ids))
+        rows.write(rows.add(ids.to(self.home)), {name: state[name] for name in self.shapes()})
+        self.adopt(rows, int(state["seed"]))
+
+    def adopt(self, rows: RowTable | MappedRows, seed: int) -> None:
+        """Replaces all rows, and the seed of the untouched ones.
+
+        Args:
+            rows: of the bank's N and `shapes`; on `home`.
+            seed: as the argument of the constructor.
+        """
+        self._rows, self.seed = rows, seed
         self._trained, self._cache = None, self._new_cache()
 
     def _load_from_state_dict(
@@ -481,7 +504,7 @@ class ExpertBank(Own, nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        names = ("seed", "ids", *self._shapes())
+        names = ("seed", "ids", *self.shapes())
         state = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
         missing = [prefix + name for name in names if name not in state]
         if missing:

@@ -3,8 +3,10 @@
 What a case needs is imported here: every process is forked from one that has it.
 """
 
+import itertools
 import json
 import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +19,7 @@ import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
 from continual.test_trainer import patched, replays, trainer_of
+from killed_edits import die_in_a_save
 from peft import LoraConfig, get_peft_model
 from tiny_models import checkpointed, settings, tiny, token_ids
 from tiny_tasks import make_model, make_settings, make_tasks
@@ -31,11 +34,13 @@ from sapt_fast.continual.compare.compare import compare, settings_of_rows
 from sapt_fast.continual.data.sources import Source
 from sapt_fast.continual.run import loop
 from sapt_fast.demo.tasks import CharTokenizer
+from sapt_fast.pools import collectives
 from sapt_fast.pools.experts import ExpertBank
 from sapt_fast.pools.key_index import ExactIndex
 from sapt_fast.pools.row_optimizers import RowAdam
 from sapt_fast.pools.sharded_experts import ShardedExperts, sharded_search
 from sapt_fast.pools.sharding import is_sharded, whole
+from sapt_fast.storage.bank_files import load_bank, save_bank
 from sapt_fast.storage.sharded_bank_files import load_sharded_bank, save_sharded_bank
 
 ROWS = 4  # of a step, over all processes
@@ -460,6 +465,38 @@ def sharded_bank(folder: Path, dtype: str = "float32") -> None:
         torch.save([*results, *state], folder / f"sharded-{world()}-{dtype}.pt")
 
 
+def bank_traffic(folder: Path) -> None:
+    """Counts the bytes that this process receives from the others."""
+    received = 0
+
+    def counted(function):
+        def call(*args):
+            nonlocal received
+            rows = function(*args)
+            received += rows.nbytes * (world() - 1) // world()  # equal parts from everyone
+            return rows
+
+        return call
+
+    experts = ShardedExperts(EXPERTS, 1, 6, 6)
+    index = ExactIndex(experts.shards.count, 4)
+    index.set_rows(torch.arange(experts.shards.count), torch.randn(experts.shards.count, 4))
+    weights = torch.ones(2, 3, requires_grad=True)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("gather", "exchange"):
+            patch.setattr(collectives.Group, name, counted(getattr(collectives.Group, name)))
+        totals = [0]
+        _, chosen = sharded_search(index, experts.shards, torch.randn(2, 4), 3)
+        totals.append(received)
+        delta = experts.mix(torch.randn(2, 6, requires_grad=True), chosen, weights)
+        totals.append(received)
+        delta.sum().backward()
+        totals.append(received)
+    if rank() == 0:
+        steps = [end - start for start, end in itertools.pairwise(totals)]
+        (folder / "traffic.json").write_text(json.dumps(steps))
+
+
 def plain_bank(folder: Path) -> None:
     """What `sharded_bank` does, by an index and a bank of all experts."""
     keys, queries, x, target = bank_inputs()
@@ -504,3 +541,43 @@ def resharded_bank(folder: Path, saved: int) -> None:
         dist.barrier()
     if rank() == 0:
         damaged.write_bytes(data)
+
+
+def killed_bank(folder: Path) -> None:
+    """Trains with a save after each step: once, and once killed in a save and started again."""
+    expected = _trained_in_child(folder / "whole")
+    assert _trained_in_child(folder / "killed", kill=5) == -signal.SIGKILL
+    assert 0 < _steps(load_bank(folder / "killed")[1]) < 4
+    assert _trained_in_child(folder / "killed") == expected == 0
+    found = [load_bank(folder / name) for name in ("whole", "killed")]
+    (one, its), (other, theirs) = found
+    assert all(map(torch.equal, one.dense(), other.dense()))
+    assert all(map(torch.equal, one.master_rows(one.touched), other.master_rows(one.touched)))
+    for name, moments in its.state_dict()["tensors"].items():
+        assert torch.equal(moments, theirs.state_dict()["tensors"][name])
+
+
+def _steps(optimizer: RowAdam) -> int:
+    return int(optimizer.stored_rows.used("steps").sum()) // 3
+
+
+def _trained_in_child(folder: Path, kill: int = 0) -> int:
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    bank = ExpertBank(EXPERTS, 1, *WIDTHS, seed=1, dtype=torch.bfloat16)
+    optimizer = RowAdam(bank, lr=0.05)
+    try:
+        if kill:
+            die_in_a_save(kill)
+        if (folder / "bank.json").exists() or (folder.parent / ".killed.previous").exists():
+            bank, optimizer = load_bank(folder)
+        for step in range(_steps(optimizer), 4):
+            torch.manual_seed(step)
+            ids = torch.randperm(EXPERTS)[:3]
+            a, b = bank.training_rows(ids)
+            optimizer.step(ids, (torch.randn_like(a), torch.randn_like(b)))
+            save_bank(folder, bank, optimizer)
+        os._exit(0)
+    finally:
+        os._exit(1)

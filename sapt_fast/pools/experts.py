@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from sapt_fast.pools.mapped_rows import MappedRows
 from sapt_fast.pools.own import Own, keeping_dtype
 from sapt_fast.pools.row_cache import RowCache
 from sapt_fast.pools.row_table import RowTable, require_ids
+from sapt_fast.pools.selections import Selection, Trained
 from sapt_fast.pools.split_floats import joined, split
 from sapt_fast.pools.start_rows import start_rows
 
@@ -29,34 +30,6 @@ STORAGES = ("device", "pinned", "mapped")
 _DTYPES = (torch.float32, torch.bfloat16)
 _MOST_EXPERTS = 2**31 - 2  # rows are numbered in int32
 _TABLES = ("down", "up")
-
-
-class Selection(NamedTuple):
-    """Experts to mix: the arguments of `ops.mix_experts`.
-
-    Attributes:
-        a: [rows, r, I], at least the selected experts that were ever trained.
-        b: [rows, r, O].
-        at: [M, k] int64, rows of a and b; -1 for none and for untouched experts.
-    """
-
-    a: Tensor
-    b: Tensor
-    at: Tensor
-
-
-class _Trained(NamedTuple):
-    ids: Tensor  # [U] int64, ascending
-    order: Tensor  # [U] int64, the leaf's row of each of these
-    a: Tensor
-    b: Tensor
-
-    def find(self, index: Tensor) -> Tensor:
-        """Returns the leaf's rows of an index; -1 for experts that are not trained."""
-        if len(self.ids) == 0:
-            return torch.full_like(index, -1)
-        at = torch.searchsorted(self.ids, index).clamp_(max=len(self.ids) - 1)
-        return torch.where(self.ids[at] == index, self.order[at], -1)
 
 
 def _computed_dtype(x: Tensor) -> torch.dtype:
@@ -132,7 +105,8 @@ class ExpertBank(Own, nn.Module):
         home = self.device if storage == "device" else torch.device("cpu")
         self._rows: RowTable | MappedRows = RowTable(num_experts, self.shapes(), home)
         self._cache = self._new_cache()
-        self._trained: _Trained | None = None
+        self._trained: Trained | None = None
+        self._version = 0  # of the stored rows
 
     @property
     def device(self) -> torch.device:
@@ -198,6 +172,13 @@ class ExpertBank(Own, nn.Module):
         b = a.new_zeros(len(ids), self.r, self.out_features)
         a[found], b[found] = whole
         return a, b
+
+    def current_rows(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """As `master_rows`, but copies of the rows in training if these are the ones."""
+        trained = self._trained
+        if trained is None or not torch.equal(trained.ids, ids.to(self.device)):
+            return self.master_rows(ids)
+        return trained.a.detach().clone(), trained.b.detach().clone()
 
     @torch.no_grad()
     def write(self, ids: Tensor, a: Tensor, b: Tensor) -> None:
@@ -287,8 +268,8 @@ class ExpertBank(Own, nn.Module):
             tensor([    3, 70000])
         """
         a, b = (rows.requires_grad_() for rows in self.master_rows(ids))
-        ordered, order = ids.to(self.device).sort()
-        self._trained = _Trained(ordered, order, a, b)
+        ids = ids.to(self.device)
+        self._trained = Trained(ids, a, b, *ids.sort())
         return a, b
 
     def stop_training(self) -> None:
@@ -312,14 +293,7 @@ class ExpertBank(Own, nn.Module):
         Raises:
             TypeError, ValueError: if the index is not [M, k] int64, or (on a CPU) out of range.
         """
-        self._require_index(index)
-        convert = self.dtype == torch.bfloat16 and dtype != torch.bfloat16
-        rows = self._rows
-        if self._cache is None and not convert and isinstance(rows, RowTable):
-            at = rows.find(torch.where(index < self.num_experts, index, -1))
-            return Selection(rows.tables["down"], rows.tables["up"], at)
-        a, b, at = self._select_rows(index, copy=keep or torch.is_grad_enabled())
-        return Selection(a.float(), b.float(), at) if convert else Selection(a, b, at)
+        return Selection(*self._selected(index, dtype, keep), self._version)
 
     def mix(
         self,
@@ -345,9 +319,13 @@ class ExpertBank(Own, nn.Module):
 
         Raises:
             ValueError, TypeError: if a shape, index, dtype or device does not fit.
+            RuntimeError: if the bank has changed since the selection.
         """
         if isinstance(index, Selection):
-            return mix_experts(x, *index, weights, scaling=scaling, backend=backend)
+            if index.version != self._version:
+                raise RuntimeError("index: got a selection from before the bank changed")
+            a, b, at, _ = index
+            return mix_experts(x, a, b, at, weights, scaling=scaling, backend=backend)
         trained, delta = self._trained, None
         if trained is not None:
             self._require_index(index)
@@ -356,11 +334,22 @@ class ExpertBank(Own, nn.Module):
                 x, trained.a, trained.b, at, weights, scaling=scaling, backend=backend
             )
             index = index.masked_fill(at >= 0, -1)
-        if delta is not None and len(self._rows) == 0:
-            return delta
-        chosen = self.select(index, _computed_dtype(x), keep=False)
-        stored = mix_experts(x, *chosen, weights, scaling=scaling, backend=backend)
+        a, b, at = self._selected(index, _computed_dtype(x), keep=False)
+        stored = mix_experts(x, a, b, at, weights, scaling=scaling, backend=backend)
         return stored if delta is None else delta + stored
+
+    def _selected(
+        self, index: Tensor, dtype: torch.dtype, keep: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        # Reads no number that changes with every step: a compiled graph would be made again.
+        self._require_index(index)
+        convert = self.dtype == torch.bfloat16 and dtype != torch.bfloat16
+        rows = self._rows
+        if self._cache is None and not convert and isinstance(rows, RowTable):
+            at = rows.find(torch.where(index < self.num_experts, index, -1))
+            return rows.tables["down"], rows.tables["up"], at
+        a, b, at = self._select_rows(index, copy=keep or torch.is_grad_enabled())
+        return (a.float(), b.float(), at) if convert else (a, b, at)
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -415,6 +404,7 @@ class ExpertBank(Own, nn.Module):
     def _forget(self, ids: Tensor) -> None:
         """Drops what was copied from rows that have changed."""
         self._trained = None
+        self._version += 1
         if self._cache is not None:
             self._cache.drop(ids)
 
@@ -492,6 +482,7 @@ class ExpertBank(Own, nn.Module):
             seed: as the argument of the constructor.
         """
         self._rows, self.seed = rows, seed
+        self._version += 1
         self._trained, self._cache = None, self._new_cache()
 
     def _load_from_state_dict(

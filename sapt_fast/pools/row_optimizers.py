@@ -64,7 +64,7 @@ class RowOptimizer:
             return
         if self._state.device != bank.home:
             self._state.apply(lambda tensor: tensor.to(bank.home))
-        rows = dict(zip(_SIDES, bank.master_rows(ids), strict=True))
+        rows = dict(zip(_SIDES, bank.current_rows(ids), strict=True))
         given = dict(zip(_SIDES, grads, strict=True))
         for side, grad in given.items():
             if not isinstance(grad, Tensor) or grad.shape != rows[side].shape:

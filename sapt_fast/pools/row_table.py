@@ -129,6 +129,7 @@ class RowTable:
         self._plus_one, self.ids = fn(self._plus_one), fn(self.ids)
         self.tables = {name: fn(table) for name, table in self.tables.items()}
 
+    @torch.inference_mode(False)
     def reserve(self, rows: int) -> None:
         """Makes room for this number of rows in all."""
         capacity = self.ids.shape[0]

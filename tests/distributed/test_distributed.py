@@ -244,6 +244,20 @@ def test_a_sharded_bank_is_that_of_one_process(world, processes, tmp_path):
         torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
 
 
+def test_the_traffic_of_a_sharded_bank_is_that_of_its_page(processes, tmp_path):
+    page = Path(__file__).parents[2] / "docs" / "deploy" / "memory_experts.md"
+    names = {}
+    code = page.read_text().partition("```python\nfrom math import ceil")[2].partition("```")[0]
+    exec("from math import ceil" + code, names)
+    processes.run("bank_traffic", 2, tmp_path)
+    found = json.loads((tmp_path / "traffic.json").read_text())
+    assert found == list(names["received"](2, 2, 6, key_width=4, k=3, number=4).values())
+
+
+def test_a_bank_killed_in_a_save_resumes_to_the_same_bits(processes, tmp_path):
+    processes.run("killed_bank", 1, tmp_path)
+
+
 @pytest.mark.thorough
 def test_a_sharded_bank_repeats_bit_for_bit(processes, tmp_path):
     for name in ("a", "b"):

@@ -220,3 +220,34 @@ def test_commands_print_in_the_first_process_alone(processes, tmp_path):
         ("compare", "seqlora"),
     ):
         assert text in first[command]
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.thorough)])
+def test_a_sharded_bank_is_that_of_one_process(world, processes, tmp_path):
+    """Search with equal keys, training, saving; loaded by other numbers of processes as well."""
+    processes.run("plain_bank", 1, tmp_path)
+    plain = torch.load(tmp_path / "plain.pt")
+    for size in (1, world):
+        processes.run("sharded_bank", size, tmp_path)
+        found = torch.load(tmp_path / f"sharded-{size}-float32.pt")
+        assert torch.equal(found[1], plain[1])  # the chosen experts
+        for one, other in zip(plain, found, strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-6)
+    assert (plain[1] == 2).any()
+    processes.run("resharded_bank", world, tmp_path, saved=1)
+    processes.run("resharded_bank", 1, tmp_path, saved=world)
+    for first, second in zip(
+        torch.load(tmp_path / f"loaded-1-{world}.pt"),
+        torch.load(tmp_path / f"loaded-{world}-1.pt"),
+        strict=True,
+    ):
+        torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.thorough
+def test_a_sharded_bank_repeats_bit_for_bit(processes, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        processes.run("sharded_bank", 3, tmp_path / name, dtype="bfloat16")
+    one, other = (torch.load(tmp_path / name / "sharded-3-bfloat16.pt") for name in ("a", "b"))
+    assert all(map(torch.equal, one, other))

@@ -27,7 +27,6 @@ import pytest
 _ONE_IN = {
     "cpu_kernels/test_mixed_lora.py": 4,
     "cpu_kernels/test_topk_keys.py": 4,
-    "cuda_kernels/test_bounds.py": 2,
     "cuda_kernels/test_compiled.py": 100,
     "cuda_kernels/test_nearest_key.py": 3,
     "cuda_kernels/test_topk_keys.py": 3,

@@ -82,7 +82,7 @@ WAYS = tuple(
     for rank in (4, 16, 64)
     for per_expert in (2, 4, 8, 16, 64)
 )
-WAYS_QUICK = (ExpertsCase(64, 8, 16, 4, 32),)
+WAYS_QUICK = (ExpertsCase(32, 4, 4, 4, 32),)
 CPU_CHECKED = (ExpertsCase(256, 8, 2000, 4, 256), ExpertsCase(1001, 3, 50, 5, 100))
 CPU_TIMED = (
     (ExpertsCase(1, 32, 100_000, 1, 1024), torch.float32),

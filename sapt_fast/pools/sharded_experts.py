@@ -64,9 +64,9 @@ class ShardedExperts(Own, nn.Module):
     """A bank whose experts are divided over processes; every process has its own inputs.
 
     `mix` gives what an `ExpertBank` of all experts gives, up to the order of a sum: a delta is
-    summed within each process first, and then over the processes in their order. Every run gives the
-    same bits. All processes have to call `mix`, `training_rows` and the backward together; they may
-    have different numbers of rows.
+    summed within each process first, and then over the processes in their order. Every run gives
+    the same bits. All processes have to call `mix`, `training_rows` and the backward together; they
+    may have different numbers of rows.
 
     Args:
         num_experts: N, over all processes.

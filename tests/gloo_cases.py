@@ -34,7 +34,7 @@ from sapt_fast.continual.compare.compare import compare, settings_of_rows
 from sapt_fast.continual.data.sources import Source
 from sapt_fast.continual.run import loop
 from sapt_fast.demo.tasks import CharTokenizer
-from sapt_fast.pools import collectives
+from sapt_fast.pools.collectives import Group
 from sapt_fast.pools.experts import ExpertBank
 from sapt_fast.pools.key_index import ExactIndex
 from sapt_fast.pools.row_optimizers import RowAdam
@@ -468,27 +468,32 @@ def sharded_bank(folder: Path, dtype: str = "float32") -> None:
 def bank_traffic(folder: Path) -> None:
     """Counts the bytes that this process receives from the others."""
     received = 0
+    gather, exchange = Group.gather, Group.exchange
 
-    def counted(function):
-        def call(*args):
-            nonlocal received
-            rows = function(*args)
-            received += rows.nbytes * (world() - 1) // world()  # equal parts from everyone
-            return rows
+    def gathered(group, rows):
+        nonlocal received
+        received += rows.nbytes * (world() - 1)
+        return gather(group, rows)
 
-        return call
+    def exchanged(group, rows, sent=None, counts=None):
+        nonlocal received
+        found = exchange(group, rows, sent, counts)
+        counts = counts or [len(rows) // world()] * world()
+        received += (len(found) - counts[rank()]) * rows[:1].nbytes
+        return found
 
     experts = ShardedExperts(EXPERTS, 1, 6, 6)
     index = ExactIndex(experts.shards.count, 4)
     index.set_rows(torch.arange(experts.shards.count), torch.randn(experts.shards.count, 4))
-    weights = torch.ones(2, 3, requires_grad=True)
+    weights = torch.ones(4, 3, requires_grad=True)
+    chosen = torch.tensor([[0, 1, 9], [1, 1, -1], [8, 7, 9], [-1, -1, -1]])  # both, one, one, none
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("gather", "exchange"):
-            patch.setattr(collectives.Group, name, counted(getattr(collectives.Group, name)))
+        patch.setattr(Group, "gather", gathered)
+        patch.setattr(Group, "exchange", exchanged)
         totals = [0]
-        _, chosen = sharded_search(index, experts.shards, torch.randn(2, 4), 3)
+        sharded_search(index, experts.shards, torch.randn(4, 4), 3)
         totals.append(received)
-        delta = experts.mix(torch.randn(2, 6, requires_grad=True), chosen, weights)
+        delta = experts.mix(torch.randn(4, 6, requires_grad=True), chosen, weights)
         totals.append(received)
         delta.sum().backward()
         totals.append(received)

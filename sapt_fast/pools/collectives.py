@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Group", "exchanged", "gathered_rows", "summed_rows"]
+__all__ = ["Group", "Sent", "exchanged", "gathered_rows"]
 
 
 class Group:
@@ -84,24 +84,78 @@ def gathered_rows(rows: Tensor, group: Group) -> Tensor:
     return gathered
 
 
-def summed_rows(rows: Tensor, group: Group) -> Tensor:
-    """Returns the sum over the processes of the part of this one's rows.
-
-    Args:
-        rows: [W * M, ...], terms for the rows of each process.
-        group: the processes.
-
-    Returns:
-        [M, ...], summed in float32 or wider, in the order of the processes; differentiable.
-    """
-    summed: Tensor = _Sum.apply(rows, group)
-    return summed
-
-
 def exchanged(rows: Tensor, group: Group) -> Tensor:
     """As `Group.exchange` of equal parts, differentiable."""
     found: Tensor = _Exchange.apply(rows, group)
     return found
+
+
+class Sent:
+    """Rows that go to some of the processes, and what these return for them.
+
+    This waits for the device.
+
+    Args:
+        targets: [M, k] int64, the processes to which each row goes (also twice); -1 for none.
+        group: the processes.
+    """
+
+    def __init__(self, targets: Tensor, group: Group) -> None:
+        goes = torch.zeros(len(targets), group.size + 1, dtype=torch.bool, device=targets.device)
+        goes = goes.scatter_(1, torch.where(targets < 0, group.size, targets), True)[:, :-1]
+        self.group, self.count = group, len(targets)
+        self.rows = goes.t().nonzero()[:, 1]  # in the order of the processes
+        counts = goes.sum(0)
+        self.sent: list[int] = counts.tolist()
+        self.received: list[int] = group.exchange(counts).tolist()
+
+    def send(self, rows: Tensor) -> Tensor:
+        """Returns what all processes send to this one of their rows [M, ...]; differentiable."""
+        sent: Tensor = _Send.apply(rows, self)
+        return sent
+
+    def returned(self, terms: Tensor) -> Tensor:
+        """Returns terms, one for each received row, to where the rows are from.
+
+        Returns:
+            [M, ...], for each of this process's rows the sum of its terms, in float32 or wider and
+            in the order of the processes; differentiable.
+        """
+        returned: Tensor = _Return.apply(terms, self)
+        return returned
+
+    def _there(self, rows: Tensor) -> Tensor:
+        return self.group.exchange(rows[self.rows], self.sent, self.received)
+
+    def _back(self, terms: Tensor) -> Tensor:
+        parts = self.group.exchange(terms, self.received, self.sent)
+        wide = torch.promote_types(terms.dtype, torch.float32)
+        out = terms.new_zeros(self.count, *terms.shape[1:], dtype=wide)
+        for rows, part in zip(self.rows.split(self.sent), parts.split(self.sent), strict=True):
+            out[rows] += part.to(wide)
+        return out.to(terms.dtype)
+
+
+class _Send(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, plan: Sent) -> Tensor:
+        ctx.plan = plan
+        return plan._there(rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.plan._back(gradient), None
+
+
+class _Return(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, terms: Tensor, plan: Sent) -> Tensor:
+        ctx.plan = plan
+        return plan._back(terms)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.plan._there(gradient), None
 
 
 class _Gather(torch.autograd.Function):
@@ -113,17 +167,6 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _summed(gradient, ctx.group), None
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return _summed(rows, group)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.group.gather(gradient), None
 
 
 class _Exchange(torch.autograd.Function):

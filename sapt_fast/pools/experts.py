@@ -276,7 +276,7 @@ class ExpertBank(Own, nn.Module):
         """Lets `mix` use the stored rows again; changes made to `training_rows` are lost."""
         self._trained = None
 
-    def select(self, index: Tensor, dtype: torch.dtype, *, keep: bool = True) -> Selection:
+    def select(self, index: Tensor, dtype: torch.dtype) -> Selection:
         """Finds the stored rows of experts, to mix them more than once.
 
         Storages "pinned" and "mapped" wait for the device and move rows that the cache lacks.
@@ -284,16 +284,14 @@ class ExpertBank(Own, nn.Module):
         Args:
             index: [M, k] int64, experts; -1 for none.
             dtype: that of the x to mix. A bank in bfloat16 is converted for another one.
-            keep: whether the result stays valid until the bank changes (`write`, `reset_rows`, a
-                load); else only until it selects again, which saves a copy of cached rows.
 
         Returns:
-            Rows and index for `mix`, without the rows in training.
+            Rows and index for `mix`, until the bank changes (`write`, `reset_rows`, a load).
 
         Raises:
             TypeError, ValueError: if the index is not [M, k] int64, or (on a CPU) out of range.
         """
-        return Selection(*self._selected(index, dtype, keep), self._version)
+        return Selection(*self._selected(index, dtype, copy=True), self._version)
 
     def mix(
         self,
@@ -308,8 +306,7 @@ class ExpertBank(Own, nn.Module):
 
         Args:
             x: [M, I]; float32, float16, bfloat16, on a CPU also float64.
-            index: [M, k] int64, the experts of each row, -1 for none; or a `select` of it. Rows in
-                training are used for an index only.
+            index: [M, k] int64, the experts of each row, -1 for none; or a `select` of it.
             weights: [M, k], any floating-point dtype.
             scaling: of all experts.
             backend: as in `dispatch.resolve`.
@@ -319,11 +316,14 @@ class ExpertBank(Own, nn.Module):
 
         Raises:
             ValueError, TypeError: if a shape, index, dtype or device does not fit.
-            RuntimeError: if the bank has changed since the selection.
+            RuntimeError: if the bank has changed since the selection, or has rows in training,
+                which no selection contains.
         """
         if isinstance(index, Selection):
             if index.version != self._version:
                 raise RuntimeError("index: got a selection from before the bank changed")
+            if self._trained is not None:
+                raise RuntimeError("index: got a selection, which has no rows in training")
             a, b, at, _ = index
             return mix_experts(x, a, b, at, weights, scaling=scaling, backend=backend)
         trained, delta = self._trained, None
@@ -334,12 +334,12 @@ class ExpertBank(Own, nn.Module):
                 x, trained.a, trained.b, at, weights, scaling=scaling, backend=backend
             )
             index = index.masked_fill(at >= 0, -1)
-        a, b, at = self._selected(index, _computed_dtype(x), keep=False)
+        a, b, at = self._selected(index, _computed_dtype(x), copy=torch.is_grad_enabled())
         stored = mix_experts(x, a, b, at, weights, scaling=scaling, backend=backend)
         return stored if delta is None else delta + stored
 
     def _selected(
-        self, index: Tensor, dtype: torch.dtype, keep: bool
+        self, index: Tensor, dtype: torch.dtype, copy: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         # Reads no number that changes with every step: a compiled graph would be made again.
         self._require_index(index)
@@ -348,7 +348,7 @@ class ExpertBank(Own, nn.Module):
         if self._cache is None and not convert and isinstance(rows, RowTable):
             at = rows.find(torch.where(index < self.num_experts, index, -1))
             return rows.tables["down"], rows.tables["up"], at
-        a, b, at = self._select_rows(index, copy=keep or torch.is_grad_enabled())
+        a, b, at = self._select_rows(index, copy)
         return (a.float(), b.float(), at) if convert else (a, b, at)
 
     @torch.compiler.disable

@@ -1,8 +1,8 @@
 """A bank of experts, and an index of their keys, sharded by rows over processes.
 
 Each process stores and searches its own rows. Queries go to all processes, which return their k
-best keys; inputs go to all processes, which return what their experts add. Experts, their gradients
-and the state of their optimizer never leave their process.
+best keys. Inputs go to the processes of their experts, which return what these add. Experts, their
+gradients and the state of their optimizer never leave their process.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sapt_fast.pools.collectives import Group, exchanged, gathered_rows, summed_rows
+from sapt_fast.pools.collectives import Group, Sent, exchanged, gathered_rows
 from sapt_fast.pools.experts import ExpertBank
 from sapt_fast.pools.key_index import KeyIndex
 from sapt_fast.pools.own import Own
@@ -49,6 +49,11 @@ class RowShards:
                 f"num_experts: got {num_rows} for {group.size} processes, expected enough for each"
             )
 
+    def owner(self, ids: Tensor) -> Tensor:
+        """Returns the process of each row; -1 for -1 and for what is out of range."""
+        inside = (ids >= 0) & (ids < self.num_rows)
+        return torch.where(inside, ids // self.size, -1)
+
     def local(self, ids: Tensor) -> Tensor:
         """Returns the rows within this process; -1 for those of others and for -1."""
         at = ids - self.first
@@ -59,9 +64,9 @@ class ShardedExperts(Own, nn.Module):
     """A bank whose experts are divided over processes; every process has its own inputs.
 
     `mix` gives what an `ExpertBank` of all experts gives, up to the order of a sum: a delta is
-    summed within each process first, and then over the processes in their order. The result is the
-    same in every run. All processes have to call `mix`, `training_rows` and the backward together;
-    they may have different numbers of rows.
+    summed within each process first, and then over the processes in their order. Every run gives
+    the same bits. All processes have to call `mix`, `training_rows` and the backward together; they
+    may have different numbers of rows.
 
     Args:
         num_experts: N, over all processes.
@@ -160,20 +165,17 @@ class ShardedExperts(Own, nn.Module):
             )
         if len(index) != len(x):
             raise ValueError(f"index: got {len(index)} rows, expected {len(x)} (those of x)")
-        group = self.shards.group
-        missing = max(group.counts(len(x), x.device)) - len(x)
-        xs = gathered_rows(F.pad(x, (0, 0, 0, missing)), group)
-        every = gathered_rows(F.pad(weights, (0, 0, 0, missing)), group)
-        chosen = group.gather(F.pad(index, (0, 0, 0, missing), value=-1))
-        if chosen.device.type == "cpu" and chosen.numel():
-            least, most = (int(end) for end in chosen.aminmax())
+        if index.device.type == "cpu" and index.numel():
+            least, most = (int(end) for end in index.aminmax())
             if least < -1 or most >= self.num_experts:
                 raise ValueError(
                     f"index: got values from {least} to {most}, expected -1 to "
                     f"{self.num_experts - 1}"
                 )
-        part = self.bank.mix(xs, self.shards.local(chosen), every, scaling, backend=backend)
-        return summed_rows(part, group)[: len(x)]
+        sent = Sent(self.shards.owner(index), self.shards.group)
+        local = self.shards.local(sent.send(index))
+        delta = self.bank.mix(sent.send(x), local, sent.send(weights), scaling, backend=backend)
+        return sent.returned(delta)
 
 
 def sharded_search(

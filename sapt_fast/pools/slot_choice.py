@@ -32,8 +32,8 @@ class SlotUse:
         >>> from sapt_fast.pools.slot_choice import SlotUse
         >>> use = SlotUse(1000)
         >>> use.add(torch.tensor([[1, 2]]))
-        >>> use.choose(torch.tensor([[1, 2], [3, 2]]), 2)
-        tensor([2, 3])
+        >>> use.choose(torch.tensor([[1, 2], [3, 2]]), 1)
+        tensor([3])
     """
 
     def __init__(self, num_experts: int, device: torch.device | str = "cpu") -> None:

@@ -8,8 +8,9 @@ evenly; loading sends each row to the process that stores its expert.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -239,23 +240,30 @@ def _global(local: Tensor, group: Group, rows: int | None = None) -> Tensor:
 def _write(tensors: dict[str, Any], folder: Path, group: Group) -> None:
     import torch.distributed.checkpoint as dcp
 
-    dcp.save(
-        tensors,
-        storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True),
-        process_group=group.group,
-        no_dist=group.group is None,
-    )
+    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    with _unwarned(group):
+        dcp.save(tensors, storage_writer=writer, **_processes(group))
 
 
 def _read(tensors: dict[str, Any], folder: Path, group: Group) -> None:
     import torch.distributed.checkpoint as dcp
 
-    dcp.load(
-        tensors,
-        storage_reader=dcp.HuggingFaceStorageReader(str(folder)),
-        process_group=group.group,
-        no_dist=group.group is None,
-    )
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    with _unwarned(group):
+        dcp.load(tensors, storage_reader=reader, **_processes(group))
+
+
+def _processes(group: Group) -> dict[str, Any]:
+    return {"process_group": group.group, "no_dist": group.group is None}
+
+
+@contextmanager
+def _unwarned(group: Group) -> Iterator[None]:
+    """Leaves out torch's warning that one process alone is meant, which it is."""
+    with warnings.catch_warnings():
+        if group.group is None:
+            warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)
+        yield
 
 
 def _files(folder: Path) -> list[str]:

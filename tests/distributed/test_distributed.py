@@ -251,7 +251,7 @@ def test_the_traffic_of_a_sharded_bank_is_that_of_its_page(processes, tmp_path):
     exec("from math import ceil" + code, names)
     processes.run("bank_traffic", 2, tmp_path)
     found = json.loads((tmp_path / "traffic.json").read_text())
-    assert found == list(names["received"](2, 2, 6, key_width=4, k=3, number=4).values())
+    assert found == list(names["received"](2, 4, 6, 4, 3, 4, reached=0.5).values())
 
 
 def test_a_bank_killed_in_a_save_resumes_to_the_same_bits(processes, tmp_path):

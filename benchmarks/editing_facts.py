@@ -100,8 +100,8 @@ METHODS = {
     "GRACE, projected, radius": replace(_GRACE, keys="projected", like=_FIRST, orders=1, every=50),
     "GRACE, own keys": replace(_GRACE, keys="own", like=_FIRST, orders=1, every=50),
     "GRACE, question, one vector": replace(_GRACE, options={}, orders=1),
-    "MELO, question, radius": replace(
-        _GRACE, method="melo", batch=5, options={}, like=_FIRST, every=50
+    "MELO, question, radius": Method(
+        "melo", "question", "radius", 5, orders=1, options={"margin": 1.0}, every=50
     ),
     "fine-tuning": Method("ft", tuned="learning_rate", tried=(1e-4, 1e-4 * _STEP, 1e-3)),
     "fine-tuning, L2": Method(

@@ -50,8 +50,12 @@ from sapt_fast.patching import unpatch
 # The question of a chat, without the sentence that asks for a short answer; and all of it.
 _QUESTION = r"<\|im_start\|>user\n(.*?)(?: Reply with the \w+ only\.)?<\|im_end\|>"
 _MESSAGE = r"<\|im_start\|>user\n(.*?)<\|im_end\|>"
-_KEYS = ("message", "question", "projected", "hidden", "own")
 _LIMITS = ("radius", "ratio")
+_LOOKED_UP = (
+    *((keys, limit) for keys in ("message", "question", "projected") for limit in _LIMITS),
+    ("hidden", "radius"),
+    ("own", "radius"),
+)
 _FEW = 20  # edits to tune a rate by
 _MOST = 8  # values of a rate
 _STEP = 10**0.5
@@ -406,11 +410,7 @@ def main() -> None:
         "edits": len(experiment.edits),
         "tuning": {"keys": len(experiment.tuning), "rates": _FEW},
         "prompts": Counter(probe.group for probe in experiment.untouched),
-        "keys": {
-            f"{keys}, {limit}": experiment.look_up(keys, limit)
-            for keys in _KEYS
-            for limit in _LIMITS
-        },
+        "keys": {f"{keys}, {limit}": experiment.look_up(keys, limit) for keys, limit in _LOOKED_UP},
         "rows": rows,
         "unmatched": experiment.unmatched("GRACE, projected, radius"),
     }

@@ -25,8 +25,7 @@ _PLOTTED = {  # the rows of the plot, and their styles
     "GRACE, own keys": ("C2", "-"),
     "MELO, question, radius": ("C3", "-"),
     "fine-tuning": ("C4", "--"),
-    "UltraEdit, 12 layers": ("C5", "--"),
-    "deferral": ("C6", "--"),
+    "UltraEdit": ("C5", "--"),
 }
 
 
@@ -50,7 +49,7 @@ def methods(result: Mapping[str, Any]) -> list[str]:
         found.append(fmean(untouched(shares, result["prompts"]) for shares in by_order))
         found += [fmean(groups["near names"]), fmean(generated["locality"])]
         found += [fmean(groups[group]) for group in _APART]
-        cells = [row["method"], str(len(generated["success"])), *(f"{100 * v:.0f}" for v in found)]
+        cells = [row["method"], str(len(generated["success"])), *map(_percent, found)]
         lines.append(_line([*cells, _seconds(row)]))
     return lines
 
@@ -60,8 +59,8 @@ def keys(result: Mapping[str, Any]) -> list[str]:
     groups = ("paraphrases", *UNTOUCHED, "same country", *_APART)
     lines = [_line(["keys", "chosen", *groups]), "|" + "---|" * (len(groups) + 2)]
     for name, found in result["keys"].items():
-        shares = [f"{100 * found['shares'][group]:.0f}" for group in groups]
-        lines.append(_line([name, f"{found['limit']} {found['value']:.2f}", *shares]))
+        shares = [_percent(found["shares"][group]) for group in groups]
+        lines.append(_line([name, f"{found['value']:.2f}", *shares]))
     return lines
 
 
@@ -104,6 +103,10 @@ def draw(result: Mapping[str, Any]) -> None:
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     IMAGE.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(IMAGE, dpi=110)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}".removesuffix(".0")
 
 
 def _seconds(row: Mapping[str, Any]) -> str:

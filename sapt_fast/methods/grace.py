@@ -386,7 +386,7 @@ class GraceHandle(EditHandle):
             ValueError: if the prompt is empty, or too long for the model.
         """
         tokens = self.read(prompt)
-        if not self.tasks:
+        if len(self.log) == 0:
             return Match(None, float("inf"), 0.0, False)
         book = next(iter(self.layers.values())).codebook
         row, distance, acts = (t[0].item() for t in book.find(self.key_of(tokens)))

@@ -170,8 +170,7 @@ void factor_grad(int dtype, int factor_dtype, const Memory& out, const Memory& g
 
 void drop(int dtype, const Memory& out, const Memory& x, std::int64_t seed, std::int64_t first_row,
           std::int64_t rows, std::int64_t columns, std::int64_t drops, int threads) {
-    require(first_row >= 0 && first_row % kDropBlock == 0, "first_row: not a multiple of 16");
-    require(rows >= 0 && columns >= 0, "rows, columns: negative");
+    require(first_row >= 0 && rows >= 0 && columns >= 0, "first_row, rows, columns: negative");
     require(drops >= 0 && drops <= 65536, "drops: not in [0, 65536]");
     const std::int64_t element = size_of(dtype_of(dtype));
     require_holds("out", out, {rows, columns}, element);

@@ -8,14 +8,11 @@
 
 namespace sapt_fast {
 
-// The elements of 16 x 16 that share the counters of a block.
-constexpr int64_t kDropBlock = 16;
-
 struct Dropout {
     void* out;      // [rows, columns]; may be x
     const void* x;  // [rows, columns]
     uint64_t seed;
-    int64_t first_row;  // of the mask, that row 0 has; a multiple of kDropBlock
+    int64_t first_row;  // of the mask, that row 0 has
     int64_t rows;
     int64_t columns;
     int64_t element;  // bytes: 2, 4 or 8

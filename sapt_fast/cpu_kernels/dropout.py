@@ -10,8 +10,7 @@ from sapt_fast import _C
 from sapt_fast.cpu_kernels.common import CODES
 from sapt_fast.cpu_kernels.gemm import linear, multiply_tn, two_products
 
-# Elements of a block, of which the rows are a multiple of 16.
-_BLOCK = 1 << 18
+_BLOCK = 1 << 18  # elements
 
 
 class Mask(NamedTuple):
@@ -29,7 +28,7 @@ class Mask(NamedTuple):
         """Returns x [M, I] with 0 for what is dropped, in `out`, or by default in x itself.
 
         Args:
-            first_row: the mask's row of x's first one, a multiple of 16.
+            first_row: the mask's row of x's first one.
         """
         out = x if out is None else out
         _C.drop(
@@ -71,6 +70,6 @@ class Mask(NamedTuple):
 
 def _blocks(x: Tensor) -> Iterator[slice]:
     count, width = x.shape
-    step = max(16, _BLOCK // max(width, 1) // 16 * 16)
+    step = max(1, _BLOCK // max(width, 1))
     for start in range(0, count, step):
         yield slice(start, min(start + step, count))

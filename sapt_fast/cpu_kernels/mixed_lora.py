@@ -118,9 +118,7 @@ def mixed_lora_bwd(
     dx = d_mixture = None
     factors: list[tuple[Tensor | None, Tensor | None]] = []
     masks = _masks(dropout, len(projections))
-    for dy, projection, h, spans, mask in zip(
-        dys, projections, hs, train_rows, masks, strict=True
-    ):
+    for dy, projection, h, spans, mask in zip(dys, projections, hs, train_rows, masks, strict=True):
         weight, _, lora_a, lora_b, row_adapter, row_scale = _scaled(projection, dropout)
         dy = dy.contiguous()
         g = linear(dy, lora_b.to(x.dtype))

@@ -1,12 +1,11 @@
 """Dropout of the adapters' input, with a mask that every kernel computes anew and none stores.
 
 The mask is a function of a seed, the row and the column. Counters of Philox 4x32-10 (Salmon et al.,
-"Parallel random numbers: as easy as 1, 2, 3", SC 2011) give 128 bits each, of which an element takes
-16. A counter serves the eight elements of a block of 16 x 16 that one lane of a tensor core's
-fragment holds: two rows 8 apart, and of each of them two pairs of columns 8 apart.
+"Parallel random numbers: as easy as 1, 2, 3", SC 2011) give 128 bits each, of which an element
+takes 16. So a counter serves eight adjacent columns, which a thread of a GPU loads together.
 
-    counter   (column // 16 * 4 + column % 8 // 2, row // 16 * 8 + row % 8, 0, 0), keyed by the seed
-    word      row % 16 // 8 * 2 + column % 16 // 8
+    counter   (column // 8, row, 0, 0), keyed by the seed
+    word      column % 8 // 2
     bits      the lower 16 for an even column, the upper 16 for an odd one
 
 An element is dropped if its 16 bits are below `Dropout.drops`. Rows and columns have a word of the
@@ -19,12 +18,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sapt_fast.ops._common import require_tensors
 from sapt_fast.ops._scalars import number
 
 UNIT = 1 << 16
 """The rate is rounded to a multiple of 1 / UNIT."""
 
-_BLOCK = 16  # rows and columns
+_GROUP = 8  # columns of a counter
 _WORD = 0xFFFFFFFF
 
 
@@ -79,28 +79,48 @@ def drawn(rate: float, x: Tensor, count: int) -> Dropout | None:
     return Dropout(drops, [*seeds[:, :1].unbind()])
 
 
-def given(dropout: Dropout | None) -> tuple[Dropout, ...]:
+def seeded(rate: float, seed: Tensor | None, x: Tensor) -> Dropout | None:
+    """Returns the dropout of one projection by a seed on x's device; None for the rate 0.
+
+    Args:
+        rate: the probability of dropping an element.
+        seed: int64 tensor of one element. Defaults to a drawn one.
+        x: a tensor on the device.
+
+    Raises:
+        TypeError, ValueError: if the rate or the seed does not fit.
+    """
+    require_tensors(x=x, seed=seed)
+    if seed is None:
+        return drawn(rate, x, 1)
+    if seed.dtype != torch.int64 or seed.numel() != 1:
+        raise ValueError(
+            f"seed: got dtype {seed.dtype} and shape {tuple(seed.shape)}, expected one int64"
+        )
+    if seed.device != x.device:
+        raise ValueError(f"seed: got device {seed.device}, expected {x.device} (that of x)")
+    drops = drop_count(rate)
+    return Dropout(drops, [seed.reshape(1)]) if drops else None
+
+
+def as_argument(dropout: Dropout | None) -> tuple[Dropout, ...]:
     """Returns the last argument of a kernel: none without dropout, which some kernels lack."""
     return () if dropout is None else (dropout,)
 
 
 def kept(x: Tensor, seed: Tensor, drops: int) -> Tensor:
     """Returns x [M, I] with 0 for the elements that are dropped; what is kept is not scaled."""
-    return torch.where(mask(seed, *x.shape, drops), x, 0.0)
+    return torch.where(mask(seed, drops, *x.shape), x, 0.0)
 
 
-def mask(seed: Tensor, rows: int, columns: int, drops: int) -> Tensor:
+def mask(seed: Tensor, drops: int, rows: int, columns: int) -> Tensor:
     """Specifies which elements are kept: [rows, columns], boolean."""
-    blocks_m, blocks_n = -(-rows // _BLOCK), -(-columns // _BLOCK)
-    lines = torch.arange(blocks_m * 8, device=seed.device)
-    groups = torch.arange(blocks_n * 4, device=seed.device)
-    # Four words, each [blocks_m * 8, blocks_n * 4].
-    words = torch.stack(_philox(seed, groups[None, :], lines[:, None]))
-    halves = torch.stack([words & 0xFFFF, words >> 16])
-    # odd column, lower rows, right columns, block, row in 8, block, pair of columns
-    parts = halves.view(2, 2, 2, blocks_m, 8, blocks_n, 4)
-    whole = parts.permute(3, 1, 4, 5, 2, 6, 0).reshape(blocks_m * _BLOCK, blocks_n * _BLOCK)
-    return whole[:rows, :columns] >= drops
+    groups = torch.arange(-(-columns // _GROUP), device=seed.device)
+    lines = torch.arange(rows, device=seed.device)
+    # [rows, groups, 4] words, each of two columns
+    words = torch.stack(_philox(seed, groups[None, :], lines[:, None]), -1)
+    bits = torch.stack([words & 0xFFFF, words >> 16], -1).flatten(1)
+    return bits[:, :columns] >= drops
 
 
 def _philox(seed: Tensor, c0: Tensor, c1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -116,7 +136,7 @@ def _philox(seed: Tensor, c0: Tensor, c1: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def _product(factor: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the upper and the lower 32 bits of a product of 32 bits, without overflow of int64."""
+    """Returns the upper and the lower 32 bits of a product; int64 cannot overflow."""
     low, high = word * (factor & 0xFFFF), word * (factor >> 16)  # 48 bits each
     middle = (low >> 16) + high
     return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)

@@ -11,7 +11,7 @@ from torch import Tensor
 from sapt_fast import dispatch
 from sapt_fast.ops import formulas, transforms
 from sapt_fast.ops._common import guarded, without_autocast
-from sapt_fast.ops._dropout import Dropout, given
+from sapt_fast.ops._dropout import Dropout, as_argument
 from sapt_fast.ops.projection import PooledProjection, Projection
 
 OP = "mixed_lora"
@@ -87,9 +87,9 @@ def run_backward(
         # A backend without a backward keeps no h: the other one computes its own, and no y.
         ranks = [p._replace(weight=None, bias=None, lora_b=p.lora_b[:, :1]) for p in projections]
         forward = guarded(kernels.mixed_lora_fwd, x)
-        hs = [h for _, h in forward(x, mixture, ranks, True, *given(dropout))]
+        hs = [h for _, h in forward(x, mixture, ranks, True, *as_argument(dropout))]
     dx, d_mixture, factors = guarded(kernels.mixed_lora_bwd, x)(
-        dys, x, mixture, projections, hs, rows, *needs, *given(dropout)
+        dys, x, mixture, projections, hs, rows, *needs, *as_argument(dropout)
     )
     return dx, d_mixture, [d_a for d_a, _ in factors], [d_b for _, d_b in factors]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from sapt_fast import dispatch
 from sapt_fast.ops import transforms
 from sapt_fast.ops._common import guarded
-from sapt_fast.ops._dropout import Dropout, given
+from sapt_fast.ops._dropout import Dropout, as_argument
 from sapt_fast.ops._mixed_lora_backward import (
     OP,
     bias_grads,
@@ -105,7 +105,7 @@ class _Function(torch.autograd.Function):
                 B, and the biases.
         """
         seeds = leaves[: len(computed)] if options.drops else ()
-        dropped = given(Dropout(options.drops, seeds) if seeds else None)
+        dropped = as_argument(Dropout(options.drops, seeds) if seeds else None)
         forward = guarded(dispatch.kernels(OP, options.ran).mixed_lora_fwd, x)
         # h is for the gradients of the mixture and of the rows that train.
         needs_mixture = ctx.needs_input_grad[3]

@@ -16,7 +16,7 @@ from torch import Tensor
 from sapt_fast import dispatch
 from sapt_fast.ops import _mixed_lora_eager, transforms
 from sapt_fast.ops._common import kernel
-from sapt_fast.ops._dropout import Dropout, given
+from sapt_fast.ops._dropout import Dropout, as_argument
 from sapt_fast.ops._mixed_lora_backward import (
     OP,
     bias_grads,
@@ -120,7 +120,7 @@ def _forward_op(
     transforms.require_no_tangents(OP)
     projections = _projections(len(lora_a), weights, biases, lora_a, lora_b, row_adapter, row_scale)
     forward = kernel(OP, "mixed_lora_fwd", backend, x, feature=_feature(drops))
-    results = forward(x, mixture, projections, True, *given(_dropout(drops, seeds)))
+    results = forward(x, mixture, projections, True, *as_argument(_dropout(drops, seeds)))
     return [y for y, _ in results] + [h for _, h in results]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from sapt_fast import dispatch
 from sapt_fast.ops import formulas, transforms
 from sapt_fast.ops._common import FLOATS, autocasts, kernel, require_tensors
-from sapt_fast.ops._dropout import Dropout, drawn, drop_count, given, kept, mask
+from sapt_fast.ops._dropout import Dropout, as_argument, kept, mask, seeded
 from sapt_fast.ops._mixed_lora_ops import differentiable
 from sapt_fast.ops._presence import (
     present_product,
@@ -26,7 +26,7 @@ from sapt_fast.ops._presence import (
     without_undefined,
 )
 from sapt_fast.ops._scalars import number
-from sapt_fast.ops.projection import PooledProjection, Projection
+from sapt_fast.ops.projection import PooledProjection, Projection, in_dtype, require_sizes
 from sapt_fast.ops.rank_table import (
     RankTable,
     cached_table,
@@ -119,7 +119,7 @@ def mixed_lora_linear(
         scaling,
         grad_through_frozen,
         trainable,
-        _dropout(dropout_p, seed, x),
+        seeded(dropout_p, seed, x),
         backend,
     )
 
@@ -169,7 +169,7 @@ def mixed_lora(
         scaling,
         grad_through_frozen,
         trainable,
-        _dropout(dropout_p, seed, x),
+        seeded(dropout_p, seed, x),
         backend,
     )
 
@@ -214,8 +214,8 @@ def mix(
     if mixture.dtype != accumulate:
         mixture = mixture.to(accumulate)
     rows = x if dims == 2 else x.flatten(0, -2) if dims > 2 else x.unsqueeze(0)
-    _check_sizes(rows, mixture, projections)
-    computed = [_in_dtype(given.projection, dtype, accumulate) for given in projections]
+    require_sizes(rows, mixture, projections)
+    computed = [in_dtype(given.projection, dtype, accumulate) for given in projections]
     if dropout is not None and len(dropout.seeds) != len(projections):
         got, expected = len(dropout.seeds), len(projections)
         raise ValueError(f"dropout: got {got} seeds, expected {expected} (one of each projection)")
@@ -229,55 +229,12 @@ def mix(
         forward = kernel(
             "mixed_lora", "mixed_lora_fwd", backend, rows, rows.shape[0], ranks, feature
         )
-        ys = [y for y, _ in forward(rows, mixture, computed, False, *given(dropout))]
+        ys = [y for y, _ in forward(rows, mixture, computed, False, *as_argument(dropout))]
     else:
         ys = differentiable(
             rows, mixture, computed, projections, grad_through_frozen, backend, dropout
         )
     return ys if dims == 2 else [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
-
-
-def _check_sizes(rows: Tensor, mixture: Tensor, projections: Sequence[PooledProjection]) -> None:
-    """Raises ValueError if the sizes of a layer's input do not fit the layer's tensors."""
-    count, width = rows.shape
-    samples = mixture.shape[0]
-    if count % samples if samples else count:
-        raise ValueError(
-            f"mixture: got weights of {samples} samples, expected as many as divide the {count} "
-            "rows of x"
-        )
-    for (weight, bias, lora_a, lora_b, _, _), *_ in projections:
-        inputs, outputs = lora_a.shape[1], lora_b.shape[1]
-        if inputs != width:
-            raise ValueError(f"x: got width {width}, expected {inputs} (that of lora_a)")
-        if weight is not None and weight.shape != (outputs, width):
-            raise ValueError(
-                f"weight: got shape {tuple(weight.shape)}, expected [{outputs}, {width}]"
-            )
-        if bias is not None and (
-            bias.shape[-1] != outputs or (bias.dim() == 2 and bias.shape[0] != count)
-        ):
-            raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected [{outputs}]")
-
-
-def _in_dtype(given: Projection, dtype: torch.dtype, accumulate: torch.dtype) -> Projection:
-    weight, bias, lora_a, lora_b, row_adapter, row_scale = given
-    if (
-        (weight is None or weight.dtype == dtype)
-        and (bias is None or bias.dtype == dtype)
-        and lora_a.dtype in (dtype, torch.float32)
-        and row_scale.dtype == accumulate
-    ):
-        return given
-    if weight is not None and weight.dtype != dtype:
-        weight = weight.to(dtype)
-    if bias is not None and bias.dtype != dtype:
-        bias = bias.to(dtype)
-    if lora_a.dtype not in (dtype, torch.float32):
-        lora_a, lora_b = lora_a.to(dtype), lora_b.to(dtype)
-    if row_scale.dtype != accumulate:
-        row_scale = row_scale.to(accumulate)
-    return Projection(weight, bias, lora_a, lora_b, row_adapter, row_scale)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -379,21 +336,6 @@ def _checked(
     return mix(x, mixture.reshape(-1, count), [pooled], grad_through_frozen, backend, dropout)[0]
 
 
-def _dropout(rate: float, seed: Tensor | None, x: Tensor) -> Dropout | None:
-    """Returns the dropout of one projection; None for none."""
-    require_tensors(x=x, seed=seed)
-    if seed is None:
-        return drawn(rate, x, 1)
-    if seed.dtype != torch.int64 or seed.numel() != 1:
-        raise ValueError(
-            f"seed: got dtype {seed.dtype} and shape {tuple(seed.shape)}, expected one int64"
-        )
-    if seed.device != x.device:
-        raise ValueError(f"seed: got device {seed.device}, expected {x.device} (that of x)")
-    drops = drop_count(rate)
-    return Dropout(drops, [seed.reshape(1)]) if drops else None
-
-
 def _scaling(scaling: Any, count: int) -> float | Tensor:
     """Converts a scaling to a float, or to a tensor of one or `count` numbers."""
     if not isinstance(scaling, Tensor) and getattr(scaling, "ndim", 0) > 0:
@@ -487,7 +429,7 @@ def mixed_lora_bwd(
         weight, _, lora_a, lora_b, row_adapter, row_scale = projection
         adapted = x
         if dropout is not None:
-            keeps = mask(dropout.seeds[i], *x.shape, dropout.drops)
+            keeps = mask(dropout.seeds[i], dropout.drops, *x.shape)
             adapted = torch.where(keeps, x, 0.0)
             row_scale = row_scale * dropout.scale
         lora_a_x, lora_b_x = lora_a.to(x.dtype), lora_b.to(x.dtype)

@@ -24,7 +24,7 @@ def test_the_generator_gives_the_published_numbers():
 
 @pytest.mark.parametrize("rate", [0.0, 0.05, 0.1, 0.5, 1.0])
 def test_rate(rate):
-    kept = mask(SEEDS[0], 512, 520, drop_count(rate)).double()
+    kept = mask(SEEDS[0], drop_count(rate), 512, 520).double()
     deviation = (rate * (1 - rate) / kept.numel()) ** 0.5
     assert abs(kept.mean() - (1 - rate)) <= 4 * deviation + 1 / UNIT
     scale = Dropout(drop_count(rate), SEEDS).scale
@@ -33,9 +33,9 @@ def test_rate(rate):
 
 def test_elements_are_independent():
     """Rows, columns, the eight elements of a counter, and masks of other seeds."""
-    kept = mask(SEEDS[0], 512, 512, UNIT // 2).double() * 2 - 1
-    other = mask(SEEDS[0] + 1, 512, 512, UNIT // 2).double() * 2 - 1
-    shifts = [(1, 0), (0, 1), (8, 0), (0, 8), (8, 8), (16, 0), (0, 16), (8, 9), (256, 0), (0, 256)]
+    kept = mask(SEEDS[0], UNIT // 2, 512, 512).double() * 2 - 1
+    other = mask(SEEDS[0] + 1, UNIT // 2, 512, 512).double() * 2 - 1
+    shifts = [(1, 0), (0, 1), (8, 0), (0, 8), (8, 8), (0, 2), (0, 4), (1, 8), (256, 0), (0, 256)]
     pairs = [kept * kept.roll(shift, (0, 1)) for shift in shifts]
     pairs += [kept * other, kept * kept.t().contiguous()]
     for product in pairs:
@@ -49,12 +49,10 @@ def test_more_elements_than_32_bits_count():
     x = torch.ones(32, 1 << 12)
     first, later = (Mask(UNIT // 2, 7).drop(x.clone(), row) for row in (0, 1 << 20))
     assert abs((first * later).mean() - 0.25) < 0.01
-    row = (1 << 33) - 16  # the last that a word counts
-    words = _philox(SEEDS[0], torch.arange(4)[None], torch.tensor([[row // 2]]))
-    bits = torch.stack([words[0], words[1]]).view(2, 4, 1)
-    want = torch.cat([bits & 0xFFFF, bits >> 16], 2).flatten() >= UNIT // 2
-    got = Mask(UNIT // 2, 7).drop(torch.ones(1, 16), row)
-    assert torch.equal(got[0] != 0, want)
+    row = (1 << 32) - 1  # the last that a word counts
+    words = torch.cat(_philox(SEEDS[0], torch.tensor([0]), torch.tensor([[row]])))
+    want = torch.cat([words & 0xFFFF, words >> 16], 1).flatten() >= UNIT // 2
+    assert torch.equal(Mask(UNIT // 2, 7).drop(torch.ones(1, 8), row)[0] != 0, want)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (37, 70), (5, 130)])
@@ -63,24 +61,24 @@ def test_the_cpu_drops_the_same(shape):
         x = torch.randn(shape).to(dtype)
         for seed in SEEDS:
             got = Mask(UNIT // 3, int(seed)).drop(x, out=torch.full_like(x, float("nan")))
-            assert torch.equal(got, torch.where(mask(seed, *shape, UNIT // 3), x, 0))
+            assert torch.equal(got, torch.where(mask(seed, UNIT // 3, *shape), x, 0))
 
 
-@pytest.mark.parametrize("through", [True, False], ids=["through_frozen", "stop_at_frozen"])
-@pytest.mark.parametrize("used", [None, [1]], ids=["all", "second"])
-@pytest.mark.parametrize("group", ["pair", "unequal"])
+@pytest.mark.parametrize(
+    ("group", "used", "through"), [("pair", [1], True), ("unequal", None, False)]
+)
 def test_every_projection_has_a_mask_of_its_own(backend, group, used, through):  # noqa: F811
     """Also where the loss depends on some of the projections only."""
     where = device(backend)
     dropout = Dropout(UNIT // 4, SEEDS[: len(GROUPS[group])])
-    exact = leaves(group, torch.float32, rows=20)
+    exact = leaves(group, torch.float32, rows=7)
     exact = {k: v.detach().double().requires_grad_() for k, v in exact.items()}
     want = [
         op.mix(exact["x"], exact["mixture"], [given], through, "reference", dropout.of([i]))[0]
         for i, given in enumerate(pooled(group, exact))
     ]
     want, want_grads = finish(exact, want, used)
-    t = leaves(group, torch.float32, where=where, rows=20)
+    t = leaves(group, torch.float32, where=where, rows=7)
     own = dropout._replace(seeds=[seed.to(where) for seed in dropout.seeds])
     got = op.mix(t["x"], t["mixture"], pooled(group, t), through, backend, own)
     got, grads = finish(t, got, used)
@@ -95,12 +93,12 @@ def test_every_projection_has_a_mask_of_its_own(backend, group, used, through): 
 def test_what_is_dropped_is_not_seen(backend):  # noqa: F811
     """Neither an infinity of x where it is dropped, nor a gradient that is not finite there."""
     seed, where = SEEDS[0].to(device(backend)), device(backend)
-    keeps = mask(seed, 40, 24, UNIT // 2)
-    x = torch.where(keeps, torch.randn(40, 24, device=where), float("inf")).requires_grad_()
-    a = torch.randn(4, 24, device=where, requires_grad=True)
+    keeps = mask(seed, UNIT // 2, 24, 20)
+    x = torch.where(keeps, torch.randn(24, 20, device=where), float("inf")).requires_grad_()
+    a = torch.randn(4, 20, device=where, requires_grad=True)
     b = torch.randn(4, 8, device=where, requires_grad=True)
     mixture = torch.tensor([[0.0, 1.0], [2.0, 1.0]], device=where, requires_grad=True)
-    y = mixed_lora(x, a, b, mixture.repeat_interleave(20, 0), ranks=2, dropout_p=0.5, seed=seed,
+    y = mixed_lora(x, a, b, mixture.repeat_interleave(12, 0), ranks=2, dropout_p=0.5, seed=seed,
                    backend=backend)  # fmt: skip
     y.square().sum().backward()
     for t in (y, x.grad, a.grad, b.grad, mixture.grad):
@@ -113,12 +111,12 @@ def test_absent_adapters_are_not_seen_through_a_mask(backend):  # noqa: F811
     results = []
     for held in (0.0, float("nan")):
         t = {k: v.to(where) for k, v in {
-            "x": torch.linspace(-1, 1, 40 * 24).view(40, 24), "a": torch.ones(4, 24),
+            "x": torch.linspace(-1, 1, 400).view(20, 20), "a": torch.ones(4, 20),
             "b": torch.ones(4, 8),
         }.items()}  # fmt: skip
         t["a"][:2], t["b"][:2] = held, held
         t = {k: v.requires_grad_() for k, v in t.items()}
-        mixture = torch.tensor([0.0, 1.0], device=where).expand(40, 2)
+        mixture = torch.tensor([0.0, 1.0], device=where).expand(20, 2)
         y = mixed_lora(t["x"], t["a"], t["b"], mixture, ranks=2, dropout_p=0.5,
                        seed=SEEDS[0].to(where), backend=backend)  # fmt: skip
         y.square().sum().backward()
@@ -144,7 +142,7 @@ def test_backends_without_dropout_are_not_chosen(monkeypatch):
     monkeypatch.setattr(dispatch, "unavailable", lambda *_: None)
     dispatch._resolve.cache_clear()
     cpu = torch.device("cpu")
-    with pytest.raises(dispatch.BackendError, match="'cuda' .*its kernels have no dropout"):
+    with pytest.raises(dispatch.BackendError, match=r"'cuda' .*its kernels have no dropout"):
         dispatch.resolve("mixed_lora", cpu, "cuda", feature="dropout")
     monkeypatch.setenv(dispatch.ENV_VARIABLE, "cuda")
     assert dispatch.resolve("mixed_lora", cpu) == "cuda"

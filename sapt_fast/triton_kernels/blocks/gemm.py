@@ -125,9 +125,9 @@ def _gemm_kernel(
     There may be several y of one a. a b is summed here, or was by `products_in_parts` in
     parts[s, M, each N rounded up to 16]. bias is [N], or [M, N] with BIAS_HAS_ROWS. Absent sources
     are None. `rank_lo` and `rank_hi` count groups of 16 rank columns; p is zero in the columns that
-    pad R. With seeds, the rank term is 0 where dropout drops y's element. A p of +0 means that the adapter is not there, so that an infinity in its q is not seen:
+    pad R. A p of +0 means that the adapter is not there, so that an infinity in its q is not seen:
     a tile that got a NaN from the rank term computes this term once more. That term comes first, so
-    that nothing else has to be.
+    that nothing else has to be. With seeds, it is 0 where dropout drops y's element.
     """
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     member, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
@@ -414,8 +414,8 @@ def gemm_group(
             a, b, bs, K, tile = None, None, None, 0, gemm_tiles.sum_tile(traits)
         launch(
             _gemm_kernel, (len(ys) * cdiv(M, tile.m) * cdiv(N, tile.n),),
-            a, bs, parts, 0 if parts is None else parts.shape[0], *others, drops, tuple(ys), M, N, K,
-            0 if q is None else q.shape[0], lo, hi,
+            a, bs, parts, 0 if parts is None else parts.shape[0], *others, drops, tuple(ys),
+            M, N, K, 0 if q is None else q.shape[0], lo, hi,
             0 if a is None else a.stride(0),
             0 if b is None else b.stride(0), 0 if b is None else b.stride(1),
             0 if p is None else p.stride(0), 0 if q is None else q.stride(0),

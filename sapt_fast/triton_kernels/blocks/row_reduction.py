@@ -132,7 +132,8 @@ def _sum_over_rows(
 
 @triton.jit(
     do_not_specialize=[
-        "drops", "M", "rows_per_part", "first_group", "start", "stop", "out_row", "out_rows", "part_size",
+        "drops", "M", "rows_per_part", "first_group", "start", "stop", "out_row", "out_rows",
+        "part_size",
     ]
 )  # fmt: skip
 def _factor_grad_kernel(
@@ -143,9 +144,10 @@ def _factor_grad_kernel(
 ):  # fmt: skip
     """Part s = program axis 2 of p[:, start:stop]^T x of each product, over p not 0.
 
-    With seeds, one for each pair, the x of even number are those after dropout. Products alternate: those of even number have an x [M, even_width], the others one
-    [M, odd_width]. A result goes into the rows from `out_row` on of out [out_rows, width], or, if
-    there are parts, into their place in parts[s, part_size], where the outs follow each other.
+    Products alternate: those of even number have an x [M, even_width], the others one
+    [M, odd_width]. With seeds, one for a pair, those of even number take x after dropout. A result
+    goes into the rows from `out_row` on of out [out_rows, width], or, if there are parts, into
+    their place in parts[s, part_size], where the outs follow each other.
 
     The tile is [features, ranks]: the matrix instruction wants 64 rows, and the features have
     them where a single adapter has 4 ranks. Columns of p are read from `first_group` * 16 <=
@@ -354,7 +356,8 @@ def factor_grads(
             launch(
                 _factor_grad_kernel, (*grid, num_parts),
                 tuple(ps), tuple(xs), tuple(outs), parts, *seeds_and_drops(dropout), M, even, odd,
-                rows_per_part, first_group, start, stop, done, count, size, ps[0].stride(0), xs[0].stride(0), xs[1].stride(0),
+                rows_per_part, first_group, start, stop, done, count, size, ps[0].stride(0),
+                xs[0].stride(0), xs[1].stride(0),
                 **tile.launch_options(), COMPUTE=common.compute_dtype(xs[0].dtype),
             )  # fmt: skip
             done += stop - start

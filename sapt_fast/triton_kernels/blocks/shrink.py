@@ -44,9 +44,9 @@ from sapt_fast.triton_kernels.blocks.shrink_tiles import (
 @triton.jit(do_not_specialize=["parts", "drops", "M", "S", "T", "K", "tiles_r", *RANK_ARGUMENTS])
 def _shrink_fwd_kernel(
     x_ptr, a_ptrs, parts_ptr,
-    parts, seed_ptrs, drops, keep_scale, mixture_ptr, row_adapter_ptrs, row_scale_ptrs, h_ptrs, hw_ptr, M, D, S, T, K,
-    tiles_r, rank_0, rank_1, rank_2, rank_3, rank_4, rank_5, rank_6, rank_7, stride_xm,
-    stride_ar, stride_hwm,
+    parts, seed_ptrs, drops, keep_scale, mixture_ptr, row_adapter_ptrs, row_scale_ptrs, h_ptrs,
+    hw_ptr, M, D, S, T, K, tiles_r, rank_0, rank_1, rank_2, rank_3, rank_4, rank_5, rank_6, rank_7,
+    stride_xm, stride_ar, stride_hwm,
     MEMBERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr, SEGMENTS: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
@@ -108,9 +108,9 @@ def _shrink_fwd_kernel(
 )  # fmt: skip
 def _shrink_bwd_kernel(
     dy_ptrs, b_ptrs, parts_ptr,
-    parts, keep_scale, mixture_ptr, row_adapter_ptrs, row_scale_ptrs, gate_ptrs, h_ptrs, gw_ptr, hw_ptr,
-    partial_ptr, M, D, R, S, T, K, tiles_r, rank_lo, rank_hi, gw_lo, gw_hi, train_lo, train_hi,
-    gate_start, gate_stop, h_columns, stride_dym, stride_br, stride_hm, stride_gm,
+    parts, keep_scale, mixture_ptr, row_adapter_ptrs, row_scale_ptrs, gate_ptrs, h_ptrs, gw_ptr,
+    hw_ptr, partial_ptr, M, D, R, S, T, K, tiles_r, rank_lo, rank_hi, gw_lo, gw_hi, train_lo,
+    train_hi, gate_start, gate_stop, h_columns, stride_dym, stride_br, stride_hm, stride_gm,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
     SEGMENTS: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip

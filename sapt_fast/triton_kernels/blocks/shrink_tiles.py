@@ -294,8 +294,8 @@ def plan_shrink(
     """Choose the tile; with few tiles, split the reduction and compute its parts (>= 2 steps).
 
     `xs` are of one shape and row stride, one for all factors or one each. Rows of all factors are
-    `stride_ar` elements apart. `dropout` has a seed for each factor. `window` restricts the columns of factors of one rank; those of the
-    parts then begin at window[0] as well.
+    `stride_ar` elements apart. `window` restricts the columns of factors of one rank; those of the
+    parts then begin at window[0] as well. `dropout` has a seed for each factor.
     """
     x = xs[0]
     M, D = x.shape
@@ -360,7 +360,8 @@ def products_in_parts(
     tiles_r = _tiles([round_up(rank, RANK_ALIGN) - first for rank in ranks], tile.n)
     launch(
         _split_kernel, (cdiv(M, tile.m) * tiles_r, parts.shape[0]),
-        tuple(xs), tuple(factors), parts, *seeds_and_drops(dropout), M, D, steps_per_part, tiles_r, first // RANK_ALIGN,
+        tuple(xs), tuple(factors), parts, *seeds_and_drops(dropout), M, D, steps_per_part,
+        tiles_r, first // RANK_ALIGN,
         *rank_arguments(ranks), x.stride(0), *strides, columns, MEMBERS=len(factors),
         **tile.launch_options(), EVEN_K=D % tile.k == 0, COMPUTE=common.compute_dtype(x.dtype),
         EVEN_R=strides[1] != 1 and all(rank % 16 == 0 for rank in ranks), PRECISION=precision,

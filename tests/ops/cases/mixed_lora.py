@@ -32,7 +32,7 @@ def plain_mixed(x, a, b, mixture, ranks=(2, 0, 1), scaling=(0.5, 2.0, 3.0), weig
 
 def dropped(x, rate=0.25):
     """x after dropout, as torch would scale it."""
-    keeps = mask(SEED.to(x.device), x.shape[:-1].numel(), x.shape[-1], int(rate * UNIT))
+    keeps = mask(SEED.to(x.device), int(rate * UNIT), x.shape[:-1].numel(), x.shape[-1])
     return x * keeps.view(x.shape) / (1 - rate)
 
 

@@ -343,6 +343,8 @@ def plan_shrink(
     sizes = x.element_size(), factors[0].element_size()
     segments = segments_of(_MOST_ROWS, S, T)
     tile = _shrink_config(traits, sizes, M, widths, segments, backward=backward)
+    if dropout is not None and 0 < traits.capability < 90 and tile.m == _MOST_ROWS:
+        tile = tile._replace(m=64, num_warps=4)  # beside the masks 128 rows would spill
     tiles_r = _tiles(widths, tile.n)
     steps = cdiv(D, tile.k)
     num_parts = min(traits.num_sms // (cdiv(M, tile.m) * tiles_r), steps // _LEAST_STEPS)

@@ -291,7 +291,7 @@ class ExpertBank(Own, nn.Module):
         Raises:
             TypeError, ValueError: if the index is not [M, k] int64, or (on a CPU) out of range.
         """
-        return Selection(*self._selected(index, dtype, copy=True), self._version)
+        return Selection(*self._selected(index, dtype), self._version)
 
     def mix(
         self,
@@ -334,13 +334,11 @@ class ExpertBank(Own, nn.Module):
                 x, trained.a, trained.b, at, weights, scaling=scaling, backend=backend
             )
             index = index.masked_fill(at >= 0, -1)
-        a, b, at = self._selected(index, _computed_dtype(x), copy=torch.is_grad_enabled())
+        a, b, at = self._selected(index, _computed_dtype(x))
         stored = mix_experts(x, a, b, at, weights, scaling=scaling, backend=backend)
         return stored if delta is None else delta + stored
 
-    def _selected(
-        self, index: Tensor, dtype: torch.dtype, copy: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _selected(self, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         # Reads no number that changes with every step: a compiled graph would be made again.
         self._require_index(index)
         convert = self.dtype == torch.bfloat16 and dtype != torch.bfloat16
@@ -348,23 +346,23 @@ class ExpertBank(Own, nn.Module):
         if self._cache is None and not convert and isinstance(rows, RowTable):
             at = rows.find(torch.where(index < self.num_experts, index, -1))
             return rows.tables["down"], rows.tables["up"], at
-        a, b, at = self._select_rows(index, copy)
+        a, b, at = self._select_rows(index)
         return (a.float(), b.float(), at) if convert else (a, b, at)
 
     @torch.compiler.disable
     @torch.no_grad()
-    def _select_rows(self, index: Tensor, copy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def _select_rows(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns rows [R, ...] on the compute device and the index into them."""
         ids, inverse = torch.unique(index.clamp(-1, self.num_experts), return_inverse=True)
         ids = ids.to(self.home)
         at = self._rows.find(torch.where(ids < self.num_experts, ids, -1))
         found = at >= 0
         place = torch.full_like(at, -1)
+        place[found] = torch.arange(int(found.sum()), device=at.device)
         if self._cache is None:
-            place[found] = torch.arange(int(found.sum()), device=at.device)
             stored = {name: self._rows.gather(name, at[found]) for name in _TABLES}
         else:
-            place[found], stored = self._cache.rows(ids[found], at[found], self._rows, copy)
+            stored = self._cache.rows(ids[found], at[found], self._rows)
         return stored["down"], stored["up"], place.to(index.device)[inverse]
 
     def _require_index(self, index: Tensor) -> None:

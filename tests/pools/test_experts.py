@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -248,15 +249,31 @@ def test_the_cache_keeps_the_rows_that_were_used_last():
     table.gather = lambda name, at: asked.append(at.tolist()) or table.tables[name][at]
     for wanted in ([2, 4, 6], [8], [2], [10], [2, 4], [0, 2, 4, 6, 8, 10]):
         wanted = torch.tensor(wanted)
-        place, rows = cache.rows(wanted, table.find(wanted), table, copy=False)
-        assert rows["down"][place].flatten().tolist() == wanted.tolist()
+        rows = cache.rows(wanted, table.find(wanted), table)
+        assert rows["down"].flatten().tolist() == wanted.tolist()
     # 10 takes the place of 4 or 6; then 4 takes that of another one, unless 6 had to go.
     assert asked[:3] == [[1, 2, 3], [4], [5]]
     assert cache.hits + cache.misses == 14
     cache.drop(torch.tensor([2]))
     table.write(table.find(torch.tensor([2])), {"down": torch.tensor([[5.0]])})
-    place, rows = cache.rows(torch.tensor([2]), torch.tensor([1]), table, copy=True)
-    assert rows["down"][place].item() == 5
+    assert cache.rows(torch.tensor([2]), torch.tensor([1]), table)["down"].item() == 5
+
+
+def test_threads_share_a_cache():
+    """A cache that is smaller than what the threads use together."""
+    bank = ExpertBank(64, 1, 16, 16, storage="pinned", cache_rows=6)
+    ids = torch.arange(64)
+    bank.write(ids, torch.ones(64, 1, 16), (ids + 1.0)[:, None, None].expand(64, 1, 16))
+
+    def mixed(start):
+        for i in range(start, start + 40):
+            index = torch.tensor([[i % 64, 7 * i % 64]])
+            with torch.no_grad():
+                delta = bank.mix(torch.ones(1, 16), index, torch.ones(1, 2))
+            assert delta[0, 0] == 16 * (index.sum() + 2)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(mixed, (0, 9, 20, 41)))
 
 
 def test_bad_arguments_are_named():

@@ -59,6 +59,9 @@ def test_mix_is_that_of_all_experts(storage, dtype, x_dtype):
     torch.testing.assert_close(bank.mix(x, INDEX, weights, 0.5), delta)
     with pytest.raises(RuntimeError, match="from before the bank changed"):
         bank.mix(x, chosen, weights, 0.5)
+    other = filled(storage=storage, dtype=dtype)
+    with pytest.raises(RuntimeError, match="of another bank"):
+        filled(storage=storage, dtype=dtype).mix(x, other.select(INDEX, x.dtype), weights)
 
 
 def test_untouched_rows_follow_from_the_seed_and_take_nothing():
@@ -195,6 +198,17 @@ def test_what_is_not_finite_changes_nothing():
         optimizer.step(torch.tensor([3, 3]), (torch.ones(2, R, IN), torch.ones(2, R, OUT)))
     with pytest.raises(ValueError, match="b: got NaN"):
         bank.write(torch.tensor([1]), torch.ones(1, R, IN), torch.full((1, R, OUT), torch.inf))
+    with pytest.raises(ValueError, match=r"a: got NaN .* finite in torch.float32"):
+        bank.write(
+            torch.tensor([1]), torch.ones(1, R, IN).double() * 1e300, torch.ones(1, R, OUT)
+        )
+    with pytest.raises(ValueError, match=r"a: got NaN .* finite in torch.bfloat16"):
+        filled(dtype=torch.bfloat16).write(
+            torch.tensor([1]), torch.full((1, R, IN), 3.4e38), torch.ones(1, R, OUT)
+        )
+    gpu_nan = torch.full((1, R, IN), 2**31 - 1, dtype=torch.int32).view(torch.float32)
+    with pytest.raises(ValueError, match=r"a: got NaN"):
+        filled(dtype=torch.bfloat16).write(torch.tensor([1]), gpu_nan, torch.ones(1, R, OUT))
     for old, new in zip(
         before, (bank.state_dict(), optimizer.state_dict()["tensors"]), strict=True
     ):
@@ -238,6 +252,9 @@ def test_float32_survives_the_split():
     rounded, rest = split(values)
     assert torch.equal(joined(rounded, rest).view(torch.int32), values.view(torch.int32))
     assert ((rounded.float() - values).abs() <= (values.bfloat16().float() - values).abs()).all()
+    bank = ExpertBank(N, 1, 1, 1, dtype=torch.bfloat16)
+    bank.write(IDS, values[:3, None, None], values[:3, None, None])
+    assert torch.equal(bank.rows(IDS)[0], bank.stored()["down"])  # also halfway
 
 
 def test_the_cache_keeps_the_rows_that_were_used_last():
@@ -290,6 +307,9 @@ def test_bad_arguments_are_named():
         bank.write(torch.tensor([1]), torch.ones(1, R, IN), torch.ones(1, R, IN))
     with pytest.raises(RuntimeError, match="ids: got values from 3 to 31"):
         ExpertBank(8, R, IN, OUT).load_state_dict(bank.state_dict())
+    part = ExpertBank(N, R, IN, OUT, first=N)  # experts N to 2 N - 1
+    with pytest.raises(RuntimeError, match="ids: got values from -47 to -19"):
+        part.load_state_dict(bank.state_dict())
     with pytest.raises(ValueError, match="name: got 'adam', expected 'sgd'"):
         ROW_OPTIMIZERS["sgd"](bank).load_state_dict(RowAdam(bank).state_dict())
 

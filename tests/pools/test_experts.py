@@ -194,6 +194,9 @@ def test_what_is_not_finite_changes_nothing():
     optimizer.lr = 1e38
     with pytest.raises(ValueError, match="lr: too large"):
         optimizer.step(torch.tensor([3]), (torch.ones(1, R, IN) * 1e30, torch.ones(1, R, OUT)))
+    optimizer.lr = 0.1
+    with pytest.raises(ValueError, match="grads: too large, their moments"):  # squares: infinite
+        optimizer.step(torch.tensor([3]), (torch.ones(1, R, IN) * 1e25, torch.ones(1, R, OUT)))
     with pytest.raises(ValueError, match="got 3 twice"):
         optimizer.step(torch.tensor([3, 3]), (torch.ones(2, R, IN), torch.ones(2, R, OUT)))
     with pytest.raises(ValueError, match="b: got NaN"):
@@ -342,3 +345,15 @@ def test_slot_choice_is_tf_idf():
     for count in (1, 2, 3, 9):
         expected = sorted(sorted(scores, key=lambda i: (scores[i], i))[:count])
         assert again.choose(batch, count).tolist() == expected
+
+
+@pytest.mark.parametrize("storage", ["device", "pinned"])
+def test_what_is_made_in_inference_mode_can_train(storage):
+    with torch.inference_mode():
+        bank = ExpertBank(N, R, IN, OUT, storage=storage)
+        bank.load_state_dict(filled().state_dict())
+        bank = bank.to("cpu")
+    x, weights = inputs()
+    bank.mix(x.requires_grad_(), INDEX, weights).sum().backward()
+    train(bank, RowAdam(bank), 2)
+    assert x.grad.any()

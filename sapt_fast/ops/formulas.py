@@ -216,7 +216,7 @@ def topk_keys(query: Tensor, keys: Tensor, k: int, metric: str) -> tuple[Tensor,
     q = query.detach().to(wide).contiguous().unsqueeze(1)
     table = keys.detach().to(wide).contiguous()
     parts = table.split(_keys_at_a_time(query))
-    found = torch.cat([_scores(q, part, metric) for part in parts], 1)
+    found = torch.cat([pair_scores(q, part, metric) for part in parts], 1)
     # Ascending and stable: NaN goes last, equal scores keep the order of their indices.
     index = found.neg().sort(dim=1, stable=True).indices[:, :k]
     return scores_of(query, keys, index, metric), index
@@ -225,10 +225,10 @@ def topk_keys(query: Tensor, keys: Tensor, k: int, metric: str) -> tuple[Tensor,
 def scores_of(query: Tensor, keys: Tensor, index: Tensor, metric: str) -> Tensor:
     """Computes the scores [M, k] of the keys `index` [M, k]."""
     wide = accumulation_dtype(query.dtype)
-    return _scores(query.to(wide).unsqueeze(1), keys[index].to(wide), metric)
+    return pair_scores(query.to(wide).unsqueeze(1), keys[index].to(wide), metric)
 
 
-def _scores(query: Tensor, keys: Tensor, metric: str) -> Tensor:
+def pair_scores(query: Tensor, keys: Tensor, metric: str) -> Tensor:
     if metric == "l2":
         return -(query - keys).square().sum(-1)
     dot = (query * keys).sum(-1)

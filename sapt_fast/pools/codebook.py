@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sapt_fast.ops import nearest_key, topk_keys
-from sapt_fast.pools.own import Own
+from sapt_fast.pools.own import Own, keeping_dtype
 
 __all__ = ["Codebook", "Exact", "Found", "differences", "resize", "rows_of", "without"]
 
@@ -41,11 +41,7 @@ class Exact(Own, nn.Module):
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        def moved(tensor: Tensor) -> Tensor:
-            found = fn(tensor)
-            return found if found.dtype == tensor.dtype else tensor.to(found.device)
-
-        return super()._apply(moved, recurse)
+        return super()._apply(keeping_dtype(fn), recurse)
 
 
 class Codebook(Exact):

@@ -1,8 +1,8 @@
 """Distinguishes the modules that methods add to a model from the model's own."""
 
-from collections.abc import Set
+from collections.abc import Callable, Set
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class Own:
@@ -19,3 +19,13 @@ def is_inside(name: str, paths: Set[str]) -> bool:
     while name and name not in paths:
         name = name.rpartition(".")[0]
     return bool(name)
+
+
+def keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Returns the `fn` of an `nn.Module._apply` without its change of dtype: it only moves."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        found = fn(tensor)
+        return found if found.dtype == tensor.dtype else tensor.to(found.device)
+
+    return moved

@@ -1,0 +1,269 @@
+"""The bank of experts and its optimizers: what is stored, what is computed, what is trained."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from sapt_fast.ops import mix_experts
+from sapt_fast.pools.experts import ExpertBank
+from sapt_fast.pools.row_cache import RowCache
+from sapt_fast.pools.row_optimizers import ROW_OPTIMIZERS, RowAdam
+from sapt_fast.pools.row_table import RowTable
+from sapt_fast.pools.split_floats import joined, split
+
+N, R, IN, OUT = 50, 2, 6, 5
+IDS = torch.tensor([7, 3, 31])
+INDEX = torch.tensor([[3, 7, 3], [-1, 31, 0], [49, 12, -1]])
+
+
+def filled(**options):
+    """A bank in which the experts IDS have been trained."""
+    torch.manual_seed(0)
+    bank = ExpertBank(N, R, IN, OUT, **options)
+    bank.write(IDS, torch.randn(3, R, IN), torch.randn(3, R, OUT))
+    return bank
+
+
+def inputs(dtype=torch.float32):
+    torch.manual_seed(1)
+    return torch.randn(3, IN, dtype=dtype), torch.randn(3, 3)
+
+
+def dense_mix(bank, x, weights):
+    a, b = bank.dense()
+    return mix_experts(x, a.to(x), b.to(x), INDEX, weights, scaling=0.5)
+
+
+@pytest.mark.parametrize("storage", ["device", "pinned"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_mix_is_that_of_all_experts(storage, dtype, x_dtype):
+    bank, (x, weights) = filled(storage=storage, dtype=dtype), inputs(x_dtype)
+    expected = dense_mix(bank, x.double(), weights.double())
+    tolerance = 2e-2 if x_dtype == torch.bfloat16 else 1e-5
+    for _ in range(2):
+        delta = bank.mix(x, INDEX, weights, 0.5)
+        assert delta.dtype == x_dtype
+        torch.testing.assert_close(delta.double(), expected, rtol=tolerance, atol=tolerance)
+    chosen = bank.select(INDEX, x.dtype)
+    assert torch.equal(bank.mix(x, chosen, weights, 0.5), delta)
+
+
+def test_untouched_rows_follow_from_the_seed_and_take_nothing():
+    small, large = ExpertBank(N, R, IN, OUT, seed=4), ExpertBank(10**6, R, IN, OUT, seed=4)
+    a, b = small.rows(torch.tensor([9, 2]))
+    more, _ = large.rows(torch.tensor([2, 999_999, 9]))
+    assert torch.equal(a, more[[2, 0]])
+    assert not b.any()
+    assert a.abs().max() <= IN**-0.5
+    assert not torch.equal(a, ExpertBank(N, R, IN, OUT, seed=5).rows(torch.tensor([9, 2]))[0])
+    many = ExpertBank(10**6, 1, 500, 1).rows(torch.arange(0, 10**6, 9999))[0] * 500**0.5
+    assert abs(many.mean()) < 0.01
+    assert abs(many.square().mean() - 1 / 3) < 0.01
+    assert abs(torch.corrcoef(many[:, 0]).triu(1)).max() < 0.25  # rows do not depend on each other
+    assert large.nbytes == 4 * 10**6
+    assert [len(x) for n, x in large.state_dict().items() if n != "seed"] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("storage", ["device", "pinned"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_handed_out_rows_get_gradients(storage, dtype):
+    """Gradients equal those of the dense bank; experts that are not handed out still act."""
+    bank, (x, weights) = filled(storage=storage, dtype=dtype), inputs()
+    weights.requires_grad_()
+    ids = torch.tensor([12, 7, 31])
+    a, b = bank.training_rows(ids)
+    assert a.dtype == torch.float32
+    whole = [rows.float().requires_grad_() for rows in bank.dense()]
+    with torch.no_grad():
+        for rows, mine in zip(whole, (a, b), strict=True):
+            rows[ids] = mine
+    expected = mix_experts(x, *whole, INDEX, weights, scaling=0.5)
+    delta = bank.mix(x, INDEX, weights, 0.5)
+    torch.testing.assert_close(delta, expected)
+    wanted = torch.autograd.grad(expected.square().sum(), [weights, *whole])
+    found = torch.autograd.grad(delta.square().sum(), [weights, a, b])
+    for want, got in zip((wanted[0], wanted[1][ids], wanted[2][ids]), found, strict=True):
+        torch.testing.assert_close(got, want)
+    bank.stop_training()
+    assert not bank.mix(x, INDEX, weights.detach()).requires_grad
+
+
+def train(bank, optimizer, steps):
+    """Experts are trained at different times, so that their numbers of steps differ."""
+    torch.manual_seed(2)
+    for step in range(steps):
+        ids = torch.tensor([[7, 12], [3, 12, 40], [12]][step % 3])
+        a, b = bank.training_rows(ids)
+        optimizer.step(ids, (torch.randn_like(a), torch.randn_like(b)))
+
+
+OPTIONS = {
+    "adam": [{"weight_decay": 0.1}],
+    "adamw": [{"weight_decay": 0.1}],
+    "sgd": [{"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}, {}],
+}
+TORCH = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+
+
+@pytest.mark.parametrize("name", TORCH)
+@pytest.mark.parametrize("storage", ["device", "pinned"])
+def test_optimizers_are_those_of_torch(name, storage):
+    for options in OPTIONS[name]:
+        bank = filled(storage=storage)
+        optimizer = ROW_OPTIMIZERS[name](bank, lr=0.03, **options)
+        before = bank.dense()
+        rows = {i: [nn.Parameter(rows[i].clone()) for rows in before] for i in (3, 7, 12, 40)}
+        theirs = TORCH[name]([p for pair in rows.values() for p in pair], lr=0.03, **options)
+        train(bank, optimizer, 7)
+        torch.manual_seed(2)
+        for step in range(7):
+            ids = [[7, 12], [3, 12, 40], [12]][step % 3]
+            theirs.zero_grad()
+            for side, width in enumerate((IN, OUT)):
+                for i, grad in zip(ids, torch.randn(len(ids), R, width), strict=True):
+                    rows[i][side].grad = grad
+            theirs.step()
+        after = bank.dense()
+        for i in range(N):
+            for side in range(2):
+                expected = rows[i][side].detach() if i in rows else before[side][i]
+                torch.testing.assert_close(after[side][i], expected, rtol=1e-6, atol=1e-7)
+        assert sorted(optimizer.touched.tolist()) == [3, 7, 12, 40]
+        assert sorted(bank.touched.tolist()) == [3, 7, 12, 31, 40]
+
+
+@pytest.mark.parametrize("name", TORCH)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_goes_on_bit_for_bit_in_a_larger_bank(name, dtype):
+    options = OPTIONS[name][0]
+    bank = filled(dtype=dtype, seed=3)
+    optimizer = ROW_OPTIMIZERS[name](bank, lr=0.03, **options)
+    train(bank, optimizer, 4)
+    kept = pickle.loads(pickle.dumps((bank.state_dict(), optimizer.state_dict())))
+    other = ExpertBank(2 * N, R, IN, OUT, dtype=dtype)
+    again = ROW_OPTIMIZERS[name](other)
+    other.load_state_dict(kept[0])
+    again.load_state_dict(kept[1])
+    for each, its in ((bank, optimizer), (other, again)):
+        train(each, its, 5)
+    for ours, theirs in zip(bank.dense(), other.dense(), strict=True):
+        assert torch.equal(ours, theirs[:N])
+    assert torch.equal(bank.master_rows(IDS)[0], other.master_rows(IDS)[0])
+    assert again.lr == 0.03
+
+
+def test_bytes_follow_the_trained_experts():
+    """A rank-1 expert of width 576: state of at most 10 KB, and a spare part of at most a tenth."""
+    bank = ExpertBank(10**6, 1, 576, 576)
+    optimizer = RowAdam(bank)
+    for start in range(0, 1200, 200):
+        ids = torch.arange(start, start + 200) * 7
+        optimizer.step(ids, (torch.ones(200, 1, 576), torch.ones(200, 1, 576)))
+    assert len(optimizer.touched) == 1200
+    per_row = 2 * 2 * 576 * 4
+    assert optimizer.state_bytes - 4 * 10**6 <= 1.1 * 1200 * per_row
+    assert optimizer.state_bytes <= 1200 * 10_000 + 4 * 10**6
+    assert bank.nbytes - 4 * 10**6 <= 1.1 * 1200 * per_row / 2
+
+
+def test_what_is_not_finite_changes_nothing():
+    bank = filled()
+    optimizer = RowAdam(bank)
+    train(bank, optimizer, 2)
+    before = copy.deepcopy((bank.state_dict(), optimizer.state_dict()["tensors"]))
+    grads = torch.ones(2, R, IN), torch.ones(2, R, OUT)
+    grads[1][1, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"grads: got NaN .* 1 experts \(\[3\]\)"):
+        optimizer.step(torch.tensor([7, 3]), grads)
+    optimizer.lr = 1e38
+    with pytest.raises(ValueError, match="lr: too large"):
+        optimizer.step(torch.tensor([3]), (torch.ones(1, R, IN) * 1e30, torch.ones(1, R, OUT)))
+    with pytest.raises(ValueError, match="got 3 twice"):
+        optimizer.step(torch.tensor([3, 3]), (torch.ones(2, R, IN), torch.ones(2, R, OUT)))
+    with pytest.raises(ValueError, match="b: got NaN"):
+        bank.write(torch.tensor([1]), torch.ones(1, R, IN), torch.full((1, R, OUT), torch.inf))
+    for old, new in zip(
+        before, (bank.state_dict(), optimizer.state_dict()["tensors"]), strict=True
+    ):
+        assert all(torch.equal(old[name], new[name]) for name in old)
+
+
+@pytest.mark.parametrize("storage", ["device", "pinned"])
+def test_reset_rows_are_as_at_the_start(storage):
+    bank, fresh = filled(storage=storage), ExpertBank(N, R, IN, OUT)
+    x, weights = inputs()
+    bank.mix(x, INDEX, weights)  # so that the cache has them
+    bank.reset_rows(torch.tensor([7, 40]))
+    assert sorted(bank.touched.tolist()) == [3, 31]
+    expected = [rows.clone() for rows in fresh.dense()]
+    for rows, kept in zip(expected, filled().dense(), strict=True):
+        rows[[3, 31]] = kept[[3, 31]]
+    assert all(map(torch.equal, bank.dense(), expected))
+    torch.testing.assert_close(bank.mix(x, INDEX, weights, 0.5), dense_mix(bank, x, weights))
+
+
+def test_moves_keep_the_dtype_and_copies_are_independent():
+    model = nn.Sequential(filled(), nn.Linear(2, 2)).half()
+    bank = model[0]
+    assert model[1].weight.dtype == torch.float16
+    assert bank.rows(IDS)[0].dtype == torch.float32
+    bank.training_rows(IDS)
+    other = copy.deepcopy(bank)
+    assert other._trained is None
+    other.write(IDS[:1], torch.zeros(1, R, IN), torch.zeros(1, R, OUT))
+    assert bank.rows(IDS)[0].all()
+    moved = copy.deepcopy(bank).to("meta")
+    assert moved.device.type == moved.home.type == "meta"
+
+
+def test_float32_survives_the_split():
+    torch.manual_seed(0)
+    values = torch.cat(
+        [torch.randn(1000) * 10.0 ** torch.randint(-38, 38, (1000,)), torch.zeros(1)]
+    )
+    values[:2] = torch.tensor([1.00390625, -1.00390625])  # halfway between two bfloat16
+    rounded, rest = split(values)
+    assert torch.equal(joined(rounded, rest).view(torch.int32), values.view(torch.int32))
+    assert ((rounded.float() - values).abs() <= (values.bfloat16().float() - values).abs()).all()
+
+
+def test_the_cache_keeps_the_rows_that_were_used_last():
+    table = RowTable(100, {"down": ((1,), torch.float32)}, torch.device("cpu"))
+    ids = torch.arange(0, 100, 2)
+    table.write(table.add(ids), {"down": ids[:, None] * 1.0})
+    cache = RowCache(4, 100, {"down": ((1,), torch.float32)}, torch.device("cpu"))
+    asked = []
+    table.gather = lambda name, at: asked.append(at.tolist()) or table.tables[name][at]
+    for wanted in ([2, 4, 6], [8], [2], [10], [2, 4], [0, 2, 4, 6, 8, 10]):
+        wanted = torch.tensor(wanted)
+        place, rows = cache.rows(wanted, table.find(wanted), table, copy=False)
+        assert rows["down"][place].flatten().tolist() == wanted.tolist()
+    # 10 takes the place of 4 or 6; then 4 takes that of another one, unless 6 had to go.
+    assert asked[:3] == [[1, 2, 3], [4], [5]]
+    assert cache.hits + cache.misses == 14
+    cache.drop(torch.tensor([2]))
+    table.write(table.find(torch.tensor([2])), {"down": torch.tensor([[5.0]])})
+    place, rows = cache.rows(torch.tensor([2]), torch.tensor([1]), table, copy=True)
+    assert rows["down"][place].item() == 5
+
+
+def test_bad_arguments_are_named():
+    bank = filled()
+    with pytest.raises(ValueError, match="storage: got 'disk'"):
+        ExpertBank(N, R, IN, OUT, storage="disk")
+    with pytest.raises(ValueError, match="index: got values from -2 to 49"):
+        bank.mix(torch.ones(3, IN), INDEX.clone().masked_fill_(INDEX == -1, -2), torch.ones(3, 3))
+    with pytest.raises(ValueError, match=f"ids: got values from 0 to {N}, expected 0 to {N - 1}"):
+        bank.rows(torch.tensor([N, 0]))
+    with pytest.raises(TypeError, match=r"ids: got torch.int32"):
+        bank.training_rows(torch.tensor([1], dtype=torch.int32))
+    with pytest.raises(ValueError, match="b: got shape"):
+        bank.write(torch.tensor([1]), torch.ones(1, R, IN), torch.ones(1, R, IN))
+    with pytest.raises(RuntimeError, match="ids: got values from 3 to 31"):
+        ExpertBank(8, R, IN, OUT).load_state_dict(bank.state_dict())
+    with pytest.raises(ValueError, match="name: got 'adam', expected 'sgd'"):
+        ROW_OPTIMIZERS["sgd"](bank).load_state_dict(RowAdam(bank).state_dict())

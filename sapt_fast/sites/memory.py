@@ -238,7 +238,8 @@ class MemoryOutput(AtPrompts):
     def _of_prompts(self, x: Tensor, prompt: Prompt) -> tuple[Tensor, Tensor] | None:
         """Returns experts and weights [B, 1, K]; None if nothing was decided."""
         name = f"{self.prompts.name}:"
-        if self.decides and prompt.is_read:
+        given = not self.prompts.is_free and f"{name}experts" in prompt.decided
+        if self.decides and prompt.is_read and not given:
             if prompt.query is None:
                 raise RuntimeError(
                     f"{self.path}: a prompt is looked up by its tokens: call the model itself with "

@@ -66,11 +66,7 @@ class FactTexts:
             return self.texts.logits()
 
     def _prompt(self) -> Prompt:
-        prompt = self.texts.prompt
-        if self.decided is None:
-            return prompt._replace(decided={})
-        # A forward that begins behind the prompt takes what was decided.
-        return prompt._replace(decided=dict(self.decided), length=prompt.start)
+        return self.texts.prompt._replace(decided=dict(self.decided or {}))
 
 
 class Trainer:

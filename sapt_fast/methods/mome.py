@@ -140,7 +140,7 @@ class MomeHandle(LoggedHandle):
         width = 0 if config.query == "token" else config.experts_per_fact
         table = FactTable(width, config.num_experts, device)
         if by_facts:
-            return FactLookup(index, config.gate, config.least_score, table)
+            return FactLookup(index, config.gate, config.least_score, table, config.ratio)
         return KeyLookup(
             index, config.gate, config.least_score, table, config.k, config.heads, features
         )
@@ -214,7 +214,8 @@ class MomeHandle(LoggedHandle):
             device = self._model.device
             texts = [prompt.to(device) for prompt in prompts]
             with torch.inference_mode(False):
-                self.router.fit(self._features(), texts, self.config.components)
+                config = self.config
+                self.router.fit(self._features(), texts, config.components, config.whitening)
 
     def _prompts_in(self, data: Sequence[Any]) -> list[Tensor]:
         if not isinstance(data, Sequence) or isinstance(data, str) or len(data) == 0:

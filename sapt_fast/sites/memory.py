@@ -68,12 +68,29 @@ class FactLookup(Lookup):
 
     Args:
         index, gate, threshold, table: as in `Lookup`.
+        ratio: the largest distance to the nearest key, as a share of that to the second; None: any.
     """
+
+    def __init__(
+        self,
+        index: Any,
+        gate: str,
+        threshold: float | None,
+        table: FactTable,
+        ratio: float | None = None,
+    ) -> None:
+        super().__init__(index, gate, threshold, table)
+        self.ratio = ratio
 
     def decide(self, query: Tensor) -> dict[str, Tensor]:
         """Returns the fact [B] of each query, -1 for none, and the score [B] of the nearest."""
-        score, fact = self.nearest(query)
-        return {"fact": torch.where(self._acts(score), fact, -1), "score": score}
+        scores, keys = self.index.search(query, 1 if self.ratio is None else 2)
+        best, fact = scores[:, 0], self.table.facts_at(keys[:, 0])
+        acts = self._acts(best)
+        if self.ratio is not None:  # keys and queries have the length 1: |q - k|^2 = 2 - 2 q k
+            near, second = (1 - scores).clamp(min=0).unbind(1)
+            acts = acts & (near <= self.ratio**2 * second)
+        return {"fact": torch.where(acts, fact, -1), "score": best}
 
     def nearest(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """Returns score and number, [B], of the fact nearest to each query [B, C]; -1 for none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 
 from sapt_fast.checks import require_choice, require_count, require_number
@@ -68,6 +69,13 @@ class MomeConfig(MethodConfig["MomeHandle"]):  # type: ignore[name-defined]
             f"None: {_THRESHOLD} for facts, and no threshold for learned keys."
         },
     )
+    ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "The largest distance to the nearest fact's key as a share of that to the "
+            "second, which keeps apart facts and other questions in the same words. None: any."
+        },
+    )
     gate: str = field(
         default="softmax",
         metadata={
@@ -81,6 +89,13 @@ class MomeConfig(MethodConfig["MomeHandle"]):  # type: ignore[name-defined]
     )
     components: int = field(
         default=64, metadata={"help": "Principal components of a query that `fit_router` keeps."}
+    )
+    whitening: float = field(
+        default=0.0,
+        metadata={
+            "help": "Components are divided by their deviations to this power: 0 keeps them, 1 "
+            "makes them alike, so that names count more than the words around them."
+        },
     )
     pattern: str | None = field(
         default=None,
@@ -116,6 +131,10 @@ class MomeConfig(MethodConfig["MomeHandle"]):  # type: ignore[name-defined]
             require_choice("index", self.index, tuple(KINDS))
         if self.threshold is not None:
             require_number("threshold", self.threshold, least=-math.inf)
+        require_number("whitening", self.whitening, most=1.0)
+        if self.ratio is not None:
+            require_number("ratio", self.ratio, positive=True, most=1.0)
+            require(self.keys == "facts", "ratio", self.ratio, "None with learned keys")
         most = f"at most num_experts ({self.num_experts})"
         require(self.k <= self.num_experts, "k", self.k, most)
         by_facts = self.keys == "facts"
@@ -125,6 +144,12 @@ class MomeConfig(MethodConfig["MomeHandle"]):  # type: ignore[name-defined]
         fits = kinds[self.keys]
         expected = f"one of {', '.join(fits)} with keys={self.keys!r}"
         require(self.index_kind in fits, "index", self.index, expected)
+        try:
+            re.compile(self.pattern or "")
+        except re.error as error:
+            raise ValueError(
+                f"pattern: got {self.pattern!r}, expected a regular expression: {error}"
+            ) from None
         if isinstance(self.target_modules, list):
             self.target_modules = tuple(self.target_modules)
 

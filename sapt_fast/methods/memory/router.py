@@ -43,13 +43,24 @@ class MemoryRouter(Exact):
         return len(self.components) > 0
 
     @torch.no_grad()
-    def fit(self, features: HiddenMean, texts: Sequence[Tensor], count: int) -> None:
-        """Computes m and V of the tokens [T_n] of prompts; errors as `PrincipalComponents.fit`."""
+    def fit(
+        self, features: HiddenMean, texts: Sequence[Tensor], count: int, whitening: float
+    ) -> None:
+        """Computes m and V of the tokens [T_n] of prompts; errors as `PrincipalComponents.fit`.
+
+        Args:
+            features: computes f.
+            texts: tokens of the prompts.
+            count: C.
+            whitening: each row of V is divided by its deviation to this power.
+        """
         with without_autocast(self.mean.device):
             parts = [features(texts[i : i + _BATCH]) for i in range(0, len(texts), _BATCH)]
-            found = PrincipalComponents.fit(torch.cat(parts), count)
+            vectors = torch.cat(parts)
+            found = PrincipalComponents.fit(vectors, count)
+            deviations = found(vectors).std(0)
         self.mean = found.mean.to(self.mean.device)
-        self.components = found.components.to(self.mean.device)
+        self.components = found.components / deviations[:, None] ** whitening
 
     @torch.no_grad()
     def query(self, features: HiddenMean, texts: Sequence[Tensor]) -> Tensor:

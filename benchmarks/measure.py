@@ -93,13 +93,19 @@ def peak_bytes(function: Callable[[], object], device: str) -> int:
         function()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts afresh
-    before = _resident("VmRSS")
+    before = restart_peak()
     function()
-    return _resident("VmHWM") - before
+    return resident("VmHWM") - before
 
 
-def _resident(field: str) -> int:
+def restart_peak() -> int:
+    """Lets the high-water mark of this process, "VmHWM", start afresh; returns where it starts."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+def resident(field: str) -> int:
+    """Bytes of a line of /proc/self/status, as "VmRSS"."""
     status = Path("/proc/self/status").read_text()
     match = re.search(rf"{field}:\s+(\d+) kB", status)
     if match is None:

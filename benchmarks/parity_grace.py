@@ -98,7 +98,7 @@ def replay(recording: Recording) -> dict[str, float]:
         last = recording.tensors["probe_input_ids"][-1]  # `chosen` is of the forward run last
         chosen = int(book.find(grace.key_of(last)).row)
         largest["decisions"] += len(book) != decided["keys_after"] or chosen != decided["chosen"]
-        got = {"keys": book.keys, "epsilons": book.radii, "values": book.values[:, 0]}
+        got = {"keys": book.keys, "epsilons": book.radii, "values": book.values}
         got["probe_logits"] = _probes(model, recording.tensors)
         for name, value in got.items():
             largest[name] = max(largest[name], _deviation(value, recording.tensors[start + name]))

@@ -27,8 +27,7 @@ import pytest
 _ONE_IN = {
     "cpu_kernels/test_mixed_lora.py": 4,
     "cpu_kernels/test_topk_keys.py": 4,
-    "cuda_kernels/test_bounds.py": 2,
-    "cuda_kernels/test_compiled.py": 4,
+    "cuda_kernels/test_compiled.py": 100,
     "cuda_kernels/test_nearest_key.py": 3,
     "cuda_kernels/test_topk_keys.py": 3,
     "editing/test_editors.py": 2,
@@ -95,13 +94,14 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _checked_kernels() -> Iterator[None]:
-    """Checks each access to memory of the kernels that Triton's interpreter runs."""
+    """Checks each access to memory of the kernels that Triton's interpreter runs, and speeds it."""
     if "TRITON_INTERPRET" not in os.environ or importlib.util.find_spec("triton") is None:
         yield
         return
     import kernel_memory
+    import quick_interpreter
 
-    with kernel_memory.checked():
+    with kernel_memory.checked(), quick_interpreter.quick():
         yield
 
 

@@ -131,8 +131,8 @@ LAUNCHERS = {
 @pytest.mark.parametrize(
     "launcher",
     [
-        # torchrun starts the same DDP as accelerate does with ddp.yaml.
-        pytest.param(name, marks=[pytest.mark.thorough] * (name == "torchrun"))
+        # Both of these start DDP, which tests/distributed runs.
+        pytest.param(name, marks=[pytest.mark.thorough] * (name in ("accelerate", "torchrun")))
         for name in LAUNCHERS
     ],
 )

@@ -65,6 +65,12 @@ def test_the_code_of_a_methods_page_runs(page, name):
     assert "model" in page(name)
 
 
+def test_the_figures_on_banks_are_those_of_the_pages_code(page):
+    table = page("deploy/memory_experts.md")["table"]
+    lines = (DOCS / "deploy" / "memory_experts.md").read_text().splitlines()
+    assert sorted(table) == sorted(x for x in lines if x.startswith(("| 8 |", "| 64 |")))
+
+
 def test_the_reference_has_every_public_name():
     text = "\n".join(path.read_text() for path in (DOCS / "api").glob("*.md"))
     named = {line.rpartition(".")[2] for line in text.splitlines() if line.startswith("::: ")}

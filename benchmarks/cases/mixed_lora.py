@@ -226,17 +226,27 @@ def _products(
 
 
 class Tiles(NamedTuple):
-    """Rows and columns of the tiles: of y, of rank space, and features and ranks of factors.
+    """Rows and columns of the tiles: of y, of h and of g, and features and ranks of factors.
 
-    The defaults are those of an H200 at 8192 rows in 16 bit.
+    The defaults are those of an H200 for one projection of 8192 rows in 16 bit and 64 ranks.
     """
 
     product: tuple[int, int] = (128, 256)
     shrink: tuple[int, int] = (64, 64)
+    shrink_backward: tuple[int, int] = (64, 64)
     factors: tuple[int, int] = (128, 16)
 
 
 H200 = Tiles()
+
+
+def on_h200(ranks: int, members: int) -> Tiles:
+    """The tiles of 8192 rows in 16 bit; ranks are 60, 240 or 1024."""
+    if ranks == 60:
+        return H200 if members == 1 else Tiles(shrink=(128, 64), shrink_backward=(128, 64))
+    # Tiles of 256 columns of one projection of 240 ranks would be too few.
+    columns = 128 if (ranks, members) == (240, 1) else 256
+    return Tiles(shrink=(128, 128), shrink_backward=(128, columns))
 
 
 def with_rereads(c: MixedLora, passes: Iterable[Pass], tiles: Tiles = H200) -> Passes:
@@ -265,7 +275,8 @@ def _times(c: MixedLora, p: Pass, j: int, tiles: Tiles) -> dict[str, int]:
     times = {}
     if f"h{j}" in p.writes or f"partial{j}" in p.writes:
         source, factor = ("x", f"a{j}") if f"h{j}" in p.writes else (dy, f"b{j}")
-        times[factor], times[source] = met(c.m, padded(member.r), tiles.shrink)
+        tile = tiles.shrink if source == "x" else tiles.shrink_backward
+        times[factor], times[source] = met(c.m, padded(member.r), tile)
     window = member.window[1] - member.window[0]
     if f"d_a{j}" in p.writes:
         times[f"gw{j}"], times["x"] = met(c.i, window, tiles.factors)
@@ -285,15 +296,15 @@ def roofline() -> Iterable[Row]:
         newest = (rank - rank // adapters, rank)
         for count in (1, 2):
             c = MixedLora(8192, d, 16, adapters, (Member(d, rank, newest),) * count)
-            base = base_linear(c)
+            base, tiles = base_linear(c), on_h200(rank, count)
             sizes = f"M 8192, d {d}, R {rank}" + (f", {count} projections" if count > 1 else "")
             yield Row("base linear", sizes, base, base)
             for route in ("fused", "expand first"):
-                forward = with_rereads(c, mixed_lora_forward(c, route))
+                forward = with_rereads(c, mixed_lora_forward(c, route), tiles)
                 yield Row(f"mixed_lora forward, {route}", sizes, forward, base)
                 for through in (True, False):
                     frozen = "" if through else ", none through frozen"
-                    backward = with_rereads(c, mixed_lora_backward(c, route, through))
+                    backward = with_rereads(c, mixed_lora_backward(c, route, through), tiles)
                     # Alone the base layer, frozen, has dx to compute.
                     yield Row(f"mixed_lora backward, {route}{frozen}", sizes, backward, base)
 
@@ -364,6 +375,7 @@ LAUNCHES = (
     Launch("d4096", 8, 1024, 4096, 4096, (16,) * 15, quick=True),
     Launch("short rows", 64, 48, 1024, 1024, (4,) * 15),
     Launch("short rows, many", 512, 48, 1024, 1024, (4,) * 15),
+    Launch("short rows, R 240", 512, 48, 1024, 1024, (16,) * 15),
     Launch("unequal tiles", 200, 100, 1024, 1024, (4,) * 15),
     Launch("long", 32, 1024, 4096, 4096, (4,) * 15),
     Launch("long, R 240", 32, 1024, 4096, 4096, (16,) * 15),

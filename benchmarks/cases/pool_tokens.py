@@ -116,18 +116,29 @@ def pool_forward(c: Pool, winner: bool = False) -> Passes:
 def pool_backward(c: Pool, pooling: str, elements: int | None = None) -> Passes:
     """A zero table, and the sums of dy over it.
 
-    "max" adds an element of dy to the row of its winner: at most B D, `elements`, different
-    places. Each sample looks through the winners of all samples. "mean" sorts the ids and adds B T
-    rows of dy in their order, one sum per distinct id.
+    "max" sorts the winners of each column and adds B D elements of dy in their order, one sum per
+    distinct winner: at most B D, `elements`, different places. A place of the order reads the
+    winners at the one before and, where a sum begins, of up to 16 places from there on.
+    "mean" sorts the ids and adds B T rows of dy in their order, one sum per distinct id.
     """
     dy = {"dy": c.b * c.d * c.itemsize}
     zero = Pass("zero", {}, {"d_table": c.vocabulary * c.d * c.itemsize}, library=True)
     if pooling == "max":
         places = c.b * c.d if elements is None else elements
-        reads = {**dy, "winner": 4 * c.b * c.d}
-        again = {"dy": (c.b - 1) * dy["dy"], "winner": c.b * reads["winner"]}
-        written = {"d_table": places * c.itemsize}
-        return [zero, Pass("max grad", reads, written, c.b * c.d, rereads=again)]
+        winner, order = {"winner": 4 * c.b * c.d}, {"order": INT64 * c.b * c.d}
+        ordered = {"sorted": 4 * c.b * c.d}
+        again = {"dy": 0, "sorted": 4 * ((c.b - 1) * c.d + min(c.b, 16) * places)}
+        return [
+            zero,
+            Pass("sort", winner, {**ordered, **order}, library=True),
+            Pass(
+                "max grad",
+                {**dy, **ordered, **order},
+                {"d_table": places * c.itemsize},
+                c.b * c.d,
+                rereads=again,
+            ),
+        ]
     ids = INT64 * c.b * c.t
     return [
         zero,

@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 
 
 def mix_experts_fwd(
-    x: Tensor, bank_a: Tensor, bank_b: Tensor, index: Tensor, weights: Tensor, scaling: float
+    x: Tensor,
+    bank_a: Tensor,
+    bank_b: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    scaling: float,
+    order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Computes the forward.
 
@@ -31,6 +37,8 @@ def mix_experts_fwd(
         bank_b: Of shape `[N, r, O]` in bank_a's dtype; copied likewise.
         index: Of shape `[M, k]`, int64; values out of range yield zeros.
         weights: Of shape `[M, k]`, float32, float64 for float64.
+        scaling: Of all experts.
+        order: Not read.
 
     Returns:
         delta `[M, O]` in x's dtype and h = x A^T, `[M, k, r]` in weights' dtype.

@@ -30,7 +30,7 @@ from sapt_fast.pools.own import is_inside, own_paths
 
 __all__ = ["run_edits"]
 
-_SAMPLES = 16  # values of a parameter
+_SAMPLES = 16  # values of a parameter, or keys, that tell one from another
 
 
 def run_edits(
@@ -100,6 +100,8 @@ def run_edits(
         encoder = getattr(look_up_by, "encoder", None)
         if isinstance(encoder, nn.Module):
             description["encoder"] = _fingerprint(encoder)
+        elif look_up_by is not None:
+            description["encoder"] = _keys_of(look_up_by, rows)
         with _seeded(settings.seed, model):
             editor = editor_type(method)(model, chosen_options)
         folder = RunFolder(Path(output))
@@ -237,6 +239,15 @@ def _fingerprint(model: Any) -> dict[str, str]:
         values = flat[places.to(flat.device)].double().tolist() if flat.numel() else []
         found.update(f"{name} {tuple(parameter.shape)} {values}".encode())
     return {"class": type(model).__name__, "digest": found.hexdigest()}
+
+
+def _keys_of(
+    look_up_by: Callable[[list[Tensor]], Tensor], rows: Sequence[EditRow]
+) -> dict[str, str]:
+    """The class of what prompts are looked up by, and a digest of the keys of a few of them."""
+    keys = look_up_by([torch.tensor(row.prompt) for row in rows[:_SAMPLES]])
+    digest_of_keys = sha256(str(keys.double().tolist()).encode()).hexdigest()
+    return {"class": type(look_up_by).__name__, "digest": digest_of_keys}
 
 
 def _chosen(rows: Sequence[EditRow], settings: EditingSettings) -> list[EditRow]:

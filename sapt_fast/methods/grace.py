@@ -317,7 +317,11 @@ class GraceHandle(EditHandle):
         edits = self.log.add([p for p, _ in pairs], [t for _, t in pairs])
         for path, book in self.books().items():
             radii = torch.full((len(pairs),), self.config.radius)
-            book.add(looked[path], values[path], radii, edits.to(book.edits.device))
+            own = [
+                value[: len(target)]  # those behind it belong to the longest of the batch
+                for value, (_, target) in zip(values[path], pairs, strict=True)
+            ]
+            book.add(looked[path], own, radii, edits.to(book.edits.device))
             for edit, (prompt, _) in zip(edits.tolist(), pairs, strict=True):
                 old = before.get(tuple(prompt.tolist()))
                 if old is not None:
@@ -382,7 +386,7 @@ class GraceHandle(EditHandle):
             ValueError: if the prompt is empty, or too long for the model.
         """
         tokens = self.read(prompt)
-        if not self.tasks:
+        if len(self.log) == 0:
             return Match(None, float("inf"), 0.0, False)
         book = next(iter(self.layers.values())).codebook
         row, distance, acts = (t[0].item() for t in book.find(self.key_of(tokens)))

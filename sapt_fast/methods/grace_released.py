@@ -42,7 +42,7 @@ def edit_as_released(handle: Any, prompt: Tensor, target: Tensor) -> int:
             found = layer.codebook.find(query)
             if bool(found.acts):
                 rows[path] = int(found.row)
-                start[path] = layer.codebook.values[int(found.row)]
+                start[path] = layer.codebook.values_at(found.row, found.row[:, None] * 0)[:, 0]
         if rows:
             trained = {path: layers[path] for path in rows}
             values = fit(texts, trained, handle.prompts, start, handle.options()).values
@@ -65,7 +65,7 @@ def _place(handle: Any, book: Codebook, query: Tensor, own: Tensor, edit: int) -
     value = torch.rand_like(own) if config.cold else own
     radius = distance / 2 if near else config.radius
     numbers = torch.tensor([edit], device=book.edits.device)
-    book.add(query, value[:, None], torch.tensor([radius]), numbers)
+    book.add(query, [value], torch.tensor([radius]), numbers)
     if near:
         book.move(row, distance / 2 - 1e-5, None)
 

@@ -24,12 +24,12 @@ _GATHER_CHUNK = 1 << 22
 
 
 class PairGroups(NamedTuple):
-    """The pairs (row, choice) sorted by expert, and the gradient's row of each expert.
+    """The P pairs (row, choice) sorted by expert, and the gradient's row of each expert.
 
     Attributes:
-        order: [P] int64, positions m * k + j in the flattened index, grouped by expert.
-        target: [P] int64, ascending: the row of the gradient to which the pair adds; negative for
-            pairs without an expert.
+        order: [P] int64, as `pair_order` returns it.
+        target: [P] int64, ascending: the row of the gradient to which the pair adds; negative, or
+            `rows` or more, for pairs without an expert or weight.
         rows: number of rows of the gradient.
         ids: [rows] int64, the expert of each row, ascending; None for the whole bank.
     """
@@ -112,8 +112,9 @@ def mix_experts(
     if torch.is_grad_enabled() or compiling:
         if sparse_grad and compiling:
             raise ValueError("sparse_grad: got True under torch.compile, expected False")
-        delta, _ = _forward_op(
-            x, bank_a, bank_b, index, weights, scaling, sparse_grad, backend or ""
+        sort = bank_a.requires_grad or bank_b.requires_grad
+        delta, _, _ = _forward_op(
+            x, bank_a, bank_b, index, weights, scaling, sparse_grad, sort, backend or ""
         )
         return delta
     kernel = dispatch.kernels(_OP, dispatch.resolve(_OP, x.device, backend, x.dtype))
@@ -160,11 +161,18 @@ def _check(x: Tensor, bank_a: Tensor, bank_b: Tensor, index: Tensor, weights: Te
 
 
 def mix_experts_fwd(
-    x: Tensor, bank_a: Tensor, bank_b: Tensor, index: Tensor, weights: Tensor, scaling: float
+    x: Tensor,
+    bank_a: Tensor,
+    bank_b: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    scaling: float,
+    order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Specifies the forward: returns `(delta [M, O], h [M, k, r] = x A^T)`.
 
     weights and h are float32, or float64 for float64 inputs; h is 0 for pairs without an expert.
+    `order` is that of `pair_order`, if it is known, for backends that take pairs in this order.
     """
     delta = x.new_zeros(x.shape[0], bank_b.shape[2])
     h = weights.new_zeros(*index.shape, bank_a.shape[1])
@@ -215,27 +223,41 @@ def mix_experts_bwd(
     return dx, d_weights, d_a, d_b
 
 
-def pair_groups(index: Tensor, experts: int, compact: bool) -> PairGroups:
-    """Sorts the pairs of `index` [M, k] by expert.
+def pair_order(index: Tensor, weights: Tensor, experts: int) -> Tensor:
+    """Returns the positions m * k + j in the flattened index, sorted by expert; int64.
+
+    Pairs without an expert come first or last, then, also by expert, those whose weight is 0.
+    """
+    return _sort_keys(index, weights, experts).sort(stable=True).indices
+
+
+def pair_groups(
+    index: Tensor, weights: Tensor, experts: int, order: Tensor, compact: bool
+) -> PairGroups:
+    """Returns the groups of the pairs, from their `pair_order`.
 
     The gradient has a row for each expert of the bank, or, if `compact`, for each selected expert
     (which waits for the device)."""
-    ids, order = sorted_by_expert(index, experts)
+    ids = _sort_keys(index, weights, experts)[order].long()
     if not compact:
         return PairGroups(order, ids, experts, None)
     inside = (ids >= 0) & (ids < experts)
     unique, target = torch.unique_consecutive(ids[inside], return_inverse=True)
-    return PairGroups(order[inside], target, unique.shape[0], unique)
+    rows = unique.shape[0]
+    return PairGroups(
+        order, torch.where(ids < 0, -1, rows).masked_scatter_(inside, target), rows, unique
+    )
 
 
-def sorted_by_expert(index: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """Returns the sorted experts of `index` and their positions in the flattened index, int64.
+def _sort_keys(index: Tensor, weights: Tensor, experts: int) -> Tensor:
+    """Returns [M k]: the expert of a pair; -1, or `experts` or more, without expert or weight.
 
-    Values out of range become -1 or `experts`. Narrow integers take a radix sort fewer passes.
+    Narrow integers take a radix sort fewer passes.
     """
-    narrow = torch.int16 if experts < 2**15 else torch.int32 if experts < 2**31 else torch.int64
-    ids, order = index.clamp(-1, experts).to(narrow).flatten().sort(stable=True)
-    return ids.long(), order
+    greatest = 2 * experts + 1
+    narrow = torch.int16 if greatest < 2**15 else torch.int32 if greatest < 2**31 else torch.int64
+    keys = index.clamp(-1, experts) + (weights == 0) * (experts + 1)
+    return keys.to(narrow).flatten()
 
 
 def _bank_grad(coefficients: Tensor, rows: Tensor, groups: PairGroups, k: int) -> Tensor:
@@ -247,9 +269,10 @@ def _bank_grad(coefficients: Tensor, rows: Tensor, groups: PairGroups, k: int) -
         pairs, target = groups.order[start : start + step], groups.target[start : start + step]
         share = coefficients[pairs]
         product = share.unsqueeze(2) * rows[pairs // k].to(share).unsqueeze(1)
-        product.masked_fill_((target < 0)[:, None, None], 0.0)
+        outside = (target < 0) | (target >= groups.rows)
+        product.masked_fill_(outside[:, None, None], 0.0)
         # index_put sorts the indices on a GPU: the same sum every time, unlike index_add.
-        out.index_put_((target.clamp(min=0),), product, accumulate=True)
+        out.index_put_((target.masked_fill(outside, 0),), product, accumulate=True)
     return out
 
 
@@ -299,11 +322,15 @@ def _forward_op(
     weights: Tensor,
     scaling: float,
     sparse_grad: bool,
+    sort: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """delta, h and, if `sort`, the order of the pairs; otherwise that is empty."""
     transforms.require_no_tangents(_OP)
     kernel = dispatch.kernels(_OP, dispatch.resolve(_OP, x.device, backend, x.dtype))
-    return kernel.mix_experts_fwd(x, bank_a, bank_b, index, weights, scaling)
+    order = pair_order(index, weights, bank_a.shape[0]) if sort else None
+    delta, h = kernel.mix_experts_fwd(x, bank_a, bank_b, index, weights, scaling, order)
+    return delta, h, index.new_empty(0) if order is None else order
 
 
 @torch.library.custom_op("sapt_fast::mix_experts_bwd", mutates_args=())
@@ -315,6 +342,7 @@ def _backward_op(
     index: Tensor,
     weights: Tensor,
     h: Tensor,
+    order: Tensor,
     scaling: float,
     needs: list[bool],
     backend: str,
@@ -323,7 +351,7 @@ def _backward_op(
     kernel = dispatch.kernels(_OP, dispatch.resolve(_OP, x.device, backend, x.dtype))
     groups = None
     if needs[2]:
-        groups = pair_groups(_present(index, weights), bank_a.shape[0], False)
+        groups = pair_groups(index, weights, bank_a.shape[0], order, False)
     grads = kernel.mix_experts_bwd(
         dy, x, bank_a, bank_b, index, weights, h, scaling, groups, needs[0], needs[1]
     )
@@ -333,15 +361,17 @@ def _backward_op(
 
 @_forward_op.register_fake
 def _forward_fake(
-    x: Tensor, bank_a: Tensor, bank_b: Tensor, index: Tensor, weights: Tensor, *_: Any
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, bank_a: Tensor, bank_b: Tensor, index: Tensor, weights: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     h = weights.new_empty(index.shape[0], index.shape[1], bank_a.shape[1])
-    return x.new_empty(x.shape[0], bank_b.shape[2]), h
+    _, _, sort, _ = options
+    order = index.new_empty(index.shape[0] * index.shape[1] if sort else 0)
+    return x.new_empty(x.shape[0], bank_b.shape[2]), h, order
 
 
 @_backward_op.register_fake
 def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _, x, bank_a, bank_b, _, weights, _, _, needs, _ = arguments
+    _, x, bank_a, bank_b, _, weights, _, _, _, needs, _ = arguments
     return (
         x.new_empty(x.shape if needs[0] else 0),
         weights.new_empty(weights.shape) if needs[1] else x.new_empty(0),
@@ -350,16 +380,19 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, bank_a, bank_b, index, weights, ctx.scaling, ctx.sparse_grad, ctx.backend = inputs
-    ctx.mark_non_differentiable(output[1])
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    x, bank_a, bank_b, index, weights, ctx.scaling, ctx.sparse_grad, _, ctx.backend = inputs
+    _, h, order = output
+    ctx.mark_non_differentiable(h, order)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, bank_a, bank_b, index, weights, output[1])
+    ctx.save_for_backward(x, bank_a, bank_b, index, weights, h, order)
 
 
-def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Any, ...]:
+def _backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Any, ...]:
     if dy is None:
-        return (None,) * 8
+        return (None,) * 9
     needs_x, needs_a, needs_b, _, needs_weights = ctx.needs_input_grad[:5]
     tensors = ctx.saved_tensors
     if transforms.differentiates_backward(dy):
@@ -368,14 +401,14 @@ def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Any, ...]:
                 "sparse_grad: got True in a backward that is differentiated or runs under vmap, "
                 "expected False"
             )
-        x, bank_a, bank_b, index, weights, _ = tensors
+        x, bank_a, bank_b, index, weights, *_ = tensors
         dx, d_a, d_b, d_weights = transforms.gradients(
             lambda x, a, b, w: [formulas.mix_experts(x, a, b, index, w, ctx.scaling)],
             [x, bank_a, bank_b, weights],
             [needs_x, needs_a, needs_b, needs_weights],
             [dy],
         )
-        return dx, d_a, d_b, None, d_weights, None, None, None
+        return dx, d_a, d_b, None, d_weights, None, None, None, None
     if ctx.sparse_grad and (needs_a or needs_b):
         dx, d_weights, d_a, d_b = _sparse_backward(ctx, dy, needs_x, needs_weights)
     else:
@@ -390,6 +423,7 @@ def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Any, ...]:
         None,
         None,
         None,
+        None,
     )
 
 
@@ -397,9 +431,9 @@ def _sparse_backward(
     ctx: Any, dy: Tensor, needs_x: bool, needs_weights: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
     """Computes the backward, with gradients of the banks over the selected experts only."""
-    x, bank_a, bank_b, index, weights, h = ctx.saved_tensors
+    x, bank_a, bank_b, index, weights, h, order = ctx.saved_tensors
     kernel = dispatch.kernels(_OP, dispatch.resolve(_OP, x.device, ctx.backend, x.dtype))
-    groups = pair_groups(_present(index, weights), bank_a.shape[0], True)
+    groups = pair_groups(index, weights, bank_a.shape[0], order, True)
     dx, d_weights, d_a, d_b = kernel.mix_experts_bwd(
         dy, x, bank_a, bank_b, index, weights, h, ctx.scaling, groups, needs_x, needs_weights
     )

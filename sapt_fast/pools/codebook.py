@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from sapt_fast.ops import nearest_key, topk_keys
 from sapt_fast.pools.own import Own, keeping_dtype
 
-__all__ = ["Codebook", "Exact", "Found", "differences", "resize", "rows_of", "without"]
+__all__ = [
+    "Codebook",
+    "Exact",
+    "Found",
+    "differences",
+    "make_ragged",
+    "resize",
+    "rows_of",
+    "without",
+]
 
 _MARGIN = 1e-5  # by which the older of two keys gets the smaller radius, as in the released code
 
@@ -57,8 +66,9 @@ class Codebook(Exact):
     Attributes:
         keys: [N, D] float32.
         radii: [N] float32; a key acts on queries at most this far from it.
-        values: [N, T, O] float32, the outputs that replace the layer's: one for all tokens (T = 1),
-            or one for each token of the answer.
+        values: [sum of T_n, O] float32, the outputs that replace the layer's, those of all rows one
+            after the other: one for all tokens (T_n = 1), or one for each token of the answer.
+        lengths: [N] int64, T_n of each row.
         edits: [N] int64, ascending, the edit to which the row belongs.
         replaced_by: [N] int64, a later edit of the same prompt, whose row acts instead; -1: none.
         hits: [N] int64, how many prompts the row has acted on.
@@ -67,9 +77,12 @@ class Codebook(Exact):
     keys: Tensor
     radii: Tensor
     values: Tensor
+    lengths: Tensor
     edits: Tensor
     replaced_by: Tensor
     hits: Tensor
+    _present: tuple[Tensor | None, Tensor, Tensor] | None
+    _first: Tensor | None
 
     def __init__(
         self,
@@ -85,10 +98,10 @@ class Codebook(Exact):
         empty: Any = partial(torch.empty, device=device, dtype=torch.float32)
         self.register_buffer("keys", empty(0, key_width))
         self.register_buffer("radii", empty(0))
-        self.register_buffer("values", empty(0, 1, value_width))
-        for name in ("edits", "replaced_by", "hits"):
+        self.register_buffer("values", empty(0, value_width))
+        for name in ("lengths", "edits", "replaced_by", "hits"):
             self.register_buffer(name, empty(0, dtype=torch.int64))
-        self._present: Tensor | None = None
+        self._forget()
 
     def __len__(self) -> int:
         return self.edits.shape[0]
@@ -98,10 +111,7 @@ class Codebook(Exact):
     @torch.no_grad()
     def find(self, query: Tensor) -> Found:
         """Finds the nearest key of each query [M, D], by Euclidean distance."""
-        present = self.present
-        keys, radii = self.keys, self.radii
-        if present is not None:
-            keys, radii = keys[present], radii[present]
+        present, keys, radii = self._searched()
         query = query.float()
         row, distance = nearest_key(query, keys, torch.full_like(radii, float("inf")))
         at = row.clamp(min=0)
@@ -119,31 +129,52 @@ class Codebook(Exact):
         """Returns the rows [M] of edits [M]; -1 for -1 and for edits that are gone."""
         return rows_of(self.edits, edits)
 
-    @property
-    def present(self) -> Tensor | None:
-        """[P] int64, the rows that no later edit replaces; None if that is all of them."""
+    def _searched(self) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Returns the rows [P] that no later edit replaces (None: all), their keys and radii."""
+        if len(self) == 0:
+            return None, self.keys, self.radii
         if self._present is None:
-            self._present = (self.replaced_by < 0).nonzero().squeeze(1)
-        return None if self._present.shape[0] == len(self) else self._present
+            present = (self.replaced_by < 0).nonzero().squeeze(1)
+            if present.shape[0] == len(self):
+                self._present = None, self.keys, self.radii
+            else:
+                self._present = present, self.keys[present], self.radii[present]
+        return self._present
+
+    @property
+    def first(self) -> Tensor:
+        """[N] int64, the place of each row's first value in `values`."""
+        if self._first is None:
+            self._first = self.lengths.cumsum(0) - self.lengths
+        return self._first
+
+    def values_at(self, rows: Tensor, tokens: Tensor) -> Tensor:
+        """Returns the values of rows [M] at tokens [M, S] of the answer, [M, S, O].
+
+        A row's last value stands for the tokens behind it, its first for those before the answer.
+        """
+        last = (self.lengths[rows] - 1)[:, None]
+        within = torch.minimum(tokens.clamp(min=0), last)
+        return self.values[self.first[rows][:, None] + within]
 
     # --- changes ---
 
-    def add(self, keys: Tensor, values: Tensor, radii: Tensor, edits: Tensor) -> None:
+    def add(self, keys: Tensor, values: Sequence[Tensor], radii: Tensor, edits: Tensor) -> None:
         """Adds a row for each of M edits.
 
         Args:
             keys: [M, D].
-            values: [M, T, O]. The last token's value stands for the tokens behind it.
+            values: [T_m, O] of each.
             radii: [M].
             edits: [M] int64, ascending, greater than those that are there.
         """
-        tokens = max(self.values.shape[1], values.shape[1])
-        held, new = (_lengthened(v, tokens) for v in (self.values, values.to(self.values)))
         none = torch.full_like(edits, -1)
+        lengths = edits.new_tensor([len(value) for value in values])
         self._set(
             keys=torch.cat([self.keys, keys.to(self.keys)]),
             radii=torch.cat([self.radii, radii.to(self.radii)]),
-            values=torch.cat([held, new]),
+            values=torch.cat([self.values, *(value.to(self.values) for value in values)]),
+            lengths=torch.cat([self.lengths, lengths]),
             edits=torch.cat([self.edits, edits]),
             replaced_by=torch.cat([self.replaced_by, none]),
             hits=torch.cat([self.hits, torch.zeros_like(edits)]),
@@ -161,7 +192,8 @@ class Codebook(Exact):
         self._set(
             keys=self.keys[kept],
             radii=self.radii[kept],
-            values=self.values[kept],
+            values=self.values[kept.repeat_interleave(self.lengths)],
+            lengths=self.lengths[kept],
             edits=self.edits[kept],
             replaced_by=replaced_by[kept],
             hits=self.hits[kept],
@@ -195,9 +227,9 @@ class Codebook(Exact):
         self._set(radii=radii, keys=keys)
 
     def set_value(self, row: int, value: Tensor) -> None:
-        """Sets the value [T, O] of a row."""
-        values = self.values.clone()
-        values[row] = value
+        """Sets the values [T_n, O] of a row."""
+        values, first = self.values.clone(), int(self.first[row])
+        values[first : first + int(self.lengths[row])] = value
         self._set(values=values)
 
     def require_consistent(self, edits: Tensor, path: str) -> None:
@@ -208,23 +240,35 @@ class Codebook(Exact):
             path: the layer's path, for the message.
         """
         shapes = {name: tuple(buffer.shape) for name, buffer in self.named_buffers()}
+        count = len(self.values)  # one for each token, the others have one row for each edit
+        rows = {shape[0] for name, shape in shapes.items() if name != "values"}
+        lengths_fit = bool((self.lengths > 0).all()) and int(self.lengths.sum()) == count
         known = torch.isin(self.edits, edits.to(self.edits.device)).all()
         ascending = (self.edits.diff() > 0).all()
-        if {shape[0] for shape in shapes.values()} != {len(self)} or not known or not ascending:
+        if rows != {len(self)} or not lengths_fit or not known or not ascending:
             raise ValueError(f"{path}: got {shapes}, expected one row for each edit")
 
     def _set(self, **buffers: Tensor) -> None:
         for name, value in buffers.items():
             setattr(self, name, value)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Forgets what was derived from the buffers."""
         self._present = None
+        self._first = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self._forget()
+        return super()._apply(fn, recurse)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        free = {"values", "keys"} if self.any_width else {"values"}
-        resize(self, state_dict, prefix, free)
+        make_ragged(state_dict, prefix)
+        resize(self, state_dict, prefix, {"keys"} if self.any_width else set())
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._present = None
+        self._forget()
 
 
 def rows_of(held: Tensor, edits: Tensor) -> Tensor:
@@ -253,10 +297,21 @@ def without(replaced_by: Tensor, edits: Tensor, edit: int) -> Tensor:
     return torch.where(replaced_by == edit, heir, replaced_by)
 
 
-def _lengthened(values: Tensor, tokens: int) -> Tensor:
-    """Repeats the last token's value: [N, T, O] to [N, `tokens`, O]."""
-    missing = tokens - values.shape[1]
-    return torch.cat([values, values[:, -1:].expand(-1, missing, -1)], 1) if missing else values
+def make_ragged(state: dict[str, Tensor], prefix: str) -> None:
+    """Turns values [N, T, O] of a state_dict, as they were stored before, into today's.
+
+    Rows had been lengthened by repeating the last value, which is left out again.
+    """
+    name = f"{prefix}values"
+    values = state.get(name)
+    if values is None or values.dim() != 3 or f"{prefix}lengths" in state:
+        return
+    place = torch.arange(values.shape[1], device=values.device)
+    differs = torch.zeros(values.shape[:2], dtype=torch.bool, device=values.device)  # [N, T]
+    differs[:, 1:] = (values[:, 1:] != values[:, :-1]).any(2)
+    lengths = 1 + torch.where(differs, place, 0).amax(1)
+    kept = place < lengths[:, None]
+    state[name], state[f"{prefix}lengths"] = values[kept], lengths
 
 
 def resize(module: nn.Module, state: dict[str, Tensor], prefix: str, free: Set[str]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from sapt_fast.checks import require_choice, require_count
 from sapt_fast.ops import mix_experts
 from sapt_fast.ops._common import autocasts
+from sapt_fast.pools.mapped_rows import MappedRows
 from sapt_fast.pools.own import Own, keeping_dtype
 from sapt_fast.pools.row_cache import RowCache
 from sapt_fast.pools.row_table import RowTable, require_ids
+from sapt_fast.pools.selections import Selection, Trained
 from sapt_fast.pools.split_floats import joined, split
 from sapt_fast.pools.start_rows import start_rows
 
@@ -28,34 +30,6 @@ STORAGES = ("device", "pinned", "mapped")
 _DTYPES = (torch.float32, torch.bfloat16)
 _MOST_EXPERTS = 2**31 - 2  # rows are numbered in int32
 _TABLES = ("down", "up")
-
-
-class Selection(NamedTuple):
-    """Experts to mix: the arguments of `ops.mix_experts`.
-
-    Attributes:
-        a: [rows, r, I], at least the selected experts that were ever trained.
-        b: [rows, r, O].
-        at: [M, k] int64, rows of a and b; -1 for none and for untouched experts.
-    """
-
-    a: Tensor
-    b: Tensor
-    at: Tensor
-
-
-class _Trained(NamedTuple):
-    ids: Tensor  # [U] int64, ascending
-    order: Tensor  # [U] int64, the leaf's row of each of these
-    a: Tensor
-    b: Tensor
-
-    def find(self, index: Tensor) -> Tensor:
-        """Returns the leaf's rows of an index; -1 for experts that are not trained."""
-        if len(self.ids) == 0:
-            return torch.full_like(index, -1)
-        at = torch.searchsorted(self.ids, index).clamp_(max=len(self.ids) - 1)
-        return torch.where(self.ids[at] == index, self.order[at], -1)
 
 
 def _computed_dtype(x: Tensor) -> torch.dtype:
@@ -90,6 +64,8 @@ class ExpertBank(Own, nn.Module):
         cache_rows: number of experts in the cache on `device`; not used by storage "device". A
             call that selects more copies them without the cache.
         seed: of the start values.
+        first: number of this bank's first expert in a larger one, of which it is a part; its start
+            values are those of that expert.
         device: where `mix` computes.
 
     Attributes:
@@ -107,6 +83,7 @@ class ExpertBank(Own, nn.Module):
         storage: str = "device",
         cache_rows: int = 4096,
         seed: int = 0,
+        first: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
@@ -118,15 +95,18 @@ class ExpertBank(Own, nn.Module):
         require_choice("storage", storage, STORAGES)
         require_count("cache_rows", cache_rows)
         require_count("seed", seed, least=0, most=2**63 - 1)
+        require_count("first", first, least=0, most=2**40)
         self.num_experts, self.r = num_experts, r
         self.in_features, self.out_features = in_features, out_features
-        self.dtype, self.storage, self.cache_rows, self.seed = dtype, storage, cache_rows, seed
+        self.dtype, self.storage, self.cache_rows = dtype, storage, cache_rows
+        self.seed, self.first = seed, first
         # Moves with the module and tells where it computes.
         self.register_buffer("_place", torch.empty(0, device=device), persistent=False)
         home = self.device if storage == "device" else torch.device("cpu")
-        self._rows = RowTable(num_experts, self._shapes(), home)
+        self._rows: RowTable | MappedRows = RowTable(num_experts, self.shapes(), home)
         self._cache = self._new_cache()
-        self._trained: _Trained | None = None
+        self._trained: Trained | None = None
+        self._version = 0  # of the stored rows
 
     @property
     def device(self) -> torch.device:
@@ -143,6 +123,11 @@ class ExpertBank(Own, nn.Module):
     def touched(self) -> Tensor:
         """The experts that are stored, [T] int64, in the order in which they were first trained."""
         return self._rows.used_ids()
+
+    @property
+    def stored_rows(self) -> RowTable | MappedRows:
+        """What stores the touched experts; only for reading."""
+        return self._rows
 
     @property
     def nbytes(self) -> int:
@@ -183,10 +168,17 @@ class ExpertBank(Own, nn.Module):
         if len(whole[0]) == len(ids):
             return whole[0], whole[1]
         ids, found = ids.to(self.device), found.to(self.device)
-        a = start_rows(self.seed, ids, self.r, self.in_features)
+        a = start_rows(self.seed, ids + self.first, self.r, self.in_features)
         b = a.new_zeros(len(ids), self.r, self.out_features)
         a[found], b[found] = whole
         return a, b
+
+    def current_rows(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """As `master_rows`, but copies of the rows in training if these are the ones."""
+        trained = self._trained
+        if trained is None or not torch.equal(trained.ids, ids.to(self.device)):
+            return self.master_rows(ids)
+        return trained.a.detach().clone(), trained.b.detach().clone()
 
     @torch.no_grad()
     def write(self, ids: Tensor, a: Tensor, b: Tensor) -> None:
@@ -276,15 +268,15 @@ class ExpertBank(Own, nn.Module):
             tensor([    3, 70000])
         """
         a, b = (rows.requires_grad_() for rows in self.master_rows(ids))
-        ordered, order = ids.to(self.device).sort()
-        self._trained = _Trained(ordered, order, a, b)
+        ids = ids.to(self.device)
+        self._trained = Trained(ids, a, b, *ids.sort())
         return a, b
 
     def stop_training(self) -> None:
         """Lets `mix` use the stored rows again; changes made to `training_rows` are lost."""
         self._trained = None
 
-    def select(self, index: Tensor, dtype: torch.dtype, *, keep: bool = True) -> Selection:
+    def select(self, index: Tensor, dtype: torch.dtype) -> Selection:
         """Finds the stored rows of experts, to mix them more than once.
 
         Storages "pinned" and "mapped" wait for the device and move rows that the cache lacks.
@@ -292,23 +284,14 @@ class ExpertBank(Own, nn.Module):
         Args:
             index: [M, k] int64, experts; -1 for none.
             dtype: that of the x to mix. A bank in bfloat16 is converted for another one.
-            keep: whether the result stays valid until the bank changes (`write`, `reset_rows`, a
-                load); else only until it selects again, which saves a copy of cached rows.
 
         Returns:
-            Rows and index for `mix`, without the rows in training.
+            Rows and index for `mix`, until the bank changes (`write`, `reset_rows`, a load).
 
         Raises:
             TypeError, ValueError: if the index is not [M, k] int64, or (on a CPU) out of range.
         """
-        self._require_index(index)
-        convert = self.dtype == torch.bfloat16 and dtype != torch.bfloat16
-        if self._cache is None and not convert:
-            inside = torch.where(index < self.num_experts, index, -1)
-            at = self._rows.find(inside)
-            return Selection(self._rows.tables["down"], self._rows.tables["up"], at)
-        a, b, at = self._select_rows(index, copy=keep or torch.is_grad_enabled())
-        return Selection(a.float(), b.float(), at) if convert else Selection(a, b, at)
+        return Selection(*self._selected(index, dtype, copy=True), self._version)
 
     def mix(
         self,
@@ -323,8 +306,7 @@ class ExpertBank(Own, nn.Module):
 
         Args:
             x: [M, I]; float32, float16, bfloat16, on a CPU also float64.
-            index: [M, k] int64, the experts of each row, -1 for none; or a `select` of it. Rows in
-                training are used for an index only.
+            index: [M, k] int64, the experts of each row, -1 for none; or a `select` of it.
             weights: [M, k], any floating-point dtype.
             scaling: of all experts.
             backend: as in `dispatch.resolve`.
@@ -334,9 +316,16 @@ class ExpertBank(Own, nn.Module):
 
         Raises:
             ValueError, TypeError: if a shape, index, dtype or device does not fit.
+            RuntimeError: if the bank has changed since the selection, or has rows in training,
+                which no selection contains.
         """
         if isinstance(index, Selection):
-            return mix_experts(x, *index, weights, scaling=scaling, backend=backend)
+            if index.version != self._version:
+                raise RuntimeError("index: got a selection from before the bank changed")
+            if self._trained is not None:
+                raise RuntimeError("index: got a selection, which has no rows in training")
+            a, b, at, _ = index
+            return mix_experts(x, a, b, at, weights, scaling=scaling, backend=backend)
         trained, delta = self._trained, None
         if trained is not None:
             self._require_index(index)
@@ -345,11 +334,22 @@ class ExpertBank(Own, nn.Module):
                 x, trained.a, trained.b, at, weights, scaling=scaling, backend=backend
             )
             index = index.masked_fill(at >= 0, -1)
-        if delta is not None and len(self._rows) == 0:
-            return delta
-        chosen = self.select(index, _computed_dtype(x), keep=False)
-        stored = mix_experts(x, *chosen, weights, scaling=scaling, backend=backend)
+        a, b, at = self._selected(index, _computed_dtype(x), copy=torch.is_grad_enabled())
+        stored = mix_experts(x, a, b, at, weights, scaling=scaling, backend=backend)
         return stored if delta is None else delta + stored
+
+    def _selected(
+        self, index: Tensor, dtype: torch.dtype, copy: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        # Reads no number that changes with every step: a compiled graph would be made again.
+        self._require_index(index)
+        convert = self.dtype == torch.bfloat16 and dtype != torch.bfloat16
+        rows = self._rows
+        if self._cache is None and not convert and isinstance(rows, RowTable):
+            at = rows.find(torch.where(index < self.num_experts, index, -1))
+            return rows.tables["down"], rows.tables["up"], at
+        a, b, at = self._select_rows(index, copy)
+        return (a.float(), b.float(), at) if convert else (a, b, at)
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -362,7 +362,7 @@ class ExpertBank(Own, nn.Module):
         place = torch.full_like(at, -1)
         if self._cache is None:
             place[found] = torch.arange(int(found.sum()), device=at.device)
-            stored = {name: self._rows.tables[name][at[found]] for name in _TABLES}
+            stored = {name: self._rows.gather(name, at[found]) for name in _TABLES}
         else:
             place[found], stored = self._cache.rows(ids[found], at[found], self._rows, copy)
         return stored["down"], stored["up"], place.to(index.device)[inverse]
@@ -383,7 +383,8 @@ class ExpertBank(Own, nn.Module):
 
     # --- storing ---
 
-    def _shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Returns shape and dtype of what is stored of an expert, by name (as `stored`)."""
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         for name in _TABLES:
             shape = (self.r, self._width(name))
@@ -403,13 +404,14 @@ class ExpertBank(Own, nn.Module):
     def _forget(self, ids: Tensor) -> None:
         """Drops what was copied from rows that have changed."""
         self._trained = None
+        self._version += 1
         if self._cache is not None:
             self._cache.drop(ids)
 
     def _new_cache(self) -> RowCache | None:
         if self.storage == "device":
             return None
-        shapes = {name: shape for name, shape in self._shapes().items() if name in _TABLES}
+        shapes = {name: shape for name, shape in self.shapes().items() if name in _TABLES}
         return RowCache(
             min(self.cache_rows, self.num_experts), self.num_experts, shapes, self.device
         )
@@ -417,7 +419,7 @@ class ExpertBank(Own, nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertBank:
         before, fn = self.device, keeping_dtype(fn)
         super()._apply(fn, recurse)
-        if self.storage == "device":
+        if self.storage == "device" and isinstance(self._rows, RowTable):
             self._rows.apply(fn)
         elif self.device != before:
             self._cache = self._new_cache()
@@ -446,7 +448,7 @@ class ExpertBank(Own, nn.Module):
             down_rest, up_rest: int16, of a bank in bfloat16: see `split_floats`.
         """
         seed = torch.tensor(self.seed, dtype=torch.int64)
-        tables = {name: self._rows.used(name) for name in self._rows.tables}
+        tables = {name: self._rows.used(name) for name in self._rows.shapes}
         return {"seed": seed, "ids": self._rows.used_ids(), **tables}
 
     def restore(self, state: dict[str, Tensor]) -> None:
@@ -458,7 +460,7 @@ class ExpertBank(Own, nn.Module):
         """
         ids = state["ids"]
         require_ids("ids", ids, self.num_experts)
-        for name, (shape, dtype) in self._shapes().items():
+        for name, (shape, dtype) in self.shapes().items():
             given = state[name]
             if tuple(given.shape) != (len(ids), *shape) or given.dtype != dtype:
                 raise ValueError(
@@ -467,8 +469,20 @@ class ExpertBank(Own, nn.Module):
                 )
             if not torch.isfinite(given).all():
                 raise ValueError(f"{name}: got NaN or infinite values, expected finite ones")
-        self.seed = int(state["seed"])
-        self._rows.fill(ids, state)
+        rows = RowTable(self.num_experts, self.shapes(), self.home)
+        rows.reserve(len(ids))
+        rows.write(rows.add(ids.to(self.home)), {name: state[name] for name in self.shapes()})
+        self.adopt(rows, int(state["seed"]))
+
+    def adopt(self, rows: RowTable | MappedRows, seed: int) -> None:
+        """Replaces all rows, and the seed of the untouched ones.
+
+        Args:
+            rows: of the bank's N and `shapes`; on `home`.
+            seed: as the argument of the constructor.
+        """
+        self._rows, self.seed = rows, seed
+        self._version += 1
         self._trained, self._cache = None, self._new_cache()
 
     def _load_from_state_dict(
@@ -481,7 +495,7 @@ class ExpertBank(Own, nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        names = ("seed", "ids", *self._shapes())
+        names = ("seed", "ids", *self.shapes())
         state = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
         missing = [prefix + name for name in names if name not in state]
         if missing:

@@ -60,9 +60,11 @@ class RowOptimizer:
         """
         bank = self.bank
         require_ids("ids", ids, bank.num_experts)
+        if len(ids) == 0:
+            return
         if self._state.device != bank.home:
             self._state.apply(lambda tensor: tensor.to(bank.home))
-        rows = dict(zip(_SIDES, bank.master_rows(ids), strict=True))
+        rows = dict(zip(_SIDES, bank.current_rows(ids), strict=True))
         given = dict(zip(_SIDES, grads, strict=True))
         for side, grad in given.items():
             if not isinstance(grad, Tensor) or grad.shape != rows[side].shape:
@@ -71,8 +73,6 @@ class RowOptimizer:
                     f"grads: got shape {shape} for {side}, expected {tuple(rows[side].shape)}"
                 )
             _require_finite("grads", ids, grad)
-        if len(ids) == 0:
-            return
         ids = ids.to(bank.home)
         at = self._state.find(ids)
         state = self._state.read(at.clamp(min=0)) if len(self._state) else self._zeros(len(ids))
@@ -108,6 +108,11 @@ class RowOptimizer:
         return self._state.used_ids()
 
     @property
+    def stored_rows(self) -> RowTable:
+        """What stores steps and moments of the trained experts."""
+        return self._state
+
+    @property
     def state_bytes(self) -> int:
         """Bytes of the state, with the map from experts to it (4 bytes for each of N)."""
         return self._state.nbytes
@@ -126,7 +131,7 @@ class RowOptimizer:
             ids: [T] int64.
             tensors: by name, [T, ...]: steps, and the moments of A and of B.
         """
-        tensors = {name: self._state.used(name) for name in self._state.tables}
+        tensors = {name: self._state.used(name) for name in self._state.shapes}
         return {
             "name": self.name,
             "options": self.options(),
@@ -157,7 +162,9 @@ class RowOptimizer:
                     f"shape {[len(ids), *shape]}"
                 )
             _require_finite(name, ids, given)
-        loaded._state.fill(ids, tensors)
+        rows = loaded._state
+        rows.reserve(len(ids))
+        rows.write(rows.add(ids.to(rows.device)), {name: tensors[name] for name in rows.shapes})
         vars(self).update(vars(loaded))
 
     def _new_state(self) -> RowTable:

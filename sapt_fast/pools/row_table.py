@@ -82,7 +82,7 @@ class RowTable:
         new = ids[at < 0]
         if len(new):
             start, end = self._size, self._size + len(new)
-            self._reserve(end)
+            self.reserve(end)
             self.ids[start:end] = new
             self._size = end
             self._plus_one[new] = torch.arange(
@@ -124,25 +124,14 @@ class RowTable:
             table[target] = table[source]
         self._plus_one[self.ids[target]] = (target + 1).to(torch.int32)
 
-    def fill(self, ids: Tensor, values: Mapping[str, Tensor]) -> None:
-        """Replaces everything by these rows, in this order; without spare memory."""
-        self._plus_one.zero_()
-        self._size = len(ids)
-        self.ids = ids.to(self.device, copy=True)
-        self._plus_one[self.ids] = torch.arange(
-            1, len(ids) + 1, dtype=torch.int32, device=self.device
-        )
-        self.tables = {
-            name: values[name].to(self.device, dtype, copy=True)
-            for name, (_, dtype) in self.shapes.items()
-        }
-
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Replaces every tensor by `fn` of it, for moves to another device."""
         self._plus_one, self.ids = fn(self._plus_one), fn(self.ids)
         self.tables = {name: fn(table) for name, table in self.tables.items()}
 
-    def _reserve(self, rows: int) -> None:
+    @torch.inference_mode(False)
+    def reserve(self, rows: int) -> None:
+        """Makes room for this number of rows in all."""
         capacity = self.ids.shape[0]
         if rows <= capacity:
             return

@@ -163,16 +163,22 @@ class EditedOutput(AtPrompts):
                 self.trial.output = at_token(output, prompt.last).detach()
             if self.trial.values is None:
                 return output
-            everywhere = torch.ones_like(prompt.last, dtype=torch.bool)
-            return self._replaced(output, self.trial.values, everywhere, prompt)
-        edits = self._decided(x, prompt)
-        if edits is None:
+            behind = tokens_behind(output, prompt)
+            where = replaced_tokens(self.replacement, behind)
+            values = _at_tokens(self.trial.values, behind)
+            return torch.where(where[..., None], values.to(output.dtype), output)
+        edits, book = self._decided(x, prompt), self.codebook
+        if edits is None or len(book) == 0:
             return output
-        rows = self.codebook.rows_of(edits)
+        rows = book.rows_of(edits)
         acts = rows >= 0
         if acts.device.type == "cpu" and not acts.any():
             return output
-        return self._replaced(output, self.codebook.values[rows.clamp(min=0)], acts, prompt)
+        behind = tokens_behind(output, prompt)
+        where = acts[:, None] & replaced_tokens(self.replacement, behind)
+        tokens = behind if self.replacement == "per_token" else behind[:, :1]
+        values = book.values_at(rows.clamp(min=0), tokens)
+        return torch.where(where[..., None], values.to(output.dtype), output)
 
     def _decided(self, x: Tensor, prompt: Prompt) -> Tensor | None:
         """Returns the edit [B] of each row, -1 for none; None if nothing was decided."""
@@ -182,21 +188,13 @@ class EditedOutput(AtPrompts):
         found = book.find(self.query(x, prompt))
         return self.decide(x.shape[1], prompt, found, book.edits, book.hits)
 
-    def _replaced(self, output: Tensor, values: Tensor, acts: Tensor, prompt: Prompt) -> Tensor:
-        """Replaces the outputs of the rows on which an edit acts.
 
-        Args:
-            output: [B, T, O]; the other rows keep their bits.
-            values: [B, V, O].
-            acts: [B] bool.
-            prompt: where the prompts end.
-        """
-        behind = tokens_behind(output, prompt)
-        where = acts[:, None] & replaced_tokens(self.replacement, behind)
-        if values.shape[1] > 1:
-            index = behind.clamp(0, values.shape[1] - 1)[..., None]
-            values = values.gather(1, index.expand(-1, -1, values.shape[2]))
-        return torch.where(where[..., None], values.to(output.dtype), output)
+def _at_tokens(values: Tensor, behind: Tensor) -> Tensor:
+    """Returns values [B, V, O] at tokens, by `tokens_behind` [B, T]: [B, T or 1, O]."""
+    if values.shape[1] == 1:
+        return values
+    index = behind.clamp(0, values.shape[1] - 1)[..., None]
+    return values.gather(1, index.expand(-1, -1, values.shape[2]))
 
 
 def require_first(recorded: Tensor | None, path: str) -> None:

@@ -32,6 +32,8 @@ __all__ = [
     "method_of",
     "read_description",
     "require_digest",
+    "require_file_digest",
+    "require_own_digest",
     "require_own_strategy",
     "require_sealed",
     "seal",
@@ -64,6 +66,8 @@ _ROUTED = (
     *("sapt", "sapt_prompt", "seqlora", "joint", "replay", "generative_replay"),
     *("ewc", "lwf", "lfpt5", "single"),
 )
+
+_ADVICE = "Restore it from a backup"
 
 _warned: set[str] = set()
 
@@ -306,7 +310,7 @@ def require_digest(
     files: StoredFiles,
     expected: Collection[str],
     source: Path,
-    advice: str = "Restore it from a backup",
+    advice: str = _ADVICE,
 ) -> None:
     """Raises ValueError unless a description and its files match the stored digests.
 
@@ -317,6 +321,15 @@ def require_digest(
         source: path of the description, for messages.
         advice: what the message recommends.
     """
+    require_own_digest(description, expected, source, advice)
+    for name in description["files"]:
+        require_file_digest(description, files, name, source, advice)
+
+
+def require_own_digest(
+    description: Mapping[str, Any], expected: Collection[str], source: Path, advice: str = _ADVICE
+) -> None:
+    """As `require_digest`, without a look at the files."""
     content = {name: value for name, value in description.items() if name != "digest"}
     if description["digest"] != _digest(content):
         raise ValueError(
@@ -328,12 +341,23 @@ def require_digest(
         raise ValueError(
             f"{source}: files: expected a digest of each file, but {odd[0]!r} is missing or unknown"
         )
-    for name, digest in description["files"].items():
-        if files.digests[name] != digest:
-            raise ValueError(
-                f"{files.folder / name}: its SHA-256 does not match the one in {source.name}: it "
-                f"was damaged, edited by hand or copied from another folder. {advice}"
-            )
+
+
+def require_file_digest(
+    description: Mapping[str, Any],
+    files: StoredFiles,
+    name: str,
+    source: Path,
+    advice: str = _ADVICE,
+) -> None:
+    """As `require_digest`, for one file in memory."""
+    expected, found = description["files"][name], files.digests[name]
+    if found != expected:
+        raise ValueError(
+            f"{files.folder / name}: its SHA-256 does not match the one in {source.name}: it "
+            f"was damaged, edited by hand or copied from another folder. {advice} "
+            f"(got {found[:16]}..., expected {expected[:16]}...)"
+        )
 
 
 def stated_files(description: Mapping[str, Any]) -> list[str]:

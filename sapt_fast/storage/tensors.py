@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sapt_fast.files.reading import CONFIG_BYTES, open_regular, parse_json, read_bytes
+from sapt_fast.files.safetensors_header import WEIGHTS_BYTES, damaged, read_header
 
 __all__ = [
     "StoredFiles",
@@ -23,9 +24,6 @@ __all__ = [
     "tensor_bytes",
     "write_tensors",
 ]
-
-_WEIGHTS_BYTES = 2**40
-_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 
 
 class StoredFiles:
@@ -104,7 +102,7 @@ def parse_tensors(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str,
     try:
         tensors = load(data)
     except Exception as error:  # whatever a damaged file makes the reader raise
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
     size = int.from_bytes(data[:8], "little")
     metadata = parse_json(data[8 : 8 + size], path).get("__metadata__") or {}
     return tensors, metadata
@@ -138,7 +136,7 @@ def write_tensors(
 def digest_of_file(path: Path) -> str:
     """Returns the SHA-256 of a file, in hexadecimal digits."""
     digest = sha256()
-    with open_regular(path, _WEIGHTS_BYTES) as file:
+    with open_regular(path, WEIGHTS_BYTES) as file:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
@@ -156,23 +154,7 @@ def require_finite(source: str | os.PathLike[str], tensors: Mapping[str, Tensor]
 
 def _read_tensor_file(path: Path) -> bytes:
     """Returns the bytes of a safetensors file; checks the header before reading the rest."""
-    with open_regular(path, _WEIGHTS_BYTES) as file:
-        size = os.fstat(file.fileno()).st_size
-        head = file.read(8)
-        length = int.from_bytes(head, "little")
-        if len(head) < 8 or not 0 < length <= min(size - 8, _HEADER_BYTES):
-            raise _damaged(path, f"a header of {length} bytes in a file of {size}")
-        text = file.read(length)
-        try:
-            entries = parse_json(text, path)
-            ends = [entry["data_offsets"][1] for name, entry in entries.items() if name[:2] != "__"]
-            end = max([0, *ends])
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            raise _damaged(path, error) from error
-        if 8 + length + end != size:
-            raise _damaged(path, f"its header states {8 + length + end} bytes, but it has {size}")
-        return head + text + file.read(size - 8 - length)
-
-
-def _damaged(path: Path, error: object) -> ValueError:
-    return ValueError(f"{path}: truncated, or not a safetensors file ({error})")
+    with open_regular(path, WEIGHTS_BYTES) as file:
+        read_header(file, path)
+        file.seek(0)
+        return file.read(os.fstat(file.fileno()).st_size)

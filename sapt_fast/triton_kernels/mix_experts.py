@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sapt_fast.ops._presence import without_undefined
-from sapt_fast.ops.mix_experts import sorted_by_expert
+from sapt_fast.ops.mix_experts import pair_order
 from sapt_fast.triton_kernels.blocks import common
 from sapt_fast.triton_kernels.blocks.common import cdiv, with_unit_column_stride
 from sapt_fast.triton_kernels.blocks.grouped_experts import (
@@ -185,7 +185,13 @@ def _bank_grad_kernel(
 
 
 def mix_experts_fwd(
-    x: Tensor, bank_a: Tensor, bank_b: Tensor, index: Tensor, weights: Tensor, scaling: float
+    x: Tensor,
+    bank_a: Tensor,
+    bank_b: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    scaling: float,
+    order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns the weighted sum of the chosen experts' outputs.
 
@@ -197,6 +203,7 @@ def mix_experts_fwd(
         index: Of shape `[M, k]`, int64; values outside [0, N) mean no expert.
         weights: Of shape `[M, k]`, float32.
         scaling: Of all experts.
+        order: That of `pair_order`, if it is known; read where experts are crowded.
 
     Returns:
         delta of shape `[M, O]`, contiguous, in x's dtype, and h = x A^T of shape `[M, k, r]`,
@@ -209,20 +216,26 @@ def mix_experts_fwd(
     common.compute_dtype(x.dtype)
     common.device_traits(x.device)
     y, h = planned(
-        ("mix_experts", scaling),
-        [x, bank_a, bank_b, index, weights],
+        ("mix_experts", scaling, order is None),
+        [x, bank_a, bank_b, index, weights, *([] if order is None else [order])],
         [True, True],
-        lambda: _mixed(x, bank_a, bank_b, index, weights, scaling),
+        lambda: _mixed(x, bank_a, bank_b, index, weights, scaling, order),
     )
     return cast(Tensor, y), cast(Tensor, h)
 
 
 def _mixed(
-    x: Tensor, bank_a: Tensor, bank_b: Tensor, index: Tensor, weights: Tensor, scaling: float
+    x: Tensor,
+    bank_a: Tensor,
+    bank_b: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    scaling: float,
+    order: Tensor | None,
 ) -> Results:
     bank_a, bank_b = _with_unit_stride(bank_a), _with_unit_stride(bank_b)
     index, weights = index.contiguous(), weights.contiguous()
-    order = _order_if_crowded(index, bank_a, bank_b, None)
+    order = _order_if_crowded(index, weights, bank_a, bank_b, order)
     h = _into_ranks(with_unit_column_stride(x), bank_a, index, order)
     return [_out_of_ranks(h, bank_b, index, weights, order, scaling, x.dtype), h]
 
@@ -260,7 +273,10 @@ def mix_experts_bwd(
     bank_a, bank_b = _with_unit_stride(bank_a), _with_unit_stride(bank_b)
     dy, x = with_unit_column_stride(dy), with_unit_column_stride(x)
     index, weights, h = index.contiguous(), weights.contiguous(), h.contiguous()
-    order = _order_if_crowded(index, bank_a, bank_b, groups)
+    if groups is not None:
+        groups = groups._replace(order=groups.order.contiguous())
+    known = None if groups is None else groups.order
+    order = _order_if_crowded(index, weights, bank_a, bank_b, known)
     g = _into_ranks(dy, bank_b, index, order)
     dx = d_weights = d_a = d_b = None
     if needs_x:
@@ -275,19 +291,15 @@ def mix_experts_bwd(
 
 
 def _order_if_crowded(
-    index: Tensor, bank_a: Tensor, bank_b: Tensor, groups: PairGroups | None
+    index: Tensor, weights: Tensor, bank_a: Tensor, bank_b: Tensor, order: Tensor | None
 ) -> Tensor | None:
-    """The positions of the flattened index sorted by expert, None where the experts are gathered
-    pair by pair."""
+    """The order of the pairs, if not yet known; None where experts are gathered pair by pair."""
     experts, rank, inputs = bank_a.shape
     width = inputs + bank_b.shape[2]
     empty = 0 in (index.numel(), bank_a.numel(), bank_b.numel())
     if empty or not grouping_pays(index.numel(), experts, rank, width, bank_a.element_size()):
         return None
-    # Groups without the experts alone that were chosen leave out the pairs without an expert.
-    if groups is not None and groups.ids is None:
-        return groups.order
-    return sorted_by_expert(index, experts)[1]
+    return pair_order(index, weights, experts) if order is None else order
 
 
 def _segments(groups: PairGroups) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,6 +11,8 @@ places; the distance returned is then summed anew from the differences. One tile
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import triton
 import triton.language as tl
@@ -30,6 +32,7 @@ from sapt_fast.triton_kernels.blocks.key_tiles import (
     tile_scores,
     unpack,
 )
+from sapt_fast.triton_kernels.blocks.plans import Results, launch, planned
 
 _NO_KEY = tl.constexpr(2147483647)
 
@@ -148,13 +151,23 @@ def nearest_key_fwd(query: Tensor, keys: Tensor, radius: Tensor) -> tuple[Tensor
         ValueError: if the number of keys is too large.
         ValueError: if the tensors are not on a CUDA device (unless the interpreter runs).
     """
-    (M, D), N = query.shape, checked_count(keys)
+    checked_count(keys)
     common.compute_dtype(query.dtype)
+    common.device_traits(query.device)
+    distance, index, nearest = planned(
+        "nearest_key", [query, keys, radius], [True] * 3, lambda: _nearest(query, keys, radius)
+    )
+    return cast(Tensor, distance), cast(Tensor, index), cast(Tensor, nearest)
+
+
+def _nearest(query: Tensor, keys: Tensor, radius: Tensor) -> Results:
+    """distance, index, nearest."""
+    (M, D), N = query.shape, keys.shape[0]
     index = query.new_empty((M,), dtype=torch.int64)
     distance = query.new_empty((M,), dtype=torch.float32)
     nearest = query.new_empty((M,), dtype=torch.int64)
     if M == 0 or N == 0:
-        return distance.fill_(float("inf")), index.fill_(-1), nearest.fill_(-1)
+        return [distance.fill_(float("inf")), index.fill_(-1), nearest.fill_(-1)]
     query, keys, radius = (
         with_unit_column_stride(query), with_unit_column_stride(keys), radius.contiguous()
     )  # fmt: skip
@@ -168,7 +181,9 @@ def nearest_key_fwd(query: Tensor, keys: Tensor, radius: Tensor) -> tuple[Tensor
     best = query.new_empty((splits, M), dtype=torch.int64)
     with torch.cuda.device_of(query):
         key_squares = row_squares(keys) if tiles_m > 1 else None
-        _nearest_stream_kernel[(tiles_m * splits,)](
+        launch(
+            _nearest_stream_kernel,
+            (tiles_m * splits,),
             query,
             keys,
             key_squares,
@@ -184,7 +199,9 @@ def nearest_key_fwd(query: Tensor, keys: Tensor, radius: Tensor) -> tuple[Tensor
             METRIC=METRICS["l2"],
             SUM_SQUARES=key_squares is None,
         )
-        _nearest_merge_kernel[(M,)](
+        launch(
+            _nearest_merge_kernel,
+            (M,),
             query,
             keys,
             radius,
@@ -200,4 +217,4 @@ def nearest_key_fwd(query: Tensor, keys: Tensor, radius: Tensor) -> tuple[Tensor
             BLOCK_S=128,
             BLOCK_K=512,
         )
-    return distance, index, nearest
+    return [distance, index, nearest]

@@ -152,7 +152,8 @@ def _merge_kernel(
 @triton.jit(do_not_specialize=["B", "V"])
 def _max_grad_kernel(
     dy_ptr,
-    winner_ptr,
+    sorted_ptr,
+    order_ptr,
     d_table_ptr,
     B,
     V,
@@ -160,31 +161,38 @@ def _max_grad_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """d_table[v, d] = sum of dy[b, d] over the samples whose winner is v.
+    """d_table[v, d] = sum of dy[b, d] over the samples, sorted by winner in column d, that have v.
 
-    Every sample computes the whole sum of its own winner: samples that share one compute, and
-    store, the same bits, so that the result does not depend on who comes last.
+    The program at place i of the order sums, in each column, the run of equal winners that begins
+    there.
     """
     tiles_d = tl.cdiv(D, BLOCK_D)
     cols = tl.program_id(0) % tiles_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    in_cols = cols < D
-    own_ptrs = winner_ptr + (tl.program_id(0) // tiles_d).to(tl.int64) * D + cols
-    # [BLOCK_D]: the winner of each column of this sample
-    own = tl.load(own_ptrs, mask=in_cols, other=-1)
+    i = tl.program_id(0) // tiles_d
+    own_ptrs = sorted_ptr + i.to(tl.int64) * D + cols
+    # [BLOCK_D]: the winner of each column at this place and at the one before
+    own = tl.load(own_ptrs, mask=cols < D, other=-1)
+    before = tl.load(own_ptrs - D, mask=cols < tl.where(i > 0, D, 0), other=-1)
+    begins = (own >= 0) & (own < V) & (own != before)
     # [BLOCK_B, BLOCK_D]
     acc = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
-    for start in range(0, B, BLOCK_B):
-        samples = start + tl.arange(0, BLOCK_B)
-        mask = (samples < B)[:, None] & in_cols[None, :]
-        offsets = samples.to(tl.int64)[:, None] * D + cols[None, :]
-        # winner, dy [BLOCK_B, BLOCK_D]
-        winner = tl.load(winner_ptr + offsets, mask=mask, other=-1)
-        dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        acc += tl.where(winner == own[None, :], dy, 0.0)
+    start = i
+    longest = tl.max(begins.to(tl.int32), axis=0) * BLOCK_B
+    while longest == BLOCK_B:  # some run reaches the end of the tile before
+        places = start + tl.arange(0, BLOCK_B)
+        offsets = places.to(tl.int64)[:, None] * D + cols[None, :]
+        # winner, b, dy [BLOCK_B, BLOCK_D]; the last two of the runs alone
+        mask = (places < B)[:, None] & begins[None, :]
+        winner = tl.load(sorted_ptr + offsets, mask=mask, other=-1)
+        in_run = mask & (winner == own[None, :])
+        b = tl.load(order_ptr + offsets, mask=in_run, other=0)
+        dy = tl.load(dy_ptr + b * D + cols[None, :], mask=in_run, other=0.0)
+        acc += dy.to(tl.float32)
+        longest = tl.max(tl.sum(in_run.to(tl.int32), axis=0), axis=0)
+        start += BLOCK_B
     d_table_ptrs = d_table_ptr + own.to(tl.int64) * D + cols
-    known = in_cols & (own >= 0) & (own < V)
     # [BLOCK_D], each column into the row of its winner
-    tl.store(d_table_ptrs, tl.sum(acc, axis=0).to(d_table_ptr.dtype.element_ty), mask=known)
+    tl.store(d_table_ptrs, tl.sum(acc, axis=0).to(d_table_ptr.dtype.element_ty), mask=begins)
 
 
 @triton.jit(do_not_specialize=["T", "V"])
@@ -360,9 +368,11 @@ def pool_tokens_bwd(
     with torch.cuda.device_of(dy):
         if pooling == "max":
             assert winner is not None
+            ordered, order = winner.contiguous().sort(dim=0, stable=True)
             _max_grad_kernel[(B * columns,)](
                 dy,
-                winner.contiguous(),
+                ordered.contiguous(),
+                order.contiguous(),
                 d_table,
                 B,
                 vocabulary,

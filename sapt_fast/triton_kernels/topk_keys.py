@@ -20,6 +20,8 @@ computed again. An l2 score is expanded, `2 q k - |k|^2 - |q|^2` in float32: its
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import triton
 import triton.language as tl
@@ -40,6 +42,7 @@ from sapt_fast.triton_kernels.blocks.key_tiles import (
     tile_scores,
     unpack,
 )
+from sapt_fast.triton_kernels.blocks.plans import Results, launch, planned
 
 # Keys of a group, and groups per chosen one from which choosing pays: a key that is scored again
 # is read for one query alone. The interpreter has few keys.
@@ -204,7 +207,9 @@ def _select(values: Tensor, scores: Tensor, index: Tensor) -> None:
         return
     kept = next(size for size in _KEPT if size >= k)
     lanes = kept * _GROUP
-    _best_kernel[(M,)](
+    launch(
+        _best_kernel,
+        (M,),
         values,
         scores,
         index,
@@ -238,12 +243,22 @@ def topk_keys_fwd(query: Tensor, keys: Tensor, k: int, metric: str) -> tuple[Ten
         ValueError: if the number of keys is too large.
         ValueError: if the tensors are not on a CUDA device (unless the interpreter runs).
     """
-    (M, D), N = query.shape, checked_count(keys)
+    checked_count(keys)
     common.compute_dtype(query.dtype)
+    common.device_traits(query.device)
+    scores, index = planned(
+        ("topk_keys", k, metric), [query, keys], [True, True], lambda: _best(query, keys, k, metric)
+    )
+    return cast(Tensor, scores), cast(Tensor, index)
+
+
+def _best(query: Tensor, keys: Tensor, k: int, metric: str) -> Results:
+    """scores, index."""
+    (M, D), N = query.shape, keys.shape[0]
     scores = query.new_empty((M, k), dtype=torch.float32)
     index = query.new_empty((M, k), dtype=torch.int64)
     if M == 0:
-        return scores, index
+        return [scores, index]
     query, keys = with_unit_column_stride(query), with_unit_column_stride(keys)
     tile = search_tile(query, keys)
     options = {**search_options(query, tile), "METRIC": METRICS[metric]}
@@ -265,16 +280,18 @@ def topk_keys_fwd(query: Tensor, keys: Tensor, k: int, metric: str) -> tuple[Ten
             q, values = query[part], maxima[: M - first]
             squares = None if query_squares is None else query_squares[part]
             tiles_m = cdiv(len(q), tile.m)
-            _group_maxima_kernel[(tiles_m * cdiv(N, tile.n),)](
+            launch(
+                _group_maxima_kernel, (tiles_m * cdiv(N, tile.n),),
                 q, keys, squares, key_squares, values, len(q), N, D, tiles_m, groups,
                 query.stride(0), keys.stride(0), GROUP=group, SUM_SQUARES=sums, **options,
             )  # fmt: skip
             if group > 1:
                 chosen, values = index[part], q.new_empty((len(q), k * group), dtype=torch.int64)
                 _select(maxima[: len(q)], scores[part], chosen)
-                _group_scores_kernel[(len(q), cdiv(k * group, tile.n))](
+                launch(
+                    _group_scores_kernel, (len(q), cdiv(k * group, tile.n)),
                     q, keys, squares, key_squares, chosen, values, len(q), N, D, k,
                     query.stride(0), keys.stride(0), GROUP=group, **options,
                 )  # fmt: skip
             _select(values, scores[part], index[part])
-    return scores, index
+    return [scores, index]

@@ -103,6 +103,20 @@ def test_a_wrong_index_of_a_search_is_noticed(spoil, monkeypatch):
     assert report["topk_keys"]["cases"][0]["errors"]["scores"] < 1e-5
 
 
+@pytest.fixture
+def bare(monkeypatch) -> list[tuple[str, str]]:
+    """The kernels that would have run, op and backend; none does."""
+    given = []
+
+    def nothing(case, inputs, backend):
+        given.append((case.op, backend))
+        return lambda: None
+
+    for kind in {type(timed.quick) for timed in cases.gathered("TIMED")}:
+        monkeypatch.setattr(kind, "bare", nothing)
+    return given
+
+
 def speed(gate):
     """What is measured when all ops are."""
     *_, last = op_checks.speed("cpu", True, gate, repeats=2)
@@ -139,18 +153,10 @@ def test_a_rival_that_raises_costs_its_own_time(clock, monkeypatch):
     assert row["ms"].keys() == {"ours", "ours_graph"}
 
 
-def test_cuda_kernels_are_timed_beside_those_of_triton(clock, monkeypatch):
-    given = []
-
-    def bare(case, inputs, backend):
-        given.append((case.op, backend))
-        return lambda: None
-
-    for kind in {type(timed.quick) for timed in cases.gathered("TIMED")}:
-        monkeypatch.setattr(kind, "bare", bare)
+def test_cuda_kernels_are_timed_beside_those_of_triton(clock, bare):
     gate = {**PASSED, "nearest_key_cuda": {"ok": True}, "route_cuda": {"ok": False}}
     result, targets = speed(gate)
-    assert [op for op, backend in given if backend == "cuda"] == ["nearest_key"]
+    assert [op for op, backend in bare if backend == "cuda"] == ["nearest_key"]
     [row] = [row for row in result["rows"] if row["op"] == "nearest_key"]
     assert list(row["ms"]) == ["ours", "ours_graph", "cuda", "cuda_graph", "torch"]
     values = {row["what"]: row["value"] for row in targets}
@@ -158,13 +164,14 @@ def test_cuda_kernels_are_timed_beside_those_of_triton(clock, monkeypatch):
     assert values[both[0]] == pytest.approx(2 * values[both[1]])  # by this clock
 
 
-def test_no_speed_where_correctness_failed(clock):
+def test_no_speed_where_correctness_failed(clock, bare):
     gate = {**PASSED, "topk_keys": {"ok": False}, "route": {"ok": False}}
     result, targets = speed(gate)
     rows = {row["op"]: row for row in result["rows"]}
     assert "ms" not in rows["topk_keys"]
     assert "ms" not in rows["route"]
     assert "ms" in rows["mix_prompts"]
+    assert not {"topk_keys", "route"} & {op for op, _ in bare}
     values = {row["what"]: row["value"] for row in targets}
     assert values["router under a graph: milliseconds"] is None
     assert values["topk_keys: share of copy bandwidth"] is None
@@ -203,7 +210,8 @@ def test_moved_bytes_by_hand():
 
 
 @pytest.mark.slow
-def test_the_whole_report(clock, monkeypatch, tmp_path, capsys):
+def test_the_whole_report(clock, bare, monkeypatch, tmp_path, capsys):
+    """The kernels of the ops run in the tests of their speed."""
     monkeypatch.setattr(gpu_check, "DEVICE", "cpu")
     monkeypatch.setattr(checks, "_peak_in_a_process", lambda kind, step: 1)
     monkeypatch.setattr(Providers, "stacked_compiled", Providers.stacked)

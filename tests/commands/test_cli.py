@@ -217,7 +217,7 @@ def test_real_tasks_killed_resumed_and_evaluated(tmp_path: Path) -> None:
         return [
             "train", "--model", str(tmp_path / "model"), "--data", str(DATA),
             "--tasks", ",".join(TASKS), "--output", str(tmp_path / folder),
-            "--steps", "16", "--save-steps", "2", "--batch-size", "2", "--accumulation", "2",
+            "--steps", "16", "--save-steps", "4", "--batch-size", "2", "--accumulation", "2",
             "--max-source-length", "48", "--max-target-length", "6", "--max-eval", "3",
             "--lr", "1e-3", "--replay-share", "0.2", "--device", "cpu", "--no-progress",
         ]  # fmt: skip

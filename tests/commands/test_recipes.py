@@ -82,7 +82,12 @@ def test_estimated_weights_are_those_of_the_architecture(model: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["t5-large-superni", "t5-xl-long_sequence", "llama2-7b-long_sequence"]
+    "name",
+    [
+        "t5-large-superni",
+        "llama2-7b-long_sequence",
+        pytest.param("t5-xl-long_sequence", marks=pytest.mark.thorough),
+    ],
 )
 def test_a_dry_run(name: str, tmp_path: Path) -> None:
     family = "t5" if name.startswith("t5") else "llama"

@@ -67,12 +67,18 @@ def test_every_method_seed_and_order_is_run_once(
 ) -> None:
     started = counted(monkeypatch)
     options: Any = {"orders": ORDERS, "seeds": (0, 1), "alone": BASE, "progress": False}
-    comparison = compare(source, rows_of("sapt", "joint"), tmp_path, **options)
+    before = compare(source, rows_of("sapt"), tmp_path, **options)
     folders = [f"{o}-seed{s}" for o in ("order1", "order2") for s in (0, 1)]
-    assert sorted(started) == sorted(f"{row}/{f}" for row in ("sapt", "joint") for f in folders)
+    assert sorted(started) == sorted(f"sapt/{folder}" for folder in folders)
+
+    # Again, with one method more: only that one runs.
+    started.clear()
+    comparison = compare(source, rows_of("sapt", "all=joint"), tmp_path, **options)
+    assert sorted(started) == sorted(f"all/{folder}" for folder in folders)
+    assert [c.results for c in comparison.of("sapt")] == [c.results for c in before.cells]
     assert [(c.row, c.order, c.seed) for c in comparison.cells] == [
         (row, order, seed)
-        for row in ("sapt", "joint") for order in ("order1", "order2") for seed in (0, 1)
+        for row in ("sapt", "all") for order in ("order1", "order2") for seed in (0, 1)
     ]  # fmt: skip
     assert sorted(p.name for p in (tmp_path / "alone").iterdir()) == ["seed0", "seed1"]
     for cell in comparison.cells:
@@ -82,7 +88,7 @@ def test_every_method_seed_and_order_is_run_once(
         assert cell.results["alone"] == [alone[name] for name in names]
         metrics = cell.results["metrics"]
         assert metrics["FWT"] is not None
-        assert (metrics["F.Ra"] is None) == (cell.row == "joint")
+        assert (metrics["F.Ra"] is None) == (cell.row == "all")
     written = {path.name for path in tmp_path.iterdir() if path.is_file()}
     assert written == {
         "compare.json", "compare.md", "forgetting.png",
@@ -95,14 +101,7 @@ def test_every_method_seed_and_order_is_run_once(
     assert spread["values"] == values
     assert spread["mean"] == pytest.approx(np.mean(values))
     assert spread["deviation"] == pytest.approx(np.std(values, ddof=1))
-    assert stored["rows"]["joint"]["metrics"]["BWT"]["mean"] is None
-
-    # Again, with one method more: only that one runs.
-    started.clear()
-    rows = rows_of("sapt", "plain=seqlora", "joint")
-    again = compare(source, rows, tmp_path, **options)
-    assert sorted(started) == sorted(f"plain/{f}" for f in folders)
-    assert [c.results for c in again.of("sapt")] == [c.results for c in comparison.of("sapt")]
+    assert stored["rows"]["all"]["metrics"]["BWT"]["mean"] is None
     with pytest.raises(ValueError, match=r"different settings: steps was 2, now 3\. Use another"):
         compare(source, rows_of("sapt", steps=3), tmp_path, **options)
 

@@ -30,7 +30,7 @@ from sapt_fast.demo.tasks import CharTokenizer
 KINDS = ("t5", "llama")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["llama", pytest.param("t5", marks=pytest.mark.thorough)])
 def test_sapt_learns_scores_and_reports(kind: str, tmp_path: Path) -> None:
     model, tasks = make_model(kind), make_tasks()
     results = run_continual(model, CharTokenizer(), tasks, tmp_path, make_settings())

@@ -19,7 +19,7 @@ from sapt_fast.demo.tasks import CharTokenizer
 CONFIG = SaptConfig(adapter="prompt", prompt_length=4)
 
 
-@pytest.mark.parametrize("kind", ["t5", "llama"])
+@pytest.mark.parametrize("kind", ["t5", pytest.param("llama", marks=pytest.mark.thorough)])
 def test_a_run_learns_scores_and_is_evaluated_again(kind: str, tmp_path: Path) -> None:
     model, tasks, settings = make_model(kind), make_tasks(), make_settings(sapt=CONFIG)
     results = run_continual(model, CharTokenizer(), tasks, tmp_path, settings)

@@ -31,7 +31,6 @@ from sapt_fast.continual.run.pseudo_samples import PseudoSample, _Generator, mak
 from sapt_fast.continual.settings import ContinualSettings, GeneratorSettings
 from sapt_fast.demo.tasks import CharTokenizer
 
-KINDS = ("t5", "llama")
 TOKENIZER = CharTokenizer()
 QUICK = {
     "steps": 40, "batch_size": 8, "learning_rate": 1e-2, "lora_dropout": 0.0, "top_k": 2,
@@ -103,7 +102,7 @@ def test_what_is_usable(text: str, answers: bool, expected: PseudoSample | None)
     assert made.parse([*ids, TOKENIZER.pad_token_id]) == expected
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["t5", pytest.param("llama", marks=pytest.mark.thorough)])
 def test_a_generator_writes_what_it_learned_and_leaves_the_model_alone(
     kind: str, tmp_path: Path
 ) -> None:
@@ -240,7 +239,11 @@ def test_released_settings() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "strategy", "count"),
-    [("t5", "sapt", 3), ("llama", "sapt", 2), ("t5", "generative_replay", 2)],
+    [
+        ("llama", "sapt", 2),
+        ("t5", "generative_replay", 2),
+        pytest.param("t5", "sapt", 3, marks=pytest.mark.thorough),
+    ],
 )
 def test_a_run_generates_what_it_replays(
     kind: str, strategy: str, count: int, tmp_path: Path

@@ -5,7 +5,7 @@ import torch
 
 _C = pytest.importorskip("sapt_fast._C", reason="built without native kernels")
 from sapt_fast.cpu_kernels.mix_experts import mix_experts_bwd, mix_experts_fwd  # noqa: E402
-from sapt_fast.ops.mix_experts import pair_groups  # noqa: E402
+from sapt_fast.ops.mix_experts import pair_groups, pair_order  # noqa: E402
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3, torch.float64: 1e-14}
@@ -65,7 +65,8 @@ def run(inputs, dy, compact=False):
     x, bank_a, bank_b, index, weights = inputs
     delta, h = mix_experts_fwd(*inputs, SCALING)
     before = dy.clone()
-    groups = pair_groups(index, len(bank_a), compact)
+    order = pair_order(index, weights, len(bank_a))
+    groups = pair_groups(index, weights, len(bank_a), order, compact)
     grads = mix_experts_bwd(dy, x, bank_a, bank_b, index, weights, h, SCALING, groups, True, True)
     assert torch.equal(dy, before), "the incoming gradient was overwritten"
     return delta, h, groups, grads

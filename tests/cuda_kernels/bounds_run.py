@@ -1,16 +1,20 @@
-"""Runs kernels on tensors that end where memory ends: an access beyond them kills this process.
+"""Runs kernels on tensors that end where memory ends: an access beyond them kills their process.
 
-    python bounds_run.py MODULE OP [FAULT]
+    python bounds_run.py MODULE OP[,OP...] [FAULT]
 
 MODULE is the emulated module; OP an op of the cuda backend, or "beyond" for a kernel that does it;
-FAULT the number of one that is seeded into the kernels.
+FAULT the number of one that is seeded into the kernels. Each op runs in a forked child. The last
+line holds their exit statuses by op; this process fails if one of them did.
 """
 
 import ctypes
 import importlib
 import importlib.util
+import json
 import mmap
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -105,9 +109,7 @@ def load(path: str) -> ModuleType:
     return module
 
 
-def main(path: str, op: str, fault: str = "0") -> None:
-    module = load(path)
-    module.set_fault(int(fault))
+def run(module: ModuleType, op: str) -> None:
     if op == "beyond":
         values, out = normal(128), torch.zeros(128)
         Synchronised(module).run_toy("reads_beyond", values.data_ptr(), out.data_ptr())
@@ -119,7 +121,27 @@ def main(path: str, op: str, fault: str = "0") -> None:
     kernel = importlib.import_module(f"sapt_fast.cuda_kernels.{op}")
     for dtype in _DTYPES:
         globals()[f"_{op}"](kernel, dtype)
-    print("within bounds")
+
+
+def status(module: ModuleType, op: str) -> int:
+    """The exit status of a child that runs one op; negative for a signal."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    try:
+        run(module, op)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def main(path: str, ops: str, fault: str = "0") -> None:
+    module = load(path)
+    module.set_fault(int(fault))
+    ended = {op: status(module, op) for op in ops.split(",")}
+    print(json.dumps(ended))
+    sys.exit(any(ended.values()))
 
 
 if __name__ == "__main__":

@@ -42,6 +42,8 @@ def test_demo_compares_the_strategies(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert run.run_demo(tmp_path)["sapt"].metrics == results["sapt"].metrics
 
 
+@pytest.mark.slow
+@pytest.mark.thorough
 def test_sapt_keeps_what_seqlora_forgets(tmp_path: Path) -> None:
     tasks = [task for task in demo_tasks() if task.name in ("last_first", "vowel_label")]
     kept = {}

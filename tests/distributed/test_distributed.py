@@ -27,7 +27,7 @@ def same(one: dict, other: dict) -> None:
         torch.testing.assert_close(other["state"][name], value, rtol=1e-9, atol=1e-11, msg=name)
 
 
-@pytest.mark.parametrize("kind", ["t5", "llama"])
+@pytest.mark.parametrize("kind", ["t5", pytest.param("llama", marks=pytest.mark.thorough)])
 def test_two_tasks_in_turn(kind, processes, tmp_path):
     processes.run("train", 1, tmp_path, kind=kind, how="plain")
     one = torch.load(tmp_path / f"{kind}-plain.pt")
@@ -37,7 +37,9 @@ def test_two_tasks_in_turn(kind, processes, tmp_path):
         same(one, torch.load(tmp_path / f"{kind}-{how}.pt"))
 
 
-@pytest.mark.parametrize("recompute", ["reentrant", "not reentrant"])
+@pytest.mark.parametrize(
+    "recompute", ["not reentrant", pytest.param("reentrant", marks=pytest.mark.thorough)]
+)
 def test_recomputed_activations(recompute, processes, tmp_path):
     processes.run("train", 1, tmp_path, kind="t5", how="plain")
     one = torch.load(tmp_path / "t5-plain.pt")
@@ -46,8 +48,15 @@ def test_recomputed_activations(recompute, processes, tmp_path):
         same(one, torch.load(tmp_path / f"t5-{how}.pt"))
 
 
-@pytest.mark.parametrize("half", ["bfloat16", "float16"])
-@pytest.mark.parametrize("kind", ["t5", "llama"])
+@pytest.mark.parametrize(
+    ("kind", "half"),
+    [
+        ("t5", "bfloat16"),
+        ("llama", "float16"),
+        pytest.param("t5", "float16", marks=pytest.mark.thorough),
+        pytest.param("llama", "bfloat16", marks=pytest.mark.thorough),
+    ],
+)
 def test_mixed_precision(kind, half, processes, tmp_path):
     """An overflow skips the step of all processes; the others move as one process does."""
     for world in (1, 2):
@@ -74,7 +83,9 @@ def test_peft_model(processes, tmp_path):
         same(one, torch.load(tmp_path / f"llama-{how}.pt"))
 
 
-@pytest.mark.parametrize(("first", "second"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(
+    ("first", "second"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.thorough)]
+)
 def test_resuming_with_another_number_of_processes(first, second, processes, tmp_path):
     processes.run("resume", 1, tmp_path, kind="t5", part="whole")
     processes.run("resume", first, tmp_path, kind="t5", part="first")
@@ -87,7 +98,7 @@ def test_what_would_go_wrong_without_a_word_raises(processes, tmp_path):
     processes.run("refusals", 2, tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["t5", "llama"])
+@pytest.mark.parametrize("kind", ["t5", pytest.param("llama", marks=pytest.mark.thorough)])
 def test_a_sharded_model_saves_the_same_files(kind, processes, tmp_path):
     written = []
     for world in (1, 2):
@@ -100,7 +111,7 @@ def test_a_sharded_model_saves_the_same_files(kind, processes, tmp_path):
     assert written[0] == written[1]
 
 
-@pytest.mark.parametrize("kind", ["t5", "llama"])
+@pytest.mark.parametrize("kind", ["t5", pytest.param("llama", marks=pytest.mark.thorough)])
 def test_trainer(kind, processes, tmp_path):
     """Losses, reflection and weights; resumed with the other number of processes as well."""
     found = {}
@@ -209,3 +220,48 @@ def test_commands_print_in_the_first_process_alone(processes, tmp_path):
         ("compare", "seqlora"),
     ):
         assert text in first[command]
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.thorough)])
+def test_a_sharded_bank_is_that_of_one_process(world, processes, tmp_path):
+    """Search with equal keys, training, saving; loaded by other numbers of processes as well."""
+    processes.run("plain_bank", 1, tmp_path)
+    plain = torch.load(tmp_path / "plain.pt")
+    for size in (1, world):
+        processes.run("sharded_bank", size, tmp_path)
+        found = torch.load(tmp_path / f"sharded-{size}-float32.pt")
+        assert torch.equal(found[1], plain[1])  # the chosen experts
+        for one, other in zip(plain, found, strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-6)
+    assert (plain[1] == 2).any()
+    processes.run("resharded_bank", world, tmp_path, saved=1)
+    processes.run("resharded_bank", 1, tmp_path, saved=world)
+    for first, second in zip(
+        torch.load(tmp_path / f"loaded-1-{world}.pt"),
+        torch.load(tmp_path / f"loaded-{world}-1.pt"),
+        strict=True,
+    ):
+        torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
+
+
+def test_the_traffic_of_a_sharded_bank_is_that_of_its_page(processes, tmp_path):
+    page = Path(__file__).parents[2] / "docs" / "deploy" / "memory_experts.md"
+    names = {}
+    code = page.read_text().partition("```python\nfrom math import ceil")[2].partition("```")[0]
+    exec("from math import ceil" + code, names)
+    processes.run("bank_traffic", 2, tmp_path)
+    found = json.loads((tmp_path / "traffic.json").read_text())
+    assert found == list(names["received"](2, 4, 6, 4, 3, 4, reached=0.5).values())
+
+
+def test_a_bank_killed_in_a_save_resumes_to_the_same_bits(processes, tmp_path):
+    processes.run("killed_bank", 1, tmp_path)
+
+
+@pytest.mark.thorough
+def test_a_sharded_bank_repeats_bit_for_bit(processes, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        processes.run("sharded_bank", 3, tmp_path / name, dtype="bfloat16")
+    one, other = (torch.load(tmp_path / name / "sharded-3-bfloat16.pt") for name in ("a", "b"))
+    assert all(map(torch.equal, one, other))

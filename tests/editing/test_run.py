@@ -215,6 +215,11 @@ def test_keys_by_a_function(model, tmp_path):
     assert content["encoder"]["class"] == "Linear"
     assert content["points"][-1]["generated"]["retention"] == 1.0
     other = ByCounts()
+    rows = Reader(model).edits(RECORDS)
+    assert running._keys_of(other, rows) == running._keys_of(ByCounts(), rows)
+    assert running._keys_of(lambda texts: 2 * other(texts), rows[:1]) != running._keys_of(
+        lambda texts: other(texts), rows[:1]
+    )
     other.encoder = torch.nn.Linear(1, 1)
     with pytest.raises(ValueError, match="different settings"):
         run(model, tmp_path / "new", options=options, look_up_by=other)

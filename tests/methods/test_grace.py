@@ -342,11 +342,39 @@ class TestSaving:
             ("log:prompt_lengths", torch.tensor([1, 1])),
             (f"{path}:radii", torch.ones(1)),
             (f"{path}:edits", torch.tensor([0, 7])),
+            (f"{path}:lengths", torch.tensor([1, 1])),
             (f"{path}:keys", torch.ones(2, 3)),
         ):
             with pytest.raises(ValueError, match=r"log|rows|keys"):
                 other.grace.restore({**tensors, name: wrong}, values)
             assert other.grace.tasks == []
+
+    def test_each_edit_stores_as_many_values_as_its_target_has_tokens(self):
+        model = edited(pairs=PAIRS)  # trained in one batch
+        book = next(iter(model.grace.layers.values())).codebook
+        lengths = [len(target) for target in TARGETS]
+        assert book.lengths.tolist() == lengths
+        assert book.values.shape == (sum(lengths), 32)
+        model.grace.undo(1)
+        assert book.values.shape == (sum(lengths) - lengths[1], 32)
+        kept = [PAIRS[0], *PAIRS[2:]]
+        assert [answers(model, prompt) for prompt, _ in kept] == [[target] for _, target in kept]
+
+    @pytest.mark.parametrize("replacement", ["per_token", "replace_last"])
+    def test_values_as_they_were_stored_before_load(self, replacement):
+        pairs = PAIRS if replacement == "per_token" else [([5, 6, 7], [20])]
+        model = edited(pairs=pairs, replacement=replacement)
+        tensors, values = model.grace.stored()
+        path = next(iter(model.grace.layers))
+        counts = tensors.pop(f"{path}:lengths").tolist()
+        parts = tensors[f"{path}:values"].split(counts)
+        long = [torch.cat([p, p[-1:].expand(max(counts) - len(p), -1)]) for p in parts]
+        loaded = sapt_fast.patch(fresh(), model.grace.config)
+        loaded.grace.restore({**tensors, f"{path}:values": torch.stack(long)}, values)
+        book = loaded.grace.layers[path].codebook
+        assert book.lengths.tolist() == counts
+        assert torch.equal(book.values, model.grace.layers[path].codebook.values)
+        assert [answers(loaded, p) for p, _ in pairs] == [answers(model, p) for p, _ in pairs]
 
 
 class TestBadInput:

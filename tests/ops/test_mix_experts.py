@@ -244,8 +244,9 @@ def test_values_out_of_range_touch_nothing_in_the_kernels(grouped, monkeypatch):
     for none in (-1, 7, -9, 2**40):
         inputs["index"] = torch.tensor([[3, none, 0]] * 5)
         t = [v.to(_device("triton")) for v in inputs.values()]
-        y, h = kernels.mix_experts_fwd(*t, 1.0)
-        groups = op.pair_groups(t[3], 7, False)
+        order = op.pair_order(t[3], t[4], 7)
+        y, h = kernels.mix_experts_fwd(*t, 1.0, order)
+        groups = op.pair_groups(t[3], t[4], 7, order, False)
         grads = kernels.mix_experts_bwd(y, *t, h, 1.0, groups, True, True)
         results.append([y, h, *grads])
     # Not bit for bit: sorted, a large index moves the others' places in their tile, and the BLAS
@@ -266,12 +267,13 @@ def test_every_element_of_the_gradients_is_written(rows, compact):
     torch.use_deterministic_algorithms(True)
     try:
         y, h = kernels.mix_experts_fwd(*t, 1.0)
-        groups = op.pair_groups(op._present(t[3], t[4]), 7, compact)
+        order = op.pair_order(t[3], t[4], 7)
+        groups = op.pair_groups(t[3], t[4], 7, order, compact)
         grads = kernels.mix_experts_bwd(y, *t, h, 1.0, groups, True, True)
     finally:
         torch.use_deterministic_algorithms(False)
     t[3] = t[3].masked_fill(t[3] == 7, -1)  # no expert either
-    groups = op.pair_groups(op._present(t[3], t[4]), 7, compact)
+    groups = op.pair_groups(t[3], t[4], 7, op.pair_order(t[3], t[4], 7), compact)
     expected = op.mix_experts_bwd(y, *t, h, 1.0, groups, True, True)
     for got, want in zip(grads, expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
@@ -324,3 +326,30 @@ def test_products_of_pairs_a_few_columns_at_a_time(monkeypatch):
 )
 def test_the_way_is_chosen_by_pairs_per_expert_and_bytes(pairs, experts, rank, width, pays):
     assert grouped_experts.grouping_pays(pairs, experts, rank, width, 2) is pays
+
+
+def test_pairs_are_sorted_once_and_where_the_banks_are_trained_only(monkeypatch):
+    inputs, sort, sorts = _inputs("odd"), op.pair_order, []
+    for module in (op, kernels):
+        monkeypatch.setattr(module, "pair_order", lambda *a: sorts.append(1) or sort(*a))
+    for grouped, trained, expected in ((True, 1, 1), (False, 1, 1), (False, 0, 0), (True, 0, 2)):
+        monkeypatch.setattr(kernels, "grouping_pays", lambda *_, grouped=grouped: grouped)
+        leaves = _leaves(inputs, "triton")
+        leaves["bank_a"].requires_grad_(bool(trained))
+        leaves["bank_b"].requires_grad_(bool(trained))
+        sorts.clear()
+        mix_experts(*leaves.values(), backend="triton").sum().backward()
+        assert len(sorts) == expected, (grouped, trained)
+
+
+def test_pairs_of_weight_zero_lie_behind_the_others_by_expert():
+    """So that a tile of sorted pairs meets few experts."""
+    index = torch.tensor([[2, 0], [-1, 2], [1, 9], [2, 0]])
+    weights = torch.tensor([[0.0, 1.0], [1.0, 1.0], [0.0, 1.0], [1.0, -0.0]])
+    order = op.pair_order(index, weights, 3)
+    assert order.tolist() == [2, 1, 3, 6, 5, 7, 4, 0]
+    whole = op.pair_groups(index, weights, 3, order, False)
+    assert whole.target.tolist() == [-1, 0, 2, 2, 3, 4, 5, 6]
+    chosen = op.pair_groups(index, weights, 3, order, True)
+    assert chosen.target.tolist() == [-1, 0, 1, 1, 2, 2, 2, 2]
+    assert chosen.ids.tolist() == [0, 2]

@@ -1,6 +1,7 @@
 """The bank of experts and its optimizers: what is stored, what is computed, what is trained."""
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -12,6 +13,7 @@ from sapt_fast.pools.experts import ExpertBank
 from sapt_fast.pools.row_cache import RowCache
 from sapt_fast.pools.row_optimizers import ROW_OPTIMIZERS, RowAdam
 from sapt_fast.pools.row_table import RowTable
+from sapt_fast.pools.slot_choice import SlotUse
 from sapt_fast.pools.split_floats import joined, split
 
 N, R, IN, OUT = 50, 2, 6, 5
@@ -50,6 +52,12 @@ def test_mix_is_that_of_all_experts(storage, dtype, x_dtype):
         torch.testing.assert_close(delta.double(), expected, rtol=tolerance, atol=tolerance)
     chosen = bank.select(INDEX, x.dtype)
     assert torch.equal(bank.mix(x, chosen, weights, 0.5), delta)
+    with torch.inference_mode():
+        bank.write(torch.tensor([0]), torch.ones(1, R, IN), torch.ones(1, R, OUT))
+    bank.write(torch.tensor([0]), torch.ones(1, R, IN), torch.zeros(1, R, OUT))
+    torch.testing.assert_close(bank.mix(x, INDEX, weights, 0.5), delta)
+    with pytest.raises(RuntimeError, match="from before the bank changed"):
+        bank.mix(x, chosen, weights, 0.5)
 
 
 def test_untouched_rows_follow_from_the_seed_and_take_nothing():
@@ -267,3 +275,33 @@ def test_bad_arguments_are_named():
         ExpertBank(8, R, IN, OUT).load_state_dict(bank.state_dict())
     with pytest.raises(ValueError, match="name: got 'adam', expected 'sgd'"):
         ROW_OPTIMIZERS["sgd"](bank).load_state_dict(RowAdam(bank).state_dict())
+
+
+def test_a_compiled_forward_is_one_graph():
+    bank, (x, weights) = filled(), inputs()
+    called = torch.compile(bank.mix, fullgraph=True, backend="eager")
+    for _ in range(2):
+        assert torch.equal(called(x, INDEX, weights), bank.mix(x, INDEX, weights))
+        a, b = bank.training_rows(torch.tensor([3, 12]))
+        delta = called(x, INDEX, weights)
+        assert torch.equal(delta, bank.mix(x, INDEX, weights))
+        delta.sum().backward()
+        RowAdam(bank, lr=0.1).step(torch.tensor([3, 12]), (a.grad, b.grad))
+
+
+def test_slot_choice_is_tf_idf():
+    use, generator = SlotUse(N), torch.Generator().manual_seed(0)
+    background = [torch.randint(-1, 8, (4, 3), generator=generator) for _ in range(5)]
+    for batch in background:
+        use.add(batch)
+    again = SlotUse(N)
+    again.load_state_dict(use.state_dict())
+    batch = torch.tensor([[0, 1, 2], [1, 2, 30], [2, -1, 30]])
+    flat = batch[batch >= 0].tolist()
+    scores = {
+        i: -flat.count(i) / 8 * math.log(6 / (sum(bool((b == i).any()) for b in background) + 1))
+        for i in set(flat)
+    }
+    for count in (1, 2, 3, 9):
+        expected = sorted(sorted(scores, key=lambda i: (scores[i], i))[:count])
+        assert again.choose(batch, count).tolist() == expected

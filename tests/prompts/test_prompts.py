@@ -247,7 +247,7 @@ def test_threads_do_not_mix_their_prompts(family):
         torch.testing.assert_close(got, wanted)
 
 
-@pytest.mark.parametrize("family", ["t5", "llama"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("t5", marks=pytest.mark.thorough)])
 def test_compiled_training_step(family):
     depth = {"num_layers": 1} if family == "t5" else {"num_hidden_layers": 1}
     model = prompted(bare(family, **depth))

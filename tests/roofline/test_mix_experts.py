@@ -7,7 +7,7 @@ import torch
 from cases.mix_experts import Experts, experts_backward, experts_forward
 from kernel_traffic import check, check_rereads
 
-from sapt_fast.ops.mix_experts import pair_groups
+from sapt_fast.ops.mix_experts import pair_groups, pair_order
 
 experts_kernels = import_module("sapt_fast.triton_kernels.mix_experts")
 
@@ -29,7 +29,8 @@ def test_mix_experts(crowded, monkeypatch):
     passes = experts_forward(c, crowded)
     check_rereads(check(forward, {"x": x, **inputs}, passes, {}), passes)
 
-    h, groups = forward()["h"], pair_groups(index, n, True)
+    h = forward()["h"]
+    groups = pair_groups(index, weights, n, pair_order(index, weights, n), True)
 
     def backward():
         grads = experts_kernels.mix_experts_bwd(

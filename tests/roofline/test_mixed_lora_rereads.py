@@ -11,15 +11,18 @@ from cases.mixed_lora import (
     Tiles,
     mixed_lora_backward,
     mixed_lora_forward,
+    on_h200,
+    padded,
     with_rereads,
 )
 from kernel_traffic import check, check_rereads
 
 from sapt_fast.ops.projection import Projection
-from sapt_fast.triton_kernels.blocks import gemm_variants
+from sapt_fast.triton_kernels.blocks import gemm_variants, shrink_tiles
+from sapt_fast.triton_kernels.blocks.common import DeviceTraits
 from sapt_fast.triton_kernels.mixed_lora import mixed_lora_bwd, mixed_lora_fwd
 
-TILES = Tiles(product=(16, 32), shrink=(16, 32), factors=(32, 16))  # the interpreter's
+TILES = Tiles((16, 32), (16, 32), (16, 32), factors=(32, 16))  # the interpreter's
 MEMBERS = Member(96, 32, (0, 32)), Member(64, 64, (32, 64))
 CASES = {
     "descriptors": MixedLora(80, 64, 1, 4, MEMBERS, tile_rows=16),
@@ -80,3 +83,20 @@ def test_a_library_names_no_rereads():
     passes = with_rereads(c, mixed_lora_forward(c, "expand first"))
     assert [bool(p.rereads) for p in passes] == [not p.library for p in passes]
     assert not all(p.rereads for p in passes)
+
+
+@pytest.mark.parametrize("ranks", [60, 240, 1024])
+@pytest.mark.parametrize("members", [1, 2])
+def test_the_tiles_of_an_h200_are_those_that_are_launched(ranks, members):
+    h200, l40s = DeviceTraits(90, 132), DeviceTraits(89, 142, shared=101376)
+
+    def sides(backward, rows=8192, segments=1, traits=h200):
+        given = (2, 2), rows, [padded(ranks)] * members, segments, backward
+        return shrink_tiles._shrink_config(traits, *given)[:2]
+
+    tiles = on_h200(ranks, members)
+    assert (sides(False), sides(True)) == (tiles.shrink, tiles.shrink_backward)
+    # dy is read once for each 256 ranks where there are rows enough, of one sample each tile.
+    assert sides(True, 32768) == (128, 64 if ranks == 60 else 256)
+    assert sides(True, 32768, segments=2) == (128, 64)
+    assert sides(True, 32768, traits=l40s)[1] <= 128

@@ -156,7 +156,7 @@ class Loss(nn.Module):
         return self.model(input_ids=ids, labels=ids, use_cache=False).loss
 
 
-@pytest.mark.parametrize("family", ["t5", "llama"])
+@pytest.mark.parametrize("family", ["t5", pytest.param("llama", marks=pytest.mark.thorough)])
 def test_compiled_in_one_frame_with_new_weights_each_call(family):
     model = patched(tiny(family))
     counter = CompileCounterWithBackend("aot_eager")

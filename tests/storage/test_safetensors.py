@@ -41,7 +41,7 @@ def test_accelerate_saves_and_loads_its_state(family, tasks, reserve, tmp_path):
     assert [step(called, optimizer) for _ in range(2)] == losses
 
 
-@pytest.mark.parametrize("family", ["t5", "llama"])
+@pytest.mark.parametrize("family", ["t5", pytest.param("llama", marks=pytest.mark.thorough)])
 def test_transformers_trainer_resumes(family, tmp_path):
     ids = token_ids(8)
     rows = [{"input_ids": row, "labels": row} for row in ids]

@@ -259,7 +259,13 @@ class TestLoading:
 class TestRuns:
     """Folders of continual runs, as `load_pretrained`, the loop and `eval` read them."""
 
-    @pytest.mark.parametrize("strategy", ["olora", "progprompt", "seqlora", "l2p", "epi"])
+    @pytest.mark.parametrize(
+        "strategy",
+        [
+            *("olora", "l2p", "epi"),
+            *(pytest.param(n, marks=pytest.mark.thorough) for n in ("progprompt", "seqlora")),
+        ],
+    )
     def test_checkpoints_name_their_strategy(self, strategy, tmp_path):
         tasks = make_tasks(2)
         settings = make_settings(strategy=strategy, steps=2)

@@ -18,7 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sapt_fast.ops.projection import Projection
 from sapt_fast.ops.route import QueryProjection
-from sapt_fast.triton_kernels import mix_experts, mix_prompts, pool_tokens, route
+from sapt_fast.triton_kernels import (
+    mix_experts,
+    mix_prompts,
+    nearest_key,
+    pool_tokens,
+    route,
+    topk_keys,
+)
 from sapt_fast.triton_kernels.blocks import gemm_variants, launchers, plans, replay, signatures
 from sapt_fast.triton_kernels.blocks.gemm_variants import EXPAND_FIRST, FUSED
 from sapt_fast.triton_kernels.mixed_lora import mixed_lora_bwd, mixed_lora_fwd
@@ -305,6 +312,30 @@ def other_ops(launches: list[Any]) -> None:
             [pooled, bank_a, bank_b, index, weights],
         ),
     }
+    few, of_few = torch.ones(512, 2, dtype=torch.int64), new(512, 2, dtype=torch.float32)
+    rows, order = new(512, 64), torch.ones(1024, dtype=torch.int64)
+    calls["crowded experts"] = (
+        lambda: mix_experts.mix_experts_fwd(rows, bank_a, bank_b, few, of_few, 2.0, order),
+        [rows, bank_a, bank_b, few, of_few, order],
+    )
+    radius = new(15, dtype=torch.float32)
+    calls["nearest key"] = (
+        lambda: nearest_key.nearest_key_fwd(pooled, keys, radius),
+        [pooled, keys, radius],
+    )
+    many, queries = new(8192, 64), new(300, 64)
+    # All scores; groups, in one tile of queries and in several.
+    for some, of, k, metric in (
+        (pooled, keys, 3, "cosine"),
+        (pooled, many, 2, "l2"),
+        (queries, many, 2, "l2"),
+    ):
+        calls[f"best keys of {len(some)} among {len(of)}"] = (
+            lambda some=some, of=of, k=k, metric=metric: topk_keys.topk_keys_fwd(
+                some, of, k, metric
+            ),
+            [some, of],
+        )
     for name, (call, inputs) in calls.items():
         assert compare(call, inputs, launches), name
         print(name, "ok")

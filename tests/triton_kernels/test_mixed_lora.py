@@ -360,6 +360,19 @@ def test_two_runs_agree_bit_for_bit() -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("name", ["descriptors", "per-token", "two-samples-per-tile"])
+def test_a_wide_tile_is_finished_a_few_columns_at_a_time(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = replace(next(c for c in CASES if c.name == name), ranks=(20, 9, 13))
+    inputs = made_inputs(case, torch.float16)
+    whole = _actual(case, inputs)
+    monkeypatch.setattr(shrink, "_WIDTH", 8)  # of 32
+    for a, b in zip(whole, _actual(case, inputs), strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(a, b)
+
+
 def test_double_precision_is_refused() -> None:
     inputs = made_inputs(Case(), torch.float64)
     with pytest.raises(TypeError, match="float64"):

@@ -147,10 +147,10 @@ def test_tiles_fit_into_the_shared_memory(shared: int) -> None:
         for rows, itemsize, aligned in itertools.product((4, 500, 8192), (2, 4), (True, False)):
             product = gemm_tiles.Product(rows, 4096, 4096, 60, itemsize, aligned)
             tiles = [(t, itemsize, itemsize) for t in gemm_tiles.candidates(traits, product)]
-            for gathers, backward, widths in itertools.product(
-                (True, False), (True, False), ([16], [64, 256])
+            for segments, backward, widths in itertools.product(
+                (0, 1, 4), (True, False), ([16], [64, 256])
             ):
-                given = traits, (itemsize, 4), rows, widths, gathers, backward
+                given = traits, (itemsize, 4), rows, widths, segments, backward
                 tiles.append((shrink_tiles._shrink_config(*given), itemsize, 4))
             for tile, row_bytes, column_bytes in tiles:
                 step = tile.k * (tile.m * row_bytes + tile.n * column_bytes)

@@ -15,6 +15,7 @@ from sapt_fast.methods.base import handles
 from sapt_fast.methods.edits.inputs import EditError, read_edits, read_prompt
 from sapt_fast.methods.edits.texts import EditTexts
 from sapt_fast.methods.output import OutputHandle
+from sapt_fast.pools.codebook import make_ragged
 from sapt_fast.pools.edit_log import EditLog, Text
 from sapt_fast.routing.prompts import Prompts
 from sapt_fast.sites.output import listen, silence
@@ -114,6 +115,9 @@ class LoggedHandle(OutputHandle):
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Restores what `stored` returned."""
         before, parts = self._state(), self._stateful()
+        tensors = dict(tensors)
+        for name in parts:
+            make_ragged(tensors, f"{name}:")
         expected = {f"{name}:{b}" for name, part in parts.items() for b in part.state_dict()}
         if set(tensors) != expected:
             raise ValueError(f"tensors: got {sorted(tensors)}, expected {sorted(expected)}")

@@ -71,8 +71,9 @@ class HiddenKeys:
 
     f(x) is the mean of the question's hidden states at the input of a low block (`HiddenMean`). m
     and V are the mean and the first principal components of other prompts' f; they are not
-    whitened. At a low layer a paraphrase is nearer than another question in the same words more
-    often than at the layer of an edit.
+    whitened. Among edits, a paraphrase's nearest key is its own more often than at higher layers.
+    Another question about the same entity may still be nearer than the paraphrase: `ProjectedKeys`
+    over `keys.features` tells them apart.
 
     Computing a key runs the embeddings and `layer` blocks of the base model, once per prompt.
     `keys.features(texts)` [B, D] and `keys.components` are the parts, for other uses than editing.

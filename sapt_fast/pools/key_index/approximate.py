@@ -31,7 +31,7 @@ class ApproximateIndex(TableIndex):
     The first search builds it, or `build`. Afterwards a changed key makes it stale: `search` raises
     an error until `build` is called again. Changes through `.data` are not noticed. Candidates are
     scored again from the table, so scores are those of the exact search, and differentiable in the
-    query. faiss uses one thread to build, so that equal keys make equal indexes.
+    query.
 
     Args:
         num_keys, width, metric, dtype, device: as in `TableIndex`.
@@ -50,19 +50,25 @@ class ApproximateIndex(TableIndex):
         self.host_copy = host_copy
         self._built: tuple[Any, Tensor, tuple[Any, ...]] | None = None
 
-    def build(self) -> None:
-        """Builds the index from the keys, on the CPU and in one thread.
+    def build(self, threads: int = 1) -> None:
+        """Builds the index from the keys, on the CPU.
+
+        Args:
+            threads: of faiss. One thread builds equal indexes from equal keys; with more, "hnsw"
+                depends on their order.
 
         Raises:
+            ValueError: if `threads` is not at least 1.
             RuntimeError: if the keys are on another device, and `host_copy` is false.
         """
+        require_count("threads", threads)
         self._require_readable()
         keys, rows = self.present_keys()
         version = self._fingerprint()
         if rows.shape[0] == 0:
             self._built = None
             return
-        with _one_thread() as faiss:
+        with _faiss_threads(threads) as faiss:
             index = self._made(faiss, self._for_faiss(keys))
         self._built = index, rows.cpu(), version
 
@@ -222,7 +228,7 @@ class IvfIndex(ApproximateIndex):
 
     Args:
         num_keys, width, metric, dtype, device, host_copy: as in `ApproximateIndex`.
-        lists: number of centroids [default: 4 sqrt(P), for P keys].
+        lists: number of centroids [default: sqrt(P), for P keys].
         probes: number of lists that are searched for each query.
     """
 
@@ -245,7 +251,7 @@ class IvfIndex(ApproximateIndex):
         self.probes = probes
 
     def _made(self, faiss: Any, keys: Any) -> Any:
-        lists = min(self.lists or max(1, round(4 * len(keys) ** 0.5)), len(keys))
+        lists = min(self.lists or max(1, round(len(keys) ** 0.5)), len(keys))
         index = faiss.index_factory(self.width, f"IVF{lists},Flat", self._metric(faiss))
         index.cp.min_points_per_centroid = 1  # else few keys print a warning
         index.train(keys)
@@ -321,14 +327,14 @@ def require_faiss() -> Any:
 
 
 @contextmanager
-def _one_thread() -> Iterator[Any]:
+def _faiss_threads(threads: int) -> Iterator[Any]:
     faiss = require_faiss()
-    threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(threads)
     try:
         yield faiss
     finally:
-        faiss.omp_set_num_threads(threads)
+        faiss.omp_set_num_threads(before)
 
 
 def _digest(tensor: Tensor) -> str:

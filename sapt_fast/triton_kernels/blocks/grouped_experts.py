@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sapt_fast.triton_kernels.blocks import common
 from sapt_fast.triton_kernels.blocks.common import cdiv, round_up
+from sapt_fast.triton_kernels.blocks.plans import launch
 
 # Between these many pairs per expert, the cheaper of the two in bytes.
 _SCATTERED, _CROWDED = 4, 16
@@ -230,7 +231,9 @@ def grouped_into_ranks(x: Tensor, bank: Tensor, index: Tensor, order: Tensor) ->
     block_n = 16 if interpreted else max(16, min(64, triton.next_power_of_2(R)))
     aligned = D % 16 == 0 and x.element_size() == 2
     with torch.cuda.device_of(x):
-        _grouped_into_ranks_kernel[(cdiv(M * k, block_m), cdiv(R, block_n))](
+        launch(
+            _grouped_into_ranks_kernel,
+            (cdiv(M * k, block_m), cdiv(R, block_n)),
             x,
             bank,
             index,
@@ -289,7 +292,9 @@ def grouped_out_of_ranks(
     with torch.cuda.device_of(h):
         for first in range(0, D, width):
             tiles = cdiv(min(width, D - first), block_n)
-            _grouped_out_of_ranks_kernel[(cdiv(M * k, block_m), tiles)](
+            launch(
+                _grouped_out_of_ranks_kernel,
+                (cdiv(M * k, block_m), tiles),
                 h,
                 weights,
                 bank,
@@ -312,7 +317,9 @@ def grouped_out_of_ranks(
                 num_warps=8 if dtype == torch.float32 else 4,
                 num_stages=3,
             )
-            _sum_choices_kernel[(M, tiles)](
+            launch(
+                _sum_choices_kernel,
+                (M, tiles),
                 products,
                 index,
                 weights,

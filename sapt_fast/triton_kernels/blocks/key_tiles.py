@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sapt_fast.triton_kernels.blocks import common
 from sapt_fast.triton_kernels.blocks.common import TileConfig, cdiv
+from sapt_fast.triton_kernels.blocks.plans import launch
 
 METRICS = {"dot": 0, "cosine": 1, "l2": 2}
 MAX_KEYS = 2**31 - 2**12
@@ -150,9 +151,10 @@ def _row_squares_kernel(
 def row_squares(x: Tensor) -> Tensor:
     """Squared norms `[M]`, float32, of rows `[M, D]` with unit column stride."""
     out = x.new_empty(x.shape[:1], dtype=torch.float32)
-    _row_squares_kernel[(cdiv(x.shape[0], 4),)](
-        x, out, x.shape[0], x.shape[1], x.stride(0), BLOCK_M=4, BLOCK_K=256, num_warps=4
-    )
+    launch(
+        _row_squares_kernel, (cdiv(x.shape[0], 4),),
+        x, out, x.shape[0], x.shape[1], x.stride(0), BLOCK_M=4, BLOCK_K=256, num_warps=4,
+    )  # fmt: skip
     return out
 
 

@@ -30,6 +30,7 @@ from sapt_fast.triton_kernels.blocks.row_reduction import Mixing, mixture_grad
 from sapt_fast.triton_kernels.blocks.shrink_tiles import (
     MAX_GROUP,
     RANK_ARGUMENTS,
+    column_block,
     member_tile,
     plan_shrink,
     rank_arguments,
@@ -37,6 +38,8 @@ from sapt_fast.triton_kernels.blocks.shrink_tiles import (
     tile_product,
     weighted,
 )
+
+_WIDTH = 64  # columns that the backward finishes at a time: their h and gw are in registers too
 
 
 @triton.jit(do_not_specialize=["parts", "M", "S", "T", "K", "tiles_r", *RANK_ARGUMENTS])
@@ -106,7 +109,7 @@ def _shrink_bwd_kernel(
     partial_ptr, M, D, R, S, T, K, tiles_r, rank_lo, rank_hi, gw_lo, gw_hi, train_lo, train_hi,
     gate_start, gate_stop, h_columns, stride_dym, stride_br, stride_hm, stride_gm,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
-    SEGMENTS: tl.constexpr, COMPUTE: tl.constexpr,
+    SEGMENTS: tl.constexpr, COMPUTE: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """One tile of a member's g = dy b^T in the columns lo:hi, never stored itself.
 
@@ -124,67 +127,81 @@ def _shrink_bwd_kernel(
     tile_m, member = member_tiles // len(b_ptrs), member_tiles % len(b_ptrs)
     first_row = tile_m * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
-    ranks = lo + tile_r * BLOCK_N + tl.arange(0, BLOCK_N)
-    columns = member * (hi - lo) + ranks
     in_rows = (rows < M)[:, None]
-    mask = in_rows & (ranks < hi)[None, :]
-    # into gw, hw, partial and the parts, all of row stride stride_gm
-    offsets = rows.to(tl.int64)[:, None] * stride_gm + columns[None, :]
+    row_offsets = rows.to(tl.int64)[:, None] * stride_gm
+    first_rank = lo + tile_r * BLOCK_N
+    ranks = first_rank + tl.arange(0, BLOCK_N)
     if parts_ptr is None:
         dy_ptr, b_ptr = pointer_of(member, dy_ptrs), pointer_of(member, b_ptrs)
         # g [BLOCK_M, BLOCK_N] = dy [BLOCK_M, D] b [BLOCK_N, D]^T, float32
-        g = tile_product(
+        whole = tile_product(
             dy_ptr, b_ptr, rows, ranks, M, R, 0, D, stride_dym, stride_br,
             BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, COMPUTE,
         )  # fmt: skip
     else:
         part_size = M.to(tl.int64) * stride_gm
+        offsets = row_offsets + (member * (hi - lo) + ranks)[None, :]
+        mask = in_rows & (ranks < hi)[None, :]
         # g [BLOCK_M, BLOCK_N], of the parts that `_split_kernel` left
-        g = sum_of_parts(parts_ptr, parts, offsets, part_size, mask, BLOCK_M, BLOCK_N)
+        whole = sum_of_parts(parts_ptr, parts, offsets, part_size, mask, BLOCK_M, BLOCK_N)
 
-    safe_ranks = tl.where(ranks < R, ranks, 0)
-    # [BLOCK_N] int32
-    adapters = tl.load(pointer_of(member, row_adapter_ptrs) + safe_ranks)
     # [BLOCK_M]: the sample of each row; `first` is that of the tile
     samples = tl.where(rows < M, rows, 0) // T
     first = first_row // T
-    g = tl.where((ranks < R)[None, :], g, 0.0)
-    # gw goes out before h comes in: both in registers at once would spill.
-    if gw_ptr is not None:
-        # [BLOCK_N]: the scale, or 0 where no gradient reaches the input
-        gates = tl.load(pointer_of(member, gate_ptrs) + safe_ranks)
-        gates = tl.where((ranks >= gate_start) & (ranks < gate_stop), gates, 0.0)
-        gw = weighted(g, mixture_ptr, adapters, gates, samples, first, S, K, SEGMENTS)
-        in_gw = (ranks >= gw_lo * 16) & (ranks < gw_hi * 16)
-        # [BLOCK_M, BLOCK_N] in dy's dtype, in the columns of its window
-        tl.store(gw_ptr + offsets, gw.to(gw_ptr.dtype.element_ty), mask=in_rows & in_gw[None, :])
-    if h_ptrs is not None:
-        # [BLOCK_N]
-        scales = tl.load(pointer_of(member, row_scale_ptrs) + safe_ranks)
-        h_offsets = rows.to(tl.int64)[:, None] * stride_hm + ranks[None, :]
-        # [BLOCK_M, BLOCK_N]; the columns that pad R may hold anything
-        in_h = in_rows & (ranks < h_columns)[None, :]
-        h = tl.load(pointer_of(member, h_ptrs) + h_offsets, mask=in_h, other=0.0).to(tl.float32)
-        h = tl.where((ranks < R)[None, :], h, 0.0)
-        if hw_ptr is not None:
-            hw = weighted(h, mixture_ptr, adapters, scales, samples, first, S, K, SEGMENTS)
-            trains = (ranks >= train_lo * 16) & (ranks < train_hi * 16)
-            # [BLOCK_M, BLOCK_N] in the columns of the rows that train
-            tl.store(
-                hw_ptr + offsets, hw.to(hw_ptr.dtype.element_ty), mask=in_rows & trains[None, :]
-            )
-        if partial_ptr is not None:
-            # [BLOCK_M, BLOCK_N]: what each row and rank adds to the gradient of its weight
-            product = tl.where((scales == 0)[None, :], 0.0, g * h * scales[None, :])
-            if SEGMENTS == 0:
-                tl.store(partial_ptr + offsets, product, mask=mask)
-            else:
-                for i in tl.static_range(SEGMENTS):
-                    inside = (samples == first + i)[:, None]
-                    # [BLOCK_N]: over the rows of sample first + i
-                    sums = tl.sum(tl.where(inside, product, 0.0), axis=0)
-                    row = (tile_m * SEGMENTS + i).to(tl.int64)
-                    tl.store(partial_ptr + row * stride_gm + columns, sums, mask=ranks < hi)
+    # WIDTH columns of a wide tile at a time: h and gw of all of them would spill.
+    WIDTH: tl.constexpr = BLOCK_N // BLOCKS
+    for block in tl.static_range(BLOCKS):
+        ranks = first_rank + block * WIDTH + tl.arange(0, WIDTH)
+        columns = member * (hi - lo) + ranks
+        # into gw, hw and partial, all of row stride stride_gm
+        offsets = row_offsets + columns[None, :]
+        safe_ranks = tl.where(ranks < R, ranks, 0)
+        # [WIDTH] int32
+        adapters = tl.load(pointer_of(member, row_adapter_ptrs) + safe_ranks)
+        g = tl.where((ranks < R)[None, :], column_block(whole, block, BLOCKS), 0.0)
+        # gw goes out before h comes in: both in registers at once would spill.
+        if gw_ptr is not None:
+            # [WIDTH]: the scale, or 0 where no gradient reaches the input
+            gates = tl.load(pointer_of(member, gate_ptrs) + safe_ranks)
+            gates = tl.where((ranks >= gate_start) & (ranks < gate_stop), gates, 0.0)
+            gw = weighted(g, mixture_ptr, adapters, gates, samples, first, S, K, SEGMENTS)
+            in_gw = (ranks >= gw_lo * 16) & (ranks < gw_hi * 16)
+            in_gw = in_rows & in_gw[None, :]
+            # [BLOCK_M, WIDTH] in dy's dtype, in the columns of its window
+            tl.store(gw_ptr + offsets, gw.to(gw_ptr.dtype.element_ty), mask=in_gw)
+        if h_ptrs is not None:
+            # [WIDTH]
+            scales = tl.load(pointer_of(member, row_scale_ptrs) + safe_ranks)
+            h_offsets = rows.to(tl.int64)[:, None] * stride_hm + ranks[None, :]
+            # [BLOCK_M, WIDTH]; the columns that pad R may hold anything
+            in_h = in_rows & (ranks < h_columns)[None, :]
+            h = tl.load(pointer_of(member, h_ptrs) + h_offsets, mask=in_h, other=0.0).to(tl.float32)
+            h = tl.where((ranks < R)[None, :], h, 0.0)
+            if hw_ptr is not None:
+                hw = weighted(h, mixture_ptr, adapters, scales, samples, first, S, K, SEGMENTS)
+                trains = (ranks >= train_lo * 16) & (ranks < train_hi * 16)
+                # [BLOCK_M, WIDTH] in the columns of the rows that train
+                tl.store(
+                    hw_ptr + offsets, hw.to(hw_ptr.dtype.element_ty), mask=in_rows & trains[None, :]
+                )
+            if partial_ptr is not None:
+                # [BLOCK_M, WIDTH]: what each row and rank adds to the gradient of its weight
+                product = tl.where((scales == 0)[None, :], 0.0, g * h * scales[None, :])
+                if SEGMENTS == 0:
+                    tl.store(partial_ptr + offsets, product, mask=in_rows & (ranks < hi)[None, :])
+                else:
+                    sum_ptrs = partial_ptr + (tile_m * SEGMENTS).to(tl.int64) * stride_gm + columns
+                    _store_sums(sum_ptrs, product, samples - first, stride_gm, ranks < hi, SEGMENTS)
+
+
+@triton.jit
+def _store_sums(sum_ptrs, product, segments, stride, mask, SEGMENTS: tl.constexpr):
+    """Line i: the sum of product [BLOCK_M, WIDTH] over the rows of segment i."""
+    for i in tl.static_range(SEGMENTS):
+        inside = (segments == i)[:, None]
+        # [WIDTH]
+        sums = tl.sum(tl.where(inside, product, 0.0), axis=0)
+        tl.store(sum_ptrs + i * stride, sums, mask=mask)
 
 
 def shrink_fwd(
@@ -328,7 +345,7 @@ def shrink_bwd(
             0 if h is None else readable_columns(h), dy.stride(0), lora_b.stride(0),
             0 if h is None else h.stride(0), columns, **plan.tile.launch_options(),
             EVEN_K=D % plan.tile.k == 0, SEGMENTS=plan.segments,
-            COMPUTE=common.compute_dtype(dy.dtype),
+            COMPUTE=common.compute_dtype(dy.dtype), BLOCKS=max(1, plan.tile.n // _WIDTH),
         )  # fmt: skip
         if partial is not None and d_mixture is not None:
             tile_rows = plan.tile.m if plan.segments else 1

@@ -25,6 +25,7 @@ from sapt_fast.triton_kernels.blocks.common import (
 from sapt_fast.triton_kernels.blocks.plans import launch
 
 _MAX_SEGMENTS = 4
+_MOST_ROWS = 128  # of a tile
 _LEAST_STEPS = 2  # of a part of the reduction: d 1024 in up to 8 parts
 
 MAX_GROUP = 8
@@ -90,6 +91,25 @@ def tile_product(
         x_ptrs += BLOCK_K
         a_ptrs += BLOCK_K * stride_ak
     return acc
+
+
+@triton.jit
+def column_block(tile, number: tl.constexpr, COUNT: tl.constexpr):
+    """The columns of a tile that are its part `number` of COUNT equal ones; COUNT is 1, 2 or 4."""
+    if COUNT > 1:
+        left, right = _halves(tile)
+        tile = left if 2 * number < COUNT else right
+    if COUNT > 2:
+        left, right = _halves(tile)
+        tile = left if number % 2 == 0 else right
+    return tile
+
+
+@triton.jit
+def _halves(tile):
+    """The left and the right columns of a tile; a matrix unit's threads have some of both."""
+    halves = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
+    return tl.split(tl.permute(halves, (0, 2, 1)))
 
 
 @triton.jit
@@ -213,11 +233,14 @@ def _shrink_config(
     itemsizes: tuple[int, int],  # of x and of the factors
     M: int,
     widths: Sequence[int],
-    gathers: bool,
+    segments: int,
     backward: bool,
 ) -> TileConfig:
-    """Returns the tile for members of so many columns each, of no more shared memory than is."""
-    tile = _wanted_tile(traits, itemsizes[0], M, widths, gathers, backward)
+    """Returns the tile for members of so many columns each, of no more shared memory than is.
+
+    `segments` are those of a tile of `_MOST_ROWS` rows.
+    """
+    tile = _wanted_tile(traits, itemsizes[0], M, widths, segments, backward)
     return tile if traits.capability == 0 else fitted(tile, traits.shared, *itemsizes)
 
 
@@ -226,7 +249,7 @@ def _wanted_tile(
     itemsize: int,
     M: int,
     widths: Sequence[int],
-    gathers: bool,
+    segments: int,
     backward: bool,
 ) -> TileConfig:
     columns = max(widths)
@@ -235,15 +258,25 @@ def _wanted_tile(
     block_n = max(16, min(64, triton.next_power_of_2(columns)))
     if itemsize == 4:
         return TileConfig(64, block_n, 32, num_warps=4, num_stages=3)
-    if not gathers and traits.capability < 120:
-        # The larger the tile, the less traffic; but each multiprocessor should get one. The
-        # backward holds g and h at once, which leaves no registers for 128 columns.
-        wide = traits.capability == 90 and not backward and columns > 64
-        if wide and _fills(traits, cdiv(M, 128) * _tiles(widths, 128)):
-            return TileConfig(128, 128, 64, num_warps=8, num_stages=3)
-        if _fills(traits, cdiv(M, 128) * _tiles(widths, block_n)):
-            return TileConfig(128, block_n, 64, num_warps=8, num_stages=4)
+    if segments > 0 and traits.capability < 120:
+        # The larger the tile, the less traffic; but each multiprocessor should get one.
+        for wide in _wide(traits, columns, segments, backward):
+            if _fills(traits, cdiv(M, _MOST_ROWS) * _tiles(widths, wide)):
+                return TileConfig(_MOST_ROWS, wide, 64, num_warps=8, num_stages=3)
+        if _fills(traits, cdiv(M, _MOST_ROWS) * _tiles(widths, block_n)):
+            return TileConfig(_MOST_ROWS, block_n, 64, num_warps=8, num_stages=4)
     return TileConfig(64, block_n, 64, num_warps=4, num_stages=4)
+
+
+def _wide(traits: DeviceTraits, columns: int, segments: int, backward: bool) -> list[int]:
+    """Widths above 64 that a tile of 128 rows may have, in 16 bit, the best first."""
+    # The backward would spill where its rows are of several samples.
+    if (segments > 1) if backward else (traits.capability != 90):
+        return []
+    # Past their end, matrix instructions multiply zeros: no more than a quarter of them.
+    widths = [256] if backward and 4 * round_up(columns, 256) <= 5 * columns else []
+    widths += [128] if columns > 64 else []
+    return [n for n in widths if 3 * 64 * 2 * (128 + n) <= traits.shared]
 
 
 def _fills(traits: DeviceTraits, tiles: int) -> bool:
@@ -294,9 +327,8 @@ def plan_shrink(
     columns = first + sum(widths)
     traits = common.device_traits(x.device)
     sizes = x.element_size(), factors[0].element_size()
-    tile = _shrink_config(traits, sizes, M, widths, gathers=False, backward=backward)
-    if segments_of(tile.m, S, T) == 0:
-        tile = _shrink_config(traits, sizes, M, widths, gathers=True, backward=backward)
+    segments = segments_of(_MOST_ROWS, S, T)
+    tile = _shrink_config(traits, sizes, M, widths, segments, backward=backward)
     tiles_r = _tiles(widths, tile.n)
     steps = cdiv(D, tile.k)
     num_parts = min(traits.num_sms // (cdiv(M, tile.m) * tiles_r), steps // _LEAST_STEPS)

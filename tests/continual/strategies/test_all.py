@@ -24,6 +24,12 @@ from sapt_fast.continual.strategies import STRATEGIES
 from sapt_fast.demo.tasks import CharTokenizer
 
 SEQUENTIAL = [name for name in STRATEGIES if name != "single"]
+# By default every strategy on one kind of model, in turns.
+RUNS = [
+    pytest.param(strategy, kind, marks=[pytest.mark.thorough] * ((number + place) % 2))
+    for number, strategy in enumerate(SEQUENTIAL)
+    for place, kind in enumerate(("t5", "llama"))
+]
 
 
 def settings_of(strategy: str, folder: Path, **options: Any) -> ContinualSettings:
@@ -32,8 +38,7 @@ def settings_of(strategy: str, folder: Path, **options: Any) -> ContinualSetting
     return make_settings(strategy=strategy, replay=replay, **{**defaults, **options})
 
 
-@pytest.mark.parametrize("kind", ["t5", "llama"])
-@pytest.mark.parametrize("strategy", SEQUENTIAL)
+@pytest.mark.parametrize(("strategy", "kind"), RUNS)
 def test_runs_and_is_evaluated_again_from_its_checkpoints(
     strategy: str, kind: str, tmp_path: Path
 ) -> None:

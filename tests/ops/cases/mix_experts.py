@@ -115,7 +115,8 @@ def registered(backend: str) -> Iterator[tuple[object, tuple]]:
     given = {n: t.to(device(backend)) for n, t in _inputs().items()}
     tensors = [given[n] for n in ("x", "bank_a", "bank_b", "index", "weights")]
     leaves = [t.clone().requires_grad_(t.is_floating_point()) for t in tensors]
-    yield op._forward_op, (*leaves, 0.5, False, backend)
-    y, h = op._forward_op(*tensors, 0.5, False, backend)
-    for needs in ([True, True, True], [False, True, False]):
-        yield op._backward_op, (torch.ones_like(y), *tensors, h, 0.5, needs, backend)
+    yield op._forward_op, (*leaves, 0.5, False, True, backend)
+    for banks in (True, False):
+        y, h, order = op._forward_op(*tensors, 0.5, False, banks, backend)
+        given = (torch.ones_like(y), *tensors, h, order, 0.5)
+        yield op._backward_op, (*given, [banks, True, banks], backend)

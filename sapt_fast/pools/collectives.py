@@ -1,0 +1,201 @@
+"""Exchanges rows between processes; sums are made in the order of the processes.
+
+Every process has to call these together, in the same order and with the same shapes, and to run the
+backward if any other does. Without torch.distributed there is one process, and nothing is sent.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["Group", "Sent", "exchanged", "gathered_rows"]
+
+
+class Group:
+    """The processes that share something.
+
+    Args:
+        group: a process group; None for all processes.
+
+    Attributes:
+        group: as above; None if there is one process without torch.distributed.
+        size: number of processes, W.
+        rank: number of this one.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        there = dist.is_available() and dist.is_initialized()
+        self.group: Any = (group or dist.group.WORLD) if there else None
+        self.size = dist.get_world_size(self.group) if there else 1
+        self.rank = dist.get_rank(self.group) if there else 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Group:
+        return self
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Returns the rows [M, ...] of all processes, [W * M, ...]."""
+        if self.size == 1:
+            return rows.clone()
+        from torch.distributed import _functional_collectives as collectives
+
+        gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
+        return _like(collectives.wait_tensor(gather(_bytes(rows), 0, self.group)), rows)
+
+    def exchange(
+        self, rows: Tensor, sent: list[int] | None = None, received: list[int] | None = None
+    ) -> Tensor:
+        """Sends a part of the rows to each process, and returns what each has sent to this one.
+
+        Args:
+            rows: [R, ...], in the order of the processes that get them.
+            sent: number of rows for each process; None for equal parts.
+            received: number of rows from each process.
+
+        Returns:
+            [sum of received, ...], in the order of the processes.
+        """
+        if self.size == 1:
+            return rows.clone()
+        from torch.distributed import _functional_collectives as collectives
+
+        found = collectives.all_to_all_single(_bytes(rows), received, sent, self.group)
+        return _like(collectives.wait_tensor(found), rows)
+
+    def counts(self, count: int, device: torch.device) -> list[int]:
+        """Returns the number that each process has given; waits for the device."""
+        return [int(n) for n in self.gather(torch.tensor([count], device=device))]
+
+    def gather_ragged(self, rows: Tensor) -> Tensor:
+        """As `gather`, of different numbers of rows."""
+        counts = self.counts(len(rows), rows.device)
+        everyone = self.gather(_padded(rows, max(counts)))
+        parts = everyone.view(self.size, max(counts), *rows.shape[1:])
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def gathered_rows(rows: Tensor, group: Group) -> Tensor:
+    """As `Group.gather`, differentiable: the gradients of all processes are summed."""
+    gathered: Tensor = _Gather.apply(rows, group)
+    return gathered
+
+
+def exchanged(rows: Tensor, group: Group) -> Tensor:
+    """As `Group.exchange` of equal parts, differentiable."""
+    found: Tensor = _Exchange.apply(rows, group)
+    return found
+
+
+class Sent:
+    """Rows that go to some of the processes, and what these return for them.
+
+    This waits for the device.
+
+    Args:
+        targets: [M, k] int64, the processes to which each row goes (also twice); -1 for none.
+        group: the processes.
+    """
+
+    def __init__(self, targets: Tensor, group: Group) -> None:
+        goes = torch.zeros(len(targets), group.size + 1, dtype=torch.bool, device=targets.device)
+        goes = goes.scatter_(1, torch.where(targets < 0, group.size, targets), True)[:, :-1]
+        self.group, self.count = group, len(targets)
+        self.rows = goes.t().nonzero()[:, 1]  # in the order of the processes
+        counts = goes.sum(0)
+        self.sent: list[int] = counts.tolist()
+        self.received: list[int] = group.exchange(counts).tolist()
+
+    def send(self, rows: Tensor) -> Tensor:
+        """Returns what all processes send to this one of their rows [M, ...]; differentiable."""
+        sent: Tensor = _Send.apply(rows, self)
+        return sent
+
+    def returned(self, terms: Tensor) -> Tensor:
+        """Returns terms, one for each received row, to where the rows are from.
+
+        Returns:
+            [M, ...], for each of this process's rows the sum of its terms, in float32 or wider and
+            in the order of the processes; differentiable.
+        """
+        returned: Tensor = _Return.apply(terms, self)
+        return returned
+
+    def _there(self, rows: Tensor) -> Tensor:
+        return self.group.exchange(rows[self.rows], self.sent, self.received)
+
+    def _back(self, terms: Tensor) -> Tensor:
+        parts = self.group.exchange(terms, self.received, self.sent)
+        wide = torch.promote_types(terms.dtype, torch.float32)
+        out = terms.new_zeros(self.count, *terms.shape[1:], dtype=wide)
+        for rows, part in zip(self.rows.split(self.sent), parts.split(self.sent), strict=True):
+            out[rows] += part.to(wide)
+        return out.to(terms.dtype)
+
+
+class _Send(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, plan: Sent) -> Tensor:
+        ctx.plan = plan
+        return plan._there(rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.plan._back(gradient), None
+
+
+class _Return(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, terms: Tensor, plan: Sent) -> Tensor:
+        ctx.plan = plan
+        return plan._back(terms)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.plan._there(gradient), None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return group.gather(rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _summed(gradient, ctx.group), None
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return group.exchange(rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.group.exchange(gradient), None
+
+
+def _summed(rows: Tensor, group: Group) -> Tensor:
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    parts = group.exchange(rows).unflatten(0, (group.size, -1)).to(wide)
+    return reduce(torch.add, parts.unbind(0)).to(rows.dtype)
+
+
+def _padded(rows: Tensor, count: int) -> Tensor:
+    """Returns `count` rows, the last of which are zeros."""
+    return torch.cat([rows, rows.new_zeros(count - len(rows), *rows.shape[1:])])
+
+
+def _bytes(rows: Tensor) -> Tensor:
+    """Returns rows [R, ...] as [R, bytes]: gloo does not know every dtype."""
+    flat = rows.detach().contiguous().view(len(rows), rows.shape[1:].numel())
+    return flat.view(torch.uint8)
+
+
+def _like(received: Tensor, rows: Tensor) -> Tensor:
+    return received.view(rows.dtype).view(len(received), *rows.shape[1:])

@@ -1,0 +1,217 @@
+"""A bank of experts, and an index of their keys, sharded by rows over processes.
+
+Each process stores and searches its own rows. Queries go to all processes, which return their k
+best keys. Inputs go to the processes of their experts, which return what these add. Experts, their
+gradients and the state of their optimizer never leave their process.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sapt_fast.pools.collectives import Group, Sent, exchanged, gathered_rows
+from sapt_fast.pools.experts import ExpertBank
+from sapt_fast.pools.key_index import KeyIndex
+from sapt_fast.pools.own import Own
+from sapt_fast.pools.row_table import require_ids
+
+__all__ = ["RowShards", "ShardedExperts", "sharded_search"]
+
+
+class RowShards:
+    """Which of N rows this process has: a contiguous part, as `torch.chunk` and DTensor divide.
+
+    Args:
+        num_rows: N, over all processes.
+        group: the processes.
+
+    Attributes:
+        num_rows, group: as above.
+        size: number of rows of each process but the last.
+        first: the first row of this process.
+        count: number of rows of this process.
+
+    Raises:
+        ValueError: if a process would have no rows.
+    """
+
+    def __init__(self, num_rows: int, group: Group) -> None:
+        self.num_rows, self.group = num_rows, group
+        self.size = -(-num_rows // group.size)
+        self.first = group.rank * self.size
+        self.count = min(self.size, num_rows - self.first)
+        if (group.size - 1) * self.size >= num_rows:
+            raise ValueError(
+                f"num_experts: got {num_rows} for {group.size} processes, expected enough for each"
+            )
+
+    def owner(self, ids: Tensor) -> Tensor:
+        """Returns the process of each row; -1 for -1 and for what is out of range."""
+        inside = (ids >= 0) & (ids < self.num_rows)
+        return torch.where(inside, ids // self.size, -1)
+
+    def local(self, ids: Tensor) -> Tensor:
+        """Returns the rows within this process; -1 for those of others and for -1."""
+        at = ids - self.first
+        return torch.where((at >= 0) & (at < self.count), at, -1)
+
+
+class ShardedExperts(Own, nn.Module):
+    """A bank whose experts are divided over processes; every process has its own inputs.
+
+    `mix` gives what an `ExpertBank` of all experts gives, up to the order of a sum: a delta is
+    summed within each process first, and then over the processes in their order. Every run gives
+    the same bits. All processes have to call `mix`, `training_rows` and the backward together; they
+    may have different numbers of rows.
+
+    Args:
+        num_experts: N, over all processes.
+        r, in_features, out_features: as for `ExpertBank`.
+        group: a process group; None for all processes.
+        options: further arguments of `ExpertBank`.
+
+    Attributes:
+        bank: this process's experts, numbered from 0. Give it to an optimizer of
+            `pools.row_optimizers`.
+        shards: which experts these are.
+
+    Raises:
+        ValueError: if there are fewer experts than processes.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        r: int,
+        in_features: int,
+        out_features: int,
+        *,
+        group: Any = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.shards = RowShards(num_experts, Group(group))
+        self.bank = ExpertBank(
+            self.shards.count, r, in_features, out_features, first=self.shards.first, **options
+        )
+
+    @property
+    def num_experts(self) -> int:
+        """N, over all processes."""
+        return self.shards.num_rows
+
+    def training_rows(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Hands out the rows of the experts that any process names, as `ExpertBank.training_rows`.
+
+        An expert's gradient is the sum over the losses of all processes. If each has the mean over
+        its own rows, divide it by the number of processes.
+
+        Args:
+            ids: [U] int64, experts 0 to N - 1, distinct: those that this process's rows select.
+
+        Returns:
+            Those of all processes' experts that this one stores, numbered as in `bank` [V] int64,
+            ascending; and their A [V, r, I] and B [V, r, O].
+
+        Raises:
+            TypeError, ValueError: if ids are not int64, out of range or not distinct.
+
+        Example:
+            >>> import torch
+            >>> from sapt_fast.pools.row_optimizers import RowAdam
+            >>> from sapt_fast.pools.sharded_experts import ShardedExperts
+            >>> experts, index = ShardedExperts(100, 1, 8, 6), torch.tensor([[3, 70]])
+            >>> optimizer = RowAdam(experts.bank, lr=0.03)
+            >>> local, a, b = experts.training_rows(index.unique())
+            >>> experts.mix(torch.ones(1, 8), index, torch.ones(1, 2)).sum().backward()
+            >>> optimizer.step(local, (a.grad, b.grad))
+        """
+        require_ids("ids", ids, self.num_experts)
+        local = self.shards.local(self.shards.group.gather_ragged(ids).unique())
+        local = local[local >= 0]
+        return (local, *self.bank.training_rows(local))
+
+    def mix(
+        self,
+        x: Tensor,
+        index: Tensor,
+        weights: Tensor,
+        scaling: float = 1.0,
+        *,
+        backend: str | None = None,
+    ) -> Tensor:
+        """Computes the weighted sum of the selected experts' outputs, where these are stored.
+
+        Args:
+            x: [M, I]; M may differ between processes.
+            index: [M, k] int64, experts 0 to N - 1; -1 for none.
+            weights: [M, k].
+            scaling, backend: as in `ExpertBank.mix`.
+
+        Returns:
+            delta, [M, O], as `ExpertBank.mix`; differentiable in x, weights and rows in training.
+
+        Raises:
+            ValueError, TypeError: if a shape, index, dtype or device does not fit.
+        """
+        if x.dim() != 2 or index.dim() != 2 or weights.shape != index.shape:
+            raise ValueError(
+                f"x, index, weights: got shapes {tuple(x.shape)}, {tuple(index.shape)} and "
+                f"{tuple(weights.shape)}, expected [M, I], [M, k] and [M, k]"
+            )
+        if len(index) != len(x):
+            raise ValueError(f"index: got {len(index)} rows, expected {len(x)} (those of x)")
+        if index.device.type == "cpu" and index.numel():
+            least, most = (int(end) for end in index.aminmax())
+            if least < -1 or most >= self.num_experts:
+                raise ValueError(
+                    f"index: got values from {least} to {most}, expected -1 to "
+                    f"{self.num_experts - 1}"
+                )
+        sent = Sent(self.shards.owner(index), self.shards.group)
+        local = self.shards.local(sent.send(index))
+        delta = self.bank.mix(sent.send(x), local, sent.send(weights), scaling, backend=backend)
+        return sent.returned(delta)
+
+
+def sharded_search(
+    index: KeyIndex, shards: RowShards, query: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    """Finds the k best of all processes' keys, as one index of all keys would.
+
+    All processes have to call this together; they may have different numbers of queries.
+
+    Args:
+        index: this process's keys, numbered from 0; not product keys, which are no rows.
+        shards: which keys these are.
+        query: [M, D], this process's queries.
+        k: number of keys to find.
+
+    Returns:
+        scores [M, k] and index [M, k] int64 as `KeyIndex.search` returns them, with numbers among
+        all keys. Equal scores are ordered by these numbers, if `index` orders its own so.
+        Differentiable in the query, and in keys that train.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `KeyIndex.search`.
+    """
+    group = shards.group
+    if query.dim() != 2:
+        raise ValueError(f"query: got shape {tuple(query.shape)}, expected [M, {index.width}]")
+    missing = max(group.counts(len(query), query.device)) - len(query)
+    queries = gathered_rows(F.pad(query, (0, 0, 0, missing)), group)
+    scores, found = index.search(queries, k)
+    numbers = torch.where(found >= 0, found + shards.first, -1)
+    # [W * M, k], best first for each process -> [M, W * k], in the order of the processes
+    scores = exchanged(scores, group).unflatten(0, (group.size, -1)).transpose(0, 1).flatten(1)
+    numbers = group.exchange(numbers).unflatten(0, (group.size, -1)).transpose(0, 1).flatten(1)
+    # Ascending and stable as in `topk_keys`: NaN is last; here, before what is missing.
+    order = scores.detach().neg().sort(dim=1, stable=True).indices
+    absent = numbers.gather(1, order) < 0
+    order = order.gather(1, absent.to(torch.uint8).sort(dim=1, stable=True).indices)[:, :k]
+    count = len(query)
+    return scores.gather(1, order)[:count], numbers.gather(1, order)[:count]

@@ -108,7 +108,7 @@ class Memory(nn.Module):
 
     @property
     def tables(self) -> tuple[Tensor, Tensor]:
-        a, b, _ = self.bank.select(torch.zeros(1, 1, dtype=torch.int64), torch.float32)
+        a, b, *_ = self.bank.select(torch.zeros(1, 1, dtype=torch.int64), torch.float32)
         return a, b
 
 

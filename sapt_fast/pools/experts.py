@@ -220,7 +220,7 @@ class ExpertBank(Own, nn.Module):
     def reset_rows(self, ids: Tensor) -> None:
         """Gives experts their start values again (A by the seed, B zero); they take no memory then.
 
-        Rows in training are dropped.
+        Rows in training are dropped. An optimizer keeps its state: call its `reset_rows` as well.
 
         Args:
             ids: [U] int64, distinct.
@@ -346,7 +346,7 @@ class ExpertBank(Own, nn.Module):
         convert = self.dtype == torch.bfloat16 and dtype != torch.bfloat16
         rows = self._rows
         if self._cache is None and not convert and isinstance(rows, RowTable):
-            at = rows.find(torch.where(index < self.num_experts, index, -1))
+            at = rows.find(index.clamp(-1, self.num_experts))
             return rows.tables["down"], rows.tables["up"], at
         a, b, at = self._select_rows(index, copy)
         return (a.float(), b.float(), at) if convert else (a, b, at)
@@ -357,7 +357,7 @@ class ExpertBank(Own, nn.Module):
         """Returns rows [R, ...] on the compute device and the index into them."""
         ids, inverse = torch.unique(index.clamp(-1, self.num_experts), return_inverse=True)
         ids = ids.to(self.home)
-        at = self._rows.find(torch.where(ids < self.num_experts, ids, -1))
+        at = self._rows.find(ids)
         found = at >= 0
         place = torch.full_like(at, -1)
         if self._cache is None:

@@ -40,7 +40,8 @@ class RowTable:
         self.num_ids = num_ids
         self.shapes = dict(shapes)
         self._size = 0
-        self._plus_one = torch.zeros(num_ids, dtype=torch.int32, device=device)  # 0: no row
+        # 0: no row. The last element is that of N and of -1, which never have one.
+        self._plus_one = torch.zeros(num_ids + 1, dtype=torch.int32, device=device)
         self.ids = torch.empty(0, dtype=torch.int64, device=device)
         self.tables = {
             name: torch.empty(0, *shape, dtype=dtype, device=device)
@@ -69,9 +70,8 @@ class RowTable:
         return self.tables[name][: self._size]
 
     def find(self, ids: Tensor) -> Tensor:
-        """Returns the rows of ids (int64, any shape); -1 for ids without one and for -1."""
-        at = self._plus_one[ids.clamp(min=0)].long() - 1
-        return at.masked_fill_(ids < 0, -1)
+        """Returns the rows of ids -1 to N (int64, any shape); -1 for ids without one, -1 and N."""
+        return self._plus_one[ids].long() - 1
 
     def add(self, ids: Tensor) -> Tensor:
         """Returns the rows of distinct ids [U]; those without one get a row with undefined values.

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import os
+import secrets
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sapt_fast.checks import require_count, require_number
+from sapt_fast.methods.base import handles
 from sapt_fast.methods.edits.handle import LoggedHandle, Pair, evaluating
 from sapt_fast.methods.edits.inputs import read_edits, read_prompt
 from sapt_fast.methods.edits.sites import device_of, in_decoder
@@ -24,6 +27,7 @@ from sapt_fast.methods.edits.texts import kind_of
 from sapt_fast.methods.memory.config import MomeConfig
 from sapt_fast.methods.memory.facts import Fact, Memorised, Recalled
 from sapt_fast.methods.memory.folder import FactFolder
+from sapt_fast.methods.memory.keys import fit_keys
 from sapt_fast.methods.memory.memorising import Memorising
 from sapt_fast.methods.memory.router import MemoryRouter
 from sapt_fast.methods.memory.sites import memory_targets, memory_widths
@@ -34,10 +38,15 @@ from sapt_fast.sites.features import HiddenMean
 from sapt_fast.sites.memory import FactLookup, KeyLookup, Lookup, MemoryOutput
 from sapt_fast.sites.output import find_outputs
 from sapt_fast.sites.report import PatchReport
+from sapt_fast.storage.bank_files import BANK_FILE, read_bank, save_bank
+from sapt_fast.storage.description import writes
+from sapt_fast.storage.method_files import read_method, write_method
+from sapt_fast.storage.tensors import digest_of_file
 
 __all__ = ["MomeConfig", "MomeHandle"]
 
 _BATCH = 32  # prompts whose queries are computed together
+_BANKS = "mome_bank_"  # what the names of their folders begin with
 _KEY_WIDTH = 64  # of learned and product keys
 
 
@@ -120,11 +129,13 @@ class MomeHandle(LoggedHandle):
             decides=path == alike[0],
         )  # fmt: skip
 
-    def _bank(self, widths: tuple[int, int], device: torch.device) -> ExpertBank:
+    def _bank(
+        self, widths: tuple[int, int], device: torch.device, storage: str | None = None
+    ) -> ExpertBank:
         config = self.config
         return ExpertBank(
             config.num_experts, config.r, *widths, dtype=getattr(torch, config.dtype),
-            storage=config.storage, seed=config.seed, device=device,
+            storage=storage or config.storage, seed=config.seed, device=device,
         )  # fmt: skip
 
     def _lookup(self, width: int, device: torch.device) -> Lookup:
@@ -169,11 +180,21 @@ class MomeHandle(LoggedHandle):
         """Whether prompts are looked up by a function of their tokens."""
         return bool(self.config.query == "sequence")
 
+    @property
+    def lookups(self) -> list[Lookup]:
+        """What finds experts: one for all layers, or one for each where tokens look up."""
+        found: list[Any] = list(self._lookups)
+        return found
+
+    @property
+    def lowest(self) -> str:
+        """The path of the lowest layer with memory."""
+        return self.report.patched[0]
+
     def parts(self) -> dict[str, nn.Module]:
-        """Returns the modules whose buffers are the method's state, by name."""
+        """Returns the modules whose buffers are the method's state, the banks excepted, by name."""
         parts: dict[str, nn.Module] = {"router": self.router}
-        parts |= {f"lookup.{place}": lookup for place, lookup in enumerate(self._lookups)}
-        return parts | {f"bank.{place}": bank for place, bank in enumerate(self._banks)}
+        return parts | {f"lookup.{place}": lookup for place, lookup in enumerate(self._lookups)}
 
     @property
     def facts(self) -> list[Fact]:
@@ -209,26 +230,29 @@ class MomeHandle(LoggedHandle):
                 f"fit_router: got a memory with {len(self.tasks)} facts, whose keys the new router "
                 "would not find; forget them first, or fit another model's"
             )
-        prompts = self._prompts_in(data)
-        if self.looks_up_by_tokens:
-            device = self._model.device
-            texts = [prompt.to(device) for prompt in prompts]
-            with torch.inference_mode(False):
-                config = self.config
-                self.router.fit(self._features(), texts, config.components, config.whitening)
-
-    def _prompts_in(self, data: Sequence[Any]) -> list[Tensor]:
         if not isinstance(data, Sequence) or isinstance(data, str) or len(data) == 0:
-            raise TypeError(f"data: got {type(data).__name__}, expected a list of prompts")
-        return [
-            read_prompt(self._model, self.tokenizer, prompt, f"data[{place}]: ")
-            for place, prompt in enumerate(data)
-        ]
+            raise TypeError(f"data: got {type(data).__name__}, expected a list of prompts or pairs")
+        config, pairs = self.config, []
+        if config.keys != "facts":
+            pairs, _ = read_edits(self._model, self.tokenizer, data, None, "data")
+            prompts = [prompt for prompt, _ in pairs]
+        else:
+            prompts = [
+                read_prompt(self._model, self.tokenizer, prompt, f"data[{place}]: ")
+                for place, prompt in enumerate(data)
+            ]
+        with torch.inference_mode(False):
+            if self.looks_up_by_tokens:
+                texts = [prompt.to(self._model.device) for prompt in prompts]
+                self.router.fit(self._features(), texts, config.components, config.whitening)
+            if pairs:
+                fit_keys(self, pairs)
 
     def _features(self) -> HiddenMean:
         config = self.config
         return HiddenMean(self._model, config.key_layer, self.tokenizer, config.pattern)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _query_of(self, texts: list[Tensor]) -> Tensor:
         """Returns what prompts are looked up by, [B, C], for the tokens [T_b] of each."""
         if not self.router.is_fitted:
@@ -443,6 +467,71 @@ class MomeHandle(LoggedHandle):
     def grow(self, name: str, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Raises TypeError: facts are added by `memorise`."""
         raise TypeError(f"grow({name!r}): facts are added by model.mome.memorise(facts)")
+
+    def save(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        is_main_process: bool | None = None,
+        state: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Saves the memory; each bank in shards in a folder of its own, whose name changes.
+
+        So a kill leaves the earlier memory complete.
+        """
+        for one in handles(self._model):
+            one.require_unmerged()
+        tensors, values = self.content(state)
+        folder, names = Path(directory), {}
+        if writes(self._model, is_main_process):
+            mark = secrets.token_hex(6)
+            for place, bank in enumerate(self.banks):
+                name = f"{_BANKS}{mark}_{place}"
+                save_bank(folder / name, bank if state is None else self._copy_of(bank, state))
+                names[name] = digest_of_file(folder / name / BANK_FILE)
+        write_method(self, directory, tensors, {**values, "banks": names}, is_main_process)
+        if names:
+            for old in folder.glob(f"{_BANKS}*"):
+                if old.name not in names:
+                    shutil.rmtree(old)
+
+    def _copy_of(self, bank: ExpertBank, state: Mapping[str, Tensor]) -> ExpertBank:
+        """Returns a bank with the rows in a state_dict of the model."""
+        paths = {module: path for path, module in self._model.named_modules()}
+        copied = self._bank((bank.in_features, bank.out_features), torch.device("cpu"), "device")
+        copied.restore({name: state[f"{paths[bank]}.{name}"] for name in bank.stored()})
+        return copied
+
+    def restore_files(self, folder: Path, values: Mapping[str, Any]) -> None:
+        """Reads the banks of a saved folder.
+
+        Raises:
+            FileNotFoundError: if a bank is missing.
+            ValueError: if a file is damaged; the message names it.
+        """
+        try:
+            self._read_banks(folder, values["banks"])
+        except BaseException:
+            self._remove(self.log.edits.tolist())
+            self.follow_edits()
+            raise
+
+    def _read_banks(self, folder: Path, names: Mapping[str, str]) -> None:
+        if len(names) != len(self.banks):
+            raise ValueError(f"{folder}: got {len(names)} banks, expected {len(self.banks)}")
+        for bank, (name, digest) in zip(self.banks, names.items(), strict=True):
+            if digest_of_file(folder / name / BANK_FILE) != digest:
+                raise ValueError(
+                    f"{folder / name / BANK_FILE}: its SHA-256 does not match the one in "
+                    f"{self.config_file}: it was damaged or copied from another folder"
+                )
+            read_bank(folder / name, bank)
+
+    def restore_values(self, directory: str | os.PathLike[str]) -> None:
+        """Sets the facts to those in a saved folder; errors as `sapt_fast.load_pretrained`."""
+        super().restore_values(directory)
+        stored = read_method(Path(directory), self.attribute)
+        self.restore_files(stored.source.parent, stored.values)
 
     def require_consistent(self) -> None:
         """Raises ValueError if router, keys and facts do not fit each other."""

@@ -121,7 +121,7 @@ class FactTable(Exact):
             ("keys", self.keys, num_keys),
             ("experts", self.experts, self.num_experts),
         ):
-            if len(self) and (values.min() < 0 or values.max() >= most):
+            if values.numel() and (values.min() < 0 or values.max() >= most):
                 raise ValueError(
                     f"{name}: got {int(values.min())} to {int(values.max())}, expected 0 to "
                     f"{most - 1}"

@@ -163,6 +163,55 @@ def test_save_and_load(tmp_path):
     assert set(other.state_dict()) == set(fresh().state_dict())
 
 
+def test_a_damaged_shard_is_named_and_an_earlier_bank_is_removed(tmp_path):
+    model = memorised()
+    for _ in range(2):
+        model.mome.save_pretrained(tmp_path)
+    (folder,) = tmp_path.glob("mome_bank_*")
+    shard = folder / "experts-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-4] + b"\0\0\0\1")
+    target = sapt_fast.patch(fresh(), MomeConfig(**SETTINGS))
+    with pytest.raises(ValueError, match="experts-00000"):
+        sapt_fast.load_pretrained(target, tmp_path)
+    assert target.mome.facts == []
+
+
+def test_a_mapped_bank(tmp_path):
+    model = memorised(storage="mapped")
+    model.mome.save_pretrained(tmp_path)
+    loaded = sapt_fast.load_pretrained(fresh(), tmp_path)
+    assert [answer(loaded, p) for p in PROMPTS] == TARGETS
+    loaded.mome.memorise([(OTHER, [23, 1])], until=0.3)
+    assert [answer(loaded, p) for p in [*PROMPTS, OTHER]] == [*TARGETS, [23, 1]]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"keys": "learned"},
+        {"keys": "product", "heads": 2, "gate": "sigmoid"},
+        {"keys": "learned", "query": "token"},
+    ],
+)
+def test_keys_of_experts(fields, tmp_path):
+    """The first stage trains keys and nothing else; facts then share the experts they find."""
+    config = MomeConfig(**{**SETTINGS, "threshold": None, **fields})
+    model, ids = sapt_fast.patch(fresh(), config), torch.tensor([PROMPTS[0]])
+    (lookup,) = model.mome.lookups
+    before = [lookup.projection.clone(), *(p.clone() for p in lookup.index.parameters())]
+    model.mome.fit_router([(prompt, [7, 1]) for prompt in router_data(40)])
+    after = [lookup.projection, *lookup.index.parameters()]
+    assert not any(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+    assert not any(p.requires_grad for p in model.parameters())
+    assert torch.equal(run(model, ids), run(fresh(), ids))
+    assert model.mome.memorise(FACTS, until=0.5).unfitted == []
+    assert [answer(model, p) for p in PROMPTS] == TARGETS
+    model.mome.save_pretrained(tmp_path)
+    loaded = sapt_fast.load_pretrained(fresh(), tmp_path)
+    assert torch.equal(run(loaded, ids), run(model, ids))
+    assert loaded.mome.experts_of(PROMPTS[0]) == model.mome.experts_of(PROMPTS[0])
+
+
 def test_beside_sapt():
     model = sapt_fast.patch(fresh(), SaptConfig(r=2, target_modules=("q_proj",)))
     model.sapt.add_task("one")
@@ -182,6 +231,12 @@ def test_in_bfloat16_under_autocast_and_checkpointing():
     assert model.mome.banks[0].rows(torch.tensor([0]))[0].dtype == torch.float32
     model = checkpointed(memorised()).train()
     torch.testing.assert_close(run(model, ids), expected)
+
+
+def test_compiled():
+    model, ids = memorised(), torch.tensor([PROMPTS[0], OTHER])
+    expected = run(model, ids)
+    torch.testing.assert_close(run(torch.compile(model, backend="eager"), ids), expected)
 
 
 def test_what_a_prompt_recalls():

@@ -147,14 +147,21 @@ class LoggedHandle(OutputHandle):
             return super().save(directory, is_main_process=is_main_process)
         for one in handles(self._model):
             one.require_unmerged()
+        return write_method(self, directory, *self.content(state), is_main_process)
+
+    def content(
+        self, state: Mapping[str, Tensor] | None
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Returns what `stored` does, from the model's state_dict if there is one."""
+        if state is None:
+            return self.stored()
         paths = {module: path for path, module in self._model.named_modules()}
         tensors = {
             f"{name}:{buffer}": state[f"{paths[part]}.{buffer}"]
             for name, part in self._stateful().items()
             for buffer in part.state_dict()
         }
-        values = {"edits": len(tensors["log:edits"])}
-        return write_method(self, directory, tensors, values, is_main_process)
+        return tensors, {"edits": len(tensors["log:edits"])}
 
     def restore_values(self, directory: str | os.PathLike[str]) -> None:
         """Sets the edits to those in a saved folder; errors as `sapt_fast.load_pretrained`."""

@@ -105,26 +105,56 @@ class Trainer:
             FloatingPointError: if a loss is not finite.
         """
         for epoch in range(self.epochs + 1):
-            found = [self._visit(batch, epoch) for batch in batches]
+            found = [self._train_on(batch, epoch) for batch in batches]
             if all(bool(fits.all()) for _, fits in found):
                 break
         losses, fits = (torch.cat(parts) for parts in zip(*found, strict=True))
         return Outcome(losses, fits, epoch)
 
-    def _visit(self, batch: FactTexts, epoch: int) -> tuple[Tensor, Tensor]:
-        """Returns losses and whether facts fit, [B], and makes a step on those that do not."""
+    def _train_on(self, batch: FactTexts, epoch: int) -> tuple[Tensor, Tensor]:
+        def moving(losses: Tensor, fits: Tensor) -> Tensor:
+            require_finite(losses, epoch)
+            return ~fits if epoch < self.epochs else torch.zeros_like(fits)
+
+        losses, fits, _ = self._visit(batch, (), moving)
+        return losses, fits
+
+    def gradients(
+        self, batch: FactTexts, keys: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Makes a step on all facts; returns their losses [B], and the gradients of `keys`."""
+        losses, _, grads = self._visit(batch, keys, lambda losses, fits: torch.ones_like(fits))
+        return losses, grads
+
+    def _visit(
+        self,
+        batch: FactTexts,
+        keys: Sequence[Tensor],
+        moving: Callable[[Tensor, Tensor], Tensor],
+    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """Makes a step on some facts.
+
+        Args:
+            batch: the facts.
+            keys: further tensors whose gradients are returned.
+            moving: tells the facts to train, [B] bool, by the losses [B] and whether facts fit [B].
+
+        Returns:
+            The losses and whether facts fit, before the step; and the gradients.
+        """
         ids = self._ids(batch)
         leaves = {key: o.bank.training_rows(ids[key]) for key, o in self.optimizers.items()}
+        grads: list[Tensor | None] = [None] * len(keys)
         try:
             with self._recording() as chosen, torch.enable_grad():
                 logits = batch.logits()
                 losses = losses_of(logits, batch.texts.labels)
-            require_finite(losses, epoch)
             with torch.no_grad():
                 fits = gives(logits, batch.texts.labels, 0.0) & (losses <= self.until)
-            if epoch < self.epochs and not bool(fits.all()):
-                self._step(losses, ~fits, ids, leaves, chosen)
-            return losses.detach(), fits
+            rows = moving(losses.detach(), fits)
+            if bool(rows.any()):
+                grads = self._step(losses, rows, ids, leaves, chosen, keys)
+            return losses.detach(), fits, grads
         finally:
             for optimizer in self.optimizers.values():
                 optimizer.bank.stop_training()
@@ -136,15 +166,18 @@ class Trainer:
         ids: Mapping[int, Tensor],
         leaves: Mapping[int, tuple[Tensor, Tensor]],
         chosen: Mapping[int, Sequence[tuple[Tensor, Tensor]]],
-    ) -> None:
-        flat = [leaf for pair in leaves.values() for leaf in pair]
-        found = iter(torch.autograd.grad(losses[moving].sum(), flat, allow_unused=True))
+        keys: Sequence[Tensor],
+    ) -> list[Tensor | None]:
+        flat = [*keys, *(leaf for pair in leaves.values() for leaf in pair)]
+        grads = torch.autograd.grad(losses[moving].sum(), flat, allow_unused=True)
+        found = iter(grads[len(keys) :])
         for key, optimizer in self.optimizers.items():
-            grads = [next(found), next(found)]
+            of_a, of_b = next(found), next(found)
             used = [index[moving].flatten() for index, _ in chosen[key]]
             rows = torch.isin(ids[key], torch.cat(used))
-            if grads[0] is not None and bool(rows.any()):
-                optimizer.step(ids[key][rows], (grads[0][rows], grads[1][rows]))
+            if of_a is not None and of_b is not None and bool(rows.any()):
+                optimizer.step(ids[key][rows], (of_a[rows], of_b[rows]))
+        return [*grads[: len(keys)]]
 
     def _ids(self, batch: FactTexts) -> dict[int, Tensor]:
         """Returns the experts [U] that the batch uses, of each bank."""

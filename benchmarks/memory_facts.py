@@ -59,6 +59,7 @@ class Experiment:
         auto: Any = transformers.AutoModelForCausalLM
         self.base = auto.from_pretrained(options.model).eval()
         options.output.mkdir(parents=True, exist_ok=True)
+        self._routers: dict[tuple[int, float], Any] = {}
         self._asked: dict[str, str] = self.part("asked", dict)
         counts = (options.facts, options.tuning, options.untouched)
         self.data: Questions = questions(options.countries, counts, self._misses)
@@ -175,7 +176,13 @@ class Experiment:
         settings = {"num_experts": self.options.experts, "pattern": _PATTERN, **fields}
         model = sapt_fast.patch(copy.deepcopy(self.base), MomeConfig(**settings))
         model.mome.tokenizer = self.tokenizer
-        model.mome.fit_router([self.ids(text) for text in self.data.router])
+        key = model.mome.config.components, model.mome.config.whitening
+        held = self._routers.get(key)
+        if held is None:
+            model.mome.fit_router([self.ids(text) for text in self.data.router])
+            self._routers[key] = model.mome.router.state_dict()
+        else:
+            model.mome.router.load_state_dict(held)
         return model
 
     def look_up(self) -> dict[str, Any]:

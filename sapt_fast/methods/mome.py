@@ -67,7 +67,7 @@ class MomeHandle(LoggedHandle):
         >>> import sapt_fast
         >>> from sapt_fast.demo.backbone import load_backbone
         >>> from sapt_fast.methods.mome import MomeConfig
-        >>> config = MomeConfig(num_experts=64, k=4, components=3)
+        >>> config = MomeConfig(num_experts=64, k=4, components=3, epochs=300)
         >>> model = sapt_fast.patch(load_backbone(), config)
         >>> model.mome.fit_router([[5, 9], [8, 4, 7], [30, 31], [40], [22, 23]])
         >>> report = model.mome.memorise([([5, 6, 7], [9, 1]), ([8, 7, 6], [10, 1])])
@@ -232,7 +232,8 @@ class MomeHandle(LoggedHandle):
             )
         if not isinstance(data, Sequence) or isinstance(data, str) or len(data) == 0:
             raise TypeError(f"data: got {type(data).__name__}, expected a list of prompts or pairs")
-        config, pairs = self.config, []
+        config = self.config
+        pairs: list[Pair] = []
         if config.keys != "facts":
             pairs, _ = read_edits(self._model, self.tokenizer, data, None, "data")
             prompts = [prompt for prompt, _ in pairs]
@@ -252,7 +253,7 @@ class MomeHandle(LoggedHandle):
         config = self.config
         return HiddenMean(self._model, config.key_layer, self.tokenizer, config.pattern)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable
     def _query_of(self, texts: list[Tensor]) -> Tensor:
         """Returns what prompts are looked up by, [B, C], for the tokens [T_b] of each."""
         if not self.router.is_fitted:

@@ -108,8 +108,8 @@ class Memory(nn.Module):
 
     @property
     def tables(self) -> tuple[Tensor, Tensor]:
-        a, b, *_ = self.bank.select(torch.zeros(1, 1, dtype=torch.int64), torch.float32)
-        return a, b
+        chosen = self.bank.select(torch.zeros(1, 1, dtype=torch.int64), torch.float32)
+        return chosen.a, chosen.b
 
 
 # --- correctness ---

@@ -68,6 +68,11 @@ def test_the_code_of_a_methods_page_runs(page, name):
     assert "model" in page(name)
 
 
+def test_the_code_on_indexes_runs(page):
+    left = page("concepts/indexes.md")
+    assert (left["rows"] == -1).sum(1).tolist() == [1, 1]
+
+
 def test_the_figures_on_banks_are_those_of_the_pages_code(page):
     left = page("deploy/memory_experts.md")
     lines = (DOCS / "deploy" / "memory_experts.md").read_text().splitlines()

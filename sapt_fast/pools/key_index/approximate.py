@@ -321,7 +321,7 @@ def require_faiss() -> Any:
         import faiss
     except ImportError as error:
         raise ImportError(
-            "index kinds 'ivf' and 'hnsw' need faiss: pip install 'sapt-fast[faiss]'"
+            "index kinds 'ivf' and 'hnsw' need the extra 'faiss': pip install faiss-cpu"
         ) from error
     return faiss
 

@@ -10,6 +10,7 @@
 
 #include "arguments.h"
 #include "capability.h"
+#include "cpu/dropout.h"
 #include "cpu/mixed_lora.h"
 #include "cpu/own_lora.h"
 #ifdef SAPT_FAST_WITH_CUDA
@@ -167,6 +168,18 @@ void factor_grad(int dtype, int factor_dtype, const Memory& out, const Memory& g
     mixed_lora().factor_grad(args, team(rows * ranks * columns, threads));
 }
 
+void drop(int dtype, const Memory& out, const Memory& x, std::int64_t seed, std::int64_t first_row,
+          std::int64_t rows, std::int64_t columns, std::int64_t drops, int threads) {
+    require(first_row >= 0 && rows >= 0 && columns >= 0, "first_row, rows, columns: negative");
+    require(drops >= 0 && drops <= 65536, "drops: not in [0, 65536]");
+    const std::int64_t element = size_of(dtype_of(dtype));
+    require_holds("out", out, {rows, columns}, element);
+    require_holds("x", x, {rows, columns}, element);
+    const Dropout args = {at(out), at(x),   static_cast<std::uint64_t>(seed),  first_row, rows,
+                          columns, element, static_cast<std::uint32_t>(drops)};
+    SAPT_FAST_PICK(dropout_kernels).drop(args, team(rows * columns, threads));
+}
+
 void own_lora(int dtype, int lora_dtype, const Memory& y, const Memory& x,
               const std::vector<Memory>& a, const std::vector<Memory>& b,
               const std::vector<std::int64_t>& ranks, const std::vector<double>& scales,
@@ -297,6 +310,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("factor_grad", &factor_grad, arg("dtype"), arg("factor_dtype"), arg("out"), arg("g"),
           arg("x"), arg("rows"), arg("ranks"), arg("columns"), arg("threads"),
           py::call_guard<py::gil_scoped_release>(), "out = g^T x for a few ranks.");
+    m.def("drop", &drop, arg("dtype"), arg("out"), arg("x"), arg("seed"), arg("first_row"),
+          arg("rows"), arg("columns"), arg("drops"), arg("threads"),
+          py::call_guard<py::gil_scoped_release>(), "out = x, 0 where dropout drops it.");
     m.attr("MOST_OWN_RANKS") = kMostOwnRanks;
     m.def("own_lora", &own_lora, arg("dtype"), arg("lora_dtype"), arg("y"), arg("x"), arg("a"),
           arg("b"), arg("ranks"), arg("scales"), arg("owner"), arg("rows"), arg("inputs"),

@@ -9,6 +9,7 @@ backend only its name in `BACKENDS`.
 
 import importlib
 import importlib.util
+import inspect
 import logging
 import os
 import pkgutil
@@ -109,6 +110,7 @@ def resolve(
     dtype: torch.dtype | None = None,
     rows: int | None = None,
     ranks: int = 0,
+    feature: str | None = None,
 ) -> str:
     """Returns the backend that runs an op.
 
@@ -125,16 +127,18 @@ def resolve(
             kernels are used, if their current source has passed such calls on a GPU
             (`cuda_kernels/recorded.json`).
         ranks: the most ranks that the adapters of a projection have together, where there are any.
+        feature: an argument of the kernels that some backends' kernels lack and the call needs,
+            such as "dropout". The environment variable has no effect if the backend's lack it.
 
     Raises:
         ValueError: if the requested name is unknown.
         BackendError: if the requested backend cannot run this op on this device.
     """
-    requested = backend or _from_environment(op)
+    requested = backend or _from_environment(op, device, feature)
     is_few = (
         rows is not None and _kind(device) == "cuda" and _rows()[op].are_few(rows, dtype, ranks)
     )
-    return _resolve(op, device, requested, dtype, rows if is_few else None)
+    return _resolve(op, device, requested, dtype, rows if is_few else None, feature)
 
 
 @torch.compiler.assume_constant_result
@@ -173,12 +177,25 @@ def import_failure(module: str, remedy: str) -> str | None:
     return None
 
 
-def _from_environment(op: str) -> str | None:
+def _from_environment(op: str, device: torch.device, feature: str | None) -> str | None:
     named = os.environ.get(ENV_VARIABLE)
     if not named:
         return None
     elsewhere = named in BACKENDS and named not in backends(op)
+    if not elsewhere and feature is not None and named in BACKENDS:
+        runs = unavailable(op, named, device) is None  # so that its kernels can be imported
+        elsewhere = runs and _lacks(op, named, feature) is not None
     return None if elsewhere else named
+
+
+@cache
+def _lacks(op: str, backend: str, feature: str | None) -> str | None:
+    """Returns why the kernels of an op cannot do what a call needs, or None."""
+    if feature is None:
+        return None
+    forward = getattr(kernels(op, backend), f"{op}_fwd")
+    has = feature in inspect.signature(forward).parameters
+    return None if has else f"its kernels have no {feature}"
 
 
 @cache
@@ -194,6 +211,7 @@ def _resolve(
     requested: str | None,
     dtype: torch.dtype | None,
     few: int | None,
+    feature: str | None,
 ) -> str:
     passed_over = []
     if requested is not None:
@@ -201,13 +219,14 @@ def _resolve(
             raise ValueError(
                 f"backend (or {ENV_VARIABLE}): got {requested!r}, expected one of {BACKENDS}"
             )
-        reason = unavailable(op, requested, device, dtype)
+        reason = unavailable(op, requested, device, dtype) or _lacks(op, requested, feature)
         if reason is not None:
             raise BackendError(f"backend '{requested}' cannot run op '{op}': {reason}")
         chosen = requested
     else:
         for chosen in backends(op):
             reason = _not_by_default(op, chosen, device, dtype, few)
+            reason = reason or _lacks(op, chosen, feature)
             if reason is None:
                 break
             passed_over.append(f"; not {chosen}: {reason}")

@@ -532,6 +532,8 @@ def resharded_bank(folder: Path, saved: int) -> None:
     found = [shards.group.gather_ragged(rows) for rows in (*found, moments)]
     if rank() == 0:
         torch.save([scores, chosen, *found], folder / f"loaded-{saved}-{world()}.pt")
+    with pytest.raises(NotADirectoryError, match="is a file"):  # on every process
+        save_sharded_bank(Path(__file__), experts, optimizer, index)
     damaged = sorted((folder / f"bank-{saved}-float32").glob("*.safetensors"))[-1]
     if world() > 1:
         dist.barrier()

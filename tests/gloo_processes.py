@@ -34,7 +34,7 @@ class Processes:
 
     def __exit__(self, *error):
         self.server.stdin.close()
-        self.server.wait(30)
+        self.server.wait(120)  # a busy machine takes its time
 
     def run(self, case, world, folder, timeout=60, **options):
         """Runs `gloo_cases.<case>(folder, **options)` in `world` processes.

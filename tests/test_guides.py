@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 import typer
 from tiny_tasks import save_byte_model
@@ -12,6 +13,8 @@ import sapt_fast
 from sapt_fast import dispatch, ops
 from sapt_fast.cli import app
 from sapt_fast.continual.settings import ContinualSettings
+from sapt_fast.pools.experts import ExpertBank
+from sapt_fast.pools.row_optimizers import RowAdam
 
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -71,9 +74,15 @@ def test_the_code_on_indexes_runs(page):
 
 
 def test_the_figures_on_banks_are_those_of_the_pages_code(page):
-    table = page("deploy/memory_experts.md")["table"]
+    left = page("deploy/memory_experts.md")
     lines = (DOCS / "deploy" / "memory_experts.md").read_text().splitlines()
-    assert sorted(table) == sorted(x for x in lines if x.startswith(("| 8 |", "| 64 |")))
+    assert sorted(left["table"]) == sorted(x for x in lines if x.startswith(("| 8 |", "| 64 |")))
+    bank = ExpertBank(1000, 1, 16, 16, dtype=torch.bfloat16)
+    optimizer, ids = RowAdam(bank), torch.arange(64)
+    optimizer.step(ids, bank.rows(ids))
+    stored = left["stored"](1, 1000, 64, 1, 16)
+    ends = 2 * 4  # each map has one more element
+    assert bank.nbytes + optimizer.state_bytes - ends == sum(stored.values()) - stored["keys"]
 
 
 def test_the_reference_has_every_public_name():

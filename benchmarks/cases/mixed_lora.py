@@ -15,6 +15,7 @@ from op_case import NewTensor
 from passes import Pass, Passes, Row
 
 from sapt_fast import dispatch
+from sapt_fast.ops._dropout import Dropout, drop_count
 from sapt_fast.ops.projection import Projection
 
 RANK_ALIGN = 16  # rows of h, h * w and g * w are padded to so many elements
@@ -330,6 +331,7 @@ class Launch:
     siblings: tuple[tuple[int, tuple[int, ...]], ...] = ()  # o and ranks of further projections
     quick: bool = False
     aligned: bool = True
+    drops: bool = False  # with dropout
 
     def launch(self, tensor: NewTensor) -> None:
         """By every route: forward, backward in both gradient modes and for the factors alone."""
@@ -342,13 +344,16 @@ class Launch:
         projections = [self._projection(tensor, o, sum(ranks)) for o, ranks in members]
         dys = [tensor(m, o) for o, _ in members]
         newest = [[sum(ranks[:-1]), sum(ranks)] for _, ranks in members]
+        seeds = [tensor(1, dtype=torch.int64) for _ in members]
+        dropout = Dropout(drop_count(0.1), seeds) if self.drops else None
         for route in gemm_variants.ROUTES:
             with gemm_variants.forced(route):
-                hs = [h for _, h in kernels.mixed_lora_fwd(x, mixture, projections)]
+                made = kernels.mixed_lora_fwd(x, mixture, projections, True, dropout)
+                hs = [h for _, h in made]
                 given = dys, x, mixture, projections, hs, newest
                 for through_frozen in (True, False):
-                    kernels.mixed_lora_bwd(*given, True, True, through_frozen)
-                kernels.mixed_lora_bwd(*given, False, False, False)
+                    kernels.mixed_lora_bwd(*given, True, True, through_frozen, dropout)
+                kernels.mixed_lora_bwd(*given, False, False, False, dropout)
 
     def _projection(self, tensor: NewTensor, o: int, r: int) -> Projection:
         lead = (self.samples * self.rows,) if self.onto else ()
@@ -403,6 +408,21 @@ LAUNCHES = (
     Launch("float32", 16, 512, 1024, 1024, (4,) * 15, dtype=torch.float32),
     Launch("odd width", 4, 50, 100, 100, (4,) * 3, aligned=False),
     Launch("two", 16, 512, 1024, 1024, (4,) * 15, siblings=((1024, (4,) * 15),), quick=True),
+    Launch(
+        "two, dropout",
+        16,
+        512,
+        1024,
+        1024,
+        (4,) * 15,
+        siblings=((1024, (4,) * 15),),
+        quick=True,
+        drops=True,
+    ),
+    Launch("dropout, R 240", 8, 1024, 4096, 4096, (16,) * 15, drops=True),
+    Launch("dropout, few rows", 4, 32, 1024, 1024, (4,) * 15, drops=True),
+    Launch("dropout, float32", 16, 512, 1024, 1024, (4,) * 15, dtype=torch.float32, drops=True),
+    Launch("dropout, odd width", 4, 50, 100, 100, (4,) * 3, aligned=False, drops=True),
     Launch("five", 8, 1024, 4096, 4096, (16,) * 15, siblings=FOUR_MORE, quick=True),
     Launch("five, decode", 4, 1, 4096, 4096, (16,) * 15, siblings=FOUR_MORE),
     Launch("five, short rows", 64, 48, 1024, 1024, (4,) * 15, siblings=FOUR_MORE),

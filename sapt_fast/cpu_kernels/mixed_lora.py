@@ -11,7 +11,9 @@ from torch import Tensor
 
 from sapt_fast import _C
 from sapt_fast.cpu_kernels.common import CODES
+from sapt_fast.cpu_kernels.dropout import Mask
 from sapt_fast.cpu_kernels.gemm import is_few, linear, multiply_tn, two_products
+from sapt_fast.ops._dropout import Dropout
 from sapt_fast.ops._presence import present_product, present_ranks
 from sapt_fast.ops.projection import Projection
 
@@ -25,25 +27,46 @@ _FACTOR_RANKS = {torch.float32: 16, torch.bfloat16: 8, torch.float16: 16, torch.
 
 
 def mixed_lora_fwd(
-    x: Tensor, mixture: Tensor, projections: Sequence[Projection], keep_h: bool = True
+    x: Tensor,
+    mixture: Tensor,
+    projections: Sequence[Projection],
+    keep_h: bool = True,
+    dropout: Dropout | None = None,
 ) -> list[tuple[Tensor, Tensor | None]]:
     """Computes `x W^T + bias` plus the mixture, for each projection.
 
     Returns:
         (y [M, O] in x's dtype, h = x A^T, [M, R], in x's dtype) of each projection; h may be None
-        without `keep_h`.
+        without `keep_h`. With dropout, h is as in the reference.
     """
     if any(_adds_bias(given) for given in projections):
         bare = [given._replace(bias=None) for given in projections]
-        results = mixed_lora_fwd(x, mixture, bare, keep_h)
+        results = mixed_lora_fwd(x, mixture, bare, keep_h, dropout)
         for (y, _), given in zip(results, projections, strict=True):
             if given.bias is not None:
                 y += given.bias
         return results
-    if x.shape[0] <= _DECODE_ROWS[x.dtype]:
+    if dropout is None and x.shape[0] <= _DECODE_ROWS[x.dtype]:
         return [_decode(x, mixture, given, keep_h) for given in projections]
     x, mixture = x.contiguous(), mixture.contiguous()
-    return [_forward(x, mixture, given) for given in projections]
+    masks = _masks(dropout, len(projections))
+    return [
+        _forward(x, mixture, _scaled(given, dropout), mask)
+        for given, mask in zip(projections, masks, strict=True)
+    ]
+
+
+def _masks(dropout: Dropout | None, count: int) -> Sequence[Mask | None]:
+    if dropout is None:
+        return [None] * count
+    return [Mask(dropout.drops, int(seed)) for seed in dropout.seeds]
+
+
+def _scaled(projection: Projection, dropout: Dropout | None) -> Projection:
+    """Returns the projection with the scalings that make up for what is dropped."""
+    if dropout is None:
+        return projection
+    return projection._replace(row_scale=projection.row_scale * dropout.scale)
 
 
 def _adds_bias(projection: Projection) -> bool:
@@ -52,9 +75,12 @@ def _adds_bias(projection: Projection) -> bool:
     return bias is not None and (weight is None or bias.dim() == 2)
 
 
-def _forward(x: Tensor, mixture: Tensor, projection: Projection) -> tuple[Tensor, Tensor]:
+def _forward(
+    x: Tensor, mixture: Tensor, projection: Projection, mask: Mask | None
+) -> tuple[Tensor, Tensor]:
     weight, bias, lora_a, lora_b, row_adapter, row_scale = projection
-    h = linear(x, lora_a.to(x.dtype))
+    lora_a = lora_a.to(x.dtype)
+    h = linear(x, lora_a) if mask is None else mask.shrink(x, lora_a)
     table = _table(mixture, row_adapter, row_scale)
     hw, lora_b = _weighted(h, table), lora_b.to(x.dtype)
     if not _has_absent(table) or _is_finite(lora_b):
@@ -80,6 +106,7 @@ def mixed_lora_bwd(
     needs_x: bool,
     needs_mixture: bool,
     grad_through_frozen: bool,
+    dropout: Dropout | None = None,
 ) -> tuple[Tensor | None, Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
     """Returns the gradients of `mixed_lora_fwd`.
 
@@ -90,8 +117,9 @@ def mixed_lora_bwd(
     x, mixture = x.contiguous(), mixture.contiguous()
     dx = d_mixture = None
     factors: list[tuple[Tensor | None, Tensor | None]] = []
-    for dy, projection, h, spans in zip(dys, projections, hs, train_rows, strict=True):
-        weight, _, lora_a, lora_b, row_adapter, row_scale = projection
+    masks = _masks(dropout, len(projections))
+    for dy, projection, h, spans, mask in zip(dys, projections, hs, train_rows, masks, strict=True):
+        weight, _, lora_a, lora_b, row_adapter, row_scale = _scaled(projection, dropout)
         dy = dy.contiguous()
         g = linear(dy, lora_b.to(x.dtype))
         if h is None:  # nothing but x wants a gradient
@@ -105,15 +133,24 @@ def mixed_lora_bwd(
         if spans:  # before dx: dy may still be in a cache
             trained = None if present is None else present[:, _selected(spans)]
             d_b = _factor_grad(packed_h, dy, lora_b.dtype, trained)
-            d_a = _factor_grad(packed_g, x, lora_a.dtype, trained)
+            d_a = _factor_grad(packed_g, x, lora_a.dtype, trained, mask)
         if needs_x and present is not None and not _is_finite(lora_a):
             through: slice | Tensor = slice(None)
             if not grad_through_frozen:
                 g, through = packed_g, _selected(spans)
             term = present_product(g, present[:, through], lora_a[through].to(x.dtype))
+            if mask is not None:
+                mask.drop(term)
             if weight is not None:
                 term += linear(dy, weight.t())
             dx = term if dx is None else dx.add_(term)
+        elif needs_x and mask is not None:
+            rows = lora_a.to(x.dtype)
+            if not grad_through_frozen:
+                g, rows = packed_g, rows[_selected(spans)]
+            # The base's part alone; without a base zeros, or what is there.
+            dx = two_products(dy, weight, None, g[:, :0], rows[:0], dx)
+            mask.add_product(dx, g, rows)
         elif needs_x and grad_through_frozen:
             dx = two_products(dy, weight, None, g, lora_a.to(x.dtype), dx)
         elif needs_x:
@@ -202,12 +239,25 @@ def _is_finite(values: Tensor) -> bool:
     return bool((most - least).isfinite())
 
 
-def _factor_grad(packed: Tensor, x: Tensor, dtype: torch.dtype, present: Tensor | None) -> Tensor:
-    """Computes packed [M, Rt]^T . x [M, I], over the pairs that are `present` [M, Rt], if given."""
-    out = _plain_factor_grad(packed, x, dtype)
+def _factor_grad(
+    packed: Tensor,
+    x: Tensor,
+    dtype: torch.dtype,
+    present: Tensor | None,
+    mask: Mask | None = None,
+) -> Tensor:
+    """Computes packed [M, Rt]^T . x [M, I], over the pairs that are `present` [M, Rt], if given.
+
+    With a mask, of the dropped x.
+    """
+    if mask is None:
+        out = _plain_factor_grad(packed, x, dtype)
+    else:
+        out = mask.factor_grad(packed, x).to(dtype)
     if present is None or _is_finite(out):
         return out
-    return present_product(packed.t(), present.t(), x).to(dtype)
+    dropped = x if mask is None else mask.drop(x, out=torch.empty_like(x))
+    return present_product(packed.t(), present.t(), dropped).to(dtype)
 
 
 def _plain_factor_grad(packed: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:

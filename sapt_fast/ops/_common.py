@@ -49,10 +49,16 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 
 
 def kernel(
-    op: str, name: str, backend: str | None, x: Tensor, rows: int | None = None, ranks: int = 0
+    op: str,
+    name: str,
+    backend: str | None,
+    x: Tensor,
+    rows: int | None = None,
+    ranks: int = 0,
+    feature: str | None = None,
 ) -> Callable[..., Any]:
     """Returns a kernel of the backend that dispatch selects; it runs without autocast."""
-    chosen = dispatch.resolve(op, x.device, backend, x.dtype, rows, ranks)
+    chosen = dispatch.resolve(op, x.device, backend, x.dtype, rows, ranks, feature)
     return guarded(getattr(dispatch.kernels(op, chosen), name), x)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from sapt_fast import dispatch
 from sapt_fast.ops import formulas, transforms
 from sapt_fast.ops._common import guarded, without_autocast
+from sapt_fast.ops._dropout import Dropout, as_argument
 from sapt_fast.ops.projection import PooledProjection, Projection
 
 OP = "mixed_lora"
@@ -28,6 +29,7 @@ def kernel_gradients(
     rows: Sequence[list[int]],
     needs: tuple[bool, bool, bool],
     ran: str,
+    dropout: Dropout | None = None,
     run: Callable[..., Found] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Gradients, Gradients]:
     """Computes the gradients by the kernels of a backend.
@@ -38,6 +40,7 @@ def kernel_gradients(
         rows: the ranges [start, stop, ...] of each projection that train.
         needs: needs_x, needs_mixture and grad_through_frozen.
         ran: the backend that computed the forward.
+        dropout: that of the forward.
         run: takes the same arguments in the place of `run_backward`.
 
     Returns:
@@ -46,7 +49,9 @@ def kernel_gradients(
     run = run or run_backward
     present = [dy for dy in dys if dy is not None]
     if len(present) == len(dys):
-        dx, d_mixture, d_a, d_b = run(present, x, mixture, projections, hs, rows, needs, ran)
+        dx, d_mixture, d_a, d_b = run(
+            present, x, mixture, projections, hs, rows, needs, ran, dropout
+        )
         return dx, d_mixture, _by_range(d_a, rows), _by_range(d_b, rows)
     dx = d_mixture = None
     all_a: Gradients = [None] * len(dys)
@@ -55,7 +60,7 @@ def kernel_gradients(
         chosen = [i for i, dy in enumerate(dys) if dy is not None]
         dx, d_mixture, d_a, d_b = run(
             present, x, mixture, [projections[i] for i in chosen], [hs[i] for i in chosen],
-            [rows[i] for i in chosen], needs, ran,
+            [rows[i] for i in chosen], needs, ran, None if dropout is None else dropout.of(chosen),
         )  # fmt: skip
         for i, own_a, own_b in zip(chosen, d_a, d_b, strict=True):
             all_a[i], all_b[i] = own_a, own_b
@@ -71,6 +76,7 @@ def run_backward(
     rows: Sequence[list[int]],
     needs: tuple[bool, bool, bool],
     ran: str,
+    dropout: Dropout | None = None,
 ) -> Found:
     """Calls `mixed_lora_bwd`; returns dx, d_mixture, and d_a and d_b of each projection.
 
@@ -80,9 +86,10 @@ def run_backward(
     if through != ran and any(h is not None for h in hs):
         # A backend without a backward keeps no h: the other one computes its own, and no y.
         ranks = [p._replace(weight=None, bias=None, lora_b=p.lora_b[:, :1]) for p in projections]
-        hs = [h for _, h in guarded(kernels.mixed_lora_fwd, x)(x, mixture, ranks)]
+        forward = guarded(kernels.mixed_lora_fwd, x)
+        hs = [h for _, h in forward(x, mixture, ranks, True, *as_argument(dropout))]
     dx, d_mixture, factors = guarded(kernels.mixed_lora_bwd, x)(
-        dys, x, mixture, projections, hs, rows, *needs
+        dys, x, mixture, projections, hs, rows, *needs, *as_argument(dropout)
     )
     return dx, d_mixture, [d_a for d_a, _ in factors], [d_b for _, d_b in factors]
 
@@ -104,6 +111,7 @@ def formula_gradients(
     rows: Sequence[list[int]],
     needs: Sequence[bool],
     grad_through_frozen: bool,
+    dropout: Dropout | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Gradients, Gradients, Gradients]:
     """Computes the gradients of the plain formula, for a second derivative or under vmap.
 
@@ -113,6 +121,7 @@ def formula_gradients(
         needs: whether to compute the gradient of x, of the mixture, of each weight, and of each of
             train_a and train_b.
         grad_through_frozen: as in `ops.mixed_lora_linear`.
+        dropout: that of the forward.
 
     Returns:
         The gradients of x, the mixture, the weights, train_a and train_b.
@@ -129,7 +138,7 @@ def formula_gradients(
             pooled.append(PooledProjection(base, given_a[at:stop], given_b[at:stop], spans))
             at = stop
         computed = [each.projection for each in pooled]
-        return formulas.mixed_lora(x, mixture, computed, pooled, grad_through_frozen)
+        return formulas.mixed_lora(x, mixture, computed, pooled, grad_through_frozen, dropout)
 
     inputs = [x, mixture, *weights, *train_a, *train_b]
     dx, d_mixture, *found = transforms.gradients(formula, inputs, needs, dys)

@@ -12,6 +12,7 @@ from torch import Tensor
 from sapt_fast import dispatch
 from sapt_fast.ops import transforms
 from sapt_fast.ops._common import guarded
+from sapt_fast.ops._dropout import Dropout, as_argument
 from sapt_fast.ops._mixed_lora_backward import (
     OP,
     bias_grads,
@@ -34,6 +35,7 @@ class _Options(NamedTuple):
         biases_have_rows: whether they are [M, O].
         grad_through_frozen: as in `ops.mixed_lora_linear`.
         ran: the backend.
+        drops: of `Dropout`; 0 without seeds.
     """
 
     tables: list[tuple[Tensor, Tensor]]
@@ -43,6 +45,7 @@ class _Options(NamedTuple):
     biases_have_rows: bool
     grad_through_frozen: bool
     ran: str
+    drops: int
 
 
 def is_eager(*tensors: Tensor | None) -> bool:
@@ -61,6 +64,7 @@ def apply(
     pooled: Sequence[PooledProjection],
     grad_through_frozen: bool,
     backend: str | None,
+    dropout: Dropout | None = None,
 ) -> list[Tensor]:
     """Computes y [M, O] of each projection; arguments as of `_mixed_lora_ops.differentiable`."""
     weights = [p.weight for p in computed if p.weight is not None]
@@ -74,9 +78,13 @@ def apply(
         len(biases),
         biases != [] and biases[0].dim() == 2,
         grad_through_frozen,
-        dispatch.resolve(OP, x.device, backend, x.dtype),
+        dispatch.resolve(
+            OP, x.device, backend, x.dtype, feature=None if dropout is None else "dropout"
+        ),
+        0 if dropout is None else dropout.drops,
     )
-    leaves = *weights, *train_a, *train_b, *biases
+    seeds = () if dropout is None else dropout.seeds
+    leaves = *seeds, *weights, *train_a, *train_b, *biases
     return [*_Function.apply(options, computed, x, mixture, *leaves)]
 
 
@@ -93,13 +101,16 @@ class _Function(torch.autograd.Function):
         """Computes y of each projection.
 
         Args:
-            leaves: the weights, the rows that train of each A, of each B, and the biases.
+            leaves: the seeds of the dropout, the weights, the rows that train of each A, of each
+                B, and the biases.
         """
+        seeds = leaves[: len(computed)] if options.drops else ()
+        dropped = as_argument(Dropout(options.drops, seeds) if seeds else None)
         forward = guarded(dispatch.kernels(OP, options.ran).mixed_lora_fwd, x)
         # h is for the gradients of the mixture and of the rows that train.
         needs_mixture = ctx.needs_input_grad[3]
         keeps = [needs_mixture or len(rows) > 0 for rows in options.rows]
-        results = forward(x, mixture, computed, True in keeps)
+        results = forward(x, mixture, computed, True in keeps, *dropped)
         hs = [h if keep else None for (_, h), keep in zip(results, keeps, strict=True)]
         ctx.options = options
         ctx.set_materialize_grads(False)
@@ -112,10 +123,13 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         """Returns a gradient for each argument of `forward`."""
-        tables, rows, weights, biases, have_rows, through, ran = ctx.options
+        tables, rows, weights, biases, have_rows, through, ran, drops = ctx.options
         count = len(tables)
+        seeded = count if drops else 0
         x, mixture, *saved = ctx.saved_tensors
         needs_x, needs_mixture, *needs = ctx.needs_input_grad[2:]
+        dropout = Dropout(drops, saved[:seeded]) if drops else None
+        saved, needs = saved[seeded:], needs[seeded:]
         own, a, b = saved[:weights], saved[-3 * count : -2 * count], saved[-2 * count : -count]
         projections = [
             Projection(own[i] if own else None, None, a[i], b[i], *tables[i]) for i in range(count)
@@ -127,13 +141,14 @@ class _Function(torch.autograd.Function):
             half = len(trained) // 2
             dx, d_mixture, d_weights, d_a, d_b = formula_gradients(
                 grads, x, mixture, projections, trained[:half], trained[half:], rows, wanted,
-                through,
+                through, dropout,
             )  # fmt: skip
         else:
             dx, d_mixture, d_a, d_b = kernel_gradients(
                 grads, x, mixture, projections, saved[-count:], rows,
-                (needs_x, needs_mixture, through), ran,
+                (needs_x, needs_mixture, through), ran, dropout,
             )  # fmt: skip
             d_weights = weight_grads(grads, x, needs[:weights])
         d_biases = bias_grads(grads, needs[len(needs) - biases :], have_rows)
-        return None, None, dx, d_mixture, *d_weights, *d_a, *d_b, *d_biases
+        nothing = [None] * seeded
+        return None, None, dx, d_mixture, *nothing, *d_weights, *d_a, *d_b, *d_biases

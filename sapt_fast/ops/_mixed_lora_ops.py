@@ -16,6 +16,7 @@ from torch import Tensor
 from sapt_fast import dispatch
 from sapt_fast.ops import _mixed_lora_eager, transforms
 from sapt_fast.ops._common import kernel
+from sapt_fast.ops._dropout import Dropout, as_argument
 from sapt_fast.ops._mixed_lora_backward import (
     OP,
     bias_grads,
@@ -36,6 +37,7 @@ def differentiable(
     pooled: Sequence[PooledProjection],
     grad_through_frozen: bool,
     backend: str | None,
+    dropout: Dropout | None = None,
 ) -> list[Tensor]:
     """Computes y [M, O] of each projection, by the registered op unless the call is eager.
 
@@ -45,16 +47,21 @@ def differentiable(
         computed: the projections, in the dtypes of the product.
         pooled: the rows of each projection that train.
         grad_through_frozen, backend: as in `ops.mixed_lora_linear`.
+        dropout: with a seed for each projection; None for none.
     """
-    tensors: list[Tensor | None] = [x, mixture]
+    seeds = [] if dropout is None else [*dropout.seeds]
+    tensors: list[Tensor | None] = [x, mixture, *seeds]
     for given, own in zip(pooled, computed, strict=True):
         tensors += [*own, *given.train_a, *given.train_b]
     if _mixed_lora_eager.is_eager(*tensors):
-        return _mixed_lora_eager.apply(x, mixture, computed, pooled, grad_through_frozen, backend)
+        return _mixed_lora_eager.apply(
+            x, mixture, computed, pooled, grad_through_frozen, backend, dropout
+        )
     train_a = [t for given in pooled for t in given.train_a]
     train_b = [t for given in pooled for t in given.train_b]
     rows = _triples([given.train_rows for given in pooled])
-    options = rows, grad_through_frozen, backend or ""
+    drops = 0 if dropout is None else dropout.drops
+    options = rows, grad_through_frozen, seeds, drops, backend or ""
     fields = flattened(computed)
     return _forward_op(x, mixture, *fields, train_a, train_b, *options)[: len(pooled)]
 
@@ -72,6 +79,15 @@ def _triples(train_rows: Sequence[Sequence[int]]) -> list[int]:
         for start, stop in zip(rows[::2], rows[1::2], strict=True):
             triples += (index, start, stop)
     return triples
+
+
+def _dropout(drops: int, seeds: Sequence[Tensor]) -> Dropout | None:
+    return Dropout(drops, seeds) if drops else None
+
+
+def _feature(drops: int) -> str | None:
+    """Returns what the kernels must have besides."""
+    return "dropout" if drops else None
 
 
 def _rows(count: int, triples: Sequence[int]) -> list[list[int]]:
@@ -96,12 +112,15 @@ def _forward_op(
     train_b: Sequence[Tensor],
     train_rows: Sequence[int],
     grad_through_frozen: bool,
+    seeds: Sequence[Tensor],
+    drops: int,
     backend: str,
 ) -> list[Tensor]:
     """Returns y of each projection, then h of each; `train_rows` are triples, see `_triples`."""
     transforms.require_no_tangents(OP)
     projections = _projections(len(lora_a), weights, biases, lora_a, lora_b, row_adapter, row_scale)
-    results = kernel(OP, "mixed_lora_fwd", backend, x)(x, mixture, projections)
+    forward = kernel(OP, "mixed_lora_fwd", backend, x, feature=_feature(drops))
+    results = forward(x, mixture, projections, True, *as_argument(_dropout(drops, seeds)))
     return [y for y, _ in results] + [h for _, h in results]
 
 
@@ -120,6 +139,8 @@ def _backward_op(
     needs_x: bool,
     needs_mixture: bool,
     grad_through_frozen: bool,
+    seeds: Sequence[Tensor],
+    drops: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
     """Calls `run_backward`; returns empty tensors instead of None."""
@@ -128,7 +149,8 @@ def _backward_op(
     dx, d_mixture, d_a, d_b = run_backward(
         dys, x, mixture, projections, hs, _rows(count, train_rows),
         (needs_x, needs_mixture, grad_through_frozen),
-        dispatch.resolve(OP, x.device, backend, x.dtype),
+        dispatch.resolve(OP, x.device, backend, x.dtype, feature=_feature(drops)),
+        _dropout(drops, seeds),
     )  # fmt: skip
 
     def filled(t: Tensor | None) -> Tensor:
@@ -184,20 +206,20 @@ def _backward_fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     """Keeps for the backward what the op was given, and each h that it made."""
     (x, mixture, weights, biases, lora_a, lora_b, row_adapter, row_scale, train_a, train_b,
-     train_rows, grad_through_frozen, backend) = inputs  # fmt: skip
+     train_rows, grad_through_frozen, seeds, drops, backend) = inputs  # fmt: skip
     count = len(lora_a)
     made = output[count:]
     ctx.mark_non_differentiable(*made)
     ctx.set_materialize_grads(False)
     ctx.rows = _rows(count, train_rows)
-    ctx.grad_through_frozen, ctx.backend = grad_through_frozen, backend
+    ctx.grad_through_frozen, ctx.drops, ctx.backend = grad_through_frozen, drops, backend
     given = [x, mixture], weights, train_a, train_b, biases
     ctx.needs = [[t.requires_grad for t in tensors] for tensors in given]
     ctx.biases_have_rows = any(bias.dim() == 2 for bias in biases)
     needs_mixture = mixture.requires_grad
     hs = [h if needs_mixture or rows else None for h, rows in zip(made, ctx.rows, strict=True)]
     # The last two share lora_a's and lora_b's memory; saving them detects later writes.
-    fields = weights, lora_a, lora_b, row_adapter, row_scale, hs, train_a, train_b
+    fields = weights, lora_a, lora_b, row_adapter, row_scale, hs, train_a, train_b, seeds
     ctx.sizes = [len(field) for field in fields]
     ctx.save_for_backward(x, mixture, *chain(*fields))
 
@@ -205,7 +227,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     """Returns a gradient for each argument of the op."""
     x, mixture, *saved = ctx.saved_tensors
-    weights, *stacks, hs, train_a, train_b = split(saved, ctx.sizes)
+    weights, *stacks, hs, train_a, train_b, seeds = split(saved, ctx.sizes)
+    dropout = _dropout(ctx.drops, seeds)
     count, rows, through = len(ctx.rows), ctx.rows, ctx.grad_through_frozen
     dys, projections = grads[:count], _projections(count, weights, (), *stacks)
     (needs_x, needs_mixture), needs_weight, needs_a, needs_b, needs_bias = ctx.needs
@@ -213,12 +236,12 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     if transforms.differentiates_backward(*dys):
         needs = needs_x, needs_mixture, *needs_weight, *needs_a, *needs_b
         dx, d_mixture, d_weights, d_a, d_b = formula_gradients(
-            dys, x, mixture, projections, train_a, train_b, rows, needs, through
+            dys, x, mixture, projections, train_a, train_b, rows, needs, through, dropout
         )
     else:
         dx, d_mixture, d_a, d_b = kernel_gradients(
             dys, x, mixture, projections, hs, rows, (needs_x, needs_mixture, through), ctx.backend,
-            _run_op,
+            dropout, _run_op,
         )  # fmt: skip
         d_weights = weight_grads(dys, x, needs_weight)
     nothing = [None] * count
@@ -233,6 +256,8 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
         # An empty list of ints counts as a list of tensors, whose gradient is a list.
         None if needs_a else [],
         None,
+        [None] * len(seeds),
+        None,
         None,
     )
 
@@ -246,10 +271,13 @@ def _run_op(
     rows: Sequence[list[int]],
     needs: tuple[bool, bool, bool],
     backend: str,
+    dropout: Dropout | None,
 ) -> Any:
     """Calls the registered backward with the arguments of `run_backward`."""
     weights, _, *stacks = flattened(projections)
-    return _backward_op(dys, x, mixture, weights, *stacks, hs, _triples(rows), *needs, backend)
+    drops, seeds = (0, []) if dropout is None else (dropout.drops, [*dropout.seeds])
+    options = *needs, seeds, drops, backend
+    return _backward_op(dys, x, mixture, weights, *stacks, hs, _triples(rows), *options)
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sapt_fast.ops._common import without_autocast
+from sapt_fast.ops._dropout import Dropout, kept
 from sapt_fast.ops._keys import accumulation_dtype
 from sapt_fast.ops.projection import PooledProjection, Projection
 from sapt_fast.ops.transforms import values
@@ -30,17 +31,26 @@ def mixed_lora(
     computed: Sequence[Projection],
     pooled: Sequence[PooledProjection],
     grad_through_frozen: bool,
+    dropout: Dropout | None = None,
 ) -> list[Tensor]:
     """Computes y [M, O] of each projection; arguments as in `_mixed_lora_ops.differentiable`."""
+    ys = []
     with without_autocast(x.device):
-        return [
-            _mixed_projection(x, mixture, projection, given, grad_through_frozen)
-            for projection, given in zip(computed, pooled, strict=True)
-        ]
+        for i, (projection, given) in enumerate(zip(computed, pooled, strict=True)):
+            adapted = x
+            if dropout is not None:
+                adapted = kept(x, dropout.seeds[i], dropout.drops)
+                row_scale = projection.row_scale * dropout.scale
+                projection = projection._replace(row_scale=row_scale)
+            ys.append(
+                _mixed_projection(x, adapted, mixture, projection, given, grad_through_frozen)
+            )
+    return ys
 
 
 def _mixed_projection(
     x: Tensor,
+    adapted: Tensor,
     mixture: Tensor,
     projection: Projection,
     given: PooledProjection,
@@ -53,7 +63,7 @@ def _mixed_projection(
     if not mixture.shape[0]:  # no rows either
         mixture = mixture.new_zeros(1, mixture.shape[1])
     frozen = None if grad_through_frozen else _frozen_rows(lora_a, given.train_rows)
-    by_sample = x.reshape(samples, x.shape[0] // samples, x.shape[1])
+    by_sample = adapted.reshape(samples, x.shape[0] // samples, x.shape[1])
     own = mixture.index_select(1, row_adapter)
     # A weight of 0 stays one at any scale, and still has a derivative.
     row_scale = torch.where((own == 0) & ~torch.isfinite(row_scale), 0.0, row_scale)

@@ -17,6 +17,7 @@ from torch import Tensor
 from sapt_fast import dispatch
 from sapt_fast.ops import formulas, transforms
 from sapt_fast.ops._common import FLOATS, autocasts, kernel, require_tensors
+from sapt_fast.ops._dropout import Dropout, as_argument, kept, mask, seeded
 from sapt_fast.ops._mixed_lora_ops import differentiable
 from sapt_fast.ops._presence import (
     present_product,
@@ -25,7 +26,7 @@ from sapt_fast.ops._presence import (
     without_undefined,
 )
 from sapt_fast.ops._scalars import number
-from sapt_fast.ops.projection import PooledProjection, Projection
+from sapt_fast.ops.projection import PooledProjection, Projection, in_dtype, require_sizes
 from sapt_fast.ops.rank_table import (
     RankTable,
     cached_table,
@@ -49,6 +50,8 @@ def mixed_lora_linear(
     scaling: float | Tensor = 1.0,
     grad_through_frozen: bool = True,
     trainable: Sequence[int] | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Computes `x W^T + bias` plus the mixture of all adapters.
@@ -71,6 +74,12 @@ def mixed_lora_linear(
         grad_through_frozen: False passes no gradient to x through adapters that are not in
             `trainable`, as in the original SAPT code.
         trainable: indices of the adapters whose rows get a gradient; None for all adapters.
+        dropout_p: probability, rounded to a multiple of 2**-16, of dropping an element of the
+            adapters' input: one mask for all adapters, and none for `x W^T`. A dropped element is
+            0 even if x is not finite there. What is kept is divided by `1 - dropout_p`. Kernels
+            compute the mask from the seed (Philox 4x32-10) and store neither it nor its product.
+        seed: int64 tensor of one element on x's device, which determines the mask. Defaults to
+            one that torch's generator of the device draws.
         backend: "reference", "cpu", "triton" or "cuda"; None selects one, as `dispatch.resolve`.
 
     Returns:
@@ -110,6 +119,7 @@ def mixed_lora_linear(
         scaling,
         grad_through_frozen,
         trainable,
+        seeded(dropout_p, seed, x),
         backend,
     )
 
@@ -124,13 +134,16 @@ def mixed_lora(
     scaling: float | Tensor = 1.0,
     grad_through_frozen: bool = True,
     trainable: Sequence[int] | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Computes the mixture of all adapters: `mixed_lora_linear` without the base product.
 
     Args:
         x, lora_a, lora_b, mixture: as in `mixed_lora_linear`.
-        ranks, scaling, grad_through_frozen, trainable, backend: as in `mixed_lora_linear`.
+        ranks, scaling, grad_through_frozen, trainable, dropout_p, seed, backend: as in
+            `mixed_lora_linear`.
 
     Returns:
         [B, T, O] or [M, O], contiguous, in x's dtype.
@@ -156,6 +169,7 @@ def mixed_lora(
         scaling,
         grad_through_frozen,
         trainable,
+        seeded(dropout_p, seed, x),
         backend,
     )
 
@@ -166,6 +180,7 @@ def mix(
     projections: Sequence[PooledProjection],
     grad_through_frozen: bool = True,
     backend: str | None = None,
+    dropout: Dropout | None = None,
 ) -> list[Tensor]:
     """Runs the op on pools that are already stacked.
 
@@ -177,6 +192,7 @@ def mix(
         projections: either all or none have a weight; the same holds for the bias, and for its
             number of dimensions.
         grad_through_frozen, backend: as in `mixed_lora_linear`.
+        dropout: of the adapters' input, with a seed for each projection; None for none.
 
     Returns:
         y [..., O] of each projection.
@@ -185,6 +201,7 @@ def mix(
         ValueError: if x is not as wide as a projection's lora_a.
         ValueError: if S does not divide the rows of x.
         ValueError: if the sizes of weight, bias and lora_b differ.
+        ValueError: if there are not as many seeds as projections.
         RuntimeError: if x has no dimensions.
     """
     dims = x.dim()
@@ -197,62 +214,27 @@ def mix(
     if mixture.dtype != accumulate:
         mixture = mixture.to(accumulate)
     rows = x if dims == 2 else x.flatten(0, -2) if dims > 2 else x.unsqueeze(0)
-    _check_sizes(rows, mixture, projections)
-    computed = [_in_dtype(given.projection, dtype, accumulate) for given in projections]
+    require_sizes(rows, mixture, projections)
+    computed = [in_dtype(given.projection, dtype, accumulate) for given in projections]
+    if dropout is not None and len(dropout.seeds) != len(projections):
+        got, expected = len(dropout.seeds), len(projections)
+        raise ValueError(f"dropout: got {got} seeds, expected {expected} (one of each projection)")
+    feature = None if dropout is None else "dropout"
     if transforms.active():
-        dispatch.resolve("mixed_lora", x.device, backend, x.dtype)  # raises if it cannot run
-        ys = formulas.mixed_lora(rows, mixture, computed, projections, grad_through_frozen)
+        dispatch.resolve("mixed_lora", x.device, backend, x.dtype, feature=feature)  # may raise
+        ys = formulas.mixed_lora(rows, mixture, computed, projections, grad_through_frozen, dropout)
         return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
     if _eager_inference(x):
         ranks = max((p.lora_a.shape[0] for p in computed), default=0)
-        forward = kernel("mixed_lora", "mixed_lora_fwd", backend, rows, rows.shape[0], ranks)
-        ys = [y for y, _ in forward(rows, mixture, computed, False)]
-    else:
-        ys = differentiable(rows, mixture, computed, projections, grad_through_frozen, backend)
-    return ys if dims == 2 else [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
-
-
-def _check_sizes(rows: Tensor, mixture: Tensor, projections: Sequence[PooledProjection]) -> None:
-    """Raises ValueError if the sizes of a layer's input do not fit the layer's tensors."""
-    count, width = rows.shape
-    samples = mixture.shape[0]
-    if count % samples if samples else count:
-        raise ValueError(
-            f"mixture: got weights of {samples} samples, expected as many as divide the {count} "
-            "rows of x"
+        forward = kernel(
+            "mixed_lora", "mixed_lora_fwd", backend, rows, rows.shape[0], ranks, feature
         )
-    for (weight, bias, lora_a, lora_b, _, _), *_ in projections:
-        inputs, outputs = lora_a.shape[1], lora_b.shape[1]
-        if inputs != width:
-            raise ValueError(f"x: got width {width}, expected {inputs} (that of lora_a)")
-        if weight is not None and weight.shape != (outputs, width):
-            raise ValueError(
-                f"weight: got shape {tuple(weight.shape)}, expected [{outputs}, {width}]"
-            )
-        if bias is not None and (
-            bias.shape[-1] != outputs or (bias.dim() == 2 and bias.shape[0] != count)
-        ):
-            raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected [{outputs}]")
-
-
-def _in_dtype(given: Projection, dtype: torch.dtype, accumulate: torch.dtype) -> Projection:
-    weight, bias, lora_a, lora_b, row_adapter, row_scale = given
-    if (
-        (weight is None or weight.dtype == dtype)
-        and (bias is None or bias.dtype == dtype)
-        and lora_a.dtype in (dtype, torch.float32)
-        and row_scale.dtype == accumulate
-    ):
-        return given
-    if weight is not None and weight.dtype != dtype:
-        weight = weight.to(dtype)
-    if bias is not None and bias.dtype != dtype:
-        bias = bias.to(dtype)
-    if lora_a.dtype not in (dtype, torch.float32):
-        lora_a, lora_b = lora_a.to(dtype), lora_b.to(dtype)
-    if row_scale.dtype != accumulate:
-        row_scale = row_scale.to(accumulate)
-    return Projection(weight, bias, lora_a, lora_b, row_adapter, row_scale)
+        ys = [y for y, _ in forward(rows, mixture, computed, False, *as_argument(dropout))]
+    else:
+        ys = differentiable(
+            rows, mixture, computed, projections, grad_through_frozen, backend, dropout
+        )
+    return ys if dims == 2 else [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -289,6 +271,7 @@ def _checked(
     scaling: float | Tensor,
     grad_through_frozen: bool,
     trainable: Sequence[int] | None,
+    dropout: Dropout | None,
     backend: str | None,
 ) -> Tensor:
     require_tensors(x=x, lora_a=lora_a, lora_b=lora_b, mixture=mixture)
@@ -350,7 +333,7 @@ def _checked(
         [lora_b[i:j] for i, j in spans],
         train_rows,
     )
-    return mix(x, mixture.reshape(-1, count), [pooled], grad_through_frozen, backend)[0]
+    return mix(x, mixture.reshape(-1, count), [pooled], grad_through_frozen, backend, dropout)[0]
 
 
 def _scaling(scaling: Any, count: int) -> float | Tensor:
@@ -381,15 +364,24 @@ def _table(layout: tuple[int, ...], scaling: float | Tensor, x: Tensor) -> RankT
 
 
 def mixed_lora_fwd(
-    x: Tensor, mixture: Tensor, projections: Sequence[Projection], keep_h: bool = True
+    x: Tensor,
+    mixture: Tensor,
+    projections: Sequence[Projection],
+    keep_h: bool = True,
+    dropout: Dropout | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Specifies the forward: returns `(y [M, O], h [M, R] = x A^T)` of each projection.
 
-    Without `keep_h`, h is not read, and a backend may return any value for it.
+    Without `keep_h`, h is not read, and a backend may return any value for it. With dropout, h is
+    that of x with zeros for what is dropped; the factor of what is kept belongs to the scalings.
     """
     results = []
-    for weight, bias, lora_a, lora_b, row_adapter, row_scale in projections:
-        h = x @ lora_a.to(x.dtype).t()
+    for i, (weight, bias, lora_a, lora_b, row_adapter, row_scale) in enumerate(projections):
+        adapted = x
+        if dropout is not None:
+            adapted = kept(x, dropout.seeds[i], dropout.drops)
+            row_scale = row_scale * dropout.scale
+        h = adapted @ lora_a.to(x.dtype).t()
         hw = _weighted(h, mixture, row_adapter, row_scale)
         present = present_ranks(mixture, row_adapter, row_scale, x.shape[0])
         y = present_product(hw, present, lora_b.to(x.dtype))
@@ -409,6 +401,7 @@ def mixed_lora_bwd(
     needs_x: bool,
     needs_mixture: bool,
     grad_through_frozen: bool,
+    dropout: Dropout | None = None,
 ) -> tuple[Tensor | None, Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
     """Specifies the backward.
 
@@ -420,6 +413,7 @@ def mixed_lora_bwd(
         train_rows: ascending disjoint ranges [start, stop, start, stop, ...] of each projection.
         needs_x, needs_mixture: whether to compute dx and d_mixture.
         grad_through_frozen: as in `mixed_lora_linear`.
+        dropout: as in the forward.
 
     Returns:
         dx [M, I] and d_mixture [S, K], summed over the projections, and (d_a [Rt, I],
@@ -429,8 +423,15 @@ def mixed_lora_bwd(
     dx = x.new_zeros(x.shape) if needs_x else None
     d_mixture = torch.zeros_like(mixture) if needs_mixture else None
     factors: list[tuple[Tensor | None, Tensor | None]] = []
-    for dy, projection, h, spans in zip(dys, projections, hs, train_rows, strict=True):
+    for i, (dy, projection, h, spans) in enumerate(
+        zip(dys, projections, hs, train_rows, strict=True)
+    ):
         weight, _, lora_a, lora_b, row_adapter, row_scale = projection
+        adapted = x
+        if dropout is not None:
+            keeps = mask(dropout.seeds[i], dropout.drops, *x.shape)
+            adapted = torch.where(keeps, x, 0.0)
+            row_scale = row_scale * dropout.scale
         lora_a_x, lora_b_x = lora_a.to(x.dtype), lora_b.to(x.dtype)
         g = dy @ lora_b_x.t()
         if d_mixture is not None and h is not None:
@@ -446,12 +447,13 @@ def mixed_lora_bwd(
         d_a = d_b = None
         if spans and h is not None:
             hw = _weighted(h[:, rows], mixture, row_adapter[rows], row_scale[rows])
-            d_a = present_product(gw[:, rows].t(), present[:, rows].t(), x).to(lora_a.dtype)
+            d_a = present_product(gw[:, rows].t(), present[:, rows].t(), adapted).to(lora_a.dtype)
             d_b = present_product(hw.t(), present[:, rows].t(), dy).to(lora_b.dtype)
         factors.append((d_a, d_b))
         if dx is not None:
             through = slice(None) if grad_through_frozen else rows
-            dx += present_product(gw[:, through], present[:, through], lora_a_x[through])
+            term = present_product(gw[:, through], present[:, through], lora_a_x[through])
+            dx += term if dropout is None else torch.where(keeps, term, 0.0)
             if weight is not None:
                 dx = torch.addmm(dx, dy, weight)
     return dx, d_mixture, factors

@@ -8,6 +8,7 @@ from torch._guards import detect_fake_mode
 
 from sapt_fast.devices import Resident
 from sapt_fast.ops import transforms
+from sapt_fast.ops._dropout import drawn
 from sapt_fast.ops.mixed_lora import mix
 from sapt_fast.ops.projection import PooledProjection, Projection
 from sapt_fast.ops.rank_table import RankTable, rank_table
@@ -144,6 +145,7 @@ class AdapterPool(Own, Resident):
         mixture: Tensor,
         *,
         grad_through_frozen: bool = True,
+        dropout_p: float = 0.0,
         backend: str | None = None,
     ) -> Tensor:
         """Computes `ops.mixed_lora_linear` with this pool.
@@ -155,13 +157,14 @@ class AdapterPool(Own, Resident):
             bias: the layer's bias [out_features], or what is added to each row of x,
                 [rows, out_features]; or None.
             mixture: [S, K]; S divides the number of rows of x.
-            grad_through_frozen, backend: as in `ops.mixed_lora_linear`.
+            grad_through_frozen, dropout_p, backend: as in `ops.mixed_lora_linear`.
 
         Returns:
             [..., out_features].
         """
         given = self.projection(x, weight, bias, grad_through_frozen)
-        return mix(x, mixture, [given], grad_through_frozen, backend)[0]
+        dropout = drawn(dropout_p, x, 1)
+        return mix(x, mixture, [given], grad_through_frozen, backend, dropout)[0]
 
     def projection(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, grad_through_frozen: bool

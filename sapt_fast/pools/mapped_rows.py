@@ -37,6 +37,7 @@ class MappedRows:
 
     device = torch.device("cpu")
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         num_ids: int,
@@ -50,7 +51,8 @@ class MappedRows:
         self._changed = RowTable(num_ids, shapes, self.device)
         self._shards, self._shard_rows, self._checks = dict(shards), shard_rows, dict(checks)
         self._ids = ids
-        self._plus_one = torch.zeros(num_ids, dtype=torch.int32)  # 0: none, or changed since
+        # 0: none, or changed since; the last element is that of N and of -1.
+        self._plus_one = torch.zeros(num_ids + 1, dtype=torch.int32)
         self._plus_one[ids] = torch.arange(1, len(ids) + 1, dtype=torch.int32)
         self._unchanged = len(ids)
         self.rows_read = 0
@@ -76,8 +78,7 @@ class MappedRows:
 
     def find(self, ids: Tensor) -> Tensor:
         changed = self._changed.find(ids)
-        in_file = self._plus_one[ids.clamp(min=0)].long() - 1
-        in_file.masked_fill_(ids < 0, -1)
+        in_file = self._plus_one[ids].long() - 1
         return torch.where(changed >= 0, changed + len(self._ids), in_file)
 
     def add(self, ids: Tensor) -> Tensor:

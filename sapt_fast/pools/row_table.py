@@ -31,6 +31,7 @@ class RowTable:
         tables: by name, [capacity, *shape].
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         num_ids: int,
@@ -40,7 +41,8 @@ class RowTable:
         self.num_ids = num_ids
         self.shapes = dict(shapes)
         self._size = 0
-        self._plus_one = torch.zeros(num_ids, dtype=torch.int32, device=device)  # 0: no row
+        # 0: no row. The last element is that of N and of -1, which never have one.
+        self._plus_one = torch.zeros(num_ids + 1, dtype=torch.int32, device=device)
         self.ids = torch.empty(0, dtype=torch.int64, device=device)
         self.tables = {
             name: torch.empty(0, *shape, dtype=dtype, device=device)
@@ -69,9 +71,8 @@ class RowTable:
         return self.tables[name][: self._size]
 
     def find(self, ids: Tensor) -> Tensor:
-        """Returns the rows of ids (int64, any shape); -1 for ids without one and for -1."""
-        at = self._plus_one[ids.clamp(min=0)].long() - 1
-        return at.masked_fill_(ids < 0, -1)
+        """Returns the rows of ids -1 to N (int64, any shape); -1 for ids without one, -1 and N."""
+        return self._plus_one[ids].long() - 1
 
     def add(self, ids: Tensor) -> Tensor:
         """Returns the rows of distinct ids [U]; those without one get a row with undefined values.
@@ -124,6 +125,7 @@ class RowTable:
             table[target] = table[source]
         self._plus_one[self.ids[target]] = (target + 1).to(torch.int32)
 
+    @torch.inference_mode(False)
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Replaces every tensor by `fn` of it, for moves to another device."""
         self._plus_one, self.ids = fn(self._plus_one), fn(self.ids)
@@ -136,9 +138,9 @@ class RowTable:
         if rows <= capacity:
             return
         capacity = min(self.num_ids, max(rows, _LEAST_ROWS, capacity + capacity // _SPARE))
-        self.ids = self._grown(self.ids, capacity)
         for name in self.tables:  # one after another: only one is there twice
             self.tables[name] = self._grown(self.tables[name], capacity)
+        self.ids = self._grown(self.ids, capacity)  # last: without memory nothing has changed
 
     def _grown(self, table: Tensor, capacity: int) -> Tensor:
         larger = table.new_empty(capacity, *table.shape[1:])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sapt_fast.pools.collectives import Group, Sent, exchanged, gathered_rows
 from sapt_fast.pools.experts import ExpertBank
-from sapt_fast.pools.key_index import KeyIndex
+from sapt_fast.pools.key_index import KeyIndex, ProductIndex
 from sapt_fast.pools.own import Own
 from sapt_fast.pools.row_table import require_ids
 
@@ -66,7 +66,8 @@ class ShardedExperts(Own, nn.Module):
     `mix` gives what an `ExpertBank` of all experts gives, up to the order of a sum: a delta is
     summed within each process first, and then over the processes in their order. Every run gives
     the same bits. All processes have to call `mix`, `training_rows` and the backward together; they
-    may have different numbers of rows.
+    may have different numbers of rows. A `state_dict` has this process's experts only: use
+    `storage.sharded_bank_files` to save all.
 
     Args:
         num_experts: N, over all processes.
@@ -197,9 +198,15 @@ def sharded_search(
         Differentiable in the query, and in keys that train.
 
     Raises:
+        TypeError: if the index has product keys, which cannot be divided by rows.
+        ValueError: if the index has another number of keys than `shards`.
         ValueError, TypeError, RuntimeError: as `KeyIndex.search`.
     """
     group = shards.group
+    if isinstance(index, ProductIndex):
+        raise TypeError("index: got product keys, which are no rows, expected another kind")
+    if index.num_keys != shards.count:
+        raise ValueError(f"index: got {index.num_keys} keys, expected {shards.count} (of shards)")
     if query.dim() != 2:
         raise ValueError(f"query: got shape {tuple(query.shape)}, expected [M, {index.width}]")
     missing = max(group.counts(len(query), query.device)) - len(query)

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sapt_fast.devices import is_wrapped_by_accelerate
 from sapt_fast.ops._common import autocasts
+from sapt_fast.ops._dropout import drawn
 from sapt_fast.ops.mixed_lora import mix
 from sapt_fast.pools.lora import AdapterPool
 from sapt_fast.routing.forward import Waiting
@@ -43,19 +44,23 @@ class Mixed:
         if not len(pool) or self.sapt_routing.merged is not None:
             return F.linear(x, weight, bias)
         mixture = checked_mixture(self.sapt_routing.running, x, len(pool), type(self).__name__)
-        drops = self.training and self.sapt_dropout
-        if drops or is_torchao(weight):
-            dropped = F.dropout(x, self.sapt_dropout) if drops else x
-            return self._plus_mixture(F.linear(x, weight, bias), dropped, mixture)
-        return pool(x, weight, bias, mixture, grad_through_frozen=self.sapt_grad_through_frozen)
+        if is_torchao(weight):
+            return self._plus_mixture(F.linear(x, weight, bias), x, mixture)
+        through, rate = self.sapt_grad_through_frozen, self._drop_rate()
+        return pool(x, weight, bias, mixture, grad_through_frozen=through, dropout_p=rate)
+
+    def _drop_rate(self) -> float:
+        """The rate of the dropout of the adapters' input, now."""
+        return self.sapt_dropout if self.training else 0.0
 
     def _plus_mixture(self, y: Tensor, x: Tensor, mixture: Tensor) -> Tensor:
         """Returns y [..., O] plus the mixture for x; y itself may be anybody's, and stays."""
-        pool, through = self.sapt_pool, self.sapt_grad_through_frozen
+        pool, through, rate = self.sapt_pool, self.sapt_grad_through_frozen, self._drop_rate()
+        rows = None
         if type(y) is Tensor and y.dtype == x.dtype and not autocasts(x.device):
             rows = y.flatten(0, -2) if y.dim() > 1 else y.unsqueeze(0)
-            return pool(x, None, rows, mixture, grad_through_frozen=through)
-        return y + pool(x, None, None, mixture, grad_through_frozen=through).to(y.dtype)
+        delta = pool(x, None, rows, mixture, grad_through_frozen=through, dropout_p=rate)
+        return y + delta.to(y.dtype) if rows is None else delta
 
 
 class MixedLinear(Mixed, nn.Linear):
@@ -99,7 +104,8 @@ class InputGroup:
         )
         through = layer.sapt_grad_through_frozen
         pooled = [m.sapt_pool.projection(x, m.weight, m.bias, through) for m in self.layers]
-        first, *others = mix(x, mixture, pooled, through)
+        dropout = drawn(layer._drop_rate(), x, len(pooled))
+        first, *others = mix(x, mixture, pooled, through, dropout=dropout)
         waiting[self] = x, _version(x), dict(zip(self.layers[1:], others, strict=True))
         return first
 
@@ -117,10 +123,9 @@ class InputGroup:
     def _can_share(self, x: Tensor) -> bool:
         """Returns whether calling one layer is as good as calling all of them in turn."""
         layers = self.layers
-        biases = {layer.bias is None for layer in layers}
-        return len(biases) == 1 and all(
+        kinds = {(layer.bias is None, layer._drop_rate()) for layer in layers}
+        return len(kinds) == 1 and all(
             len(layer.sapt_pool)
-            and not (layer.training and layer.sapt_dropout)
             and "forward" not in vars(layer)
             and not layer._forward_pre_hooks
             and _is_whole(layer, x)
@@ -172,8 +177,7 @@ class MixedOther(Mixed, _Other):
                 "mixture can be added: leave the layer out of target_modules"
             )
         mixture = checked_mixture(self.sapt_routing.running, x, len(pool), type(self).__name__)
-        dropped = F.dropout(x, self.sapt_dropout, self.training and self.sapt_dropout > 0)
-        return self._plus_mixture(y, dropped, mixture)
+        return self._plus_mixture(y, x, mixture)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """By the class underneath: this one exists only where a model was patched."""

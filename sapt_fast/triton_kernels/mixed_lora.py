@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sapt_fast.ops._dropout import Dropout
 from sapt_fast.ops.projection import Projection
 from sapt_fast.triton_kernels.blocks import casts, common
 from sapt_fast.triton_kernels.blocks import gemm_variants as routes
@@ -43,7 +44,11 @@ def empty_h(x: Tensor, total_rank: int) -> Tensor:
 
 
 def mixed_lora_fwd(
-    x: Tensor, mixture: Tensor, projections: Sequence[Projection], keep_h: bool = True
+    x: Tensor,
+    mixture: Tensor,
+    projections: Sequence[Projection],
+    keep_h: bool = True,
+    dropout: Dropout | None = None,
 ) -> list[tuple[Tensor, Tensor | None]]:
     """Linear layers with one input, each with the mixture of all adapters of its pool.
 
@@ -53,10 +58,12 @@ def mixed_lora_fwd(
         projections: Weights in x's dtype with any strides (a transposed view is read in place)
             or None for the mixture alone; factors in x's dtype or float32.
         keep_h: False: h may be None, or anything.
+        dropout: Of the x that the adapters see, with a seed for each projection.
 
     Returns:
         Of each projection y of shape `[M, O]`, contiguous, in x's dtype, and h = x @ lora_a.T of
-        shape `[M, R]`, float32, unweighted, a view of rows padded to a multiple of 16.
+        shape `[M, R]`, float32, unweighted, a view of rows padded to a multiple of 16. With dropout
+        h is as in the reference.
 
     Raises:
         TypeError: if x is not float32, float16 or bfloat16.
@@ -65,18 +72,22 @@ def mixed_lora_fwd(
     inputs = [x, mixture]
     for projection in projections:
         inputs += [t for t in projection if t is not None]
+    inputs += () if dropout is None else dropout.seeds
+    drops = 0 if dropout is None else dropout.drops
     given = tuple([(p.weight is None, p.bias is None) for p in projections])
     kept = [True] * len(projections) + [keep_h] * len(projections)
     found: list[Any] = planned(
-        ("forward", given, keep_h, routes.setting()),
+        ("forward", given, keep_h, drops, routes.setting()),
         inputs,
         kept,
-        lambda: _forward(x, mixture, projections),
+        lambda: _forward(x, mixture, projections, dropout),
     )
     return list(zip(found[: len(projections)], found[len(projections) :], strict=True))
 
 
-def _forward(x: Tensor, mixture: Tensor, projections: Sequence[Projection]) -> Results:
+def _forward(
+    x: Tensor, mixture: Tensor, projections: Sequence[Projection], dropout: Dropout | None
+) -> Results:
     """y of each projection, then h of each."""
     ys = [x.new_empty((x.shape[0], p.lora_b.shape[1])) for p in projections]
     hs = [empty_h(x, p.lora_a.shape[0]) for p in projections]
@@ -95,6 +106,7 @@ def _forward(x: Tensor, mixture: Tensor, projections: Sequence[Projection]) -> R
             [with_unit_column_stride(projections[i].lora_a) for i in ranked],
             [_mixing(mixture, projections[i]) for i in ranked],
             [hs[i].as_strided((x.shape[0], hs[i].stride(0)), hs[i].stride()) for i in ranked],
+            None if dropout is None else dropout.of(ranked),
         )
         hws = dict(zip(ranked, made, strict=True))
     members = []
@@ -122,6 +134,7 @@ def mixed_lora_bwd(
     needs_x: bool,
     needs_mixture: bool,
     grad_through_frozen: bool,
+    dropout: Dropout | None = None,
 ) -> tuple[Tensor | None, Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
     """Returns the gradients of `mixed_lora_fwd`; deterministic.
 
@@ -133,6 +146,7 @@ def mixed_lora_bwd(
         needs_x: Whether dx is wanted.
         needs_mixture: Whether d_mixture is wanted.
         grad_through_frozen: False leaves the rank rows outside `train_rows` out of dx.
+        dropout: That of the forward.
 
     Returns:
         dx of shape `[M, I]` and d_mixture `[S, K]` in mixture's dtype, summed over the
@@ -147,6 +161,8 @@ def mixed_lora_bwd(
     for projection in projections:
         inputs += [t for t in projection if t is not None]
     inputs += [h for h in hs if h is not None]
+    inputs += () if dropout is None else dropout.seeds
+    drops = 0 if dropout is None else dropout.drops
     given = tuple(
         [
             (p.weight is None, p.bias is None, None if h is None else _bounds(h), *rows)
@@ -155,10 +171,10 @@ def mixed_lora_bwd(
     )
     flags = needs_x, needs_mixture, grad_through_frozen
     dx, d_mixture, *factors = planned(
-        ("backward", given, flags, routes.setting()),
+        ("backward", given, flags, drops, routes.setting()),
         inputs,
         [True] * (2 + 2 * len(projections)),
-        lambda: _backward(dys, x, mixture, projections, hs, train_rows, *flags),
+        lambda: _backward(dys, x, mixture, projections, hs, train_rows, *flags, dropout),
     )
     return dx, d_mixture, list(zip(factors[::2], factors[1::2], strict=True))
 
@@ -178,6 +194,7 @@ def _backward(
     needs_x: bool,
     needs_mixture: bool,
     grad_through_frozen: bool,
+    dropout: Dropout | None,
 ) -> Results:
     """dx, d_mixture, then d_a and d_b of each projection."""
     dx = x.new_empty(x.shape) if needs_x else None
@@ -194,13 +211,15 @@ def _backward(
     mixture_written = False
     for members, upstream in _alike(dys, mixture, projections, hs, plans):
         plan = plans[members[0]]
-        grads = shrink_bwd(upstream, plan.gw, plan.hw, d_mixture, mixture_written)
+        keep_scale = None if dropout is None else dropout.scale
+        grads = shrink_bwd(upstream, plan.gw, plan.hw, d_mixture, mixture_written, keep_scale)
         mixture_written = needs_mixture
         made |= zip(members, grads, strict=True)
         if plan.trained:
             ps = [p for each in grads for p in each if p is not None]
             sources = [source for i in members for source in (x, dys[i])]
-            found = factor_grads(ps, sources, plan.trained, plan.dtype)
+            own = None if dropout is None else dropout.of(members)
+            found = factor_grads(ps, sources, plan.trained, plan.dtype, own)
             factors |= zip(members, zip(found[::2], found[1::2], strict=True), strict=True)
     results: Results = []
     for i, (dy, plan) in enumerate(zip(dys, plans, strict=True)):
@@ -212,7 +231,8 @@ def _backward(
             results += None, None
     if dx is not None:
         gws = {i: grads.gw for i, grads in made.items() if plans[i].through}
-        _fill_dx(dx, dys, projections, gws, [plan.through or (0, 0) for plan in plans])
+        windows = [plan.through or (0, 0) for plan in plans]
+        _fill_dx(dx, dys, projections, gws, windows, dropout)
     if d_mixture is not None and not mixture_written:
         d_mixture.zero_()
     return [dx, d_mixture, *results]
@@ -224,16 +244,21 @@ def _fill_dx(
     projections: Sequence[Projection],
     gws: dict[int, Tensor | None],
     windows: Sequence[tuple[int, int]],
+    dropout: Dropout | None,
 ) -> None:
-    """The sum over all projections of dy @ weight + gw @ lora_a."""
+    """The sum over all projections of dy @ weight + gw @ lora_a, the latter after dropout."""
     members = []
     for i, (dy, p) in enumerate(zip(dys, projections, strict=True)):
         weight = None if p.weight is None else _with_a_unit_stride(p.weight)
-        members.append(_operands(dy, weight, gws.get(i), p.lora_a, None))
+        member = _operands(dy, weight, gws.get(i), p.lora_a, None)
+        if dropout is not None and member.p is not None:
+            member = member._replace(seed=dropout.seeds[i])
+        members.append(member)
+    drops = 0 if dropout is None else dropout.drops
     written = False
     for numbers in _of_one_kind(members, windows):
         group, window = [members[i] for i in numbers], windows[numbers[0]]
-        written |= _products("backward", group, window, [dx], accumulate=written)
+        written |= _products("backward", group, window, [dx], accumulate=written, drops=drops)
     if not written:
         dx.zero_()
 
@@ -330,18 +355,19 @@ def _products(
     window: tuple[int, int],
     ys: Sequence[Tensor],
     accumulate: bool = False,
+    drops: int = 0,
 ) -> bool:
     """Writes `ys`, or add to them, as `gemm_group` does, by the route that is faster.
 
     Returns:
         False where there is nothing to sum; then the ys are left as they were.
     """
-    a, _, p, _, _ = members[0]
+    a, _, p, *_ = members[0]
     y = ys[0]
     if y.numel() == 0 or (a is None and p is None):
         return False
     if a is None:
-        gemm_group(members, window, ys, accumulate=accumulate)
+        gemm_group(members, window, ys, accumulate=accumulate, drops=drops)
         return True
     variant = routes.Variant(routes.EXPAND_FIRST)
     if p is not None:
@@ -349,7 +375,7 @@ def _products(
         variant = routes.choose(
             traits, direction, a.shape[1], y.shape[1], window[1] - window[0], y.shape[0], y.dtype
         )
-    routes.run_group(variant, members, window, ys, accumulate=accumulate)
+    routes.run_group(variant, members, window, ys, accumulate=accumulate, drops=drops)
     return True
 
 

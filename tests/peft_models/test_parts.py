@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import sapt_fast
+from sapt_fast.ops._dropout import drawn, drop_count, kept
 
 NAMES = ["a0", "a1", "a0"]
 
@@ -66,7 +67,11 @@ def test_dropout_follows_its_own_module(change, active):
         for extra in ({}, {"adapter_names": NAMES}):
             torch.manual_seed(0)
             results.append(run(model, **extra))
-    torch.testing.assert_close(results[2], results[0], rtol=1e-4, atol=1e-4)
+    # One adapter is computed in one pass, with masks of its own; PEFT computes the others.
+    drops_alone = active == ["a0"] and change in (train_dropout, rates)
+    for ours, pefts in zip(results[2:], results[:2], strict=True):
+        if not drops_alone or ours is results[3]:
+            torch.testing.assert_close(ours, pefts, rtol=1e-4, atol=1e-4)
     if change is not some_dropout and active == ["a0"]:
         dropped = not torch.equal(run(models[1]), run(models[1]))
         assert dropped == (change is not rest_dropout)
@@ -82,7 +87,8 @@ def test_dropout_of_a_mixture_follows_its_own_modules():
         torch.manual_seed(0)
         got = layer(x)
         torch.manual_seed(0)
-        dropped = torch.nn.functional.dropout(x, 0.5)
+        [seed] = drawn(0.5, x, 1).seeds
+        dropped = 2 * kept(x, seed, drop_count(0.5))
         rest_dropout(layer)
         expected = layer.base_layer(x) + layer(dropped) - layer.base_layer(dropped)
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)

@@ -229,6 +229,8 @@ def test_state_dict_and_dtype_of_keys(kind):
     other = key_index(kind, N, D, **ALL.get(kind, {}))
     other.load_state_dict(state)
     require_equal(other.search(query, K), (expected[0].double(), expected[1]))
+    index.load_state_dict(state)  # which may be the table itself
+    require_equal(index.search(query, K), (expected[0].double(), expected[1]))
 
 
 def test_damaged_state_changes_nothing():
@@ -302,3 +304,8 @@ def test_compiled_search(kind):
     compiled = torch.compile(index.search, backend="eager", fullgraph=True)
     with torch.no_grad():
         require_equal(compiled(query, K), (expected[0].double(), expected[1]))
+        if kind == "exact":
+            index.remove_rows(torch.arange(N))
+            assert (compiled(query, 1)[1] == -1).all()
+            index.set_rows(torch.tensor([N - 1]), query[:1])
+            assert (compiled(query, 1)[1] == N - 1).all()

@@ -243,7 +243,21 @@ def test_dropout_is_on_the_adapters_input_alone(monkeypatch):
         pool.b.rows().zero_()
     torch.testing.assert_close(run(model, ids), run(tiny("llama"), ids))
     seen = []
-    monkeypatch.setattr(layers.F, "dropout", lambda x, p: seen.append(p) or x)
+    monkeypatch.setattr(layers, "drawn", lambda rate, x, count: seen.append((rate, count)))
     again = patched("llama", lora_dropout=0.9).train()
     torch.testing.assert_close(run(again, ids), plain, atol=1e-6, rtol=1e-5)
-    assert seen == [0.9] * 4
+    assert seen == [(0.9, 2)] * 2  # queries and values together
+
+
+def test_dropout_is_the_same_when_a_layer_is_computed_again():
+    model, ids = patched("llama", lora_dropout=0.5).train(), token_ids()
+    found = []
+    for again in (False, True):
+        if again:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(3)
+        model.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        found.append((loss.detach(), gradients(model)))
+    torch.testing.assert_close(*found)

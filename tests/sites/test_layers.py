@@ -9,6 +9,7 @@ from tiny_models import VOCABULARY, WIDTH, fill, patched, settings, tiny, token_
 from torch import nn
 
 import sapt_fast
+from sapt_fast.ops._dropout import drawn, mask
 from sapt_fast.sites import attach
 from sapt_fast.sites import linear as layers
 from sapt_fast.sites.linear import InputGroup, MixedLinear
@@ -195,11 +196,23 @@ def test_layers_that_something_else_changes_are_computed_one_by_one(change):
     assert not attn.q_proj.sapt_group._can_share(x)
 
 
-def test_dropout_keeps_layers_apart():
+def test_layers_with_dropout_share_the_input_and_no_mask():
     model, attn = attention(lora_dropout=0.5)
-    x = torch.randn(3, 5, WIDTH)
-    assert attn.q_proj.sapt_group._can_share(x)
+    members, x = [attn.q_proj, attn.k_proj, attn.v_proj], torch.randn(3, 5, WIDTH)
+    weights = torch.softmax(torch.randn(3, 3), -1)
     model.train()
+    torch.manual_seed(0)
+    with model.sapt.routing.resume(weights), torch.no_grad():
+        outputs = [layer(x) for layer in members]
+    torch.manual_seed(0)
+    dropout = drawn(0.5, x, 3)
+    for i, (layer, y) in enumerate(zip(members, outputs, strict=True)):
+        keeps = mask(dropout.seeds[i], dropout.drops, 15, WIDTH).view(x.shape)
+        with torch.no_grad():
+            want = layer.sapt_pool(x * keeps * 2, None, None, weights)
+            torch.testing.assert_close(y, want + nn.functional.linear(x, layer.weight))
+    assert attn.q_proj.sapt_group._can_share(x)
+    attn.k_proj.sapt_dropout = 0.1
     assert not attn.q_proj.sapt_group._can_share(x)
 
 

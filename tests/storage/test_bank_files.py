@@ -1,6 +1,8 @@
 """Saved banks of experts: complete, resumable, read lazily; damage is named."""
 
+import copy
 import json
+import pickle
 import re
 from pathlib import Path
 
@@ -49,9 +51,12 @@ def test_training_goes_on_bit_for_bit(storage, dtype, tmp_path):
     for number in (4, 5):
         step(bank, optimizer, number)
         other, its = load_bank(tmp_path / "bank", storage=storage, cache_rows=3)
+        copies = copy.deepcopy(other), pickle.loads(pickle.dumps(other))
         assert (other.storage, its.lr) == (storage, 0.02)
         step(other, its, number)
         same(bank, other)
+        assert torch.equal(copies[0].dense()[0], copies[1].dense()[0])
+        assert not torch.equal(copies[0].dense()[0], other.dense()[0])
         save_bank(tmp_path / "bank", other, its, shard_bytes=SHARD)
         same(bank, other)
         assert len(other.touched) == len(bank.touched)

@@ -16,6 +16,7 @@ import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sapt_fast.ops._dropout import Dropout
 from sapt_fast.ops.projection import Projection
 from sapt_fast.ops.route import QueryProjection
 from sapt_fast.triton_kernels import (
@@ -52,6 +53,7 @@ class Case:
     same: bool = False  # all members are one
     unequal: bool = False  # each member has 16 ranks more than the one before
     route: Any = None
+    drops: int = 0  # of dropout
 
 
 NOT_COUNTED = 0, 0
@@ -84,6 +86,8 @@ CASES = [
     Case("many members", (8, 17), members=9, ranks=8, train=(4, 8)),
     Case("two ranges", (3, 7), train=(4, 8, 20, 24), through=False),
     Case("nothing trains", (3, 5), train=()),
+    Case("dropout", (3, 6), drops=6554),
+    Case("dropout, many rows", (2, 5), rows=8192, samples=8, width=1024, drops=6554, route=FUSED),
 ]
 
 
@@ -243,9 +247,14 @@ def check(case: Case, launches: list[Any]) -> None:
     x, mixture, projections, dys = drawn(case)
     inputs = [x, mixture, *dys, *(t for p in projections for t in p if t is not None)]
     spans = [list(case.train)] * case.members
+    dropout = None
+    if case.drops:
+        seeds = torch.zeros(case.members, 2, dtype=torch.int64)[:, :1].unbind()
+        dropout = Dropout(case.drops, seeds)
+        inputs += seeds
 
     def forward(keep_h: bool = True) -> Any:
-        return mixed_lora_fwd(x, mixture, projections, keep_h)
+        return mixed_lora_fwd(x, mixture, projections, keep_h, dropout)
 
     assert compare(forward, inputs, launches)
     counts = [len(launches)]
@@ -253,7 +262,8 @@ def check(case: Case, launches: list[Any]) -> None:
     hs = [h for _, h in forward()]
 
     def backward() -> Any:
-        return mixed_lora_bwd(dys, x, mixture, projections, hs, spans, True, True, case.through)
+        flags = True, True, case.through
+        return mixed_lora_bwd(dys, x, mixture, projections, hs, spans, *flags, dropout)
 
     assert compare(backward, [*inputs, *hs], launches)
     counts.append(len(launches))

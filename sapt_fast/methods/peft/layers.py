@@ -13,7 +13,6 @@ from types import MappingProxyType
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from peft.tuners import lora
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -30,6 +29,7 @@ from sapt_fast.methods.peft.parts import (
 )
 from sapt_fast.methods.peft.pooled import Pooled
 from sapt_fast.ops import transforms
+from sapt_fast.ops._dropout import drawn
 from sapt_fast.ops.mixed_lora import mix
 from sapt_fast.ops.own_lora import Adapter, add_own_lora_, own_lora
 from sapt_fast.ops.projection import PooledProjection, Projection
@@ -230,20 +230,23 @@ def mixed(
         x: [..., in_features].
         adapters: names of the K adapters of the weights; the layer may lack some, not all.
         mixture: [S, K]; S divides the number of rows of x.
-        dropout: rate on the adapters' input, with one mask for all adapters.
+        dropout: rate on the adapters' input, with one mask for all adapters, drawn by torch's
+            generator but not the one that `torch.nn.Dropout` would draw.
         args, kwargs: further arguments of the base layer.
 
     Returns:
         [..., out_features], in the base output's dtype.
     """
     base: Any = layer.base_layer
-    if dropout or args or kwargs or not _is_plain_base(base):
-        dropped = F.dropout(x, dropout) if dropout else x
-        [delta] = mix(dropped, mixture, [_pooled(layer, x, adapters, None, None)])
+    masked = drawn(dropout, x, 1)
+    if args or kwargs or not _is_plain_base(base):
+        pooled = _pooled(layer, x, adapters, None, None)
+        [delta] = mix(x, mixture, [pooled], dropout=masked)
         y: Tensor = base(x, *args, **kwargs)
         return y + delta.to(y.dtype)
     weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
-    return mix(x, mixture, [_pooled(layer, x, adapters, weight, base.bias)])[0]
+    pooled = _pooled(layer, x, adapters, weight, base.bias)
+    return mix(x, mixture, [pooled], dropout=masked)[0]
 
 
 def addend(layer: Any, adapters: Sequence[str], weights: Tensor) -> Addend:

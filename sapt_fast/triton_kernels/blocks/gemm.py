@@ -28,6 +28,7 @@ from sapt_fast.triton_kernels.blocks.common import (
     pointer_of,
     round_up,
 )
+from sapt_fast.triton_kernels.blocks.dropout import keeps
 from sapt_fast.triton_kernels.blocks.plans import launch
 from sapt_fast.triton_kernels.blocks.shrink_tiles import products_in_parts, sum_of_parts
 
@@ -73,8 +74,12 @@ def _write_present(
     BLOCK_N: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     COMPUTE: tl.constexpr,
+    seed_ptr=None,
+    drops=None,
 ):
     """A tile of y = [y +] p[:, start:stop] q[start:stop] over the p that are not absent.
+
+    With a seed, the product is 0 where dropout drops y's element.
 
     By 16 columns at a time and through memory, for which there are registers in any kernel.
     """
@@ -86,7 +91,7 @@ def _write_present(
         mask = (rows < M)[:, None] & (cols < N)[None, :]
         # [BLOCK_M, 16]
         acc = tl.zeros((BLOCK_M, 16), tl.float32)
-        if ACCUMULATE:
+        if ACCUMULATE and seed_ptr is None:
             acc += tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
         p_ptrs = p_ptr + safe_rows * stride_pm + start
         q_ptrs = q_ptr + start.to(tl.int64) * stride_qr + cols
@@ -97,14 +102,18 @@ def _write_present(
             acc += tl.where(is_absent(p), 0.0, p * q)
             p_ptrs += 1
             q_ptrs += stride_qr
+        if seed_ptr is not None:
+            acc = tl.where(keeps(tl.load(seed_ptr), rows, cols, drops), acc, 0.0)
+            if ACCUMULATE:
+                acc += tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
         # [BLOCK_M, 16]
         tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
     tl.debug_barrier()  # what one thread has written another reads
 
 
-@triton.jit(do_not_specialize=["parts", "M", "R", "rank_lo", "rank_hi"])
+@triton.jit(do_not_specialize=["parts", "drops", "M", "R", "rank_lo", "rank_hi"])
 def _gemm_kernel(
-    a_ptr, b_ptrs, parts_ptr, parts, p_ptrs, q_ptrs, bias_ptrs, y_ptrs,
+    a_ptr, b_ptrs, parts_ptr, parts, p_ptrs, q_ptrs, bias_ptrs, seed_ptrs, drops, y_ptrs,
     M, N, K, R, rank_lo, rank_hi, stride_am, stride_bk, stride_bn, stride_pm, stride_qr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, ACCUMULATE: tl.constexpr,
@@ -118,7 +127,7 @@ def _gemm_kernel(
     are None. `rank_lo` and `rank_hi` count groups of 16 rank columns; p is zero in the columns that
     pad R. A p of +0 means that the adapter is not there, so that an infinity in its q is not seen:
     a tile that got a NaN from the rank term computes this term once more. That term comes first, so
-    that nothing else has to be.
+    that nothing else has to be. With seeds, it is 0 where dropout drops y's element.
     """
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     member, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
@@ -153,11 +162,14 @@ def _gemm_kernel(
             acc = tl.dot(p.to(COMPUTE), q.to(COMPUTE), acc, input_precision=PRECISION)
             p_ptrs += BLOCK_R
             q_ptrs += BLOCK_R * stride_qr
+        seed_ptr = None if seed_ptrs is None else pointer_of(member, seed_ptrs)
+        if seed_ptrs is not None:
+            acc = tl.where(keeps(tl.load(seed_ptr), rows, cols, drops), acc, 0.0)
         # 0 times an infinity: once more, over the adapters that are there
         if _any_undefined(acc):
             _write_present(
                 y_ptr, p_ptr, q_ptr, tile_m * BLOCK_M, tile_n * BLOCK_N, M, N, lo, min(hi, R),
-                stride_pm, stride_qr, BLOCK_M, BLOCK_N, ACCUMULATE, COMPUTE,
+                stride_pm, stride_qr, BLOCK_M, BLOCK_N, ACCUMULATE, COMPUTE, seed_ptr, drops,
             )  # fmt: skip
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             if not ACCUMULATE:
@@ -210,10 +222,10 @@ def _gemm_kernel(
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["M", "R", "rank_lo", "rank_hi"])
+@triton.jit(do_not_specialize=["drops", "M", "R", "rank_lo", "rank_hi"])
 def _gemm_tma_kernel(
     a_0, a_1, a_2, b_0, b_1, b_2, p_0, p_1, p_2, q_0, q_1, q_2, y_0, y_1, y_2,
-    p_ptrs, q_ptrs, bias_ptrs, y_ptrs,
+    p_ptrs, q_ptrs, bias_ptrs, seed_ptrs, drops, y_ptrs,
     M, N, K, R, rank_lo, rank_hi, stride_pm, stride_qr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr, B_IS_NK: tl.constexpr, ACCUMULATE: tl.constexpr,
@@ -248,17 +260,25 @@ def _gemm_tma_kernel(
                 acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             if p_0 is not None:
                 for source in tl.static_range(out * each, out * each + each):
+                    before = acc
+                    if seed_ptrs is not None:
+                        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
                     for r in range(lo, hi, BLOCK_R):
                         # p [BLOCK_M, BLOCK_R], q [BLOCK_R, BLOCK_N]
                         p = p_descs[source].load([row, r])
                         q = q_descs[source].load([r, col])
                         acc = tl.dot(p.to(COMPUTE), q.to(COMPUTE), acc, input_precision="ieee")
+                    if seed_ptrs is not None:
+                        y_rows, y_cols = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
+                        stays = keeps(tl.load(seed_ptrs[source]), y_rows, y_cols, drops)
+                        acc = before + tl.where(stays, acc, 0.0)
                 if _any_undefined(acc):
                     for source in tl.static_range(out * each, out * each + each):
                         _write_present(
                             y_ptr, p_ptrs[source], q_ptrs[source], row, col, M, N, lo, min(hi, R),
                             stride_pm, stride_qr, BLOCK_M, BLOCK_N,
                             ACCUMULATE or source > out * each, COMPUTE,
+                            None if seed_ptrs is None else seed_ptrs[source], drops,
                         )  # fmt: skip
                     rows = row + tl.arange(0, BLOCK_M)
                     y_tile_ptrs = y_ptr + tl.where(rows < M, rows, 0).to(tl.int64)[:, None] * N
@@ -310,6 +330,7 @@ class Operands(NamedTuple):
     p: Tensor | None  # [M, Rp] in y's dtype, Rp a multiple of 16, zero in the columns from R on
     q: Tensor | None  # [R, N], unit column stride, in y's dtype or float32; None with `p`
     bias: Tensor | None  # [N] or [M, N], contiguous
+    seed: Tensor | None = None  # [1] of the dropout that the product p @ q meets
 
     def kind(self) -> Hashable:
         """Equal for those that one launch may serve."""
@@ -330,6 +351,7 @@ def gemm_group(
     descriptors: bool = True,
     tile: TileConfig | None = None,
     precision: str | None = None,
+    drops: int = 0,
 ) -> None:
     """Writes into each y its member's products and bias, or into the only y those of all members.
 
@@ -344,8 +366,9 @@ def gemm_group(
         descriptors: Read and write by tensor descriptors where the device and the operands allow.
         tile: Taken if it is one of `gemm_tiles.candidates`; otherwise the one that should be best.
         precision: Of float32 products, as `tl.dot` takes it; by default torch's setting decides.
+        drops: Of `Dropout`, where the members have a seed.
     """
-    a, b, p, q, bias = members[0]
+    a, b, p, q, bias, _ = members[0]
     y = ys[0]
     M, N = y.shape
     K = 0 if a is None else a.shape[1]
@@ -365,7 +388,7 @@ def gemm_group(
     summed = len(members) // len(ys)
     product = gemm_tiles.Product(
         M, N * len(ys), K * summed, rank * summed, itemsize, aligned,
-        descriptors and not bias_has_rows, tf32=precision == "tf32",
+        descriptors and not bias_has_rows, tf32=precision == "tf32", drops=drops > 0,
     )  # fmt: skip
     chosen = tile
     if tile not in gemm_tiles.candidates(traits, product):
@@ -375,12 +398,12 @@ def gemm_group(
         for i, member in enumerate(members):
             gemm_group(
                 [member], rank_window, ys, accumulate=accumulate or i > 0, descriptors=descriptors,
-                tile=chosen, precision=precision,
+                tile=chosen, precision=precision, drops=drops,
             )  # fmt: skip
         return
     with torch.cuda.device_of(y):
         if by_descriptors:
-            _launch_by_descriptors(members, ys, lo, hi, tile, traits, meta)
+            _launch_by_descriptors(members, ys, lo, hi, tile, traits, meta, drops)
             return
         _, bs, *others = _fields(members)
         parts = None
@@ -391,8 +414,8 @@ def gemm_group(
             a, b, bs, K, tile = None, None, None, 0, gemm_tiles.sum_tile(traits)
         launch(
             _gemm_kernel, (len(ys) * cdiv(M, tile.m) * cdiv(N, tile.n),),
-            a, bs, parts, 0 if parts is None else parts.shape[0], *others, tuple(ys), M, N, K,
-            0 if q is None else q.shape[0], lo, hi,
+            a, bs, parts, 0 if parts is None else parts.shape[0], *others, drops, tuple(ys),
+            M, N, K, 0 if q is None else q.shape[0], lo, hi,
             0 if a is None else a.stride(0),
             0 if b is None else b.stride(0), 0 if b is None else b.stride(1),
             0 if p is None else p.stride(0), 0 if q is None else q.stride(0),
@@ -429,10 +452,11 @@ def _launch_by_descriptors(
     tile: TileConfig,
     traits: DeviceTraits,
     meta: dict[str, Any],
+    drops: int,
 ) -> None:
     """Fills the ys by `_gemm_tma_kernel`; lo and hi count groups of rank columns."""
     M, N = ys[0].shape
-    a, b, p, q, _ = members[0]
+    a, b, p, q, *_ = members[0]
     K = 0 if a is None else a.shape[1]
     block_r = meta["BLOCK_R"]
     b_is_nk = b is not None and b.stride(0) == 1
@@ -455,7 +479,7 @@ def _launch_by_descriptors(
     tiles = cdiv(M, tile.m) * cdiv(N, tile.n) * len(ys)
     launch(
         _gemm_tma_kernel, (min(tiles, traits.num_sms),),
-        *filled, *_fields(members)[2:], tuple(ys), M, N, K,
+        *filled, *_fields(members)[2:], drops, tuple(ys), M, N, K,
         0 if q is None else q.shape[0], lo, hi,
         0 if p is None else p.stride(0), 0 if q is None else q.stride(0),
         **tile.launch_options(), **meta, B_IS_NK=b_is_nk, SOURCES=len(members), OUTS=len(ys),
@@ -469,6 +493,7 @@ def expand_first_group(
     ys: Sequence[Tensor],
     *,
     accumulate: bool = False,
+    drops: int = 0,
 ) -> None:
     """`gemm_group` in two steps: the rank terms into the ys, then cuBLAS adds each a @ b onto it.
 
@@ -478,9 +503,9 @@ def expand_first_group(
     """
     if members[0].p is not None:
         terms = [member._replace(a=None, b=None) for member in members]
-        gemm_group(terms, rank_window, ys, accumulate=accumulate)
+        gemm_group(terms, rank_window, ys, accumulate=accumulate, drops=drops)
         accumulate = True
-    for i, (a, b, _, _, bias) in enumerate(members):
+    for i, (a, b, _, _, bias, _) in enumerate(members):
         y = ys[i % len(ys)]
         if a is None or b is None:
             raise ValueError("members: got one without a and b, expected both")

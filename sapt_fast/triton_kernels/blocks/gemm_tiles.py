@@ -56,6 +56,7 @@ class Product(NamedTuple):
     aligned: bool = True
     descriptors: bool = True
     tf32: bool = False  # of float32
+    drops: bool = False  # p q meets dropout, in a sum of its own
 
     @property
     def moved(self) -> int:
@@ -83,7 +84,7 @@ def candidates(traits: DeviceTraits, product: Product) -> tuple[TileConfig, ...]
     elif product.rows <= FEW_ROWS:
         tiles = (_FEW,)
     elif takes_descriptors(traits, product):
-        tiles = _BY_DESCRIPTORS
+        tiles = _BY_DESCRIPTORS[product.drops :]  # two sums as large as the largest would spill
     elif traits.capability < 120:
         tiles = _BY_POINTERS
     if traits.capability in (100, 103):  # where the others would spill

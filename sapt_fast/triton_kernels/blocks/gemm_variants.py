@@ -181,11 +181,12 @@ def run_group(
     ys: Sequence[Tensor],
     *,
     accumulate: bool = False,
+    drops: int = 0,
 ) -> None:
     """Computes products by a variant; arguments as of `gemm.gemm_group`."""
     route, tile = variant
     if route == EXPAND_FIRST:
-        expand_first_group(members, rank_window, ys, accumulate=accumulate)
+        expand_first_group(members, rank_window, ys, accumulate=accumulate, drops=drops)
         return
     is_float32 = ys[0].dtype == torch.float32
     is_tf32x3 = route == FUSED_TF32X3 and float32_precision(ys[0].dtype) == "ieee"
@@ -197,6 +198,7 @@ def run_group(
         descriptors=route != FUSED_POINTERS,
         tile=tile,
         precision="tf32x3" if is_tf32x3 and is_float32 else None,
+        drops=drops,
     )
 
 

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sapt_fast.ops._dropout import Dropout
 from sapt_fast.triton_kernels.blocks import common
 from sapt_fast.triton_kernels.blocks.common import (
     DeviceTraits,
@@ -24,6 +25,7 @@ from sapt_fast.triton_kernels.blocks.common import (
     pointer_of,
     round_up,
 )
+from sapt_fast.triton_kernels.blocks.dropout import keeps, seeds_and_drops
 from sapt_fast.triton_kernels.blocks.gemm import RANK_ALIGN, is_absent
 from sapt_fast.triton_kernels.blocks.plans import launch
 
@@ -100,13 +102,42 @@ def _mixture_grad_kernel(
     tl.store(d_mixture_ptrs, total, mask=samples < S)
 
 
+@triton.jit
+def _sum_over_rows(
+    p_ptr, x_ptr, ranks, features, in_ranks, in_features, m_start, m_stop, stride_pm, stride_xm,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, COMPUTE: tl.constexpr,
+    seed_ptr=None, drops=None,
+):  # fmt: skip
+    """x[m_start:m_stop, features]^T p[m_start:m_stop, ranks], of x after dropout with a seed."""
+    offs_m = tl.arange(0, BLOCK_K)
+    rows = (m_start + offs_m).to(tl.int64)
+    p_ptrs = p_ptr + rows[:, None] * stride_pm + ranks[None, :]
+    x_ptrs = x_ptr + rows[:, None] * stride_xm + features[None, :]
+    # [BLOCK_M features, BLOCK_N ranks]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    seed = 0 if seed_ptr is None else tl.load(seed_ptr)
+    for m in range(m_start, m_stop, BLOCK_K):
+        in_part = (offs_m < m_stop - m)[:, None]
+        # p [BLOCK_K, BLOCK_N], x [BLOCK_K, BLOCK_M]
+        p = tl.load(p_ptrs, mask=in_part & in_ranks[None, :], other=0.0)
+        x = tl.load(x_ptrs, mask=in_part & in_features[None, :], other=0.0)
+        if seed_ptr is not None:
+            x = tl.where(keeps(seed, m + offs_m, features, drops), x, 0.0)
+        # x^T p, summed over rows
+        acc = tl.dot(x.to(COMPUTE).T, p.to(COMPUTE), acc, input_precision="ieee")
+        p_ptrs += BLOCK_K * stride_pm
+        x_ptrs += BLOCK_K * stride_xm
+    return acc
+
+
 @triton.jit(
     do_not_specialize=[
-        "M", "rows_per_part", "first_group", "start", "stop", "out_row", "out_rows", "part_size",
+        "drops", "M", "rows_per_part", "first_group", "start", "stop", "out_row", "out_rows",
+        "part_size",
     ]
 )  # fmt: skip
 def _factor_grad_kernel(
-    p_ptrs, x_ptrs, out_ptrs, parts_ptr,
+    p_ptrs, x_ptrs, out_ptrs, parts_ptr, seed_ptrs, drops,
     M, even_width, odd_width, rows_per_part, first_group, start, stop, out_row, out_rows, part_size,
     stride_pm, even_stride, odd_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, COMPUTE: tl.constexpr,
@@ -114,8 +145,9 @@ def _factor_grad_kernel(
     """Part s = program axis 2 of p[:, start:stop]^T x of each product, over p not 0.
 
     Products alternate: those of even number have an x [M, even_width], the others one
-    [M, odd_width]. A result goes into the rows from `out_row` on of out [out_rows, width], or, if
-    there are parts, into their place in parts[s, part_size], where the outs follow each other.
+    [M, odd_width]. With seeds, one for a pair, those of even number take x after dropout. A result
+    goes into the rows from `out_row` on of out [out_rows, width], or, if there are parts, into
+    their place in parts[s, part_size], where the outs follow each other.
 
     The tile is [features, ranks]: the matrix instruction wants 64 rows, and the features have
     them where a single adapter has 4 ranks. Columns of p are read from `first_group` * 16 <=
@@ -138,23 +170,25 @@ def _factor_grad_kernel(
     m_start = part * rows_per_part
     m_stop = min(m_start + rows_per_part, M)
     tl.assume(m_stop > m_start)
-    offs_m = tl.arange(0, BLOCK_K)
-    rows = (m_start + offs_m).to(tl.int64)
-    p_ptrs = p_ptr + rows[:, None] * stride_pm + ranks[None, :]
-    x_ptrs = x_ptr + rows[:, None] * stride_xm + features[None, :]
-    in_ranks = (ranks < tl.cdiv(stop, 16) * 16)[None, :]
-    in_features = (features < N)[None, :]
+    in_ranks, in_features = ranks < tl.cdiv(stop, 16) * 16, features < N
+    seed_ptr = None if seed_ptrs is None else pointer_of(pair, seed_ptrs)
     # [BLOCK_M features, BLOCK_N ranks]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for m in range(m_start, m_stop, BLOCK_K):
-        in_part = (offs_m < m_stop - m)[:, None]
-        # p [BLOCK_K, BLOCK_N], x [BLOCK_K, BLOCK_M]
-        p = tl.load(p_ptrs, mask=in_part & in_ranks, other=0.0)
-        x = tl.load(x_ptrs, mask=in_part & in_features, other=0.0)
-        # x^T p, summed over rows
-        acc = tl.dot(x.to(COMPUTE).T, p.to(COMPUTE), acc, input_precision="ieee")
-        p_ptrs += BLOCK_K * stride_pm
-        x_ptrs += BLOCK_K * stride_xm
+    if seed_ptrs is None:
+        acc = _sum_over_rows(
+            p_ptr, x_ptr, ranks, features, in_ranks, in_features, m_start, m_stop, stride_pm,
+            stride_xm, BLOCK_M, BLOCK_N, BLOCK_K, COMPUTE,
+        )  # fmt: skip
+    else:
+        if is_odd:  # loops of their own, without a branch inside
+            acc = _sum_over_rows(
+                p_ptr, x_ptr, ranks, features, in_ranks, in_features, m_start, m_stop, stride_pm,
+                stride_xm, BLOCK_M, BLOCK_N, BLOCK_K, COMPUTE,
+            )  # fmt: skip
+        else:
+            acc = _sum_over_rows(
+                p_ptr, x_ptr, ranks, features, in_ranks, in_features, m_start, m_stop, stride_pm,
+                stride_xm, BLOCK_M, BLOCK_N, BLOCK_K, COMPUTE, seed_ptr, drops,
+            )  # fmt: skip
     in_range = (ranks >= start) & (ranks < stop)
     undefined = ((acc != acc) & in_range[None, :]).to(tl.int32)
     if tl.max(tl.max(undefined, axis=1), axis=0) > 0:
@@ -162,14 +196,18 @@ def _factor_grad_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         p_row = p_ptr + m_start.to(tl.int64) * stride_pm + ranks
         x_row = x_ptr + m_start.to(tl.int64) * stride_xm + features
-        for _ in tl.range(m_start, m_stop, num_stages=1):
+        for m in tl.range(m_start, m_stop, num_stages=1):
             # p [1, BLOCK_N], x [BLOCK_M, 1]: one row at a time
             p = tl.load(p_row, mask=in_range, other=0.0).to(tl.float32)[None, :]
             x = tl.load(x_row, mask=features < N, other=0.0).to(tl.float32)[:, None]
+            if seed_ptrs is not None:
+                row = m + tl.arange(0, 1)
+                stays = keeps(tl.load(seed_ptr), row, features, drops) | is_odd
+                x = tl.where(tl.trans(stays), x, 0.0)
             acc += tl.where(is_absent(p), 0.0, x * p)
             p_row += stride_pm
             x_row += stride_xm
-    mask = in_range[None, :] & (features < N)[:, None]
+    mask = in_range[None, :] & in_features[:, None]
     out_offsets = (out_row + ranks - start).to(tl.int64)[None, :] * N + features[:, None]
     # [BLOCK_M, BLOCK_N], transposed into out [out_rows, N]
     if parts_ptr is None:
@@ -273,7 +311,11 @@ def _factor_config(traits: DeviceTraits, itemsize: int, ranks: int) -> TileConfi
 
 
 def factor_grads(
-    ps: Sequence[Tensor], xs: Sequence[Tensor], rows: list[tuple[int, int]], dtype: torch.dtype
+    ps: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    rows: list[tuple[int, int]],
+    dtype: torch.dtype,
+    dropout: Dropout | None = None,
 ) -> list[Tensor]:
     """Returns p[:, start:stop].T @ x for each range of rows, stacked: shape `[Rt, N]`, `dtype`.
 
@@ -286,6 +328,8 @@ def factor_grads(
             number have one N and stride, the others one N and stride.
         rows: Ascending disjoint ranges within Rp.
         dtype: Of the result; sums are float32.
+        dropout: Of the xs of even number, with a seed for each; the factor of what is kept belongs
+            to their ps.
     """
     M = xs[0].shape[0]
     even, odd = xs[0].shape[1], xs[1].shape[1]
@@ -311,8 +355,9 @@ def factor_grads(
         for (start, stop), first_group in zip(rows, first_groups, strict=True):
             launch(
                 _factor_grad_kernel, (*grid, num_parts),
-                tuple(ps), tuple(xs), tuple(outs), parts, M, even, odd, rows_per_part, first_group,
-                start, stop, done, count, size, ps[0].stride(0), xs[0].stride(0), xs[1].stride(0),
+                tuple(ps), tuple(xs), tuple(outs), parts, *seeds_and_drops(dropout), M, even, odd,
+                rows_per_part, first_group, start, stop, done, count, size, ps[0].stride(0),
+                xs[0].stride(0), xs[1].stride(0),
                 **tile.launch_options(), COMPUTE=common.compute_dtype(xs[0].dtype),
             )  # fmt: skip
             done += stop - start

@@ -22,8 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sapt_fast.ops._dropout import Dropout
 from sapt_fast.triton_kernels.blocks import common
 from sapt_fast.triton_kernels.blocks.common import pointer_of, round_up
+from sapt_fast.triton_kernels.blocks.dropout import seeds_and_drops
 from sapt_fast.triton_kernels.blocks.gemm import RANK_ALIGN
 from sapt_fast.triton_kernels.blocks.plans import launch
 from sapt_fast.triton_kernels.blocks.row_reduction import Mixing, mixture_grad
@@ -42,18 +44,19 @@ from sapt_fast.triton_kernels.blocks.shrink_tiles import (
 _WIDTH = 64  # columns that the backward finishes at a time: their h and gw are in registers too
 
 
-@triton.jit(do_not_specialize=["parts", "M", "S", "T", "K", "tiles_r", *RANK_ARGUMENTS])
+@triton.jit(do_not_specialize=["parts", "drops", "M", "S", "T", "K", "tiles_r", *RANK_ARGUMENTS])
 def _shrink_fwd_kernel(
     x_ptr, a_ptrs, parts_ptr,
-    parts, mixture_ptr, row_adapter_ptrs, row_scale_ptrs, h_ptrs, hw_ptr, M, D, S, T, K,
-    tiles_r, rank_0, rank_1, rank_2, rank_3, rank_4, rank_5, rank_6, rank_7, stride_xm,
-    stride_ar, stride_hwm,
+    parts, seed_ptrs, drops, keep_scale, mixture_ptr, row_adapter_ptrs, row_scale_ptrs, h_ptrs,
+    hw_ptr, M, D, S, T, K, tiles_r, rank_0, rank_1, rank_2, rank_3, rank_4, rank_5, rank_6, rank_7,
+    stride_xm, stride_ar, stride_hwm,
     MEMBERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr, SEGMENTS: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """One tile of one member's h = x a^T and hw = h * w, with zeros in the padding of its ranks.
 
-    h is [M, Rp] for each member; hw is [M, stride_hwm] with the members side by side.
+    h is [M, Rp] for each member; hw is [M, stride_hwm] with the members side by side. With seeds, x
+    is the one after dropout, but for the factor `keep_scale`, which comes into hw.
     """
     ranks_of = (rank_0, rank_1, rank_2, rank_3, rank_4, rank_5, rank_6, rank_7)
     member, R, column, tile_r = member_tile(
@@ -73,6 +76,7 @@ def _shrink_fwd_kernel(
         h = tile_product(
             x_ptr, a_ptr, rows, ranks, M, R, 0, D, stride_xm, stride_ar,
             BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, COMPUTE,
+            seed_ptr=None if seed_ptrs is None else pointer_of(member, seed_ptrs), drops=drops,
         )  # fmt: skip
     else:
         part_size = M.to(tl.int64) * stride_hwm
@@ -84,6 +88,8 @@ def _shrink_fwd_kernel(
     # [BLOCK_N] int32, float32
     adapters = tl.load(pointer_of(member, row_adapter_ptrs) + safe_ranks)
     scales = tl.load(pointer_of(member, row_scale_ptrs) + safe_ranks)
+    if keep_scale is not None:
+        scales *= keep_scale
     h = tl.where((ranks < R)[None, :], h, 0.0)
     h_ptr = pointer_of(member, h_ptrs)
     # into h [M, hi], hi the ranks and their padding
@@ -105,9 +111,9 @@ def _shrink_fwd_kernel(
 )  # fmt: skip
 def _shrink_bwd_kernel(
     dy_ptrs, b_ptrs, parts_ptr,
-    parts, mixture_ptr, row_adapter_ptrs, row_scale_ptrs, gate_ptrs, h_ptrs, gw_ptr, hw_ptr,
-    partial_ptr, M, D, R, S, T, K, tiles_r, rank_lo, rank_hi, gw_lo, gw_hi, train_lo, train_hi,
-    gate_start, gate_stop, h_columns, stride_dym, stride_br, stride_hm, stride_gm,
+    parts, keep_scale, mixture_ptr, row_adapter_ptrs, row_scale_ptrs, gate_ptrs, h_ptrs, gw_ptr,
+    hw_ptr, partial_ptr, M, D, R, S, T, K, tiles_r, rank_lo, rank_hi, gw_lo, gw_hi, train_lo,
+    train_hi, gate_start, gate_stop, h_columns, stride_dym, stride_br, stride_hm, stride_gm,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
     SEGMENTS: tl.constexpr, COMPUTE: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
@@ -118,7 +124,7 @@ def _shrink_bwd_kernel(
 
     gw = g * w in its own columns, w taken with the scale `gate` of each rank; hw = h * w in the
     columns of the trainable rows; partial sums of scale * g * h over the rows of each segment, or
-    (SEGMENTS = 0) that product for each row.
+    (SEGMENTS = 0) that product for each row. All scales are times `keep_scale`, that of dropout.
     """
     lo, hi = rank_lo * 16, rank_hi * 16
     # All rank tiles of a row tile follow each other, so that its dy stays in L2.
@@ -163,6 +169,8 @@ def _shrink_bwd_kernel(
         if gw_ptr is not None:
             # [WIDTH]: the scale, or 0 where no gradient reaches the input
             gates = tl.load(pointer_of(member, gate_ptrs) + safe_ranks)
+            if keep_scale is not None:
+                gates *= keep_scale
             gates = tl.where((ranks >= gate_start) & (ranks < gate_stop), gates, 0.0)
             gw = weighted(g, mixture_ptr, adapters, gates, samples, first, S, K, SEGMENTS)
             in_gw = (ranks >= gw_lo * 16) & (ranks < gw_hi * 16)
@@ -172,6 +180,8 @@ def _shrink_bwd_kernel(
         if h_ptrs is not None:
             # [WIDTH]
             scales = tl.load(pointer_of(member, row_scale_ptrs) + safe_ranks)
+            if keep_scale is not None:
+                scales *= keep_scale
             h_offsets = rows.to(tl.int64)[:, None] * stride_hm + ranks[None, :]
             # [BLOCK_M, WIDTH]; the columns that pad R may hold anything
             in_h = in_rows & (ranks < h_columns)[None, :]
@@ -205,7 +215,11 @@ def _store_sums(sum_ptrs, product, segments, stride, mask, SEGMENTS: tl.constexp
 
 
 def shrink_fwd(
-    x: Tensor, factors: Sequence[Tensor], mixings: Sequence[Mixing], hs: Sequence[Tensor]
+    x: Tensor,
+    factors: Sequence[Tensor],
+    mixings: Sequence[Mixing],
+    hs: Sequence[Tensor],
+    dropout: Dropout | None = None,
 ) -> list[Tensor]:
     """Fills each member's h with x @ lora_a.T and return it times the mixture weights.
 
@@ -218,6 +232,7 @@ def shrink_fwd(
         mixings: Each member's weights of the rows' samples, of one mixture.
         hs: Each member's h, of shape `[M, Rp]`, float32, contiguous, Rp the multiple of 16 from R
             on.
+        dropout: Of x, with a seed for each member.
 
     Returns:
         For each member hw of shape `[M, Rp]` in x's dtype, rows aligned to 16 elements, zero in
@@ -232,7 +247,7 @@ def shrink_fwd(
                 members = of_dtype[start : start + MAX_GROUP]
                 hws = shrink_fwd(
                     x, [factors[i] for i in members], [mixings[i] for i in members],
-                    [hs[i] for i in members],
+                    [hs[i] for i in members], None if dropout is None else dropout.of(members),
                 )  # fmt: skip
                 found |= dict(zip(members, hws, strict=True))
         return [found[i] for i in range(len(factors))]
@@ -246,10 +261,11 @@ def shrink_fwd(
     widths = [h.shape[1] for h in hs]
     hw = x.new_empty((M, sum(widths)))
     with torch.cuda.device_of(x):
-        plan = plan_shrink([x], factors, stride_ar, None, S, backward=False)
+        plan = plan_shrink([x], factors, stride_ar, None, S, backward=False, dropout=dropout)
         launch(
             _shrink_fwd_kernel, (plan.tiles_m * plan.tiles_r,),
-            x, tuple(factors), plan.parts, plan.num_parts, mixings[0].mixture,
+            x, tuple(factors), plan.parts, plan.num_parts, *seeds_and_drops(dropout),
+            None if dropout is None else dropout.scale, mixings[0].mixture,
             tuple(mixing.row_adapter for mixing in mixings),
             tuple(mixing.row_scale for mixing in mixings), tuple(hs), hw, M, D, S, M // S, K,
             plan.tiles_r, *rank_arguments([factor.shape[0] for factor in factors]), x.stride(0),
@@ -300,6 +316,7 @@ def shrink_bwd(
     train_window: tuple[int, int] | None,
     d_mixture: Tensor | None,
     accumulate: bool,
+    keep_scale: float | None = None,
 ) -> list[ShrinkGrads]:
     """Returns each member's weighted g = dy @ lora_b.T and weighted h; fill or add to `d_mixture`.
 
@@ -313,6 +330,7 @@ def shrink_bwd(
         train_window: Columns in which hw is wanted, within `gw_window`, or None.
         d_mixture: Of shape `[S, K]`, float32, contiguous, or None where it is not wanted.
         accumulate: Add to what `d_mixture` holds.
+        keep_scale: `Dropout.scale`; None without dropout.
     """
     dy, lora_b, mixing, gate, h = members[0]
     if d_mixture is None and train_window is None:
@@ -336,7 +354,7 @@ def shrink_bwd(
             partial = dy.new_empty((partial_rows, columns), dtype=torch.float32)
         launch(
             _shrink_bwd_kernel, (plan.tiles_m * plan.tiles_r,),
-            dys, factors, plan.parts, plan.num_parts, mixing.mixture, row_adapters,
+            dys, factors, plan.parts, plan.num_parts, keep_scale, mixing.mixture, row_adapters,
             tuple(m.mixing.row_scale for m in members), tuple(m.gate.scale for m in members),
             None if h is None else tuple(m.h for m in members), gw, hw, partial, M,
             D, R, S, M // S, K, plan.tiles_r // len(members), lo // RANK_ALIGN, hi // RANK_ALIGN,

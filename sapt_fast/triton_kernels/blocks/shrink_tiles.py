@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sapt_fast.ops._dropout import Dropout
 from sapt_fast.triton_kernels.blocks import common
 from sapt_fast.triton_kernels.blocks.common import (
     RANK_ALIGN,
@@ -22,6 +23,7 @@ from sapt_fast.triton_kernels.blocks.common import (
     pointer_of,
     round_up,
 )
+from sapt_fast.triton_kernels.blocks.dropout import keeps, seeds_and_drops
 from sapt_fast.triton_kernels.blocks.plans import launch
 
 _MAX_SEGMENTS = 4
@@ -67,8 +69,13 @@ def tile_product(
     COMPUTE: tl.constexpr,
     stride_ak=1,
     PRECISION: tl.constexpr = "ieee",
+    seed_ptr=None,
+    drops=None,
 ):
-    """x[rows, k_start:k_stop] a[ranks, k_start:k_stop]^T, float32; k_stop > k_start."""
+    """x[rows, k_start:k_stop] a[ranks, k_start:k_stop]^T, float32; k_stop > k_start.
+
+    With a seed, of x after dropout, without the factor of what is kept.
+    """
     tl.assume(k_stop > k_start)
     offs_k = tl.arange(0, BLOCK_K)
     # Rows and ranks past the end are not read, and are zero in the product.
@@ -78,6 +85,7 @@ def tile_product(
     a_ptrs = a_ptr + ranks.to(tl.int64)[None, :] * stride_ar + steps_of_a[:, None]
     # [BLOCK_M, BLOCK_N]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    seed = 0 if seed_ptr is None else tl.load(seed_ptr)
     for k in range(k_start, k_stop, BLOCK_K):
         if EVEN_K:
             # x [BLOCK_M, BLOCK_K], a [BLOCK_K, BLOCK_N]
@@ -86,6 +94,8 @@ def tile_product(
         else:
             x = tl.load(x_ptrs, mask=in_rows & (offs_k[None, :] < k_stop - k), other=0.0)
             a = tl.load(a_ptrs, mask=in_ranks & (offs_k[:, None] < k_stop - k), other=0.0)
+        if seed_ptr is not None:
+            x = tl.where(keeps(seed, rows, k + offs_k, drops), x, 0.0)
         # [BLOCK_M, BLOCK_K] [BLOCK_K, BLOCK_N]; "ieee": float32 is not cut to tf32
         acc = tl.dot(x.to(COMPUTE), a.to(COMPUTE), acc, input_precision=PRECISION)
         x_ptrs += BLOCK_K
@@ -167,11 +177,13 @@ RANK_ARGUMENTS = [f"rank_{i}" for i in range(MAX_GROUP)]
 a pool that grows must not recompile."""
 
 
-@triton.jit(do_not_specialize=["M", "steps", "tiles_r", "rank_lo", *RANK_ARGUMENTS])
+@triton.jit(do_not_specialize=["drops", "M", "steps", "tiles_r", "rank_lo", *RANK_ARGUMENTS])
 def _split_kernel(
     x_ptrs,
     a_ptrs,
     parts_ptr,
+    seed_ptrs,
+    drops,
     M,
     D,
     steps,
@@ -221,6 +233,7 @@ def _split_kernel(
     acc = tile_product(
         x_ptr, a_ptr, rows, ranks, M, R, k_start, k_stop, stride_xm, stride_ar,
         BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, COMPUTE, stride_ak, PRECISION,
+        None if seed_ptrs is None else pointer_of(member, seed_ptrs), drops,
     )  # fmt: skip
     mask = (rows < M)[:, None] & (ranks < tl.cdiv(R, 16) * 16)[None, :]
     offsets = (part.to(tl.int64) * M + rows[:, None]) * stride_pm + (column + ranks)[None, :]
@@ -309,12 +322,13 @@ def plan_shrink(
     window: tuple[int, int] | None,
     S: int,
     backward: bool,
+    dropout: Dropout | None = None,
 ) -> Plan:
     """Choose the tile; with few tiles, split the reduction and compute its parts (>= 2 steps).
 
     `xs` are of one shape and row stride, one for all factors or one each. Rows of all factors are
     `stride_ar` elements apart. `window` restricts the columns of factors of one rank; those of the
-    parts then begin at window[0] as well.
+    parts then begin at window[0] as well. `dropout` has a seed for each factor.
     """
     x = xs[0]
     M, D = x.shape
@@ -329,14 +343,17 @@ def plan_shrink(
     sizes = x.element_size(), factors[0].element_size()
     segments = segments_of(_MOST_ROWS, S, T)
     tile = _shrink_config(traits, sizes, M, widths, segments, backward=backward)
+    if dropout is not None and 0 < traits.capability < 90 and tile.m == _MOST_ROWS:
+        tile = tile._replace(m=64, num_warps=4)  # beside the masks 128 rows would spill
     tiles_r = _tiles(widths, tile.n)
     steps = cdiv(D, tile.k)
     num_parts = min(traits.num_sms // (cdiv(M, tile.m) * tiles_r), steps // _LEAST_STEPS)
     parts = None
     if num_parts > 1:
         parts = products_in_parts(
-            xs, factors, (stride_ar, 1), (first, ranks), columns, tile._replace(parts=num_parts)
-        )
+            xs, factors, (stride_ar, 1), (first, ranks), columns, tile._replace(parts=num_parts),
+            dropout=dropout,
+        )  # fmt: skip
         num_parts = parts.shape[0]
         # What remains has no matrix product: short tiles give it more programs.
         tile = tile._replace(m=16, num_warps=4)
@@ -351,6 +368,7 @@ def products_in_parts(
     columns: int,
     tile: TileConfig,
     precision: str = "ieee",
+    dropout: Dropout | None = None,
 ) -> Tensor:
     """Returns x @ factor.T of all factors side by side, in partial sums over the columns of x.
 
@@ -363,6 +381,7 @@ def products_in_parts(
         columns: Of the result: the rows of all factors, each rounded up to a multiple of 16.
         tile: Its parts are the most that there will be.
         precision: As of `tl.dot`.
+        dropout: Of x, with a seed for each factor.
 
     Returns:
         Of shape `[parts, M, columns]`, float32; written in the columns of the window.
@@ -375,7 +394,8 @@ def products_in_parts(
     tiles_r = _tiles([round_up(rank, RANK_ALIGN) - first for rank in ranks], tile.n)
     launch(
         _split_kernel, (cdiv(M, tile.m) * tiles_r, parts.shape[0]),
-        tuple(xs), tuple(factors), parts, M, D, steps_per_part, tiles_r, first // RANK_ALIGN,
+        tuple(xs), tuple(factors), parts, *seeds_and_drops(dropout), M, D, steps_per_part,
+        tiles_r, first // RANK_ALIGN,
         *rank_arguments(ranks), x.stride(0), *strides, columns, MEMBERS=len(factors),
         **tile.launch_options(), EVEN_K=D % tile.k == 0, COMPUTE=common.compute_dtype(x.dtype),
         EVEN_R=strides[1] != 1 and all(rank % 16 == 0 for rank in ranks), PRECISION=precision,

@@ -8,12 +8,14 @@ from ops.cases import D64, SAME_OR_FLOAT32, Bad, Case, Pair, Sample, device, dra
 
 from sapt_fast import dispatch
 from sapt_fast.ops import mixed_lora, mixed_lora_linear
+from sapt_fast.ops._dropout import UNIT, mask
 from sapt_fast.ops.rank_table import rank_table
 
 op = importlib.import_module("sapt_fast.ops._mixed_lora_ops")
 
 X, A, B, M = draw(2, 3, 4), draw(3, 4), draw(3, 5), draw(2, 3).abs()
 MIXED = {"ranks": [2, 0, 1], "scaling": torch.tensor([0.5, 2.0, 3.0], dtype=D64)}
+SEED = torch.tensor([5])
 
 
 def plain_mixed(x, a, b, mixture, ranks=(2, 0, 1), scaling=(0.5, 2.0, 3.0), weight=None, bias=None):
@@ -26,6 +28,12 @@ def plain_mixed(x, a, b, mixture, ranks=(2, 0, 1), scaling=(0.5, 2.0, 3.0), weig
         y = y + share * scaling[k] * (x @ a[start : start + rank].t() @ b[start : start + rank])
         start += rank
     return y
+
+
+def dropped(x, rate=0.25):
+    """x after dropout, as torch would scale it."""
+    keeps = mask(SEED.to(x.device), int(rate * UNIT), x.shape[:-1].numel(), x.shape[-1])
+    return x * keeps.view(x.shape) / (1 - rate)
 
 
 def frozen_mixed(x, a, b, mixture):
@@ -53,6 +61,13 @@ FORMULAS = {
         frozen_mixed,
         (X, A, B, M),
     ),
+    "mixed_lora_with_dropout": Case(
+        lambda x, a, b, m, w, **k: mixed_lora_linear(
+            x, w, None, a, b, m, **MIXED, dropout_p=0.25, seed=SEED, **k
+        ),
+        lambda x, a, b, m, w: x @ w.t() + plain_mixed(dropped(x), a, b, m),
+        (X, A, B, M, draw(5, 4)),
+    ),
     "mixed_lora_linear": Case(
         lambda x, a, b, m, w, c, **k: mixed_lora_linear(x, w, c, a, b, m, **MIXED, **k),
         lambda x, a, b, m, w, c: plain_mixed(x, a, b, m, weight=w, bias=c),
@@ -65,6 +80,13 @@ def _linear(x, weight, bias, lora_a, lora_b, mixture, backend):
     return mixed_lora_linear(
         x, weight, bias, lora_a, lora_b, mixture, ranks=(4, 0, 3), scaling=0.5, backend=backend
     )
+
+
+def _dropped(x, weight, bias, lora_a, lora_b, mixture, backend):
+    return mixed_lora_linear(
+        x, weight, bias, lora_a, lora_b, mixture, ranks=(4, 0, 3), scaling=0.5, backend=backend,
+        trainable=[0], grad_through_frozen=False, dropout_p=0.4, seed=SEED.to(x.device),
+    )  # fmt: skip
 
 
 def _alone(x, lora_a, lora_b, mixture, backend):
@@ -91,6 +113,7 @@ ODD = _inputs((3, 7), 33, 17, 7, 3)
 SAMPLES = {
     "linear": Sample(_linear, ODD, wide=("mixture",)),
     "per token": Sample(_linear, {**ODD, "mixture": draw(3, 7, 3).float()}, wide=("mixture",)),
+    "dropout": Sample(_dropped, ODD, wide=("mixture",)),
     "alone": Sample(_alone, _without_base(_inputs((2, 20), 32, 24, 12, 3)), wide=("mixture",)),
 }
 
@@ -117,9 +140,13 @@ def _pair(x, other, backend):
 PAIRS = Pair(_pair, SAME_OR_FLOAT32, "lora_a", keeps_dtype=True)
 
 
-def _bad(error, message, ranks=4, scaling=1.0, trainable=None, backend=None, **changes):
+def _bad(
+    error, message, ranks=4, scaling=1.0, trainable=None, backend=None, dropout=(0.0, None),
+    **changes,
+):  # fmt: skip
     given = {**_inputs((2, 5)), **changes}
     options = {"scaling": scaling, "trainable": trainable, "backend": backend}
+    options |= dict(zip(("dropout_p", "seed"), dropout, strict=True))
     return Bad(lambda: mixed_lora_linear(**given, ranks=ranks, **options), error, message)
 
 
@@ -144,6 +171,11 @@ BAD = {
     "ranks of floats": _bad(TypeError, "ranks: got", ranks=(4.0, 4.0)),
     "a mask for indices": _bad(TypeError, "trainable: got", trainable=[False, True]),
     "a scalar x": _bad(ValueError, "x: got shape", x=torch.tensor(1.0)),
+    "dropout": _bad(ValueError, "dropout_p: got 1.5", dropout=(1.5, None)),
+    "no rate": _bad(ValueError, "dropout_p: got nan", dropout=(float("nan"), SEED)),
+    "two seeds": _bad(ValueError, "seed: got .*2", dropout=(0.5, torch.zeros(2).long())),
+    "a float as seed": _bad(ValueError, "seed: got dtype", dropout=(0.5, torch.zeros(1))),
+    "a number as seed": _bad(TypeError, "seed: got int", dropout=(0.5, 3)),
     "backend": _bad(ValueError, "rocket", backend="rocket"),
     "no such kernel": _bad(dispatch.BackendError, "cuda", backend="cuda"),
 }
@@ -160,14 +192,17 @@ def registered(backend: str) -> Iterator[tuple[object, tuple]]:
         trains = ([t[rows].detach().requires_grad_() for t in stack] for stack in stacks)
         yield op._forward_op, (
             leaves[0], leaves[3], [leaves[1]] * 2, [leaves[2]] * 2, *stacks,
-            *([t, t] for t in table), *trains, [0, *trained, 1, *trained], True, backend,
+            *([t, t] for t in table), *trains, [0, *trained, 1, *trained], True, [], 0, backend,
         )  # fmt: skip
     stacks = [a, a * 2], [b, b * 2], *([t, t] for t in table)
-    for through in (True, False):
+    seeds = [torch.tensor([seed], device=x.device) for seed in (3, 4)]
+    for through, drops in ((True, ([], 0)), (False, (seeds, 1 << 15))):
         _, _, *hs = op._forward_op(
-            x, mixture, [weight] * 2, [bias] * 2, *stacks, [], [], [0, 2, 5], through, backend
+            *(x, mixture, [weight] * 2, [bias] * 2, *stacks),
+            *([], [], [0, 2, 5], through, *drops, backend),
         )
         dys = [torch.randn(6, 8, device=x.device) for _ in hs]
         yield op._backward_op, (
-            dys, x, mixture, [weight] * 2, *stacks, hs, [0, 2, 5], True, True, through, backend,
+            *(dys, x, mixture, [weight] * 2, *stacks, hs, [0, 2, 5], True, True, through),
+            *(*drops, backend),
         )  # fmt: skip

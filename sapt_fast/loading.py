@@ -294,4 +294,6 @@ def _restore(model: Any, stored: StoredMethod, config: Any) -> None:
     kind = handle_type(stored.method, stored.source)
     if _without_tasks(model, kind) is None:
         patch(model, config)
-    _without_tasks(model, kind).restore(stored.tensors, stored.values)
+    handle = _without_tasks(model, kind)
+    handle.restore(stored.tensors, stored.values)
+    handle.restore_files(stored.source.parent, stored.values)

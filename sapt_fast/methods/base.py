@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -141,6 +142,14 @@ class Handle(Own, nn.Module):
             ValueError: if something is missing or has another shape; nothing has changed then.
         """
         raise NotImplementedError
+
+    def restore_files(self, folder: Path, values: Mapping[str, Any]) -> None:
+        """Reads what a method has saved in further files, after `restore`; most have none.
+
+        Args:
+            folder: the saved folder.
+            values: the values that were saved.
+        """
 
     # --- what all methods have ---
 

@@ -20,6 +20,7 @@ METHODS: dict[str, str] = {
     "progprompt": "sapt_fast.methods.progprompt:ProgPromptHandle",
     "grace": "sapt_fast.methods.grace:GraceHandle",
     "melo": "sapt_fast.methods.melo:MeloHandle",
+    "mome": "sapt_fast.methods.mome:MomeHandle",
     "peft": "sapt_fast.methods.peft.pool:PeftHandle",
     "xlora": "sapt_fast.methods.peft.xlora:XLoraHandle",
 }

@@ -219,6 +219,8 @@ class Prompts(Running):
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Begins the forward of a decoder-only or encoder-only model, or of an encoder."""
         outer = self.current()
+        if not self.is_free:
+            return  # the prompts are known
         if outer is not None and outer.module is not module and module is not self.model:
             return  # the model with its head has begun
         forward = self.begin(module)
@@ -254,11 +256,15 @@ class Prompts(Running):
 
     def _enter_both(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Begins the forward of an encoder-decoder model."""
+        if not self.is_free:
+            return
         given: Any = self._named(module, args, kwargs).get("encoder_outputs")
         self._call.query = given.get(self.carried) if hasattr(given, "get") else None
 
     def _enter_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.current()
+        if not self.is_free:
+            return
         forward = self.begin(module)
         inputs = self._named(module, args, kwargs)
         start, carried = self._carried(inputs)

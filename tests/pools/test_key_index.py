@@ -229,6 +229,8 @@ def test_state_dict_and_dtype_of_keys(kind):
     other = key_index(kind, N, D, **ALL.get(kind, {}))
     other.load_state_dict(state)
     require_equal(other.search(query, K), (expected[0].double(), expected[1]))
+    index.load_state_dict(state)  # which may be the table itself
+    require_equal(index.search(query, K), (expected[0].double(), expected[1]))
 
 
 def test_damaged_state_changes_nothing():

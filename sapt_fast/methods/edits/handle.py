@@ -22,21 +22,21 @@ from sapt_fast.sites.output import listen, silence
 from sapt_fast.sites.report import PatchReport
 from sapt_fast.storage.method_files import read_method, write_method
 
-__all__ = ["EditHandle", "Pair", "evaluating", "require_finite_keys"]
+__all__ = ["EditHandle", "LoggedHandle", "Pair", "evaluating", "require_finite_keys"]
 
 Pair = tuple[Tensor, Tensor]  # the tokens [T] int64 of a prompt and of its target
 
 
-class EditHandle(OutputHandle):
-    """The base class of handles with `edit`, `undo` and a log of the edits.
+class LoggedHandle(OutputHandle):
+    """The base class of handles that answer single prompts, with a log of prompts and targets.
 
-    A subclass defines `make`, `parts`, `edit_batch`, `remove_edit` and `require_consistent`.
-    Without edits, nothing runs in the model's forward.
+    A subclass defines `make`, `grow`, `parts` and `require_consistent`. With an empty log, nothing
+    runs in the model's forward.
 
     Attributes:
         tokenizer: reads prompts and targets that are text; None: they must be tokens.
         prompts: where the prompts of the running forward end.
-        log: the prompts and targets of the edits.
+        log: the prompts and targets.
         looks_up_each_forward: whether layers look up without knowing where prompts end.
     """
 
@@ -45,15 +45,198 @@ class EditHandle(OutputHandle):
     def __init__(self, model: Any, config: Any, report: PatchReport) -> None:
         super().__init__(model, config, report)
         self.tokenizer: Any = None
-        self.prompts = Prompts(model, self.attribute, config.keys == "function")
+        self.prompts = Prompts(model, self.attribute, self.looks_up_by_tokens)
         self.log = EditLog().to(model.device)
         self.register_load_state_dict_post_hook(_follow_loaded)
+
+    @property
+    def looks_up_by_tokens(self) -> bool:
+        """Whether prompts are looked up by a function of their tokens, `prompts.query`."""
+        return bool(self.config.keys == "function")
 
     # --- what a subclass defines ---
 
     def parts(self) -> dict[str, nn.Module]:
         """Returns the modules at the layers whose buffers are the method's state, by name."""
         raise NotImplementedError
+
+    def require_consistent(self) -> None:
+        """Raises ValueError if the buffers of `parts` do not fit each other or the log."""
+        raise NotImplementedError
+
+    # --- edits ---
+
+    @property
+    def tasks(self) -> list[str]:
+        """The numbers of the edits, as names."""
+        return [str(edit) for edit in self.log.edits.tolist()]
+
+    def present(self) -> dict[tuple[int, ...], int]:
+        """Returns the edits that no later edit of the same prompt replaces, by their prompts."""
+        return {text[0]: edit for edit, text in self.numbered()}
+
+    def numbered(self) -> list[tuple[int, Text]]:
+        """Returns the edits' numbers with their prompts and targets, oldest first."""
+        return list(zip(self.log.edits.tolist(), self.log.texts(), strict=True))
+
+    def batch(self, pairs: Sequence[Pair]) -> EditTexts:
+        """Returns prompts and targets as a batch for the model, without what looks them up."""
+        alone = len(handles(self._model)) == 1
+        return EditTexts(self._model, [p for p, _ in pairs], [t for _, t in pairs], not alone)
+
+    def texts(self, pairs: Sequence[Pair]) -> EditTexts:
+        """Returns prompts and targets as a batch for the model."""
+        found = self.batch(pairs)
+        if self.prompts.query is not None:
+            query = self.prompts.query([p.to(self._model.device) for p, _ in pairs])
+            found.prompt = found.prompt._replace(query=query)
+        return found
+
+    def shown(self, tokens: Iterable[int]) -> str:
+        """Returns tokens as text if there is a tokenizer, for messages."""
+        tokens = [*tokens]
+        return repr(tokens if self.tokenizer is None else self.tokenizer.decode(tokens))
+
+    def read(self, prompt: Any) -> Tensor:
+        """Returns the tokens [T] int64 of a prompt; errors as in `edit`."""
+        return read_prompt(self._model, self.tokenizer, prompt)
+
+    # --- protocol ---
+
+    def stored(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Returns the state of the layers and the log."""
+        tensors = {
+            f"{name}:{buffer}": tensor
+            for name, part in self._stateful().items()
+            for buffer, tensor in part.state_dict().items()
+        }
+        return tensors, {"edits": len(self.log)}
+
+    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Restores what `stored` returned."""
+        before, parts = self._state(), self._stateful()
+        tensors = dict(tensors)
+        for name in parts:
+            make_ragged(tensors, f"{name}:")
+        expected = {f"{name}:{b}" for name, part in parts.items() for b in part.state_dict()}
+        if set(tensors) != expected:
+            raise ValueError(f"tensors: got {sorted(tensors)}, expected {sorted(expected)}")
+        try:
+            for name, part in parts.items():
+                start = f"{name}:"
+                held = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+                part.load_state_dict(held)
+            self.log.require_consistent()
+            if values.get("edits") != len(self.log):
+                raise ValueError(f"edits: got {values.get('edits')}, expected {len(self.log)}")
+            self.require_consistent()
+        except (RuntimeError, ValueError) as error:
+            self._restore_state(before)
+            raise ValueError(f"tensors: {error}") from None
+        self.follow_edits()
+
+    def save(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        is_main_process: bool | None = None,
+        state: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Saves the edits; with the model's state_dict, those in it."""
+        if state is None:
+            return super().save(directory, is_main_process=is_main_process)
+        for one in handles(self._model):
+            one.require_unmerged()
+        return write_method(self, directory, *self.content(state), is_main_process)
+
+    def content(
+        self, state: Mapping[str, Tensor] | None
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Returns what `stored` does, from the model's state_dict if there is one."""
+        if state is None:
+            return self.stored()
+        paths = {module: path for path, module in self._model.named_modules()}
+        tensors = {
+            f"{name}:{buffer}": state[f"{paths[part]}.{buffer}"]
+            for name, part in self._stateful().items()
+            for buffer in part.state_dict()
+        }
+        return tensors, {"edits": len(tensors["log:edits"])}
+
+    def restore_values(self, directory: str | os.PathLike[str]) -> None:
+        """Sets the edits to those in a saved folder; errors as `sapt_fast.load_pretrained`."""
+        stored = read_method(Path(directory), self.attribute)
+        if self.Config.from_dict(stored.config) != self.config:
+            raise ValueError(
+                f"{stored.source}: got {stored.config}, expected {self.config.to_dict()}, the "
+                "config of the patched model"
+            )
+        self.restore(stored.tensors, stored.values)
+
+    def _stateful(self) -> dict[str, nn.Module]:
+        return {"log": self.log, **self.parts()}
+
+    def _state(self) -> dict[str, dict[str, Tensor]]:
+        return {name: dict(part.state_dict()) for name, part in self._stateful().items()}
+
+    def _restore_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        for name, part in self._stateful().items():
+            part.load_state_dict(state[name])
+        self.follow_edits()
+
+    # --- hooks ---
+
+    def install(self) -> None:
+        """Adds the hooks that forwards need if there are edits."""
+        super().install()
+        if self.tasks:
+            self._find_prompts()
+
+    def remove(self) -> None:
+        """Removes the hooks."""
+        self.prompts.remove()
+        super().remove()
+
+    def require_removable(self) -> None:
+        """Raises ValueError if another library has replaced what `install` put there."""
+        super().require_removable()
+        self.prompts.require_removable()
+
+    def follow_edits(self) -> None:
+        """Lets the layers look up prompts if there are edits, and else run as they are."""
+        if self.tasks:
+            self._listen()
+        else:
+            self.prompts.remove()
+            for path in self.report.patched:
+                silence(self._model, path, self.slot)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Lets the layers take part while edits are made; afterwards, if there are any."""
+        self._listen()
+        try:
+            yield
+        finally:
+            self.follow_edits()
+
+    def _listen(self) -> None:
+        for path in self.report.patched:
+            listen(self._model, path, self.slot)
+        self._find_prompts()
+
+    def _find_prompts(self) -> None:
+        if not self.prompts.installed and not self.looks_up_each_forward:
+            self.prompts.install()
+
+
+class EditHandle(LoggedHandle):
+    """The base class of handles with `edit` and `undo`.
+
+    A subclass also defines `edit_batch`, `remove_edit` and `set_key_width`.
+    """
+
+    # --- what a subclass defines ---
 
     def edit_batch(self, pairs: Sequence[Pair]) -> tuple[list[int | None], list[int]]:
         """Makes edits of distinct prompts together.
@@ -71,16 +254,7 @@ class EditHandle(OutputHandle):
     def require_undoable(self, edit: int) -> None:
         """Raises ValueError if an edit cannot be taken back."""
 
-    def require_consistent(self) -> None:
-        """Raises ValueError if the buffers of `parts` do not fit each other or the log."""
-        raise NotImplementedError
-
     # --- edits ---
-
-    @property
-    def tasks(self) -> list[str]:
-        """The numbers of the edits, as names."""
-        return [str(edit) for edit in self.log.edits.tolist()]
 
     def edit(self, prompt: Any, target: Any = None, *, batch_size: int = 16) -> Any:
         """Makes the model answer a prompt with a target from now on.
@@ -155,32 +329,6 @@ class EditHandle(OutputHandle):
             self.remove_edit(edit)
         self.follow_edits()
 
-    def present(self) -> dict[tuple[int, ...], int]:
-        """Returns the edits that no later edit of the same prompt replaces, by their prompts."""
-        return {text[0]: edit for edit, text in self.numbered()}
-
-    def numbered(self) -> list[tuple[int, Text]]:
-        """Returns the edits' numbers with their prompts and targets, oldest first."""
-        return list(zip(self.log.edits.tolist(), self.log.texts(), strict=True))
-
-    def texts(self, pairs: Sequence[Pair]) -> EditTexts:
-        """Returns prompts and targets as a batch for the model."""
-        alone = len(handles(self._model)) == 1
-        found = EditTexts(self._model, [p for p, _ in pairs], [t for _, t in pairs], not alone)
-        if self.prompts.query is not None:
-            query = self.prompts.query([p.to(self._model.device) for p, _ in pairs])
-            found.prompt = found.prompt._replace(query=query)
-        return found
-
-    def shown(self, tokens: Iterable[int]) -> str:
-        """Returns tokens as text if there is a tokenizer, for messages."""
-        tokens = [*tokens]
-        return repr(tokens if self.tokenizer is None else self.tokenizer.decode(tokens))
-
-    def read(self, prompt: Any) -> Tensor:
-        """Returns the tokens [T] int64 of a prompt; errors as in `edit`."""
-        return read_prompt(self._model, self.tokenizer, prompt)
-
     # --- keys ---
 
     def look_up_by(self, function: Callable[[list[Tensor]], Tensor]) -> None:
@@ -213,132 +361,11 @@ class EditHandle(OutputHandle):
                 f"model.{self.attribute}.look_up_by(function) first"
             )
 
-    # --- protocol ---
-
     def grow(self, name: str, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Raises TypeError: edits are made by `edit`."""
         raise TypeError(
             f"grow({name!r}): edits are made by model.{self.attribute}.edit(prompt, target)"
         )
-
-    def stored(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Returns the state of the layers and the log."""
-        tensors = {
-            f"{name}:{buffer}": tensor
-            for name, part in self._stateful().items()
-            for buffer, tensor in part.state_dict().items()
-        }
-        return tensors, {"edits": len(self.log)}
-
-    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Restores what `stored` returned."""
-        before, parts = self._state(), self._stateful()
-        tensors = dict(tensors)
-        for name in parts:
-            make_ragged(tensors, f"{name}:")
-        expected = {f"{name}:{b}" for name, part in parts.items() for b in part.state_dict()}
-        if set(tensors) != expected:
-            raise ValueError(f"tensors: got {sorted(tensors)}, expected {sorted(expected)}")
-        try:
-            for name, part in parts.items():
-                start = f"{name}:"
-                held = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
-                part.load_state_dict(held)
-            self.log.require_consistent()
-            if values.get("edits") != len(self.log):
-                raise ValueError(f"edits: got {values.get('edits')}, expected {len(self.log)}")
-            self.require_consistent()
-        except (RuntimeError, ValueError) as error:
-            self._restore_state(before)
-            raise ValueError(f"tensors: {error}") from None
-        self.follow_edits()
-
-    def save(
-        self,
-        directory: str | os.PathLike[str],
-        *,
-        is_main_process: bool | None = None,
-        state: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        """Saves the edits; with the model's state_dict, those in it."""
-        if state is None:
-            return super().save(directory, is_main_process=is_main_process)
-        for one in handles(self._model):
-            one.require_unmerged()
-        paths = {module: path for path, module in self._model.named_modules()}
-        tensors = {
-            f"{name}:{buffer}": state[f"{paths[part]}.{buffer}"]
-            for name, part in self._stateful().items()
-            for buffer in part.state_dict()
-        }
-        values = {"edits": len(tensors["log:edits"])}
-        return write_method(self, directory, tensors, values, is_main_process)
-
-    def restore_values(self, directory: str | os.PathLike[str]) -> None:
-        """Sets the edits to those in a saved folder; errors as `sapt_fast.load_pretrained`."""
-        stored = read_method(Path(directory), self.attribute)
-        if self.Config.from_dict(stored.config) != self.config:
-            raise ValueError(
-                f"{stored.source}: got {stored.config}, expected {self.config.to_dict()}, the "
-                "config of the patched model"
-            )
-        self.restore(stored.tensors, stored.values)
-
-    def _stateful(self) -> dict[str, nn.Module]:
-        return {"log": self.log, **self.parts()}
-
-    def _state(self) -> dict[str, dict[str, Tensor]]:
-        return {name: dict(part.state_dict()) for name, part in self._stateful().items()}
-
-    def _restore_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        for name, part in self._stateful().items():
-            part.load_state_dict(state[name])
-        self.follow_edits()
-
-    # --- hooks ---
-
-    def install(self) -> None:
-        """Adds the hooks that forwards need if there are edits."""
-        super().install()
-        if self.tasks:
-            self._find_prompts()
-
-    def remove(self) -> None:
-        """Removes the hooks."""
-        self.prompts.remove()
-        super().remove()
-
-    def require_removable(self) -> None:
-        """Raises ValueError if another library has replaced what `install` put there."""
-        super().require_removable()
-        self.prompts.require_removable()
-
-    def follow_edits(self) -> None:
-        """Lets the layers look up prompts if there are edits, and else run as they are."""
-        if self.tasks:
-            self._listen()
-        else:
-            self.prompts.remove()
-            for path in self.report.patched:
-                silence(self._model, path, self.slot)
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Lets the layers take part while edits are made; afterwards, if there are any."""
-        self._listen()
-        try:
-            yield
-        finally:
-            self.follow_edits()
-
-    def _listen(self) -> None:
-        for path in self.report.patched:
-            listen(self._model, path, self.slot)
-        self._find_prompts()
-
-    def _find_prompts(self) -> None:
-        if not self.prompts.installed and not self.looks_up_each_forward:
-            self.prompts.install()
 
 
 def _follow_loaded(handle: nn.Module, keys: Any) -> None:

@@ -65,7 +65,7 @@ class Edit:
 
 
 def read_edits(
-    model: Any, tokenizer: Any, prompt: Any, target: Any
+    model: Any, tokenizer: Any, prompt: Any, target: Any, name: str = "edits"
 ) -> tuple[list[tuple[Tensor, Tensor]], bool]:
     """Returns pairs of tokens [T] int64 on the CPU, and whether it was one edit.
 
@@ -73,6 +73,7 @@ def read_edits(
         model: the transformers model.
         tokenizer: reads text; or None.
         prompt, target: as in `GraceHandle.edit`.
+        name: of the list, for messages.
 
     Raises:
         TypeError: if something is neither tokens nor text.
@@ -85,11 +86,11 @@ def read_edits(
     pairs = []
     for place, pair in enumerate(given):
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
-            raise TypeError(f"edits[{place}]: got {pair!r}, expected (prompt, target)")
-        where = "" if single else f"edits[{place}]: "
+            raise TypeError(f"{name}[{place}]: got {pair!r}, expected (prompt, target)")
+        where = "" if single else f"{name}[{place}]: "
         tokens = read_prompt(model, tokenizer, pair[0], where)
         pairs.append((tokens, _target(model, tokenizer, pair[1], len(tokens), where)))
-    _require_agreement(pairs)
+    _require_agreement(pairs, name)
     return pairs, single
 
 
@@ -159,12 +160,12 @@ def _require_room(model: Any, tokens: int, name: str) -> None:
         raise ValueError(f"{name}: got {tokens} tokens, expected at most {longest}")
 
 
-def _require_agreement(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+def _require_agreement(pairs: Sequence[tuple[Tensor, Tensor]], name: str) -> None:
     targets: dict[tuple[int, ...], tuple[int, tuple[int, ...]]] = {}
     for place, (prompt, target) in enumerate(pairs):
         wanted = tuple(target.tolist())
         first, held = targets.setdefault(tuple(prompt.tolist()), (place, wanted))
         if held != wanted:
             raise ValueError(
-                f"edits: {first} and {place} have the same prompt and different targets"
+                f"{name}: {first} and {place} have the same prompt and different targets"
             )

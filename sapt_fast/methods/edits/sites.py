@@ -18,14 +18,14 @@ _LAST = (
     r".*\bh\.(\d+)\.mlp\.(?:c_proj|dense_4h_to_h)",  # GPT-2, BLOOM
     r".*\blayers\.(\d+)\.mlp\.(?:down_proj|dense_4h_to_h|fc2)",  # LLaMA-like, GPT-NeoX, Phi
 )
-_DEPTH = 0.73  # of the blocks of a decoder, as in the released code: 35 of GPT2-XL's 48
+_DEPTH = 0.73  # of the blocks of a decoder, as in the released GRACE: 35 of GPT2-XL's 48
 
 
-def default_targets(model: Any) -> tuple[str, ...]:
+def default_targets(model: Any, depth: float = _DEPTH) -> tuple[str, ...]:
     """Returns the layer to edit: the last projection of the MLP of one block.
 
-    In a decoder it is the block at 0.73 of the depth, in an encoder-only model the one before the
-    last. Blocks behind it have to read the value, so it is never the last of several.
+    In a decoder it is the block at `depth`, in an encoder-only model the one before the last.
+    Blocks behind it have to read the value, so it is never the last of several.
 
     Raises:
         ValueError: if the model has no layer of a known name.
@@ -36,7 +36,7 @@ def default_targets(model: Any) -> tuple[str, ...]:
         if found:
             index = max(0, len(found) - 2)
             if model.can_generate():
-                index = min(index, round(_DEPTH * len(found)))
+                index = min(index, round(depth * len(found)))
             return (found[sorted(found)[index]],)
     raise ValueError(
         f"target_modules: no default is known for {type(model).__name__}; name the layer to edit, "

@@ -162,18 +162,21 @@ def _shared(cache: Any) -> Any:
 
 
 @contextmanager
-def held_below(model: nn.Module, path: str) -> Iterator[None]:
+def held_below(model: nn.Module, path: str, held: dict[int, Any] | None = None) -> Iterator[None]:
     """Lets the blocks below a layer return what they return in this thread's first forward.
 
     Args:
         model: the model.
         path: the layer's path. Its block, and those above, run in every forward.
+        held: what the blocks returned in an earlier context, filled by the first one; None: the
+            context begins without.
     """
     blocks, index = _block_of(model, path)
     below = list(blocks)[:index]
     before = [vars(block).get("forward") for block in below]
-    for block in below:
-        vars(block)["forward"] = _Held(block.forward)
+    outputs = {} if held is None else held
+    for place, block in enumerate(below):
+        vars(block)["forward"] = _Held(block.forward, outputs, place)
     try:
         yield
     finally:
@@ -185,17 +188,18 @@ def held_below(model: nn.Module, path: str) -> Iterator[None]:
 
 
 class _Held:
-    def __init__(self, forward: Any) -> None:
+    def __init__(self, forward: Any, outputs: dict[int, Any], place: int) -> None:
         self._forward = forward
         self._thread = threading.get_ident()
-        self._outputs: list[Any] = []
+        self._outputs = outputs
+        self._place = place
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() != self._thread:
             return self._forward(*args, **kwargs)
-        if not self._outputs:
-            self._outputs.append(self._forward(*args, **kwargs))
-        return self._outputs[0]
+        if self._place not in self._outputs:
+            self._outputs[self._place] = self._forward(*args, **kwargs)
+        return self._outputs[self._place]
 
 
 def _block_of(model: nn.Module, path: str) -> tuple[Sequence[nn.Module], int]:

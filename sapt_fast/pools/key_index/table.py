@@ -153,6 +153,7 @@ class TableIndex(KeyIndex):
         except (TypeError, ValueError) as error:
             error_msgs.append(f"{prefix}{error}")
             return
+        keys = keys.clone()  # a full index saves its own table
         self.keys.fill_(float("nan"))
         self.keys[rows] = keys
         self._span()

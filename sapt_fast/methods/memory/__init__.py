@@ -1,0 +1,1 @@
+"""What the method of memory experts consists of, besides its config and handle."""

@@ -1,0 +1,79 @@
+"""What `model.mome` says about facts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["Fact", "Memorised", "Recalled"]
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One fact that is memorised.
+
+    Attributes:
+        fact: its number.
+        prompt, target: their tokens.
+        experts: the experts that were trained on it.
+    """
+
+    fact: int
+    prompt: tuple[int, ...]
+    target: tuple[int, ...]
+    experts: tuple[int, ...]
+    _tokenizer: Any = field(default=None, repr=False, compare=False)
+
+    @property
+    def text(self) -> tuple[str, str]:
+        """Prompt and target as text.
+
+        Raises:
+            ValueError: if the handle has no tokenizer.
+        """
+        if self._tokenizer is None:
+            raise ValueError("tokenizer: got None; set model.mome.tokenizer")
+        decode = self._tokenizer.decode
+        return decode([*self.prompt]), decode([*self.target], skip_special_tokens=True)
+
+
+@dataclass(frozen=True)
+class Memorised:
+    """What `memorise` came to.
+
+    Attributes:
+        facts: the number of each fact, in the order in which they were given.
+        losses: the mean cross-entropy of each fact's target; NaN for a fact that was there before.
+        unfitted: the numbers of facts that training did not reach: the loss is larger than `until`,
+            or a token of the target is not the likeliest. They stay memorised as far as they are.
+        epochs: the largest number of passes over a fact.
+        collisions: the share of facts with an expert that another fact has, in the whole memory.
+        seconds: the time that it took, without what an interruption lost.
+    """
+
+    facts: list[int]
+    losses: list[float]
+    unfitted: list[int]
+    epochs: int
+    collisions: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Recalled:
+    """What a memory finds for a prompt.
+
+    Attributes:
+        fact: the number of the fact whose key is nearest; None without facts, or with keys that
+            belong to experts.
+        score: of the best key; minus infinity without keys.
+        acts: whether it is large enough for the experts to act.
+        experts: those found, best first.
+        weights: of these.
+    """
+
+    fact: int | None
+    score: float
+    acts: bool
+    experts: tuple[int, ...]
+    weights: tuple[float, ...]

@@ -1,0 +1,280 @@
+"""Layers to whose output experts of a memory are added, and how these are looked up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sapt_fast.ops._common import without_autocast
+from sapt_fast.pools.codebook import Exact
+from sapt_fast.pools.fact_table import FactTable
+from sapt_fast.routing.forward import Prompt
+from sapt_fast.routing.prompts import Prompts
+from sapt_fast.sites.edited import AtPrompts, replaced_tokens, tokens_behind
+
+__all__ = ["GATES", "FactLookup", "KeyLookup", "Lookup", "MemoryOutput"]
+
+GATES = ("softmax", "sigmoid", "relu")
+Decided = Mapping[str, Tensor]  # tensors [B, ...] about the prompts
+
+
+def gated(scores: Tensor, gate: str) -> Tensor:
+    """Returns the weights of experts with these scores [..., k]; see `MomeConfig.gate`."""
+    if gate == "softmax":
+        return scores.softmax(-1)
+    weights = scores.sigmoid() if gate == "sigmoid" else scores.relu()
+    return weights / scores.shape[-1]
+
+
+class Lookup(Exact):
+    """The base class of modules that find the experts of queries.
+
+    Args:
+        index: the keys (a `pools.key_index.base.KeyIndex`).
+        gate: one of `GATES`.
+        threshold: the least best score at which experts act; None: they always do.
+        table: the facts that are memorised.
+    """
+
+    def __init__(self, index: Any, gate: str, threshold: float | None, table: FactTable) -> None:
+        super().__init__()
+        self.index = index
+        self.gate = gate
+        self.threshold = threshold
+        self.table = table
+
+    def decide(self, query: Tensor) -> dict[str, Tensor]:
+        """Returns what is found for queries [B, C], tensors [B, ...] that a cache can carry."""
+        raise NotImplementedError
+
+    def experts_of(self, decided: Decided) -> tuple[Tensor, Tensor]:
+        """Returns the experts [B, K], -1 for none, and their weights [B, K]."""
+        return decided["experts"], decided["weights"]
+
+    def require_consistent(self, facts: Tensor) -> None:
+        """Raises ValueError unless the table fits these facts [F] int64."""
+        self.table.require_consistent(facts, self.index.num_keys)
+
+    def _acts(self, best: Tensor) -> Tensor:
+        """Returns whether the best scores [M] are large enough; NaN is not."""
+        return best > float("-inf") if self.threshold is None else best >= self.threshold
+
+
+class FactLookup(Lookup):
+    """Finds the fact whose key is nearest; all its experts have that key.
+
+    Args:
+        index, gate, threshold, table: as in `Lookup`.
+        ratio: the largest distance to the nearest key, as a share of that to the second; None: any.
+    """
+
+    def __init__(
+        self,
+        index: Any,
+        gate: str,
+        threshold: float | None,
+        table: FactTable,
+        ratio: float | None = None,
+    ) -> None:
+        super().__init__(index, gate, threshold, table)
+        self.ratio = ratio
+
+    def decide(self, query: Tensor) -> dict[str, Tensor]:
+        """Returns the fact [B] of each query, -1 for none, and the score [B] of the nearest."""
+        scores, keys = self.index.search(query, 1 if self.ratio is None else 2)
+        best, fact = scores[:, 0], self.table.facts_at(keys[:, 0])
+        acts = self._acts(best)
+        if self.ratio is not None:  # keys and queries have the length 1: |q - k|^2 = 2 - 2 q k
+            near, second = (1 - scores).clamp(min=0).unbind(1)
+            acts = acts & (near <= self.ratio**2 * second)
+        return {"fact": torch.where(acts, fact, -1), "score": best}
+
+    def nearest(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns score and number, [B], of the fact nearest to each query [B, C]; -1 for none."""
+        scores, keys = self.index.search(query, 1)
+        return scores[:, 0], self.table.facts_at(keys[:, 0])
+
+    def experts_of(self, decided: Decided) -> tuple[Tensor, Tensor]:
+        """Returns experts and weights [B, K] of the facts; -1 for facts that are gone."""
+        if "experts" in decided:
+            return decided["experts"], decided["weights"]
+        experts = self.table.experts_of(decided["fact"])
+        return experts, self.weights_of(decided["score"])
+
+    def weights_of(self, scores: Tensor) -> Tensor:
+        """Returns the weights [B, K] of a fact's experts, given the score [B] of their key."""
+        width = self.table.experts.shape[1]
+        return gated(scores[:, None].expand(-1, width), self.gate)
+
+    def require_consistent(self, facts: Tensor) -> None:
+        """Raises ValueError unless each fact has a key."""
+        super().require_consistent(facts)
+        keys = self.index.present_keys()[1]
+        if not torch.equal(self.table.keys.sort().values, keys):
+            raise ValueError(f"index: got {len(keys)} keys, expected those of {len(facts)} facts")
+
+
+class KeyLookup(Lookup):
+    """Finds the k best keys of each head's query; each expert has a key of its own.
+
+        q_h = normalize(W_h x)
+
+    Args:
+        index, gate, threshold, table: as in `Lookup`.
+        k: experts of a head.
+        heads: H.
+        features: C, the width of x.
+
+    Attributes:
+        projection: W, [H, D, C] float32.
+    """
+
+    projection: Tensor
+
+    def __init__(
+        self,
+        index: Any,
+        gate: str,
+        threshold: float | None,
+        table: FactTable,
+        k: int,
+        heads: int,
+        features: int,
+    ) -> None:
+        super().__init__(index, gate, threshold, table)
+        self.k = k
+        shape = (heads, index.width, features)
+        generator = torch.Generator().manual_seed(0)
+        start = torch.randn(shape, generator=generator) / features**0.5
+        self.register_buffer("projection", start.to(table.facts.device))
+
+    def decide(self, query: Tensor) -> dict[str, Tensor]:
+        """Returns the experts [B, H k] of x [B, C], -1 for none, and their weights [B, H k]."""
+        scores, experts = self.search(query)
+        return dict(zip(("experts", "weights"), self.weighted(scores, experts), strict=True))
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Returns q, [B, H, D] float32, of x [B, C]."""
+        with without_autocast(x.device):
+            q = torch.einsum("bc,hdc->bhd", x.float(), self.projection)
+        return nn.functional.normalize(q, dim=-1)
+
+    def search(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns scores and keys, [B, H, k], of x [B, C]."""
+        q = self.queries(x)
+        scores, keys = self.index.search(q.flatten(0, 1), self.k)
+        shape = (*q.shape[:2], self.k)
+        return scores.view(shape), keys.view(shape)
+
+    def weighted(self, scores: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns experts and weights, [B, H k], of scores and keys [B, H, k]."""
+        acts = self._acts(scores[..., 0])[..., None]
+        weights = gated(scores, self.gate) / scores.shape[1]
+        return torch.where(acts, keys, -1).flatten(1), weights.flatten(1)
+
+
+class MemoryOutput(AtPrompts):
+    """Adds the experts that are found for each prompt, or for each token.
+
+        y' = y + s sum_j g_j B_j A_j x,  j the experts found
+
+    Args:
+        path, prompts, in_decoder: as in `AtPrompts`.
+        lookup: finds experts; layers may share it.
+        bank: the experts (a `pools.experts.ExpertBank`); layers may share it.
+        scaling: s.
+        replacement: "generation" or "replace_all", the tokens on which experts act.
+        per_token: whether each token looks up by the layer's input, instead of each prompt.
+        decides: whether this layer looks up; if not, one that runs earlier has.
+
+    Attributes:
+        chosen: experts and weights [B, T, K] of each call in a thread that trains; None: none does.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        prompts: Prompts,
+        in_decoder: bool,
+        lookup: Lookup,
+        bank: Any,
+        scaling: float,
+        replacement: str,
+        per_token: bool,
+        decides: bool,
+    ) -> None:
+        super().__init__(path, prompts, "last", each_forward=False, in_decoder=in_decoder)
+        # Not submodules: they are the handle's.
+        object.__setattr__(self, "lookup", lookup)
+        object.__setattr__(self, "bank", bank)
+        self.scaling = scaling
+        self.replacement = replacement
+        self.per_token = per_token
+        self.decides = decides
+        self.chosen: list[tuple[Tensor, Tensor]] | None = None
+
+    lookup: Any
+    bank: Any
+
+    def at_output(self, output: Tensor, args: tuple[Any, ...]) -> Tensor:
+        """Returns the output [B, T, O] with the experts; the other rows keep their bits."""
+        x = self.require_tokens(args[0] if args else None)
+        self.require_tokens(output)
+        prompt = self.prompt_of(x)
+        where = replaced_tokens(self.replacement, tokens_behind(output, prompt))  # [B, T]
+        if where.device.type == "cpu" and not where.any():
+            return output
+        found = self._of_tokens(x, where) if self.per_token else self._of_prompts(x, prompt)
+        if found is None:
+            return output
+        index, weights = found  # [B, 1 or T, K]
+        where = where & (index >= 0).any(-1)
+        if where.device.type == "cpu" and not where.any():
+            return output
+        index = torch.where(where[..., None], index, -1)  # [B, T, K]
+        weights = weights.expand(index.shape)
+        if self.chosen is not None and not self.prompts.is_free:
+            self.chosen.append((index, weights))
+        flat = (t.flatten(0, 1) for t in (x, index, weights))
+        delta = self.bank.mix(*flat, self.scaling)
+        changed = output + delta.view_as(output).to(output.dtype)
+        return torch.where(where[..., None], changed, output)
+
+    def _of_tokens(self, x: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns experts and weights [B, T, K]; -1 at tokens that are not in `where` [B, T]."""
+        found = self.lookup.decide(x.detach()[where])
+        shape = (*where.shape, found["experts"].shape[1])
+        index = torch.full(shape, -1, device=x.device)
+        weights = torch.zeros(shape, device=x.device)
+        index[where], weights[where] = found["experts"], found["weights"]
+        return index, weights
+
+    def _of_prompts(self, x: Tensor, prompt: Prompt) -> tuple[Tensor, Tensor] | None:
+        """Returns experts and weights [B, 1, K]; None if nothing was decided."""
+        name = f"{self.prompts.name}:"
+        given = not self.prompts.is_free and f"{name}experts" in prompt.decided
+        if self.decides and prompt.is_read and not given:
+            if prompt.query is None:
+                raise RuntimeError(
+                    f"{self.path}: a prompt is looked up by its tokens: call the model itself with "
+                    "input_ids"
+                )
+            now = (prompt.last >= 0) & (prompt.last < x.shape[1])
+            for key, new in self.lookup.decide(prompt.query.to(x.device)).items():
+                old = prompt.decided.get(name + key)
+                if old is None:
+                    old = torch.full_like(new, -1)
+                at = now.view(-1, *[1] * (new.dim() - 1))
+                prompt.decided[name + key] = torch.where(at, new, old.to(x.device))
+        decided = {
+            key.removeprefix(name): value.to(x.device)
+            for key, value in prompt.decided.items()
+            if key.startswith(name)
+        }
+        if not decided:
+            return None
+        experts, weights = self.lookup.experts_of(decided)
+        return experts[:, None], weights[:, None]

@@ -1,0 +1,352 @@
+"""MoME: facts are recalled from experts, and everything else stays as it is."""
+
+import copy
+
+import pytest
+import torch
+from tiny_models import checkpointed, run, tiny, token_ids
+
+import sapt_fast
+from sapt_fast import SaptConfig
+from sapt_fast.demo.backbone import load_backbone
+from sapt_fast.methods.memory import fitting
+from sapt_fast.methods.memory.groups import packed, parts_of
+from sapt_fast.methods.mome import MomeConfig
+from sapt_fast.pools.fact_table import FactTable
+
+PROMPTS = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16]]
+TARGETS = [[20, 30, 1], [21, 31, 1], [22, 1]]
+FACTS = list(zip(PROMPTS, TARGETS, strict=True))
+OTHER = [40, 41, 42, 43]
+SETTINGS = {"num_experts": 64, "k": 4, "components": 6, "threshold": 0.9, "learning_rate": 0.1}
+_MADE = {}
+
+
+def fresh(family="llama"):
+    return load_backbone() if family == "t5" else tiny(family, initializer_range=0.3)
+
+
+def router_data(count=20):
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(2, 8, (count,), generator=generator).tolist()
+    return [torch.randint(3, 60, (length,), generator=generator) for length in lengths]
+
+
+def patched(family="llama", **fields):
+    model = sapt_fast.patch(fresh(family), MomeConfig(**{**SETTINGS, **fields}))
+    model.mome.fit_router(router_data())
+    return model
+
+
+def memorised(family="llama", facts=FACTS, **fields):
+    """A copy of a model with facts, which are memorised once."""
+    key = repr((family, facts, fields))
+    if key not in _MADE:
+        _MADE[key] = patched(family, **fields)
+        assert _MADE[key].mome.memorise(facts, until=0.3, batch_size=2).unfitted == []
+    return copy.deepcopy(_MADE[key])
+
+
+def answer(model, prompt, **options):
+    ids = torch.tensor([prompt])
+    options = {"max_new_tokens": 5, "do_sample": False, **options}
+    row = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0].tolist()
+    row = row[1 if model.config.is_encoder_decoder else len(prompt) :]
+    return row[: row.index(1) + 1] if 1 in row else row
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "t5", pytest.param("gpt2", marks=pytest.mark.thorough)]
+)
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 2}])
+def test_every_fact_is_answered(family, options):
+    model = memorised(family)
+    assert [answer(model, prompt, **options) for prompt in PROMPTS] == TARGETS
+
+
+def test_in_a_padded_batch():
+    model = memorised()
+    ids = torch.tensor([[0] * (5 - len(p)) + p for p in [*PROMPTS, OTHER]])
+    rows = model.generate(ids, attention_mask=(ids > 0).long(), max_new_tokens=3, do_sample=False)
+    assert [row[5 : 5 + len(t)].tolist() for row, t in zip(rows, TARGETS, strict=False)] == TARGETS
+    assert rows[3, 5:].tolist() == answer(fresh(), OTHER, max_new_tokens=3)
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_other_prompts_give_the_same_bits(family):
+    ids = token_ids() % 60 + 3
+    assert torch.equal(run(memorised(family), ids), run(fresh(family), ids))
+
+
+def test_with_a_static_cache():
+    model = memorised()
+    assert [answer(model, p, cache_implementation="static") for p in PROMPTS] == TARGETS
+
+
+@pytest.mark.parametrize(("gate", "weight"), [("softmax", 0.25), ("sigmoid", 0.7311 / 4)])
+def test_the_equation(gate, weight):
+    """At the last token, the layer computes as with a changed product of weights."""
+    model = memorised(facts=FACTS[:1], gate=gate)
+    ((path, layer),) = model.mome.layers.items()
+    a, b = layer.bank.rows(torch.tensor(model.mome.experts_of(PROMPTS[0]).experts))
+    bare = fresh()
+    bare.get_submodule(path).register_forward_hook(
+        lambda module, args, y: y + weight * torch.einsum("btd,krd,kro->bto", args[0], a, b)
+        * (torch.arange(4) == 3)[None, :, None]
+    )  # fmt: skip
+    ids = torch.tensor([PROMPTS[0]])
+    torch.testing.assert_close(run(model, ids), run(bare, ids), rtol=1e-3, atol=1e-4)
+
+
+def test_facts_that_share_no_expert_do_not_change_each_other():
+    model = memorised(facts=FACTS[:1])
+    before = run(model, torch.tensor([PROMPTS[0]]))
+    model.mome.memorise(FACTS[1:], until=0.3)
+    assert torch.equal(run(model, torch.tensor([PROMPTS[0]])), before)
+    assert [answer(model, p) for p in PROMPTS] == TARGETS
+
+
+def test_facts_that_share_experts_are_trained_together(caplog):
+    """Four experts, two for each of three facts: the first and the third share theirs."""
+    model = patched(num_experts=4, k=2, learning_rate=0.05)
+    model.mome.memorise(FACTS[:2], until=0.3)
+    report = model.mome.memorise(FACTS[2:], until=0.3)
+    assert "67% of the facts share experts" in caplog.text
+    assert report.collisions == pytest.approx(2 / 3)
+    assert report.unfitted == []
+    assert [answer(model, p) for p in PROMPTS] == TARGETS
+
+
+def test_forget():
+    model = memorised()
+    before = run(model, torch.tensor([PROMPTS[0]]))
+    model.mome.forget(1)
+    ids = torch.tensor([PROMPTS[1]])
+    assert torch.equal(run(model, ids), run(fresh(), ids))
+    assert torch.equal(run(model, torch.tensor([PROMPTS[0]])), before)
+    (bank,) = model.mome.banks
+    assert sorted(bank.touched.tolist()) == [0, 1, 2, 3, 8, 9, 10, 11]
+    assert model.mome.memorise(FACTS[1:2], until=0.3).facts == [3]  # in the experts that are free
+    assert model.mome.facts[-1].experts == (4, 5, 6, 7)
+    model.mome.forget([0, 2, 3])
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    with pytest.raises(ValueError, match="fact: got 7"):
+        model.mome.forget(7)
+
+
+def test_a_fact_that_changes():
+    model = memorised()
+    report = model.mome.memorise([(PROMPTS[0], TARGETS[1]), FACTS[1]], until=0.3)
+    assert report.facts == [3, 1]
+    assert answer(model, PROMPTS[0]) == TARGETS[1]
+    assert [fact.fact for fact in model.mome.facts] == [1, 2, 3]
+
+
+@pytest.mark.thorough
+def test_several_layers_with_one_bank_and_with_one_each():
+    for shared in (False, True):
+        model = memorised(target_modules=("mlp",), shared=shared)
+        assert len(model.mome.banks) == (1 if shared else 2)
+        assert [answer(model, p) for p in PROMPTS] == TARGETS
+
+
+def test_save_and_load(tmp_path):
+    model = memorised()
+    model.save_pretrained(tmp_path / "whole")
+    model.mome.save_pretrained(tmp_path / "own")
+    ids = torch.tensor([PROMPTS[0]])
+    for folder in ("whole", "own"):
+        loaded = sapt_fast.load_pretrained(fresh(), tmp_path / folder)
+        assert loaded.mome.facts == model.mome.facts
+        assert torch.equal(run(loaded, ids), run(model, ids))
+    other = sapt_fast.patch(fresh(), MomeConfig(**SETTINGS))
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(run(other, ids), run(model, ids))
+    sapt_fast.unpatch(other)
+    assert torch.equal(run(other, ids), run(fresh(), ids))
+    assert set(other.state_dict()) == set(fresh().state_dict())
+
+
+def test_a_damaged_shard_is_named_and_an_earlier_bank_is_removed(tmp_path):
+    model = memorised()
+    for _ in range(2):
+        model.mome.save_pretrained(tmp_path)
+    (folder,) = tmp_path.glob("mome_bank_*")
+    shard = folder / "experts-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-4] + b"\0\0\0\1")
+    target = sapt_fast.patch(fresh(), MomeConfig(**SETTINGS))
+    with pytest.raises(ValueError, match="experts-00000"):
+        sapt_fast.load_pretrained(target, tmp_path)
+    assert target.mome.facts == []
+
+
+@pytest.mark.thorough
+def test_a_mapped_bank(tmp_path):
+    model = memorised(storage="mapped")
+    model.mome.save_pretrained(tmp_path)
+    loaded = sapt_fast.load_pretrained(fresh(), tmp_path)
+    assert [answer(loaded, p) for p in PROMPTS] == TARGETS
+    loaded.mome.memorise([(OTHER, [23, 1])], until=0.3)
+    assert [answer(loaded, p) for p in [*PROMPTS, OTHER]] == [*TARGETS, [23, 1]]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"keys": "product", "heads": 2, "gate": "sigmoid"},
+        pytest.param({"keys": "learned"}, marks=pytest.mark.thorough),
+        pytest.param({"keys": "learned", "query": "token"}, marks=pytest.mark.thorough),
+    ],
+)
+def test_keys_of_experts(fields, tmp_path):
+    """The first stage trains keys and nothing else; facts then share the experts they find."""
+    config = MomeConfig(**{**SETTINGS, "threshold": None, **fields})
+    model, ids = sapt_fast.patch(fresh(), config), torch.tensor([PROMPTS[0]])
+    (lookup,) = model.mome.lookups
+    before = [lookup.projection.clone(), *(p.clone() for p in lookup.index.parameters())]
+    model.mome.fit_router([(prompt, [7, 1]) for prompt in router_data(40)])
+    after = [lookup.projection, *lookup.index.parameters()]
+    assert not any(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+    assert not any(p.requires_grad for p in model.parameters())
+    assert torch.equal(run(model, ids), run(fresh(), ids))
+    assert model.mome.memorise(FACTS, until=0.5).unfitted == []
+    assert [answer(model, p) for p in PROMPTS] == TARGETS
+    model.mome.save_pretrained(tmp_path)
+    loaded = sapt_fast.load_pretrained(fresh(), tmp_path)
+    assert torch.equal(run(loaded, ids), run(model, ids))
+    assert loaded.mome.experts_of(PROMPTS[0]) == model.mome.experts_of(PROMPTS[0])
+
+
+def test_beside_sapt():
+    model = sapt_fast.patch(fresh(), SaptConfig(r=2, target_modules=("q_proj",)))
+    model.sapt.add_task("one")
+    sapt_fast.patch(model, MomeConfig(**SETTINGS))
+    model.mome.fit_router(router_data())
+    assert model.mome.memorise(FACTS, until=0.3).unfitted == []
+    assert [answer(model, p) for p in PROMPTS] == TARGETS
+
+
+def test_in_bfloat16_under_autocast_and_checkpointing():
+    model, ids = memorised(), torch.tensor([PROMPTS[0]])
+    expected = run(model, ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = run(model, ids).float()
+    torch.testing.assert_close(got, expected, rtol=0.1, atol=0.3)
+    assert [answer(model.bfloat16(), p) for p in PROMPTS] == TARGETS
+    assert model.mome.banks[0].rows(torch.tensor([0]))[0].dtype == torch.float32
+    model = checkpointed(memorised()).train()
+    torch.testing.assert_close(run(model, ids), expected)
+
+
+@pytest.mark.thorough
+def test_compiled():
+    model, ids = memorised(), torch.tensor([PROMPTS[0], OTHER])
+    expected = run(model, ids)
+    torch.testing.assert_close(run(torch.compile(model, backend="eager"), ids), expected)
+
+
+def test_what_a_prompt_recalls():
+    model = memorised()
+    found = model.mome.experts_of(PROMPTS[1])
+    assert (found.fact, found.acts, found.experts) == (1, True, (4, 5, 6, 7))
+    assert found.score == pytest.approx(1)
+    assert found.weights == (0.25,) * 4
+    assert not model.mome.experts_of(OTHER).acts
+    assert patched().mome.experts_of(OTHER).fact is None
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"k": 65}, "k: got 65, expected at most num_experts"),
+            ({"heads": 2}, "heads: got 2, expected 1 with keys='facts'"),
+            ({"query": "token"}, "query: got 'token'"),
+            ({"index": "product"}, "index: got 'product', expected one of exact"),
+            ({"keys": "product", "index": "exact"}, "index: got 'exact', expected one of product"),
+            ({"gate": "top"}, "gate: got 'top'"),
+            ({"key_layer": 5}, "layer: got 5"),
+            ({"target_modules": ("nothing",)}, "matches no module"),
+            ({"pattern": "("}, "pattern"),
+        ],
+    )
+    def test_bad_configs(self, fields, message):
+        with pytest.raises(ValueError, match=message):
+            sapt_fast.patch(fresh(), MomeConfig(**{**SETTINGS, **fields}))
+
+    def test_facts_that_contradict_each_other(self, monkeypatch):
+        model = patched()
+        with pytest.raises(ValueError, match="facts: 0 and 1 have the same prompt"):
+            model.mome.memorise([FACTS[0], (PROMPTS[0], [9])])
+        same = torch.ones(3, 6) / 6**0.5
+        monkeypatch.setattr(model.mome.router, "query", lambda features, texts: same[: len(texts)])
+        with pytest.raises(ValueError, match="contradict each other"):
+            model.mome.memorise(FACTS)
+        assert model.mome.facts == []
+
+    def test_before_and_after_the_router(self):
+        model = sapt_fast.patch(fresh(), MomeConfig(**SETTINGS))
+        with pytest.raises(RuntimeError, match="fit_router"):
+            model.mome.memorise(FACTS)
+        with pytest.raises(ValueError, match="got 6 for 3 vectors"):
+            model.mome.fit_router(PROMPTS)
+        with pytest.raises(ValueError, match="with 3 facts"):
+            memorised().mome.fit_router(router_data())
+
+    def test_more_facts_than_experts(self):
+        model = patched(num_experts=2, k=2)
+        with pytest.raises(ValueError, match="facts: got 3"):
+            model.mome.memorise(FACTS)
+
+    def test_what_does_not_fit_is_named(self, caplog):
+        report = patched(epochs=1).mome.memorise(FACTS)
+        assert report.unfitted == [0, 1, 2]
+        assert "3 of 3 facts do not reach the loss 0.02" in caplog.text
+
+
+class TestFolder:
+    def test_an_interrupted_call_comes_to_the_same_experts(self, tmp_path, monkeypatch):
+        expected = memorised()
+        model, own, calls = patched(), fitting.Trainer.train, []
+
+        def interrupted(self, batches):
+            if calls:
+                raise KeyboardInterrupt
+            calls.append(1)
+            return own(self, batches)
+
+        monkeypatch.setattr(fitting.Trainer, "train", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.mome.memorise(FACTS, until=0.3, batch_size=2, folder=tmp_path)
+        assert model.mome.facts == []
+        assert model.mome.banks[0].touched.tolist() == []
+        monkeypatch.undo()
+        model.mome.memorise(FACTS, until=0.3, batch_size=2, folder=tmp_path)
+        for got, wanted in zip(
+            model.mome.banks[0].stored().values(), expected.mome.banks[0].stored().values(),
+            strict=True,
+        ):  # fmt: skip
+            assert torch.equal(got, wanted)
+        with pytest.raises(ValueError, match="another call of memorise, which differs in until"):
+            patched().mome.memorise(FACTS, until=0.2, batch_size=2, folder=tmp_path)
+        damaged = tmp_path / "groups" / "00001" / "rows.safetensors"
+        damaged.write_bytes(damaged.read_bytes()[:-4] + b"\0\0\0\1")
+        with pytest.raises(ValueError, match="00001"):
+            patched().mome.memorise(FACTS, until=0.3, batch_size=2, folder=tmp_path)
+
+
+class TestTable:
+    def test_experts_are_spread(self):
+        table = FactTable(2, 5, torch.device("cpu"))
+        experts = table.choose_experts(3)  # the fifth expert is left over
+        assert experts.tolist() == [[0, 1], [2, 3], [4, 0]]
+        table.add(torch.arange(3), table.free_keys(3), experts)
+        assert table.sharing().tolist() == [True, False, True]
+        assert table.remove(torch.tensor([0])).tolist() == [1]
+        assert table.free_keys(2).tolist() == [0, 3]
+        assert table.facts_at(torch.tensor([0, 1, 2, 9, -1])).tolist() == [-1, 1, 2, -1, -1]
+
+    def test_groups_share_nothing(self):
+        experts = torch.tensor([[0, 1], [2, 3], [1, 4], [5, 6], [4, 7], [8, 9]])
+        assert parts_of(experts) == [[0, 2, 4], [1], [3], [5]]
+        assert packed(parts_of(experts), 2) == [[0, 2, 4], [1, 3], [5]]

@@ -534,6 +534,12 @@ def resharded_bank(folder: Path, saved: int) -> None:
         torch.save([scores, chosen, *found], folder / f"loaded-{saved}-{world()}.pt")
     with pytest.raises(NotADirectoryError, match="is a file"):  # on every process
         save_sharded_bank(Path(__file__), experts, optimizer, index)
+    for wrong, message in (
+        (ExactIndex(shards.count + 1, 4), f"got {shards.count + 1} keys, expected {shards.count}"),
+        (ExactIndex(shards.count, 5), "Size mismatch"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_sharded_bank(folder / f"bank-{saved}-float32", experts, wrong)
     damaged = sorted((folder / f"bank-{saved}-float32").glob("*.safetensors"))[-1]
     if world() > 1:
         dist.barrier()

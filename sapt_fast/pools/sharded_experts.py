@@ -59,6 +59,15 @@ class RowShards:
         at = ids - self.first
         return torch.where((at >= 0) & (at < self.count), at, -1)
 
+    def require_keys(self, index: KeyIndex) -> None:
+        """Raises TypeError or ValueError unless an index has a key for each row of this process."""
+        if isinstance(index, ProductIndex):
+            raise TypeError("index: got product keys, which are no rows, expected another kind")
+        if index.num_keys != self.count:
+            raise ValueError(
+                f"index: got {index.num_keys} keys, expected {self.count} (of this process's rows)"
+            )
+
 
 class ShardedExperts(Own, nn.Module):
     """A bank whose experts are divided over processes; every process has its own inputs.
@@ -203,10 +212,7 @@ def sharded_search(
         ValueError, TypeError, RuntimeError: as `KeyIndex.search`.
     """
     group = shards.group
-    if isinstance(index, ProductIndex):
-        raise TypeError("index: got product keys, which are no rows, expected another kind")
-    if index.num_keys != shards.count:
-        raise ValueError(f"index: got {index.num_keys} keys, expected {shards.count} (of shards)")
+    shards.require_keys(index)
     if query.dim() != 2:
         raise ValueError(f"query: got shape {tuple(query.shape)}, expected [M, {index.width}]")
     missing = max(group.counts(len(query), query.device)) - len(query)

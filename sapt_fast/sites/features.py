@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from sapt_fast.ops._common import without_autocast
 from sapt_fast.pools.own import Own
 from sapt_fast.sites.linear import Mixed, base_kind
 
@@ -78,7 +79,8 @@ class HiddenMean:
     def __call__(self, texts: Sequence[Tensor]) -> Tensor:
         """Returns [B, D] float32 on the model's device, for the tokens [T_b] int64 of each prompt.
 
-        The row of a prompt without tokens is NaN.
+        The row of a prompt without tokens is NaN. Under autocast the blocks compute in its dtype:
+        the vectors differ a little from those without it.
         """
         device = self.model.device
         texts = [text.to(device) for text in texts]
@@ -180,7 +182,8 @@ class PrincipalComponents(NamedTuple):
     def __call__(self, vectors: Tensor) -> Tensor:
         """Returns [..., C] float32 of vectors [..., D]."""
         mean, components = (t.to(vectors.device) for t in self)
-        return (vectors.float() - mean) @ components.T
+        with without_autocast(vectors.device):  # else keys that are near would be rounded to one
+            return (vectors.float() - mean) @ components.T
 
 
 def _backbone_of(model: Any) -> Any:

@@ -74,7 +74,7 @@ def save_bank(
         shard_bytes: size of the largest file, but at least one expert.
 
     Raises:
-        ValueError: if the optimizer is another bank's.
+        ValueError: if the optimizer is another bank's, or the bank is a part of a larger one.
         ValueError: if a shard of a mapped bank is damaged.
         OSError: if the folder cannot be written, for example on a full disk.
     """
@@ -96,6 +96,7 @@ def write_bank(
     Use it inside of `replace_directory`, for a bank that is saved with other files.
     """
     require_count("shard_bytes", shard_bytes, most=2**40)
+    _require_whole(bank)
     if optimizer is not None and optimizer.bank is not bank:
         raise ValueError("optimizer: got one of another bank, expected this bank's")
     rows, ids = bank.stored_rows, bank.touched.cpu()
@@ -207,6 +208,7 @@ def read_bank(folder: Path, bank: ExpertBank) -> RowOptimizer | None:
         FileNotFoundError, ValueError: as `load_bank`.
         ValueError: if the bank does not fit. After any error the bank is unchanged.
     """
+    _require_whole(bank)
     stated, source = _description(folder), folder / BANK_FILE
     for name, value in sizes_of(bank).items():
         if stated[name] != value:
@@ -345,6 +347,15 @@ def sizes_of(bank: ExpertBank) -> dict[str, Any]:
         "out_features": bank.out_features,
         "dtype": str(bank.dtype).removeprefix("torch."),
     }
+
+
+def _require_whole(bank: ExpertBank) -> None:
+    """Raises ValueError for a part of a larger bank, whose place the files do not state."""
+    if bank.first:
+        raise ValueError(
+            f"bank: got a part of a larger one, from expert {bank.first} on, expected a whole one; "
+            "use storage.sharded_bank_files"
+        )
 
 
 def _kinds(bank: ExpertBank) -> dict[str, list[str]]:

@@ -63,11 +63,14 @@ def save_sharded_bank(
 
     Raises:
         ValueError: if the optimizer is another bank's.
+        TypeError, ValueError: if the index has product keys, or another number of keys.
         OSError: if the folder cannot be written; on every process.
     """
     bank, group = experts.bank, experts.shards.group
     if optimizer is not None and optimizer.bank is not bank:
         raise ValueError("optimizer: got one of another bank, expected that of experts.bank")
+    if index is not None:
+        experts.shards.require_keys(index)
     parts: dict[str, tuple[Tensor, dict[str, Tensor]]] = {"bank": _rows_of(bank.stored_rows)}
     if optimizer is not None:
         parts["optimizer"] = _rows_of(optimizer.stored_rows)
@@ -115,7 +118,7 @@ def load_sharded_bank(
     Raises:
         FileNotFoundError: if the folder or a file is missing.
         ValueError: if a file is damaged; the message names it.
-        ValueError: if the bank or the index does not fit. After any error nothing has changed; all
+        TypeError, ValueError: if the bank or the index does not fit. After any error nothing has changed; all
             processes raise.
     """
     bank, shards = experts.bank, experts.shards
@@ -241,7 +244,7 @@ def _write(tensors: dict[str, Any], folder: Path, group: Group) -> None:
     import torch.distributed.checkpoint as dcp
 
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    with _unwarned(group):
+    with _unwarned(group), _raised_as(OSError, folder):
         dcp.save(tensors, storage_writer=writer, **_processes(group))
 
 
@@ -249,8 +252,20 @@ def _read(tensors: dict[str, Any], folder: Path, group: Group) -> None:
     import torch.distributed.checkpoint as dcp
 
     reader = dcp.HuggingFaceStorageReader(str(folder))
-    with _unwarned(group):
+    with _unwarned(group), _raised_as(ValueError, folder):
         dcp.load(tensors, storage_reader=reader, **_processes(group))
+
+
+@contextmanager
+def _raised_as(kind: type[Exception], folder: Path) -> Iterator[None]:
+    """Raises torch's CheckpointException, which is no `Exception`, as one."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        causes = [f"process {rank}: {cause[0]}" for rank, cause in error.failures.items()]
+        raise kind(f"{folder}: {'; '.join(causes[:4])}") from error
 
 
 def _processes(group: Group) -> dict[str, Any]:
@@ -293,6 +308,8 @@ def _require_fits(
     if ("keys" in stated["rows"]) != (index is not None):
         saved = "was" if "keys" in stated["rows"] else "was not"
         raise ValueError(f"index: got {index}, but an index {saved} saved in {source}")
+    if index is not None:
+        experts.shards.require_keys(index)
 
 
 def _require_files(stated: dict[str, Any], folder: Path, group: Group) -> None:

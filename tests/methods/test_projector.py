@@ -48,6 +48,11 @@ def test_the_same_seed_gives_the_same_map(tmp_path):
     assert torch.equal(loaded(texts), first(texts))
     with pytest.raises(ValueError, match=r"expected projected keys with weight \[16, D\]"):
         ProjectedKeys(counts, width=16).load(tmp_path / "keys")
+    prompts = [torch.tensor([1, 2, 5, 5])]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = trained()(prompts)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, trained()(prompts))
 
 
 def test_an_edit_acts_on_a_paraphrase():

@@ -143,6 +143,11 @@ def test_another_bank_is_refused(tmp_path):
         read_bank(tmp_path / "bank", ExpertBank(10, R, IN, OUT))
     with pytest.raises(ValueError, match="optimizer: got one of another bank"):
         save_bank(tmp_path / "bank", trained()[0], optimizer)
+    part = ExpertBank(N, R, IN, OUT, first=N)
+    with pytest.raises(ValueError, match=f"bank: got a part .* from expert {N} on"):
+        save_bank(tmp_path / "part", part)
+    with pytest.raises(ValueError, match="bank: got a part"):
+        read_bank(tmp_path / "bank", part)
     larger = ExpertBank(2 * N, R, IN, OUT)
     read_bank(tmp_path / "bank", larger)
     assert torch.equal(larger.dense()[0][:N], bank.dense()[0])

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sapt_fast.methods.edits.keys import features_of
+from sapt_fast.ops._common import without_autocast
 from sapt_fast.storage.tensors import read_tensors, require_finite, write_tensors
 
 __all__ = ["ProjectedKeys"]
@@ -126,7 +127,8 @@ class ProjectedKeys:
         _require_distinct(prompts, labels)
         vectors = features_of(self.features, prompts).cpu()
         self._require_fit(vectors)
-        with torch.inference_mode(False), torch.enable_grad():
+        without = without_autocast(vectors.device)
+        with torch.inference_mode(False), torch.enable_grad(), without:
             mean = vectors.mean(0)
             centred = vectors.clone() - mean
             scale = centred.norm(dim=1).mean().clamp(min=torch.finfo(torch.float32).tiny)
@@ -189,7 +191,8 @@ class ProjectedKeys:
         if vectors.shape[-1] != len(mean):
             raise ValueError(f"features: got width {vectors.shape[-1]}, expected {len(mean)}")
         centred = vectors - mean.to(vectors.device)
-        return F.normalize(centred @ weight.to(vectors.device).T, dim=1)
+        with without_autocast(vectors.device):
+            return F.normalize(centred @ weight.to(vectors.device).T, dim=1)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the map to a safetensors file; the features are not saved.

@@ -6,6 +6,7 @@ nothing, and its A follows from the seed (`start_rows`). Both are stored from th
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +31,7 @@ STORAGES = ("device", "pinned", "mapped")
 _DTYPES = (torch.float32, torch.bfloat16)
 _MOST_EXPERTS = 2**31 - 2  # rows are numbered in int32
 _TABLES = ("down", "up")
+_VERSIONS = itertools.count(1)  # of all banks, so that no bank takes another's selection
 
 
 def _computed_dtype(x: Tensor) -> torch.dtype:
@@ -106,7 +108,7 @@ class ExpertBank(Own, nn.Module):
         self._rows: RowTable | MappedRows = RowTable(num_experts, self.shapes(), home)
         self._cache = self._new_cache()
         self._trained: Trained | None = None
-        self._version = 0  # of the stored rows
+        self._version = next(_VERSIONS)  # of the stored rows
 
     @property
     def device(self) -> torch.device:
@@ -154,7 +156,7 @@ class ExpertBank(Own, nn.Module):
             TypeError, ValueError: if ids are not int64, out of range or not distinct.
         """
         a, b = self.master_rows(ids)
-        return a.to(self.dtype), b.to(self.dtype)
+        return (a, b) if self.dtype == torch.float32 else (split(a)[0], split(b)[0])
 
     @torch.no_grad()
     def master_rows(self, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,7 +195,7 @@ class ExpertBank(Own, nn.Module):
 
         Raises:
             TypeError, ValueError: if ids are not int64, out of range or not distinct.
-            ValueError: if a shape does not fit, or a value is NaN or infinite.
+            ValueError: if a shape does not fit, or a value is not finite in the bank's dtype.
         """
         require_ids("ids", ids, self.num_experts)
         given = {"down": a, "up": b}
@@ -203,16 +205,20 @@ class ExpertBank(Own, nn.Module):
                 raise ValueError(
                     f"{name}: got shape {tuple(value.shape)}, expected {list(expected)}"
                 )
-            if not torch.isfinite(value).all():
-                raise ValueError(f"{name}: got NaN or infinite values, expected finite ones")
         ids = ids.to(self.home)
         values = {}
-        for name, value in given.items():
-            value = value.to(self.home, torch.float32)
-            if self.dtype == torch.float32:
-                values[name] = value
-            else:
-                values[name], values[f"{name}_rest"] = split(value)
+        for name, (table, value) in zip(("a", "b"), given.items(), strict=True):
+            value = value.to(self.home, torch.float32)  # which a float64 may not fit into
+            finite = torch.isfinite(value).all()
+            values[table] = value
+            if self.dtype == torch.bfloat16:
+                values[table], values[f"{table}_rest"] = split(value)
+                finite &= torch.isfinite(values[table]).all()
+            if not finite:
+                raise ValueError(
+                    f"{name}: got NaN or infinite values, expected values that are finite in "
+                    f"{self.dtype}"
+                )
         self._rows.write(self._rows.add(ids), values)
         self._forget(ids)
 
@@ -291,7 +297,7 @@ class ExpertBank(Own, nn.Module):
         Raises:
             TypeError, ValueError: if the index is not [M, k] int64, or (on a CPU) out of range.
         """
-        return Selection(*self._selected(index, dtype, copy=True), self._version)
+        return Selection(*self._selected(index, dtype), self._version)
 
     def mix(
         self,
@@ -316,12 +322,14 @@ class ExpertBank(Own, nn.Module):
 
         Raises:
             ValueError, TypeError: if a shape, index, dtype or device does not fit.
-            RuntimeError: if the bank has changed since the selection, or has rows in training,
-                which no selection contains.
+            RuntimeError: if the bank has changed since the selection, the selection is another
+                bank's, or the bank has rows in training, which no selection contains.
         """
         if isinstance(index, Selection):
             if index.version != self._version:
-                raise RuntimeError("index: got a selection from before the bank changed")
+                raise RuntimeError(
+                    "index: got a selection of another bank, or from before the bank changed"
+                )
             if self._trained is not None:
                 raise RuntimeError("index: got a selection, which has no rows in training")
             a, b, at, _ = index
@@ -334,13 +342,11 @@ class ExpertBank(Own, nn.Module):
                 x, trained.a, trained.b, at, weights, scaling=scaling, backend=backend
             )
             index = index.masked_fill(at >= 0, -1)
-        a, b, at = self._selected(index, _computed_dtype(x), copy=torch.is_grad_enabled())
+        a, b, at = self._selected(index, _computed_dtype(x))
         stored = mix_experts(x, a, b, at, weights, scaling=scaling, backend=backend)
         return stored if delta is None else delta + stored
 
-    def _selected(
-        self, index: Tensor, dtype: torch.dtype, copy: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _selected(self, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         # Reads no number that changes with every step: a compiled graph would be made again.
         self._require_index(index)
         convert = self.dtype == torch.bfloat16 and dtype != torch.bfloat16
@@ -348,23 +354,23 @@ class ExpertBank(Own, nn.Module):
         if self._cache is None and not convert and isinstance(rows, RowTable):
             at = rows.find(index.clamp(-1, self.num_experts))
             return rows.tables["down"], rows.tables["up"], at
-        a, b, at = self._select_rows(index, copy)
+        a, b, at = self._select_rows(index)
         return (a.float(), b.float(), at) if convert else (a, b, at)
 
     @torch.compiler.disable
     @torch.no_grad()
-    def _select_rows(self, index: Tensor, copy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def _select_rows(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns rows [R, ...] on the compute device and the index into them."""
         ids, inverse = torch.unique(index.clamp(-1, self.num_experts), return_inverse=True)
         ids = ids.to(self.home)
         at = self._rows.find(ids)
         found = at >= 0
         place = torch.full_like(at, -1)
+        place[found] = torch.arange(int(found.sum()), device=at.device)
         if self._cache is None:
-            place[found] = torch.arange(int(found.sum()), device=at.device)
             stored = {name: self._rows.gather(name, at[found]) for name in _TABLES}
         else:
-            place[found], stored = self._cache.rows(ids[found], at[found], self._rows, copy)
+            stored = self._cache.rows(ids[found], at[found], self._rows)
         return stored["down"], stored["up"], place.to(index.device)[inverse]
 
     def _require_index(self, index: Tensor) -> None:
@@ -404,7 +410,7 @@ class ExpertBank(Own, nn.Module):
     def _forget(self, ids: Tensor) -> None:
         """Drops what was copied from rows that have changed."""
         self._trained = None
-        self._version += 1
+        self._version = next(_VERSIONS)
         if self._cache is not None:
             self._cache.drop(ids)
 
@@ -443,13 +449,13 @@ class ExpertBank(Own, nn.Module):
 
         Returns:
             seed: [] int64.
-            ids: [T] int64, the touched experts.
+            ids: [T] int64, the touched experts, counted in the larger bank (from `first`).
             down: [T, r, I] and up: [T, r, O] in the bank's dtype.
             down_rest, up_rest: int16, of a bank in bfloat16: see `split_floats`.
         """
         seed = torch.tensor(self.seed, dtype=torch.int64)
         tables = {name: self._rows.used(name) for name in self._rows.shapes}
-        return {"seed": seed, "ids": self._rows.used_ids(), **tables}
+        return {"seed": seed, "ids": self._rows.used_ids() + self.first, **tables}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Replaces the bank's state by one that `stored` returned, also of another N.
@@ -458,7 +464,7 @@ class ExpertBank(Own, nn.Module):
             KeyError: if a tensor is missing.
             ValueError, TypeError: if a shape, dtype or id does not fit; nothing has changed then.
         """
-        ids = state["ids"]
+        ids = state["ids"] - self.first
         require_ids("ids", ids, self.num_experts)
         for name, (shape, dtype) in self.shapes().items():
             given = state[name]
@@ -482,7 +488,7 @@ class ExpertBank(Own, nn.Module):
             seed: as the argument of the constructor.
         """
         self._rows, self.seed = rows, seed
-        self._version += 1
+        self._version = next(_VERSIONS)
         self._trained, self._cache = None, self._new_cache()
 
     def _load_from_state_dict(

@@ -37,6 +37,7 @@ class MappedRows:
 
     device = torch.device("cpu")
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         num_ids: int,

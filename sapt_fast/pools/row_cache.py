@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,8 @@ __all__ = ["RowCache"]
 class RowCache:
     """The rows that were used last (LRU).
 
-    The maps are on the CPU, which decides; only rows move.
+    The maps are on the CPU, which decides; only rows move. Several threads may use it. Copies and
+    pickles are empty.
 
     Args:
         capacity: number of rows.
@@ -27,6 +29,7 @@ class RowCache:
         hits, misses: number of rows asked for that were cached, and that were not.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         capacity: int,
@@ -35,6 +38,8 @@ class RowCache:
         device: torch.device,
     ) -> None:
         self.capacity, self.device = capacity, device
+        self._made_with = capacity, num_ids, shapes, device
+        self._lock = threading.Lock()
         self.tables = {
             name: torch.empty(capacity, *shape, dtype=dtype, device=device)
             for name, (shape, dtype) in shapes.items()
@@ -45,60 +50,60 @@ class RowCache:
         self._calls = 0
         self.hits = self.misses = 0
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RowCache, self._made_with
+
     @property
     def hit_rate(self) -> float:
         """Share of the rows asked for that were cached; NaN before the first."""
         asked = self.hits + self.misses
         return self.hits / asked if asked else math.nan
 
-    def rows(
-        self, ids: Tensor, at: Tensor, source: Any, copy: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns rows on the device.
+    def rows(self, ids: Tensor, at: Tensor, source: Any) -> dict[str, Tensor]:
+        """Returns copies of rows on the device, [U, *shape] by table.
 
         Args:
             ids: [U] int64 on the CPU, distinct.
             at: [U] int64, their rows in `source`.
             source: has `gather(name, at)`.
-            copy: whether to return copies; else the tables are valid until the next call.
-
-        Returns:
-            The place of each id in the returned tables, [U] int64 on the CPU; and the tables.
         """
-        place = self._plus_one[ids].long() - 1
-        missing = place < 0
-        count = int(missing.sum())
-        self.hits += len(ids) - count
-        self.misses += count
-        if len(ids) > self.capacity:
-            return torch.arange(len(ids)), self._mixed(place, missing, at, source)
-        self._calls += 1
-        self._used_at[place[~missing]] = self._calls
-        if count:
-            free = self._used_at.topk(count, largest=False, sorted=False).indices
-            self._admit(free, ids[missing], at[missing], source)
-            place[missing] = free
-        if not copy:
-            return place, self.tables
-        where = place.to(self.device)
-        return torch.arange(len(ids)), {name: t[where] for name, t in self.tables.items()}
+        with self._lock:
+            place = self._plus_one[ids].long() - 1
+            missing = place < 0
+            count = int(missing.sum())
+            self.hits += len(ids) - count
+            self.misses += count
+            if len(ids) > self.capacity:
+                return self._mixed(place, missing, at, source)
+            self._calls += 1
+            self._used_at[place[~missing]] = self._calls
+            if count:
+                free = self._used_at.topk(count, largest=False, sorted=False).indices
+                self._admit(free, ids[missing], at[missing], source)
+                place[missing] = free
+            where = place.to(self.device)
+            return {name: table[where] for name, table in self.tables.items()}
 
     def drop(self, ids: Tensor) -> None:
         """Forgets rows [U] that have changed where they are stored."""
-        place = self._plus_one[ids].long() - 1
-        place = place[place >= 0]
-        self._plus_one[ids] = 0
+        with self._lock:
+            place = self._plus_one[ids].long() - 1
+            self._evict(place[place >= 0])
+
+    def _evict(self, place: Tensor) -> None:
+        ids = self._ids[place]
+        self._plus_one[ids[ids >= 0]] = 0
         self._ids[place], self._used_at[place] = -1, 0
 
     def _admit(self, free: Tensor, ids: Tensor, at: Tensor, source: Any) -> None:
         fresh = {name: self._moved(source.gather(name, at)) for name in self.tables}
-        before = self._ids[free]
-        self._plus_one[before[before >= 0]] = 0
-        self._plus_one[ids] = (free + 1).to(torch.int32)
-        self._ids[free], self._used_at[free] = ids, self._calls
+        self._evict(free)
         where = free.to(self.device)
         for name, rows in fresh.items():
             self.tables[name][where] = rows
+        # Last: after an error in a copy, these places are free.
+        self._plus_one[ids] = (free + 1).to(torch.int32)
+        self._ids[free], self._used_at[free] = ids, self._calls
 
     def _mixed(self, place: Tensor, missing: Tensor, at: Tensor, source: Any) -> dict[str, Tensor]:
         """Copies more rows than fit, some of which are cached."""

@@ -55,8 +55,8 @@ class RowOptimizer:
         Raises:
             TypeError, ValueError: if ids are not int64, out of range or not distinct.
             ValueError: if a shape does not fit, or a gradient is NaN or infinite.
-            ValueError: if the updated rows would be NaN or infinite. After any error the bank and
-                the state are unchanged.
+            ValueError: if the updated rows or moments would be NaN or infinite. After any error the
+                bank and the state are unchanged.
         """
         bank = self.bank
         require_ids("ids", ids, bank.num_experts)
@@ -84,6 +84,9 @@ class RowOptimizer:
             moments = {slot: state[f"{slot}_{side}"] for slot in self.slots}
             self._update(rows[side], given[side].to(rows[side]), state["steps"], moments)
             _require_finite("lr: too large, the updated rows", ids, rows[side])
+            for moment in moments.values():
+                _require_finite("grads: too large, their moments", ids, moment)
+        self._state.reserve(len(self._state) + int((at < 0).sum()))  # may raise for want of memory
         bank.write(ids, rows["down"], rows["up"])
         self._state.write(self._state.add(ids), state)
 

@@ -31,6 +31,7 @@ class RowTable:
         tables: by name, [capacity, *shape].
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         num_ids: int,
@@ -124,6 +125,7 @@ class RowTable:
             table[target] = table[source]
         self._plus_one[self.ids[target]] = (target + 1).to(torch.int32)
 
+    @torch.inference_mode(False)
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Replaces every tensor by `fn` of it, for moves to another device."""
         self._plus_one, self.ids = fn(self._plus_one), fn(self.ids)
@@ -136,9 +138,9 @@ class RowTable:
         if rows <= capacity:
             return
         capacity = min(self.num_ids, max(rows, _LEAST_ROWS, capacity + capacity // _SPARE))
-        self.ids = self._grown(self.ids, capacity)
         for name in self.tables:  # one after another: only one is there twice
             self.tables[name] = self._grown(self.tables[name], capacity)
+        self.ids = self._grown(self.ids, capacity)  # last: without memory nothing has changed
 
     def _grown(self, table: Tensor, capacity: int) -> Tensor:
         larger = table.new_empty(capacity, *table.shape[1:])

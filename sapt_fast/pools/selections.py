@@ -17,7 +17,7 @@ class Selection(NamedTuple):
         a: [rows, r, I], at least the selected experts that were ever trained.
         b: [rows, r, O].
         at: [M, k] int64, rows of a and b; -1 for none and for untouched experts.
-        version: the bank's number of changes.
+        version: that of the bank's rows.
     """
 
     a: Tensor

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -58,6 +59,9 @@ def test_mix_is_that_of_all_experts(storage, dtype, x_dtype):
     torch.testing.assert_close(bank.mix(x, INDEX, weights, 0.5), delta)
     with pytest.raises(RuntimeError, match="from before the bank changed"):
         bank.mix(x, chosen, weights, 0.5)
+    other = filled(storage=storage, dtype=dtype)
+    with pytest.raises(RuntimeError, match="of another bank"):
+        filled(storage=storage, dtype=dtype).mix(x, other.select(INDEX, x.dtype), weights)
 
 
 def test_untouched_rows_follow_from_the_seed_and_take_nothing():
@@ -190,10 +194,24 @@ def test_what_is_not_finite_changes_nothing():
     optimizer.lr = 1e38
     with pytest.raises(ValueError, match="lr: too large"):
         optimizer.step(torch.tensor([3]), (torch.ones(1, R, IN) * 1e30, torch.ones(1, R, OUT)))
+    optimizer.lr = 0.1
+    with pytest.raises(ValueError, match="grads: too large, their moments"):  # squares: infinite
+        optimizer.step(torch.tensor([3]), (torch.ones(1, R, IN) * 1e25, torch.ones(1, R, OUT)))
     with pytest.raises(ValueError, match="got 3 twice"):
         optimizer.step(torch.tensor([3, 3]), (torch.ones(2, R, IN), torch.ones(2, R, OUT)))
     with pytest.raises(ValueError, match="b: got NaN"):
         bank.write(torch.tensor([1]), torch.ones(1, R, IN), torch.full((1, R, OUT), torch.inf))
+    with pytest.raises(ValueError, match=r"a: got NaN .* finite in torch.float32"):
+        bank.write(
+            torch.tensor([1]), torch.ones(1, R, IN).double() * 1e300, torch.ones(1, R, OUT)
+        )
+    with pytest.raises(ValueError, match=r"a: got NaN .* finite in torch.bfloat16"):
+        filled(dtype=torch.bfloat16).write(
+            torch.tensor([1]), torch.full((1, R, IN), 3.4e38), torch.ones(1, R, OUT)
+        )
+    gpu_nan = torch.full((1, R, IN), 2**31 - 1, dtype=torch.int32).view(torch.float32)
+    with pytest.raises(ValueError, match=r"a: got NaN"):
+        filled(dtype=torch.bfloat16).write(torch.tensor([1]), gpu_nan, torch.ones(1, R, OUT))
     for old, new in zip(
         before, (bank.state_dict(), optimizer.state_dict()["tensors"]), strict=True
     ):
@@ -239,6 +257,9 @@ def test_float32_survives_the_split():
     rounded, rest = split(values)
     assert torch.equal(joined(rounded, rest).view(torch.int32), values.view(torch.int32))
     assert ((rounded.float() - values).abs() <= (values.bfloat16().float() - values).abs()).all()
+    bank = ExpertBank(N, 1, 1, 1, dtype=torch.bfloat16)
+    bank.write(IDS, values[:3, None, None], values[:3, None, None])
+    assert torch.equal(bank.rows(IDS)[0], bank.stored()["down"])  # also halfway
 
 
 def test_the_cache_keeps_the_rows_that_were_used_last():
@@ -250,15 +271,31 @@ def test_the_cache_keeps_the_rows_that_were_used_last():
     table.gather = lambda name, at: asked.append(at.tolist()) or table.tables[name][at]
     for wanted in ([2, 4, 6], [8], [2], [10], [2, 4], [0, 2, 4, 6, 8, 10]):
         wanted = torch.tensor(wanted)
-        place, rows = cache.rows(wanted, table.find(wanted), table, copy=False)
-        assert rows["down"][place].flatten().tolist() == wanted.tolist()
+        rows = cache.rows(wanted, table.find(wanted), table)
+        assert rows["down"].flatten().tolist() == wanted.tolist()
     # 10 takes the place of 4 or 6; then 4 takes that of another one, unless 6 had to go.
     assert asked[:3] == [[1, 2, 3], [4], [5]]
     assert cache.hits + cache.misses == 14
     cache.drop(torch.tensor([2]))
     table.write(table.find(torch.tensor([2])), {"down": torch.tensor([[5.0]])})
-    place, rows = cache.rows(torch.tensor([2]), torch.tensor([1]), table, copy=True)
-    assert rows["down"][place].item() == 5
+    assert cache.rows(torch.tensor([2]), torch.tensor([1]), table)["down"].item() == 5
+
+
+def test_threads_share_a_cache():
+    """A cache that is smaller than what the threads use together."""
+    bank = ExpertBank(64, 1, 16, 16, storage="pinned", cache_rows=6)
+    ids = torch.arange(64)
+    bank.write(ids, torch.ones(64, 1, 16), (ids + 1.0)[:, None, None].expand(64, 1, 16))
+
+    def mixed(start):
+        for i in range(start, start + 40):
+            index = torch.tensor([[i % 64, 7 * i % 64]])
+            with torch.no_grad():
+                delta = bank.mix(torch.ones(1, 16), index, torch.ones(1, 2))
+            assert delta[0, 0] == 16 * (index.sum() + 2)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(mixed, (0, 9, 20, 41)))
 
 
 def test_bad_arguments_are_named():
@@ -275,6 +312,9 @@ def test_bad_arguments_are_named():
         bank.write(torch.tensor([1]), torch.ones(1, R, IN), torch.ones(1, R, IN))
     with pytest.raises(RuntimeError, match="ids: got values from 3 to 31"):
         ExpertBank(8, R, IN, OUT).load_state_dict(bank.state_dict())
+    part = ExpertBank(N, R, IN, OUT, first=N)  # experts N to 2 N - 1
+    with pytest.raises(RuntimeError, match="ids: got values from -47 to -19"):
+        part.load_state_dict(bank.state_dict())
     with pytest.raises(ValueError, match="name: got 'adam', expected 'sgd'"):
         ROW_OPTIMIZERS["sgd"](bank).load_state_dict(RowAdam(bank).state_dict())
 
@@ -307,3 +347,15 @@ def test_slot_choice_is_tf_idf():
     for count in (1, 2, 3, 9):
         expected = sorted(sorted(scores, key=lambda i: (scores[i], i))[:count])
         assert again.choose(batch, count).tolist() == expected
+
+
+@pytest.mark.parametrize("storage", ["device", "pinned"])
+def test_what_is_made_in_inference_mode_can_train(storage):
+    with torch.inference_mode():
+        bank = ExpertBank(N, R, IN, OUT, storage=storage)
+        bank.load_state_dict(filled().state_dict())
+        bank = bank.to("cpu")
+    x, weights = inputs()
+    bank.mix(x.requires_grad_(), INDEX, weights).sum().backward()
+    train(bank, RowAdam(bank), 2)
+    assert x.grad.any()

@@ -304,3 +304,8 @@ def test_compiled_search(kind):
     compiled = torch.compile(index.search, backend="eager", fullgraph=True)
     with torch.no_grad():
         require_equal(compiled(query, K), (expected[0].double(), expected[1]))
+        if kind == "exact":
+            index.remove_rows(torch.arange(N))
+            assert (compiled(query, 1)[1] == -1).all()
+            index.set_rows(torch.tensor([N - 1]), query[:1])
+            assert (compiled(query, 1)[1] == N - 1).all()

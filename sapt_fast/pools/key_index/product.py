@@ -111,10 +111,11 @@ class ProductIndex(KeyIndex):
         Returns:
             [P] int64 each, ascending: positions in the grid of all ranks; the ranks i; the ranks j.
         """
-        if self._grid is None or self._grid[0] != (k, device):
+        grid = self._grid  # which another thread may replace
+        if grid is None or grid[0] != (k, device):
             each = min(k, self.halves)
             with torch.inference_mode(False):
                 rank = torch.arange(1, each + 1, device=device)
                 pairs = (rank.unsqueeze(1) * rank <= k).flatten().nonzero().squeeze(1)
-                self._grid = (k, device), (pairs, pairs // each, pairs % each)
-        return self._grid[1]
+                self._grid = grid = (k, device), (pairs, pairs // each, pairs % each)
+        return grid[1]

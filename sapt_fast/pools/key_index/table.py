@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,16 +56,23 @@ class TableIndex(KeyIndex):
         keys = self.keys.detach()
         return (keys if rows.shape[0] == self.num_keys else keys[rows]), rows
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def set_rows(self, rows: Tensor, keys: Tensor) -> None:
-        rows, keys = self._checked(rows, keys)
-        self.keys[rows] = keys
+        self._write(*self._checked(rows, keys))
+
+    def remove_rows(self, rows: Tensor) -> None:
+        self._write(self._checked_rows(rows), float("nan"))
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def remove_rows(self, rows: Tensor) -> None:
-        self.keys[self._checked_rows(rows)] = float("nan")
+    def _write(self, rows: Tensor, keys: Tensor | float) -> None:
+        count, end = self._span()
+        before = self._present(rows).sum()
+        self.keys[rows] = keys
+        change = int(self._present(rows).sum() - before)
+        if change > 0:
+            end = max(end, int(rows.max()) + 1)
+        # Known without a pass over all keys, also to a graph that was compiled before.
+        self._spans = self._fingerprint(), (count + change, end)
 
     def _checked(self, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Returns rows and keys as `set_rows` writes them."""
@@ -101,16 +109,16 @@ class TableIndex(KeyIndex):
     def _table(self) -> Tensor:
         return self.keys
 
-    def _present(self) -> Tensor:
-        """Returns which rows have a key, [N] bool."""
-        return ~self.keys.detach()[:, 0].isnan()
+    def _present(self, rows: Tensor | slice = slice(None)) -> Tensor:
+        """Returns which rows have a key, [N] or [U] bool."""
+        return ~self.keys.detach()[rows, 0].isnan()
 
     def _fingerprint(self) -> tuple[Any, ...]:
         """Returns what differs after every change of the keys, except one through `.data`."""
         return self.keys.data_ptr(), self.keys._version
 
     def _span(self) -> tuple[int, int]:
-        """Returns the number of rows with keys, and the end of the last one."""
+        """Returns the number of rows with keys, and an end behind the last one."""
         if self._spans is not None and torch.compiler.is_compiling():
             return self._spans[1]  # which a graph cannot check
         version = self._fingerprint()
@@ -148,6 +156,14 @@ class TableIndex(KeyIndex):
         keys = keys.clone()  # a full index saves its own table
         self.keys.fill_(float("nan"))
         self.keys[rows] = keys
+        self._span()
+
+    @torch.inference_mode(False)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        known = self._spans if self._spans and self._spans[0] == self._fingerprint() else None
+        super()._apply(fn, recurse)
+        self._spans = known and (self._fingerprint(), known[1])  # another memory, the same keys
+        return self
 
 
 def require_dtype(dtype: torch.dtype) -> None:

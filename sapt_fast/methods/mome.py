@@ -351,10 +351,10 @@ class MomeHandle(LoggedHandle):
             pairs: prompts and targets.
             keys: [F, C], what the prompts are looked up by; None if each token looks up.
             experts: [F, K]; None if each token looks up.
-            replaced: facts that are removed.
+            replaced: facts that are removed; of their experts, the given ones stay as they are.
         """
         if replaced:
-            self._remove(replaced)
+            self._remove(replaced, experts)
         lookup: Any = self.lookup
         table = lookup.table
         facts = self.log.add([p for p, _ in pairs], [t for _, t in pairs]).to(table.facts.device)
@@ -402,7 +402,8 @@ class MomeHandle(LoggedHandle):
             self._remove(facts)
         self.follow_edits()
 
-    def _remove(self, facts: Sequence[int]) -> None:
+    def _remove(self, facts: Sequence[int], kept: Tensor | None = None) -> None:
+        """Removes facts, and what their experts have learned except for those in `kept`."""
         lookup: Any = self.lookup
         table = lookup.table
         numbers = torch.tensor([*facts], dtype=torch.int64, device=table.facts.device)
@@ -410,6 +411,8 @@ class MomeHandle(LoggedHandle):
             lookup.index.remove_rows(table.keys[table.rows_of(numbers)])
             lookup.index.build()
         given_up = table.remove(numbers)
+        if kept is not None:
+            given_up = given_up[~torch.isin(given_up, kept.to(given_up))]
         for bank in self.banks:
             bank.reset_rows(given_up)
         for fact in facts:

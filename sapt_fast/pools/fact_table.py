@@ -66,9 +66,10 @@ class FactTable(Exact):
         inside = (keys >= 0) & (keys < len(self._owners))
         return torch.where(inside, self._owners[keys.clamp(0, len(self._owners) - 1)], -1)
 
-    def uses(self) -> Tensor:
-        """Returns how many facts have each expert, [N] int64."""
-        return torch.bincount(self.experts.flatten(), minlength=self.num_experts)
+    def uses(self, experts: Tensor | None = None) -> Tensor:
+        """Returns how many facts have each expert, [N] int64; the facts of `experts` [M, K]."""
+        experts = self.experts if experts is None else experts
+        return torch.bincount(experts.flatten(), minlength=self.num_experts)
 
     def sharing(self) -> Tensor:
         """Returns whether each fact has an expert that another one has, [F] bool."""
@@ -76,14 +77,24 @@ class FactTable(Exact):
 
     # --- changes ---
 
-    def choose_experts(self, count: int) -> Tensor:
-        """Returns the experts [count, K] of new facts: the least used ones, of those the first."""
+    def choose_experts(self, count: int, held: Tensor | None = None) -> Tensor:
+        """Returns the experts [count, K] of new facts: the least used ones, of those the first.
+
+        Args:
+            count: how many facts are new.
+            held: the facts [M] that stay. The experts of others count as free, but are taken last.
+                None: all stay.
+        """
         width, uses = self.experts.shape[1], self.uses()
+        stays = slice(None) if held is None else torch.isin(self.facts, held)
+        kept = self.uses(self.experts[stays])
         chosen = []
         while count > 0:
             together = min(count, self.num_experts // width)  # that do not share experts
-            order = uses.argsort(stable=True)[: together * width]
+            order = uses.argsort(stable=True)
+            order = order[kept[order].argsort(stable=True)][: together * width]
             uses[order] += 1
+            kept[order] += 1
             chosen.append(order.view(together, width))
             count -= together
         return torch.cat(chosen) if chosen else self.experts[:0]

@@ -142,6 +142,16 @@ def test_a_fact_that_changes():
     assert [fact.fact for fact in model.mome.facts] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_fact_that_changes_in_a_full_memory(place, caplog):
+    """It takes the experts of the one that it replaces, which stay trained."""
+    model = memorised(facts=FACTS[:2], num_experts=8)
+    model.mome.memorise([(PROMPTS[place], TARGETS[2])], until=0.3)
+    assert answer(model, PROMPTS[place]) == TARGETS[2]
+    assert answer(model, PROMPTS[1 - place]) == TARGETS[1 - place]
+    assert "share experts" not in caplog.text
+
+
 @pytest.mark.thorough
 def test_several_layers_with_one_bank_and_with_one_each():
     for shared in (False, True):

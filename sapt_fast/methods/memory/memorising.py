@@ -151,7 +151,7 @@ class Memorising:
             )
         numbers = torch.tensor(self.held, dtype=torch.int64, device=keys.device)
         self._require_apart(torch.cat([self.handle.keys_of(numbers).to(keys), keys]))
-        new = lookup.table.choose_experts(len(self.pairs))
+        new = lookup.table.choose_experts(len(self.pairs), numbers)
         experts = torch.cat([lookup.table.experts_of(numbers), new])
         uses = torch.bincount(experts.flatten(), minlength=self.config.num_experts)
         sharing = (uses[experts] > 1).any(1)

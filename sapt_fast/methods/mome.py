@@ -200,7 +200,7 @@ class MomeHandle(LoggedHandle):
     def facts(self) -> list[Fact]:
         """The facts that are memorised, oldest first."""
         table: Any = self.lookup.table
-        experts = [tuple(row) for row in table.experts.tolist()]
+        experts = [tuple(n for n in row if n >= 0) for row in table.experts.tolist()]
         rows = zip(self.numbered(), experts, strict=True)
         return [Fact(fact, *text, own, self.tokenizer) for (fact, text), own in rows]
 
@@ -387,7 +387,7 @@ class MomeHandle(LoggedHandle):
         Raises:
             ValueError: if there is no such fact, or tokens look up by themselves.
         """
-        facts = [fact] if isinstance(fact, int) else [*fact]
+        facts = [fact] if isinstance(fact, int) else [*dict.fromkeys(fact)]
         unknown = sorted(set(facts) - set(self.log.edits.tolist()), key=str)
         if unknown:
             raise ValueError(

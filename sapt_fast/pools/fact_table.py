@@ -24,7 +24,7 @@ class FactTable(Exact):
     Attributes:
         facts: [F] int64, ascending, the facts' numbers.
         keys: [F] int64, the row of each fact's key in the index.
-        experts: [F, K] int64, the experts of each fact, each once.
+        experts: [F, K] int64, the experts of each fact, each once; -1 for none.
     """
 
     facts: Tensor
@@ -69,11 +69,11 @@ class FactTable(Exact):
     def uses(self, experts: Tensor | None = None) -> Tensor:
         """Returns how many facts have each expert, [N] int64; the facts of `experts` [M, K]."""
         experts = self.experts if experts is None else experts
-        return torch.bincount(experts.flatten(), minlength=self.num_experts)
+        return torch.bincount(experts[experts >= 0], minlength=self.num_experts)
 
     def sharing(self) -> Tensor:
         """Returns whether each fact has an expert that another one has, [F] bool."""
-        return (self.uses()[self.experts] > 1).any(1)
+        return ((self.uses()[self.experts] > 1) & (self.experts >= 0)).any(1)
 
     # --- changes ---
 
@@ -119,7 +119,7 @@ class FactTable(Exact):
         gone = torch.isin(self.facts, facts)
         given_up = self.experts[gone].unique()
         self._set(self.facts[~gone], self.keys[~gone], self.experts[~gone])
-        return given_up[self.uses()[given_up] == 0]
+        return given_up[(given_up >= 0) & (self.uses()[given_up] == 0)]
 
     def require_consistent(self, facts: Tensor, num_keys: int) -> None:
         """Raises ValueError unless there is one row for each of these facts, within the sizes."""
@@ -128,13 +128,13 @@ class FactTable(Exact):
             raise ValueError(f"facts: got {shapes}, expected one row for each of {len(facts)}")
         if {shape[0] for shape in shapes.values()} != {len(self)}:
             raise ValueError(f"facts: got {shapes}, expected one row for each fact")
-        for name, values, most in (
-            ("keys", self.keys, num_keys),
-            ("experts", self.experts, self.num_experts),
+        for name, values, least, most in (
+            ("keys", self.keys, 0, num_keys),
+            ("experts", self.experts, -1, self.num_experts),
         ):
-            if values.numel() and (values.min() < 0 or values.max() >= most):
+            if values.numel() and (values.min() < least or values.max() >= most):
                 raise ValueError(
-                    f"{name}: got {int(values.min())} to {int(values.max())}, expected 0 to "
+                    f"{name}: got {int(values.min())} to {int(values.max())}, expected {least} to "
                     f"{most - 1}"
                 )
         if len(self.keys.unique()) != len(self):

@@ -152,6 +152,27 @@ def test_a_fact_that_changes_in_a_full_memory(place, caplog):
     assert "share experts" not in caplog.text
 
 
+def test_a_fact_that_is_given_twice():
+    model = memorised(facts=FACTS[:1])
+    report = model.mome.memorise([FACTS[1], FACTS[1]], until=0.3)
+    assert report.facts == [1, 1]
+    assert report.losses[0] == report.losses[1] <= 0.3
+    model.mome.forget([1, 1])
+    assert [fact.fact for fact in model.mome.facts] == [0]
+
+
+def test_a_fact_below_the_threshold_of_learned_keys_is_not_memorised():
+    config = MomeConfig(**{**SETTINGS, "keys": "learned", "threshold": 0.99, "epochs": 1})
+    model = sapt_fast.patch(fresh(), config)
+    before = model.mome.lookup.index.keys.clone()
+    model.mome.fit_router([(prompt, [7, 1]) for prompt in router_data()])
+    assert not torch.equal(model.mome.lookup.index.keys, before)
+    report = model.mome.memorise(FACTS[:1])
+    assert (report.unfitted, report.collisions) == ([0], 0)
+    assert model.mome.facts[0].experts == ()
+    model.mome.forget(0)
+
+
 @pytest.mark.thorough
 def test_several_layers_with_one_bank_and_with_one_each():
     for shared in (False, True):

@@ -152,7 +152,7 @@ class Trainer:
             with torch.no_grad():
                 fits = gives(logits, batch.texts.labels, 0.0) & (losses <= self.until)
             rows = moving(losses.detach(), fits)
-            if bool(rows.any()):
+            if bool(rows.any()) and losses.requires_grad:  # else no experts were found
                 grads = self._step(losses, rows, ids, leaves, chosen, keys)
             return losses.detach(), fits, grads
         finally:

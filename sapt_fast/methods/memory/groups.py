@@ -13,7 +13,7 @@ def parts_of(experts: Tensor) -> list[list[int]]:
     """Returns the smallest parts of facts such that no two parts share an expert.
 
     Args:
-        experts: [F, K] int64, those of each fact.
+        experts: [F, K] int64, those of each fact; -1 for none.
 
     Returns:
         The facts of each part, ascending; the parts in the order of their first facts.
@@ -27,7 +27,7 @@ def parts_of(experts: Tensor) -> list[list[int]]:
 
     owners: dict[int, int] = {}
     for fact, row in enumerate(experts.tolist()):
-        for expert in row:
+        for expert in (number for number in row if number >= 0):
             first, second = sorted((root(fact), root(owners.setdefault(expert, fact))))
             parents[second] = first
     parts: dict[int, list[int]] = {}

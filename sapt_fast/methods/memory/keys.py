@@ -71,6 +71,7 @@ def _training(handle: Any) -> Iterator[list[Tensor]]:
     """Yields keys and projections, which require gradients in the context."""
     keys: list[Tensor] = []
     for lookup in handle.lookups:
+        lookup.threshold = None  # keys that train may not reach it yet
         keys += [lookup.projection, *lookup.index.parameters()]
     before = [key.detach().clone() for key in keys]
     try:
@@ -83,6 +84,8 @@ def _training(handle: Any) -> Iterator[list[Tensor]]:
                 key.copy_(values)
         raise
     finally:
+        for lookup in handle.lookups:
+            lookup.threshold = handle.config.least_score
         for key in keys:
             key.requires_grad_(False)
             key.grad = None

@@ -42,7 +42,7 @@ class Memorising:
 
     Args:
         handle: `model.mome`.
-        pairs: prompts and targets, each prompt once.
+        pairs: prompts and targets; a prompt that is given twice has the same target.
         until, batch_size: as in `memorise`.
     """
 
@@ -54,8 +54,13 @@ class Memorising:
         present, targets = handle.present(), dict(handle.numbered())
         self.known: dict[int, int] = {}  # the fact that each given one is already, by its place
         self.places: list[int] = []  # of those that are trained
+        firsts: dict[tuple[int, ...], int] = {}
+        # The place of the same prompt in the list, for each given fact.
+        self.first = [firsts.setdefault(tuple(p.tolist()), i) for i, (p, _) in enumerate(pairs)]
         self.replaced: list[int] = []  # facts whose prompts get other targets
         for place, (prompt, target) in enumerate(pairs):
+            if self.first[place] != place:
+                continue
             fact = present.get(tuple(prompt.tolist()))
             if fact is not None and targets[fact][1] == tuple(target.tolist()):
                 self.known[place] = fact
@@ -63,7 +68,6 @@ class Memorising:
             self.places.append(place)
             if fact is not None:
                 self.replaced.append(fact)
-        self.given = len(pairs)
         self.pairs = [pairs[place] for place in self.places]
         self.held = [fact for fact in targets if fact not in self.replaced]
         self.held_pairs: list[Pair] = [
@@ -94,8 +98,8 @@ class Memorising:
                 len(unfitted), count, self.until, self.config.epochs, unfitted[:20],
             )  # fmt: skip
         return Memorised(
-            [facts[place] for place in range(self.given)],
-            [losses.get(place, math.nan) for place in range(self.given)],
+            [facts[place] for place in self.first],
+            [losses.get(place, math.nan) for place in self.first],
             unfitted,
             outcome.epochs,
             handle.collisions,

@@ -98,7 +98,11 @@ class MomeHandle(LoggedHandle):
         targets = config.target_modules
         report = find_outputs(model, memory_targets(model) if targets is None else targets)
         order = {path: place for place, (path, _) in enumerate(model.named_modules())}
-        report.patched.sort(key=order.__getitem__)
+
+        def end(path: str) -> tuple[int, int]:  # a layer inside another one ends first
+            return max(order[p] for p in order if f"{p}.".startswith(f"{path}.")), -len(path)
+
+        report.patched.sort(key=end)
         if config.query == "sequence":
             HiddenMean(model, config.key_layer)
         return report
@@ -160,7 +164,7 @@ class MomeHandle(LoggedHandle):
 
     @property
     def layers(self) -> dict[str, MemoryOutput]:
-        """The layers with memory by path, in the order in which the model has them."""
+        """The layers with memory by path, in the order in which they run."""
         return self.modules_at()
 
     @property

@@ -173,6 +173,28 @@ def test_a_fact_below_the_threshold_of_learned_keys_is_not_memorised():
     model.mome.forget(0)
 
 
+def test_a_layer_inside_another_one_looks_up_first():
+    model = sapt_fast.patch(fresh(), MomeConfig(**SETTINGS, target_modules=("mlp", "down_proj")))
+    *_, inner, outer = model.mome.layers
+    assert inner == f"{outer}.down_proj"
+    assert [layer.decides for layer in model.mome.layers.values()] == [True, False, False, False]
+
+
+def test_an_error_while_facts_are_added_changes_nothing(monkeypatch):
+    model = memorised(facts=FACTS[:2], num_experts=8)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model.mome.lookup.index, "build", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.mome.memorise([(PROMPTS[0], TARGETS[2])], until=0.3)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert answer(model, PROMPTS[0]) == TARGETS[0]
+
+
 @pytest.mark.thorough
 def test_several_layers_with_one_bank_and_with_one_each():
     for shared in (False, True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -86,8 +87,8 @@ class Memorising:
                 plan = self._plan(keys)
                 with self._undone_on_error(plan):
                     outcome, spent = self._train(plan, folder, progress)
-            experts = None if plan is None else plan.experts[-count:]
-            numbers = handle.add_facts(self.pairs, keys, experts, self.replaced)
+                    experts = None if plan is None else plan.experts[-count:]
+                    numbers = handle.add_facts(self.pairs, keys, experts, self.replaced)
         facts = self.known | dict(zip(self.places, numbers, strict=True))
         losses = dict(zip(self.places, outcome.losses.tolist(), strict=True))
         unfitted = [n for n, fits in zip(numbers, outcome.fits.tolist(), strict=True) if not fits]
@@ -110,14 +111,18 @@ class Memorising:
         """Returns what a folder must be of, JSON-ready."""
         handle = self.handle
         texts = [[t.tolist() for t in pair] for pair in (*self.held_pairs, *self.pairs)]
-        router = {name: t.cpu() for name, t in handle.router.state_dict().items()}
+        state = {
+            f"{part}.{name}": tensor.cpu()
+            for part, module in handle.parts().items()
+            for name, tensor in module.state_dict().items()
+        }
         return {
             "config": handle.config.to_dict(),
             "until": self.until,
             "batch_size": self.batch_size,
             "facts before": len(self.held),
             "facts": sha256(json.dumps(texts).encode()).hexdigest(),
-            "router": sha256(tensor_bytes(router)).hexdigest(),
+            "router, keys and experts": sha256(tensor_bytes(state)).hexdigest(),
         }
 
     # --- before training ---
@@ -243,12 +248,18 @@ class Memorising:
 
     @contextmanager
     def _undone_on_error(self, plan: _Plan | None) -> Iterator[None]:
-        """A context after whose error the experts are as before."""
-        saved = []
-        for bank in self.handle.banks:
+        """A context after whose error experts, keys and facts are as before."""
+        handle, lookup = self.handle, self.handle.lookup
+        state, saved = handle._state(), []
+        if isinstance(lookup, FactLookup):
+            state = copy.deepcopy(state)  # keys change in place
+        replaced = torch.tensor(self.replaced, dtype=torch.int64, device=lookup.table.facts.device)
+        changing = lookup.table.experts_of(replaced).flatten()
+        for bank in handle.banks:
             stored = bank.touched
             if plan is not None:
-                stored = stored[torch.isin(stored, plan.experts.to(stored.device))]
+                ids = torch.cat([plan.experts.flatten().to(stored), changing.to(stored)])
+                stored = stored[torch.isin(stored, ids)]
             saved.append((bank, bank.touched.clone(), stored.clone(), bank.master_rows(stored)))
         try:
             yield
@@ -257,4 +268,7 @@ class Memorising:
                 now = bank.touched
                 bank.reset_rows(now[~torch.isin(now, before)])
                 bank.write(ids, *rows)
+            handle._restore_state(state)
+            if lookup.index.stale:
+                lookup.index.build()
             raise

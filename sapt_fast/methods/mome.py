@@ -6,6 +6,7 @@ Li et al., "Banishing LLM Hallucinations Requires Rethinking Generalization", ar
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import secrets
@@ -536,10 +537,21 @@ class MomeHandle(LoggedHandle):
             read_bank(folder / name, bank)
 
     def restore_values(self, directory: str | os.PathLike[str]) -> None:
-        """Sets the facts to those in a saved folder; errors as `sapt_fast.load_pretrained`."""
+        """Sets the facts to those in a saved folder; errors as `sapt_fast.load_pretrained`.
+
+        After an error the memory is as before.
+        """
+        before = copy.deepcopy(self._state())
+        banks = [(bank, bank._rows, bank.seed) for bank in self.banks]
         super().restore_values(directory)
-        stored = read_method(Path(directory), self.attribute)
-        self.restore_files(stored.source.parent, stored.values)
+        try:
+            stored = read_method(Path(directory), self.attribute)
+            self._read_banks(stored.source.parent, stored.values["banks"])
+        except BaseException:
+            for bank, rows, seed in banks:
+                bank.adopt(rows, seed)
+            self._restore_state(before)
+            raise
 
     def require_consistent(self) -> None:
         """Raises ValueError if router, keys and facts do not fit each other."""

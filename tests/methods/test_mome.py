@@ -231,6 +231,11 @@ def test_a_damaged_shard_is_named_and_an_earlier_bank_is_removed(tmp_path):
     with pytest.raises(ValueError, match="experts-00000"):
         sapt_fast.load_pretrained(target, tmp_path)
     assert target.mome.facts == []
+    target = memorised(facts=FACTS[:1])
+    with pytest.raises(ValueError, match="experts-00000"):
+        target.mome.restore_values(tmp_path)
+    assert len(target.mome.facts) == 1
+    assert answer(target, PROMPTS[0]) == TARGETS[0]
 
 
 @pytest.mark.thorough

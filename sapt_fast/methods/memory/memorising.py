@@ -269,6 +269,4 @@ class Memorising:
                 bank.reset_rows(now[~torch.isin(now, before)])
                 bank.write(ids, *rows)
             handle._restore_state(state)
-            if lookup.index.stale:
-                lookup.index.build()
             raise

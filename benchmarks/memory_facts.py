@@ -257,7 +257,7 @@ class Experiment:
         pairs = self.pairs(facts)
         rows = []
         for k, share in _CAPACITY:
-            experts = max(len(facts), round(len(facts) * k * share))
+            experts = max(k, len(facts), round(len(facts) * k * share))
             model, result = self.memorised(
                 look_up, facts, pairs, f"capacity {k} {experts}", k=k, num_experts=experts
             )

@@ -55,7 +55,8 @@ _PANELS = {
     "Data": ("edits", "upstream", "text", "chat", "limit", "order_seed"),
     "Method": ("method", "target_modules", *_METHOD_NAMES, "encoder", "encoder_pattern"),
     "Run": (
-        "batch", "every", "save_every", "eval_batch", "answer_tokens", "window", "seed", "resume",
+        "batch", "every", "save_every", "eval_batch", "answer_tokens", "teacher_forcing", "window",
+        "seed", "resume",
     ),
     "Machine": ("device", "dtype", "attention", "progress"),
 }  # fmt: skip
@@ -83,7 +84,8 @@ def edit_command(
     upstream: Annotated[
         Path | None,
         option(
-            "JSONL, a line for each prompt that no edit should touch: prompt, and optional target.",
+            "JSONL, a line for each prompt that no edit should touch: prompt, and optional "
+            "target and group.",
             panel="Data",
         ),
     ] = None,

@@ -25,10 +25,12 @@ class Probe:
     Attributes:
         prompt: its tokens.
         target: the expected answer; None: the model's answer before the first edit.
+        group: a name under which the prompt is also reported; None for none.
     """
 
     prompt: Tokens
     target: Tokens | None = None
+    group: str | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ class Reader:
         """Reads prompts whose answers must not change.
 
         Args:
-            source: a file of `prompt` and, optional, `target`; or such records, texts or tokens.
+            source: a file of `prompt` and, optional, `target`, `group`; or such records, texts or
+                tokens.
 
         Raises:
             FileNotFoundError, ValueError, TypeError: as `edits`.
@@ -125,13 +128,18 @@ class Reader:
         within = where if where.endswith(", ") else ""
         if not isinstance(record, Mapping):
             return Probe(self._prompt(record, within))
-        if "prompt" not in record or set(record) - {"prompt", "target"}:
+        if "prompt" not in record or set(record) - {"prompt", "target", "group"}:
             got = ", ".join(map(str, record))
-            raise ValueError(f"{within}got the keys {got}, expected prompt and, optional, target")
+            raise ValueError(
+                f"{within}got the keys {got}, expected prompt and, optional, target and group"
+            )
+        group = record.get("group")
+        if group is not None and not isinstance(group, str):
+            raise TypeError(f"{within}group: got {group!r}, expected a name")
         if record.get("target") is None:
-            return Probe(self._prompt(record["prompt"], within))
+            return Probe(self._prompt(record["prompt"], within), group=group)
         try:
-            return Probe(*self._pair(record["prompt"], record["target"]))
+            return Probe(*self._pair(record["prompt"], record["target"]), group)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{within}{error}") from None
 

@@ -15,7 +15,7 @@ than once, the last target counts. A prompt that was edited is neither a paraphr
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
@@ -29,12 +29,16 @@ METRICS = ("success", "retention", "upstream", "paraphrase", "locality")
 
 @dataclass(frozen=True)
 class Questions:
-    """What to ask after some edits: (prompt, expected answer) by the name of the metric."""
+    """What to ask after some edits: (prompt, expected answer) by the name of the metric.
+
+    `groups` has those of the prompts in `upstream` and `locality` that are reported by a name.
+    """
 
     retention: list[tuple[Tokens, Tokens]]
     upstream: list[tuple[Tokens, Tokens]]
     paraphrase: list[tuple[Tokens, Tokens]]
     locality: list[tuple[Tokens, Tokens]]
+    groups: dict[str, list[tuple[Tokens, Tokens]]] = field(default_factory=dict)
 
 
 def questions(
@@ -49,7 +53,8 @@ def questions(
     """
     latest = {row.prompt: row for row in rows}
 
-    def expected(probes: Iterable[Probe]) -> list[tuple[Tokens, Tokens]]:
+    def expected(given: Iterable[Probe], group: str | None = None) -> list[tuple[Tokens, Tokens]]:
+        probes = [probe for probe in given if group in (None, probe.group)]
         distinct = {probe.prompt: probe for probe in probes if probe.prompt not in latest}
         return [
             (prompt, before[prompt] if probe.target is None else probe.target)
@@ -62,11 +67,14 @@ def questions(
         for text in row.paraphrases
         if text not in latest
     }
+    local = [probe for row in rows for probe in row.locality]
+    names = dict.fromkeys(probe.group for probe in [*upstream, *local])
     return Questions(
         retention=[(row.prompt, row.target) for row in latest.values()],
         upstream=expected(upstream),
         paraphrase=[*paraphrases.items()],
-        locality=expected(probe for row in rows for probe in row.locality),
+        locality=expected(local),
+        groups={name: expected([*upstream, *local], name) for name in names if name is not None},
     )
 
 
@@ -76,18 +84,47 @@ def untouched(rows: Sequence[EditRow], upstream: Sequence[Probe]) -> list[Tokens
     return [*dict.fromkeys(probe.prompt for probe in probes if probe.target is None)]
 
 
-def measure(examiner: Examiner, asked: Questions) -> dict[str, dict[str, float | None]]:
-    """Asks, and returns each metric but success, "generated" and "forced"; None if not asked."""
-    by_name: dict[str, list[tuple[Tokens, Tokens]]] = vars(asked)
-    everything = [pair for pairs in by_name.values() for pair in pairs]  # more of equal length
-    answers = examiner.answers([prompt for prompt, _ in everything])
-    right = iter([matches(a, wanted) for a, (_, wanted) in zip(answers, everything, strict=True)])
-    shares = iter(examiner.forced(everything))
-    found: dict[str, dict[str, float | None]] = {"generated": {}, "forced": {}}
-    for name, pairs in by_name.items():
-        found["generated"][name] = mean([next(right) for _ in pairs])
-        found["forced"][name] = mean([next(shares) for _ in pairs])
-    return found
+def measure(
+    examiner: Examiner,
+    asked: Questions,
+    *,
+    teacher_forcing: bool = True,
+    known: Mapping[Tokens, Tokens] | None = None,
+) -> dict[str, dict[str, float | None]]:
+    """Asks, and returns each metric but success.
+
+    Args:
+        examiner: asks the model.
+        asked: the questions.
+        teacher_forcing: whether to also compute the metrics by teacher forcing.
+        known: answers of the model as it is, by prompt, which are not generated again.
+
+    Returns:
+        "generated" and "forced", the metrics by name; and "groups", the share of right answers by
+        generation of each group. None for what was not asked.
+    """
+    by_name = {name: pairs for name, pairs in vars(asked).items() if name != "groups"}
+    pairs = [*dict.fromkeys(pair for found in by_name.values() for pair in found)]
+    answers = dict(known or {})
+    unknown = [*dict.fromkeys(prompt for prompt, _ in pairs if prompt not in answers)]
+    answers |= zip(unknown, examiner.answers(unknown), strict=True)  # more of equal length
+    shares = examiner.forced(pairs) if teacher_forcing else []
+    right = {pair: matches(answers[pair[0]], pair[1]) for pair in pairs}
+    forced = dict(zip(pairs, shares, strict=False))
+
+    def means(
+        by_name: Mapping[str, Sequence[Any]], values: Mapping[Any, Any]
+    ) -> dict[str, float | None]:
+        return {
+            name: mean([values[pair] for pair in found]) if values else None
+            for name, found in by_name.items()
+        }
+
+    return {
+        "generated": means(by_name, right),
+        "forced": means(by_name, forced),
+        "groups": means(asked.groups, right),
+    }
 
 
 def mean(values: Sequence[Any]) -> float | None:

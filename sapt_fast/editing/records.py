@@ -19,7 +19,7 @@ from sapt_fast.files.reading import DATA_BYTES, parse_json, read_bytes
 __all__ = ["edit_records", "probe_records"]
 
 _EDIT = ("prompt", "target", "paraphrases", "locality")
-_PROBE = ("prompt", "target")
+_PROBE = ("prompt", "target", "group")
 
 
 def edit_records(path: str | os.PathLike[str]) -> list[tuple[str, dict[str, Any]]]:
@@ -40,7 +40,9 @@ def edit_records(path: str | os.PathLike[str]) -> list[tuple[str, dict[str, Any]
 
 
 def probe_records(path: str | os.PathLike[str]) -> list[tuple[str, dict[str, Any]]]:
-    """Reads prompts whose answers must not change: JSONL of `prompt` and, optional, `target`.
+    """Reads prompts whose answers must not change.
+
+    A file is JSONL of `prompt` and, optional, `target` and `group`.
 
     Args:
         path: the file.

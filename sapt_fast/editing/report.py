@@ -119,6 +119,10 @@ def _lines(points: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
         for name in METRICS
         if last["generated"][name] is not None
     ]
+    lines += [
+        (f"unchanged in the group {name}", _percent(share), "")
+        for name, share in last["groups"].items()
+    ]
     if "perplexity" in last:
         change = f"{first['perplexity']:.3f} before, {last['perplexity']:.3f} now"
         lines.append(("perplexity of plain text", "", change))

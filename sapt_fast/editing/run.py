@@ -189,7 +189,9 @@ class _Run:
         progress.edit_seconds += seconds
         with self._asking():
             answers = self.examiner.answers([row.prompt for row in rows])
-            forced = self.examiner.forced([(row.prompt, row.target) for row in rows])
+            forced: list[Any] = [None] * len(rows)
+            if self.settings.teacher_forcing:
+                forced = self.examiner.forced([(row.prompt, row.target) for row in rows])
         for row, outcome, answer, share in zip(rows, outcomes, answers, forced, strict=True):
             progress.records.append(
                 {
@@ -206,7 +208,13 @@ class _Run:
         progress = self.progress
         asked = questions(self.rows[: progress.done], self.upstream, dict(progress.before))
         with self._asking():
-            point: dict[str, Any] = {"edits": progress.done, **measure(self.examiner, asked)}
+            found = measure(
+                self.examiner,
+                asked,
+                teacher_forcing=self.settings.teacher_forcing,
+                known=dict(progress.before) if progress.done == 0 else None,
+            )
+            point: dict[str, Any] = {"edits": progress.done, **found}
             if self.text is not None:
                 window = self.settings.window
                 point["perplexity"] = self.examiner.perplexity(self.text, window)
@@ -215,7 +223,8 @@ class _Run:
         progress.points.append(point)
 
     def _success(self, kind: str) -> float | None:
-        return mean([record[kind] for record in self.progress.records])
+        shares = [record[kind] for record in self.progress.records]
+        return mean([share for share in shares if share is not None])
 
     @contextmanager
     def _asking(self) -> Iterator[None]:

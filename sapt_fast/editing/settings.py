@@ -39,6 +39,10 @@ class EditingSettings:
             "help": "The largest number of tokens of an answer; longer if a target is longer."
         },
     )
+    teacher_forcing: bool = field(
+        default=True,
+        metadata={"help": "Also compute the metrics by teacher forcing, at twice the time."},
+    )
     window: int = field(
         default=512, metadata={"help": "Tokens of the windows in which perplexity is computed."}
     )

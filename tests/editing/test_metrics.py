@@ -47,6 +47,24 @@ def test_what_is_asked():
     assert earlier.locality == [(B, X), (D, Y)]
 
 
+def test_groups_count_beside_the_metric():
+    rows = [EditRow(A, X, locality=(Probe(B, group="near"), Probe(C)))]
+    upstream = [Probe(D, group="near"), Probe(A, group="edited"), Probe((9,), Z)]
+    asked = questions(rows, upstream, {B: X, C: X, D: Y})
+    assert asked.groups == {"near": [(D, Y), (B, X)], "edited": []}
+    told = {A: X, B: X, C: Y, D: Z, (9,): Z}
+    found = measure(Scripted(told), asked, teacher_forcing=False)
+    assert found["groups"] == {"near": 0.5, "edited": None}
+    assert found["generated"]["upstream"] == found["generated"]["locality"] == 0.5
+    assert found["forced"]["upstream"] is None
+
+
+def test_known_answers_are_not_asked_again():
+    asked = questions([], [Probe(A), Probe(B, Z)], {A: X})
+    found = measure(Scripted({B: Z}), asked, teacher_forcing=False, known={A: X})
+    assert found["generated"]["upstream"] == 1.0
+
+
 def test_rates():
     rows = [EditRow(A, X), EditRow(B, Y), EditRow(C, X), EditRow(D, X, paraphrases=((9,),))]
     told = {A: X, B: Z, C: Y, D: X, (9,): X}

@@ -1,10 +1,13 @@
 """Functions by which GRACE and MELO look prompts up."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from edited_models import METHODS, OTHER, PAIRS, PROMPTS, answer, edits_of, fresh, patched
+from transformers import BatchEncoding
 
-from sapt_fast.methods.edits.keys import HiddenKeys
+from sapt_fast.methods.edits.keys import HiddenKeys, SentenceKeys
 
 MANY = [[i, i + 3, 2 * i % 90, 7] for i in range(2, 24)]
 
@@ -32,3 +35,36 @@ def test_keys_need_a_fit():
         model.grace.look_up_by(HiddenKeys(model, layer=1))
     with pytest.raises(ValueError, match="components: got 64"):
         HiddenKeys(model, layer=1).fit(MANY)
+
+
+class Letters:
+    """Stands for an encoder and both tokenizers: a text's letters, and how often each occurs."""
+
+    device = torch.device("cpu")
+
+    def eval(self):
+        return self
+
+    def decode(self, tokens, skip_special_tokens):
+        return bytes(tokens).decode()
+
+    def __call__(self, texts=None, input_ids=None, attention_mask=None, **options):
+        if texts is None:
+            counts = torch.nn.functional.one_hot(input_ids, 128).float()
+            return SimpleNamespace(last_hidden_state=counts)
+        rows = [torch.tensor([*text.encode()]) for text in texts]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return BatchEncoding({"input_ids": ids, "attention_mask": (ids > 0).long()})
+
+
+def test_a_pattern_cuts_the_question_out_of_a_chat():
+    asked = "<user>What is the capital of {}?{}<end>"
+    texts = [asked.format("Niger", " Reply with the name only."), asked.format("Niger", "")]
+    tokens = [torch.tensor([*text.encode()]) for text in (*texts, asked.format("Nigeria", ""))]
+    letters = Letters()
+    cut = r"<user>(.*?)(?: Reply with the \w+ only\.)?<end>"
+    first, second, near = SentenceKeys(letters, letters, letters, cut)(tokens)
+    torch.testing.assert_close(first, second)
+    assert float((first - near).norm()) > 0.1
+    whole = SentenceKeys(letters, letters, letters, r"<user>(.*?)<end>")(tokens)
+    assert float((whole[0] - whole[1]).norm()) > 0.1  # the instruction counts as the question does

@@ -102,12 +102,14 @@ class EditTexts:
                 )
             one: Tensor = logits[:, None]
             return one
-        options = self._positions(slice(None))
+        options: dict[str, Any] = self._positions(slice(None))
         if self.labelled:
             behind = torch.arange(self.ids.shape[1], device=self.ids.device) > self._head
             options["labels"] = torch.where(behind & (self.mask > 0), self.ids, IGNORED)
+        elif "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+            options["logits_to_keep"] = self.ids.shape[1] - self._head  # the head costs half a step
         found = self.model(input_ids=self.ids, attention_mask=self.mask, use_cache=False, **options)
-        logits = found.logits[:, self._head :]
+        logits = found.logits[:, self._head - self.ids.shape[1] :]
         return logits
 
     def keep_prefix(self) -> None:

@@ -29,7 +29,7 @@ _BY_DESCRIPTORS = (
     _SMALL,
 )
 # The generator of a mask and a second sum spill where a thread has more than 32 elements.
-_DROPPING = (TileConfig(64, 128, 64, num_warps=8, num_stages=4), _SMALL._replace(num_warps=8))
+_DROPPING = (TileConfig(64, 128, 64, num_warps=8, num_stages=4), _SMALL)
 _LEAST_STEPS = 4  # of a part
 
 # All of these are estimated, none is measured. Shares of what a chip can do at most that cuBLAS and

@@ -65,7 +65,8 @@ def save_bank(
     """Saves a bank, and the state of its optimizer, in a folder that is replaced as a whole.
 
     After an error or a kill, the earlier content is complete. A bank of storage "mapped" then reads
-    from the new files, and frees the memory of the rows that had changed.
+    from the new files, and frees the memory of the rows that had changed. It keeps its rows if
+    another process has replaced the folder in the meantime.
 
     Args:
         directory: the folder; an earlier bank in it is replaced, other files stay.
@@ -80,8 +81,15 @@ def save_bank(
     """
     with replace_directory(directory, bank_files) as folder:
         write_bank(folder, bank, optimizer, shard_bytes=shard_bytes)
+        written = read_json(folder / BANK_FILE)["digest"]
+
+    def reopen(folder: Path) -> None:
+        stated, _, rows = _read_rows(folder, bank)
+        if stated["digest"] == written:
+            bank.adopt(rows, stated["seed"])
+
     if bank.storage == "mapped":
-        read_directory(directory, BANK_FILE, lambda folder: read_bank(folder, bank))
+        read_directory(directory, BANK_FILE, reopen)
 
 
 def write_bank(
@@ -208,6 +216,16 @@ def read_bank(folder: Path, bank: ExpertBank) -> RowOptimizer | None:
         FileNotFoundError, ValueError: as `load_bank`.
         ValueError: if the bank does not fit. After any error the bank is unchanged.
     """
+    stated, files, rows = _read_rows(folder, bank)
+    optimizer = _read_optimizer(files, stated, bank)
+    bank.adopt(rows, stated["seed"])
+    return optimizer
+
+
+def _read_rows(
+    folder: Path, bank: ExpertBank
+) -> tuple[dict[str, Any], StoredFiles, RowTable | MappedRows]:
+    """Returns the description and the rows of a folder, whose other files can be taken."""
     _require_whole(bank)
     stated, source = _description(folder), folder / BANK_FILE
     for name, value in sizes_of(bank).items():
@@ -219,10 +237,7 @@ def read_bank(folder: Path, bank: ExpertBank) -> RowOptimizer | None:
     _require_tensors(folder / _INDEX, index, {"ids": ((), torch.int64), **checked}, stated["rows"])
     require_ids(f"{folder / _INDEX}: ids", index["ids"], bank.num_experts)
     read = _mapped if bank.storage == "mapped" else _filled
-    rows = read(files, index, stated, bank)
-    optimizer = _read_optimizer(files, stated, bank)
-    bank.adopt(rows, stated["seed"])
-    return optimizer
+    return stated, files, read(files, index, stated, bank)
 
 
 def _mapped(

@@ -118,8 +118,8 @@ def load_sharded_bank(
     Raises:
         FileNotFoundError: if the folder or a file is missing.
         ValueError: if a file is damaged; the message names it.
-        TypeError, ValueError: if the bank or the index does not fit. After any error nothing has changed; all
-            processes raise.
+        TypeError, ValueError: if the bank or the index does not fit. After any error nothing has
+            changed; all processes raise.
     """
     bank, shards = experts.bank, experts.shards
     group = shards.group

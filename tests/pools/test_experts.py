@@ -202,9 +202,7 @@ def test_what_is_not_finite_changes_nothing():
     with pytest.raises(ValueError, match="b: got NaN"):
         bank.write(torch.tensor([1]), torch.ones(1, R, IN), torch.full((1, R, OUT), torch.inf))
     with pytest.raises(ValueError, match=r"a: got NaN .* finite in torch.float32"):
-        bank.write(
-            torch.tensor([1]), torch.ones(1, R, IN).double() * 1e300, torch.ones(1, R, OUT)
-        )
+        bank.write(torch.tensor([1]), torch.ones(1, R, IN).double() * 1e300, torch.ones(1, R, OUT))
     with pytest.raises(ValueError, match=r"a: got NaN .* finite in torch.bfloat16"):
         filled(dtype=torch.bfloat16).write(
             torch.tensor([1]), torch.full((1, R, IN), 3.4e38), torch.ones(1, R, OUT)

@@ -12,6 +12,7 @@ import torch
 from sapt_fast.files import directories
 from sapt_fast.pools.experts import ExpertBank
 from sapt_fast.pools.row_optimizers import RowAdam
+from sapt_fast.storage import bank_files
 from sapt_fast.storage.bank_files import load_bank, read_bank, save_bank
 
 N, R, IN, OUT = 200, 1, 8, 6
@@ -151,6 +152,21 @@ def test_another_bank_is_refused(tmp_path):
     larger = ExpertBank(2 * N, R, IN, OUT)
     read_bank(tmp_path / "bank", larger)
     assert torch.equal(larger.dense()[0][:N], bank.dense()[0])
+
+
+def test_a_mapped_bank_does_not_become_that_of_another_saver(tmp_path, monkeypatch):
+    bank, _ = trained()
+    save_bank(tmp_path / "bank", bank)
+    mapped, _ = load_bank(tmp_path / "bank", storage="mapped")
+    read = bank_files.read_directory
+
+    def later(*arguments):
+        save_bank(tmp_path / "bank", trained(2)[0])
+        return read(*arguments)
+
+    monkeypatch.setattr(bank_files, "read_directory", later)
+    save_bank(tmp_path / "bank", mapped)
+    same(bank, mapped)
 
 
 def test_a_failed_save_keeps_the_old_bank(tmp_path, monkeypatch):

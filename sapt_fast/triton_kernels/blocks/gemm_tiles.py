@@ -28,6 +28,8 @@ _BY_DESCRIPTORS = (
     TileConfig(64, 128, 64, num_warps=4, num_stages=4),
     _SMALL,
 )
+# The generator of a mask and a second sum spill where a thread has more than 32 elements.
+_DROPPING = (TileConfig(64, 128, 64, num_warps=8, num_stages=4), _SMALL)
 _LEAST_STEPS = 4  # of a part
 
 # All of these are estimated, none is measured. Shares of what a chip can do at most that cuBLAS and
@@ -83,8 +85,10 @@ def candidates(traits: DeviceTraits, product: Product) -> tuple[TileConfig, ...]
         tiles = (_UNALIGNED,)
     elif product.rows <= FEW_ROWS:
         tiles = (_FEW,)
+    elif product.drops and traits.capability < 120:
+        tiles = _DROPPING
     elif takes_descriptors(traits, product):
-        tiles = _BY_DESCRIPTORS[product.drops :]  # two sums as large as the largest would spill
+        tiles = _BY_DESCRIPTORS
     elif traits.capability < 120:
         tiles = _BY_POINTERS
     if traits.capability in (100, 103):  # where the others would spill

@@ -18,6 +18,7 @@ from sapt_fast.sites.edited import AtPrompts, replaced_tokens, tokens_behind
 __all__ = ["GATES", "FactLookup", "KeyLookup", "Lookup", "MemoryOutput"]
 
 GATES = ("softmax", "sigmoid", "relu")
+_ROUNDING = 5e-7  # of 1 - q k in float32: such a query is the key, also if another key is the same
 Decided = Mapping[str, Tensor]  # tensors [B, ...] about the prompts
 
 
@@ -89,7 +90,7 @@ class FactLookup(Lookup):
         acts = self._acts(best)
         if self.ratio is not None:  # keys and queries have the length 1: |q - k|^2 = 2 - 2 q k
             near, second = (1 - scores).clamp(min=0).unbind(1)
-            acts = acts & (near <= self.ratio**2 * second)
+            acts = acts & ((near <= self.ratio**2 * second) | (near <= _ROUNDING))
         return {"fact": torch.where(acts, fact, -1), "score": best}
 
     def nearest(self, query: Tensor) -> tuple[Tensor, Tensor]:

@@ -195,6 +195,19 @@ def test_an_error_while_facts_are_added_changes_nothing(monkeypatch):
     assert answer(model, PROMPTS[0]) == TARGETS[0]
 
 
+def test_a_ratio_allows_facts_with_the_same_key():
+    lookup = patched(ratio=0.8).mome.lookup
+    ids, keys = torch.arange(2), torch.nn.functional.normalize(torch.randn(100, 6), dim=1)
+    lookup.table.add(ids, ids, torch.arange(8).view(2, 4))
+    for key in keys:
+        lookup.index.set_rows(ids, key.expand(2, -1))
+        assert lookup.decide(key[None])["fact"] >= 0
+    lookup.index.set_rows(ids, keys[:2])
+    between = torch.nn.functional.normalize(keys[0] + keys[1], dim=0)
+    lookup.threshold = None
+    assert lookup.decide(between[None])["fact"] < 0
+
+
 @pytest.mark.thorough
 def test_several_layers_with_one_bank_and_with_one_each():
     for shared in (False, True):

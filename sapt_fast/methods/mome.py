@@ -303,8 +303,8 @@ class MomeHandle(LoggedHandle):
                 at; or, with a tokenizer, text, to whose targets the end token is added.
             until: the largest mean cross-entropy of a target's tokens.
             batch_size: facts that run through the model together.
-            folder: where finished groups are kept, so that the same call resumes after a kill and
-                comes to the same experts. Delete it once the model is saved.
+            folder: where finished groups are saved, so that the same call resumes after a kill and
+                trains the same experts. Delete it once the model is saved.
             progress: whether to show a bar. None: if the standard error is a terminal.
 
         Returns:

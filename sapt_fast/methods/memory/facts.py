@@ -39,13 +39,13 @@ class Fact:
 
 @dataclass(frozen=True)
 class Memorised:
-    """What `memorise` came to.
+    """The result of `memorise`.
 
     Attributes:
         facts: the number of each fact, in the order in which they were given.
         losses: the mean cross-entropy of each fact's target; NaN for a fact that was there before.
         unfitted: the numbers of facts that training did not reach: the loss is larger than `until`,
-            or a token of the target is not the likeliest. They stay memorised as far as they are.
+            or a token of the target is not the likeliest. They keep their experts.
         epochs: the largest number of passes over a fact.
         collisions: the share of facts with an expert that another fact has, in the whole memory.
         seconds: the time that it took, without what an interruption lost.

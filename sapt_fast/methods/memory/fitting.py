@@ -21,7 +21,7 @@ __all__ = ["FactTexts", "Outcome", "Trainer"]
 
 
 class Outcome(NamedTuple):
-    """What training came to.
+    """The result of training.
 
     Attributes:
         losses: [F] float32, the mean cross-entropy of each fact's target.

@@ -84,7 +84,7 @@ class Job:
     def digest(self) -> str:
         """Of all that the result of `compile_job` depends on."""
         parts = (
-            triton.__version__, inspect.getsource(compile_job), inspect.getsource(aot_checks),
+            triton.__version__, *SOURCES,
             self.name in aot_known.STREAMS, self.kernel.cache_key,
             self.capability, self.signature, self.constexprs, self.attrs, self.options,
             self.case.aligned,
@@ -165,6 +165,9 @@ def compile_job(job: Job) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - started, 1),
         "problems": problems,
     }
+
+
+SOURCES = (inspect.getsource(compile_job), inspect.getsource(aot_checks))
 
 
 def kept_or_compiled(job: Job, folder: Path) -> dict[str, Any]:

@@ -127,9 +127,9 @@ def test_every_gradient_equals_the_release(recorded, backend, monkeypatch):
     resolve = dispatch.resolve
     chosen = []
 
-    def pick(op, device, requested=None, dtype=None, *few):
+    def pick(op, device, requested=None, dtype=None, *few, **lacked):
         mixes = op == "mixed_lora"
-        made = resolve(op, device, backend if mixes else requested, dtype, *few)
+        made = resolve(op, device, backend if mixes else requested, dtype, *few, **lacked)
         if mixes:
             chosen.append(made)
         return made

@@ -104,6 +104,9 @@ def test_the_registered_op():
     owners = torch.arange(2, dtype=torch.int32).repeat_interleave(4)
     torch.library.opcheck(
         torch.ops.sapt_fast.mixed_lora_fwd,
-        (x, mixture, [weight], [bias], [a], [b], [owners], [torch.ones(8)], [], [], [], True, ""),
+        (
+            *(x, mixture, [weight], [bias], [a], [b], [owners], [torch.ones(8)]),
+            *([], [], [], True, [], 0, ""),
+        ),
         test_utils=("test_schema", "test_faketensor"),
     )

@@ -6,7 +6,8 @@ backward if any other does. Without torch.distributed there is one process, and 
 
 from __future__ import annotations
 
-from functools import reduce
+from collections.abc import Callable
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -80,13 +81,13 @@ class Group:
 
 def gathered_rows(rows: Tensor, group: Group) -> Tensor:
     """As `Group.gather`, differentiable: the gradients of all processes are summed."""
-    gathered: Tensor = _Gather.apply(rows, group)
+    gathered: Tensor = _Linear.apply(rows, group.gather, partial(_summed, group=group))
     return gathered
 
 
 def exchanged(rows: Tensor, group: Group) -> Tensor:
     """As `Group.exchange` of equal parts, differentiable."""
-    found: Tensor = _Exchange.apply(rows, group)
+    found: Tensor = _Linear.apply(rows, group.exchange, group.exchange)
     return found
 
 
@@ -111,7 +112,7 @@ class Sent:
 
     def send(self, rows: Tensor) -> Tensor:
         """Returns what all processes send to this one of their rows [M, ...]; differentiable."""
-        sent: Tensor = _Send.apply(rows, self)
+        sent: Tensor = _Linear.apply(rows, self._there, self._back)
         return sent
 
     def returned(self, terms: Tensor) -> Tensor:
@@ -121,7 +122,7 @@ class Sent:
             [M, ...], for each of this process's rows the sum of its terms, in float32 or wider and
             in the order of the processes; differentiable.
         """
-        returned: Tensor = _Return.apply(terms, self)
+        returned: Tensor = _Linear.apply(terms, self._back, self._there)
         return returned
 
     def _there(self, rows: Tensor) -> Tensor:
@@ -136,48 +137,19 @@ class Sent:
         return out.to(terms.dtype)
 
 
-class _Send(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, plan: Sent) -> Tensor:
-        ctx.plan = plan
-        return plan._there(rows)
+class _Linear(torch.autograd.Function):
+    """A linear map of rows between processes, and its transpose for the gradient."""
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.plan._back(gradient), None
-
-
-class _Return(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, terms: Tensor, plan: Sent) -> Tensor:
-        ctx.plan = plan
-        return plan._back(terms)
+    def forward(
+        ctx: Any, rows: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        ctx.back = back
+        return there(rows)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.plan._there(gradient), None
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return group.gather(rows)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _summed(gradient, ctx.group), None
-
-
-class _Exchange(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return group.exchange(rows)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.group.exchange(gradient), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.back(gradient), None, None
 
 
 def _summed(rows: Tensor, group: Group) -> Tensor:

@@ -30,6 +30,7 @@ from sapt_fast.pools.mapped_rows import MappedRows, row_checks
 from sapt_fast.pools.row_optimizers import ROW_OPTIMIZERS, RowOptimizer
 from sapt_fast.pools.row_table import RowTable, require_ids
 from sapt_fast.storage.description import (
+    require_fields,
     require_file_digest,
     require_own_digest,
     write_sealed,
@@ -308,13 +309,7 @@ def _description(folder: Path) -> dict[str, Any]:
     """
     source = folder / BANK_FILE
     stated = read_json(source)
-    version = stated.get("format_version") if isinstance(stated, dict) else None
-    if type(version) is not int or version != _FORMAT_VERSION:
-        raise ValueError(
-            f"{source}: format_version: got {str(version)[:40]}, expected {_FORMAT_VERSION}"
-        )
-    if set(stated) != _FIELDS:
-        raise ValueError(f"{source}: got fields {sorted(stated)}, expected {sorted(_FIELDS)}")
+    require_fields(stated, _FORMAT_VERSION, _FIELDS, source)
     require_own_digest(stated, stated["files"], source)  # before its values are used
     kinds = ["experts"] if stated["dtype"] == "float32" else ["experts", "rest"]
     counts = dict.fromkeys(kinds, stated["rows"])

@@ -157,11 +157,7 @@ def check_description(description: Any, path: Path) -> dict[str, Any]:
         ValueError: if a field is missing, unknown or has a wrong type.
         ValueError: if the format version is unknown.
     """
-    version = description.get("format_version") if isinstance(description, dict) else None
-    if type(version) is not int or version != FORMAT_VERSION:
-        raise ValueError(
-            f"{path}: format_version: got {str(version)[:40]}, expected {FORMAT_VERSION}"
-        )
+    require_version(description, FORMAT_VERSION, path)
     fields = _FIELDS | _SEALED_FIELDS if _SEALED_FIELDS & set(description) else _FIELDS
     if not fields <= set(description) <= fields | _OPTIONAL_FIELDS:
         raise ValueError(f"{path}: got fields {sorted(description)}, expected {sorted(fields)}")
@@ -171,6 +167,20 @@ def check_description(description: Any, path: Path) -> dict[str, Any]:
         _require_method(description, path)
     _require_tasks(description["tasks"], adapter == "prompt", path)
     return description
+
+
+def require_version(description: Any, version: int, path: Path) -> None:
+    """Raises ValueError unless the parsed content of a file has this format version."""
+    given = description.get("format_version") if isinstance(description, dict) else None
+    if type(given) is not int or given != version:
+        raise ValueError(f"{path}: format_version: got {str(given)[:40]}, expected {version}")
+
+
+def require_fields(description: Any, version: int, fields: Collection[str], path: Path) -> None:
+    """Raises ValueError unless the parsed content of a file has this version and these fields."""
+    require_version(description, version, path)
+    if set(description) != set(fields):
+        raise ValueError(f"{path}: got fields {sorted(description)}, expected {sorted(fields)}")
 
 
 def is_sealed(description: Mapping[str, Any]) -> bool:

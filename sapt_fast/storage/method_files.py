@@ -19,7 +19,13 @@ from sapt_fast.files.reading import read_json
 from sapt_fast.pools.sharding import whole
 from sapt_fast.sites.find import layer_features
 from sapt_fast.storage.base_model import describe_base, require_base, require_model_type
-from sapt_fast.storage.description import FORMAT_VERSION, require_digest, write_sealed, writes
+from sapt_fast.storage.description import (
+    FORMAT_VERSION,
+    require_digest,
+    require_fields,
+    write_sealed,
+    writes,
+)
 from sapt_fast.storage.prompt import outer_layers
 from sapt_fast.storage.tensors import StoredFiles, require_finite, write_tensors
 from sapt_fast.version import __version__
@@ -146,13 +152,7 @@ def read_method(folder: Path, attribute: str) -> StoredMethod:
     files.take(name)
     files.take(_tensor_file(attribute))
     description, source = files.json(name), folder / name
-    version = description.get("format_version") if isinstance(description, dict) else None
-    if type(version) is not int or version != FORMAT_VERSION:
-        raise ValueError(
-            f"{source}: format_version: got {str(version)[:40]}, expected {FORMAT_VERSION}"
-        )
-    if set(description) != _FIELDS:
-        raise ValueError(f"{source}: got fields {sorted(description)}, expected {sorted(_FIELDS)}")
+    require_fields(description, FORMAT_VERSION, _FIELDS, source)
     require_digest(description, files, [_tensor_file(attribute)], source)
     tensors, _ = files.tensors(_tensor_file(attribute))
     require_finite(folder / _tensor_file(attribute), tensors)

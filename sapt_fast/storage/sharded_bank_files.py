@@ -26,7 +26,7 @@ from sapt_fast.pools.row_optimizers import ROW_OPTIMIZERS, RowOptimizer
 from sapt_fast.pools.row_table import RowTable
 from sapt_fast.pools.sharded_experts import RowShards, ShardedExperts
 from sapt_fast.storage.bank_files import sizes_of
-from sapt_fast.storage.description import require_own_digest, write_sealed
+from sapt_fast.storage.description import require_fields, require_own_digest, write_sealed
 from sapt_fast.storage.tensors import digest_of_file, require_finite
 from sapt_fast.version import __version__
 
@@ -294,13 +294,7 @@ def _files(folder: Path) -> list[str]:
 def _require_fits(
     stated: Any, source: Path, experts: ShardedExperts, index: KeyIndex | None
 ) -> None:
-    version = stated.get("format_version") if isinstance(stated, dict) else None
-    if type(version) is not int or version != _FORMAT_VERSION:
-        raise ValueError(
-            f"{source}: format_version: got {str(version)[:40]}, expected {_FORMAT_VERSION}"
-        )
-    if set(stated) != _FIELDS:
-        raise ValueError(f"{source}: got fields {sorted(stated)}, expected {sorted(_FIELDS)}")
+    require_fields(stated, _FORMAT_VERSION, _FIELDS, source)
     require_own_digest(stated, stated["files"], source)
     for name, value in {"num_experts": experts.num_experts, **sizes_of(experts.bank)}.items():
         if stated[name] != value:

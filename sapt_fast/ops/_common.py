@@ -41,6 +41,13 @@ def autocasts(device: torch.device) -> bool:
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Returns the dtype of the products: x's, or autocast's unless x is float64."""
+    if x.dtype != torch.float64 and autocasts(x.device):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Returns a context without autocast."""
     if device.type == "meta":

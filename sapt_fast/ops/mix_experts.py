@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sapt_fast import dispatch
 from sapt_fast.ops import formulas, transforms
-from sapt_fast.ops._common import FLOATS, autocasts, require_tensors, without_autocast
+from sapt_fast.ops._common import FLOATS, compute_dtype, require_tensors, without_autocast
 from sapt_fast.ops._presence import without_undefined
 from sapt_fast.ops._scalars import number
 
@@ -86,8 +86,7 @@ def mix_experts(
         torch.Size([2, 6])
     """
     require_tensors(x=x, bank_a=bank_a, bank_b=bank_b, index=index, weights=weights)
-    if x.dtype != torch.float64 and autocasts(x.device):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = x.to(compute_dtype(x))
     _check(x, bank_a, bank_b, index, weights)
     compiling = torch.compiler.is_compiling()
     known = transforms.values(index) if index.device.type == "cpu" and index.numel() else None

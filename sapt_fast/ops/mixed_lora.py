@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sapt_fast import dispatch
 from sapt_fast.ops import formulas, transforms
-from sapt_fast.ops._common import FLOATS, autocasts, kernel, require_tensors
+from sapt_fast.ops._common import FLOATS, compute_dtype, kernel, require_tensors
 from sapt_fast.ops._dropout import Dropout, as_argument, kept, mask, seeded
 from sapt_fast.ops._mixed_lora_ops import differentiable
 from sapt_fast.ops._presence import (
@@ -207,7 +207,7 @@ def mix(
     dims = x.dim()
     if dims == 0:
         raise RuntimeError("x: got a tensor without dimensions, expected [..., I]")
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     if dtype != x.dtype:
         x = x.to(dtype)
     accumulate = torch.float64 if dtype == torch.float64 else torch.float32
@@ -235,13 +235,6 @@ def mix(
             rows, mixture, computed, projections, grad_through_frozen, backend, dropout
         )
     return ys if dims == 2 else [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """Returns the dtype of the products: x's, or autocast's unless x is float64."""
-    if x.dtype != torch.float64 and autocasts(x.device):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
 
 
 def _eager_inference(x: Tensor) -> bool:
@@ -288,7 +281,7 @@ def _checked(
     for name, tensor in {**named, "mixture": mixture}.items():
         if tensor is not None and tensor.device != device:
             raise ValueError(f"{name}: got device {tensor.device}, expected {device} (that of x)")
-    casts = _compute_dtype(x) != dtype
+    casts = compute_dtype(x) != dtype
     for name, tensor in named.items():
         if tensor is None or tensor.dtype == dtype:
             continue
@@ -350,7 +343,7 @@ def _scaling(scaling: Any, count: int) -> float | Tensor:
 
 
 def _table(layout: tuple[int, ...], scaling: float | Tensor, x: Tensor) -> RankTable:
-    dtype = torch.promote_types(_compute_dtype(x), torch.float32)
+    dtype = torch.promote_types(compute_dtype(x), torch.float32)
     if isinstance(scaling, Tensor):
         values = scaling.detach().to(device=x.device, dtype=dtype).expand(len(layout))
         return rank_table(layout, values, x.device, dtype)

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from sapt_fast.checks import require_choice, require_count
 from sapt_fast.ops import mix_experts
-from sapt_fast.ops._common import autocasts
+from sapt_fast.ops._common import compute_dtype
 from sapt_fast.pools.mapped_rows import MappedRows
 from sapt_fast.pools.own import Own, keeping_dtype
 from sapt_fast.pools.row_cache import RowCache
 from sapt_fast.pools.row_table import RowTable, require_ids
-from sapt_fast.pools.selections import Selection, Trained
+from sapt_fast.pools.selections import Selection, Trained, require_index
 from sapt_fast.pools.split_floats import joined, split
 from sapt_fast.pools.start_rows import start_rows
 
@@ -32,12 +32,6 @@ _DTYPES = (torch.float32, torch.bfloat16)
 _MOST_EXPERTS = 2**31 - 2  # rows are numbered in int32
 _TABLES = ("down", "up")
 _VERSIONS = itertools.count(1)  # of all banks, so that no bank takes another's selection
-
-
-def _computed_dtype(x: Tensor) -> torch.dtype:
-    """Returns the dtype in which `ops.mix_experts` reads x."""
-    casts = x.dtype != torch.float64 and autocasts(x.device)
-    return torch.get_autocast_dtype(x.device.type) if casts else x.dtype
 
 
 class ExpertBank(Own, nn.Module):
@@ -336,19 +330,19 @@ class ExpertBank(Own, nn.Module):
             return mix_experts(x, a, b, at, weights, scaling=scaling, backend=backend)
         trained, delta = self._trained, None
         if trained is not None:
-            self._require_index(index)
+            require_index(index, self.num_experts)
             at = trained.find(index)
             delta = mix_experts(
                 x, trained.a, trained.b, at, weights, scaling=scaling, backend=backend
             )
             index = index.masked_fill(at >= 0, -1)
-        a, b, at = self._selected(index, _computed_dtype(x))
+        a, b, at = self._selected(index, compute_dtype(x))
         stored = mix_experts(x, a, b, at, weights, scaling=scaling, backend=backend)
         return stored if delta is None else delta + stored
 
     def _selected(self, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         # Reads no number that changes with every step: a compiled graph would be made again.
-        self._require_index(index)
+        require_index(index, self.num_experts)
         convert = self.dtype == torch.bfloat16 and dtype != torch.bfloat16
         rows = self._rows
         if self._cache is None and not convert and isinstance(rows, RowTable):
@@ -372,20 +366,6 @@ class ExpertBank(Own, nn.Module):
         else:
             stored = self._cache.rows(ids[found], at[found], self._rows)
         return stored["down"], stored["up"], place.to(index.device)[inverse]
-
-    def _require_index(self, index: Tensor) -> None:
-        if not isinstance(index, Tensor) or index.dtype != torch.int64:
-            kind = index.dtype if isinstance(index, Tensor) else type(index).__name__
-            raise TypeError(f"index: got {kind}, expected a tensor of torch.int64")
-        if index.dim() != 2:
-            raise ValueError(f"index: got shape {tuple(index.shape)}, expected [M, k]")
-        if index.device.type != "cpu" or torch.compiler.is_compiling() or not index.numel():
-            return
-        least, most = (int(value) for value in index.aminmax())
-        if least < -1 or most >= self.num_experts:
-            raise ValueError(
-                f"index: got values from {least} to {most}, expected -1 to {self.num_experts - 1}"
-            )
 
     # --- storing ---
 

@@ -18,6 +18,7 @@ from sapt_fast.pools.experts import ExpertBank
 from sapt_fast.pools.key_index import KeyIndex, ProductIndex
 from sapt_fast.pools.own import Own
 from sapt_fast.pools.row_table import require_ids
+from sapt_fast.pools.selections import require_index
 
 __all__ = ["RowShards", "ShardedExperts", "sharded_search"]
 
@@ -175,13 +176,7 @@ class ShardedExperts(Own, nn.Module):
             )
         if len(index) != len(x):
             raise ValueError(f"index: got {len(index)} rows, expected {len(x)} (those of x)")
-        if index.device.type == "cpu" and index.numel():
-            least, most = (int(end) for end in index.aminmax())
-            if least < -1 or most >= self.num_experts:
-                raise ValueError(
-                    f"index: got values from {least} to {most}, expected -1 to "
-                    f"{self.num_experts - 1}"
-                )
+        require_index(index, self.num_experts)
         sent = Sent(self.shards.owner(index), self.shards.group)
         local = self.shards.local(sent.send(index))
         delta = self.bank.mix(sent.send(x), local, sent.send(weights), scaling, backend=backend)

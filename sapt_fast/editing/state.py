@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sapt_fast.continual.settings import differences
 from sapt_fast.editing.data import Tokens
-from sapt_fast.files.directories import read_directory, replace_directory
+from sapt_fast.files.directories import read_directory, replace_directory, require_unused
 from sapt_fast.files.locks import FolderLock
 from sapt_fast.files.reading import read_json
 from sapt_fast.files.writing import write_json
@@ -99,12 +99,7 @@ class RunFolder:
     def _begin(self, description: Mapping[str, Any], resume: bool) -> None:
         file = self.path / "run.json"
         if not file.exists():
-            others = sorted(p.name for p in self.path.iterdir() if not p.name.startswith("."))
-            if others:
-                raise FileExistsError(
-                    f"output: {self.path} has no run.json but contains {', '.join(others[:5])}; "
-                    "choose an empty folder"
-                )
+            require_unused("output", self.path, file.name)
             write_json(file, description)
             return
         if not resume:

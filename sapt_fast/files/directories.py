@@ -8,7 +8,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -150,6 +150,24 @@ def replace_directory(
         raise
     finally:
         writing.release()
+
+
+def require_unused(argument: str, folder: Path, file: str, ours: Collection[str] = ()) -> None:
+    """Raises FileExistsError if a folder without `file` has other files that are not hidden.
+
+    Args:
+        argument: the name of the argument, for the message.
+        folder: may be missing.
+        file: what marks a folder of the caller.
+        ours: names that may be there already.
+    """
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    others = sorted(name for name in names if name not in ours and name[0] != ".")
+    if others:
+        raise FileExistsError(
+            f"{argument}: {folder} has no {file} but contains {', '.join(others[:5])}; choose an "
+            "empty folder"
+        )
 
 
 def require_replaceable(path: str | os.PathLike[str]) -> None:

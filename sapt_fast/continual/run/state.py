@@ -15,7 +15,7 @@ from torch import Tensor
 from sapt_fast.continual.run import processes
 from sapt_fast.continual.settings import differences
 from sapt_fast.files import reading as _reading
-from sapt_fast.files.directories import whole_directory
+from sapt_fast.files.directories import require_unused, whole_directory
 from sapt_fast.files.locks import FolderLock
 from sapt_fast.files.writing import write_json
 from sapt_fast.loading import read_strategy_state
@@ -108,13 +108,7 @@ class RunFolder:
         run_file = path / "run.json"
         if not run_file.exists():
             # Tasks learned alone may exist already, and hidden files of an interrupted run.
-            names = [p.name for p in path.iterdir()] if path.is_dir() else []
-            others = sorted(name for name in names if name != "alone" and name[0] != ".")
-            if others:
-                raise FileExistsError(
-                    f"output_dir: {path} has no run.json but contains {', '.join(others[:5])}; "
-                    "choose an empty folder"
-                )
+            require_unused("output_dir", path, run_file.name, ("alone",))
             write_json(run_file, description)
             return
         if not resume:

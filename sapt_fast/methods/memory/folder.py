@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sapt_fast.files.directories import read_directory, replace_directory
+from sapt_fast.files.directories import read_directory, replace_directory, require_unused
 from sapt_fast.files.locks import FolderLock
 from sapt_fast.files.reading import read_json
 from sapt_fast.files.writing import write_json
@@ -83,12 +83,7 @@ class FactFolder:
                     f"{', '.join(names)}; choose another folder"
                 )
             return
-        others = sorted(p.name for p in self.path.iterdir() if not p.name.startswith("."))
-        if others:
-            raise FileExistsError(
-                f"folder: {self.path} has no {_RUN} but contains {', '.join(others[:5])}; choose "
-                "an empty folder"
-            )
+        require_unused("folder", self.path, _RUN)
         write_json(file, description)
 
     def load(self, number: int, banks: Sequence[ExpertBank]) -> Group | None:

@@ -7,10 +7,7 @@ Li et al., "Banishing LLM Hallucinations Requires Rethinking Generalization", ar
 from __future__ import annotations
 
 import copy
-import math
 import os
-import secrets
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,15 +18,17 @@ from torch import Tensor, nn
 
 from sapt_fast.checks import require_count, require_number
 from sapt_fast.methods.base import handles
-from sapt_fast.methods.edits.handle import LoggedHandle, Pair, evaluating
+from sapt_fast.methods.edits.handle import LoggedHandle, Pair
 from sapt_fast.methods.edits.inputs import read_edits, read_prompt
 from sapt_fast.methods.edits.sites import device_of, in_decoder
 from sapt_fast.methods.edits.texts import kind_of
+from sapt_fast.methods.memory.bank_folders import read_banks, remove_other_banks, save_banks
 from sapt_fast.methods.memory.config import MomeConfig
 from sapt_fast.methods.memory.facts import Fact, Memorised, Recalled
 from sapt_fast.methods.memory.folder import FactFolder
 from sapt_fast.methods.memory.keys import fit_keys
 from sapt_fast.methods.memory.memorising import Memorising
+from sapt_fast.methods.memory.recalling import recall
 from sapt_fast.methods.memory.router import MemoryRouter
 from sapt_fast.methods.memory.sites import memory_targets, memory_widths
 from sapt_fast.pools.experts import ExpertBank
@@ -39,15 +38,12 @@ from sapt_fast.sites.features import HiddenMean
 from sapt_fast.sites.memory import FactLookup, KeyLookup, Lookup, MemoryOutput
 from sapt_fast.sites.output import find_outputs
 from sapt_fast.sites.report import PatchReport
-from sapt_fast.storage.bank_files import BANK_FILE, read_bank, save_bank
 from sapt_fast.storage.description import writes
-from sapt_fast.storage.method_files import read_method, write_method
-from sapt_fast.storage.tensors import digest_of_file
+from sapt_fast.storage.method_files import write_method
 
 __all__ = ["MomeConfig", "MomeHandle"]
 
 _BATCH = 32  # prompts whose queries are computed together
-_BANKS = "mome_bank_"  # what the names of their folders begin with
 _KEY_WIDTH = 64  # of learned and product keys
 
 
@@ -433,43 +429,7 @@ class MomeHandle(LoggedHandle):
             ValueError: if the prompt is empty, or too long for the model.
             RuntimeError: before `fit_router`.
         """
-        tokens = self.read(prompt)
-        lookup: Any = self.lookup
-        query = self.queries([tokens])
-        if query is None:
-            return self._recalled(self._found_at_end(tokens), None, math.nan)
-        if not isinstance(lookup, FactLookup):
-            return self._recalled(lookup.decide(query), None, float(lookup.search(query)[0].max()))
-        score, fact = lookup.nearest(query)
-        decided = {"fact": fact, "score": score}
-        number = None if fact < 0 else int(fact)
-        acts = bool(lookup.decide(query)["fact"] >= 0)
-        return self._recalled(decided, number, float(score), acts)
-
-    def _recalled(
-        self, decided: dict[str, Tensor], fact: int | None, score: float, acts: bool | None = None
-    ) -> Recalled:
-        experts, weights = self.lookup.experts_of(decided)
-        found = experts[0] >= 0
-        acts = bool(found.any()) if acts is None else acts
-        listed = tuple(experts[0, found].tolist()), tuple(weights[0, found].tolist())
-        return Recalled(fact, score, acts, *listed)
-
-    def _found_at_end(self, tokens: Tensor) -> dict[str, Tensor]:
-        """Returns what the prompt's last token finds at the first layer."""
-        layer = next(iter(self.layers.values()))
-        texts = self.batch([(tokens, torch.zeros(1, dtype=torch.int64))])
-        chosen: list[Any] = []
-        layer.chosen = chosen
-        given = self.prompts.given(texts.prompt)
-        try:
-            with self.listening(), evaluating(self._model), torch.no_grad(), given:
-                texts.whole()
-        finally:
-            layer.chosen = None
-        at = int(texts.prompt.last)
-        experts, weights = (t[:, at] for t in chosen[0])
-        return {"experts": experts, "weights": weights}
+        return recall(self, self.read(prompt))
 
     # --- protocol ---
 
@@ -493,16 +453,11 @@ class MomeHandle(LoggedHandle):
         tensors, values = self.content(state)
         folder, names = Path(directory), {}
         if writes(self._model, is_main_process):
-            mark = secrets.token_hex(6)
-            for place, bank in enumerate(self.banks):
-                name = f"{_BANKS}{mark}_{place}"
-                save_bank(folder / name, bank if state is None else self._copy_of(bank, state))
-                names[name] = digest_of_file(folder / name / BANK_FILE)
+            copied = (bank if state is None else self._copy_of(bank, state) for bank in self.banks)
+            names = save_banks(folder, copied)
         write_method(self, directory, tensors, {**values, "banks": names}, is_main_process)
         if names:
-            for old in folder.glob(f"{_BANKS}*"):
-                if old.name not in names:
-                    shutil.rmtree(old)
+            remove_other_banks(folder, names)
 
     def _copy_of(self, bank: ExpertBank, state: Mapping[str, Tensor]) -> ExpertBank:
         """Returns a bank with the rows in a state_dict of the model."""
@@ -519,22 +474,11 @@ class MomeHandle(LoggedHandle):
             ValueError: if a file is damaged; the message names it.
         """
         try:
-            self._read_banks(folder, values["banks"])
+            read_banks(folder, values["banks"], self.banks, self.config_file)
         except BaseException:
             self._remove(self.log.edits.tolist())
             self.follow_edits()
             raise
-
-    def _read_banks(self, folder: Path, names: Mapping[str, str]) -> None:
-        if len(names) != len(self.banks):
-            raise ValueError(f"{folder}: got {len(names)} banks, expected {len(self.banks)}")
-        for bank, (name, digest) in zip(self.banks, names.items(), strict=True):
-            if digest_of_file(folder / name / BANK_FILE) != digest:
-                raise ValueError(
-                    f"{folder / name / BANK_FILE}: its SHA-256 does not match the one in "
-                    f"{self.config_file}: it was damaged or copied from another folder"
-                )
-            read_bank(folder / name, bank)
 
     def restore_values(self, directory: str | os.PathLike[str]) -> None:
         """Sets the facts to those in a saved folder; errors as `sapt_fast.load_pretrained`.
@@ -543,10 +487,10 @@ class MomeHandle(LoggedHandle):
         """
         before = copy.deepcopy(self._state())
         banks = [(bank, bank._rows, bank.seed) for bank in self.banks]
-        super().restore_values(directory)
+        stored = self.read_stored(directory)
+        self.restore(stored.tensors, stored.values)
         try:
-            stored = read_method(Path(directory), self.attribute)
-            self._read_banks(stored.source.parent, stored.values["banks"])
+            read_banks(stored.source.parent, stored.values["banks"], self.banks, self.config_file)
         except BaseException:
             for bank, rows, seed in banks:
                 bank.adopt(rows, seed)

@@ -20,7 +20,7 @@ from sapt_fast.pools.edit_log import EditLog, Text
 from sapt_fast.routing.prompts import Prompts
 from sapt_fast.sites.output import listen, silence
 from sapt_fast.sites.report import PatchReport
-from sapt_fast.storage.method_files import read_method, write_method
+from sapt_fast.storage.method_files import StoredMethod, read_method, write_method
 
 __all__ = ["EditHandle", "LoggedHandle", "Pair", "evaluating", "require_finite_keys"]
 
@@ -165,13 +165,18 @@ class LoggedHandle(OutputHandle):
 
     def restore_values(self, directory: str | os.PathLike[str]) -> None:
         """Sets the edits to those in a saved folder; errors as `sapt_fast.load_pretrained`."""
+        stored = self.read_stored(directory)
+        self.restore(stored.tensors, stored.values)
+
+    def read_stored(self, directory: str | os.PathLike[str]) -> StoredMethod:
+        """Reads a saved folder; raises ValueError if it is of another config."""
         stored = read_method(Path(directory), self.attribute)
         if self.Config.from_dict(stored.config) != self.config:
             raise ValueError(
                 f"{stored.source}: got {stored.config}, expected {self.config.to_dict()}, the "
                 "config of the patched model"
             )
-        self.restore(stored.tensors, stored.values)
+        return stored
 
     def _stateful(self) -> dict[str, nn.Module]:
         return {"log": self.log, **self.parts()}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sapt_fast.methods.edits.texts import kind_of
 
-__all__ = ["Edit", "EditError", "read_edits", "read_prompt"]
+__all__ = ["Edit", "EditError", "as_text", "read_edits", "read_prompt"]
 
 
 class EditError(RuntimeError):
@@ -56,12 +56,17 @@ class Edit:
         Raises:
             ValueError: if the handle has no tokenizer.
         """
-        if self._tokenizer is None:
-            raise ValueError(
-                "tokenizer: got None; set model.grace.tokenizer (model.melo.tokenizer)"
-            )
-        decode = self._tokenizer.decode
-        return decode([*self.prompt]), decode([*self.target], skip_special_tokens=True)
+        where = "model.grace.tokenizer (model.melo.tokenizer)"
+        return as_text(self._tokenizer, self.prompt, self.target, where)
+
+
+def as_text(
+    tokenizer: Any, prompt: Sequence[int], target: Sequence[int], where: str
+) -> tuple[str, str]:
+    """Returns a prompt and a target as text; raises ValueError without the tokenizer of `where`."""
+    if tokenizer is None:
+        raise ValueError(f"tokenizer: got None; set {where}")
+    return tokenizer.decode([*prompt]), tokenizer.decode([*target], skip_special_tokens=True)
 
 
 def read_edits(

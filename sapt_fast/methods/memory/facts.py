@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from sapt_fast.methods.edits.inputs import as_text
+
 __all__ = ["Fact", "Memorised", "Recalled"]
 
 
@@ -31,10 +33,7 @@ class Fact:
         Raises:
             ValueError: if the handle has no tokenizer.
         """
-        if self._tokenizer is None:
-            raise ValueError("tokenizer: got None; set model.mome.tokenizer")
-        decode = self._tokenizer.decode
-        return decode([*self.prompt]), decode([*self.target], skip_special_tokens=True)
+        return as_text(self._tokenizer, self.prompt, self.target, "model.mome.tokenizer")
 
 
 @dataclass(frozen=True)

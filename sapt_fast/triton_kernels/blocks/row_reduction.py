@@ -26,8 +26,9 @@ from sapt_fast.triton_kernels.blocks.common import (
     round_up,
 )
 from sapt_fast.triton_kernels.blocks.dropout import keeps, seeds_and_drops
-from sapt_fast.triton_kernels.blocks.gemm import RANK_ALIGN, is_absent
+from sapt_fast.triton_kernels.blocks.gemm import RANK_ALIGN
 from sapt_fast.triton_kernels.blocks.plans import launch
+from sapt_fast.triton_kernels.blocks.present import is_absent
 
 
 @triton.jit(do_not_specialize=["S", "T", "K", "R", "tile_rows", "segments", "width"])

@@ -130,7 +130,7 @@ def _product_or_zero(value, by):
 
 @triton.jit
 def _coefficient(value, by):
-    """value * by; +0 where `by` is 0, while a product of 0 is -0: see `gemm.is_absent`."""
+    """value * by; +0 where `by` is 0, while a product of 0 is -0: see `present.is_absent`."""
     product = value * by
     return tl.where(by == 0, 0.0, tl.where(product == 0, -0.0, product))
 

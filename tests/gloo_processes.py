@@ -1,4 +1,4 @@
-"""Starts the cases of gloo_cases.py in several gloo processes.
+"""Starts the cases of gloo_cases.py and gloo_bank_cases.py in several gloo processes.
 
 Run as a script it imports everything once and then serves requests, one JSON line each on stdin:
 it forks a process per rank, so that a case starts in milliseconds.
@@ -37,7 +37,7 @@ class Processes:
         self.server.wait(120)  # a busy machine takes its time
 
     def run(self, case, world, folder, timeout=60, **options):
-        """Runs `gloo_cases.<case>(folder, **options)` in `world` processes.
+        """Runs `<case>(folder, **options)` in `world` processes.
 
         Raises:
             AssertionError: one of them failed or took longer than `timeout` seconds.
@@ -65,8 +65,10 @@ def serve():
     import torch
 
     torch.set_num_threads(1)
-    import gloo_cases as cases
+    import gloo_bank_cases
+    import gloo_cases
 
+    cases = {**vars(gloo_cases), **vars(gloo_bank_cases)}
     gc.freeze()  # what is imported is no child's garbage, and its memory stays shared
     answers = os.dup(1)
     os.dup2(2, 1)  # what libraries print is no answer
@@ -114,7 +116,7 @@ def _work(cases, case, world, rank, port, folder, options):
             os.environ |= {name: str(value) for name, value in place.items()}
             os.environ["MASTER_ADDR"] = "127.0.0.1"
             dist.init_process_group("gloo", init_method="env://")
-        getattr(cases, case)(folder, **options)
+        cases[case](folder, **options)
         if world > 1:
             dist.destroy_process_group()
         status = 0

@@ -39,7 +39,7 @@ from measure import environment, save
 
 import sapt_fast
 from sapt_fast.editing.answers import Examiner
-from sapt_fast.editing.data import Probe, Reader
+from sapt_fast.editing.data import Reader
 from sapt_fast.editing.metrics import METRICS
 from sapt_fast.editing.run import run_edits
 from sapt_fast.editing.settings import EditingSettings
@@ -59,6 +59,7 @@ _LOOKED_UP = (
     ("hidden", "radius"),
     ("own", "radius"),
 )
+_NAMES = "near names"
 _FEW = 20  # edits to tune a rate by
 _MOST = 8  # values of a rate
 _STEP = 10**0.5
@@ -174,28 +175,36 @@ class Experiment:
         return self.keys[name]
 
     def near_names(self) -> dict[str, Any]:
-        """Looks up countries with near names by projected keys, with and without a pair's groups.
+        """Looks up countries with near names by projected keys that are fitted in three ways.
 
         The pair are an edited country and one with a near name, on which the edit acts.
         """
-        fitted = self.reader.groups(self.options.facts / "groups.jsonl")
-        radius = self.look_up("projected", "radius")["value"]
         pair = ("Samoa", "American Samoa")
+        probes = self.reader.probes([QUESTION.format(name) for name in NEAR.values()])
+        asked = self.reader.probes([QUESTION.format(pair[1])])[0].prompt
         both = [
             [probe.prompt for probe in self.reader.probes(record["same"])]
             for record in country_groups(pair)
         ]
-        asked = [QUESTION.format(name) for name in NEAR.values()]
-        places = [probe.prompt for probe in self.reader.probes(asked)]
-        found: dict[str, Any] = {"radius": radius, "names": [*NEAR.values()]}
-        for title, more in (("groups", []), ("groups, and those of both names", both)):
-            keys = ProjectedKeys(self.keys["question"]).fit([*fitted[0], *more], fitted[1])
-            distances = Distances(keys, self.edits, [Probe(p, group="near names") for p in places])
-            looked = distances.found["near names"]
-            found[title] = {
+        groups, others = self.reader.groups(self.options.facts / "groups.jsonl")
+        radius = self.look_up("projected", "radius")["value"]
+        found: dict[str, Any] = {"names": [*NEAR.values()]}
+        for fitted, given in (
+            ("as in the table", (groups, others)),
+            (f"others: a question about {pair[1]}", (groups, [*others, asked])),
+            (f"groups: {pair[0]}, {pair[1]}", ([*groups, *both], others)),
+        ):
+            keys = ProjectedKeys(self.keys["question"]).fit(*given)
+            distances = Distances(keys, self.edits, [replace(p, group=_NAMES) for p in probes])
+            looked = distances.found[_NAMES]
+            found[fitted] = {
                 "distance": [round(v, 3) for v in looked.first.tolist()],
                 "ratio": [round(v, 3) for v in (looked.first / looked.second).tolist()],
-                "paraphrases": distances.shares("radius", radius)["paraphrases"],
+                "shares": {
+                    f"{limit} {value}": distances.shares(limit, value)
+                    for limit, value in (("radius", radius), ("radius", 0.4), ("ratio", 0.4))
+                },
+                "quantiles": distances.quantiles(),
             }
         return found
 

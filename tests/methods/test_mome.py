@@ -253,6 +253,32 @@ def test_a_damaged_shard_is_named_and_an_earlier_bank_is_removed(tmp_path):
     assert answer(target, PROMPTS[0]) == TARGETS[0]
 
 
+@pytest.mark.parametrize("index", ["ivf", "hnsw"])
+def test_an_approximate_index(index, tmp_path):
+    pytest.importorskip("faiss")
+    model = memorised(index=index)
+    assert [answer(model, p) for p in PROMPTS] == TARGETS
+    model.mome.save_pretrained(tmp_path)
+    loaded = sapt_fast.load_pretrained(fresh(), tmp_path)
+    assert [answer(loaded, p) for p in PROMPTS] == TARGETS
+    loaded.mome.forget(0)
+    assert not loaded.mome.experts_of(PROMPTS[0]).acts
+    rows = loaded.mome.lookup.table.keys
+    loaded.mome.lookup.index.set_rows(rows, loaded.mome.keys_of(loaded.mome.lookup.table.facts))
+    with pytest.raises(RuntimeError, match="older than its keys"):
+        loaded.mome.experts_of(PROMPTS[1])
+
+
+def test_a_pinned_bank_is_served_by_its_cache():
+    model = memorised(storage="pinned")
+    (bank,) = model.mome.banks
+    assert bank.home.type == "cpu"
+    assert [answer(model, p) for p in PROMPTS] == TARGETS
+    before = bank.hit_rate
+    assert [answer(model, p) for p in PROMPTS] == TARGETS
+    assert bank.hit_rate > before
+
+
 @pytest.mark.thorough
 def test_a_mapped_bank(tmp_path):
     model = memorised(storage="mapped")

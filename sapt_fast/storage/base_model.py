@@ -102,8 +102,10 @@ def _samples(
 
     Quantised layers are left out.
     """
-    embedding = model.get_input_embeddings()
-    weights = {"input embedding": _weight(_place(model), embedding, state)}
+    embedding = _embedding(model)
+    weights = {}
+    if embedding is not None:
+        weights["input embedding"] = _weight(_place(model), embedding, state)
     for path in (paths[0], paths[-1]):
         layer = model.get_submodule(path)
         if packed_weight(layer) is None and not is_torchao(layer.weight):
@@ -119,9 +121,21 @@ def _samples(
     return samples
 
 
+def _embedding(model: Any) -> Any:
+    """Returns the module with the weight of the input embedding; None if the model names none.
+
+    Of a model of images, it is the layer that embeds patches.
+    """
+    try:
+        modules = model.get_input_embeddings().modules()
+    except (AttributeError, NotImplementedError):
+        return None
+    return next((module for module in modules if hasattr(module, "weight")), None)
+
+
 def _place(model: Any) -> str:
     """Returns the path of the input embedding."""
-    embedding = model.get_input_embeddings()
+    embedding = _embedding(model)
     return next((name for name, module in model.named_modules() if module is embedding), "")
 
 

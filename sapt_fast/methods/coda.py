@@ -31,6 +31,11 @@ class CodaConfig(PrefixConfig["CodaHandle"]):
 
     The weight of the orthogonality penalty is 0 by default: the authors' code sets it to 0 since
     it starts new rows by Gram-Schmidt; the paper has 0.1.
+
+    Example:
+        >>> import sapt_fast
+        >>> sapt_fast.CodaConfig(pool=20, n_tasks=5, modules_to_save=["classifier"]).length
+        8
     """
 
     pool: int = field(
@@ -98,13 +103,17 @@ class CodaPool(AtAttention):
         super().__init__()
         width, device = prefix_size(layer)
         self.index, self.total, self.routing = index, len(config.layers), routing
-        sizes = {"prompts": config.length * width, "keys": query_width, "attention": query_width}
-        for name, size in sizes.items():
-            setattr(self, name, RowStack(size, config.pool, device=device, dtype=dtype))
+        self.reserve = config.pool
+        self.prompts = RowStack(config.length * width, self.reserve, device=device, dtype=dtype)
+        self.new_keys(query_width)
 
-    prompts: RowStack
-    keys: RowStack
-    attention: RowStack
+    def new_keys(self, width: int) -> None:
+        """Replaces the keys and attention vectors by none, for queries [B, width]."""
+        like = self.prompts.frozen
+        made = (
+            RowStack(width, self.reserve, device=like.device, dtype=like.dtype) for _ in range(2)
+        )
+        self.keys, self.attention = made
 
     def stacks(self) -> dict[str, RowStack]:
         """Returns the rows by name."""
@@ -182,6 +191,11 @@ class CodaHandle(PrefixHandle):
         """Returns P, K and A of each layer, by the layer's index and their names."""
         named = zip(self.config.layers, self.sources().values(), strict=True)
         return {f"{i}.{name}": s for i, pool in named for name, s in pool.stacks().items()}
+
+    def new_keys(self, width: int) -> None:
+        """Replaces the keys by none, for queries [B, width]; there is no task yet."""
+        for pool in self.sources().values():
+            pool.new_keys(width)
 
     def signal(self, **inputs: Any) -> Tensor:
         """Returns the weights [B, layers * M] of the components, for pixel_values [B, C, H, W]."""

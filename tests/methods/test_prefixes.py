@@ -166,8 +166,9 @@ def test_prediction_takes_the_nearest_key_and_training_the_newest():
     model.train()
     model(x)
     assert model.dualprompt.attention.tolist() == [[2]] * 8
-    loss = model.dualprompt.key_loss(x)
+    loss = model.dualprompt.key_loss()  # of the last forward
     torch.testing.assert_close(loss, -cosines[:, 2].mean())
+    torch.testing.assert_close(loss, model.dualprompt.key_loss(x))
     loss.backward()
     assert model.dualprompt.keys.trainable.grad.abs().sum() > 0
 
@@ -216,8 +217,43 @@ def test_save_and_load(method, family, tmp_path):
     with pytest.raises(ValueError, match="surplus"):
         handle(fresh).restore(broken, values)
     with pytest.raises(ValueError, match="tasks: got"):
-        handle(fresh).restore(tensors, {"tasks": ["a", "a"]})
+        handle(fresh).restore(tensors, {**values, "tasks": ["a", "a"]})
     assert handle(fresh).tasks == []
+    train(model)
+    assert not torch.equal(model(images()).logits, logits)
+    own.restore_values(tmp_path)
+    assert torch.equal(model(images()).logits, logits)
+    handle(loaded).grow("more")
+    with pytest.raises(ValueError, match="more"):
+        handle(loaded).restore_values(tmp_path)
+
+
+class Encoder(torch.nn.Module):
+    """Another frozen model: the mean colours of the halves of an image."""
+
+    def forward(self, pixel_values):
+        return pixel_values.unflatten(2, (2, -1)).mean((3, 4)).flatten(1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_another_model_computes_the_queries(method, tmp_path):
+    model, encoder = patched(method, tasks=0), Encoder().eval()
+    with pytest.raises(RuntimeError, match="training mode"):
+        handle(model).look_up_by(Encoder())
+    handle(model).look_up_by(encoder)
+    handle(model).grow("first")
+    train(model)
+    x = images()
+    logits = model(x).logits
+    assert torch.equal(handle(model).query(x), encoder(x))
+    handle(model).save_pretrained(tmp_path)
+    loaded = sapt_fast.load_pretrained(vision_model("vit"), tmp_path)
+    with pytest.raises(RuntimeError, match="look_up_by"):
+        loaded(x)
+    handle(loaded).look_up_by(encoder)
+    assert torch.equal(loaded(x).logits, logits)
+    with pytest.raises(RuntimeError, match="width 6, expected 16"):
+        handle(patched(method)).look_up_by(encoder)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sapt_fast.version import __version__
 
 _EXPORTS = {
+    "L2PConfig": "sapt_fast.methods.l2p",
     "SaptConfig": "sapt_fast.methods.sapt",
     "SaptTrainer": "sapt_fast.continual.trainer",
     "handle": "sapt_fast.patching",
@@ -17,6 +18,7 @@ _EXPORTS = {
     "unpatch": "sapt_fast.patching",
 }
 __all__ = [
+    "L2PConfig",
     "SaptConfig",
     "SaptTrainer",
     "__version__",
@@ -30,6 +32,7 @@ __all__ = [
 if TYPE_CHECKING:
     from sapt_fast.continual.trainer import SaptTrainer
     from sapt_fast.loading import load_pretrained
+    from sapt_fast.methods.l2p import L2PConfig
     from sapt_fast.methods.sapt import SaptConfig
     from sapt_fast.patching import handle, patch, unpatch
     from sapt_fast.released import load_official

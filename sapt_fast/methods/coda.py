@@ -21,6 +21,7 @@ from sapt_fast.pools.rows import RowStack
 from sapt_fast.routing.running import Running
 from sapt_fast.sites.prefix import AtAttention, find_attention, prefix_size, running_prefix_weights
 from sapt_fast.sites.report import PatchReport
+from sapt_fast.sites.warm import run_backward
 
 __all__ = ["CodaConfig", "CodaHandle", "coda_weights"]
 
@@ -221,6 +222,23 @@ class CodaHandle(PrefixHandle):
         with without_autocast(self._device):
             terms = [_penalty(stack.joined().float()).to(self._device) for stack in stacks]
         return weight * torch.stack(terms).sum()
+
+    def run_layers(self, samples: int, tokens: int) -> None:
+        """Mixes the pool of each layer for a batch, and its backward where gradients are enabled.
+
+        Args:
+            samples, tokens: B and T of the keys.
+        """
+        if not self.tasks:
+            raise RuntimeError("the model has no task yet: call model.coda.grow(name) first")
+        weights = torch.zeros(samples, self._count(), device=self._device, requires_grad=True)
+        with self.routing.resume(weights):
+            for path, pool in self.sources().items():
+                width, device = prefix_size(self._model.get_submodule(path))
+                keys = torch.zeros(
+                    samples, 1, tokens, width, device=device, dtype=self._model.dtype
+                )
+                run_backward(lambda: [pool.prefix(keys)], [weights, pool.prompts.trainable])  # noqa: B023
 
     def _require_new(self, name: str) -> None:
         super()._require_new(name)

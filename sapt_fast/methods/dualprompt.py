@@ -19,6 +19,7 @@ from sapt_fast.pools.prefixes import chosen_prefixes
 from sapt_fast.pools.rows import RowStack
 from sapt_fast.routing.images import ImageRouting
 from sapt_fast.routing.running import Running
+from sapt_fast.sites.embeddings import checked_places
 from sapt_fast.sites.prefix import AtAttention, find_attention, prefix_size, running_prefix_weights
 from sapt_fast.sites.report import PatchReport
 
@@ -133,17 +134,7 @@ class PlaceRouting(ImageRouting):
         Raises:
             ValueError: if they have another shape or dtype or, on a CPU, there is no such prefix.
         """
-        index = torch.as_tensor(weights)
-        index = index[None] if index.dim() == 1 else index
-        if index.dtype != torch.int64 or index.dim() != 2 or index.shape[1] != 1 or not len(index):
-            raise ValueError(
-                f"mixture: got {index.dtype} of shape {tuple(index.shape)}, expected the places of "
-                "tasks, int64 [1] or [B, 1]"
-            )
-        total = self.count()
-        if index.device.type == "cpu" and not bool(((index >= 0) & (index < total)).all()):
-            raise ValueError(f"mixture: got places {index.tolist()}, expected 0 to {total - 1}")
-        return index
+        return checked_places(weights, 1, self.count())
 
 
 class DualPromptHandle(PrefixHandle):
@@ -177,11 +168,11 @@ class DualPromptHandle(PrefixHandle):
     Config = DualPromptConfig
     method = "dualprompt"
     attribute = "dualprompt"
+    Routing = PlaceRouting
     routing: PlaceRouting
 
     def __init__(self, model: Any, config: Any, report: PatchReport) -> None:
         super().__init__(model, config, report)
-        self.routing = PlaceRouting(model, self.signal, self._has_tasks, self._count)
         self.new_keys(self._images.width)
 
     @classmethod

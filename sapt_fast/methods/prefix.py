@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -112,10 +112,12 @@ class PrefixHandle(Handle):
     A subclass defines `sites`, `make`, `signal`, `stacks` and what a task adds.
 
     Attributes:
-        routing: the weights (or indices) of the running forward.
+        Routing: the class of `routing`.
+        routing: the weights (or places) of the running forward.
     """
 
     site = "attention"
+    Routing: ClassVar[type[ImageRouting]] = ImageRouting
     routing: ImageRouting
 
     def __init__(self, model: Any, config: Any, report: Any) -> None:
@@ -130,7 +132,8 @@ class PrefixHandle(Handle):
         self._trained = Trained(model, saved)
         self._images = ImageQueries(model, config.query_layer, config.query_pooling)
         self._encoder_is_missing = False
-        self.routing = ImageRouting(model, self.signal, self._has_tasks, self._count)
+        self.routing = self.Routing(model, self.signal, self._has_tasks, self._count)
+        self.routing.tower = self._images.parts.tower
 
     # --- what a method with prefixes defines ---
 

@@ -1,6 +1,7 @@
 """CODA-Prompt and DualPrompt, worked out another way; and what all methods have."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -138,6 +139,19 @@ def test_the_penalty_is_that_of_the_equation():
     penalty.backward()
     assert all(s.trainable.grad.abs().sum() > 0 for s in model.coda.stacks().values())
     assert patched("coda", orthogonality=0).coda.key_loss(images()) == 0
+
+
+def test_warmup_runs_the_kernels_and_changes_nothing():
+    model, calls = patched("coda"), []
+    for pool in model.coda.sources().values():
+        own = pool.prefix
+        pool.prefix = lambda like, own=own: calls.append(own(like)) or calls[-1]
+    model.coda.warmup([(3, 5)], train=True)
+    assert [tuple(rows.shape) for rows in calls] == [(3, 2, 2, WIDTH)] * 6
+    assert all(rows.requires_grad for rows in calls)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    with pytest.raises(RuntimeError, match="no task"):
+        patched("coda", tasks=0).coda.warmup([(3, 5)])
 
 
 # --- DualPrompt ---
@@ -322,6 +336,8 @@ def test_checkpointing_autocast_and_copies(method):
     torch.testing.assert_close(own(x).logits, logits, rtol=0, atol=0)
     assert handle(own).attention is not handle(model).attention
     torch.testing.assert_close(own(x[1:2]).logits, logits[1:2])
+    again = pickle.loads(pickle.dumps(own))
+    torch.testing.assert_close(again(x).logits, logits, rtol=0, atol=0)
     half = copy.deepcopy(own).to(torch.bfloat16)
     torch.testing.assert_close(half(x.bfloat16()).logits.float(), logits, rtol=0.1, atol=0.2)
 
@@ -375,6 +391,9 @@ def test_bad_use_is_refused():
         model.coda.fixed(torch.ones(3, 5, 12))
     with pytest.raises(ValueError, match="expected 0 to 1"):
         patched("dualprompt").dualprompt.fixed(torch.tensor([2]))
+    clip = patched("coda", "clip")
+    assert clip.vision_model(images()).pooler_output.shape == (3, WIDTH)  # a forward of its own
+    assert clip.coda.attention.shape == (3, 8)
     with pytest.raises(RuntimeError, match="call the patched model itself"):
         model.vit.layers[0](torch.randn(2, 5, WIDTH))
     with pytest.raises(ValueError, match="no task"):

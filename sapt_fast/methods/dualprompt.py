@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sapt_fast.methods.l2p_choice import fill_prompts
 from sapt_fast.methods.prefix import PrefixConfig, PrefixHandle
 from sapt_fast.methods.task_config import require
 from sapt_fast.ops import topk_keys
@@ -24,6 +26,8 @@ from sapt_fast.sites.prefix import AtAttention, find_attention, prefix_size, run
 from sapt_fast.sites.report import PatchReport
 
 __all__ = ["DualPromptConfig", "DualPromptHandle"]
+
+_STARTS = ("uniform", "normal")
 
 
 @dataclass
@@ -61,9 +65,20 @@ class DualPromptConfig(PrefixConfig["DualPromptHandle"]):
         metadata={"help": "Start a task's E-prompts as copies of the previous task's."},
     )
 
+    prompt_start: str = field(
+        default="uniform",
+        metadata={
+            "help": "Initialisation of the prompts: 'uniform' in (-1, 1), as in the PyTorch port, "
+            "or 'normal' with standard deviation 0.02."
+        },
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_counts("g_length", "e_length")
+        self.require_flags("copy_previous")
+        start = self.prompt_start
+        require(start in _STARTS, "prompt_start", start, f"one of {_STARTS}")
         self.require_layers("g_layers")
         self.require_layers("e_layers")
         shared = sorted({*self.g_layers} & {*self.e_layers})
@@ -85,10 +100,13 @@ class GPrompt(AtAttention):
         rows: [2, P, D].
     """
 
-    def __init__(self, layer: Any, length: int, routing: Running, dtype: torch.dtype) -> None:
+    def __init__(
+        self, layer: Any, config: DualPromptConfig, routing: Running, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         width, device = prefix_size(layer)
-        rows = torch.empty(2, length, width, device=device, dtype=dtype).uniform_(-1, 1)
+        rows = torch.empty(2, config.g_length, width, device=device, dtype=dtype)
+        fill_prompts(rows, config.prompt_start)
         self.rows = nn.Parameter(rows, requires_grad=False)
         self.routing = routing
 
@@ -145,8 +163,7 @@ class DualPromptHandle(PrefixHandle):
     While the model is in training mode, all images get the newest task's E-prompt; its key moves
     towards their queries. In eval mode, each image gets the E-prompt of the key nearest to its
     query q(x), which the frozen model computes without prefixes. A prompt has as many rows before
-    the keys as before the values. G-prompts and keys start uniform in (-1, 1), and so do the first
-    task's E-prompts.
+    the keys as before the values. Keys start uniform in (-1, 1).
 
     `attention` contains the places [B, 1] of the tasks whose E-prompts were used.
 
@@ -187,7 +204,7 @@ class DualPromptHandle(PrefixHandle):
         layer, config = self._model.get_submodule(path), self.config
         dtype = config.adapter_dtype(self._model.dtype)
         if self.report.patched.index(path) < len(config.g_layers):
-            return GPrompt(layer, config.g_length, self.routing, dtype)
+            return GPrompt(layer, config, self.routing, dtype)
         return EPrompts(layer, config.e_length, self.routing, dtype)
 
     def _by_layer(self, kind: type[AtAttention]) -> dict[str, Any]:
@@ -259,15 +276,16 @@ class DualPromptHandle(PrefixHandle):
     def _add(self) -> None:
         for name, stack in self.stacks().items():
             copies = name != "keys" and self.config.copy_previous and len(stack)
-            rows = stack.rows()[-1:].clone() if copies else None
-            stack.append(1, lambda fresh, rows=rows: _fill(fresh, rows))  # type: ignore[misc]
+            previous = stack.rows()[-1:].clone() if copies else None
+            start = "uniform" if name == "keys" else self.config.prompt_start
+            stack.append(1, partial(_fill, previous=previous, start=start))
 
     def _count(self) -> int:
         return len(self.tasks)
 
 
-def _fill(fresh: Tensor, rows: Tensor | None) -> None:
-    if rows is None:
-        fresh.uniform_(-1, 1)
+def _fill(fresh: Tensor, previous: Tensor | None, start: str) -> None:
+    if previous is None:
+        fill_prompts(fresh, start)
     else:
-        fresh.copy_(rows)
+        fresh.copy_(previous)

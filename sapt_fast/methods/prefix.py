@@ -75,6 +75,9 @@ class PrefixConfig(MethodConfig[_Handle]):
         """Raises ValueError for a value out of range; converts names to lists, as in JSON."""
         layer, named = self.query_layer, self.modules_to_save
         require(layer is None or _is_count(layer), "query_layer", layer, "at least 1, or None")
+        pooling, known = self.query_pooling, (None, "cls", "mean")
+        require(pooling in known, "query_pooling", pooling, f"one of {known}")
+        self.require_flags("autocast_adapter_dtype")
         if named is not None:
             self.modules_to_save = [named] if isinstance(named, str) else list(named)
 
@@ -96,6 +99,12 @@ class PrefixConfig(MethodConfig[_Handle]):
         for name in names:
             value = getattr(self, name)
             require(_is_count(value), name, value, "an integer, at least 1")
+
+    def require_flags(self, *names: str) -> None:
+        """Raises ValueError unless these fields are True or False."""
+        for name in names:
+            value = getattr(self, name)
+            require(isinstance(value, bool), name, value, "True or False")
 
     def adapter_dtype(self, base: torch.dtype) -> torch.dtype:
         """Returns the dtype of prefixes and keys for base weights of dtype `base`."""
@@ -420,11 +429,16 @@ class PrefixHandle(Handle):
         tasks, encoded = values.get("tasks"), values.get("encoder")
         if not isinstance(tasks, list) or not tasks or not isinstance(encoded, bool):
             raise ValueError(f"values: got {dict(values)}, expected tasks, and whether an encoder")
+        if self._images.encoder is not None and not encoded:
+            raise ValueError(
+                "values: got keys for the model's own queries, expected those of an encoder: load "
+                "them into a model without look_up_by"
+            )
         for index, name in enumerate(tasks):
             require_folder_name("tasks: got", name, tasks[:index])
         own = {n: tuple(t.shape) for n, t in tensors.items() if not n.startswith("trained.")}
         width, rows = self._query_width, len(tasks) * self.share
-        if encoded:
+        if encoded and self._images.encoder is None:
             width = next((x[1] for n, x in own.items() if n.endswith("keys") and x[1:]), width)
         expected: dict[str, tuple[int, ...]] = {
             name: (rows, width if name.endswith(_OF_QUERIES) else stack.width)

@@ -200,6 +200,9 @@ def test_tasks_start_from_the_previous_one_and_share_g_prompts():
         assert torch.equal(rows[:1], before[name])
         assert not torch.equal(rows[1], rows[0])
     assert not torch.equal(model.dualprompt.kept()["0.rows"], general)
+    small = patched("dualprompt", prompt_start="normal", copy_previous=False)
+    for name, rows in (rows_of(small) | small.dualprompt.kept()).items():
+        assert (rows.abs().max() < 0.1) == (name != "keys")
     apart = patched("dualprompt", copy_previous=False)
     assert all(not torch.equal(*rows) for rows in rows_of(apart).values())
 
@@ -266,6 +269,11 @@ def test_another_model_computes_the_queries(method, tmp_path):
         loaded(x)
     handle(loaded).look_up_by(encoder)
     assert torch.equal(loaded(x).logits, logits)
+    tensors, values = handle(patched(method)).stored()
+    fresh = patched(method, tasks=0)
+    handle(fresh).look_up_by(encoder)
+    with pytest.raises(ValueError, match="own queries"):
+        handle(fresh).restore(tensors, values)
     with pytest.raises(RuntimeError, match="width 6, expected 16"):
         handle(patched(method)).look_up_by(encoder)
 
@@ -366,6 +374,9 @@ def test_a_compiled_training_step(method):
         ("coda", "layers", [1, 1], "named once"),
         ("coda", "orthogonality", -1, "at least 0"),
         ("coda", "query_layer", 0, "at least 1"),
+        ("coda", "query_pooling", "max", "one of"),
+        ("dualprompt", "prompt_start", "zero", "one of"),
+        ("dualprompt", "copy_previous", 1, "True or False"),
         ("dualprompt", "e_layers", [0, 1], "without G-prompts"),
         ("dualprompt", "g_length", 0, "at least 1"),
         ("dualprompt", "strength", float("nan"), "at least 0"),

@@ -39,7 +39,7 @@ from transformers import Dinov2Config, Dinov2Model
 
 EMOJI_CLASSES = 20
 # Training and test images of a class.
-SIZES = {"emoji": (16, 10), "mnist": (100, 100), "digits": (100, 70)}
+SIZES = {"emoji": (16, 10), "mnist": (100, 50), "digits": (100, 50)}
 _TOLERANCE = 1e-4
 Classes = dict[str, list[Callable[[], Image.Image]]]  # functions that read one image each
 # Weights of one encoder layer: the name in ONNX, the name in transformers.

@@ -104,23 +104,24 @@ def select(
     return cosines.gather(1, order[:, :TOP]), places.gather(1, order[:, :TOP])
 
 
-def spread(chosen: Tensor, groups: Tensor) -> dict[str, float]:
+def spread(chosen: Tensor, groups: Tensor, prompts: int = PROMPTS) -> dict[str, float]:
     """Returns "exp(H)", "one set" and "mutual information" of selections.
 
     Args:
         chosen: [B, N] prompts.
         groups: [B] tasks.
+        prompts: M.
     """
-    table = torch.zeros(int(groups.max()) + 1, PROMPTS, dtype=torch.float64)
+    table = torch.zeros(int(groups.max()) + 1, prompts, dtype=torch.float64)
     table.index_put_(
         (groups[:, None].expand_as(chosen), chosen), torch.ones((), dtype=torch.float64), True
     )
     joint = table / table.sum()
-    prompts, tasks = joint.sum(0), joint.sum(1)
-    information = _entropy(prompts) + _entropy(tasks) - _entropy(joint.flatten())
+    shares, tasks = joint.sum(0), joint.sum(1)
+    information = _entropy(shares) + _entropy(tasks) - _entropy(joint.flatten())
     sets = chosen.sort(1).values.unique(dim=0, return_counts=True)[1]
     return {
-        "exp(H)": float(_entropy(prompts).exp()),
+        "exp(H)": float(_entropy(shares).exp()),
         "one set": float(sets.max() / len(chosen)),
         "mutual information": float(information),
     }

@@ -35,7 +35,7 @@ from torch import Tensor
 from sapt_fast.continual.closed_form import ClassStatistics, LinearHead
 
 FEATURES = ("mean.9", "cls.11")
-RATES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)
 STEPS, BATCH = 200, 16  # of a task
 HEADS: dict[str, Callable[[ClassStatistics], LinearHead]] = {
     "NCM": lambda statistics: statistics.nearest_class_mean(),

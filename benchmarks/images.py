@@ -15,7 +15,7 @@ same heads on features that nobody trained: `images_frozen.py`.
 
 Learning rates are tuned alike for all: on the first three tasks of emoji, seed 0, with a quarter of
 their training images held out; first the head's, then each method's own, by the accuracy of the
-method's own head.
+method's own head. Rates are tried until the best has worse ones on both sides.
 
 Every run is a file under `--work/cells`: a script that was ended goes on with the same command, and
 nothing runs twice. Several may share the folder if their `--methods` or `--seeds` differ.
@@ -44,8 +44,8 @@ from torch import Tensor
 from sapt_fast.continual.closed_form import ClassStatistics
 
 HEADS = ("own", "NCM", "LDA", "ridge")
-HEAD_RATES = (0.003, 0.01, 0.03)
-RATES = (0.001, 0.003, 0.01)
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1)
+_FIRST_TRIED = slice(4, 7)
 BATCH, EVAL_BATCH = 16, 50
 TUNING_SET, TUNING_TASKS, TUNING_SHARE = "emoji", 3, 0.25
 _HEAD = "fine-tuned head"
@@ -314,19 +314,31 @@ class Experiment:
 
     def tuned(self, name: str) -> tuple[float, float]:
         """Returns the rates of a method and of the head, which tuning chose."""
-        head = self._best(_HEAD, HEAD_RATES, None)
-        return (0.0, head) if name == _HEAD else (self._best(name, RATES, head), head)
+        head = self._best(_HEAD, None)
+        return (0.0, head) if name == _HEAD else (self._best(name, head), head)
 
-    def _best(self, name: str, rates: tuple[float, ...], head: float | None) -> float:
-        scores = {}
-        for rate in rates:
-            cell = Cell("tuning", name, f"{rate:g}")
-            found = self.cell(cell)
-            if found is None:
-                data = for_tuning(self.data(TUNING_SET, 0))
-                found = self.run(cell, name, data, 0, (0.0, rate) if head is None else (rate, head))
-            scores[rate] = found["accuracy"]["own"]
-        return max(scores, key=lambda rate: scores[rate])
+    def _best(self, name: str, head: float | None) -> float:
+        """Returns the best rate, with worse ones on both sides where `RATES` has any."""
+        tried = list(RATES[_FIRST_TRIED])
+        while True:
+            scores = [self._tried(name, rate, head) for rate in tried]
+            place = scores.index(max(scores))
+            first, last = RATES.index(tried[0]), RATES.index(tried[-1])
+            if place == 0 and first > 0:
+                tried.insert(0, RATES[first - 1])
+            elif place == len(tried) - 1 and last < len(RATES) - 1:
+                tried.append(RATES[last + 1])
+            else:
+                return tried[place]
+
+    def _tried(self, name: str, rate: float, head: float | None) -> float:
+        cell = Cell("tuning", name, f"{rate:g}")
+        found = self.cell(cell)
+        if found is None:
+            data = for_tuning(self.data(TUNING_SET, 0))
+            found = self.run(cell, name, data, 0, (0.0, rate) if head is None else (rate, head))
+        accuracy: float = found["accuracy"]["own"]
+        return accuracy
 
     def cells(self) -> Iterator[tuple[str, int, str]]:
         """Yields data set, seed and method: one seed of all methods before the next seed."""
@@ -384,7 +396,7 @@ def main(given: Sequence[str] | None = None) -> None:
         experiment.all()
     command = " ".join(["python", "benchmarks/images.py", *(given or sys.argv[1:])])
     about = {"environment": environment("cpu"), "only": "images", "command": command}
-    settings = {"steps": options.steps, "batch": BATCH, "rates": RATES, "head_rates": HEAD_RATES}
+    settings = {"steps": options.steps, "batch": BATCH, "rates": RATES}
     print(save({**about, **settings, **experiment.report()}, options.out))
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sapt_fast.checks import require_count, require_number
@@ -101,9 +102,9 @@ class ClassStatistics:
         classes, width = self.means.shape
         rows = _rows(features, width).to(self.means)
         labels = _labels(labels, len(rows), classes).to(self.means.device)
-        counts = torch.bincount(labels, minlength=classes)
-        sums = torch.zeros_like(self.means).index_add_(0, labels, rows)
-        means = sums / counts.clamp(min=1)[:, None]
+        members = F.one_hot(labels, classes)  # [B, C]; a product is deterministic on every device
+        counts = members.sum(0)
+        means = members.to(rows).T @ rows / counts.clamp(min=1)[:, None]
         rows = rows - means[labels]
         self._add(counts, means, rows.T @ rows)
 

@@ -107,7 +107,7 @@ def test_each_task_trains_its_own_prompts(make):
     assert handle.pick(query, False)[1].tolist() == cosines.topk(N)[1].tolist()
     handle.grow("third")
     tasks = [*handle.tasks]
-    with pytest.raises(ValueError, match="got task 4 for a pool of 6 prompts, .*at most 3 tasks"):
+    with pytest.raises(ValueError, match=r"got task 4 for a pool of 6 prompts, .*at most 3 tasks"):
         handle.grow("fourth")
     assert (handle.tasks, handle.begun) == (tasks, 3)
 

@@ -1,8 +1,11 @@
 """How L2P chooses among the prompts of its pool, against the equations and the original code."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from tiny_models import tiny
 from tiny_vision import images, vision_model
 
@@ -10,6 +13,7 @@ import sapt_fast
 from sapt_fast import L2PConfig
 from sapt_fast.methods.l2p import L2pConfig
 from sapt_fast.methods.l2p_choice import votes
+from sapt_fast.storage.task_saving import renew_digests
 
 M, N, L = 6, 2, 3
 
@@ -168,3 +172,38 @@ def test_the_earlier_name_of_the_config_stays():
     assert L2pConfig is L2PConfig
     with pytest.raises(ValueError, match="layer: got 1, expected 0 for text"):
         sapt_fast.patch(tiny("t5"), L2PConfig(layer=1))
+
+
+def test_texts_have_a_centre_which_is_saved(tmp_path):
+    model = text_model(centre_queries=True, keys_start="queries", prompt_start="normal")
+    ids = torch.arange(40).view(8, 5)
+    mask = torch.ones_like(ids)
+    model.l2p.start_from([(ids, mask)])
+    table = model.get_input_embeddings().weight
+    torch.testing.assert_close(model.l2p.centre, table[ids].mean(1).mean(0))
+    assert 0.01 < model.l2p.prompts.rows.rows().std() < 0.03
+    model.l2p.grow("again")
+    model.l2p.save_pretrained(tmp_path)
+    other = sapt_fast.load_pretrained(tiny("t5"), tmp_path)
+    assert torch.equal(other.l2p.centre, model.l2p.centre)
+    assert (other.l2p.begun, other.l2p.started) == (2, True)
+    inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids[:, :2]}
+    model.eval()(**inputs)
+    other.eval()(**inputs)
+    assert torch.equal(other.l2p.attention, model.l2p.attention)
+
+
+def test_folders_of_earlier_versions_load(tmp_path):
+    model = text_model()
+    model.l2p.save_pretrained(tmp_path)
+    path = tmp_path / "strategy.safetensors"
+    save_file({n: t for n, t in load_file(path).items() if n in ("keys", "picked")}, path)
+    description = json.loads((tmp_path / "sapt_config.json").read_text())
+    new = "choice task_prompts shared_pool_copy centre_queries keys_start prompt_start layer head"
+    for name in (*new.split(), "query_layer", "query_pooling"):
+        del description["config"][name]
+    (tmp_path / "sapt_config.json").write_text(json.dumps(description))
+    renew_digests(tmp_path)
+    other = sapt_fast.load_pretrained(tiny("t5"), tmp_path)
+    assert torch.equal(other.l2p.prompt_keys, model.l2p.prompt_keys)
+    assert (other.l2p.tasks, other.l2p.begun) == (["all"], 1)

@@ -11,6 +11,7 @@ __all__ = ["SOURCE_FIELDS", "source_of"]
 
 SOURCE_FIELDS = (
     "model", "benchmark", "data", "kind", "dev", "max_train", "max_eval", "dtype", "attention",
+    "split", "classes_per_task", "class_order", "image_size", "convert_images",
 )  # fmt: skip
 
 

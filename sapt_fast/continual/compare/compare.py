@@ -19,7 +19,7 @@ from sapt_fast.continual.compare.tensorboard import require_tensorboard, write_s
 from sapt_fast.continual.data.orders import resolve_order
 from sapt_fast.continual.data.sources import Source
 from sapt_fast.continual.run import processes
-from sapt_fast.continual.run.checks import check_processes
+from sapt_fast.continual.run.checks import check_kind, check_processes
 from sapt_fast.continual.run.loop import ALONE_NAME, run_alone, run_continual
 from sapt_fast.continual.run.state import read_json
 from sapt_fast.continual.settings import ContinualSettings, differences
@@ -101,6 +101,7 @@ def compare(
     runs = [*singles.values(), *plan]
     processes.start(plan[0].settings.device)
     for run in runs:
+        check_kind(run.settings.strategy, source.has_images)
         check_processes(run.settings)
     _check_stored(runs)
     model = None

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from sapt_fast.checks import require_choice, require_count
 
-__all__ = ["AUGMENTATIONS", "ImageTransform"]
+__all__ = ["ImageTransform"]
 
-AUGMENTATIONS = ("none", "flip", "crop_flip")
 _MODES = {1: "L", 3: "RGB"}  # PIL's, by number of channels
 _BILINEAR = 2
 _CROP_AREA, _CROP_RATIO = (0.05, 1.0), (3 / 4, 4 / 3)  # those of the original L2P code
@@ -192,7 +191,8 @@ class ImageTransform:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready description."""
-        return asdict(self)
+        values = asdict(self)
+        return {n: list(v) if isinstance(v, tuple) else v for n, v in values.items()}
 
     def _converted(self, image: Image.Image) -> Image.Image:
         mode = _MODES[self.channels]

@@ -17,15 +17,18 @@ from numpy.typing import NDArray
 from transformers import set_seed
 
 from sapt_fast import __version__
+from sapt_fast.continual.data.image_transform import ImageTransform
 from sapt_fast.continual.data.rows import TaskData, merged
+from sapt_fast.continual.image_bench import ImageBench
 from sapt_fast.continual.run import processes
 from sapt_fast.continual.run.checks import (
     check_alone,
+    check_kind,
     check_processes,
     check_replay,
     check_tasks,
 )
-from sapt_fast.continual.run.evaluate import Mixture, mean_attention, metric_of, score
+from sapt_fast.continual.run.evaluate import Mixture, metric_of
 from sapt_fast.continual.run.gather import gather_results, write_results
 from sapt_fast.continual.run.memory import peak_memory, reset_peak_memory
 from sapt_fast.continual.run.pseudo_samples import make_pseudo_samples, pseudo_sample_file
@@ -65,10 +68,11 @@ def run_continual(
     weights.
 
     Args:
-        model: an unpatched transformers model with a language-modelling head, or an encoder
-            without any head (`continual.data.encoder`). It is patched in place and keeps the
-            adapters of the last task.
-        tokenizer: its tokenizer, with a pad token.
+        model: an unpatched transformers model with a language-modelling head, an encoder without
+            any head (`continual.data.encoder`), or an image classifier with a row for every class
+            (`continual.image_bench`). It is patched in place and keeps the adapters of the last
+            task.
+        tokenizer: its tokenizer, with a pad token; an `ImageTransform` for images.
         tasks: in learning order.
         output_dir: gets run.json, state.json, a checkpoint after each task (`load_pretrained`
             reads them), results.json, results.md and, with one adapter per task, attention.png.
@@ -185,18 +189,18 @@ class _Run:
     ) -> None:
         if handles(model):
             raise ValueError("model: got a patched model; pass it unpatched (sapt_fast.unpatch)")
-        if getattr(tokenizer, "pad_token_id", None) is None:
-            raise ValueError("tokenizer: got one without a pad token; set tokenizer.pad_token")
         check_tasks(tasks)
         self.device = processes.start(settings.device)
         if not processes.is_first():
             settings = replace(settings, progress=False)
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
-        self.bench = Workbench(model, tokenizer, settings)
+        kind = STRATEGIES[settings.strategy]
+        has_images = isinstance(tokenizer, ImageTransform)
+        check_kind(settings.strategy, has_images)
+        self.bench = (ImageBench if has_images else Workbench)(model, tokenizer, settings)
         self.given, self.tasks = tuple(tasks), self.bench.prepare(tasks)
         self.names = tuple(task.name for task in tasks)
-        kind = STRATEGIES[settings.strategy]
-        if kind.generates and self.bench.kind == "encoder":
+        if kind.generates and not self.bench.writes:
             raise ValueError(
                 f"strategy: {settings.strategy!r} generates text, which {type(model).__name__} "
                 "cannot"
@@ -239,6 +243,7 @@ class _Run:
                 "class": type(self.model).__name__,
                 "parameters": sum(p.numel() for p in self.model.parameters()),
                 "dtype": str(self.model.dtype),
+                **self.bench.describe(),
             },
             "version": __version__,
         }
@@ -279,19 +284,18 @@ class _Run:
         self._holds = None
         self.folder.trained.append(sum(p.numel() for p in handle.trainable_parameters()))
         self.folder.write()
-        train_stage(
-            self.bench, strategy, task, learned, self.folder.training(index), seed, self._steps()
-        )
+        if strategy.trains:
+            folder = self.folder.training(index)
+            train_stage(self.bench, strategy, task, learned, folder, seed, self._steps())
         strategy.end_task(task)
+        self.bench.end_task(task, strategy.mixture)
         if strategy.routes:
-            handle.targets[task.name] = mean_attention(
-                self.model, self.tokenizer, task.dev, self.settings, strategy.mixture
-            )
+            handle.targets[task.name] = self.bench.mean_attention(task.dev, strategy.mixture)
         self.folder.forget_unfinished(index)
         handle.save_pretrained(
             self.folder.checkpoint(index),
             is_main_process=processes.is_first(),
-            strategy_state=strategy.state(),
+            strategy_state={**strategy.state(), **self.bench.state()},
         )
         self._holds = index + 1
         self._remove(self.folder.training(index))
@@ -334,21 +338,28 @@ class _Run:
                 self.model,
                 self.folder.checkpoint(count - 1),
                 self.settings.strategy,
-                self.strategy.configure(self.settings.sapt),
+                self._config(),
             )
-            self.strategy.load_state(self.folder.strategy_state(count - 1))
+            state = self.folder.strategy_state(count - 1)
         else:
             set_seed(self.settings.seed)
-            patch(self.model, self.strategy.configure(self.settings.sapt))
+            patch(self.model, self._config())
             self.bench.handle.strategy = self.settings.strategy
-            self.strategy.load_state({})
+            state = {}
+        self.strategy.load_state(state)
+        self.bench.load_state(state)
         self._holds = count
 
     def reset(self) -> None:
         """Takes the adapters off."""
         if task_handle(self.model) is not None:
             unpatch(self.model)
+        self.bench.reset()
         self._holds = None
+
+    def _config(self) -> Any:
+        """Returns the config with which the strategy patches the model."""
+        return self.strategy.configure(self.bench.configure(self.settings.sapt))
 
     def score_seen(
         self, index: int, mixture: Callable[[str], Mixture] | None = None
@@ -356,14 +367,10 @@ class _Run:
         """Scores of the tasks up to `index`; of that one only if tasks are learned alone."""
         seen = [self.tasks[index]] if self.strategy.alone else self.tasks[: index + 1]
         return [
-            score(
-                self.model,
-                self.tokenizer,
+            self.bench.score(
                 getattr(task, self.settings.scored),
                 task.benchmark,
-                self.settings,
                 self.strategy.mixture if mixture is None else mixture(task.name),
-                self.bench.space,
             )
             for task in seen
         ]
@@ -391,13 +398,8 @@ class _Run:
         attention = np.zeros((count, count))
         self.restore(count)
         for index, task in enumerate(self.tasks):
-            attention[index] = mean_attention(
-                self.model,
-                self.tokenizer,
-                getattr(task, self.settings.scored),
-                self.settings,
-                self.strategy.mixture,
-            ).numpy()
+            rows = getattr(task, self.settings.scored)
+            attention[index] = self.bench.mean_attention(rows, self.strategy.mixture).numpy()
         return attention
 
     def report(self, alone: Mapping[str, float] | None) -> Results:
@@ -405,6 +407,6 @@ class _Run:
         results = self.results(None if alone is None else [alone[name] for name in self.names])
         if processes.is_first():
             metrics = sorted({metric_of(t.benchmark, self.settings) for t in self.tasks})
-            write_results(results, self.settings.strategy, metrics)
+            write_results(results, self.settings.strategy, metrics, self.bench.report())
         processes.wait()
         return results

@@ -43,6 +43,4 @@ class L2p(Strategy):
         return step.loss + pull
 
     def end_task(self, task: TaskData) -> None:
-        inputs, size = self.bench.inputs(task.train), self.bench.settings.eval_batch_size
-        starts = range(0, len(inputs), size)
-        self.handle.count_picks(self.bench.pad(inputs[start : start + size]) for start in starts)
+        self.handle.count_picks(self.bench.batches(task.train))

@@ -23,6 +23,7 @@ class Sapt(Strategy):
     pseudo-samples. The adapter, the key and the query projection train.
     """
 
+    data = ("text", "images")
     pseudo = True
     routes = True
 
@@ -30,7 +31,8 @@ class Sapt(Strategy):
         sapt = self.handle
         sapt.add_task(task.name)
         if sapt.config.key_init == "mean_query":
-            sapt.init_key(*self.bench.pad(self.bench.inputs(task.train[:_ROWS_FOR_KEY])))
+            rows = self.bench.inputs(task.train[:_ROWS_FOR_KEY])
+            sapt.init_key(**self.bench.routing_inputs(rows))
 
     def reflection(self, learned: Sequence[TaskData]) -> list[Replay]:
         targets = self.handle.targets

@@ -17,6 +17,7 @@ class SeqLora(Strategy):
     """
 
     adapter = "shared"
+    data = ("text", "images")
 
     def begin_task(self, task: TaskData, learned: Sequence[TaskData]) -> None:
         if not self.handle.tasks:
@@ -37,6 +38,7 @@ class Single(Strategy):
     """One adapter per task, each on the base model: the reference for forward transfer."""
 
     alone = True
+    data = ("text", "images")
 
     def begin_task(self, task: TaskData, learned: Sequence[TaskData]) -> None:
         self.handle.add_task(task.name)

@@ -469,7 +469,7 @@ class SaptHandle(TaskHandle):
         for path, layer in self.layers.items():
             a, b = cast(Any, layer).sapt_pool.scaled(weights)
             addends[path] = Addend(layer, a, b, isinstance(layer, Conv1D))
-        with self._changes.ignoring(self._model):
+        with self._trained.changes.ignoring(self._model):
             self.routing.merged = Merged(addends, self._model)
         self.task_modules.static = weights
 
@@ -480,7 +480,7 @@ class SaptHandle(TaskHandle):
             ValueError: if the model was converted to another dtype after `merge`; nothing has
                 changed then.
         """
-        with self._changes.ignoring(self._model):
+        with self._trained.changes.ignoring(self._model):
             self.routing.unmerge()
         self.task_modules.static = None
 

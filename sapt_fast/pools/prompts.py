@@ -108,12 +108,7 @@ class PromptPool(Own, Resident):
 
     def _stacked(self) -> Tensor:
         """Returns all prompts [K, P, D]; the newest receives its gradient through them."""
-        newest = self.rows.trainable
-        if torch.is_grad_enabled() and newest.requires_grad:
-            rows = torch.cat([self.rows.frozen, newest])
-        else:
-            rows = self.rows.rows()
-        return rows.view(-1, self.length, self.rows.width)
+        return self.rows.joined().view(-1, self.length, self.rows.width)
 
     def extra_repr(self) -> str:
         return f"prompts={len(self)}, length={self.length}"

@@ -105,9 +105,7 @@ class ImageBench(Workbench):
         parts.require_images(torch.zeros(1, transform.channels, *transform.size))
         if settings.metric not in (None, "exact_match"):
             raise ValueError(f"metric: got {settings.metric!r}, expected 'exact_match' for images")
-        self.queries = ImageQueries(
-            model, settings.sapt.query_layer, settings.sapt.query_pooling
-        )
+        self.queries = ImageQueries(model, settings.sapt.query_layer, settings.sapt.query_pooling)
         kind: Any = strategies()[settings.strategy]
         self.head: str = kind.head or settings.head
         self.features = "frozen" if kind.head else settings.head_features
@@ -130,6 +128,11 @@ class ImageBench(Workbench):
             )
         for task in tasks:
             self._check_task(task, alone=len(names) == 1)
+        if self.own_classes_only and sum(len(task.labels or ()) for task in tasks) > len(names):
+            raise ValueError(
+                f"strategy: {self.settings.strategy!r} tells tasks apart by their classes, but "
+                "some are in two tasks; expected tasks without common classes"
+            )
         self.classes = ClassSpace(names)
         # [T, C], the classes of each task.
         self.owners = torch.tensor([[name in (t.labels or ()) for name in names] for t in tasks])

@@ -1,7 +1,7 @@
 """The model, tokenizer and settings of a run, with functions that encode examples for them.
 
 Here text and images part: the loop, the trainer and the strategies know no kind of data.
-`Workbench` turns rows of text into batches and scores the answers; `ImageBench` does so with images.
+`Workbench` makes batches of rows of text and scores the answers, `ImageBench` those of images.
 """
 
 from __future__ import annotations

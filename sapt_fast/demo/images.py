@@ -15,7 +15,9 @@ _NOISE = 40.0
 _CELLS = 4
 
 
-def demo_vision_model(classes: int, dtype: torch.dtype = torch.float32) -> ViTForImageClassification:
+def demo_vision_model(
+    classes: int, dtype: torch.dtype = torch.float32
+) -> ViTForImageClassification:
     """Returns a ViT with two layers of width 32, the same random weights every time.
 
     Args:

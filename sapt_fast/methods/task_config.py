@@ -151,7 +151,7 @@ class TaskConfig(MethodConfig[_Handle]):
     query_layer: int | None = field(
         default=None,
         metadata={
-            "help": "For images: number of frozen layers that compute the query; None for all, with "
+            "help": "For images: number of frozen layers that compute the query; None for all, and "
             "the last norm."
         },
     )

@@ -17,7 +17,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
@@ -249,7 +249,7 @@ def _read_image(
     return ImageExample("", below, digest, label, (label,), file)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _looked_at(file: Path, changed: int, length: int) -> tuple[str, str, tuple[int, int]]:
     """Reads a file once: a digest of its content, and the image's mode and (W, H).
 
@@ -286,9 +286,7 @@ def _split(
     )
 
 
-def _grouped(
-    classes: list[str], per_task: int | None, order: str, seed: int
-) -> list[list[str]]:
+def _grouped(classes: list[str], per_task: int | None, order: str, seed: int) -> list[list[str]]:
     if per_task is None:
         raise ValueError("classes_per_task: got none, which split 'classes' needs")
     require_count("classes_per_task", per_task)

@@ -244,9 +244,7 @@ def _channels(values: Any, channels: int) -> tuple[float, ...]:
     return tuple(float(number) for number in numbers)
 
 
-def _random_box(
-    width: int, height: int, draw: random.Random
-) -> tuple[float, float, float, float]:
+def _random_box(width: int, height: int, draw: random.Random) -> tuple[float, float, float, float]:
     """Draws a part of an image, (left, top, right, bottom), as torchvision's RandomResizedCrop."""
     for _ in range(_CROP_TRIES):
         area = width * height * draw.uniform(*_CROP_AREA)

@@ -143,8 +143,8 @@ class Source:
     seed: int = field(
         default=0,
         metadata={
-            "help": "Seed of the choice of dev rows, of the rows that are kept, and of the order of "
-            "classes."
+            "help": "Seed of the choice of dev rows, of the rows that are kept and of the order "
+            "of classes."
         },
     )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.modeling_outputs import TokenClassifierOutput
 
 from sapt_fast.continual.data.collate import LABEL_PADDING
-from sapt_fast.methods.tasks import pool_of
+from sapt_fast.methods.tasks import learner_of
 
 __all__ = ["Space", "Step", "forward", "prompt_mask", "routed_inputs", "supervised", "token_loss"]
 
@@ -70,7 +70,7 @@ def forward(
     base = model if base is None else base
     inputs = dict(batch)
     labels = inputs.pop("labels")
-    routing = pool_of(base).routing
+    routing = learner_of(base).routing
     if weights is None:
         weights = routing.pinned
     if getattr(base.config, "is_encoder_decoder", False):

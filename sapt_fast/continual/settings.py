@@ -282,7 +282,12 @@ class ContinualSettings:
         kinds = strategies()
         require_choice("strategy", self.strategy, kinds)
         kind = kinds[self.strategy]
-        self.strategy_options = asdict(kind.options_of(self.strategy, self.strategy_options))
+        options = asdict(kind.options_of(self.strategy, self.strategy_options))
+        # As in JSON, so that settings equal those that are read again.
+        self.strategy_options = {
+            name: [*value] if isinstance(value, tuple) else value
+            for name, value in options.items()
+        }
         require_choice("metric", self.metric, _METRICS)
         require_choice("scored", self.scored, ("test", "dev"))
         require_choice("device", self.device, _DEVICES)

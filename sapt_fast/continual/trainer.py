@@ -21,7 +21,8 @@ from sapt_fast.continual.data.kinds import model_kind
 from sapt_fast.continual.objective import Space, Step, forward, routed_inputs, token_loss
 from sapt_fast.files.directories import atomic_write_bytes
 from sapt_fast.files.reading import parse_json
-from sapt_fast.methods.tasks import TaskHandle, task_handle
+from sapt_fast.methods.base import handles
+from sapt_fast.methods.tasks import TaskHandle, learner_of
 from sapt_fast.pools.sharding import is_sharded, whole
 from sapt_fast.storage.pretrained_files import own_names
 from sapt_fast.storage.tensors import read_tensors, require_finite, tensor_bytes
@@ -132,7 +133,7 @@ class SaptTrainer(Seq2SeqTrainer):
         load_replay: Callable[[Sequence[Any]], dict[str, Tensor]] | None = None,
         **kwargs: Any,
     ) -> None:
-        sapt = task_handle(model)
+        sapt = learner_of(model) if handles(model) else None
         if sapt is None or not sapt.tasks:
             raise ValueError(
                 f"model: got a {type(model).__name__} without a task, expected a patched model "
@@ -235,8 +236,9 @@ class SaptTrainer(Seq2SeqTrainer):
         return total * scale / num_items_in_batch
 
     def _own_key_loss(self) -> Tensor | float:
-        ratio, weights = self.sapt.config.own_key_loss, self.sapt.routing.weights_of_texts
-        if not ratio or weights is None:
+        ratio = getattr(self.sapt.config, "own_key_loss", 0.0)
+        weights = self.sapt.routing.weights_of_texts if ratio else None
+        if weights is None:
             return 0.0
         own = weights[..., -1].clamp(min=torch.finfo(weights.dtype).tiny)
         return -ratio * own.log().mean()
@@ -284,6 +286,8 @@ class SaptTrainer(Seq2SeqTrainer):
         if self.optimizer is not None:
             return self.optimizer
         optimizer = super().create_optimizer(model)
+        if not isinstance(self.sapt, TaskHandle):
+            return optimizer
         router = self.sapt.router
         key = [router.keys.trainable]
         query = [p for p in router.parameters() if p.requires_grad and p is not key[0]]
@@ -316,7 +320,12 @@ class SaptTrainer(Seq2SeqTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         held = state_dict or self.model.state_dict(keep_vars=is_sharded(self.model))
-        kept = {*own_names(self.model), *self.sapt.trained_tensors()}
+        trained = (
+            self.sapt.trained_tensors()
+            if isinstance(self.sapt, TaskHandle)
+            else (name for name, p in self.model.named_parameters() if p.requires_grad)
+        )
+        kept = {*own_names(self.model), *trained}
         tensors = {name: tensor for name, tensor in held.items() if name in kept}
         tensors = {name: whole(tensor).contiguous() for name, tensor in tensors.items()}
         if not self.args.should_save:
@@ -416,7 +425,7 @@ class RowStream:
         return self._order[1]
 
 
-def _check_replay(replay: Sequence[Replay], sapt: TaskHandle) -> None:
+def _check_replay(replay: Sequence[Replay], sapt: Any) -> None:
     for entry in replay:
         if not len(entry.inputs):
             raise ValueError(f"replay: got no inputs of task {entry.task!r}, expected at least one")

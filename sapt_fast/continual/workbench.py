@@ -31,7 +31,7 @@ from sapt_fast.continual.scores.metrics import score_predictions
 from sapt_fast.continual.settings import IMAGE_SETTINGS, ContinualSettings
 from sapt_fast.devices import execution_device
 from sapt_fast.methods.task_config import TaskConfig
-from sapt_fast.methods.tasks import pool_of
+from sapt_fast.methods.tasks import learner_of
 
 __all__ = ["Workbench"]
 
@@ -116,7 +116,7 @@ class Workbench:
     @property
     def handle(self) -> Any:
         """The handle of the method that the model is patched with."""
-        return pool_of(self.model)
+        return learner_of(self.model)
 
     @property
     def device(self) -> torch.device:

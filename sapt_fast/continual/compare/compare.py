@@ -25,7 +25,7 @@ from sapt_fast.continual.run.state import read_json
 from sapt_fast.continual.settings import ContinualSettings, differences
 from sapt_fast.continual.strategies import STRATEGIES
 from sapt_fast.files.names import require_folder_name
-from sapt_fast.methods.tasks import task_handle
+from sapt_fast.methods.base import handles
 from sapt_fast.patching import unpatch
 
 __all__ = ["compare", "settings_of_rows"]
@@ -331,5 +331,5 @@ def _run(model: tuple[Any, Any], run: _Planned, alone: Mapping[str, float] | Non
             alone=alone, source=run.source.to_dict(),
         )  # fmt: skip
     finally:
-        if task_handle(base) is not None:
+        if handles(base):
             unpatch(base)

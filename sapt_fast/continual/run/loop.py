@@ -21,6 +21,7 @@ from sapt_fast.continual.data.image_transform import ImageTransform
 from sapt_fast.continual.data.rows import TaskData, merged
 from sapt_fast.continual.image_bench import ImageBench
 from sapt_fast.continual.run import processes
+from sapt_fast.continual.run.checkpoints import config_name, load_checkpoint, save_checkpoint
 from sapt_fast.continual.run.checks import (
     check_alone,
     check_kind,
@@ -39,9 +40,7 @@ from sapt_fast.continual.settings import ContinualSettings, differences
 from sapt_fast.continual.strategies import STRATEGIES
 from sapt_fast.continual.workbench import Workbench
 from sapt_fast.files.writing import write_json
-from sapt_fast.loading import load_of_strategy
 from sapt_fast.methods.base import handles
-from sapt_fast.methods.tasks import task_handle
 from sapt_fast.patching import patch, unpatch
 
 __all__ = ["Results", "evaluate_run", "run_alone", "run_continual"]
@@ -173,8 +172,7 @@ def evaluate_run(
     for index in run.stages:
         run.restore(index + 1)
         run.folder.scores.append(run.score_seen(index, mixture))
-        target = run.bench.handle.targets.get(run.names[index])
-        attention.append([] if target is None else target.tolist())
+        attention.append(run.target(index))
     run.folder.attention = attention
     return run.results(alone)
 
@@ -224,6 +222,7 @@ class _Run:
         with processes.first_goes_first():
             resume = resume or not processes.is_first()
             self.folder = RunFolder.open(path, self.names, description, resume=resume)
+        self.folder.complete_with = config_name(self.model, self._config())
         self.bench.pseudo_samples = path / "pseudo_samples"
         return closing(self.folder)
 
@@ -261,10 +260,9 @@ class _Run:
             if not self.folder.has_checkpoint(index):
                 self.learn(index)
             self.restore(index + 1)
-            target = self.bench.handle.targets.get(self.names[index])
             scores = self.score_seen(index)
             self.folder.scores.append(scores)
-            self.folder.attention.append([] if target is None else target.tolist())
+            self.folder.attention.append(self.target(index))
             self.folder.seconds.append(time.perf_counter() - start)
             self.folder.peaks.append(peak_memory(self.bench.device))
             self.folder.write()
@@ -292,11 +290,8 @@ class _Run:
         if strategy.routes:
             handle.targets[task.name] = self.bench.mean_attention(task.dev, strategy.mixture)
         self.folder.forget_unfinished(index)
-        handle.save_pretrained(
-            self.folder.checkpoint(index),
-            is_main_process=processes.is_first(),
-            strategy_state={**strategy.state(), **self.bench.state()},
-        )
+        state = {**strategy.state(), **self.bench.state()}
+        save_checkpoint(handle, self.folder.checkpoint(index), state)
         self._holds = index + 1
         self._remove(self.folder.training(index))
 
@@ -334,13 +329,8 @@ class _Run:
             return
         self.reset()
         if count:
-            load_of_strategy(
-                self.model,
-                self.folder.checkpoint(count - 1),
-                self.settings.strategy,
-                self._config(),
-            )
-            state = self.folder.strategy_state(count - 1)
+            folder = self.folder.checkpoint(count - 1)
+            state = load_checkpoint(self.model, folder, self.settings.strategy, self._config())
         else:
             set_seed(self.settings.seed)
             patch(self.model, self._config())
@@ -352,7 +342,7 @@ class _Run:
 
     def reset(self) -> None:
         """Takes the adapters off."""
-        if task_handle(self.model) is not None:
+        if handles(self.model):
             unpatch(self.model)
         self.bench.reset()
         self._holds = None
@@ -360,6 +350,13 @@ class _Run:
     def _config(self) -> Any:
         """Returns the config with which the strategy patches the model."""
         return self.strategy.configure(self.bench.configure(self.settings.sapt))
+
+    def target(self, index: int) -> list[float]:
+        """Mean weights of a task's dev inputs when it was learned; empty if inputs do not route."""
+        if not self.strategy.routes:
+            return []
+        found = self.bench.handle.targets.get(self.names[index])
+        return [] if found is None else found.tolist()
 
     def score_seen(
         self, index: int, mixture: Callable[[str], Mixture] | None = None

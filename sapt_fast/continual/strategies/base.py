@@ -223,6 +223,14 @@ def _like(default: Any, value: Any, name: str) -> Any:
         expected = "a whole number"
     elif isinstance(default, float):
         fits, expected = number, "a number"
+    elif isinstance(default, (list, tuple)):
+        if isinstance(value, (list, tuple)) and all(type(part) is int for part in value):
+            return tuple(value)
+        fits, expected = False, "a list of whole numbers"
+    elif default is None:
+        if value is None or isinstance(value, str):
+            return value
+        fits, expected = False, "a string, or null"
     else:
         fits, expected = isinstance(value, str), "a string"
     if not fits:

@@ -162,3 +162,22 @@ def test_command_line(tmp_path: Path) -> None:
     assert "split" not in Source("demo", "demo").to_dict()
     with pytest.raises(ValueError, match="classes_per_task: got 2"):
         Source("demo", "demo", classes_per_task=2)
+
+
+def test_compare(tmp_path: Path) -> None:
+    command = [
+        "compare", "--model", "demo", "--benchmark", "demo-images", "--max-train", "8",
+        "--max-eval", "4", "--no-fwt", "--no-progress", "--output",
+    ]  # fmt: skip
+    refused = CliRunner().invoke(
+        cli.app, [*command, str(tmp_path / "bad"), "--strategies", "ncm,ewc"]
+    )
+    assert refused.exit_code != 0
+    assert "'ewc', which does not support images" in str(refused.exception or refused.output)
+    assert not (tmp_path / "bad" / "ncm").exists()
+    result = CliRunner().invoke(
+        cli.app, [*command, str(tmp_path / "run"), "--strategies", "ncm,lda", "--seeds", "0,1"]
+    )
+    assert result.exit_code == 0, result.output
+    cells = json.loads((tmp_path / "run" / "compare.json").read_text())["cells"]
+    assert [cell["trained_parameters"] for cell in cells] == [0] * 4

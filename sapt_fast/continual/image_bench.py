@@ -112,6 +112,7 @@ class ImageBench(Workbench):
         self.masks = settings.mask_classes and kind.trains and not kind.together
         self.own_classes_only = kind.own_classes_only
         self.statistics: dict[str, ClassStatistics] = {}
+        self.task_count = 0
 
     def prepare(self, tasks: Sequence[TaskData]) -> tuple[TaskData, ...]:
         """Checks the tasks, and collects their classes.
@@ -133,7 +134,7 @@ class ImageBench(Workbench):
                 f"strategy: {self.settings.strategy!r} tells tasks apart by their classes, but "
                 "some are in two tasks; expected tasks without common classes"
             )
-        self.classes = ClassSpace(names)
+        self.classes, self.task_count = ClassSpace(names), len(tasks)
         # [T, C], the classes of each task.
         self.owners = torch.tensor([[name in (t.labels or ()) for name in names] for t in tasks])
         wanted = set() if self.head == "own" else {self.features}

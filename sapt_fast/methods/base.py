@@ -129,7 +129,10 @@ class Handle(Own, nn.Module):
         raise NotImplementedError
 
     def stored(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Returns the content of a saved folder: named tensors, and values that JSON supports."""
+        """Returns the content of a saved folder: named tensors, and values that JSON supports.
+
+        Trained tensors of the base model are named `trained.<name>`.
+        """
         raise NotImplementedError
 
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:

@@ -31,6 +31,7 @@ from sapt_fast.ops.route import query, reflection_loss
 from sapt_fast.pools.lora import AdapterPool
 from sapt_fast.pools.sharding import gathered, require_reduced
 from sapt_fast.routing.hooks import Routing
+from sapt_fast.routing.images import ImageRouting
 from sapt_fast.sites.attach import group_by_input, mix_adapters, restore
 from sapt_fast.sites.find import chosen_names, find_layers, linear_names
 from sapt_fast.sites.image_queries import ImageQueries
@@ -161,7 +162,8 @@ class SaptHandle(TaskHandle):
             device=execution_device(embedding),
             dtype=config.adapter_dtype(embedding.weight.dtype),
         )
-        self.routing = Routing(model, self.signal, self._has_tasks, self._count)
+        kind = Routing if self._queries is None else ImageRouting
+        self.routing = kind(model, self.signal, self._has_tasks, self._count)
         if config.standardize_query:
             self.router.standardize(embedding, embedding.weight.shape[0])
 
@@ -499,7 +501,7 @@ class SaptHandle(TaskHandle):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         pixel_values: Tensor | None = None,
-        **options: Any,
+        interpolate_pos_encoding: Any = None,
     ) -> Tensor:
         if self._queries is not None:
             if pixel_values is None:
@@ -507,7 +509,8 @@ class SaptHandle(TaskHandle):
                     "pixel_values: got None, expected images [B, C, H, W], which the router reads; "
                     "or run inside model.sapt.fixed(weights)"
                 )
-            return self._queries(pixel_values, **options).to(self.router.norm.weight.dtype)
+            queries = self._queries(pixel_values, bool(interpolate_pos_encoding))
+            return queries.to(self.router.norm.weight.dtype)
         mask = attention_mask if self.config.mask_padding else None
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__

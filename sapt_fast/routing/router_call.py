@@ -9,7 +9,6 @@ from sapt_fast.routing.inputs import for_router, unreadable
 from sapt_fast.routing.packing import Segments, find_segments
 
 _READ = ("input_ids", "inputs_embeds", "attention_mask", "labels")
-_OF_IMAGES = ("pixel_values", "interpolate_pos_encoding")
 NO_CONTINUOUS_BATCHING = (
     "continuous batching packs all requests into one row, where weights per sample have no "
     "meaning: use generate() with a padded batch, or model.sapt.export_adapter"
@@ -28,11 +27,6 @@ class RouterCall:
     def __init__(self, model: Any, route: Callable[..., Tensor]) -> None:
         self.model = model
         self.route = route
-
-    @property
-    def reads_images(self) -> bool:
-        """Whether the router reads images: the model has no text to read."""
-        return getattr(self.model, "main_input_name", "") == "pixel_values"
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -68,16 +62,13 @@ class RouterCall:
     def of_forward(
         self, module: nn.Module, inputs: Mapping[str, Any]
     ) -> tuple[Tensor, Segments | None]:
-        """`weights` for the forward of `module`, which may have been given images or nothing.
+        """`weights` for the forward of `module`, which may have been given no text at all.
 
         Raises:
             ValueError: if there is no text and the router cannot do without.
             RuntimeError: if the inputs are those of continuous batching; and as `weights`.
         """
         if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is None:
-            images = {n: inputs[n] for n in _OF_IMAGES if inputs.get(n) is not None}
-            if "pixel_values" in images and self.reads_images:
-                return self.route(**dict.fromkeys(_READ), **images), None
             try:
                 return self.route(**dict.fromkeys(_READ)), None
             except Exception as error:

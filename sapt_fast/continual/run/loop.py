@@ -207,6 +207,7 @@ class _Run:
         self.strategy = kind(
             self.bench, kind.options_of(settings.strategy, settings.strategy_options)
         )
+        self._config()  # raises for options that do not fit, before anything is written
         # The tasks after which the model is saved and scored.
         self.stages = [len(tasks) - 1] if kind.together else list(range(len(tasks)))
         check_replay(self.bench, self.strategy, self.tasks)

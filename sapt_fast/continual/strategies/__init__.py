@@ -21,6 +21,7 @@ from sapt_fast.continual.strategies.l2p import L2p
 from sapt_fast.continual.strategies.lfpt5 import Lfpt5
 from sapt_fast.continual.strategies.lwf import Lwf
 from sapt_fast.continual.strategies.olora import OLora
+from sapt_fast.continual.strategies.prefixes import Coda, DualPrompt
 from sapt_fast.continual.strategies.progprompt import ProgPrompt
 from sapt_fast.continual.strategies.replay import Replay
 from sapt_fast.continual.strategies.sapt import Sapt
@@ -45,6 +46,8 @@ STRATEGIES.update(
         "lfpt5": Lfpt5,
         "l2p": L2p,
         "progprompt": ProgPrompt,
+        "dualprompt": DualPrompt,
+        "coda": Coda,
         "head": FineTunedHead,
         "ncm": FrozenNcm,
         "lda": FrozenLda,

@@ -285,8 +285,7 @@ class ContinualSettings:
         options = asdict(kind.options_of(self.strategy, self.strategy_options))
         # As in JSON, so that settings equal those that are read again.
         self.strategy_options = {
-            name: [*value] if isinstance(value, tuple) else value
-            for name, value in options.items()
+            name: [*value] if isinstance(value, tuple) else value for name, value in options.items()
         }
         require_choice("metric", self.metric, _METRICS)
         require_choice("scored", self.scored, ("test", "dev"))

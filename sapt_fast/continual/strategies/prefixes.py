@@ -41,7 +41,7 @@ class _Prefixes(Strategy):
 class DualPrompt(_Prefixes):
     """DualPrompt (Wang et al., ECCV 2022): `sapt_fast.methods.dualprompt.DualPromptHandle`.
 
-        L = CE(y | G, E_t) - lambda (1 / B) sum_b cos(q(x_b), k_t)
+    L = CE(y | G, E_t) - lambda (1 / B) sum_b cos(q(x_b), k_t)
     """
 
     Config = DualPromptConfig
@@ -69,7 +69,7 @@ class CodaOptions:
 class Coda(_Prefixes):
     """CODA-Prompt (Smith et al., CVPR 2023): `sapt_fast.methods.coda.CodaHandle`.
 
-        L = CE(y | sum_k cos(q(x) * A_k, K_k) P_k) + lambda penalty(P, K, A)
+    L = CE(y | sum_k cos(q(x) * A_k, K_k) P_k) + lambda penalty(P, K, A)
     """
 
     Config = CodaConfig

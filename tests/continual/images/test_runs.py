@@ -22,6 +22,11 @@ from sapt_fast.continual.trainer import SaptTrainer
 
 OF_IMAGES = [name for name, kind in STRATEGIES.items() if "images" in kind.data and not kind.alone]
 ROUTED = ("sapt", "lda_experts")
+# For a model with two layers.
+OPTIONS: dict[str, Any] = {
+    "dualprompt": {"g_layers": [0], "e_layers": [1], "g_length": 1, "e_length": 2},
+    "coda": {"pool": 4, "layers": [0, 1], "length": 2},
+}
 
 
 def run(folder: Path, tasks: Any = None, **options: Any) -> Any:
@@ -33,14 +38,15 @@ def run(folder: Path, tasks: Any = None, **options: Any) -> Any:
 @pytest.mark.parametrize("strategy", OF_IMAGES)
 def test_runs_and_is_evaluated_again(strategy: str, tmp_path: Path) -> None:
     head = "lda" if strategy in ROUTED else "own"
-    results, model = run(tmp_path, strategy=strategy, head=head)
+    options = {"strategy": strategy, "strategy_options": OPTIONS.get(strategy, {}), "head": head}
+    results, model = run(tmp_path, **options)
     assert np.isfinite(results.scores[np.tril_indices(2)]).all()
     assert (results.trained_parameters > 0) == STRATEGIES[strategy].trains
     if (matrix := results.testing_attention) is not None:
         np.testing.assert_allclose(matrix.sum(1), 1, atol=1e-5)
     tasks = image_tasks(2)
     fresh, transform = image_model(tasks)
-    settings = image_settings(strategy=strategy, head=head)
+    settings = image_settings(**options)
     again = evaluate_run(fresh, transform, tasks, tmp_path, settings)
     assert again.deviation(json.loads((tmp_path / "results.json").read_text())) == 0
     moved = model.classifier.weight.abs().sum() > 0

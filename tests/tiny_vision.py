@@ -19,6 +19,7 @@ _VIT = {
 }
 _TEXT = {**_VIT, "vocab_size": 9, "num_hidden_layers": 1, "max_position_embeddings": 4}
 _BIASED = {"use_relative_position_bias": True, "use_absolute_position_embeddings": True}
+_BEIT = {"drop_path_rate": 0.0}
 
 
 def _vit(prefix: str, **changed: Any) -> Any:
@@ -36,9 +37,9 @@ def _dual(prefix: str) -> Any:
 VISION: dict[str, Callable[[], Any]] = {
     "vit": partial(_vit, "ViT"),
     "deit": partial(_vit, "DeiT"),
-    "beit": partial(_vit, "Beit", **_BIASED, use_mean_pooling=True),
+    "beit": partial(_vit, "Beit", **_BEIT, **_BIASED, use_mean_pooling=True),
     "beit_shared": partial(
-        _vit, "Beit", use_shared_relative_position_bias=True, use_mean_pooling=False
+        _vit, "Beit", **_BEIT, use_shared_relative_position_bias=True, use_mean_pooling=False
     ),
     "dinov2": partial(_vit, "Dinov2"),
     "registers": partial(_vit, "Dinov2WithRegisters", num_register_tokens=2),

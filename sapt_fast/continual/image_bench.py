@@ -9,7 +9,8 @@ when a task ends (`continual.closed_form`).
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +30,7 @@ from sapt_fast.continual.run.evaluate import Mixture
 from sapt_fast.continual.settings import ContinualSettings
 from sapt_fast.continual.workbench import Workbench
 from sapt_fast.methods.task_config import TaskConfig
+from sapt_fast.routing.images import ImageRouting
 from sapt_fast.sites.image_embeddings import vision_parts
 from sapt_fast.sites.image_queries import ImageQueries
 
@@ -113,6 +115,7 @@ class ImageBench(Workbench):
         self.own_classes_only = kind.own_classes_only
         self.statistics: dict[str, ClassStatistics] = {}
         self.task_count = 0
+        self.choices = torch.zeros(0, 0, dtype=torch.int64)
 
     def prepare(self, tasks: Sequence[TaskData]) -> tuple[TaskData, ...]:
         """Checks the tasks, and collects their classes.
@@ -219,16 +222,17 @@ class ImageBench(Workbench):
         self.model.eval()
         head = None if self.head == "own" else self._closed_head(self.head, self.features)
         found: list[list[int]] = []
-        for pixels in self._shared_batches(rows, "predicting"):
-            weights = None if mixture is None else mixture(pixels, None)
-            if head is None:
-                scores = self._forward(pixels, weights)[0].float()
-            else:
-                scores = head(self.features_of(self.features, pixels, weights))
-            if self.own_classes_only and weights is not None:
-                own = self.owners.to(scores.device)[weights.argmax(-1)]
-                scores = scores.masked_fill(~own, -torch.inf)
-            found.append(scores.argmax(-1).tolist())
+        with self._seeded():
+            for pixels in self._shared_batches(rows, "predicting"):
+                weights = None if mixture is None else mixture(pixels, None)
+                if head is None:
+                    scores = self._forward(pixels, weights)[0].float()
+                else:
+                    scores = head(self.features_of(self.features, pixels, weights))
+                if self.own_classes_only and weights is not None:
+                    own = self.owners.to(scores.device)[weights.argmax(-1)]
+                    scores = scores.masked_fill(~own, -torch.inf)
+                found.append(scores.argmax(-1).tolist())
         names = self.classes.classes
         return [names[place] for batch in processes.gathered(found) for place in batch]
 
@@ -284,6 +288,14 @@ class ImageBench(Workbench):
             hook.remove()
         return logits, read[-1]
 
+    @contextmanager
+    def _seeded(self) -> Iterator[None]:
+        """A context in which random choices of prompts are those of the seed, also in `eval`."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(self.settings.seed)
+            yield
+
     def _shared_batches(self, rows: Sequence[Example], what: str) -> Iterator[Tensor]:
         size = self.settings.eval_batch_size
         starts = processes.share(range(0, len(rows), size))
@@ -310,8 +322,16 @@ class ImageBench(Workbench):
 
     @torch.no_grad()
     def end_task(self, task: TaskData, mixture: Mixture | None) -> None:
-        """Adds the features of the task's training images to the statistics."""
+        """Adds the features of the task's training images to the statistics.
+
+        Notes how often each prompt was chosen for them, if the method counts that.
+        """
         self.model.eval()
+        picked = getattr(self.handle, "picked", None)
+        if picked is not None:
+            seen = self.choices.sum(0) if len(self.choices) else torch.zeros_like(picked.cpu())
+            new = (picked.cpu() - seen)[None]
+            self.choices = torch.cat([self.choices, new]) if len(self.choices) else new
         for which, statistics in self.statistics.items():
             for start in range(0, len(task.train), self.settings.eval_batch_size):
                 rows = task.train[start : start + self.settings.eval_batch_size]
@@ -320,12 +340,51 @@ class ImageBench(Workbench):
                 labels = torch.tensor([self.classes.index(row.output) for row in rows])
                 statistics.update(self.features_of(which, pixels, weights), labels)
 
+    @torch.no_grad()
+    def report(self, tasks: Sequence[TaskData]) -> dict[str, Any]:
+        """Returns which prompts were chosen, of a method that chooses prompts: `prompts`.
+
+        - testing: [T][M], how often each prompt is chosen for a task's scored images after the
+          last task.
+        - training: [T][M], the same for its training images when it was learned, if the method
+          counts that; and `overlap`, sum_m min(training, testing) of the shares, for each task.
+        - effective_number: exp(H) of all choices in testing, 1 to M.
+        """
+        self.model.eval()
+        with self._seeded():
+            rows = [self._chosen(getattr(task, self.settings.scored)) for task in tasks]
+        if any(row is None for row in rows):
+            return {}
+        testing = torch.stack([row for row in rows if row is not None]).double()
+        entry: dict[str, Any] = {
+            "testing": testing.long().tolist(),
+            "effective_number": effective_number(testing.sum(0)),
+        }
+        if len(self.choices) == len(testing) and self.choices.shape == testing.shape:
+            shares = [counts / counts.sum(1, True) for counts in (self.choices.double(), testing)]
+            entry["training"] = self.choices.tolist()
+            entry["overlap"] = torch.minimum(*shares).sum(1).tolist()
+        return {"prompts": entry}
+
+    def _chosen(self, rows: Sequence[Example]) -> Tensor | None:
+        """Returns how often each prompt is chosen, [M] int64; None if no prompts are chosen."""
+        handle = self.handle
+        if not isinstance(handle.routing, ImageRouting) or handle.method not in _CHOOSING:
+            return None
+        total = _CHOOSING[handle.method](handle)
+        counts = torch.zeros(total, dtype=torch.int64)
+        for (pixels,) in self.batches(rows):
+            index = handle.signal(pixel_values=pixels)
+            counts += torch.bincount(index.flatten().cpu(), minlength=total)
+        return counts
+
     def state(self) -> dict[str, Tensor]:
-        return {
+        state = {
             f"statistics.{which}.{name}": tensor
             for which, statistics in self.statistics.items()
             for name, tensor in statistics.state_dict().items()
         }
+        return {**state, "choices": self.choices} if len(self.choices) else state
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         self.statistics = {}
@@ -336,6 +395,20 @@ class ImageBench(Workbench):
             if own:
                 made.load_state_dict(own)
             self.statistics[which] = made
+        self.choices = state.get("choices", torch.zeros(0, 0, dtype=torch.int64))
+
+
+# The number of prompts of the methods that choose some of them, by their names.
+_CHOOSING: dict[str, Callable[[Any], int]] = {
+    "l2p_images": lambda handle: int(handle.config.prompts),
+    "dualprompt": lambda handle: len(handle.tasks),
+}
+
+
+def effective_number(counts: Tensor) -> float:
+    """Returns exp(H) of counts [M]: M if all are equal, 1 if one has all."""
+    shares = counts[counts > 0] / counts.sum()
+    return float(torch.exp(-(shares * shares.log()).sum()))
 
 
 def _collated(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:

@@ -218,8 +218,8 @@ class Workbench:
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Restores what `state` returned; ignores other names."""
 
-    def report(self) -> dict[str, Any]:
-        """Returns further entries of results.json."""
+    def report(self, tasks: Sequence[TaskData]) -> dict[str, Any]:
+        """Returns further entries of results.json, once all tasks are learned."""
         return {}
 
     def kept(self, task: TaskData) -> Sequence[Example]:

@@ -85,6 +85,16 @@ class Handle(Own, nn.Module):
     # --- the protocol ---
 
     @classmethod
+    def of_model(cls, model: Any) -> type[Handle]:
+        """Returns the class of the handle for a model; methods with one class return it."""
+        return cls
+
+    @classmethod
+    def settled(cls, model: Any, config: Any) -> Any:
+        """Returns the config with the defaults that depend on the model."""
+        return config
+
+    @classmethod
     def sites(cls, model: Any, config: Any) -> PatchReport:
         """Returns the places that the method will change, and the reason for each skipped one.
 

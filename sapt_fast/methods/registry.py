@@ -17,6 +17,7 @@ METHODS: dict[str, str] = {
     "lora_sum": "sapt_fast.methods.lora_sum:LoraSumHandle",
     "epi": "sapt_fast.methods.epi:EpiHandle",
     "l2p": "sapt_fast.methods.l2p:L2pHandle",
+    "l2p_images": "sapt_fast.methods.l2p_images:L2PImageHandle",
     "progprompt": "sapt_fast.methods.progprompt:ProgPromptHandle",
     "coda": "sapt_fast.methods.coda:CodaHandle",
     "dualprompt": "sapt_fast.methods.dualprompt:DualPromptHandle",

@@ -34,11 +34,12 @@ from sapt_fast.routing.hooks import Routing
 from sapt_fast.routing.images import ImageRouting
 from sapt_fast.sites.attach import group_by_input, mix_adapters, restore
 from sapt_fast.sites.find import chosen_names, find_layers, linear_names
+from sapt_fast.sites.image_embeddings import reads_images
 from sapt_fast.sites.image_queries import ImageQueries
 from sapt_fast.sites.linear import Mixed
 from sapt_fast.sites.merging import Addend, Merged, static_weights
 from sapt_fast.sites.report import PatchReport
-from sapt_fast.sites.towers import input_layer, input_width, reads_images, token_embedding
+from sapt_fast.sites.towers import input_layer, input_width, token_embedding
 from sapt_fast.sites.warm import run_mixed
 from sapt_fast.storage.lora import LoraFiles
 from sapt_fast.storage.task_saving import stacked_rows
@@ -560,7 +561,12 @@ def _image_queries(model: Any, config: Any) -> ImageQueries | None:
     Raises:
         ValueError: if the image model is not supported, or not with this config.
     """
-    if not reads_images(model):
+    try:
+        token_embedding(model)
+    except ValueError:
+        if not reads_images(model):
+            return None
+    else:
         return None
     if config.standardize_query:
         raise ValueError(

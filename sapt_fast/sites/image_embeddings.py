@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["VisionParts", "vision_parts"]
+__all__ = ["VisionParts", "reads_images", "vision_parts"]
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,12 @@ class VisionParts:
         position: Tensor = table[0, 0]
         return position
 
+    def has_dropout(self) -> bool:
+        """Returns whether the tower drops values at random in training."""
+        rates = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout",
+                 "drop_path_rate", "dropout")  # fmt: skip
+        return any(getattr(self.tower.config, name, 0) for name in rates)
+
     def require_images(self, pixel_values: object, interpolate: bool = False) -> Tensor:
         """Returns the images, if they are [B, C, H, W] of channels and a size that the model takes.
 
@@ -134,6 +140,16 @@ class VisionParts:
         return pixel_values
 
 
+def reads_images(model: Any) -> bool:
+    """Returns whether a model takes images: it generates no text, and pixel_values are its input.
+
+    A model of images and texts without generation (CLIP) takes images by its vision tower.
+    """
+    if model.can_generate():
+        return False
+    return getattr(model, "main_input_name", "") == "pixel_values" or bool(_towers(model))
+
+
 def vision_parts(model: Any) -> VisionParts:
     """Finds the parts of a model's vision tower.
 
@@ -143,12 +159,7 @@ def vision_parts(model: Any) -> VisionParts:
     Raises:
         ValueError: if the model contains no supported tower, or several.
     """
-    found = [
-        (path, module, _TOWERS[kind.__name__])
-        for path, module in model.named_modules()
-        for kind in type(module).__mro__
-        if kind.__name__ in _TOWERS and hasattr(module, "embeddings")
-    ]
+    found = _towers(model)
     if len(found) != 1:
         described = "no" if not found else f"{len(found)}"
         raise ValueError(
@@ -173,6 +184,15 @@ def vision_parts(model: Any) -> VisionParts:
         channels=config.num_channels,
         resizes=kind.resizes,
     )
+
+
+def _towers(model: Any) -> list[tuple[str, Any, _Kind]]:
+    return [
+        (path, module, _TOWERS[kind.__name__])
+        for path, module in model.named_modules()
+        for kind in type(module).__mro__
+        if kind.__name__ in _TOWERS and hasattr(module, "embeddings")
+    ]
 
 
 def _first(tower: Any, paths: tuple[str, ...]) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sapt_fast.sites.features import bare
-from sapt_fast.sites.image_embeddings import VisionParts, vision_parts
+from sapt_fast.sites.image_embeddings import vision_parts
 
 __all__ = ["ImageQueries"]
 
@@ -77,6 +77,7 @@ class ImageQueries:
             )
         self.model = model
         self.layer = layer
+        self.parts = parts
         self.pooling = pooling or ("cls" if parts.has_cls else "mean")
         self.encoder = encoder
         self._width: int | None = None if encoder is not None else parts.width
@@ -86,8 +87,7 @@ class ImageQueries:
     def width(self) -> int:
         """D. Of an encoder it is found by running it on one image of zeros."""
         if self._width is None:
-            parts = vision_parts(self.model)
-            size = (1, parts.channels, *parts.image_size)
+            size = (1, self.parts.channels, *self.parts.image_size)
             self._width = self(torch.zeros(size, device=self.model.device)).shape[1]
         return self._width
 
@@ -108,25 +108,33 @@ class ImageQueries:
         """
         if self.encoder is not None:
             return _wide(self._encoded(pixel_values))
-        parts = vision_parts(self.model)
-        parts.require_images(pixel_values, bool(interpolate_pos_encoding))
-        tower, norm = self._frozen(parts)
-        options = {}
-        if interpolate_pos_encoding and _interpolates(parts.tower):
-            options["interpolate_pos_encoding"] = True
-        hidden = tower(pixel_values, **options).last_hidden_state
-        if self.layer is None:
-            hidden = norm(hidden)
-        return self.pooled(hidden, parts.prefix)
+        return self.pooled(self.hidden(pixel_values, interpolate_pos_encoding))
 
-    def pooled(self, hidden: Tensor, prefix: int) -> Tensor:
-        """Returns the queries [B, D] of a tower's hidden states [B, prefix + patches, D]."""
-        wide = _wide(hidden[:, 0] if self.pooling == "cls" else hidden[:, prefix:])
+    @torch.no_grad()
+    def hidden(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+        """Returns the hidden states [B, prefix + patches, D] that are pooled.
+
+        Args, Raises: as `__call__`.
+        """
+        self.parts.require_images(pixel_values, bool(interpolate_pos_encoding))
+        tower, norm = self._frozen()
+        options = {}
+        if interpolate_pos_encoding and _interpolates(self.parts.tower):
+            options["interpolate_pos_encoding"] = True
+        states: Tensor = tower(pixel_values, **options).last_hidden_state
+        if self.layer is None:
+            states = norm(states)
+        return states
+
+    def pooled(self, hidden: Tensor) -> Tensor:
+        """Returns the queries [B, D] of hidden states [B, prefix + patches, D]."""
+        wide = _wide(hidden[:, 0] if self.pooling == "cls" else hidden[:, self.parts.prefix :])
         return wide.detach() if self.pooling == "cls" else wide.mean(1).detach()
 
-    def _frozen(self, parts: VisionParts) -> tuple[Any, Any]:
+    def _frozen(self) -> tuple[Any, Any]:
         """Returns the tower up to `layer`, whose output is not normed, and the last norm."""
-        if self._copy is None or self._copy[0] is not parts.tower:
+        if self._copy is None:
+            parts = self.parts
             kept = [bare(block) for block in [*parts.layers][: self.layer]]
             tower = bare(parts.tower, parts.layers, nn.ModuleList(kept).eval())
             for name in ("layernorm", "post_layernorm"):
@@ -137,15 +145,25 @@ class ImageQueries:
                     tower._modules[name] = None
             if hasattr(tower, "use_head"):
                 tower.use_head = False
-            self._copy = parts.tower, tower, bare(parts.norm)
-        _, tower, norm = self._copy
+            self._copy = tower, bare(parts.norm)
+        self._require_frozen(self._copy[0])
+        frozen: tuple[Any, Any] = self._copy
+        return frozen
+
+    def require_frozen(self) -> None:
+        """Raises RuntimeError if parameters that compute the queries train."""
+        if self.encoder is None:
+            self._frozen()
+
+    def _require_frozen(self, tower: Any) -> None:
+        if torch.compiler.is_compiling():
+            return  # an eager forward looks
         for name, parameter in tower.named_parameters():
             if parameter.requires_grad:
                 raise RuntimeError(
                     f"model: {name} requires a gradient, but queries must not change while the "
                     "model trains: freeze the model, or pass encoder=ImageQueries(frozen_copy)"
                 )
-        return tower, norm
 
     def _encoded(self, pixel_values: Tensor) -> Tensor:
         encoder: Any = self.encoder

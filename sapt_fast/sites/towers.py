@@ -55,13 +55,6 @@ def input_width(model: Any) -> int:
     return width
 
 
-def reads_images(model: Any) -> bool:
-    """Returns whether the model reads images and no text."""
-    return getattr(model, "main_input_name", "") == "pixel_values" and isinstance(
-        input_layer(model), nn.Conv2d
-    )
-
-
 def tower_notes(model: PreTrainedModel, patched: Iterable[str]) -> list[str]:
     """Returns a note if layers of one name were patched in several parts of a model, else none.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from sapt_fast.devices import present_weight
 from sapt_fast.pools.sharding import unsharded_class, whole
 from sapt_fast.sites.linear import is_torchao, packed_weight
+from sapt_fast.sites.towers import input_layer
 
 __all__ = ["describe_base", "require_base", "require_model_type"]
 
@@ -102,10 +103,8 @@ def _samples(
 
     Quantised layers are left out.
     """
-    embedding = _embedding(model)
-    weights = {}
-    if embedding is not None:
-        weights["input embedding"] = _weight(_place(model), embedding, state)
+    embedding = input_layer(model)
+    weights = {"input embedding": _weight(_place(model), embedding, state)}
     for path in (paths[0], paths[-1]):
         layer = model.get_submodule(path)
         if packed_weight(layer) is None and not is_torchao(layer.weight):
@@ -121,21 +120,9 @@ def _samples(
     return samples
 
 
-def _embedding(model: Any) -> Any:
-    """Returns the module with the weight of the input embedding; None if the model names none.
-
-    Of a model of images, it is the layer that embeds patches.
-    """
-    try:
-        modules = model.get_input_embeddings().modules()
-    except (AttributeError, NotImplementedError):
-        return None
-    return next((module for module in modules if hasattr(module, "weight")), None)
-
-
 def _place(model: Any) -> str:
     """Returns the path of the input embedding."""
-    embedding = _embedding(model)
+    embedding = input_layer(model)
     return next((name for name, module in model.named_modules() if module is embedding), "")
 
 

@@ -28,7 +28,7 @@ __all__ = ["config_name", "load_checkpoint", "save_checkpoint"]
 
 def config_name(model: Any, config: Any) -> str:
     """Returns the name of the file that every complete checkpoint of a method contains."""
-    kind = handle_type(config.method, "config")
+    kind = handle_type(config.method, "config").of_model(model)
     return CONFIG_FILE if issubclass(kind, TaskHandle) else config_file(kind.attribute)
 
 

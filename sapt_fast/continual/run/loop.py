@@ -405,6 +405,7 @@ class _Run:
         results = self.results(None if alone is None else [alone[name] for name in self.names])
         if processes.is_first():
             metrics = sorted({metric_of(t.benchmark, self.settings) for t in self.tasks})
-            write_results(results, self.settings.strategy, metrics, self.bench.report())
+            further = self.bench.report(self.tasks)
+            write_results(results, self.settings.strategy, metrics, further)
         processes.wait()
         return results

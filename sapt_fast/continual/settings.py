@@ -142,7 +142,8 @@ class ContinualSettings:
         metadata={
             "help": "Continual-learning method: sapt, sapt_prompt, seqlora, joint, replay, "
             "generative_replay, ewc, lwf, olora, epi, lfpt5, l2p, progprompt, or single (each "
-            "task alone)."
+            "task alone); of images: sapt, seqlora, joint, l2p, dualprompt, coda, head, ncm, lda, "
+            "ridge, lda_experts, single."
         },
     )
     strategy_options: dict[str, Any] = field(

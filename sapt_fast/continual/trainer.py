@@ -169,7 +169,7 @@ class SaptTrainer(Seq2SeqTrainer):
         self.kl_per_micro_batch = kl_per_micro_batch
         self.mixture = mixture
         self.objective = objective
-        self.load_replay = self._padded if load_replay is None else load_replay
+        self.load_replay = load_replay
         self._streams = [
             RowStream(len(entry.inputs), f"{self.args.seed}/{entry.task}") for entry in replay
         ]
@@ -254,14 +254,21 @@ class SaptTrainer(Seq2SeqTrainer):
             share = len(mine) * world / len(rows)  # so that processes average to the inputs' mean
             # All processes of a sharded model gather the router, also one without inputs.
             mine = mine or rows[:1]
-            inputs = self.load_replay([entry.inputs[row] for row in mine])
-            inputs = {name: tensor.to(self.args.device) for name, tensor in inputs.items()}
-            total = total + self.sapt.reflection_loss(target=entry.target, **inputs) * share
+            total = total + self._kl([entry.inputs[row] for row in mine], entry.target) * share
         return total
 
-    def _padded(self, inputs: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        ids, mask = pad_rows(inputs, self._pad_token_id())
-        return {"input_ids": ids, "attention_mask": mask}
+    def _kl(self, inputs: Sequence[Any], target: Tensor) -> Tensor:
+        """Returns KL(target || prediction) on replayed inputs, a scalar."""
+        device = self.args.device
+        kl: Tensor
+        if self.load_replay is not None:
+            loaded = self.load_replay(inputs)
+            loaded = {name: tensor.to(device) for name, tensor in loaded.items()}
+            kl = self.sapt.reflection_loss(target=target, **loaded)
+        else:
+            ids, mask = pad_rows(inputs, self._pad_token_id())
+            kl = self.sapt.reflection_loss(ids.to(device), target, mask.to(device))
+        return kl
 
     def _next_micro_batch(self) -> int:
         """Returns the number of the running micro-batch, counted over all steps and processes."""

@@ -56,7 +56,8 @@ def train_stage(
             mixture=strategy.mixture,
             objective=strategy.objective,
             space=bench.space_of(task),
-            load_replay=bench.routing_inputs,
+            load_replay=bench.routing_inputs if bench.has_images else None,
+            pad_token_id=getattr(bench.tokenizer, "pad_token_id", None),
         )
         trainer.remove_callback(PrinterCallback)
         with processes.first_goes_first():  # it deletes incomplete checkpoints

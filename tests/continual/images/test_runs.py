@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from sapt_fast import SaptConfig, cli
 from sapt_fast.continual.data.sources import Source
-from sapt_fast.continual.image_bench import ImageBench
+from sapt_fast.continual.image_bench import ImageBench, effective_number
 from sapt_fast.continual.run.loop import evaluate_run, run_continual
 from sapt_fast.continual.strategies import STRATEGIES
 from sapt_fast.continual.trainer import SaptTrainer
@@ -24,6 +24,7 @@ OF_IMAGES = [name for name, kind in STRATEGIES.items() if "images" in kind.data 
 ROUTED = ("sapt", "lda_experts")
 # For a model with two layers.
 OPTIONS: dict[str, Any] = {
+    "l2p": {"prompts": 4, "top": 2, "length": 1, "choice": "random", "prompt_start": "patches"},
     "dualprompt": {"g_layers": [0], "e_layers": [1], "g_length": 1, "e_length": 2},
     "coda": {"pool": 4, "layers": [0, 1], "length": 2},
 }
@@ -187,3 +188,16 @@ def test_compare(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     cells = json.loads((tmp_path / "run" / "compare.json").read_text())["cells"]
     assert [cell["trained_parameters"] for cell in cells] == [0] * 4
+
+
+def test_choice_of_prompts_is_reported(tmp_path: Path) -> None:
+    options = {"prompts": 4, "top": 1, "length": 1, "choice": "fixed"}
+    run(tmp_path, strategy="l2p", strategy_options=options)
+    prompts = json.loads((tmp_path / "results.json").read_text())["prompts"]
+    assert prompts == {
+        "testing": [[4, 0, 0, 0]] * 2,
+        "training": [[8, 0, 0, 0]] * 2,
+        "effective_number": 1.0,
+        "overlap": [1.0, 1.0],
+    }
+    assert effective_number(torch.tensor([3, 3, 0, 3])) == pytest.approx(3)

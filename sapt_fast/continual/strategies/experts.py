@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,8 @@ class LdaExperts(Single):
         if self._learning:
             chosen = torch.tensor([count - 1], device=inputs.device)
         else:
-            chosen = self.bench.task_of(inputs, count)
+            bench: Any = self.bench
+            chosen = bench.task_of(inputs, count)
         return F.one_hot(chosen, count).float()
 
     def end_task(self, task: TaskData) -> None:

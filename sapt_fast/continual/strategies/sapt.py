@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from sapt_fast.continual.data.rows import TaskData
 from sapt_fast.continual.strategies.base import Strategy
@@ -23,7 +24,7 @@ class Sapt(Strategy):
     pseudo-samples. The adapter, the key and the query projection train.
     """
 
-    data = ("text", "images")
+    data: ClassVar[tuple[str, ...]] = ("text", "images")
     pseudo = True
     routes = True
 

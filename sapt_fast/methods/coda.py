@@ -21,6 +21,7 @@ from sapt_fast.pools.rows import RowStack
 from sapt_fast.routing.running import Running
 from sapt_fast.sites.prefix import AtAttention, find_attention, prefix_size, running_prefix_weights
 from sapt_fast.sites.report import PatchReport
+from sapt_fast.sites.warm import run_backward
 
 __all__ = ["CodaConfig", "CodaHandle", "coda_weights"]
 
@@ -31,6 +32,11 @@ class CodaConfig(PrefixConfig["CodaHandle"]):
 
     The weight of the orthogonality penalty is 0 by default: the authors' code sets it to 0 since
     it starts new rows by Gram-Schmidt; the paper has 0.1.
+
+    Example:
+        >>> import sapt_fast
+        >>> sapt_fast.CodaConfig(pool=20, n_tasks=5, modules_to_save=["classifier"]).length
+        8
     """
 
     pool: int = field(
@@ -98,13 +104,17 @@ class CodaPool(AtAttention):
         super().__init__()
         width, device = prefix_size(layer)
         self.index, self.total, self.routing = index, len(config.layers), routing
-        sizes = {"prompts": config.length * width, "keys": query_width, "attention": query_width}
-        for name, size in sizes.items():
-            setattr(self, name, RowStack(size, config.pool, device=device, dtype=dtype))
+        self.reserve = config.pool
+        self.prompts = RowStack(config.length * width, self.reserve, device=device, dtype=dtype)
+        self.new_keys(query_width)
 
-    prompts: RowStack
-    keys: RowStack
-    attention: RowStack
+    def new_keys(self, width: int) -> None:
+        """Replaces the keys and attention vectors by none, for queries [B, width]."""
+        like = self.prompts.frozen
+        made = (
+            RowStack(width, self.reserve, device=like.device, dtype=like.dtype) for _ in range(2)
+        )
+        self.keys, self.attention = made
 
     def stacks(self) -> dict[str, RowStack]:
         """Returns the rows by name."""
@@ -183,6 +193,11 @@ class CodaHandle(PrefixHandle):
         named = zip(self.config.layers, self.sources().values(), strict=True)
         return {f"{i}.{name}": s for i, pool in named for name, s in pool.stacks().items()}
 
+    def new_keys(self, width: int) -> None:
+        """Replaces the keys by none, for queries [B, width]; there is no task yet."""
+        for pool in self.sources().values():
+            pool.new_keys(width)
+
     def signal(self, **inputs: Any) -> Tensor:
         """Returns the weights [B, layers * M] of the components, for pixel_values [B, C, H, W]."""
         pools = self.sources().values()
@@ -207,6 +222,23 @@ class CodaHandle(PrefixHandle):
         with without_autocast(self._device):
             terms = [_penalty(stack.joined().float()).to(self._device) for stack in stacks]
         return weight * torch.stack(terms).sum()
+
+    def run_layers(self, samples: int, tokens: int) -> None:
+        """Mixes the pool of each layer for a batch, and its backward where gradients are enabled.
+
+        Args:
+            samples, tokens: B and T of the keys.
+        """
+        if not self.tasks:
+            raise RuntimeError("the model has no task yet: call model.coda.grow(name) first")
+        weights = torch.zeros(samples, self._count(), device=self._device, requires_grad=True)
+        with self.routing.resume(weights):
+            for path, pool in self.sources().items():
+                width, device = prefix_size(self._model.get_submodule(path))
+                keys = torch.zeros(
+                    samples, 1, tokens, width, device=device, dtype=self._model.dtype
+                )
+                run_backward(lambda: [pool.prefix(keys)], [weights, pool.prompts.trainable])  # noqa: B023
 
     def _require_new(self, name: str) -> None:
         super()._require_new(name)

@@ -19,6 +19,7 @@ from sapt_fast.pools.prefixes import chosen_prefixes
 from sapt_fast.pools.rows import RowStack
 from sapt_fast.routing.images import ImageRouting
 from sapt_fast.routing.running import Running
+from sapt_fast.sites.embeddings import checked_places
 from sapt_fast.sites.prefix import AtAttention, find_attention, prefix_size, running_prefix_weights
 from sapt_fast.sites.report import PatchReport
 
@@ -27,7 +28,13 @@ __all__ = ["DualPromptConfig", "DualPromptHandle"]
 
 @dataclass
 class DualPromptConfig(PrefixConfig["DualPromptHandle"]):
-    """The prefixes and where they go. The defaults are the paper's."""
+    """The prefixes and where they go. The defaults are the paper's.
+
+    Example:
+        >>> import sapt_fast
+        >>> sapt_fast.DualPromptConfig(modules_to_save=["classifier"]).e_layers
+        [2, 3, 4]
+    """
 
     g_length: int = field(
         default=5,
@@ -112,23 +119,22 @@ class EPrompts(AtAttention):
 class PlaceRouting(ImageRouting):
     """`ImageRouting` by the place of a prefix instead of weights."""
 
+    @property
+    def cosines(self) -> Tensor | None:
+        """[B, 1], of this thread's last forward in training mode, with gradient to the key."""
+        return getattr(self._thread, "cosines", None)
+
+    @cosines.setter
+    def cosines(self, value: Tensor | None) -> None:
+        self._thread.cosines = value
+
     def checked(self, weights: Tensor) -> Tensor:
         """Returns places that a caller gives, as [1, 1] or [B, 1].
 
         Raises:
             ValueError: if they have another shape or dtype or, on a CPU, there is no such prefix.
         """
-        index = torch.as_tensor(weights)
-        index = index[None] if index.dim() == 1 else index
-        if index.dtype != torch.int64 or index.dim() != 2 or index.shape[1] != 1 or not len(index):
-            raise ValueError(
-                f"mixture: got {index.dtype} of shape {tuple(index.shape)}, expected the places of "
-                "tasks, int64 [1] or [B, 1]"
-            )
-        total = self.count()
-        if index.device.type == "cpu" and not bool(((index >= 0) & (index < total)).all()):
-            raise ValueError(f"mixture: got places {index.tolist()}, expected 0 to {total - 1}")
-        return index
+        return checked_places(weights, 1, self.count())
 
 
 class DualPromptHandle(PrefixHandle):
@@ -154,7 +160,7 @@ class DualPromptHandle(PrefixHandle):
         >>> model = sapt_fast.patch(model, sapt_fast.DualPromptConfig(**options))
         >>> model.dualprompt.grow("first")
         >>> images, labels = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 1, 0])
-        >>> loss = model(images, labels=labels).loss + model.dualprompt.key_loss(images)
+        >>> loss = model(images, labels=labels).loss + model.dualprompt.key_loss()
         >>> model.dualprompt.attention.shape
         torch.Size([4, 1])
     """
@@ -162,13 +168,12 @@ class DualPromptHandle(PrefixHandle):
     Config = DualPromptConfig
     method = "dualprompt"
     attribute = "dualprompt"
+    Routing = PlaceRouting
+    routing: PlaceRouting
 
     def __init__(self, model: Any, config: Any, report: PatchReport) -> None:
         super().__init__(model, config, report)
-        self.routing = PlaceRouting(model, self.signal, self._has_tasks, self._count)
-        self.keys = RowStack(
-            self._images.width, 16, device=self._device, dtype=config.adapter_dtype(model.dtype)
-        )
+        self.new_keys(self._images.width)
 
     @classmethod
     def sites(cls, model: Any, config: Any) -> PatchReport:
@@ -194,6 +199,11 @@ class DualPromptHandle(PrefixHandle):
         """Returns the keys [K, D], and the E-prompts by the layer's index."""
         return {"keys": self.keys, **self._by_layer(EPrompts)}
 
+    def new_keys(self, width: int) -> None:
+        """Replaces the keys by none, for queries [B, width]; there is no task yet."""
+        dtype = self.config.adapter_dtype(self._model.dtype)
+        self.keys = RowStack(width, 16, device=self._device, dtype=dtype)
+
     def kept(self) -> dict[str, nn.Parameter]:
         """Returns the G-prompts by the layer's index."""
         return self._by_layer(GPrompt)
@@ -204,9 +214,10 @@ class DualPromptHandle(PrefixHandle):
         Args:
             **inputs: pixel_values [B, C, H, W] and interpolate_pos_encoding.
         """
-        if self._model.training:
-            return torch.full((1, 1), len(self.tasks) - 1, device=self._device)
         query = self.query(**inputs).to(self.keys.frozen.dtype)
+        if self._model.training:
+            self.routing.cosines = self._cosines(query)
+            return torch.full((1, 1), len(self.tasks) - 1, device=self._device)
         with torch.no_grad():
             return topk_keys(query, self.keys.rows(), 1, metric="cosine")[1]
 
@@ -217,17 +228,33 @@ class DualPromptHandle(PrefixHandle):
 
         Args:
             pixel_values, interpolate_pos_encoding: as passed to the model. Inside `queries`, no
-                query is computed.
+                query is computed. None: of this thread's last forward in training mode, whose
+                queries are used.
+
+        Raises:
+            RuntimeError: if there was no such forward.
         """
         weight = self.config.strength
         if not weight or not self.tasks:
             return torch.zeros((), device=self._device)
-        if pixel_values is None:
-            raise ValueError("pixel_values: got None, expected the images of the batch")
-        newest = self.keys.trainable
-        query = self.query(pixel_values, interpolate_pos_encoding).to(newest.dtype)
-        cosines: Tensor = topk_keys(query, newest, 1, metric="cosine")[0]
+        cosines = self.routing.cosines
+        if pixel_values is not None:
+            query = self.query(pixel_values, interpolate_pos_encoding)
+            cosines = self._cosines(query.to(self.keys.frozen.dtype))
+        if cosines is None:
+            raise RuntimeError(
+                "key_loss: got no images and there was no forward in training mode; call the model "
+                "first, or pass pixel_values"
+            )
         return -weight * cosines.mean()
+
+    def _cosines(self, query: Tensor) -> Tensor:
+        """Returns the cosines [B, 1] of queries and the newest task's key."""
+        return topk_keys(query, self.keys.trainable, 1, metric="cosine")[0]
+
+    def _task_added(self, name: str) -> None:
+        super()._task_added(name)
+        self.routing.cosines = None
 
     def _add(self) -> None:
         for name, stack in self.stacks().items():

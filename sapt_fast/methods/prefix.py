@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from sapt_fast.files.directories import read_directory
 from sapt_fast.files.names import require_folder_name
 from sapt_fast.methods.base import Handle, follow, require_held
 from sapt_fast.methods.config import MethodConfig
@@ -26,10 +29,13 @@ from sapt_fast.sites.prefix import (
     require_prefix,
 )
 from sapt_fast.sites.trained import Trained
+from sapt_fast.storage.method_files import read_method
+from sapt_fast.storage.tasks import require_same_config
 
 __all__ = ["PrefixConfig", "PrefixHandle"]
 
 _Handle = TypeVar("_Handle")
+_OF_QUERIES = ("keys", "attention")  # stacks whose rows are as wide as queries
 
 
 @dataclass
@@ -106,10 +112,12 @@ class PrefixHandle(Handle):
     A subclass defines `sites`, `make`, `signal`, `stacks` and what a task adds.
 
     Attributes:
-        routing: the weights (or indices) of the running forward.
+        Routing: the class of `routing`.
+        routing: the weights (or places) of the running forward.
     """
 
     site = "attention"
+    Routing: ClassVar[type[ImageRouting]] = ImageRouting
     routing: ImageRouting
 
     def __init__(self, model: Any, config: Any, report: Any) -> None:
@@ -123,7 +131,9 @@ class PrefixHandle(Handle):
             )
         self._trained = Trained(model, saved)
         self._images = ImageQueries(model, config.query_layer, config.query_pooling)
-        self.routing = ImageRouting(model, self.signal, self._has_tasks, self._count)
+        self._encoder_is_missing = False
+        self.routing = self.Routing(model, self.signal, self._has_tasks, self._count)
+        self.routing.tower = self._images.parts.tower
 
     # --- what a method with prefixes defines ---
 
@@ -146,6 +156,10 @@ class PrefixHandle(Handle):
 
     def stacks(self) -> dict[str, RowStack]:
         """Returns the rows of all tasks, by the names of their tensors in saved folders."""
+        raise NotImplementedError
+
+    def new_keys(self, width: int) -> None:
+        """Replaces the keys by none, for queries [B, width]; there is no task yet."""
         raise NotImplementedError
 
     def kept(self) -> dict[str, nn.Parameter]:
@@ -185,8 +199,14 @@ class PrefixHandle(Handle):
         Raises:
             TypeError, ValueError: if the images do not fit the model.
             ValueError: inside `queries`, if they are those of another number of images.
+            RuntimeError: after loading, if `look_up_by` has to be called.
         """
         given = self.routing.queries
+        if given is None and self._encoder_is_missing:
+            raise RuntimeError(
+                "the keys were trained with the queries of another model, which is not saved with "
+                f"them: call model.{self.attribute}.look_up_by(encoder) first"
+            )
         if given is None:
             return self._images(pixel_values, bool(interpolate_pos_encoding))
         if len(given) != len(pixel_values):
@@ -204,13 +224,46 @@ class PrefixHandle(Handle):
         Raises:
             ValueError: if the shape does not fit, or queries are not floats.
         """
-        width = self._images.width
+        width = self._query_width
         if queries.dim() != 2 or queries.shape[1] != width or not queries.is_floating_point():
             raise ValueError(
                 f"queries: got {queries.dtype} of shape {tuple(queries.shape)}, expected floats "
                 f"[B, {width}]"
             )
         return self.routing.use_queries(queries.detach())
+
+    def look_up_by(self, encoder: nn.Module) -> None:
+        """Lets another frozen model compute the queries; call it before the first task.
+
+        The encoder is not saved: call this after loading, too.
+
+        Args:
+            encoder: in eval mode, takes pixel_values [B, C, H, W] and returns [B, D].
+
+        Raises:
+            ValueError, RuntimeError: if the encoder is in training mode, or returns something else.
+            RuntimeError: if there are keys of another width.
+        """
+        images = ImageQueries(self._model, encoder=encoder)
+        width = images.width
+        if self.tasks and width != self._query_width:
+            raise RuntimeError(
+                f"encoder: got queries of width {width}, expected {self._query_width}, that of the "
+                "keys"
+            )
+        if not self.tasks:
+            self._make_keys(width)
+        self._images, self._encoder_is_missing = images, False
+
+    @property
+    def _query_width(self) -> int:
+        """D of the queries, which is that of the keys."""
+        return next(s.width for name, s in self.stacks().items() if name.endswith("keys"))
+
+    def _make_keys(self, width: int) -> None:
+        if width != self._query_width:
+            self.new_keys(width)
+            self.routing.pools[:] = self.stacks().values()
 
     @property
     def attention(self) -> Tensor | None:
@@ -323,7 +376,8 @@ class PrefixHandle(Handle):
         tensors = {name: stack.rows() for name, stack in self.stacks().items()}
         tensors |= {name: parameter.data for name, parameter in self.kept().items()}
         tensors |= {f"trained.{name}": t for name, t in self._trained.tensors().items()}
-        return tensors, {"tasks": list(self.tasks)}
+        encoded = self._images.encoder is not None or self._encoder_is_missing
+        return tensors, {"tasks": list(self.tasks), "encoder": encoded}
 
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Copies what `stored` returned into a handle without tasks.
@@ -331,28 +385,65 @@ class PrefixHandle(Handle):
         Raises:
             ValueError: if something is missing or has another shape; nothing has changed then.
         """
-        tasks, share = values.get("tasks"), self.share
-        if not isinstance(tasks, list) or not tasks:
-            raise ValueError(f"tasks: got {tasks!r}, expected names of tasks")
-        for index, name in enumerate(tasks):
-            require_folder_name("tasks: got", name, tasks[:index])
-        trained = with_prefix(tensors, "trained.")
-        expected: dict[str, tuple[int, ...]]
-        expected = {n: (len(tasks) * share, s.width) for n, s in self.stacks().items()}
-        expected |= {name: tuple(p.shape) for name, p in self.kept().items()}
-        own = {n: t for n, t in tensors.items() if not n.startswith("trained.")}
-        got = {name: tuple(tensor.shape) for name, tensor in own.items()}
-        if got != expected:
-            raise ValueError(f"tensors: got shapes {got}, expected {expected}")
-        require_present("tensors", trained, self._model)
+        tasks, width = self._checked(tensors, values)
+        self._make_keys(width)
+        share = self.share
         for index, name in enumerate(tasks):
             for key, stack in self.stacks().items():
-                rows = own[key][index * share : (index + 1) * share]
+                rows = tensors[key][index * share : (index + 1) * share]
                 stack.append(share, lambda fresh, rows=rows: fresh.copy_(rows))  # type: ignore
             self._task_added(name)
+        self._set_values(tensors, values)
+
+    def restore_values(self, directory: str | os.PathLike[str]) -> None:
+        """Sets the model's tasks to the values in a saved folder.
+
+        Raises:
+            FileNotFoundError: if a file is missing.
+            ValueError: if the folder contains something else, or other tasks.
+        """
+        read = partial(read_method, attribute=self.attribute)
+        stored = read_directory(directory, self.config_file, read)
+        require_same_config(self.config, stored.config, stored.source)
+        tasks, width = self._checked(stored.tensors, stored.values)
+        if tasks != self.tasks or width != self._query_width:
+            raise ValueError(
+                f"{stored.source}: got tasks {tasks} with queries of width {width}, expected "
+                f"{self.tasks} with {self._query_width}, the model's"
+            )
+        self._set_values(stored.tensors, stored.values)
+
+    def _checked(
+        self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]
+    ) -> tuple[list[str], int]:
+        """Returns the tasks and the queries' width; raises ValueError as `restore`."""
+        tasks, encoded = values.get("tasks"), values.get("encoder")
+        if not isinstance(tasks, list) or not tasks or not isinstance(encoded, bool):
+            raise ValueError(f"values: got {dict(values)}, expected tasks, and whether an encoder")
+        for index, name in enumerate(tasks):
+            require_folder_name("tasks: got", name, tasks[:index])
+        own = {n: tuple(t.shape) for n, t in tensors.items() if not n.startswith("trained.")}
+        width, rows = self._query_width, len(tasks) * self.share
+        if encoded:
+            width = next((x[1] for n, x in own.items() if n.endswith("keys") and x[1:]), width)
+        expected: dict[str, tuple[int, ...]] = {
+            name: (rows, width if name.endswith(_OF_QUERIES) else stack.width)
+            for name, stack in self.stacks().items()
+        }
+        expected |= {name: tuple(p.shape) for name, p in self.kept().items()}
+        if own != expected:
+            raise ValueError(f"tensors: got shapes {own}, expected {expected}")
+        require_present("tensors", with_prefix(tensors, "trained."), self._model)
+        return tasks, width
+
+    @torch.no_grad()
+    def _set_values(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        for key, stack in self.stacks().items():
+            stack.rows().copy_(tensors[key])
         for key, parameter in self.kept().items():
-            parameter.data.copy_(own[key])
-        self._trained.restore(trained)
+            parameter.copy_(tensors[key])
+        self._trained.restore(with_prefix(tensors, "trained."))
+        self._encoder_is_missing = values["encoder"] and self._images.encoder is None
 
     def extra_repr(self) -> str:
         return f"tasks={self.tasks}"

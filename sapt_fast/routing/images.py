@@ -17,7 +17,17 @@ _READ = ("pixel_values", "interpolate_pos_encoding")
 
 
 class ImageRouting(Routing):
-    """`Routing` whose router reads pixel_values [B, C, H, W]."""
+    """`Routing` whose router reads pixel_values [B, C, H, W].
+
+    Attributes:
+        tower: the vision tower, which may be called on its own; None for the base model.
+    """
+
+    tower: Any = None
+
+    def roots(self) -> tuple[Any, ...]:
+        """The model with its head, and the tower inside it."""
+        return super().roots() if self.tower is None else (self.model, self.tower)
 
     def _routed(self, forward: Forward, module: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
         return self.router.route(**image_inputs(inputs)) if self.routes else None

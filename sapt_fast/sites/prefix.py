@@ -287,7 +287,7 @@ def attach_prefix(model: Any, path: str, slot: str, source: AtAttention) -> None
     """
     layer = model.get_submodule(path)
     eager = _eager(layer)
-    if hasattr(layer, slot) or eager is None:
+    if hasattr(layer, slot) or isinstance(layer.config, PrefixedConfig) or eager is None:
         raise ValueError(f"{path}: got a layer with a prefix or {slot}, expected one without")
     layer.add_module(slot, source)
     layer.config = PrefixedConfig(layer.config, slot, eager)
@@ -325,13 +325,11 @@ def _is_attention(module: Any) -> bool:
 
 
 def _eager(layer: Any) -> Callable[..., Any] | None:
-    """Returns what "eager" stands for in a layer's file; None if the layer does not look it up."""
+    """Returns what "eager" stands for in a layer's file; None if the layer looks up nothing."""
     forward: Any = inspect.unwrap(type(layer).forward)
     known = getattr(forward, "__globals__", {})
     names = getattr(getattr(forward, "__code__", None), "co_names", ())
     looks_up = "_attn_implementation" in names and "ALL_ATTENTION_FUNCTIONS" in names
     shared = known.get("ALL_ATTENTION_FUNCTIONS") is ALL_ATTENTION_FUNCTIONS
-    if not (looks_up and shared) or isinstance(layer.config, PrefixedConfig):
-        return None
-    found: Callable[..., Any] | None = known.get("eager_attention_forward")
-    return found
+    eager: Callable[..., Any] | None = known.get("eager_attention_forward")
+    return eager if looks_up and shared else None

@@ -1,6 +1,7 @@
 """CODA-Prompt and DualPrompt, worked out another way; and what all methods have."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -140,6 +141,19 @@ def test_the_penalty_is_that_of_the_equation():
     assert patched("coda", orthogonality=0).coda.key_loss(images()) == 0
 
 
+def test_warmup_runs_the_kernels_and_changes_nothing():
+    model, calls = patched("coda"), []
+    for pool in model.coda.sources().values():
+        own = pool.prefix
+        pool.prefix = lambda like, own=own: calls.append(own(like)) or calls[-1]
+    model.coda.warmup([(3, 5)], train=True)
+    assert [tuple(rows.shape) for rows in calls] == [(3, 2, 2, WIDTH)] * 6
+    assert all(rows.requires_grad for rows in calls)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    with pytest.raises(RuntimeError, match="no task"):
+        patched("coda", tasks=0).coda.warmup([(3, 5)])
+
+
 # --- DualPrompt ---
 
 
@@ -166,8 +180,9 @@ def test_prediction_takes_the_nearest_key_and_training_the_newest():
     model.train()
     model(x)
     assert model.dualprompt.attention.tolist() == [[2]] * 8
-    loss = model.dualprompt.key_loss(x)
+    loss = model.dualprompt.key_loss()  # of the last forward
     torch.testing.assert_close(loss, -cosines[:, 2].mean())
+    torch.testing.assert_close(loss, model.dualprompt.key_loss(x))
     loss.backward()
     assert model.dualprompt.keys.trainable.grad.abs().sum() > 0
 
@@ -216,8 +231,43 @@ def test_save_and_load(method, family, tmp_path):
     with pytest.raises(ValueError, match="surplus"):
         handle(fresh).restore(broken, values)
     with pytest.raises(ValueError, match="tasks: got"):
-        handle(fresh).restore(tensors, {"tasks": ["a", "a"]})
+        handle(fresh).restore(tensors, {**values, "tasks": ["a", "a"]})
     assert handle(fresh).tasks == []
+    train(model)
+    assert not torch.equal(model(images()).logits, logits)
+    own.restore_values(tmp_path)
+    assert torch.equal(model(images()).logits, logits)
+    handle(loaded).grow("more")
+    with pytest.raises(ValueError, match="more"):
+        handle(loaded).restore_values(tmp_path)
+
+
+class Encoder(torch.nn.Module):
+    """Another frozen model: the mean colours of the halves of an image."""
+
+    def forward(self, pixel_values):
+        return pixel_values.unflatten(2, (2, -1)).mean((3, 4)).flatten(1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_another_model_computes_the_queries(method, tmp_path):
+    model, encoder = patched(method, tasks=0), Encoder().eval()
+    with pytest.raises(RuntimeError, match="training mode"):
+        handle(model).look_up_by(Encoder())
+    handle(model).look_up_by(encoder)
+    handle(model).grow("first")
+    train(model)
+    x = images()
+    logits = model(x).logits
+    assert torch.equal(handle(model).query(x), encoder(x))
+    handle(model).save_pretrained(tmp_path)
+    loaded = sapt_fast.load_pretrained(vision_model("vit"), tmp_path)
+    with pytest.raises(RuntimeError, match="look_up_by"):
+        loaded(x)
+    handle(loaded).look_up_by(encoder)
+    assert torch.equal(loaded(x).logits, logits)
+    with pytest.raises(RuntimeError, match="width 6, expected 16"):
+        handle(patched(method)).look_up_by(encoder)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -286,6 +336,8 @@ def test_checkpointing_autocast_and_copies(method):
     torch.testing.assert_close(own(x).logits, logits, rtol=0, atol=0)
     assert handle(own).attention is not handle(model).attention
     torch.testing.assert_close(own(x[1:2]).logits, logits[1:2])
+    again = pickle.loads(pickle.dumps(own))
+    torch.testing.assert_close(again(x).logits, logits, rtol=0, atol=0)
     half = copy.deepcopy(own).to(torch.bfloat16)
     torch.testing.assert_close(half(x.bfloat16()).logits.float(), logits, rtol=0.1, atol=0.2)
 
@@ -339,6 +391,9 @@ def test_bad_use_is_refused():
         model.coda.fixed(torch.ones(3, 5, 12))
     with pytest.raises(ValueError, match="expected 0 to 1"):
         patched("dualprompt").dualprompt.fixed(torch.tensor([2]))
+    clip = patched("coda", "clip")
+    assert clip.vision_model(images()).pooler_output.shape == (3, WIDTH)  # a forward of its own
+    assert clip.coda.attention.shape == (3, 8)
     with pytest.raises(RuntimeError, match="call the patched model itself"):
         model.vit.layers[0](torch.randn(2, 5, WIDTH))
     with pytest.raises(ValueError, match="no task"):

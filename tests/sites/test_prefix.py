@@ -211,8 +211,13 @@ def test_what_is_refused():
     with_prefix(model, [path])
     with pytest.raises(ValueError, match="with a prefix"):
         attach_prefix(model, path, "other", Given(torch.zeros(1, 2, 1, WIDTH)))
-    with pytest.raises(ValueError, match="no attention"):
-        find_attention(model, [0])
     delattr(model.get_submodule(path), "slot")
     with pytest.raises(ValueError, match="without slot"):
         require_prefix(model, path, "slot")
+    layer = vision_model("vit").vit.layers[0]
+    layer.attention.forward = None
+    layer.attention.__class__ = type("Other", (type(layer.attention),), {"forward": lambda x: x})
+    other = vision_model("vit")
+    other.vit.layers[0] = layer
+    with pytest.raises(ValueError, match="no attention"):
+        find_attention(other, [0])

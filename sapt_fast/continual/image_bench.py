@@ -109,6 +109,15 @@ class ImageBench(Workbench):
             raise ValueError(f"metric: got {settings.metric!r}, expected 'exact_match' for images")
         self.queries = ImageQueries(model, settings.sapt.query_layer, settings.sapt.query_pooling)
         kind: Any = strategies()[settings.strategy]
+        if kind.head and settings.head not in ("own", kind.head):
+            raise ValueError(
+                f"head: got {settings.head!r}, expected {kind.head!r} for strategy "
+                f"{settings.strategy!r}"
+            )
+        if kind.pseudo and settings.replay not in ("real", "none"):
+            raise ValueError(
+                f"replay: got {settings.replay!r}, expected 'real' or 'none' for images"
+            )
         self.head: str = kind.head or settings.head
         self.features = "frozen" if kind.head else settings.head_features
         self.masks = settings.mask_classes and kind.trains and not kind.together

@@ -197,8 +197,9 @@ class Source:
         if self.kind != "auto":
             raise ValueError(f"kind: got {self.kind!r}, expected 'auto' for images")
         if self.benchmark == DEMO_IMAGES:
-            for name in ("data", "tasks", "classes_per_task"):
-                if getattr(self, name) is not None:
+            generated = {"data": None, "tasks": None, "dev": "from_train", **_OF_IMAGES}
+            for name, default in generated.items():
+                if getattr(self, name) != default:
                     raise ValueError(
                         f"{name}: got {getattr(self, name)!r}, but the demo's images are generated"
                     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from sapt_fast.continual.data.rows import SPLITS, TaskData
 from sapt_fast.continual.run import processes
@@ -11,8 +12,16 @@ from sapt_fast.continual.settings import ContinualSettings
 from sapt_fast.continual.strategies import STRATEGIES, Strategy
 from sapt_fast.continual.workbench import Workbench
 from sapt_fast.files.names import require_folder_name
+from sapt_fast.methods.registry import handle_type
 
-__all__ = ["check_alone", "check_kind", "check_processes", "check_replay", "check_tasks"]
+__all__ = [
+    "check_alone",
+    "check_kind",
+    "check_processes",
+    "check_replay",
+    "check_sites",
+    "check_tasks",
+]
 
 _APPENDED = 40  # bytes at most that a checkpoint's folder, and hidden ones, add to a task's name
 
@@ -81,6 +90,12 @@ def check_kind(strategy: str, has_images: bool) -> None:
             f"strategy: got {strategy!r}, which does not support {names}, expected one of "
             f"{', '.join(others)}"
         )
+
+
+def check_sites(model: Any, config: Any) -> None:
+    """Raises ValueError if the model cannot be patched with this config; changes nothing."""
+    kind = handle_type(config.method, "config").of_model(model)
+    kind.sites(model, kind.settled(model, config))
 
 
 def check_processes(settings: ContinualSettings) -> None:

@@ -27,6 +27,7 @@ from sapt_fast.continual.run.checks import (
     check_kind,
     check_processes,
     check_replay,
+    check_sites,
     check_tasks,
 )
 from sapt_fast.continual.run.evaluate import Mixture, metric_of
@@ -207,7 +208,8 @@ class _Run:
         self.strategy = kind(
             self.bench, kind.options_of(settings.strategy, settings.strategy_options)
         )
-        self._config()  # raises for options that do not fit, before anything is written
+        if has_images:  # before anything is written
+            check_sites(model, self._config())
         # The tasks after which the model is saved and scored.
         self.stages = [len(tasks) - 1] if kind.together else list(range(len(tasks)))
         check_replay(self.bench, self.strategy, self.tasks)

@@ -124,6 +124,9 @@ def test_frozen_heads_do_not_depend_on_the_order(tmp_path: Path) -> None:
     [
         ({"strategy": "ewc"}, "strategy: got 'ewc', which does not support images"),
         ({"metric": "rouge_l"}, "metric: got 'rouge_l'"),
+        ({"strategy": "ncm", "head": "lda"}, "head: got 'lda', expected 'ncm'"),
+        ({"replay": "samples"}, "replay: got 'samples', expected 'real' or 'none'"),
+        ({"sapt": SaptConfig(adapter="prompt")}, "adapter: got 'prompt'"),
         ({"sapt": SaptConfig(standardize_query=True)}, "standardize_query: got True"),
         ({"sapt": SaptConfig(query_layer=3)}, r"layer: got 3, expected 1 to 2"),
     ],
@@ -131,7 +134,7 @@ def test_frozen_heads_do_not_depend_on_the_order(tmp_path: Path) -> None:
 def test_bad_settings_are_named(options: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         run(tmp_path / "run", **options)
-    assert not (tmp_path / "run" / "state.json").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_bad_tasks_and_models_are_named(tmp_path: Path) -> None:

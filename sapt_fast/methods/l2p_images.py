@@ -218,7 +218,7 @@ class L2PImageHandle(PromptChoice, Handle):
             **inputs: pixel_values and interpolate_pos_encoding, as passed to the model.
         """
         images = inputs.get("pixel_values")
-        return self._picked(self.query(images, inputs.get("interpolate_pos_encoding")))
+        return self._picked(self.query(images, inputs.get("interpolate_pos_encoding")))[1]
 
     def _route(
         self, pixel_values: Any = None, interpolate_pos_encoding: bool | None = None
@@ -227,9 +227,7 @@ class L2PImageHandle(PromptChoice, Handle):
         if self._reads_running_layer():
             self._parts.require_images(pixel_values, bool(interpolate_pos_encoding))
             return None
-        return self.signal(
-            pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding
-        )
+        return self._noted(self.query(pixel_values, interpolate_pos_encoding))
 
     def _reads_running_layer(self) -> bool:
         """Whether the running forward's own low layers compute what the frozen model would."""
@@ -240,12 +238,15 @@ class L2PImageHandle(PromptChoice, Handle):
         return alone and not (self._model.training and self._parts.has_dropout())
 
     def _of_layer(self, hidden: Tensor) -> Tensor:
-        return self._picked(self._images.pooled(hidden))
+        return self._noted(self._images.pooled(hidden))
 
-    def _picked(self, query: Tensor) -> Tensor:
-        cosines, index = self.pick(query.to(self.prompt_keys.dtype), self._model.training)
-        self.routing.cosines = cosines
+    def _noted(self, query: Tensor) -> Tensor:
+        """Returns the prompts of the running forward, whose cosines `key_loss` reads."""
+        self.routing.cosines, index = self._picked(query)
         return index
+
+    def _picked(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        return self.pick(query.to(self.prompt_keys.dtype), self._model.training)
 
     def key_loss(
         self,
@@ -258,10 +259,11 @@ class L2PImageHandle(PromptChoice, Handle):
 
         Args:
             pixel_values, interpolate_pos_encoding: as passed to the model. None: of this thread's
-                last forward in training mode, whose queries and choice are used.
+                last forward, whose queries and choice are used.
 
         Raises:
-            RuntimeError: if there was no such forward.
+            RuntimeError: if there was no such forward, it was given its prompts, or it ran without
+                gradients and they are enabled now.
         """
         if pixel_values is not None:
             query = self.query(pixel_values, interpolate_pos_encoding)
@@ -269,10 +271,11 @@ class L2PImageHandle(PromptChoice, Handle):
         if not self.config.looks_up:
             return self.prompt_keys.new_zeros(())
         cosines = self.routing.cosines
-        if cosines is None:
+        lost = self.trains_keys and torch.is_grad_enabled()
+        if cosines is None or (lost and not cosines.requires_grad):
             raise RuntimeError(
-                "key_loss: got no images and there was no forward that chose prompts; call "
-                "the model first, or pass pixel_values"
+                "key_loss: got no images, and the last forward did not choose prompts by the keys, "
+                "or ran without gradients; call the model first, or pass pixel_values"
             )
         return self.pull(cosines)
 

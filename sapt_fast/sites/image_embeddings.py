@@ -40,6 +40,11 @@ _TOWERS = {
     "SiglipVisionModel": _Kind(0, False),
     "SiglipVisionTransformer": _Kind(0, False),
 }
+# The classes whose classifier reads the tower's output, in a way that is known here.
+_CLASSIFIERS = {
+    f"{name}ForImageClassification"
+    for name in ("ViT", "DeiT", "Beit", "Dinov2", "Dinov2WithRegisters", "CLIP", "Siglip")
+}
 _LAYERS = ("layers", "encoder.layer", "encoder.layers")
 
 
@@ -55,7 +60,8 @@ class VisionParts:
         norm: the last norm, of rows [..., D]; what the tower applies to its last layer's output, or
             to what it pools of that output.
         pre_norm: the norm between embeddings and first layer (CLIP); None if there is none.
-        classifier: the layer that predicts classes; None if the model has none.
+        classifier: the layer that predicts classes; None unless the model is one of the towers'
+            own image classifiers.
         prefix: number of rows before the patches: CLS, distillation token, registers.
         width: D.
         image_size: (H, W) of the images that the positions are made for.
@@ -168,7 +174,8 @@ def vision_parts(model: Any) -> VisionParts:
             f"{', '.join(name for name in _TOWERS if name.endswith('Model'))}, alone or in a model"
         )
     (path, tower, kind), config = found[0], found[0][1].config
-    classifier: Any = getattr(model, "classifier", None)
+    classifies = any(kind.__name__ in _CLASSIFIERS for kind in type(model).__mro__)
+    classifier: Any = model.classifier if classifies else None
     return VisionParts(
         path=path,
         tower=tower,
@@ -187,12 +194,13 @@ def vision_parts(model: Any) -> VisionParts:
 
 
 def _towers(model: Any) -> list[tuple[str, Any, _Kind]]:
-    return [
-        (path, module, _TOWERS[kind.__name__])
-        for path, module in model.named_modules()
-        for kind in type(module).__mro__
-        if kind.__name__ in _TOWERS and hasattr(module, "embeddings")
-    ]
+    found = []
+    for path, module in model.named_modules():
+        names = [kind.__name__ for kind in type(module).__mro__]
+        name = next((name for name in names if name in _TOWERS), None)
+        if name is not None and hasattr(module, "embeddings"):
+            found.append((path, module, _TOWERS[name]))
+    return found
 
 
 def _first(tower: Any, paths: tuple[str, ...]) -> Any:

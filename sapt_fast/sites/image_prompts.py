@@ -76,6 +76,12 @@ class ImagePromptRouting(ImageRouting):
         """
         return checked_places(weights, self.count(), self.pool.total)
 
+    def _chosen(
+        self, forward: Forward, inputs: dict[str, Any], given: Tensor | None
+    ) -> Tensor | None:
+        self.cosines = None  # those of an earlier forward
+        return super()._chosen(forward, inputs, given)
+
     def roots(self) -> tuple[Any, ...]:
         """The modules whose forwards choose prompts: the model, and its tower on its own.
 
@@ -153,6 +159,7 @@ class ImagePromptRouting(ImageRouting):
         position = parts.cls_position()
         if position is not None:
             rows = rows + position
+        rows = rows.to(hidden.dtype)
         if self.layer == 0:  # as any other row of the embeddings
             dropout = getattr(parts.embeddings, "dropout", None)
             rows = rows if dropout is None else dropout(rows)
@@ -231,6 +238,13 @@ class ImagePromptRouting(ImageRouting):
         forward = self.forward
         if forward is None or forward.prompt_outputs is None:
             return None
+        trained = self.pool.stack.trainable.requires_grad and torch.is_grad_enabled()
+        if trained and not forward.prompt_outputs.requires_grad:
+            raise RuntimeError(
+                "the prompts' outputs have no gradient: with this version of transformers, call "
+                "gradient_checkpointing_enable(gradient_checkpointing_kwargs="
+                '{"use_reentrant": False})'
+            )
         read = args[0]
         prompts = self.parts.norm(forward.prompt_outputs).mean(1).to(read.dtype)
         # DINOv2's classifier reads the mean of the patches behind CLS.

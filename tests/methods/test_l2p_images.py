@@ -242,6 +242,8 @@ def test_given_queries_and_places_replace_computed_ones():
     assert torch.equal(model.l2p.attention.flip(0), flipped)
     model(x, mixture=torch.tensor([3, 1]))
     assert model.l2p.attention.tolist() == [[3, 1]] * B
+    with pytest.raises(RuntimeError, match="did not choose prompts by the keys"):
+        model.l2p.key_loss()
     with model.l2p.queries(query[:1]), pytest.raises(ValueError, match="got 1 for 4 images"):
         model(x)
     with pytest.raises(ValueError, match=r"places \[6, 1\], expected 0 to 5"):

@@ -27,6 +27,7 @@ from sapt_fast.sites.image_queries import ImageQueries
 from sapt_fast.sites.modules import find_modules, heads, require_present, with_prefix
 from sapt_fast.sites.report import PatchReport
 from sapt_fast.sites.trained import Trained
+from sapt_fast.sites.warm import run_backward
 from sapt_fast.storage.method_files import read_method
 from sapt_fast.storage.tasks import require_same_config
 
@@ -349,6 +350,16 @@ class L2PImageHandle(PromptChoice, Handle):
             ValueError: if the shape, dtype or an index does not fit.
         """
         return self.routing.pin(self.routing.checked(weights).to(self.prompt_keys.device))
+
+    def run_layers(self, samples: int, tokens: int) -> None:
+        """Chooses and gathers prompts for queries of zeros, for `warmup`."""
+        query = self.prompt_keys.new_zeros(samples, self.prompt_keys.shape[1])
+
+        def run() -> list[Tensor]:
+            cosines, index = self.pick(query, torch.is_grad_enabled())
+            return [cosines, self.routing.pool.chosen(index)]
+
+        run_backward(run, [self.prompt_keys, self.prompts.rows.trainable])
 
     # --- tasks ---
 

@@ -19,6 +19,8 @@ METHODS: dict[str, str] = {
     "l2p": "sapt_fast.methods.l2p:L2pHandle",
     "l2p_images": "sapt_fast.methods.l2p_images:L2PImageHandle",
     "progprompt": "sapt_fast.methods.progprompt:ProgPromptHandle",
+    "coda": "sapt_fast.methods.coda:CodaHandle",
+    "dualprompt": "sapt_fast.methods.dualprompt:DualPromptHandle",
     "grace": "sapt_fast.methods.grace:GraceHandle",
     "melo": "sapt_fast.methods.melo:MeloHandle",
     "mome": "sapt_fast.methods.mome:MomeHandle",

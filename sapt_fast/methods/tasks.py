@@ -30,7 +30,7 @@ from sapt_fast.storage.tasks import (
     require_same_config,
 )
 
-__all__ = ["TaskHandle", "pool_of", "task_handle"]
+__all__ = ["TaskHandle", "learner_of", "pool_of", "task_handle"]
 
 
 class TaskHandle(Handle):
@@ -441,6 +441,18 @@ class TaskHandle(Handle):
 def task_handle(model: nn.Module) -> TaskHandle | None:
     """Returns the handle of a model's pool of tasks; None if it has none."""
     return next((one for one in handles(model) if isinstance(one, TaskHandle)), None)
+
+
+def learner_of(model: nn.Module) -> Any:
+    """Returns the handle of the method that learns tasks: a pool of tasks, or of prompts.
+
+    Raises:
+        ValueError: if the model has none.
+    """
+    found = task_handle(model) or next((h for h in handles(model) if h.routing is not None), None)
+    if found is None:
+        raise ValueError("model: not patched by sapt_fast.patch")
+    return found
 
 
 def pool_of(model: nn.Module) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -25,7 +25,8 @@ class Prompt(NamedTuple):
         length: tokens of the longest prompt, padding included.
         start: tokens in the cache.
         query: [B, D], what the prompts are looked up by; None if layers look up by their input.
-        decided: what layers have decided about the prompts, [B] by the layer's path.
+        decided: what layers have decided about the prompts, [B, ...] by the layer's path, and what
+            follows from that.
         tokens: T of the forward's input, which is that of the layers; None: not known.
         copies: rows per prompt, of which one is counted (beams have several); 0: none is counted.
     """
@@ -35,7 +36,7 @@ class Prompt(NamedTuple):
     length: int
     start: int
     query: Tensor | None
-    decided: dict[str, Tensor]
+    decided: dict[str, Any]
     tokens: int | None = None
     copies: int = 0
 

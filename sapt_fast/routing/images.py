@@ -17,10 +17,31 @@ _READ = ("pixel_values", "interpolate_pos_encoding")
 
 
 class ImageRouting(Routing):
-    """`Routing` whose router reads pixel_values [B, C, H, W]."""
+    """`Routing` whose router reads pixel_values [B, C, H, W].
+
+    Attributes:
+        tower: the vision tower, which may be called on its own; None for the base model.
+    """
+
+    tower: Any = None
+
+    def roots(self) -> tuple[Any, ...]:
+        """The model with its head, and the tower inside it."""
+        return super().roots() if self.tower is None else (self.model, self.tower)
 
     def _routed(self, forward: Forward, module: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
         return self.router.route(**image_inputs(inputs)) if self.routes else None
+
+    def checked(self, weights: Tensor) -> Tensor:
+        """As `Running.checked`, without weights per token."""
+        weights = super().checked(weights)
+        if weights.dim() == 3:
+            count = self.count()
+            raise ValueError(
+                f"weights: got shape {tuple(weights.shape)}, expected [{count}] or [B, {count}]: "
+                "an image has one set of weights"
+            )
+        return weights
 
     @property
     def queries(self) -> Tensor | None:

@@ -48,6 +48,13 @@ def input_layer(model: Any) -> Any:
     return token_embedding(model) if patches is None else patches
 
 
+def input_width(model: Any) -> int:
+    """Returns D, the width of the embeddings of tokens or patches."""
+    layer = input_layer(model)
+    width: int = layer.weight.shape[0 if isinstance(layer, nn.Conv2d) else 1]
+    return width
+
+
 def tower_notes(model: PreTrainedModel, patched: Iterable[str]) -> list[str]:
     """Returns a note if layers of one name were patched in several parts of a model, else none.
 

@@ -37,11 +37,7 @@ def frozen(result: Mapping[str, Any]) -> list[str]:
             rows.append([_LABELS[feature], head, *cells])
     head = ["features", "head", *sets, *(f"{name}, task found" for name in sets)]
     lines = [*_table(head, rows), ""]
-    targets = [
-        [row["target"], f"{row['value']:.3g}" + ("" if row["reached"] else " (missed)")]
-        for row in result["targets"]
-    ]
-    lines += [*_table(["target", "measured"], targets), ""]
+    lines += [*_targets(result), ""]
     fields = ["exp(H)", "one set", "mutual information", "overlap"]
     selected = [
         [name, kind, *(f"{fmean(run[field] for run in by_seed.values()):.2f}" for field in fields)]
@@ -62,7 +58,11 @@ def methods(result: Mapping[str, Any]) -> list[str]:
     """Returns what each method reached, what did not run, and the rates tried."""
     lines: list[str] = []
     for name, by_method in result["runs"].items():
-        rows = []
+        rows = [
+            [f"**frozen features, {head}**", str(len(by_seed)), _shares([*by_seed.values()])]
+            + [""] * (len(_HEADS) + 1)
+            for head, by_seed in result.get("bar", {}).get(name, {}).items()
+        ]
         for method, by_seed in by_method.items():
             runs = list(by_seed.values())
             cells = [_shares([run["accuracy"][head] for run in runs]) for head in _HEADS]
@@ -77,6 +77,8 @@ def methods(result: Mapping[str, Any]) -> list[str]:
     ]
     head = ["set", "method", "choice at test time", "last training loss", "s a run"]
     lines += [*_table(head, notes), ""]
+    if "targets" in result:
+        lines += [*_targets(result), ""]
     missing = result["not run"]
     lines += [
         f"Not run ({len(missing)}): {'; '.join(missing)}." if missing else "All runs ran.",
@@ -121,6 +123,14 @@ def rendered(page: str, files: Mapping[str, Path]) -> str:
         return f"<!-- results: {path.as_posix()} -->\n\n{block(result)}\n{match.group(3)}"
 
     return BLOCK.sub(one, page)
+
+
+def _targets(result: Mapping[str, Any]) -> list[str]:
+    rows = [
+        [row["target"], f"{row['value']:.3g}" + ("" if row["reached"] else " (missed)")]
+        for row in result["targets"]
+    ]
+    return _table(["target", "measured"], rows)
 
 
 def _forgetting(runs: Sequence[Mapping[str, Any]]) -> str:

@@ -3,6 +3,7 @@
 import image_data
 import image_selection
 import image_tables
+import image_targets
 import images_frozen
 import pytest
 import torch
@@ -119,10 +120,15 @@ def test_what_did_not_run_is_named():
         "runs": {"emoji": {"L2P": {"0": run, "1": other}}},
         "not run": ["emoji, SAPT, seed 0"],
         "tuning": {"L2P": {"0.01": 0.3, "0.001": 0.4}, "SAPT": {}},
+        "bar": {"emoji": {"LDA": {"0": 0.7, "1": 0.8}, "sequential": {"0": 0.3, "1": 0.5}}},
     }
+    result["targets"] = image_targets.targets(result["runs"], result["bar"])
     drawn = image_tables.block(result)
     assert "| L2P | 2 | 55.0 (50.0 to 60.0) | 40.0 (40.0 to 40.0) |" in drawn
     assert "| 30.0 (30.0 to 30.0) | 0.001 |" in drawn  # .9 fell to .6
     assert "Not run (1): emoji, SAPT, seed 0." in drawn
     assert "| L2P | 0.001: 40.0, 0.01: 30.0 |" in drawn
     assert "SAPT |" not in drawn
+    assert "| **frozen features, LDA** | 2 | 75.0 (70.0 to 80.0) |" in drawn
+    assert "| emoji: L2P, own head, above sequential linear >= 0.15 | 0.15 |" in drawn
+    assert "| emoji: L2P, ridge above own head, in each seed >= 0 | 0.1 |" in drawn

@@ -36,8 +36,8 @@ def frozen(result: Mapping[str, Any]) -> list[str]:
                 cells.append(_shares(known) if known else "")
             rows.append([_LABELS[feature], head, *cells])
     head = ["features", "head", *sets, *(f"{name}, task found" for name in sets)]
-    lines = [*_table(head, rows), ""]
-    lines += [*_targets(result), ""]
+    lines = [*_table(head, rows), "", "Targets, on the mean patch of layer 9:", ""]
+    lines += [*_targets(result), "", "Choice of prompts, means over the seeds:", ""]
     fields = ["exp(H)", "one set", "mutual information", "overlap"]
     selected = [
         [name, kind, *(f"{fmean(run[field] for run in by_seed.values()):.2f}" for field in fields)]
@@ -45,13 +45,14 @@ def frozen(result: Mapping[str, Any]) -> list[str]:
         for kind, by_seed in found["selection"].items()
     ]
     lines += [*_table(["set", "choice", *fields], selected), ""]
+    lines += ["Accuracy of linear heads on held-out training images, by rate:", ""]
     tried = [
         [name, _LABELS[feature], kind, _tried(scores)]
         for name, found in sets.items()
         for feature, by_feature in found["features"].items()
         for kind, scores in by_feature["tuning"].items()
     ]
-    return [*lines, *_table(["set", "features", "linear head", "rate: accuracy"], tried)]
+    return [*lines, *_table(["set", "features", "head", "rate: accuracy"], tried)]
 
 
 def methods(result: Mapping[str, Any]) -> list[str]:

@@ -61,15 +61,18 @@ def methods(result: Mapping[str, Any]) -> list[str]:
     for name, by_method in result["runs"].items():
         rows = [
             [f"**frozen features, {head}**", str(len(by_seed)), _shares([*by_seed.values()])]
-            + [""] * (len(_HEADS) + 1)
+            + [""] * (len(_HEADS) + 2)
             for head, by_seed in result.get("bar", {}).get(name, {}).items()
         ]
         for method, by_seed in by_method.items():
             runs = list(by_seed.values())
             cells = [_shares([run["accuracy"][head] for run in runs]) for head in _HEADS]
             rates = ", ".join(sorted({f"{run['rate']:g}" for run in runs if run["rate"]}))
-            rows.append([method, str(len(runs)), *cells, _forgetting(runs), rates])
-        head = [name, "seeds", *(f"{head} head" for head in _HEADS), "forgetting, own head", "rate"]
+            again = [run["refitted"]["LDA"] for run in runs if "refitted" in run]
+            cells += [_shares(again) if again else "", _forgetting(runs), rates]
+            rows.append([method, str(len(runs)), *cells])
+        head = [name, "seeds", *(f"{head} head" for head in _HEADS)]
+        head += ["LDA refitted", "forgetting, own head", "rate"]
         lines += [*_table(head, rows), ""]
     notes = [
         [name, method, *_noted(list(by_seed.values()))]

@@ -110,6 +110,7 @@ def test_what_did_not_run_is_named():
         "matrix": {"own": [[0.9], [0.6, 0.4]]},
         "rate": 0.001,
         "chosen": {"exp(H)": 3.0},
+        "refitted": {"LDA": 0.65, "ridge": 0.5},
         "loss of the last steps": [1.0, 0.25],
         "seconds": 61.0,
     }
@@ -125,7 +126,7 @@ def test_what_did_not_run_is_named():
     result["targets"] = image_targets.targets(result["runs"], result["bar"])
     drawn = image_tables.block(result)
     assert "| L2P | 2 | 55.0 (50.0 to 60.0) | 40.0 (40.0 to 40.0) |" in drawn
-    assert "| 30.0 (30.0 to 30.0) | 0.001 |" in drawn  # .9 fell to .6
+    assert "| 65.0 (65.0 to 65.0) | 30.0 (30.0 to 30.0) | 0.001 |" in drawn  # .9 fell to .6
     assert "Not run (1): emoji, SAPT, seed 0." in drawn
     assert "| L2P | 0.001: 40.0, 0.01: 30.0 |" in drawn
     assert "SAPT |" not in drawn

@@ -8,7 +8,9 @@ import images_frozen
 import pytest
 import torch
 
-SPLIT = image_data.Split
+from sapt_fast import L2PConfig
+from sapt_fast.methods.l2p_choice import PromptChoice
+
 TASKS = [[0, 1], [2, 3]]
 
 
@@ -42,6 +44,34 @@ def test_choice_by_rule():
     assert penalty.tolist() == [[2, 3, 4, 5]]
     drawn = image_selection.select(query, keys, "random", counts, draws)[1]
     assert len(set(drawn[0].tolist())) == image_selection.TOP
+
+
+class Choice(torch.nn.Module, PromptChoice):
+    """The library's choice of prompts, without a model."""
+
+    attribute = "l2p"
+
+    def __init__(self, config, keys, counts):
+        super().__init__()
+        self.config = config
+        self.init_choice(keys.shape[1], keys.device, keys.dtype)
+        self.prompt_keys = torch.nn.Parameter(keys)
+        self.picked += counts.long()
+
+
+@pytest.mark.parametrize("rule", ["nearest", "penalty"])
+def test_the_choice_is_the_librarys(rule):
+    draws = torch.Generator().manual_seed(0)
+    keys = torch.rand(image_selection.PROMPTS, 16, generator=draws)
+    query = torch.randn(30, 16, generator=draws)
+    counts = torch.randint(5, (image_selection.PROMPTS,), generator=draws).float()
+    config = L2PConfig(
+        prompts=image_selection.PROMPTS, top=image_selection.TOP, diversified=rule == "penalty"
+    )
+    expected = Choice(config, keys, counts).pick(query, training=True)
+    found = image_selection.select(query, keys, rule, counts, draws)
+    assert torch.equal(found[1], expected[1])
+    torch.testing.assert_close(found[0], expected[0])
 
 
 def test_spread():

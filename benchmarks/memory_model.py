@@ -58,6 +58,7 @@ def memory(base: Any, kind: str, experts: int) -> tuple[Any, dict[str, Any]]:
     }  # fmt: skip
 
 
+@torch.no_grad()
 def decoded(model: Any, prompt: Tensor) -> Callable[[], object]:
     """Returns a call that decodes one token behind a prompt [1, T]."""
     cache = model(input_ids=prompt, use_cache=True).past_key_values
@@ -65,7 +66,7 @@ def decoded(model: Any, prompt: Tensor) -> Callable[[], object]:
 
     def step() -> None:
         model(input_ids=token, past_key_values=cache, use_cache=True)
-        cache.crop(prompt.shape[1])
+        cache.crop(-1)
 
     return step
 

@@ -25,11 +25,52 @@ _CONVERTED = "float32 factors are converted in shared memory before the product 
 _OUTER = (
     "a few pairs of an expert are added as outer products, which read less than the matrix unit"
 )
+_SPLIT = (
+    "each float32 operand becomes two of tf32 in registers, and one goes from there through shared "
+    "memory into the product of the same step; only a measurement chooses this route"
+)
+_UNALIGNED = (
+    "rows that are no multiple of 16 elements are not known to begin at more than an element of 2 "
+    "bytes, and copies past the registers take 4 or more"
+)
+_ONE_REGISTER = (
+    "one register is stored before the first loop and read behind the last: {} let {} programs of "
+    "{} threads share the 65536 of a multiprocessor"
+)
 _WEIGHTED = "float32 h is weighted and rounded in registers before the product of the same step"
 
 KNOWN: tuple[Known, ...] = (
     Known("wgmma.wait_group 0", "*shrink*_kernel", "*float32 factors*", _CONVERTED, (90,)),
     Known("wgmma.wait_group 0", "gemm*_kernel", "*float32 factors*", _CONVERTED, (90,)),
+    Known("wgmma.wait_group 0", "split_kernel", "*float32 factors*", _CONVERTED, (90,)),
+    Known("wgmma.wait_group 0", "gemm_kernel", "*float32", _SPLIT, (90,)),
+    Known("wgmma.wait_group 0", "split_kernel", "*float32", _SPLIT, (90,)),
+    Known("wgmma.wait_group 0", "gemm_kernel", "*odd width", _UNALIGNED, (90,)),
+    Known("wgmma.wait_group 0", "split_kernel", "*odd width", _UNALIGNED, (90,)),
+    Known("wgmma.wait_group 0", "shrink_*_kernel", "*odd width", _UNALIGNED, (90,)),
+    Known("wgmma.wait_group 0", "factor_grad_kernel", "*odd width", _UNALIGNED, (90,)),
+    Known(
+        "spills 4 bytes", "shrink_bwd_kernel", "decode, batch 32",
+        _ONE_REGISTER.format(32, 8, 256), (80,),
+    ),
+    Known(
+        "spills 4 bytes", "split_kernel", "few tiles, float32",
+        _ONE_REGISTER.format(80, 3, 256), (90,),
+    ),
+    Known(
+        "spills 12 bytes", "gemm_kernel", "two",
+        "three registers are stored once and read once between the two main loops: 128 let two "
+        "programs share a multiprocessor; only a measurement chooses this route", (100,),
+    ),
+    Known(
+        "narrow loads in a main loop: 2 x 8 B", "gemm_kernel", "few rows",
+        "16 ranks of 64 rows and of 64 columns are 4 elements of 16 bits for each of 256 threads, "
+        "once for a tile", (100,),
+    ),
+    Known(
+        "narrow loads in a main loop: 2 x 8 B", "gemm_tma_kernel", "two, dropout",
+        "the two seeds, 8 bytes each, once for a tile; operands come by descriptors", (100,),
+    ),
     Known("wgmma.wait_group 0", "grouped_out_of_ranks_kernel", "*", _WEIGHTED, (90,)),
     Known(
         "wgmma.wait_group 0", "grouped_into_ranks_kernel", "crowded, float32 bank",

@@ -66,6 +66,7 @@ class Forward:
         segments: the texts of packed rows, if the weights are those of each text; or None.
         waiting: outputs of layers that were computed together with another layer.
         inserted: whether a prompt was inserted before its tokens and has to be removed again.
+        prompt_outputs: [B, P, D], the last layer's outputs of prompts in an image model.
         prompt: where its prompts end, for methods that decide by a prompt's last token.
     """
 
@@ -81,6 +82,7 @@ class Forward:
         self.segments: Segments | None = None
         self.waiting: Waiting = {}
         self.inserted = False
+        self.prompt_outputs: Tensor | None = None
         self.prompt: Prompt | None = None
 
     def interrupted(self) -> bool:

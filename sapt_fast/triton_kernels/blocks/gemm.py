@@ -250,7 +250,7 @@ def _descriptor(matrix: Tensor, shape: tuple[int, int], rows: int, cols: int) ->
     return TensorDescriptor(matrix, list(shape), [matrix.stride(0), 1], [rows, cols])
 
 
-def _is_aligned(matrix: Tensor | None) -> bool:
+def is_aligned(matrix: Tensor | None) -> bool:
     """Every row starts at a multiple of 16 bytes, as descriptors and vector loads want it."""
     if matrix is None:
         return True
@@ -271,7 +271,7 @@ class Operands(NamedTuple):
     def kind(self) -> Hashable:
         """Equal for those that one launch may serve."""
         layouts = [None if t is None else (t.shape, t.stride(), t.dtype) for t in self]
-        return (*layouts, all(_is_aligned(t) for t in self[:4]))
+        return (*layouts, all(is_aligned(t) for t in self[:4]))
 
 
 MAX_SOURCES = 3
@@ -319,7 +319,7 @@ def gemm_group(
         "ACCUMULATE": accumulate,
         "COMPUTE": common.compute_dtype(y.dtype),
     }
-    aligned = all(_is_aligned(t) for t in (a, b, p, q, *ys))
+    aligned = all(is_aligned(t) for t in (a, b, p, q, *ys))
     bias_has_rows = bias is not None and bias.dim() == 2
     summed = len(members) // len(ys)
     product = gemm_tiles.Product(

@@ -17,7 +17,7 @@ FEW_ROWS = 64
 """A product of so many rows reads its weight once, by one tile of rows."""
 
 _INTERPRETED = TileConfig(16, 32, 32, num_warps=4, num_stages=1)
-_FEW = TileConfig(64, 32, 128, num_warps=8, num_stages=4)
+_FEW = TileConfig(64, 32, 128, num_warps=4, num_stages=4)
 _SMALL = TileConfig(64, 64, 64, num_warps=4, num_stages=4)
 _UNALIGNED = TileConfig(64, 64, 32, num_warps=4, num_stages=2)
 _FLOAT32 = TileConfig(64, 64, 32, num_warps=8, num_stages=2)
@@ -31,6 +31,10 @@ _BY_DESCRIPTORS = (
 # The generator of a mask and a second sum spill where a thread has more than 32 elements.
 _DROPPING = (TileConfig(64, 128, 64, num_warps=8, num_stages=4), _SMALL)
 _LEAST_STEPS = 4  # of a part
+# With less shared memory than 128 KB (99 on the chips that have it), three stages: two programs fit
+# beside each other, and their two steps under way, 24 KB and more, are four times what bandwidth
+# times latency asks of a multiprocessor there (1.8 TB/s over 188 at 600 ns: 6 KB).
+_SMALL_SHARED = 128 * 1024
 
 # All of these are estimated, none is measured. Shares of what a chip can do at most that cuBLAS and
 # a copy reach are an H200's: 790 TFLOP/s in bfloat16, 4.3 TB/s.
@@ -92,8 +96,10 @@ def candidates(traits: DeviceTraits, product: Product) -> tuple[TileConfig, ...]
     elif traits.capability < 120:
         tiles = _BY_POINTERS
     if traits.capability in (100, 103):  # where the others would spill
-        warps = {_FEW: 4, _SMALL: 8, _BY_DESCRIPTORS[2]: 8}
+        warps = {_SMALL: 8, _BY_DESCRIPTORS[2]: 8}
         tiles = tuple(t._replace(num_warps=warps.get(t, t.num_warps)) for t in tiles)
+    if traits.shared < _SMALL_SHARED:
+        tiles = tuple(t._replace(num_stages=min(t.num_stages, 3)) for t in tiles)
     size = product.itemsize
     found = [fitted(tile, traits.shared, size, size) for tile in tiles]
     steps = cdiv(product.depth, found[-1].k)

@@ -26,7 +26,7 @@ from sapt_fast.triton_kernels.blocks.common import (
     round_up,
 )
 from sapt_fast.triton_kernels.blocks.dropout import keeps, seeds_and_drops
-from sapt_fast.triton_kernels.blocks.gemm import RANK_ALIGN
+from sapt_fast.triton_kernels.blocks.gemm import RANK_ALIGN, is_aligned
 from sapt_fast.triton_kernels.blocks.plans import launch
 from sapt_fast.triton_kernels.blocks.present import is_absent
 
@@ -113,19 +113,19 @@ def _sum_over_rows(
     offs_m = tl.arange(0, BLOCK_K)
     rows = (m_start + offs_m).to(tl.int64)
     p_ptrs = p_ptr + rows[:, None] * stride_pm + ranks[None, :]
-    x_ptrs = x_ptr + rows[:, None] * stride_xm + features[None, :]
+    x_ptrs = x_ptr + rows[None, :] * stride_xm + features[:, None]
     # [BLOCK_M features, BLOCK_N ranks]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     seed = 0 if seed_ptr is None else tl.load(seed_ptr)
     for m in range(m_start, m_stop, BLOCK_K):
-        in_part = (offs_m < m_stop - m)[:, None]
-        # p [BLOCK_K, BLOCK_N], x [BLOCK_K, BLOCK_M]
-        p = tl.load(p_ptrs, mask=in_part & in_ranks[None, :], other=0.0)
-        x = tl.load(x_ptrs, mask=in_part & in_features[None, :], other=0.0)
+        in_part = offs_m < m_stop - m
+        # p [BLOCK_K, BLOCK_N], x^T [BLOCK_M, BLOCK_K]
+        p = tl.load(p_ptrs, mask=in_part[:, None] & in_ranks[None, :], other=0.0)
+        x = tl.load(x_ptrs, mask=in_part[None, :] & in_features[:, None], other=0.0)
         if seed_ptr is not None:
-            x = tl.where(keeps(seed, m + offs_m, features, drops), x, 0.0)
+            x = tl.where(tl.trans(keeps(seed, m + offs_m, features, drops)), x, 0.0)
         # x^T p, summed over rows
-        acc = tl.dot(x.to(COMPUTE).T, p.to(COMPUTE), acc, input_precision="ieee")
+        acc = tl.dot(x.to(COMPUTE), p.to(COMPUTE), acc, input_precision="ieee")
         p_ptrs += BLOCK_K * stride_pm
         x_ptrs += BLOCK_K * stride_xm
     return acc
@@ -301,14 +301,15 @@ def sum_parts(parts: Tensor, outs: Sequence[Tensor]) -> None:
     )  # fmt: skip
 
 
-def _factor_config(traits: DeviceTraits, itemsize: int, ranks: int) -> TileConfig:
-    """Features, ranks and rows of a step."""
+def _factor_config(traits: DeviceTraits, itemsize: int, ranks: int, aligned: bool) -> TileConfig:
+    """Features, ranks and rows of a step; `aligned` where rows of x begin at whole vectors."""
     if traits.capability == 0:
         return TileConfig(32, 16, 16, num_warps=4, num_stages=1)
     block_n = max(16, min(64, triton.next_power_of_2(ranks)))
     if itemsize == 4:
         return TileConfig(64, block_n, 32, num_warps=4, num_stages=3)
-    return TileConfig(128, block_n, 64, num_warps=4, num_stages=4)
+    # Loaded by element, a thread's 64 addresses would spill.
+    return TileConfig(128, block_n, 64 if aligned else 32, num_warps=4, num_stages=4)
 
 
 def factor_grads(
@@ -342,7 +343,7 @@ def factor_grads(
     size = count * (even + odd) * (len(xs) // 2)
     first_groups = [start // RANK_ALIGN for start, _ in rows]
     width = max(s - g * RANK_ALIGN for (_, s), g in zip(rows, first_groups, strict=True))
-    tile = _factor_config(traits, xs[0].element_size(), width)
+    tile = _factor_config(traits, xs[0].element_size(), width, all(map(is_aligned, xs[:2])))
     grid = (len(xs) // 2 * (cdiv(even, tile.m) + cdiv(odd, tile.m)), cdiv(width, tile.n))
     # Two programs per multiprocessor, each at least eight steps long.
     num_parts = min(2 * traits.num_sms // (grid[0] * grid[1]), cdiv(M, 8 * tile.k))

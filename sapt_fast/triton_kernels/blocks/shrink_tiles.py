@@ -221,7 +221,7 @@ def _split_kernel(
     )
     x_ptr, a_ptr = pointer_of(member, x_ptrs), pointer_of(member, a_ptrs)
     if EVEN_R:  # where a is contiguous along them, its loads are whole vectors for that
-        R = tl.multiple_of(R, 16)
+        R = R // 16 * 16
     # [BLOCK_M]; ranks [BLOCK_N]
     rows = tl.program_id(0) // tiles_r * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks = lo + tile_r * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -270,7 +270,11 @@ def _wanted_tile(
         return TileConfig(16, 16 if columns <= 16 else 32, 32, num_warps=4, num_stages=1)
     block_n = max(16, min(64, triton.next_power_of_2(columns)))
     if itemsize == 4:
-        return TileConfig(64, block_n, 32, num_warps=4, num_stages=3)
+        # Of 64 columns a step takes 1024 cycles: a load hides behind one, and a third would spill.
+        return TileConfig(64, block_n, 32, num_warps=4, num_stages=2 if block_n == 64 else 3)
+    if segments > 2 and not backward and traits.capability in (100, 103):
+        # There a thread has half a row, and beside it the weights of each sample would spill.
+        return TileConfig(64, block_n, 64, num_warps=8, num_stages=4)
     if segments > 0 and traits.capability < 120:
         # The larger the tile, the less traffic; but each multiprocessor should get one.
         for wide in _wide(traits, columns, segments, backward):
@@ -355,8 +359,9 @@ def plan_shrink(
             dropout=dropout,
         )  # fmt: skip
         num_parts = parts.shape[0]
-        # What remains has no matrix product: short tiles give it more programs.
-        tile = tile._replace(m=16, num_warps=4)
+        # What remains has no matrix product: short tiles give it more programs, and a thread loads
+        # four sums at a time.
+        tile = tile._replace(m=16, num_warps=tile.n // 8)
     return Plan(tile, cdiv(M, tile.m), tiles_r, segments_of(tile.m, S, T), parts, num_parts)
 
 

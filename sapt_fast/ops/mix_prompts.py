@@ -177,12 +177,15 @@ def mix_prompts_bwd(
     return d_prompts, d_mixture
 
 
-def _product(weights: Tensor, factors: Tensor) -> Tensor:
-    """Returns `present_product` of weights [M, R] and factors [R, N]; 0 means absent."""
-    # The look reads factors once. On a GPU it would wait for all that runs there.
-    if factors.device.type == "cpu" and bool(factors.sum().isfinite()):
-        return weights @ factors
-    return present_product(weights, weights != 0, factors)
+def _product(weights: Tensor, rows: Tensor) -> Tensor:
+    """Returns `weights @ rows`, in which rows of weight 0 are absent.
+
+    On a CPU one pass over the rows finds whether they are finite, which a finite sum shows: then it
+    is the plain product. Elsewhere the host would have to wait for the answer.
+    """
+    if rows.device.type == "cpu" and bool(rows.sum().isfinite()):
+        return weights @ rows
+    return present_product(weights, weights != 0, rows)
 
 
 # --- registered ops ----------------------------------------------------------------------------

@@ -40,19 +40,24 @@ def with_prefix(model, paths, width=WIDTH, batch=1):
 def dense(layer, hidden, mask=None, prefix=None):
     """The layer's attention, written out: softmax(q [P_K; K]^T / sqrt(d) + [0, mask]) [P_V; V]."""
 
-    def by_head(x):
-        return x.unflatten(2, (-1, layer.head_dim)).transpose(1, 2)
+    named = dict(layer.named_children())
+    old = "query" in named  # the DINOv2 of earlier transformers
+    size = layer.attention_head_size if old else layer.head_dim
 
-    q, k, v = (getattr(layer, n)(hidden) for n in ("q_proj", "k_proj", "v_proj"))
+    def by_head(x):
+        return x.unflatten(2, (-1, size)).transpose(1, 2)
+
+    names = ("query", "key", "value") if old else ("q_proj", "k_proj", "v_proj")
+    q, k, v = (named[name](hidden) for name in names)
     if prefix is not None:
         rows = prefix.expand(len(hidden), -1, -1, -1)
         k, v = torch.cat([rows[:, 0], k], 1), torch.cat([rows[:, 1], v], 1)
     q, k, v = by_head(q), by_head(k), by_head(v)
-    scores = q @ k.mT / layer.head_dim**0.5
+    scores = q @ k.mT / size**0.5
     if mask is not None:
         scores[..., scores.shape[-1] - mask.shape[-1] :] += mask
     y = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
-    return (layer.o_proj if hasattr(layer, "o_proj") else layer.out_proj)(y)
+    return y if old else named["o_proj" if "o_proj" in named else "out_proj"](y)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -321,8 +321,11 @@ class SaptHandle(TaskHandle):
     def signal(self, **inputs: Tensor | None) -> Tensor:
         """Returns the router's weights [B, K] for inputs with one text or image per row."""
         # One weight is 1. DDP waits for the gradients of a router that trains, even of zeros.
-        trains = torch.is_grad_enabled() and self.router.keys.trainable.requires_grad
-        if self._queries is not None and len(self.tasks) == 1 and not trains:
+        if (
+            self._queries is not None
+            and len(self.tasks) == 1
+            and not (torch.is_grad_enabled() and self.router.keys.trainable.requires_grad)
+        ):
             return torch.ones(1, 1, device=self._device)
         with self._in_one_piece():
             return self.router.weights(self._pooled(**inputs))

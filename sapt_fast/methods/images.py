@@ -136,6 +136,24 @@ class ImageHandle(Handle):
             )
         return given.to(self._device)
 
+    def last_cosines(self, trains: bool) -> Tensor:
+        """Returns the cosines [B, N] by which this thread's last forward chose.
+
+        Args:
+            trains: whether the keys need a gradient through them.
+
+        Raises:
+            RuntimeError: if it did not choose by keys that train, or there is no gradient.
+        """
+        cosines = self.routing.cosines
+        lost = trains and torch.is_grad_enabled()
+        if cosines is None or (lost and not cosines.requires_grad):
+            raise RuntimeError(
+                "key_loss: got no images, and the last forward did not choose prompts by the keys "
+                "that train, or ran without gradients; call the model first, or pass pixel_values"
+            )
+        return cosines
+
     def queries(self, queries: Tensor) -> AbstractContextManager[None]:
         """Returns a context in which forwards use these queries instead of computing them.
 

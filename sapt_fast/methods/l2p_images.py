@@ -213,14 +213,7 @@ class L2PImageHandle(PromptChoice, ImageHandle):
             return self.pull(self.pick(query.to(self.prompt_keys.dtype), True)[0])
         if not self.config.looks_up:
             return self.prompt_keys.new_zeros(())
-        cosines = self.routing.cosines
-        lost = self.trains_keys and torch.is_grad_enabled()
-        if cosines is None or (lost and not cosines.requires_grad):
-            raise RuntimeError(
-                "key_loss: got no images, and the last forward did not choose prompts by the keys, "
-                "or ran without gradients; call the model first, or pass pixel_values"
-            )
-        return self.pull(cosines)
+        return self.pull(self.last_cosines(self.trains_keys))
 
     @torch.no_grad()
     def count_picks(self, batches: Any) -> None:

@@ -121,7 +121,7 @@ class PrefixHandle(ImageHandle):
 
     def __init__(self, model: Any, config: Any, report: Any) -> None:
         super().__init__(model, config, report)
-        self.routing = self.Routing(model, self.signal, self._has_tasks, self._count)
+        self.routing = self.Routing(model, self._route, self._has_tasks, self._count)
         self.routing.tower = self._parts.tower
 
     # --- what a method with prefixes defines ---
@@ -146,6 +146,10 @@ class PrefixHandle(ImageHandle):
     def kept(self) -> dict[str, nn.Parameter]:
         """Returns the parameters that all tasks train, by their names in saved folders."""
         return {}
+
+    def _route(self, **inputs: Any) -> Tensor:
+        """Returns the weights (or places) of the running forward."""
+        return self.signal(**inputs)
 
     def _add(self) -> None:
         """Adds the rows of a new task."""

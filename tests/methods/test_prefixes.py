@@ -187,6 +187,27 @@ def test_prediction_takes_the_nearest_key_and_training_the_newest():
     assert model.dualprompt.keys.trainable.grad.abs().sum() > 0
 
 
+def test_the_key_loss_is_that_of_the_last_forward():
+    model, x, others = patched("dualprompt").train(), images(), images(seed=5)
+    model(x)
+    loss = model.dualprompt.key_loss()
+    model.dualprompt.signal(pixel_values=others)
+    assert torch.equal(model.dualprompt.key_loss(), loss)
+    for training, gradients, given in (
+        (True, True, True),
+        (False, True, False),
+        (True, False, False),
+    ):
+        model.train()
+        model(x)
+        model.train(bool(training))
+        place = model.dualprompt.attention[:1]
+        with torch.set_grad_enabled(bool(gradients)):
+            model(others, mixture=place) if given else model(others)
+        with pytest.raises(RuntimeError, match="key_loss: got no images"):
+            model.dualprompt.key_loss()
+
+
 def test_tasks_start_from_the_previous_one_and_share_g_prompts():
     model = patched("dualprompt", tasks=1)
     optimizer = train(model)
@@ -332,6 +353,12 @@ def test_checkpointing_autocast_and_copies(method):
     expected = gradients()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     torch.testing.assert_close(gradients(), expected)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    if method == "coda":  # whose weights have a gradient
+        torch.testing.assert_close(gradients(), expected)
+    else:
+        with pytest.raises(RuntimeError, match=r'ViTLayer .* reentrant.*"use_reentrant": False'):
+            gradients()
     model.gradient_checkpointing_disable()
     model.eval()
     logits = model(x).logits

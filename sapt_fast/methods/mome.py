@@ -315,7 +315,8 @@ class MomeHandle(SavedMemory):
         run, group = Memorising(self, pairs, until, batch_size), self.shards.group
         shown = sys.stderr.isatty() if progress is None else progress
         if group.size > 1:
-            group.require_same("facts", run.description()["facts"])
+            given = run.description()["facts"], until, batch_size, folder is None
+            group.require_same("facts, until, batch_size, folder", given)
         if folder is None:
             return run.run(None, shown)
         path = Path(folder) / group.name

@@ -389,6 +389,25 @@ def test_compiled():
     model, ids = memorised(), torch.tensor([PROMPTS[0], OTHER])
     expected = run(model, ids)
     torch.testing.assert_close(run(torch.compile(model, backend="eager"), ids), expected)
+    with torch.no_grad():  # a step of decoding is one graph
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+        step = {"input_ids": torch.tensor([[20], [44]])}
+        expected = model(**step, past_key_values=copy.deepcopy(cache)).logits
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(**step, past_key_values=cache).logits, expected)
+
+
+@pytest.mark.thorough
+def test_a_look_up_per_token_is_part_of_the_graph():
+    config = MomeConfig(**{**SETTINGS, "threshold": None, "keys": "product", "query": "token"})
+    model, ids = sapt_fast.patch(fresh(), config), torch.tensor([PROMPTS[0], OTHER])
+    model.mome.fit_router([(prompt, [7, 1]) for prompt in router_data()])
+    model.mome.memorise(FACTS[:1], until=0.5)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(run(compiled, ids), run(model, ids))
 
 
 def test_what_a_prompt_recalls():

@@ -43,7 +43,16 @@ class BackgroundUse(Exact):
             setattr(self, name, value.to(self.ids.device))
 
     def slots(self) -> SlotUse:
-        """Returns what chooses experts by these counts."""
+        """Returns what chooses experts by these counts.
+
+        Raises:
+            RuntimeError: if nothing is counted.
+        """
+        if not self.batches:
+            raise RuntimeError("slots: no use of experts is counted; call model.mome.fit_router")
+        return self._slots()
+
+    def _slots(self) -> SlotUse:
         use = SlotUse(self.num_experts, self.ids.device)
         use.load_state_dict(dict(self.named_buffers()))
         return use
@@ -51,7 +60,7 @@ class BackgroundUse(Exact):
     def require_consistent(self) -> None:
         """Raises ValueError unless the counts fit each other and the number of experts."""
         try:
-            self.slots()
+            self._slots()
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"use: {error}") from None
 

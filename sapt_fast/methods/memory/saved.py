@@ -35,7 +35,6 @@ class SavedMemory(LoggedHandle):
 
     shards: RowShards
     _banks: nn.ModuleList
-    _unread: tuple[Mapping[str, Tensor], Mapping[str, Any]]
 
     @property
     def banks(self) -> list[ExpertBank]:
@@ -76,9 +75,9 @@ class SavedMemory(LoggedHandle):
         tensors, values = self.content(state)
         first = group.rank == 0 if sharded else writes(self._model, is_main_process)
         if first or sharded:
-            held: Any = (
-                self._banks if state is None else [self._copy_of(b, state) for b in self.banks]
-            )
+            held: Any = self._banks
+            if state is not None:
+                held = [self._copy_of(bank, state) for bank in self.banks]
             names = save_banks(folder, held, self.sharded_index)
 
         def write() -> None:
@@ -121,10 +120,10 @@ class SavedMemory(LoggedHandle):
         try:
             index = self.sharded_index
             held: Any = [*self._banks]
+            unread = vars(self).pop("_unread", None)
             read_banks(folder, values["banks"], held, self.config_file, index)
-            if index is not None:
-                tensors, values = self._unread
-                del self._unread
+            if unread is not None:
+                tensors, values = unread
                 keys = {n: t for n, t in super().stored()[0].items() if self._in_shards(n)}
                 super().restore({**tensors, **keys}, values)
         except BaseException:

@@ -83,13 +83,12 @@ def methods(result: Mapping[str, Any]) -> list[str]:
     lines += [*_table(head, notes), ""]
     if "targets" in result:
         lines += [*_targets(result), ""]
-    missing = result["not run"]
-    lines += [
-        f"Not run ({len(missing)}): {'; '.join(missing)}." if missing else "All runs ran.",
-        "",
-    ]
+    for name, by_method in result["not run"].items():
+        left = [f"{method} (seeds {', '.join(map(str, s))})" for method, s in by_method.items()]
+        lines += [f"**Not run on {name}:** {'; '.join(left)}.", ""]
+    lines += ["Accuracy of the own head on held-out training images, by rate:", ""]
     tried = [[method, _tried(scores)] for method, scores in result["tuning"].items() if scores]
-    return [*lines, *_table(["method", "rate: accuracy on held-out training images"], tried)]
+    return [*lines, *_table(["method", "rate: accuracy"], tried)]
 
 
 def prompts(result: Mapping[str, Any]) -> list[str]:

@@ -139,6 +139,7 @@ def test_what_did_not_run_is_named():
         "accuracy": {"own": 0.5, "NCM": 0.4, "LDA": 0.6, "ridge": 0.7},
         "matrix": {"own": [[0.9], [0.6, 0.4]]},
         "rate": 0.001,
+        "head_rate": 0.003,
         "chosen": {"exp(H)": 3.0},
         "refitted": {"LDA": 0.65, "ridge": 0.5},
         "loss of the last steps": [1.0, 0.25],
@@ -156,7 +157,7 @@ def test_what_did_not_run_is_named():
     result["targets"] = image_targets.targets(result["runs"], result["bar"])
     drawn = image_tables.block(result)
     assert "| L2P | 2 | 55.0 (50.0 to 60.0) | 40.0 (40.0 to 40.0) |" in drawn
-    assert "| 65.0 (65.0 to 65.0) | 30.0 (30.0 to 30.0) | 0.001 |" in drawn  # .9 fell to .6
+    assert "| 65.0 (65.0 to 65.0) | 30.0 (30.0 to 30.0) | 0.001 / 0.003 |" in drawn  # .9 fell to .6
     assert "**Not run on emoji:** L2P, penalty (seeds 0, 2)." in drawn
     assert "| L2P | 0.001: 40.0, 0.01: 30.0 |" in drawn
     assert "SAPT |" not in drawn

@@ -368,13 +368,13 @@ class LdaExperts(Method):
 METHODS: dict[str, Callable[[Any, int], Method]] = {
     "fine-tuned head": Method,
     "L2P": L2p,
-    "one shared prompt": OnePrompt,
     "LoRA per task, routed by LDA": LdaExperts,
     "LoRA in sequence": LoraInSequence,
     "SAPT": Sapt,
-    "L2P, penalty": L2pPenalty,
+    "one shared prompt": OnePrompt,
     "CODA-Prompt": Coda,
     "DualPrompt": DualPrompt,
-    "L2P, random choice": L2pRandom,
+    "L2P, penalty": L2pPenalty,
     "joint": Joint,
+    "L2P, random choice": L2pRandom,
 }

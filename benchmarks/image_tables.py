@@ -36,12 +36,8 @@ def frozen(result: Mapping[str, Any]) -> list[str]:
                 cells.append(_shares(known) if known else "")
             rows.append([_LABELS[feature], head, *cells])
     head = ["features", "head", *sets, *(f"{name}, task found" for name in sets)]
-    lines = [*_table(head, rows), ""]
-    targets = [
-        [row["target"], f"{row['value']:.3g}" + ("" if row["reached"] else " (missed)")]
-        for row in result["targets"]
-    ]
-    lines += [*_table(["target", "measured"], targets), ""]
+    lines = [*_table(head, rows), "", "Targets, on the mean patch of layer 9:", ""]
+    lines += [*_targets(result), "", "Choice of prompts, means over the seeds:", ""]
     fields = ["exp(H)", "one set", "mutual information", "overlap"]
     selected = [
         [name, kind, *(f"{fmean(run[field] for run in by_seed.values()):.2f}" for field in fields)]
@@ -49,26 +45,34 @@ def frozen(result: Mapping[str, Any]) -> list[str]:
         for kind, by_seed in found["selection"].items()
     ]
     lines += [*_table(["set", "choice", *fields], selected), ""]
+    lines += ["Accuracy of linear heads on held-out training images, by rate:", ""]
     tried = [
         [name, _LABELS[feature], kind, _tried(scores)]
         for name, found in sets.items()
         for feature, by_feature in found["features"].items()
         for kind, scores in by_feature["tuning"].items()
     ]
-    return [*lines, *_table(["set", "features", "linear head", "rate: accuracy"], tried)]
+    return [*lines, *_table(["set", "features", "head", "rate: accuracy"], tried)]
 
 
 def methods(result: Mapping[str, Any]) -> list[str]:
     """Returns what each method reached, what did not run, and the rates tried."""
     lines: list[str] = []
     for name, by_method in result["runs"].items():
-        rows = []
+        rows = [
+            [f"**frozen features, {head}**", str(len(by_seed)), _shares([*by_seed.values()])]
+            + [""] * (len(_HEADS) + 2)
+            for head, by_seed in result.get("bar", {}).get(name, {}).items()
+        ]
         for method, by_seed in by_method.items():
             runs = list(by_seed.values())
             cells = [_shares([run["accuracy"][head] for run in runs]) for head in _HEADS]
             rates = ", ".join(sorted({f"{run['rate']:g}" for run in runs if run["rate"]}))
-            rows.append([method, str(len(runs)), *cells, _forgetting(runs), rates])
-        head = [name, "seeds", *(f"{head} head" for head in _HEADS), "forgetting, own head", "rate"]
+            again = [run["refitted"]["LDA"] for run in runs if "refitted" in run]
+            cells += [_shares(again) if again else "", _forgetting(runs), rates]
+            rows.append([method, str(len(runs)), *cells])
+        head = [name, "seeds", *(f"{head} head" for head in _HEADS)]
+        head += ["LDA refitted", "forgetting, own head", "rate"]
         lines += [*_table(head, rows), ""]
     notes = [
         [name, method, *_noted(list(by_seed.values()))]
@@ -77,6 +81,8 @@ def methods(result: Mapping[str, Any]) -> list[str]:
     ]
     head = ["set", "method", "choice at test time", "last training loss", "s a run"]
     lines += [*_table(head, notes), ""]
+    if "targets" in result:
+        lines += [*_targets(result), ""]
     missing = result["not run"]
     lines += [
         f"Not run ({len(missing)}): {'; '.join(missing)}." if missing else "All runs ran.",
@@ -121,6 +127,14 @@ def rendered(page: str, files: Mapping[str, Path]) -> str:
         return f"<!-- results: {path.as_posix()} -->\n\n{block(result)}\n{match.group(3)}"
 
     return BLOCK.sub(one, page)
+
+
+def _targets(result: Mapping[str, Any]) -> list[str]:
+    rows = [
+        [row["target"], f"{row['value']:.3g}" + ("" if row["reached"] else " (missed)")]
+        for row in result["targets"]
+    ]
+    return _table(["target", "measured"], rows)
 
 
 def _forgetting(runs: Sequence[Mapping[str, Any]]) -> str:

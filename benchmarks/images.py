@@ -1,7 +1,7 @@
 """Class-incremental learning on images with every method of the library, on a CPU.
 
     python benchmarks/images.py --data DIR --model DIR/dinov2-small --work DIR/work
-    python benchmarks/images.py ... --report    # writes the result of what has run
+    python benchmarks/images.py ... --report --frozen FILE   # writes the result of what has run
 
 `--data` holds the folders that `image_assets.py` writes, `<set>-<seed>`; the seed draws the sample,
 the split, the order of classes, and what training draws. The task of a test image is not known. All
@@ -10,8 +10,9 @@ share batches, steps, optimizer, gradient clipping and the loss: cross-entropy o
 the task at hand ("joint": over all).
 
 Each run is predicted from in several ways: by its own head, and by nearest class mean, LDA and
-ridge on what its head reads, whose statistics were summed up as each task ended. The bar is the
-same heads on features that nobody trained: `images_frozen.py`.
+ridge on what its head reads, whose statistics were summed up as each task ended. "Refitted" heads
+read all training images under the final model, which continual learning cannot. The bar is the same
+heads on features that nobody trained: `images_frozen.py`, whose result is FILE.
 
 Learning rates are tuned alike for all: on the first three tasks of emoji, seed 0, with a quarter of
 their training images held out; first the head's, then each method's own, by the accuracy of the
@@ -38,6 +39,7 @@ import torch.nn.functional as F
 from image_data import CLASSES_A_TASK, Split, held_out, load_split, tasks_of
 from image_methods import FIRST, METHODS, LdaExperts, Method, Rows, as_images, upper_model
 from image_selection import spread
+from image_targets import bar_of, targets
 from measure import RESULTS, environment, save, write
 from torch import Tensor
 
@@ -145,6 +147,7 @@ class Run:
             "accuracy": {head: fmean(rows[-1]) for head, rows in found.items()},
             "matrix": found,
             "loss of the last steps": losses,
+            "refitted": self.refitted(),
             "chosen": self.chosen(),
             "seconds": time.monotonic() - start,
             **self.known(),
@@ -195,6 +198,22 @@ class Run:
         logits, read = self.outputs(rows)
         heads = (self.read.nearest_class_mean(), self.read.lda(), self.read.ridge())
         return dict(zip(HEADS, [logits, *(head(read) for head in heads)], strict=True))
+
+    def refitted(self) -> dict[str, float]:
+        """Returns accuracies of heads on the features that the final model has of all images.
+
+        They need the images of all tasks, and show how stale the statistics of earlier tasks are.
+        """
+        train, test = self.data.train, self.data.test
+        told = replace(train, told=self.owner[train.labels])
+        statistics = ClassStatistics(self.model.classifier.in_features, self.classes)
+        statistics.update(self.outputs(told)[1], train.labels)
+        read = self.outputs(test)[1]
+        heads = {"LDA": statistics.lda(), "ridge": statistics.ridge()}
+        return {
+            name: float((head(read).argmax(1) == test.labels).double().mean())
+            for name, head in heads.items()
+        }
 
     def by_task(self, scores: Tensor, learned: list[list[int]]) -> list[float]:
         """Returns the accuracy [T] of scores of the learned tasks' test images."""
@@ -357,8 +376,9 @@ class Experiment:
                 self.run(cell, method, self.data(name, seed), seed, rates)
             left = sum(self.cell(Cell(n, m, f"seed{s}")) is None for n, s, m in cells)
             if left and self.seconds:
-                hours = left * fmean(self.seconds) / 3600
-                print(f"{number + 1} of {len(cells)}, about {hours:.1f} hours left", flush=True)
+                minutes = left * fmean(self.seconds) / 60
+                done = f"{number + 1} of {len(cells)}"
+                print(f"{done}, about {minutes:.0f} minutes left, and tuning", flush=True)
 
     def report(self) -> dict[str, Any]:
         """Returns the runs that are there, and names those that are not."""
@@ -375,7 +395,11 @@ class Experiment:
             folder = Cell("tuning", method, "").path(self.options.work).parent
             files = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
             tuning[method] = {rate: found["accuracy"]["own"] for rate, found in files.items()}
-        return {"runs": runs, "not run": missing, "tuning": tuning}
+        result = {"runs": runs, "not run": missing, "tuning": tuning}
+        if self.options.frozen is not None:
+            result["bar"] = bar_of(json.loads(self.options.frozen.read_text()))
+            result["targets"] = targets(runs, result["bar"])
+        return result
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -388,6 +412,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", default=";".join(METHODS), help="separated by semicolons")
     parser.add_argument("--steps", type=int, default=60, help="of a task, of 16 images each")
     parser.add_argument("--report", action="store_true", help="write the result; run nothing")
+    parser.add_argument("--frozen", type=Path, help="a result of images_frozen.py, for the bar")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(given)
     torch.set_num_threads(1)

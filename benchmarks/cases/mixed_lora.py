@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 from op_case import NewTensor
-from passes import Pass, Passes, Row
+from passes import INT64, Pass, Passes, Row
 
 from sapt_fast import dispatch
 from sapt_fast.ops._dropout import Dropout, drop_count
@@ -49,6 +49,8 @@ class MixedLora:
     Attributes:
         itemsize: of x, weights and results. factor_itemsize: of lora_a and lora_b.
         tile_rows: rows over which a partial sum of the mixture's gradient goes; it divides M / S.
+        drops: dropout before the adapters. Its mask costs no traffic: each pass that needs it
+            computes it from the projection's seed.
     """
 
     m: int
@@ -59,6 +61,7 @@ class MixedLora:
     itemsize: int = 2
     factor_itemsize: int = 2
     tile_rows: int = 128
+    drops: bool = False
 
     @property
     def mixture(self) -> int:
@@ -69,6 +72,10 @@ class MixedLora:
         """Adapter and scale of each rank row of member j."""
         rows = 4 * self.members[j].r
         return {f"row_adapter{j}": rows, f"row_scale{j}": rows}
+
+    def seed(self, j: int) -> dict[str, int]:
+        """What dropout of member j reads in a pass."""
+        return {f"seed{j}": INT64} if self.drops else {}
 
 
 def base_linear(c: MixedLora) -> Passes:
@@ -94,7 +101,7 @@ def mixed_lora_forward(c: MixedLora, route: str) -> Passes:
     reads = {"x": c.m * c.i * c.itemsize, "mixture": c.mixture}
     writes: dict[str, int] = {}
     for j, member in enumerate(c.members):
-        reads |= {f"a{j}": member.r * c.i * c.factor_itemsize, **c.of_rows(j)}
+        reads |= {f"a{j}": member.r * c.i * c.factor_itemsize, **c.of_rows(j), **c.seed(j)}
         writes |= {
             f"h{j}": c.m * padded(member.r) * 4,
             f"hw{j}": c.m * padded(member.r) * c.itemsize,
@@ -163,7 +170,7 @@ def _in_rank_space(
         }
         pooled |= {f"partial{j}": 4 * lines * member.r, f"row_adapter{j}": 4 * member.r}
         factor_reads |= {f"{p}{j}": c.m * (stop - start) * c.itemsize for p in ("gw", "hw")}
-        factor_reads[f"dy{j}"] = dy
+        factor_reads |= {f"dy{j}": dy, **c.seed(j)}
         for grad, width in (("d_a", c.i), ("d_b", member.o)):
             factors[f"{grad}{j}"] = trained * width * c.factor_itemsize
     count = len(numbers)
@@ -205,6 +212,7 @@ def _products(
             p: c.m * (columns[1] - columns[0]) * c.itemsize,
             q: rank * width * c.factor_itemsize,
             **({f"bias{j}": width * c.itemsize} if forward and first.bias else {}),
+            **({} if forward else c.seed(j)),
         }
     by_descriptors = c.itemsize == 2 and c.m > 64
     launches = [numbers] if forward or by_descriptors else [[j] for j in numbers]

@@ -231,7 +231,7 @@ class ImageBench(Workbench):
         self.model.eval()
         head = None if self.head == "own" else self._closed_head(self.head, self.features)
         found: list[list[int]] = []
-        with self._seeded():
+        with self.seeded():
             for pixels in self._shared_batches(rows, "predicting"):
                 weights = None if mixture is None else mixture(pixels, None)
                 if head is None:
@@ -298,8 +298,8 @@ class ImageBench(Workbench):
         return logits, read[-1]
 
     @contextmanager
-    def _seeded(self) -> Iterator[None]:
-        """A context in which random choices of prompts are those of the seed, also in `eval`."""
+    def seeded(self) -> Iterator[None]:
+        """A context in which what is drawn depends on the seed alone, as `choice="random"` does."""
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(self.settings.seed)
@@ -360,7 +360,7 @@ class ImageBench(Workbench):
         - effective_number: exp(H) of all choices in testing, 1 to M.
         """
         self.model.eval()
-        with self._seeded():
+        with self.seeded():
             rows = [self._chosen(getattr(task, self.settings.scored)) for task in tasks]
         if any(row is None for row in rows):
             return {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,10 @@ class Workbench:
     def describe(self) -> dict[str, Any]:
         """Returns a JSON-ready description of what runs must share besides model and settings."""
         return {}
+
+    def seeded(self) -> AbstractContextManager[None]:
+        """Returns a context in which draws outside of training depend on the seed alone."""
+        return nullcontext()
 
     # --- what a bench itself learns, besides the model ---
 

@@ -235,16 +235,19 @@ class PromptChoice:
             self.begun, self.started = begun, bool(started)
 
     @staticmethod
+    def choice_shapes(config: L2PConfig, width: int) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of `choice_state` for queries [B, width]."""
+        count = config.prompts
+        return {"picked": (count,), "keys": (count, width), "centre": (width,), "progress": (2,)}
+
+    @classmethod
     def require_choice(
-        config: L2PConfig, width: int, state: Mapping[str, Tensor], source: object
+        cls, config: L2PConfig, width: int, state: Mapping[str, Tensor], source: object
     ) -> None:
         """Raises ValueError unless there are M keys, counts, a centre and the progress."""
-        expected: dict[str, tuple[int, ...]] = {
-            "picked": (config.prompts,),
-            "keys": (config.prompts, width),
-        }
-        if "progress" in state or "centre" in state:
-            expected |= {"centre": (width,), "progress": (2,)}
+        expected = cls.choice_shapes(config, width)
+        if "progress" not in state and "centre" not in state:  # of an earlier version
+            del expected["progress"], expected["centre"]
         got = {name: tuple(state[name].shape) for name in expected if name in state}
         if got != expected:
             raise ValueError(f"{source}: got shapes {got}, expected {expected}")

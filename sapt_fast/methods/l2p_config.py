@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any
 
 from sapt_fast.methods.concatenated import ConcatenatedConfig
 from sapt_fast.methods.task_config import require
-
-if TYPE_CHECKING:
-    from sapt_fast.methods.l2p import L2pHandle  # noqa: F401
 
 __all__ = ["L2PConfig"]
 
@@ -19,7 +16,7 @@ _KEYS = ("uniform", "uniform01", "queries")
 
 
 @dataclass
-class L2PConfig(ConcatenatedConfig["L2pHandle"]):
+class L2PConfig(ConcatenatedConfig[Any]):  # the handle's class depends on the model
     """The pool of prompts, and how texts or images pick from it.
 
     Of texts, `pooling`, `standardize_query` and `mask_padding` apply to the query; of images,
@@ -27,6 +24,17 @@ class L2PConfig(ConcatenatedConfig["L2pHandle"]):
     `prompt_length` is derived: `prompts * length`.
 
     `prompts=1, top=1` is one prompt that all inputs share.
+
+    Raises:
+        ValueError: if a value is out of range, or does not fit another one.
+
+    Example:
+        >>> from sapt_fast import L2PConfig
+        >>> L2PConfig(prompts=10, top=4, length=10, strength=0.5).prompt_length
+        100
+        >>> L2PConfig(prompts=3)
+        Traceback (most recent call last):
+        ValueError: top: got 5, expected 1 to 3 (prompts)
     """
 
     prompts: int = field(default=10, metadata={"help": "M, number of prompts in the pool."})

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sapt_fast.files.directories import read_directory
-from sapt_fast.files.names import require_folder_name
-from sapt_fast.methods.base import Handle
+from sapt_fast.methods.images import ImageHandle
 from sapt_fast.methods.l2p_choice import PromptChoice, fill_prompts
 from sapt_fast.methods.l2p_config import L2PConfig
 from sapt_fast.methods.task_config import require
@@ -24,16 +19,14 @@ from sapt_fast.sites.find import require_placement
 from sapt_fast.sites.image_embeddings import vision_parts
 from sapt_fast.sites.image_prompts import ImagePromptRouting
 from sapt_fast.sites.image_queries import ImageQueries
-from sapt_fast.sites.modules import find_modules, heads, require_present, with_prefix
+from sapt_fast.sites.modules import find_modules
 from sapt_fast.sites.report import PatchReport
-from sapt_fast.sites.trained import Trained
-from sapt_fast.storage.method_files import read_method
-from sapt_fast.storage.tasks import require_same_config
+from sapt_fast.sites.warm import run_backward
 
 __all__ = ["L2PImageHandle"]
 
 
-class L2PImageHandle(PromptChoice, Handle):
+class L2PImageHandle(PromptChoice, ImageHandle):
     """`model.l2p` of an image model: a pool of M prompts, of which each image uses N.
 
         L = CE(y | [P_s1; ...; P_sN; x]) - lambda (1 / B) sum_b sum_i cos(q(x_b), k_si)
@@ -83,16 +76,12 @@ class L2PImageHandle(PromptChoice, Handle):
 
     def __init__(self, model: Any, config: Any, report: PatchReport) -> None:
         super().__init__(model, config, report)
-        parts = vision_parts(model)
+        parts = self._parts
         weight = next(parts.embeddings.parameters())
-        dtype, self._parts = config.adapter_dtype(weight.dtype), parts
-        saved = find_modules(model, config.modules_to_save or (), ())
-        self._trained = Trained(model, saved)
-        self._images = ImageQueries(model, config.query_layer, config.query_pooling)
+        dtype = config.adapter_dtype(weight.dtype)
         self.prompts = PromptPool(
             config.prompt_length, parts.width, reserve=1, device=weight.device, dtype=dtype
         )
-        self._encoder_is_missing = False
         self.init_choice(self._images.width, weight.device, dtype)
         self.routing = ImagePromptRouting(
             model,
@@ -132,63 +121,24 @@ class L2PImageHandle(PromptChoice, Handle):
         reason = f"'model' or None: {type(model).__name__} has no linear classifier"
         require(without, "head", config.head, reason)
         ImageQueries(model, config.query_layer, config.query_pooling)  # raises if it cannot query
-        report = PatchReport(prompted=[f"{parts.layers_path()}.{config.layer}"])
-        saved = find_modules(model, config.modules_to_save or (), ())
-        unsaved = [path for path in heads(model) if path not in saved]
-        if unsaved:
-            report.notes.append(
-                f"{', '.join(unsaved)} is frozen and will not train; to train a head and save it "
-                f"with the prompts, set modules_to_save={unsaved} in the config"
-            )
-        return report
+        find_modules(model, config.modules_to_save or (), ())  # raises if there is no such module
+        return PatchReport(prompted=[f"{parts.layers_path()}.{config.layer}"])
 
     # --- queries and choice ---
 
-    def query(self, pixel_values: Any, interpolate_pos_encoding: bool | None = None) -> Tensor:
-        """Returns the queries [B, D] of images, without gradient, in float32 (or float64).
+    @property
+    def query_width(self) -> int:
+        """D of the queries, which is that of the keys."""
+        return self.prompt_keys.shape[1]
 
-        Args:
-            pixel_values: [B, C, H, W].
-            interpolate_pos_encoding: as passed to the model.
-
-        Raises:
-            TypeError, ValueError: if the images do not fit the model.
-            ValueError: inside `queries`, if those are of another number of images.
-        """
-        self._parts.require_images(pixel_values, bool(interpolate_pos_encoding))
-        if self._encoder_is_missing:
-            raise RuntimeError(
-                "the keys were trained with the queries of another model, which is not saved with "
-                f"them: call model.{self.attribute}.look_up_by(encoder) first"
-            )
-        given = self.routing.queries
-        if given is None:
-            return self._images(pixel_values, bool(interpolate_pos_encoding))
-        if len(given) != len(pixel_values):
-            raise ValueError(
-                f"queries: got {len(given)} for {len(pixel_values)} images, expected one each"
-            )
-        return given.to(self.prompt_keys.device)
-
-    def queries(self, queries: Tensor) -> AbstractContextManager[None]:
-        """Returns a context in which forwards use these queries instead of computing them.
-
-        Args:
-            queries: [B, D], what `query` returned for the images of these forwards.
-
-        Raises:
-            ValueError: if the shape does not fit, or queries are not floats.
-        """
-        width = self.prompt_keys.shape[1]
-        if queries.dim() != 2 or queries.shape[1] != width or not queries.is_floating_point():
-            raise ValueError(
-                f"queries: got {queries.dtype} of shape {tuple(queries.shape)}, expected floats "
-                f"[B, {width}]"
-            )
-        return self.routing.use_queries(queries.detach())
+    def set_query_width(self, width: int) -> None:
+        """Prepares keys for queries [B, width]; there is no task yet."""
+        keys = self.prompt_keys
+        self.prompt_keys = nn.Parameter(keys.new_empty(0, width), requires_grad=False)
+        self.centre = self.centre.new_zeros(width)
 
     def look_up_by(self, encoder: nn.Module) -> None:
-        """Lets another frozen model compute the queries; call it before the first task begins.
+        """Lets another frozen model compute the queries; call it before the first task.
 
         The encoder is not saved: call this after loading, too.
 
@@ -196,20 +146,11 @@ class L2PImageHandle(PromptChoice, Handle):
             encoder: in eval mode, takes pixel_values [B, C, H, W] and returns [B, D].
 
         Raises:
-            RuntimeError: if keys of another width exist.
-            ValueError: if the encoder returns something else.
+            ValueError, RuntimeError: if the encoder is in training mode, or returns something else.
+            RuntimeError: if there are keys of another width.
         """
-        images = ImageQueries(self._model, encoder=encoder)
-        width, own = images.width, self.prompt_keys
-        if len(own) and own.shape[1] != width:
-            raise RuntimeError(
-                f"encoder: got queries of width {width}, expected {own.shape[1]}, that of the keys"
-            )
-        if not len(own):
-            self.prompt_keys = nn.Parameter(own.new_empty(0, width), requires_grad=False)
-            self.centre = self.centre.new_zeros(width)
-        self._images, self.routing.of_layer = images, None
-        self._encoder_is_missing = False
+        super().look_up_by(encoder)
+        self.routing.of_layer = None
 
     def signal(self, **inputs: Any) -> Tensor:
         """Returns the indices [B, N] int64 of the prompts that images select.
@@ -335,20 +276,18 @@ class L2PImageHandle(PromptChoice, Handle):
             yield self.query(_images_in(batch)).to(self.prompt_keys.dtype)
 
     @property
-    def attention(self) -> Tensor | None:
-        """Indices [B, N] of the prompts of this thread's last forward; None before the first."""
-        return self.routing.weights
+    def _device(self) -> torch.device:
+        return self.prompt_keys.device
 
-    def fixed(self, weights: Tensor) -> AbstractContextManager[None]:
-        """Returns a context in which these prompts replace the chosen ones, in this thread.
+    def run_layers(self, samples: int, tokens: int) -> None:
+        """Chooses and gathers prompts for queries of zeros, for `warmup`."""
+        query = self.prompt_keys.new_zeros(samples, self.prompt_keys.shape[1])
 
-        Args:
-            weights: the prompts' indices, int64 [N] or [1, N] for all images, or [B, N].
+        def run() -> list[Tensor]:
+            cosines, index = self.pick(query, torch.is_grad_enabled())
+            return [cosines, self.routing.pool.chosen(index)]
 
-        Raises:
-            ValueError: if the shape, dtype or an index does not fit.
-        """
-        return self.routing.pin(self.routing.checked(weights).to(self.prompt_keys.device))
+        run_backward(run, [self.prompt_keys, self.prompts.rows.trainable])
 
     # --- tasks ---
 
@@ -366,7 +305,7 @@ class L2PImageHandle(PromptChoice, Handle):
 
         Nothing has changed after an error.
         """
-        require_folder_name("name: got", name, self.tasks)
+        self._require_new(name)
         self.require_room()
         fresh = not self.tasks
         if fresh:
@@ -379,10 +318,6 @@ class L2PImageHandle(PromptChoice, Handle):
             trained = [p for p in (rows.trainable, self.prompt_keys) if p.requires_grad]
             optimizer.param_groups[0]["params"] += trained
 
-    def add_task(self, name: str, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Calls `grow`; methods with tasks have `add_task`."""
-        self.grow(name, optimizer)
-
     def _new_pool(self) -> None:
         rows = self.prompts.rows
         with torch.no_grad():
@@ -390,9 +325,6 @@ class L2PImageHandle(PromptChoice, Handle):
             fill_prompts(rows.rows(), self.config.prompt_start or "uniform")
         self.new_keys()
         self.prompt_keys.requires_grad_(self.trains_keys)
-
-    def _has_tasks(self) -> bool:
-        return bool(self.tasks)
 
     def _top(self) -> int:
         top: int = self.config.top
@@ -406,99 +338,32 @@ class L2PImageHandle(PromptChoice, Handle):
     def detach(self, path: str) -> None:
         """Does nothing: no layer has changed."""
 
-    def install(self) -> None:
-        """Adds the hooks and unfreezes the `modules_to_save`; called by `patch`."""
-        self.routing.install()
-        super().install()
-        self._trained.install()
-
-    def remove(self) -> None:
-        """Removes the hooks; called by `unpatch`."""
-        self.routing.remove()
-        super().remove()
-        self._trained.remove()
-
     # --- saving ---
 
-    def stored(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Returns prompts, keys, counts and what was trained of the base model."""
-        if not self.tasks:
-            raise ValueError(
-                f"model: got no task, expected one; call model.{self.attribute}.grow(name) first"
-            )
-        tensors = {"prompts": self.prompts.rows.rows(), **self.choice_state(self.prompt_keys.data)}
-        tensors |= {f"trained.{name}": t for name, t in self._trained.tensors().items()}
-        encoded = self._images.encoder is not None or self._encoder_is_missing
-        return tensors, {"tasks": list(self.tasks), "encoder": encoded}
+    def own_tensors(self) -> dict[str, Tensor]:
+        """Returns the prompts, the keys, the counts, the centre and the progress."""
+        return {"prompts": self.prompts.rows.rows(), **self.choice_state(self.prompt_keys.data)}
 
-    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Copies what `stored` returned into a handle without tasks.
+    def own_shapes(self, tasks: int, width: int) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of `own_tensors` for queries [B, width]."""
+        prompts = (self.config.prompt_length, self.prompts.rows.width)
+        return {"prompts": prompts, **self.choice_shapes(self.config, width)}
 
-        Raises:
-            ValueError: if something is missing or has another shape; nothing has changed then.
-        """
-        self._set_values(*self._checked(tensors, values))
+    def require_own_values(self, own: Mapping[str, Tensor], tasks: int) -> None:
+        """Raises ValueError unless keys, counts and progress can be those of these tasks."""
+        self.require_choice(self.config, own["keys"].shape[1], own, "tensors")
+        if own["progress"][0] != tasks:
+            raise ValueError(f"tensors: got progress {own['progress'].tolist()} of {tasks} tasks")
 
-    def restore_values(self, directory: str | os.PathLike[str]) -> None:
-        """Sets the model's tasks to the values in a saved folder.
+    def begin_stored(self, tasks: list[str], own: Mapping[str, Tensor]) -> None:
+        """Creates the pool of a saved folder's tasks."""
+        self._new_pool()
+        self._tasks.extend(tasks)
 
-        Raises:
-            FileNotFoundError: if a file is missing.
-            ValueError: if the folder contains something else, or other tasks.
-        """
-        read = partial(read_method, attribute=self.attribute)
-        stored = read_directory(directory, self.config_file, read)
-        require_same_config(self.config, stored.config, stored.source)
-        checked = self._checked(stored.tensors, stored.values)
-        if stored.method != self.method or checked[0] != self.tasks:
-            raise ValueError(
-                f"{stored.source}: got {stored.method!r} with tasks {checked[0]}, expected "
-                f"{self.method!r} with {self.tasks}, the model's"
-            )
-        self._set_values(*checked)
-
-    def _checked(
-        self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]
-    ) -> tuple[list[str], dict[str, Tensor], dict[str, Tensor], bool]:
-        """Returns the tasks, the method's tensors, the trained ones, and whether an encoder is due.
-
-        Raises:
-            ValueError: as `restore`.
-        """
-        tasks, trained = values.get("tasks"), with_prefix(tensors, "trained.")
-        if not isinstance(tasks, list) or not tasks:
-            raise ValueError(f"tasks: got {tasks!r}, expected names of tasks")
-        for index, name in enumerate(tasks):
-            require_folder_name("tasks: got", name, tasks[:index])
-        own = {n: t for n, t in tensors.items() if not n.startswith("trained.")}
-        encoded = bool(values.get("encoder"))
-        width = own["keys"].shape[-1] if encoded and "keys" in own else self._parts.width
-        self.require_choice(self.config, width, own, "tensors")
-        expected = (self.config.prompt_length, self.prompts.rows.width)
-        got = tuple(own["prompts"].shape) if "prompts" in own else None
-        if got != expected or "progress" not in own or own["progress"][0] != len(tasks):
-            raise ValueError(
-                f"tensors: got prompts {got} and progress {own.get('progress')}, expected "
-                f"{expected} and {len(tasks)} tasks"
-            )
-        require_present("tensors", trained, self._model)
-        return tasks, own, trained, encoded
-
-    @torch.no_grad()
-    def _set_values(
-        self, tasks: list[str], own: dict[str, Tensor], trained: dict[str, Tensor], encoded: bool
-    ) -> None:
-        if not self.tasks:
-            self._new_pool()
+    def set_own(self, own: Mapping[str, Tensor]) -> None:
+        """Sets prompts, keys, counts and centre to stored values."""
         self.prompts.rows.rows().copy_(own["prompts"])
-        self.centre = self.centre.new_zeros(own["centre"].shape)
         self.restore_choice(own)
-        self._tasks[:] = tasks
-        self._trained.restore(trained)
-        self._encoder_is_missing = encoded and self._images.encoder is None
-
-    def extra_repr(self) -> str:
-        return f"tasks={self.tasks}, prompts={self.config.prompts}"
 
 
 def _images_in(batch: Any) -> Any:

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from sapt_fast.files.directories import read_directory
-from sapt_fast.files.names import require_folder_name
-from sapt_fast.methods.base import Handle, follow, require_held
+from sapt_fast.methods.base import follow, require_held
 from sapt_fast.methods.config import MethodConfig
+from sapt_fast.methods.images import ImageHandle
 from sapt_fast.methods.task_config import require
 from sapt_fast.pools.rows import RowStack
 from sapt_fast.routing.images import ImageRouting
-from sapt_fast.sites.image_queries import ImageQueries
-from sapt_fast.sites.modules import find_modules, heads, require_present, with_prefix
 from sapt_fast.sites.prefix import (
     AtAttention,
     attach_prefix,
@@ -28,9 +22,6 @@ from sapt_fast.sites.prefix import (
     prefix_size,
     require_prefix,
 )
-from sapt_fast.sites.trained import Trained
-from sapt_fast.storage.method_files import read_method
-from sapt_fast.storage.tasks import require_same_config
 
 __all__ = ["PrefixConfig", "PrefixHandle"]
 
@@ -115,7 +106,7 @@ def _is_count(value: object) -> bool:
     return type(value) is int and value >= 1
 
 
-class PrefixHandle(Handle):
+class PrefixHandle(ImageHandle):
     """The base class of handles whose pools are prefixes, chosen or weighted by image queries.
 
     A subclass defines `sites`, `make`, `signal`, `stacks` and what a task adds.
@@ -127,32 +118,13 @@ class PrefixHandle(Handle):
 
     site = "attention"
     Routing: ClassVar[type[ImageRouting]] = ImageRouting
-    routing: ImageRouting
 
     def __init__(self, model: Any, config: Any, report: Any) -> None:
         super().__init__(model, config, report)
-        saved = find_modules(model, config.modules_to_save or (), report.patched)
-        unsaved = [path for path in heads(model) if path not in saved]
-        if unsaved:
-            report.notes.append(
-                f"{', '.join(unsaved)} is frozen and will not train; to train a head and save it "
-                f"with the prefixes, set modules_to_save={unsaved} in the config"
-            )
-        self._trained = Trained(model, saved)
-        self._images = ImageQueries(model, config.query_layer, config.query_pooling)
-        self._encoder_is_missing = False
         self.routing = self.Routing(model, self.signal, self._has_tasks, self._count)
-        self.routing.tower = self._images.parts.tower
+        self.routing.tower = self._parts.tower
 
     # --- what a method with prefixes defines ---
-
-    def signal(self, **inputs: Any) -> Tensor:
-        """Returns the weights (or places) [B, K] of a forward.
-
-        Args:
-            **inputs: pixel_values [B, C, H, W] and interpolate_pos_encoding.
-        """
-        raise NotImplementedError
 
     def make(self, path: str) -> AtAttention:
         """Returns the module that gives the attention layer at `path` its prefix."""
@@ -183,113 +155,15 @@ class PrefixHandle(Handle):
         """Returns the number of weights (or indices) per image that a caller has to give."""
         raise NotImplementedError
 
-    def key_loss(
-        self, pixel_values: Tensor | None = None, interpolate_pos_encoding: bool | None = None
-    ) -> Tensor:
-        """Returns the term that the method adds to the loss, a scalar.
-
-        Args:
-            pixel_values, interpolate_pos_encoding: as passed to the model.
-        """
-        raise NotImplementedError
-
-    def count_picks(self, batches: Any) -> None:
-        """Ends a task; these methods count nothing."""
-
-    # --- queries and weights ---
-
-    def query(self, pixel_values: Tensor, interpolate_pos_encoding: bool | None = None) -> Tensor:
-        """Returns the queries [B, D] of images, of the model without prefixes; no gradient.
-
-        Args:
-            pixel_values: [B, C, H, W].
-            interpolate_pos_encoding: as passed to the model.
-
-        Raises:
-            TypeError, ValueError: if the images do not fit the model.
-            ValueError: inside `queries`, if they are those of another number of images.
-            RuntimeError: after loading, if `look_up_by` has to be called.
-        """
-        given = self.routing.queries
-        if given is None and self._encoder_is_missing:
-            raise RuntimeError(
-                "the keys were trained with the queries of another model, which is not saved with "
-                f"them: call model.{self.attribute}.look_up_by(encoder) first"
-            )
-        if given is None:
-            return self._images(pixel_values, bool(interpolate_pos_encoding))
-        if len(given) != len(pixel_values):
-            raise ValueError(
-                f"queries: got {len(given)} for {len(pixel_values)} images, expected one each"
-            )
-        return given
-
-    def queries(self, queries: Tensor) -> AbstractContextManager[None]:
-        """Returns a context in which forwards use these queries instead of computing them.
-
-        Args:
-            queries: [B, D], what `query` returned for the images of these forwards.
-
-        Raises:
-            ValueError: if the shape does not fit, or queries are not floats.
-        """
-        width = self._query_width
-        if queries.dim() != 2 or queries.shape[1] != width or not queries.is_floating_point():
-            raise ValueError(
-                f"queries: got {queries.dtype} of shape {tuple(queries.shape)}, expected floats "
-                f"[B, {width}]"
-            )
-        return self.routing.use_queries(queries.detach())
-
-    def look_up_by(self, encoder: nn.Module) -> None:
-        """Lets another frozen model compute the queries; call it before the first task.
-
-        The encoder is not saved: call this after loading, too.
-
-        Args:
-            encoder: in eval mode, takes pixel_values [B, C, H, W] and returns [B, D].
-
-        Raises:
-            ValueError, RuntimeError: if the encoder is in training mode, or returns something else.
-            RuntimeError: if there are keys of another width.
-        """
-        images = ImageQueries(self._model, encoder=encoder)
-        width = images.width
-        if self.tasks and width != self._query_width:
-            raise RuntimeError(
-                f"encoder: got queries of width {width}, expected {self._query_width}, that of the "
-                "keys"
-            )
-        if not self.tasks:
-            self._make_keys(width)
-        self._images, self._encoder_is_missing = images, False
-
     @property
-    def _query_width(self) -> int:
+    def query_width(self) -> int:
         """D of the queries, which is that of the keys."""
         return next(s.width for name, s in self.stacks().items() if name.endswith("keys"))
 
-    def _make_keys(self, width: int) -> None:
-        if width != self._query_width:
-            self.new_keys(width)
-            self.routing.pools[:] = self.stacks().values()
-
-    @property
-    def attention(self) -> Tensor | None:
-        """What this thread's last forward mixed or chose by, detached; None before the first."""
-        weights = self.routing.weights
-        return None if weights is None else weights.detach()
-
-    def fixed(self, weights: Tensor) -> AbstractContextManager[None]:
-        """Returns a context in which these weights replace the computed ones, in this thread.
-
-        Args:
-            weights: [K] or [1, K] for all images, or [B, K], as `attention`.
-
-        Raises:
-            ValueError: if they do not fit.
-        """
-        return self.routing.pin(self.routing.checked(weights).to(self._device))
+    def set_query_width(self, width: int) -> None:
+        """Replaces the keys by none, for queries [B, width]; there is no task yet."""
+        self.new_keys(width)
+        self.routing.pools[:] = self.stacks().values()
 
     @property
     def _device(self) -> torch.device:
@@ -319,16 +193,8 @@ class PrefixHandle(Handle):
 
     def install(self) -> None:
         """Adds the hooks and unfreezes the `modules_to_save`; called by `patch`."""
-        self.routing.install()
         super().install()
-        self._trained.install()
         self.routing.pools[:] = self.stacks().values()
-
-    def remove(self) -> None:
-        """Removes the hooks; called by `unpatch`."""
-        self.routing.remove()
-        super().remove()
-        self._trained.remove()
 
     # --- tasks ---
 
@@ -355,13 +221,6 @@ class PrefixHandle(Handle):
         if optimizer is not None:
             follow(optimizer, before, list(self._growing()))
 
-    def add_task(self, name: str, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Calls `grow`; methods with tasks have `add_task`."""
-        self.grow(name, optimizer)
-
-    def _require_new(self, name: str) -> None:
-        require_folder_name("name: got", name, self.tasks)
-
     def _task_added(self, name: str) -> None:
         self._tasks.append(name)
         self.routing.weights = None
@@ -371,93 +230,34 @@ class PrefixHandle(Handle):
     def _growing(self) -> Iterator[nn.Parameter]:
         yield from (stack.trainable for stack in self.stacks().values())
 
-    def _has_tasks(self) -> bool:
-        return bool(self.tasks)
-
     # --- saving ---
 
-    def stored(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Returns the rows, the parameters of all tasks and what was trained of the base model."""
-        if not self.tasks:
-            raise ValueError(
-                f"model: got no task, expected one; call model.{self.attribute}.grow(name) first"
-            )
-        tensors = {name: stack.rows() for name, stack in self.stacks().items()}
-        tensors |= {name: parameter.data for name, parameter in self.kept().items()}
-        tensors |= {f"trained.{name}": t for name, t in self._trained.tensors().items()}
-        encoded = self._images.encoder is not None or self._encoder_is_missing
-        return tensors, {"tasks": list(self.tasks), "encoder": encoded}
+    def own_tensors(self) -> dict[str, Tensor]:
+        """Returns the rows of all tasks, and the parameters that all tasks train."""
+        rows = {name: stack.rows() for name, stack in self.stacks().items()}
+        return rows | {name: parameter.data for name, parameter in self.kept().items()}
 
-    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Copies what `stored` returned into a handle without tasks.
-
-        Raises:
-            ValueError: if something is missing or has another shape; nothing has changed then.
-        """
-        tasks, width = self._checked(tensors, values)
-        self._make_keys(width)
-        share = self.share
-        for index, name in enumerate(tasks):
-            for key, stack in self.stacks().items():
-                rows = tensors[key][index * share : (index + 1) * share]
-                stack.append(share, lambda fresh, rows=rows: fresh.copy_(rows))  # type: ignore
-            self._task_added(name)
-        self._set_values(tensors, values)
-
-    def restore_values(self, directory: str | os.PathLike[str]) -> None:
-        """Sets the model's tasks to the values in a saved folder.
-
-        Raises:
-            FileNotFoundError: if a file is missing.
-            ValueError: if the folder contains something else, or other tasks.
-        """
-        read = partial(read_method, attribute=self.attribute)
-        stored = read_directory(directory, self.config_file, read)
-        require_same_config(self.config, stored.config, stored.source)
-        tasks, width = self._checked(stored.tensors, stored.values)
-        if tasks != self.tasks or width != self._query_width:
-            raise ValueError(
-                f"{stored.source}: got tasks {tasks} with queries of width {width}, expected "
-                f"{self.tasks} with {self._query_width}, the model's"
-            )
-        self._set_values(stored.tensors, stored.values)
-
-    def _checked(
-        self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]
-    ) -> tuple[list[str], int]:
-        """Returns the tasks and the queries' width; raises ValueError as `restore`."""
-        tasks, encoded = values.get("tasks"), values.get("encoder")
-        if not isinstance(tasks, list) or not tasks or not isinstance(encoded, bool):
-            raise ValueError(f"values: got {dict(values)}, expected tasks, and whether an encoder")
-        if self._images.encoder is not None and not encoded:
-            raise ValueError(
-                "values: got keys for the model's own queries, expected those of an encoder: load "
-                "them into a model without look_up_by"
-            )
-        for index, name in enumerate(tasks):
-            require_folder_name("tasks: got", name, tasks[:index])
-        own = {n: tuple(t.shape) for n, t in tensors.items() if not n.startswith("trained.")}
-        width, rows = self._query_width, len(tasks) * self.share
-        if encoded and self._images.encoder is None:
-            width = next((x[1] for n, x in own.items() if n.endswith("keys") and x[1:]), width)
-        expected: dict[str, tuple[int, ...]] = {
+    def own_shapes(self, tasks: int, width: int) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of `own_tensors` for a number of tasks and queries [B, width]."""
+        rows = tasks * self.share
+        shapes: dict[str, tuple[int, ...]] = {
             name: (rows, width if name.endswith(_OF_QUERIES) else stack.width)
             for name, stack in self.stacks().items()
         }
-        expected |= {name: tuple(p.shape) for name, p in self.kept().items()}
-        if own != expected:
-            raise ValueError(f"tensors: got shapes {own}, expected {expected}")
-        require_present("tensors", with_prefix(tensors, "trained."), self._model)
-        return tasks, width
+        return shapes | {name: tuple(p.shape) for name, p in self.kept().items()}
 
-    @torch.no_grad()
-    def _set_values(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+    def begin_stored(self, tasks: list[str], own: Mapping[str, Tensor]) -> None:
+        """Adds the rows of each task of a saved folder."""
+        share = self.share
+        for index, name in enumerate(tasks):
+            for key, stack in self.stacks().items():
+                rows = own[key][index * share : (index + 1) * share]
+                stack.append(share, lambda fresh, rows=rows: fresh.copy_(rows))  # type: ignore
+            self._task_added(name)
+
+    def set_own(self, own: Mapping[str, Tensor]) -> None:
+        """Sets the existing tasks to the values of stored tensors."""
         for key, stack in self.stacks().items():
-            stack.rows().copy_(tensors[key])
+            stack.rows().copy_(own[key])
         for key, parameter in self.kept().items():
-            parameter.copy_(tensors[key])
-        self._trained.restore(with_prefix(tensors, "trained."))
-        self._encoder_is_missing = values["encoder"] and self._images.encoder is None
-
-    def extra_repr(self) -> str:
-        return f"tasks={self.tasks}"
+            parameter.copy_(own[key])

@@ -561,12 +561,8 @@ def _image_queries(model: Any, config: Any) -> ImageQueries | None:
     Raises:
         ValueError: if the image model is not supported, or not with this config.
     """
-    try:
-        token_embedding(model)
-    except ValueError:
-        if not reads_images(model):
-            return None
-    else:
+    # Of a model that also reads texts (CLIPModel), texts would be mixed by the weights of images.
+    if getattr(model, "main_input_name", "") != "pixel_values" or not reads_images(model):
         return None
     if config.standardize_query:
         raise ValueError(

@@ -26,8 +26,14 @@ class ImageRouting(Routing):
     tower: Any = None
 
     def roots(self) -> tuple[Any, ...]:
-        """The model with its head, and the tower inside it."""
-        return super().roots() if self.tower is None else (self.model, self.tower)
+        """The model with its head, and the tower inside it.
+
+        Of a model that also takes texts, whose rows are not those of the images, only the tower.
+        """
+        if self.tower is None:
+            return super().roots()
+        takes_images = getattr(self.model, "main_input_name", "") == "pixel_values"
+        return (self.model, self.tower) if takes_images else (self.tower,)
 
     def _routed(self, forward: Forward, module: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
         return self.router.route(**image_inputs(inputs)) if self.routes else None

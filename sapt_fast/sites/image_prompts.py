@@ -54,7 +54,7 @@ class ImagePromptRouting(ImageRouting):
         reads_prompts: bool,
     ) -> None:
         super().__init__(model, route, active, count)  # type: ignore[arg-type]
-        self.pool, self.parts = pool, parts
+        self.pool, self.parts, self.tower = pool, parts, parts.tower
         self.layer, self.reads_prompts = layer, reads_prompts
         self.of_layer: tuple[int, Callable[[Tensor], Tensor]] | None = None
         self.pools.append(pool)
@@ -81,14 +81,6 @@ class ImagePromptRouting(ImageRouting):
     ) -> Tensor | None:
         self.cosines = None  # those of an earlier forward
         return super()._chosen(forward, inputs, given)
-
-    def roots(self) -> tuple[Any, ...]:
-        """The modules whose forwards choose prompts: the model, and its tower on its own.
-
-        Of a model that also takes texts, only the tower.
-        """
-        takes_images = getattr(self.model, "main_input_name", "") == "pixel_values"
-        return (self.model, self.parts.tower) if takes_images else (self.parts.tower,)
 
     def install(self) -> None:
         """Adds the hooks; `remove` takes them away again."""

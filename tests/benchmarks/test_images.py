@@ -3,11 +3,14 @@
 import image_data
 import image_selection
 import image_tables
+import image_targets
 import images_frozen
 import pytest
 import torch
 
-SPLIT = image_data.Split
+from sapt_fast import L2PConfig
+from sapt_fast.methods.l2p_choice import PromptChoice
+
 TASKS = [[0, 1], [2, 3]]
 
 
@@ -41,6 +44,34 @@ def test_choice_by_rule():
     assert penalty.tolist() == [[2, 3, 4, 5]]
     drawn = image_selection.select(query, keys, "random", counts, draws)[1]
     assert len(set(drawn[0].tolist())) == image_selection.TOP
+
+
+class Choice(torch.nn.Module, PromptChoice):
+    """The library's choice of prompts, without a model."""
+
+    attribute = "l2p"
+
+    def __init__(self, config, keys, counts):
+        super().__init__()
+        self.config = config
+        self.init_choice(keys.shape[1], keys.device, keys.dtype)
+        self.prompt_keys = torch.nn.Parameter(keys)
+        self.picked += counts.long()
+
+
+@pytest.mark.parametrize("rule", ["nearest", "penalty"])
+def test_the_choice_is_the_librarys(rule):
+    draws = torch.Generator().manual_seed(0)
+    keys = torch.rand(image_selection.PROMPTS, 16, generator=draws)
+    query = torch.randn(30, 16, generator=draws)
+    counts = torch.randint(5, (image_selection.PROMPTS,), generator=draws).float()
+    config = L2PConfig(
+        prompts=image_selection.PROMPTS, top=image_selection.TOP, diversified=rule == "penalty"
+    )
+    expected = Choice(config, keys, counts).pick(query, training=True)
+    found = image_selection.select(query, keys, rule, counts, draws)
+    assert torch.equal(found[1], expected[1])
+    torch.testing.assert_close(found[0], expected[0])
 
 
 def test_spread():
@@ -109,6 +140,7 @@ def test_what_did_not_run_is_named():
         "matrix": {"own": [[0.9], [0.6, 0.4]]},
         "rate": 0.001,
         "chosen": {"exp(H)": 3.0},
+        "refitted": {"LDA": 0.65, "ridge": 0.5},
         "loss of the last steps": [1.0, 0.25],
         "seconds": 61.0,
     }
@@ -119,10 +151,15 @@ def test_what_did_not_run_is_named():
         "runs": {"emoji": {"L2P": {"0": run, "1": other}}},
         "not run": ["emoji, SAPT, seed 0"],
         "tuning": {"L2P": {"0.01": 0.3, "0.001": 0.4}, "SAPT": {}},
+        "bar": {"emoji": {"LDA": {"0": 0.7, "1": 0.8}, "sequential": {"0": 0.3, "1": 0.5}}},
     }
+    result["targets"] = image_targets.targets(result["runs"], result["bar"])
     drawn = image_tables.block(result)
     assert "| L2P | 2 | 55.0 (50.0 to 60.0) | 40.0 (40.0 to 40.0) |" in drawn
-    assert "| 30.0 (30.0 to 30.0) | 0.001 |" in drawn  # .9 fell to .6
+    assert "| 65.0 (65.0 to 65.0) | 30.0 (30.0 to 30.0) | 0.001 |" in drawn  # .9 fell to .6
     assert "Not run (1): emoji, SAPT, seed 0." in drawn
     assert "| L2P | 0.001: 40.0, 0.01: 30.0 |" in drawn
     assert "SAPT |" not in drawn
+    assert "| **frozen features, LDA** | 2 | 75.0 (70.0 to 80.0) |" in drawn
+    assert "| emoji: L2P, own head, above sequential linear >= 0.15 | 0.15 |" in drawn
+    assert "| emoji: L2P, ridge above own head, in each seed >= 0 | 0.1 |" in drawn

@@ -168,6 +168,20 @@ def test_the_histogram_counts_predictions_and_changes_nothing():
     assert torch.equal(handle.picked, before)
 
 
+@pytest.mark.parametrize("make", [image_model, text_model])
+def test_warmup_runs_what_chooses_and_changes_nothing(make, monkeypatch):
+    handle, called = make().l2p, []
+    chosen = type(handle.routing.pool).chosen
+    monkeypatch.setattr(
+        type(handle.routing.pool), "chosen", lambda own, i: called.append(i.shape) or chosen(own, i)
+    )
+    for train in (False, True):
+        handle.warmup([(3, 2)], train=train)
+    assert set(called) == {(3, N)}
+    assert all(p.grad is None for p in handle.parameters())
+    assert not handle.picked.any()
+
+
 def test_the_earlier_name_of_the_config_stays():
     assert L2pConfig is L2PConfig
     with pytest.raises(ValueError, match="layer: got 1, expected 0 for text"):

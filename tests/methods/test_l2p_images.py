@@ -212,6 +212,10 @@ def test_images_of_another_size_keep_the_position_of_cls():
         model(x)
     with pytest.raises(ValueError, match="images of 3 channels"):
         model(x[:, :1])
+    for family in ("beit", "beit_shared"):  # whose biases are interpolated to the rows' number
+        model = made(family).eval()
+        usual = model(pixels()).logits
+        torch.testing.assert_close(model(pixels(), interpolate_pos_encoding=True).logits, usual)
 
 
 # --- queries ---
@@ -230,6 +234,16 @@ def test_a_low_layer_gives_the_query_in_the_same_forward():
     torch.testing.assert_close(model.l2p.key_loss(), -0.1 * cosines.topk(N)[0].sum() / B)
     with model.l2p.fixed(model.l2p.attention):
         torch.testing.assert_close(model(x).logits, logits)
+
+
+def test_dropout_does_not_reach_the_query():
+    model = VISION["vit"](hidden_dropout_prob=0.5).double()
+    made(model=model, layer=2, query_layer=2)
+    x = pixels()
+    query = ImageQueries(model, 2)(x)
+    cosines = F.normalize(query, dim=1) @ F.normalize(model.l2p.prompt_keys, dim=1).T
+    model(x)
+    torch.testing.assert_close(model.l2p.key_loss(), -0.1 * cosines.topk(N)[0].sum() / B)
 
 
 def test_given_queries_and_places_replace_computed_ones():

@@ -20,6 +20,7 @@ from kernel_traffic import check, tiles
 from passes import Pass, total_bytes, total_flops
 from torch import Tensor
 
+from sapt_fast.ops._dropout import Dropout, drop_count
 from sapt_fast.ops.projection import Projection
 from sapt_fast.triton_kernels.blocks import gemm_variants as routes
 from sapt_fast.triton_kernels.mixed_lora import mixed_lora_bwd, mixed_lora_fwd
@@ -39,6 +40,9 @@ MIXED = {
     ),
     "float32": MixedLora(32, 33, 2, 3, (Member(41, 6, (4, 6)),), 4, 4, tile_rows=16),
     "float32 factors": MixedLora(32, 40, 2, 3, (Member(48, 6, (0, 6)),), 2, 4, tile_rows=16),
+    "two alike, dropout": MixedLora(
+        32, 40, 2, 5, (Member(48, 20, (16, 20)),) * 2, tile_rows=16, drops=True
+    ),
 }
 ROUTES = {"fused": routes.FUSED, "expand first": routes.EXPAND_FIRST}
 _DTYPE = {2: torch.float16, 4: torch.float32}
@@ -70,15 +74,25 @@ def _mixed_inputs(c: MixedLora):
     return x, mixture, projections, {"x": x, "mixture": mixture, **named}
 
 
+def _dropout(c: MixedLora, inputs: dict[str, Tensor]) -> Dropout | None:
+    """With its seeds among the inputs."""
+    if not c.drops:
+        return None
+    seeds = [torch.tensor([j]) for j in range(len(c.members))]
+    inputs |= {f"seed{j}": seed for j, seed in enumerate(seeds)}
+    return Dropout(drop_count(0.25), seeds)
+
+
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("name", MIXED)
 def test_mixed_lora_forward(name, route):
     c = MIXED[name]
     x, mixture, projections, inputs = _mixed_inputs(c)
+    dropout = _dropout(c, inputs)
 
     def call():
         with routes.forced(ROUTES[route]):
-            outputs = mixed_lora_fwd(x, mixture, projections)
+            outputs = mixed_lora_fwd(x, mixture, projections, dropout=dropout)
         return {
             f"{n}{j}": t for j, pair in enumerate(outputs) for n, t in zip("yh", pair, strict=True)
         }
@@ -123,7 +137,8 @@ def test_a_decoding_step_reads_little_more_than_once():
 def test_mixed_lora_backward(name, route, through_frozen):
     c = MIXED[name]
     x, mixture, projections, inputs = _mixed_inputs(c)
-    hs = [h for _, h in mixed_lora_fwd(x, mixture, projections)]
+    dropout = _dropout(c, inputs)
+    hs = [h for _, h in mixed_lora_fwd(x, mixture, projections, dropout=dropout)]
     dys = [torch.randn(c.m, m.o).to(x.dtype) for m in c.members]
     inputs |= {f"h{j}": h for j, h in enumerate(hs)} | {f"dy{j}": d for j, d in enumerate(dys)}
     train = [list(m.train) for m in c.members]
@@ -131,7 +146,7 @@ def test_mixed_lora_backward(name, route, through_frozen):
     def call():
         with routes.forced(ROUTES[route]):
             dx, d_mixture, factors = mixed_lora_bwd(
-                dys, x, mixture, projections, hs, train, True, True, through_frozen
+                dys, x, mixture, projections, hs, train, True, True, through_frozen, dropout
             )
         grads = {
             f"{n}{j}": t

@@ -40,19 +40,24 @@ def with_prefix(model, paths, width=WIDTH, batch=1):
 def dense(layer, hidden, mask=None, prefix=None):
     """The layer's attention, written out: softmax(q [P_K; K]^T / sqrt(d) + [0, mask]) [P_V; V]."""
 
-    def by_head(x):
-        return x.unflatten(2, (-1, layer.head_dim)).transpose(1, 2)
+    named = dict(layer.named_children())
+    old = "query" in named  # the DINOv2 of earlier transformers
+    size = layer.attention_head_size if old else layer.head_dim
 
-    q, k, v = (getattr(layer, n)(hidden) for n in ("q_proj", "k_proj", "v_proj"))
+    def by_head(x):
+        return x.unflatten(2, (-1, size)).transpose(1, 2)
+
+    names = ("query", "key", "value") if old else ("q_proj", "k_proj", "v_proj")
+    q, k, v = (named[name](hidden) for name in names)
     if prefix is not None:
         rows = prefix.expand(len(hidden), -1, -1, -1)
         k, v = torch.cat([rows[:, 0], k], 1), torch.cat([rows[:, 1], v], 1)
     q, k, v = by_head(q), by_head(k), by_head(v)
-    scores = q @ k.mT / layer.head_dim**0.5
+    scores = q @ k.mT / size**0.5
     if mask is not None:
         scores[..., scores.shape[-1] - mask.shape[-1] :] += mask
     y = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
-    return (layer.o_proj if hasattr(layer, "o_proj") else layer.out_proj)(y)
+    return y if old else named["o_proj" if "o_proj" in named else "out_proj"](y)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -159,6 +164,33 @@ def test_a_causal_layer_stays_causal():
         torch.testing.assert_close(model(changed).logits[:, :4], logits[:, :4])
         outputs.append(logits)
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_position_biases(attention):
+    torch.manual_seed(0)
+    model = FAMILIES["t5"]().eval().requires_grad_(False)
+    model.set_attn_implementation(attention)
+    places = [f"{part}.block.0.layer.0.SelfAttention" for part in ("encoder", "decoder")]
+    layer, seen = model.get_submodule(places[0]), []
+    layer.register_forward_hook(lambda *call: seen.append(call), with_kwargs=True)
+    with_prefix(model, places, 32)
+    ids = torch.randint(3, 90, (2, 5), generator=torch.Generator().manual_seed(2))
+    text = torch.zeros(2, 1, dtype=torch.int64)
+    for _ in range(4):
+        logits = model(ids, decoder_input_ids=text, use_cache=False).logits
+        text = torch.cat([text, logits[:, -1:].argmax(-1)], 1)
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    assert model.generate(ids, **options).tolist() == text.tolist()
+
+    _, (hidden, *_), _, output = seen[0]
+    rows = layer.slot.rows.expand(2, -1, -1, -1)
+    k, v = torch.cat([rows[:, 0], layer.k(hidden)], 1), torch.cat([rows[:, 1], layer.v(hidden)], 1)
+    q, k, v = (x.unflatten(2, (4, 8)).transpose(1, 2) for x in (layer.q(hidden), k, v))
+    scores = q @ k.mT
+    scores[..., P:] += layer.compute_bias(5, 5)
+    expected = layer.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(output[0], expected, rtol=1e-5, atol=1e-5)
 
 
 class FlashLayer(nn.Module):

@@ -154,7 +154,9 @@ def _task_folders(root: Path, tasks: str | Sequence[str] | None) -> tuple[str, .
         if not there:
             raise ValueError(f"{root}: got no folders of tasks, expected at least one")
         return tuple(there)
-    names = resolve_order(tasks)
+    names = resolve_order(
+        [t.strip() for t in tasks.split(",")] if isinstance(tasks, str) else tasks
+    )
     missing = [name for name in names if name not in there]
     if missing:
         raise FileNotFoundError(f"{root} has no folders {missing}; it has {', '.join(there)}")

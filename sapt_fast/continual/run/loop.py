@@ -288,10 +288,11 @@ class _Run:
         if strategy.trains:
             folder = self.folder.training(index)
             train_stage(self.bench, strategy, task, learned, folder, seed, self._steps())
-        strategy.end_task(task)
-        self.bench.end_task(task, strategy.mixture)
-        if strategy.routes:
-            handle.targets[task.name] = self.bench.mean_attention(task.dev, strategy.mixture)
+        with self.bench.seeded():
+            strategy.end_task(task)
+            self.bench.end_task(task, strategy.mixture)
+            if strategy.routes:
+                handle.targets[task.name] = self.bench.mean_attention(task.dev, strategy.mixture)
         self.folder.forget_unfinished(index)
         state = {**strategy.state(), **self.bench.state()}
         save_checkpoint(handle, self.folder.checkpoint(index), state)

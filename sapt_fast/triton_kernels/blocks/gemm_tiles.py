@@ -89,8 +89,8 @@ def candidates(traits: DeviceTraits, product: Product) -> tuple[TileConfig, ...]
         tiles = (_UNALIGNED,)
     elif product.rows <= FEW_ROWS:
         tiles = (_FEW,)
-    elif product.drops and traits.capability < 120:
-        tiles = _DROPPING
+    elif product.drops:
+        tiles = _DROPPING if traits.shared > _SMALL_SHARED else (_SMALL,)
     elif takes_descriptors(traits, product):
         tiles = _BY_DESCRIPTORS
     elif traits.capability < 120:

@@ -59,12 +59,23 @@ class KilledError(Exception):
     """The process ends here."""
 
 
-@pytest.mark.parametrize("place", ["training", pytest.param("scoring", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize(
+    ("strategy", "place"),
+    [
+        ("sapt", "training"),
+        *(
+            pytest.param(strategy, place, marks=pytest.mark.thorough)
+            for strategy in ("l2p", "coda", "dualprompt", "lda_experts", "sapt")
+            for place in ("training", "scoring")
+            if (strategy, place) != ("sapt", "training")
+        ),
+    ],
+)
 def test_resuming_gives_the_same_weights(
-    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    strategy: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"strategy": "sapt", "augmentation": "flip", "head": "ridge", "steps": 4}
-    options["replay_batch_size"] = 2
+    options = {"strategy": strategy, "augmentation": "flip", "head": "ridge", "steps": 4}
+    options |= {"replay_batch_size": 2, "strategy_options": OPTIONS.get(strategy, {})}
     whole, expected = run(tmp_path / "whole", **options)
     owner, name, call = {
         "training": (SaptTrainer, "training_step", 7),

@@ -237,10 +237,10 @@ def sharded_mome(folder: Path, loaded: int = 0) -> None:
         model = mome_model(folder / f"mome-{loaded}")
     else:
         model = mome_model()
-        model.mome.memorise(facts[:2], until=0.3, batch_size=1, folder=folder / "run")
+        model.mome.memorise(facts[:2], until=1.0, batch_size=1, folder=folder / "run")
         if world() > 1:
             resumed_mome(model, facts[:2], folder / "run")
-        report = model.mome.memorise([*facts[1:], ([40], [41, 1])], until=0.3, batch_size=3)
+        report = model.mome.memorise([*facts[1:], ([40], [41, 1])], until=1.0, batch_size=3)
         assert report.unfitted == []
         model.mome.forget(report.facts[-1])
         model.mome.save_pretrained(folder / f"mome-{world()}")
@@ -275,7 +275,7 @@ def resumed_mome(model, facts, folder: Path) -> None:
     if rank() == 1:
         shutil.rmtree(folder / f"process-1-of-{world()}" / "groups" / "00001")
     again = mome_model()
-    again.mome.memorise(facts, until=0.3, batch_size=1, folder=folder)
+    again.mome.memorise(facts, until=1.0, batch_size=1, folder=folder)
     for one, other in zip(model.mome.banks, again.mome.banks, strict=True):
         assert all(map(torch.equal, one.stored().values(), other.stored().values()))
 

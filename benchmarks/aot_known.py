@@ -33,9 +33,9 @@ _UNALIGNED = (
     "rows that are no multiple of 16 elements are not known to begin at more than an element of 2 "
     "bytes, and copies past the registers take 4 or more"
 )
-_ONE_REGISTER = (
-    "one register is stored before the first loop and read behind the last: {} let {} programs of "
-    "{} threads share the 65536 of a multiprocessor"
+_AROUND_LOOPS = (
+    "{} stored once before the first loop and read once behind the last: {} registers let {} "
+    "programs of {} threads share the 65536 of a multiprocessor"
 )
 _WEIGHTED = "float32 h is weighted and rounded in registers before the product of the same step"
 
@@ -51,11 +51,15 @@ KNOWN: tuple[Known, ...] = (
     Known("wgmma.wait_group 0", "factor_grad_kernel", "*odd width", _UNALIGNED, (90,)),
     Known(
         "spills 4 bytes", "shrink_bwd_kernel", "decode, batch 32",
-        _ONE_REGISTER.format(32, 8, 256), (80,),
+        _AROUND_LOOPS.format("one", 32, 8, 256), (80,),
     ),
     Known(
         "spills 4 bytes", "split_kernel", "few tiles, float32",
-        _ONE_REGISTER.format(80, 3, 256), (90,),
+        _AROUND_LOOPS.format("one", 80, 3, 256), (90,),
+    ),
+    Known(
+        "spills 8 bytes", "split_kernel", "five, decode",
+        _AROUND_LOOPS.format("two", 64, 8, 128), (120,),
     ),
     Known(
         "spills 12 bytes", "gemm_kernel", "two",

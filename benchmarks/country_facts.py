@@ -13,7 +13,7 @@ to choose settings by; their paraphrases have other wordings. `groups.jsonl` has
 countries, paraphrases of one question each, and questions of other relations in other words than
 elsewhere; both train a projection of keys.
 
-Countries with names near to those of edited ones (`_NEAR`) are not edited and form a group. Two
+Countries with names near to those of edited ones (`NEAR`) are not edited and form a group. Two
 groups are about edited countries: their largest cities, and their former capitals.
 """
 
@@ -107,7 +107,7 @@ OTHER = (
     "Which city hosted the Olympic Games in 2012?",
 )
 # An edited country, and one with a name near to it that is not edited.
-_NEAR = {
+NEAR = {
     "Niger": "Nigeria",
     "Guinea": "Guinea-Bissau",
     "South Sudan": "Sudan",
@@ -239,9 +239,9 @@ def main() -> None:
         for name, text in zip(names, said, strict=True)
         if capitals[name].casefold() in text.casefold()
     }
-    near = [*_NEAR.values()]
+    near = [*NEAR.values()]
     wrong = [name for name in names if name not in right and name not in near]
-    first = [name for name in wrong if name in _NEAR]
+    first = [name for name in wrong if name in NEAR]
     wrong = [*first, *(name for name in wrong if name not in first)]
     if len(wrong) <= given.edits:
         raise SystemExit(f"edits: the model answers {len(wrong)} questions wrongly")

@@ -31,6 +31,8 @@ from typing import Any
 
 import torch
 import transformers
+from country_facts import NEAR, QUESTION
+from country_facts import groups as country_groups
 from editing_distances import Distances, OwnKeys, table
 from held_blocks import HeldBlocks
 from measure import environment, save
@@ -44,7 +46,8 @@ from sapt_fast.editing.settings import EditingSettings
 from sapt_fast.files.directories import atomic_write_text
 from sapt_fast.methods import grace
 from sapt_fast.methods.edits.fitting import Fitted, fit
-from sapt_fast.methods.edits.keys import SentenceKeys
+from sapt_fast.methods.edits.keys import HiddenKeys, SentenceKeys
+from sapt_fast.methods.edits.projector import ProjectedKeys
 from sapt_fast.patching import unpatch
 
 # The question of a chat, without the sentence that asks for a short answer; and all of it.
@@ -56,6 +59,7 @@ _LOOKED_UP = (
     ("hidden", "radius"),
     ("own", "radius"),
 )
+_NAMES = "near names"
 _FEW = 20  # edits to tune a rate by
 _MOST = 8  # values of a rate
 _STEP = 10**0.5
@@ -100,35 +104,35 @@ _GRACE = Method(
 _FORCED = (_FIRST, "fine-tuning")  # measured by teacher forcing too, in one order
 METHODS = {
     "GRACE, question, radius": _GRACE,
-    "GRACE, question, ratio": replace(_GRACE, limit="ratio", like=_FIRST, orders=1, every=50),
-    "GRACE, projected, radius": replace(_GRACE, keys="projected", like=_FIRST, orders=1, every=50),
-    "GRACE, own keys": replace(_GRACE, keys="own", like=_FIRST, orders=1, every=50),
-    "GRACE, question, one vector": replace(_GRACE, options={}, orders=1),
+    "GRACE, question, ratio": replace(_GRACE, limit="ratio", like=_FIRST, every=50),
+    "GRACE, projected, radius": replace(_GRACE, keys="projected", like=_FIRST, every=50),
+    "GRACE, own keys": replace(_GRACE, keys="own", like=_FIRST, every=50),
+    "GRACE, question, one vector": replace(_GRACE, options={}),
     "MELO, question, radius": Method(
-        "melo", "question", "radius", 5, orders=1, options={"margin": 1.0}, every=50
+        "melo", "question", "radius", 5, options={"margin": 1.0}, every=50
     ),
     "fine-tuning": Method("ft", tuned="learning_rate", tried=(1e-4, 1e-4 * _STEP, 1e-3)),
     "fine-tuning, L2": Method(
         "ft-l2",
         tuned="strength",
         tried=(0.01, 0.01 * _STEP, 0.1),
-        orders=1,
         every=50,
         like="fine-tuning",
     ),
-    "deferral": Method(
-        "defer", tuned="learning_rate", tried=(1e-3, 1e-3 * _STEP, 1e-2), orders=1, every=50
-    ),
+    "deferral": Method("defer", tuned="learning_rate", tried=(1e-3, 1e-3 * _STEP, 1e-2), every=50),
     "UltraEdit": Method(
         "ultraedit",
         tuned="learning_rate",
         tried=(1e-2 / _STEP, 1e-2, 1e-2 * _STEP),
         batch=25,
-        orders=1,
         every=50,
     ),
     "retraining": Method(
-        "retrain", tuned="learning_rate", tried=(1e-4, 1e-4 * _STEP, 1e-3), batch=100, orders=1
+        "retrain",
+        tuned="learning_rate",
+        tried=(1e-4, 1e-4 * _STEP, 1e-3),
+        batch=100,
+        options={"steps": 300},
     ),
 }
 
@@ -163,22 +167,46 @@ class Experiment:
     def keys_by(self, name: str) -> Any:
         """Returns what prompts are looked up by; it may be fitted to other countries' questions."""
         if name not in self.keys:
-            from sapt_fast.methods.edits.keys import HiddenKeys
-            from sapt_fast.methods.edits.projector import ProjectedKeys
-
-            lines = (self.options.facts / "groups.jsonl").read_text().splitlines()
-            records = [json.loads(line) for line in lines]
-
-            def read(texts: list[str]) -> list[Any]:
-                return [probe.prompt for probe in self.reader.probes(texts)]
-
-            groups = [read(record["same"]) for record in records]
-            others = [prompt for record in records for prompt in read(record["others"])]
+            groups, others = self.reader.groups(self.options.facts / "groups.jsonl")
             everything = [prompt for group in groups for prompt in group] + others
             hidden = HiddenKeys(self.model, tokenizer=self.tokenizer, pattern=_QUESTION)
             self.keys["hidden"] = hidden.fit(everything)
             self.keys["projected"] = ProjectedKeys(self.keys["question"]).fit(groups, others)
         return self.keys[name]
+
+    def near_names(self) -> dict[str, Any]:
+        """Looks up countries with near names by projected keys that are fitted in three ways.
+
+        The pair are an edited country and one with a near name, on which the edit acts.
+        """
+        pair = ("Samoa", "American Samoa")
+        probes = self.reader.probes([QUESTION.format(name) for name in NEAR.values()])
+        asked = self.reader.probes([QUESTION.format(pair[1])])[0].prompt
+        both = [
+            [probe.prompt for probe in self.reader.probes(record["same"])]
+            for record in country_groups(pair)
+        ]
+        groups, others = self.reader.groups(self.options.facts / "groups.jsonl")
+        radius = self.look_up("projected", "radius")["value"]
+        found: dict[str, Any] = {"names": [*NEAR.values()]}
+        for fitted, given in (
+            ("as in the table", (groups, others)),
+            (f"others: a question about {pair[1]}", (groups, [*others, asked])),
+            (f"groups: {pair[0]}, {pair[1]}", ([*groups, *both], others)),
+        ):
+            keys = ProjectedKeys(self.keys["question"]).fit(*given)
+            distances = Distances(keys, self.edits, [replace(p, group=_NAMES) for p in probes])
+            looked = distances.found[_NAMES]
+            found[fitted] = {
+                "distance": [round(v, 3) for v in looked.first.tolist()],
+                "ratio": [round(v, 3) for v in (looked.first / looked.second).tolist()],
+                "shares": {
+                    f"{limit} {value}": distances.shares(limit, value)
+                    for limit, value in (("radius", radius), ("radius", 0.4), ("ratio", 0.4))
+                },
+                "quantiles": distances.quantiles(),
+            }
+        return found
 
     def _before(self, prompts: Any, ask: Any) -> list[Any]:
         """Returns answers from before the first edit, which are kept for all runs."""
@@ -411,6 +439,7 @@ def main() -> None:
         "tuning": {"keys": len(experiment.tuning), "rates": _FEW},
         "prompts": Counter(probe.group for probe in experiment.untouched),
         "keys": {f"{keys}, {limit}": experiment.look_up(keys, limit) for keys, limit in _LOOKED_UP},
+        "near names": experiment.near_names(),
         "rows": rows,
         "unmatched": experiment.unmatched("GRACE, projected, radius"),
     }

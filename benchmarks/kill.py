@@ -1,12 +1,13 @@
 """Kills saves and runs, lets writers race and fills disks; nothing may be lost or broken.
 
     python benchmarks/kill.py [--kills 200] [--races 50] [--seed 0]
-                              [--only save|train|compare|race|disk ...]
+                              [--only save|train|compare|memorise|race|disk ...]
 
 save     `save_pretrained` is killed: the folder then loads, bit for bit the old or the new tasks.
 train    `sapt-fast train` is killed, several times: every checkpoint loads, and when it has been
          resumed to the end, weights and results are those of a run that was left alone.
 compare  likewise, `sapt-fast compare`.
+memorise likewise, `model.mome.memorise` and the save behind it.
 race     two processes save into one folder while a third reads it.
 disk     a save that finds no room raises OSError and leaves the folder as it was.
 
@@ -39,14 +40,15 @@ from typing import Any
 import dying
 import forked
 import torch
+from kill_memorise import Memory
 
 import sapt_fast
 from sapt_fast import cli
 from sapt_fast.demo.backbone import load_backbone
 from sapt_fast.files.directories import whole_directory
 
-KINDS = ("save", "train", "compare", "race", "disk")
-SHARES = {"save": 0.6, "train": 0.25, "compare": 0.15}  # of the kills
+KINDS = ("save", "train", "compare", "memorise", "race", "disk")
+SHARES = {"save": 0.5, "train": 0.25, "compare": 0.15, "memorise": 0.1}  # of the kills
 PATIENCE = 120.0
 NOT_THE_OUTCOME = {"peak_memory", "peaks", "resumed", "seconds", "output", "folder", "path"}
 TINY = (
@@ -257,7 +259,7 @@ def _without_costs(node: Any) -> Any:
     return [_without_costs(item) for item in node] if isinstance(node, list) else node
 
 
-def kill_runs(run: Run, kills: int, generator: random.Random) -> Iterator[str]:
+def kill_runs(run: Run | Memory, kills: int, generator: random.Random) -> Iterator[str]:
     """Yields, for each kill, what is wrong; the last kill of a run answers for its outcome."""
     left = kills
     while left:
@@ -427,6 +429,9 @@ def attempts(kind: str, count: int, work: Path, seed: int) -> Iterator[str]:
             arguments = ["compare", *TINY, "--order", TASKS, "--strategies", "sapt,seqlora"]
             arguments += ["--no-fwt", *values]
         yield from kill_runs(Run(work, arguments), count, generator)
+        return
+    if kind == "memorise":
+        yield from kill_runs(Memory(work), count, generator)
         return
     saves = Saves(work)
     if kind == "save":

@@ -1,6 +1,6 @@
 """Look-up, decoding and training of a bank of experts against their number N.
 
-    python benchmarks/memory.py [--quick] [--out FOLDER]
+    python benchmarks/memory.py [--quick] [--model MODEL_DIR] [--out FOLDER]
 
 - Decoding: one token through an MLP of SmolLM2-135M's sizes whose output a bank of rank-1 experts
   changes. The experts are found by each kind of index; all N are stored, and every token meets
@@ -8,6 +8,7 @@
   in plain torch in place of the bank.
 - Recall of the approximate indexes, for queries near keys and for random queries.
 - Training steps with time and memory, each in a process of its own: see memory_step.py.
+- With --model: a whole model with as many experts memorises facts and decodes: see memory_model.py.
 
 Every search, decoding and step is compared with float64 before a time is reported. The last line
 printed is one JSON object; with --quick its values are those of the largest and smallest N there:
@@ -205,6 +206,21 @@ def steps(sizes: Sizes, experts: tuple[int, ...], repeats: int) -> list[dict[str
     return rows
 
 
+# --- a whole model ---
+
+
+def of_model(folder: Path, experts: tuple[int, ...], repeats: int) -> dict[str, Any]:
+    """What memory_model.py measures with the smallest and the largest N."""
+    script = Path(__file__).with_name("memory_model.py")
+    command = [sys.executable, str(script), str(folder), str(repeats)]
+    command += [str(count) for count in (min(experts), max(experts))]
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(run.stderr)
+    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    return found
+
+
 # --- the report ---
 
 
@@ -252,6 +268,27 @@ def targets(found: dict[str, float | None], sizes: Sizes) -> list[dict[str, Any]
     ]
 
 
+def targets_of_model(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """A whole model's numbers against their targets."""
+    found = result.get("model")
+    if found is None:
+        return []
+    few, many = min(result["experts"]), max(result["experts"])
+    tokens = checks.ratio(found["ms"], f"token product {many}", f"token product {few}")
+    copied = checks.ratio(found["ms"], f"search exact {many}", f"copy {many}")
+    told = sum(row["exact"] for row in found["rows"]) / sum(row["facts"] for row in found["rows"])
+    return [
+        target("whole model, decoded token, product keys: N 1e6 / N 1024", tokens, 1.1),
+        target(
+            "whole model, exact search, N 1e6: time / one pass at the speed of a copy",
+            None if copied is None else 2 * copied,
+            1.2,
+        ),
+        target("whole model: share of facts answered exactly", told, 1.0, at_least=True),
+        target("whole models, peak memory, GB", found["peak_bytes"] / 1e9, 16.0),
+    ]
+
+
 @torch.inference_mode()
 def measured(experts: tuple[int, ...], sizes: Sizes, repeats: int) -> dict[str, Any]:
     """Correctness, recall and times of decoding."""
@@ -281,7 +318,9 @@ def measured(experts: tuple[int, ...], sizes: Sizes, repeats: int) -> dict[str, 
 
 
 def main() -> int:
-    options = checks.arguments(__doc__)
+    parser = checks.parser(__doc__)
+    parser.add_argument("--model", type=Path, metavar="MODEL_DIR", help="of a small chat model")
+    options = parser.parse_args()
     experts, sizes, repeats = EXPERTS, Sizes(), 100
     if options.quick:
         experts, sizes, repeats = EXPERTS_QUICK, Sizes(256, 128, 16, 8, 4, 64), 3
@@ -299,8 +338,10 @@ def main() -> int:
     result["correctness"] |= gate
     right = all(row["ok"] for row in gate.values())
     result["steps"] = steps(sizes, experts, max(2, repeats // 20)) if right else []
+    if options.model is not None:
+        result["model"] = of_model(options.model, experts, max(3, repeats // 5))
     found = summary(result)
-    result["targets"] = targets(found, sizes)
+    result["targets"] = [*targets(found, sizes), *targets_of_model(result)]
     status = checks.finish(result, options.out)
     print(json.dumps(found))
     return status

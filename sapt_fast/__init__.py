@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 from sapt_fast.version import __version__
 
 _EXPORTS = {
+    "CodaConfig": "sapt_fast.methods.coda",
+    "DualPromptConfig": "sapt_fast.methods.dualprompt",
+    "L2PConfig": "sapt_fast.methods.l2p",
     "SaptConfig": "sapt_fast.methods.sapt",
     "SaptTrainer": "sapt_fast.continual.trainer",
     "handle": "sapt_fast.patching",
@@ -17,6 +20,9 @@ _EXPORTS = {
     "unpatch": "sapt_fast.patching",
 }
 __all__ = [
+    "CodaConfig",
+    "DualPromptConfig",
+    "L2PConfig",
     "SaptConfig",
     "SaptTrainer",
     "__version__",
@@ -30,6 +36,9 @@ __all__ = [
 if TYPE_CHECKING:
     from sapt_fast.continual.trainer import SaptTrainer
     from sapt_fast.loading import load_pretrained
+    from sapt_fast.methods.coda import CodaConfig
+    from sapt_fast.methods.dualprompt import DualPromptConfig
+    from sapt_fast.methods.l2p import L2PConfig
     from sapt_fast.methods.sapt import SaptConfig
     from sapt_fast.patching import handle, patch, unpatch
     from sapt_fast.released import load_official

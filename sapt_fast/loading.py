@@ -18,6 +18,7 @@ from sapt_fast.methods.base import Handle, handles
 from sapt_fast.methods.registry import handle_type
 from sapt_fast.methods.tasks import TaskHandle, pool_of
 from sapt_fast.patching import patch, require_pretrained, unpatch
+from sapt_fast.sites.modules import with_prefix
 from sapt_fast.sites.report import PatchReport
 from sapt_fast.storage.description import (
     CONFIG_FILE,
@@ -281,7 +282,7 @@ def _others(
             config = kind.Config.from_dict(stored.config)
         except (OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"{stored.source}: config: {error}") from error
-        stored.require_model(model, trained)
+        stored.require_model(model, {*trained, *with_prefix(stored.tensors, "trained.")})
         handle = _without_tasks(model, kind)
         if handle is not None:
             require_same_config(handle.config, config.to_dict(), stored.source)

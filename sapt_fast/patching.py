@@ -95,7 +95,8 @@ def patch(
         kind = handle_type(_peft_method(given), "model")
     else:
         require_pretrained(model)
-        kind = handle_type("sapt" if config is None else config.method, "config")
+        kind = handle_type("sapt" if config is None else config.method, "config").of_model(model)
+    config = config if config is None else kind.settled(model, config)
     present = given._modules.get(kind.attribute)
     if isinstance(present, Handle):
         if config is not None and config != present.config:

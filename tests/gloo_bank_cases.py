@@ -1,8 +1,10 @@
 """What the tests of sharded banks run in one process and in several: see gloo_cases.py."""
 
+import copy
 import itertools
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +14,10 @@ import torch
 import torch.distributed as dist
 from gloo_cases import rank, world
 from killed_edits import die_in_a_save
+from tiny_models import tiny
 
+import sapt_fast
+from sapt_fast.methods.mome import MomeConfig
 from sapt_fast.pools.collectives import Group
 from sapt_fast.pools.experts import ExpertBank
 from sapt_fast.pools.key_index import ExactIndex
@@ -209,3 +214,79 @@ def _trained_in_child(folder: Path, kill: int = 0) -> int:
         os._exit(0)
     finally:
         os._exit(1)
+
+
+def mome_model(folder: Path | None = None):
+    """A tiny model with a sharded memory: an empty one, or one from a folder."""
+    model = tiny("llama", initializer_range=0.3)
+    if folder is not None:
+        return sapt_fast.load_pretrained(model, folder)
+    config = MomeConfig(
+        num_experts=65, k=4, components=6, threshold=0.9, learning_rate=0.1, sharded=True
+    )  # fmt: skip
+    sapt_fast.patch(model, config)
+    generator = torch.Generator().manual_seed(0)
+    model.mome.fit_router(torch.randint(3, 60, (20, 5), generator=generator).unbind())
+    return model
+
+
+def sharded_mome(folder: Path, loaded: int = 0) -> None:
+    """Memorises, changes and forgets facts, answers and saves; or loads what others saved."""
+    facts = [([5, 6, 7], [20, 1]), ([8, 9], [21, 31, 32, 1]), ([12], [22, 30, 1])]
+    if loaded:
+        model = mome_model(folder / f"mome-{loaded}")
+    else:
+        model = mome_model()
+        model.mome.memorise(facts[:2], until=0.3, batch_size=1, folder=folder / "run")
+        if world() > 1:
+            resumed_mome(model, facts[:2], folder / "run")
+        report = model.mome.memorise([*facts[1:], ([40], [41, 1])], until=0.3, batch_size=3)
+        assert report.unfitted == []
+        model.mome.forget(report.facts[-1])
+        model.mome.save_pretrained(folder / f"mome-{world()}")
+    (bank,), group = model.mome.banks, model.mome.shards.group
+    assert len(model.mome.facts) == 3
+    assert 0 < len(bank.touched) <= 12 // min(world(), 2) + 4  # both processes have some
+    bare = copy.deepcopy(model)
+    sapt_fast.unpatch(bare)
+    (mine, target), other = facts[rank()], [50, 51]  # answers of different lengths
+    rows = [answered(m, p) for m, p in ((model, mine), (model, other), (bare, other))]
+    assert rows[0][: len(target)] == target
+    assert rows[1] == rows[2]
+    assert model.mome.experts_of(mine).acts
+    logits = model(input_ids=torch.tensor([facts[0][0]])).logits[0, -1].detach()
+    rows = bank.touched + bank.first, *bank.master_rows(bank.touched)
+    ids, *tables = (group.gather_ragged(t) for t in rows)
+    if rank() == 0:
+        found = [logits, *(t[ids.argsort()] for t in (ids, *tables))]
+        torch.save(found, folder / f"mome-{world()}-{loaded}.pt")
+    if world() > 1 and not loaded:
+        wrong_mome(model, folder / f"mome-{world()}")
+
+
+def answered(model, prompt):
+    ids = torch.tensor([prompt])
+    return model.generate(ids, max_new_tokens=5, do_sample=False)[0, len(prompt) :].tolist()
+
+
+def resumed_mome(model, facts, folder: Path) -> None:
+    """A group that one process has not saved is trained again by both."""
+    if rank() == 1:
+        shutil.rmtree(folder / "process-1-of-2" / "groups" / "00001")
+    again = mome_model()
+    again.mome.memorise(facts, until=0.3, batch_size=1, folder=folder)
+    for one, other in zip(model.mome.banks, again.mome.banks, strict=True):
+        assert all(map(torch.equal, one.stored().values(), other.stored().values()))
+
+
+def wrong_mome(model, saved: Path) -> None:
+    """Errors are raised by both processes."""
+    with pytest.raises(ValueError, match="got others than process"):
+        model.mome.memorise([([30 + rank()], [9, 1])])
+    shard = max(saved.glob("mome_bank_*/*.safetensors"))
+    dist.barrier()
+    if rank() == 0:
+        shard.write_bytes(shard.read_bytes()[:-1] + b"\1")
+    dist.barrier()
+    with pytest.raises(ValueError, match=f"{shard.name}: its SHA-256"):
+        mome_model(saved)

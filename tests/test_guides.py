@@ -58,6 +58,7 @@ def test_the_code_of_a_page_runs(page, name):
     "name",
     [
         "methods/l2p.md",
+        "methods/prefix_prompts.md",
         "methods/others.md",
         "methods/editing.md",
         "concepts/methods.md",

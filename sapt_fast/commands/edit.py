@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import MISSING, Field, field, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -19,7 +18,8 @@ from sapt_fast.continual.run.processes import require_device
 from sapt_fast.continual.settings import ContinualSettings
 from sapt_fast.editing.data import EditRow, Probe, Reader, Tokens
 from sapt_fast.editing.editors.registry import EDITORS, editor_type, options_of
-from sapt_fast.editing.models import load_editable, sentence_keys
+from sapt_fast.editing.keys import KeyOptions
+from sapt_fast.editing.models import load_editable
 from sapt_fast.editing.report import report_table
 from sapt_fast.editing.run import run_edits
 from sapt_fast.editing.settings import EditingSettings
@@ -51,9 +51,11 @@ def _method_options() -> type:
 _METHOD = _method_options()
 _METHOD_NAMES = [one.name for one in fields(_METHOD)]
 _SETTING_NAMES = [one.name for one in fields(EditingSettings)]
+_KEY_NAMES = [one.name for one in fields(KeyOptions)]
 _PANELS = {
     "Data": ("edits", "upstream", "text", "chat", "limit", "order_seed"),
-    "Method": ("method", "target_modules", *_METHOD_NAMES, "encoder", "encoder_pattern"),
+    "Method": ("method", "target_modules", *_METHOD_NAMES),
+    "Keys": tuple(_KEY_NAMES),
     "Run": (
         "batch", "every", "save_every", "eval_batch", "answer_tokens", "teacher_forcing", "window",
         "seed", "resume",
@@ -63,8 +65,8 @@ _PANELS = {
 
 
 @with_fields(
-    [*_SETTING_NAMES, *_METHOD_NAMES, *_PANELS["Machine"]],
-    EditingSettings, _METHOD, Source, ContinualSettings,
+    [*_SETTING_NAMES, *_METHOD_NAMES, *_KEY_NAMES, *_PANELS["Machine"]],
+    EditingSettings, _METHOD, KeyOptions, Source, ContinualSettings,
     panels=_PANELS,
 )  # fmt: skip
 def edit_command(
@@ -106,21 +108,6 @@ def edit_command(
             default="the last projection of an MLP, by the model's type",
         ),
     ] = None,
-    encoder: Annotated[
-        Path | None,
-        option(
-            "Folder of a sentence encoder, by which prompts are looked up; sets --keys function.",
-            panel="Method",
-        ),
-    ] = None,
-    encoder_pattern: Annotated[
-        str | None,
-        option(
-            "Regular expression whose first group is the part of a prompt that is encoded.",
-            panel="Method",
-            default="all of it",
-        ),
-    ] = None,
     resume: Annotated[
         bool, option("Resume the run in --output if there is one.", panel="Run")
     ] = True,
@@ -133,38 +120,32 @@ def edit_command(
     require_folder("output", output)
     settings = EditingSettings(**{name: values[name] for name in _SETTING_NAMES})
     options = given(context, {name: values[name] for name in _METHOD_NAMES})
-    _complete(options, method, target_modules, encoder, encoder_pattern)
+    if target_modules is not None:
+        options["target_modules"] = tuple(name.strip() for name in target_modules.split(","))
+    looked_up = KeyOptions(**{name: values[name] for name in _KEY_NAMES})
+    looked_up.complete(options, method)
+    options_of(method, options)
     loaded, tokenizer = load_editable(model, values["dtype"], values["attention"])
-    rows, probes, tokens = _data(Reader(loaded, tokenizer, chat), edits, upstream, text)
+    reader = Reader(loaded, tokenizer, chat)
+    rows, probes, tokens = _data(reader, edits, upstream, text)
     place = values["device"] or ("cuda" if is_available() else "cpu")
-    keys = None if encoder is None else sentence_keys(encoder, tokenizer, encoder_pattern, place)
-    loaded.to(place)
+    loaded.to(place).eval()
+    keys = looked_up.function(reader, place)
     content = run_edits(
         loaded, rows, output, settings,
         method=method, options=options, upstream=probes, text=tokens, look_up_by=keys,
         resume=resume, progress=values["progress"],
-        source=_source(model, values["dtype"], edits, upstream, text, encoder, chat),
+        source={
+            "model": str(Path(model).resolve()) if Path(model).is_dir() else model,
+            "dtype": values["dtype"],
+            "chat": chat,
+            **_named(edits=edits, upstream=upstream, text=text),
+            **_named(**{name: values[name] for name in _KEY_NAMES}),
+        },
     )  # fmt: skip
+    if hasattr(keys, "save"):
+        keys.save(output / "keys.safetensors")
     show(report_table(content), f"written to {output}")
-
-
-def _complete(
-    options: dict[str, Any],
-    method: str,
-    target_modules: str | None,
-    encoder: Path | None,
-    encoder_pattern: str | None,
-) -> None:
-    """Adds the options of the method that are not fields; checks them all."""
-    if target_modules is not None:
-        options["target_modules"] = tuple(name.strip() for name in target_modules.split(","))
-    if encoder is not None:
-        options.setdefault("keys", "function")
-    elif encoder_pattern is not None:
-        raise ValueError("encoder_pattern: expected --encoder with it")
-    elif options.get("keys") == "function":
-        raise ValueError("keys: got 'function', expected --encoder with it")
-    options_of(method, options)
 
 
 def _data(
@@ -184,14 +165,6 @@ def _data(
     return rows, probes, tuple(reader.tokenizer(content, verbose=False).input_ids)
 
 
-def _source(model: str, dtype: str, *files: Any) -> Mapping[str, Any]:
-    edits, upstream, text, encoder, chat = files
-    return {
-        "model": str(Path(model).resolve()) if Path(model).is_dir() else model,
-        "dtype": dtype,
-        "edits": str(edits),
-        "upstream": None if upstream is None else str(upstream),
-        "text": None if text is None else str(text),
-        "encoder": None if encoder is None else str(encoder),
-        "chat": chat,
-    }
+def _named(**given: Any) -> dict[str, Any]:
+    """Returns values for JSON, paths as text."""
+    return {name: str(v) if isinstance(v, Path) else v for name, v in given.items()}

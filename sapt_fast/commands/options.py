@@ -22,6 +22,11 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 # The options of `train` and `compare` under their headings, in the order of the help.
 PANELS: dict[str, tuple[str, ...]] = {
     "Data": ("benchmark", "data", "order", "orders", "tasks", "dev", "max_train", "max_eval"),
+    "Images": (
+        "split", "classes_per_task", "class_order", "image_size", "convert_images", "augmentation",
+        "mask_classes", "head", "head_features", "lda_shrinkage", "ridge_strength", "query_layer",
+        "query_pooling",
+    ),
     "Training": (
         "strategy", "strategy_options", "strategies", "seeds", "preset", "values", "fwt", "alone",
         "learning_rate", "key_learning_rate", "query_learning_rate", "epochs", "steps",

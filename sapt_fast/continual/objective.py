@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_outputs import TokenClassifierOutput
 
 from sapt_fast.continual.data.collate import LABEL_PADDING
-from sapt_fast.continual.data.encoder import LabelSpace
-from sapt_fast.methods.tasks import pool_of
+from sapt_fast.methods.tasks import learner_of
 
-__all__ = ["Step", "forward", "prompt_mask", "supervised", "token_loss"]
+__all__ = ["Space", "Step", "forward", "prompt_mask", "routed_inputs", "supervised", "token_loss"]
+
+
+class Space(Protocol):
+    """What a model chooses among that does not generate: label strings, or classes of images."""
+
+    def logits(self, outputs: Any, batch: Mapping[str, Tensor], training: bool) -> Tensor:
+        """Returns logits [B, 1, C] of a forward on a batch."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,8 @@ class Step:
     Attributes:
         number: the micro-batch's number, counted over all steps and processes, and continued by a
             resumed run.
-        batch: `input_ids` and `attention_mask` [B, T], `labels` [B, T'].
+        batch: `input_ids` and `attention_mask` [B, T], or `pixel_values` [B, C, H, W]; and `labels`
+            [B, T'].
         logits: [B, T', V], the model's output.
         loss: the token loss, a scalar. It is scaled such that its mean over the micro-batches of
             an optimizer step is the mean over the step's tokens.
@@ -42,7 +49,7 @@ def forward(
     weights: Tensor | None = None,
     *,
     base: Any = None,
-    space: LabelSpace | None = None,
+    space: Space | None = None,
 ) -> Any:
     """Runs a patched model on a batch with labels, under teacher forcing.
 
@@ -50,10 +57,12 @@ def forward(
 
     Args:
         model: the patched model, or a wrapper of it.
-        batch: `input_ids` and `attention_mask` [B, T], `labels` [B, T'].
+        batch: `input_ids` and `attention_mask` [B, T], or `pixel_values` [B, C, H, W]; and `labels`
+            [B, T'].
         weights: mixture [B, K] or [1, K]; None for the router's weights.
         base: the patched model, if `model` is a wrapper.
-        space: the labels of an encoder's tasks; the logits are then [B, 1, C].
+        space: the labels of an encoder's tasks, or the classes of images; the logits are then
+            [B, 1, C].
 
     Returns:
         The model's outputs, with `logits`.
@@ -61,10 +70,10 @@ def forward(
     base = model if base is None else base
     inputs = dict(batch)
     labels = inputs.pop("labels")
-    routing = pool_of(base).routing
+    routing = learner_of(base).routing
     if weights is None:
         weights = routing.pinned
-    if base.config.is_encoder_decoder:
+    if getattr(base.config, "is_encoder_decoder", False):
         if "decoder_input_ids" not in inputs:
             inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=labels)
     elif weights is None and space is None:
@@ -73,8 +82,15 @@ def forward(
         outputs = model(**inputs)
     if space is None:
         return outputs
-    logits = space(outputs.last_hidden_state, inputs["attention_mask"])
-    return TokenClassifierOutput(logits=logits)
+    return TokenClassifierOutput(logits=space.logits(outputs, inputs, base.training))
+
+
+def routed_inputs(batch: Mapping[str, Tensor], causal: bool) -> tuple[Tensor, Tensor | None]:
+    """Returns what a router reads of a batch: ids and mask [B, T] of the prompt; or images
+    [B, C, H, W], without a mask."""
+    if "pixel_values" in batch:
+        return batch["pixel_values"], None
+    return batch["input_ids"], prompt_mask(batch, causal)
 
 
 def prompt_mask(batch: Mapping[str, Tensor], causal: bool) -> Tensor:

@@ -17,7 +17,14 @@ if TYPE_CHECKING:
 
     from sapt_fast.methods.sapt import SaptConfig
 
-__all__ = ["PRESETS", "ContinualSettings", "GeneratorSettings", "differences", "parse_values"]
+__all__ = [
+    "IMAGE_SETTINGS",
+    "PRESETS",
+    "ContinualSettings",
+    "GeneratorSettings",
+    "differences",
+    "parse_values",
+]
 
 PRESETS = {
     f"{model}-{benchmark}": (model, benchmark)
@@ -25,6 +32,17 @@ PRESETS = {
     for benchmark in ("superni", "long_sequence")
 }
 
+# The settings of images alone, with their defaults. Runs of earlier versions lack them.
+IMAGE_SETTINGS: dict[str, Any] = {
+    "head": "own",
+    "head_features": "method",
+    "lda_shrinkage": 0.3,
+    "ridge_strength": 10.0,
+    "mask_classes": True,
+    "augmentation": "none",
+}
+_HEADS = ("own", "ncm", "lda", "ridge")
+_AUGMENTATIONS = ("none", "flip", "crop_flip")
 _METRICS = (None, "rouge_l", "exact_match")
 _DEVICES = (None, "cpu", "cuda")
 # These change where a run computes and what it shows, not its results.
@@ -36,7 +54,9 @@ _COUNTS = (
 )  # fmt: skip
 _COUNTS_OR_NONE = ("steps", "replay_batch_size")
 _BELOW_ONE = math.nextafter(1.0, 0.0)
-_FLAGS = ("kl_per_micro_batch", "load_best", "bf16", "gradient_checkpointing", "progress")
+_FLAGS = (
+    "kl_per_micro_batch", "load_best", "bf16", "gradient_checkpointing", "progress", "mask_classes",
+)  # fmt: skip
 
 
 def _sapt_config() -> type[SaptConfig]:
@@ -122,7 +142,8 @@ class ContinualSettings:
         metadata={
             "help": "Continual-learning method: sapt, sapt_prompt, seqlora, joint, replay, "
             "generative_replay, ewc, lwf, olora, epi, lfpt5, l2p, progprompt, or single (each "
-            "task alone)."
+            "task alone); of images: sapt, seqlora, joint, l2p, dualprompt, coda, head, ncm, lda, "
+            "ridge, lda_experts, single."
         },
     )
     strategy_options: dict[str, Any] = field(
@@ -220,6 +241,38 @@ class ContinualSettings:
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Recompute activations in the backward pass."}
     )
+    head: str = field(
+        default="own",
+        metadata={
+            "help": "Which head predicts the class of an image: 'own', the trained one, or one in "
+            "closed form from statistics of the features: 'ncm' (nearest class mean), 'lda' or "
+            "'ridge'."
+        },
+    )
+    head_features: str = field(
+        default="method",
+        metadata={
+            "help": "Features of a head in closed form: 'method', those of the trained model when "
+            "each task had been learned, or 'frozen', those of the base model."
+        },
+    )
+    lda_shrinkage: float = field(
+        default=0.3, metadata={"help": "Shrinkage of the covariance of head 'lda', 0 to 1."}
+    )
+    ridge_strength: float = field(
+        default=10.0, metadata={"help": "Strength of the penalty of head 'ridge'."}
+    )
+    mask_classes: bool = field(
+        default=True,
+        metadata={
+            "help": "For images, train on the logits of the task's own classes alone; prediction "
+            "uses those of all classes."
+        },
+    )
+    augmentation: str = field(
+        default="none",
+        metadata={"help": "Of training images: 'none', 'flip', or 'crop_flip' (a random part)."},
+    )
     seed: int = field(default=0, metadata={"help": "Seed of all random choices."})
     device: str | None = field(
         default=None, metadata={"help": "'cpu' or 'cuda'.", "default": "cuda if there is a GPU"}
@@ -230,10 +283,19 @@ class ContinualSettings:
         kinds = strategies()
         require_choice("strategy", self.strategy, kinds)
         kind = kinds[self.strategy]
-        self.strategy_options = asdict(kind.options_of(self.strategy, self.strategy_options))
+        options = asdict(kind.options_of(self.strategy, self.strategy_options))
+        # As in JSON, so that settings equal those that are read again.
+        self.strategy_options = {
+            name: [*value] if isinstance(value, tuple) else value for name, value in options.items()
+        }
         require_choice("metric", self.metric, _METRICS)
         require_choice("scored", self.scored, ("test", "dev"))
         require_choice("device", self.device, _DEVICES)
+        require_choice("head", self.head, _HEADS)
+        require_choice("head_features", self.head_features, ("method", "frozen"))
+        require_choice("augmentation", self.augmentation, _AUGMENTATIONS)
+        require_number("lda_shrinkage", self.lda_shrinkage, most=1)
+        require_number("ridge_strength", self.ridge_strength)
         for name in _FLAGS:
             require_choice(name, getattr(self, name), (True, False))
         for name in (*_COUNTS, *_COUNTS_OR_NONE):
@@ -365,8 +427,8 @@ class ContinualSettings:
 def differences(stored: Any, asked: Mapping[str, Any]) -> list[str]:
     """Compares two JSON-ready descriptions of a run.
 
-    A field of SaptConfig that `stored` lacks was added later and counts as its default. A digest
-    that `stored` lacks is not compared.
+    A field of SaptConfig or a setting of images that `stored` lacks was added later and counts as
+    its default. A digest that `stored` lacks is not compared.
 
     Args:
         stored: the description in a run's folder.
@@ -378,7 +440,8 @@ def differences(stored: Any, asked: Mapping[str, Any]) -> list[str]:
     if not isinstance(stored, Mapping):
         return [f"got {str(stored)[:80]!r}, expected entries by name"]
     before, now = _flat(stored), _flat(asked)
-    for name, value in _flat({"sapt": _sapt_config()().to_dict()}).items():
+    added = {**IMAGE_SETTINGS, **_flat({"sapt": _sapt_config()().to_dict()})}
+    for name, value in added.items():
         for place in (name, f"settings.{name}"):
             if place in now:
                 before.setdefault(place, value)

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer
 
 from sapt_fast.continual.data.collate import pad_rows
-from sapt_fast.continual.data.encoder import LabelSpace
 from sapt_fast.continual.data.kinds import model_kind
-from sapt_fast.continual.objective import Step, forward, prompt_mask, token_loss
+from sapt_fast.continual.objective import Space, Step, forward, routed_inputs, token_loss
 from sapt_fast.files.directories import atomic_write_bytes
 from sapt_fast.files.reading import parse_json
-from sapt_fast.methods.tasks import TaskHandle, task_handle
+from sapt_fast.methods.base import handles
+from sapt_fast.methods.tasks import TaskHandle, learner_of
 from sapt_fast.pools.sharding import is_sharded, whole
 from sapt_fast.storage.pretrained_files import own_names
 from sapt_fast.storage.tensors import read_tensors, require_finite, tensor_bytes
@@ -38,13 +38,14 @@ class Replay:
 
     Attributes:
         task: the task's name.
-        inputs: token ids of each input, without its answer; at least one input.
+        inputs: token ids of each input, without its answer, or what `SaptTrainer.load_replay`
+            takes; at least one input.
         target: [K'], mean attention over the task's inputs when it had been learned, in learning
             order.
     """
 
     task: str
-    inputs: Sequence[Sequence[int]]
+    inputs: Sequence[Any]
     target: Tensor
 
 
@@ -76,11 +77,15 @@ class SaptTrainer(Seq2SeqTrainer):
             `args.learning_rate`.
         kl_per_micro_batch: whether to add the whole reflection loss in every micro-batch, as the
             original SAPT code does, instead of its fraction.
-        mixture: called with the input ids and the mask of a batch, [B, T]; returns the weights
-            [B, K] or [1, K] that replace the router's, or None. None for the router's.
+        mixture: called with the input ids and the mask of a batch, [B, T], or with images
+            [B, C, H, W] and None; returns the weights [B, K] or [1, K] that replace the router's,
+            or None. None for the router's.
         objective: called with a `Step` in training; returns the loss that replaces the token loss.
             None for the token loss.
-        space: the labels of an encoder's tasks; None for models that generate.
+        space: the labels of an encoder's tasks, or the classes of images; None for models that
+            generate.
+        load_replay: makes the keyword arguments of `reflection_loss` from replayed inputs; None for
+            token ids, which are padded.
         **kwargs: further arguments of Seq2SeqTrainer.
 
     Raises:
@@ -108,7 +113,7 @@ class SaptTrainer(Seq2SeqTrainer):
 
     model: Any
     args: Any
-    mixture: Callable[[Tensor, Tensor], Tensor | None] | None
+    mixture: Callable[[Tensor, Tensor | None], Tensor | None] | None
     objective: Callable[[Step], Tensor] | None
 
     def __init__(
@@ -122,12 +127,13 @@ class SaptTrainer(Seq2SeqTrainer):
         key_learning_rate: float | None = None,
         query_learning_rate: float | None = None,
         kl_per_micro_batch: bool = False,
-        mixture: Callable[[Tensor, Tensor], Tensor | None] | None = None,
+        mixture: Callable[[Tensor, Tensor | None], Tensor | None] | None = None,
         objective: Callable[[Step], Tensor] | None = None,
-        space: LabelSpace | None = None,
+        space: Space | None = None,
+        load_replay: Callable[[Sequence[Any]], dict[str, Tensor]] | None = None,
         **kwargs: Any,
     ) -> None:
-        sapt = task_handle(model)
+        sapt = learner_of(model) if handles(model) else None
         if sapt is None or not sapt.tasks:
             raise ValueError(
                 f"model: got a {type(model).__name__} without a task, expected a patched model "
@@ -163,6 +169,7 @@ class SaptTrainer(Seq2SeqTrainer):
         self.kl_per_micro_batch = kl_per_micro_batch
         self.mixture = mixture
         self.objective = objective
+        self.load_replay = load_replay
         self._streams = [
             RowStream(len(entry.inputs), f"{self.args.seed}/{entry.task}") for entry in replay
         ]
@@ -183,7 +190,8 @@ class SaptTrainer(Seq2SeqTrainer):
 
         Args:
             model: the model, possibly wrapped.
-            inputs: `input_ids` and `attention_mask` [B, T], `labels` [B, T'].
+            inputs: `input_ids` and `attention_mask` [B, T], or `pixel_values` [B, C, H, W]; and
+                `labels` [B, T'].
             return_outputs: whether to return the model's outputs too.
             num_items_in_batch: the number of tokens of the optimizer step.
 
@@ -213,8 +221,7 @@ class SaptTrainer(Seq2SeqTrainer):
         base = self.accelerator.unwrap_model(model)
         weights = None
         if self.mixture is not None:
-            mask = prompt_mask(inputs, self._causal)
-            weights = self.mixture(inputs["input_ids"], mask)
+            weights = self.mixture(*routed_inputs(inputs, self._causal))
         return forward(model, inputs, weights, base=base, space=self.space)
 
     def _token_loss(
@@ -229,8 +236,9 @@ class SaptTrainer(Seq2SeqTrainer):
         return total * scale / num_items_in_batch
 
     def _own_key_loss(self) -> Tensor | float:
-        ratio, weights = self.sapt.config.own_key_loss, self.sapt.routing.weights_of_texts
-        if not ratio or weights is None:
+        ratio = getattr(self.sapt.config, "own_key_loss", 0.0)
+        weights = self.sapt.routing.weights_of_texts if ratio else None
+        if weights is None:
             return 0.0
         own = weights[..., -1].clamp(min=torch.finfo(weights.dtype).tiny)
         return -ratio * own.log().mean()
@@ -246,11 +254,21 @@ class SaptTrainer(Seq2SeqTrainer):
             share = len(mine) * world / len(rows)  # so that processes average to the inputs' mean
             # All processes of a sharded model gather the router, also one without inputs.
             mine = mine or rows[:1]
-            ids, mask = pad_rows([entry.inputs[row] for row in mine], self._pad_token_id())
-            ids, mask = ids.to(self.args.device), mask.to(self.args.device)
-            kl = self.sapt.reflection_loss(ids, entry.target, mask)
-            total = total + kl * share
+            total = total + self._kl([entry.inputs[row] for row in mine], entry.target) * share
         return total
+
+    def _kl(self, inputs: Sequence[Any], target: Tensor) -> Tensor:
+        """Returns KL(target || prediction) on replayed inputs, a scalar."""
+        device = self.args.device
+        kl: Tensor
+        if self.load_replay is not None:
+            loaded = self.load_replay(inputs)
+            loaded = {name: tensor.to(device) for name, tensor in loaded.items()}
+            kl = self.sapt.reflection_loss(target=target, **loaded)
+        else:
+            ids, mask = pad_rows(inputs, self._pad_token_id())
+            kl = self.sapt.reflection_loss(ids.to(device), target, mask.to(device))
+        return kl
 
     def _next_micro_batch(self) -> int:
         """Returns the number of the running micro-batch, counted over all steps and processes."""
@@ -275,6 +293,8 @@ class SaptTrainer(Seq2SeqTrainer):
         if self.optimizer is not None:
             return self.optimizer
         optimizer = super().create_optimizer(model)
+        if not isinstance(self.sapt, TaskHandle):
+            return optimizer
         router = self.sapt.router
         key = [router.keys.trainable]
         query = [p for p in router.parameters() if p.requires_grad and p is not key[0]]
@@ -307,7 +327,12 @@ class SaptTrainer(Seq2SeqTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         held = state_dict or self.model.state_dict(keep_vars=is_sharded(self.model))
-        kept = {*own_names(self.model), *self.sapt.trained_tensors()}
+        trained = (
+            self.sapt.trained_tensors()
+            if isinstance(self.sapt, TaskHandle)
+            else (name for name, p in self.model.named_parameters() if p.requires_grad)
+        )
+        kept = {*own_names(self.model), *trained}
         tensors = {name: tensor for name, tensor in held.items() if name in kept}
         tensors = {name: whole(tensor).contiguous() for name, tensor in tensors.items()}
         if not self.args.should_save:
@@ -367,13 +392,15 @@ def model_given_back(model: Any) -> Iterator[None]:
     unwrapping would also remove the decorators of `forward`. It would leave the mark by which the
     next Trainer assumes that the model has its autocast.
     """
-    cache, own = model.config.use_cache, vars(model)
+    config, own = vars(model.config), vars(model)
+    cache = {name: config[name] for name in ("use_cache",) if name in config}
     names = ("forward", "_original_forward", "_is_accelerate_prepared")
     before = {name: own[name] for name in names if name in own}
     try:
         yield
     finally:
-        model.config.use_cache = cache
+        config.pop("use_cache", None)
+        config.update(cache)
         for name in names:
             own.pop(name, None)
         own.update(before)
@@ -405,7 +432,7 @@ class RowStream:
         return self._order[1]
 
 
-def _check_replay(replay: Sequence[Replay], sapt: TaskHandle) -> None:
+def _check_replay(replay: Sequence[Replay], sapt: Any) -> None:
     for entry in replay:
         if not len(entry.inputs):
             raise ValueError(f"replay: got no inputs of task {entry.task!r}, expected at least one")

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from typing import Any
 
-from sapt_fast.editing.records import edit_records, probe_records
+from sapt_fast.editing.records import edit_records, group_records, probe_records
 from sapt_fast.methods.edits.inputs import read_edits, read_prompt
 from sapt_fast.methods.edits.texts import kind_of
 
@@ -100,6 +100,32 @@ class Reader:
         else:
             records = [(f"probes[{i}]", record) for i, record in enumerate(source)]
         return [self._at(place, self._probe, record) for place, record in records]
+
+    def groups(self, path: str | os.PathLike[str]) -> tuple[list[list[Tokens]], list[Tokens]]:
+        """Reads groups of prompts that ask the same, for `ProjectedKeys.fit`.
+
+        Args:
+            path: a file of `same` and, optional, `others`.
+
+        Returns:
+            The prompts of each group, and all prompts that ask something else.
+
+        Raises:
+            FileNotFoundError, ValueError, TypeError: as `edits`.
+        """
+        groups: list[list[Tokens]] = []
+        others: list[Tokens] = []
+        for place, record in group_records(path):
+            same, more = self._at(place, self._group, record)
+            groups.append(same)
+            others += more
+        return groups, others
+
+    def _group(self, record: Mapping[str, Any], where: str) -> list[list[Tokens]]:
+        return [
+            [self._prompt(text, f"{name}[{i}], ") for i, text in enumerate(record.get(name, []))]
+            for name in ("same", "others")
+        ]
 
     def _at(self, place: str, read: Callable[[Any, str], Any], record: Any) -> Any:
         """Calls `read`; errors name the place."""

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import Any
 
 from sapt_fast.continual.data.models import (
     DEMO,
-    check_folder,
     load_config,
     load_model,
     load_tokenizer,
     torch_dtype,
     with_attention,
 )
-from sapt_fast.methods.edits.keys import SentenceKeys
 
-__all__ = ["load_editable", "sentence_keys"]
+__all__ = ["load_editable"]
 
 
 def load_editable(model: str, dtype: str, attention: str | None) -> tuple[Any, Any]:
@@ -53,29 +49,3 @@ def load_editable(model: str, dtype: str, attention: str | None) -> tuple[Any, A
     except (OSError, ValueError):  # edits may be token ids
         tokenizer = None
     return loaded, tokenizer
-
-
-def sentence_keys(folder: Path, tokenizer: Any, pattern: str | None, device: str) -> SentenceKeys:
-    """Loads a sentence encoder, by which prompts are looked up.
-
-    Args:
-        folder: of the encoder, with its tokenizer.
-        tokenizer: that of the edited model, which decodes prompts.
-        pattern: as in `SentenceKeys`.
-        device: where the encoder runs.
-
-    Raises:
-        FileNotFoundError: if there is no encoder.
-        ValueError: if the edited model has no tokenizer, or `pattern` is no regular expression.
-    """
-    if tokenizer is None:
-        raise ValueError("encoder: the edited model has no tokenizer, which decodes its prompts")
-    check_folder("encoder", folder, "a folder that contains a transformers model")
-    import transformers
-
-    encoder = transformers.AutoModel.from_pretrained(folder).to(device)
-    own = transformers.AutoTokenizer.from_pretrained(folder)
-    try:
-        return SentenceKeys(encoder, own, tokenizer, pattern)
-    except re.error as error:
-        raise ValueError(f"encoder_pattern: got {pattern!r}: {error}") from None

@@ -16,10 +16,11 @@ from typing import Any
 
 from sapt_fast.files.reading import DATA_BYTES, parse_json, read_bytes
 
-__all__ = ["edit_records", "probe_records"]
+__all__ = ["edit_records", "group_records", "probe_records"]
 
 _EDIT = ("prompt", "target", "paraphrases", "locality")
 _PROBE = ("prompt", "target", "group")
+_GROUP = ("same", "others")
 
 
 def edit_records(path: str | os.PathLike[str]) -> list[tuple[str, dict[str, Any]]]:
@@ -56,6 +57,33 @@ def probe_records(path: str | os.PathLike[str]) -> list[tuple[str, dict[str, Any
     found = []
     for place, record in _records(Path(path)):
         _require_keys(record, place, ("prompt",), _PROBE)
+        found.append((place, record))
+    return found
+
+
+def group_records(path: str | os.PathLike[str]) -> list[tuple[str, dict[str, Any]]]:
+    """Reads groups of prompts that ask the same.
+
+    A file is JSONL of `same`, a list of two or more prompts, and an optional list `others` of
+    prompts that ask something else.
+
+    Args:
+        path: the file.
+
+    Returns:
+        For each group, where it is in the file, and the keys.
+
+    Raises:
+        FileNotFoundError, ValueError: as `edit_records`.
+    """
+    found = []
+    for place, record in _records(Path(path)):
+        _require_keys(record, place, _GROUP[:1], _GROUP)
+        for name, least in zip(_GROUP, (2, 0), strict=True):
+            listed = record.get(name, [])
+            if not isinstance(listed, list) or len(listed) < least:
+                wanted = f"a list of at least {least} prompts" if least else "a list of prompts"
+                raise ValueError(f"{place}: {name}: got {str(listed)[:40]!r}, expected {wanted}")
         found.append((place, record))
     return found
 

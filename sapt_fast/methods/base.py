@@ -85,6 +85,16 @@ class Handle(Own, nn.Module):
     # --- the protocol ---
 
     @classmethod
+    def of_model(cls, model: Any) -> type[Handle]:
+        """Returns the class of the handle for a model; methods with one class return it."""
+        return cls
+
+    @classmethod
+    def settled(cls, model: Any, config: Any) -> Any:
+        """Returns the config with the defaults that depend on the model."""
+        return config
+
+    @classmethod
     def sites(cls, model: Any, config: Any) -> PatchReport:
         """Returns the places that the method will change, and the reason for each skipped one.
 
@@ -129,7 +139,10 @@ class Handle(Own, nn.Module):
         raise NotImplementedError
 
     def stored(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Returns the content of a saved folder: named tensors, and values that JSON supports."""
+        """Returns the content of a saved folder: named tensors, and values that JSON supports.
+
+        Trained tensors of the base model are named `trained.<name>`.
+        """
         raise NotImplementedError
 
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:

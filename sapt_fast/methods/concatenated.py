@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
 from sapt_fast.methods.sapt_prompt import PromptHandle
 from sapt_fast.methods.task_config import TaskConfig, require
+from sapt_fast.sites.warm import run_backward
 
 __all__ = ["ConcatenatedConfig", "ConcatenatedHandle"]
 
@@ -35,6 +36,11 @@ class ConcatenatedHandle(PromptHandle):
     """`PromptHandle` whose running weights are the places [B, N] of the prompts."""
 
     trains_router = False
+
+    def _run_mixture(self, weights: Tensor, ids: Tensor) -> None:
+        embedding, routing = self._model.get_input_embeddings(), cast(Any, self.routing)
+        index = weights.expand(len(ids), -1)
+        run_backward(lambda: [routing.pool(index, embedding, ids)], [self.prompts.rows.trainable])
 
     def mixed_adapter(self, weights: Tensor, shared: Mapping[str, Tensor]) -> Any:
         """Not possible: raises ValueError, since the prompts are not mixed."""

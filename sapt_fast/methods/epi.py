@@ -18,6 +18,7 @@ from torch import Tensor
 from sapt_fast.methods.sapt import SaptHandle
 from sapt_fast.methods.sapt_router import tokens_of_prompt
 from sapt_fast.methods.task_config import TaskConfig, require
+from sapt_fast.sites.towers import token_embedding
 
 __all__ = ["EpiConfig", "EpiHandle"]
 
@@ -84,6 +85,12 @@ class EpiHandle(SaptHandle):
                 "apart, so tasks cannot have copies of it; use modules_per_task=False"
             )
         self.restore_state({})
+
+    @classmethod
+    def sites(cls, model: Any, config: Any) -> Any:
+        """As `SaptHandle.sites`, of models that read tokens."""
+        token_embedding(model)
+        return super().sites(model, config)
 
     def signal(self, **inputs: Tensor | None) -> Tensor:
         """Returns one-hot weights [B, K], or [1, K] while the newest task is being learned."""

@@ -25,6 +25,7 @@ from sapt_fast.pools.codebook import Codebook, differences
 from sapt_fast.sites.edited import REPLACEMENTS, EditedOutput
 from sapt_fast.sites.output import find_outputs
 from sapt_fast.sites.report import PatchReport
+from sapt_fast.storage.tensors import require_finite
 
 __all__ = ["EditError", "GraceConfig", "GraceHandle", "Match"]
 
@@ -409,9 +410,10 @@ class GraceHandle(EditHandle):
         return looked[next(iter(self.layers))]
 
     def require_consistent(self) -> None:
-        """Raises ValueError if the codebooks do not fit the log."""
+        """Raises ValueError if the codebooks do not fit the log, or are not finite."""
         for path, book in self.books().items():
             book.require_consistent(self.log.edits, path)
+            require_finite(path, dict(book.named_buffers()))
             if not self.config.is_released and len(book) != len(self.log):
                 raise ValueError(
                     f"{path}: got {len(book)} rows, expected one for each of {len(self.log)} edits"

@@ -1,90 +1,64 @@
 """L2P: every input selects prompts from one pool by their keys.
 
-Wang et al., "Learning to Prompt for Continual Learning", CVPR 2022, adapted to text.
+Wang et al., "Learning to Prompt for Continual Learning", CVPR 2022. This file has the handle of
+text models; `sapt_fast.methods.l2p_images` has that of image models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sapt_fast.methods.concatenated import ConcatenatedConfig, ConcatenatedHandle
+from sapt_fast.methods.base import Handle
+from sapt_fast.methods.concatenated import ConcatenatedHandle
+from sapt_fast.methods.l2p_choice import PromptChoice, fill_prompts
+from sapt_fast.methods.l2p_config import L2PConfig
 from sapt_fast.methods.task_config import require
-from sapt_fast.ops import topk_keys
 from sapt_fast.pools.prompts import ConcatenatedPrompts
 from sapt_fast.sites.embeddings import PlacesRouting
+from sapt_fast.sites.image_embeddings import reads_images
+from sapt_fast.sites.report import PatchReport
 
-__all__ = ["L2pConfig", "L2pHandle"]
+__all__ = ["L2PConfig", "L2pConfig", "L2pHandle"]
 
-
-@dataclass
-class L2pConfig(ConcatenatedConfig["L2pHandle"]):
-    """The pool of prompts, and how inputs pick from it.
-
-    `pooling`, `standardize_query` and `mask_padding` apply to the query. The other fields of
-    LoRA and of SAPT's router have no effect. `prompt_length` is derived: `prompts * length`.
-    """
-
-    prompts: int = field(default=10, metadata={"help": "M, number of prompts in the pool."})
-    top: int = field(default=5, metadata={"help": "N, number of prompts per input."})
-    length: int = field(default=5, metadata={"help": "L_p, number of rows of a prompt."})
-    strength: float = field(
-        default=0.1,
-        metadata={"help": "lambda, weight of the loss that moves selected keys to their queries."},
-    )
-    diversified: bool = field(
-        default=True,
-        metadata={"help": "While training, prefer prompts that past tasks selected less often."},
-    )
-
-    def __post_init__(self) -> None:
-        for name in ("prompts", "top", "length"):
-            value = getattr(self, name)
-            require(type(value) is int and value >= 1, name, value, "an integer, at least 1")
-        require(self.top <= self.prompts, "top", self.top, f"1 to {self.prompts} (prompts)")
-        require(self.strength >= 0, "strength", self.strength, "at least 0")
-        self.prompt_length = self.prompts * self.length
-        super().__post_init__()
-
-    @property
-    def method(self) -> str:
-        """The name of the method."""
-        return "l2p"
+L2pConfig = L2PConfig  # the earlier name
 
 
-class L2pHandle(ConcatenatedHandle):
-    """`model.l2p`: a pool of M prompts that all tasks train, and of which each input uses N.
+class L2pHandle(PromptChoice, ConcatenatedHandle):
+    """`model.l2p` of a text model: a pool of M prompts, of which each input uses N.
 
         L = CE(y | [P_s1; ...; P_sN; x]) - lambda (1 / B) sum_b sum_i cos(q(x_b), k_si)
 
     s are the N keys nearest to the query, by cosine distance g(q, k) = 1 - cos(q, k). Training
     selects by g(q, k_m) h_m instead, where h_m is the fraction of past tasks' selections that
-    chose prompt m (frequency-diversified selection). Prediction selects by g. The defaults are
-    those of the PyTorch port.
+    chose prompt m (frequency-diversified selection). Prediction selects by g. The numbers of the
+    defaults are those of the PyTorch port. `L2PConfig` has other choices by name.
 
-    The paper is about images. For text, this class differs in four points:
+    The paper is about images. For text, this class differs in three points:
 
     - the query is the pooled input embedding, frozen, instead of a vision model's [CLS];
     - the model's own head predicts;
-    - `count_picks` counts the selections of a task's inputs once the task has ended;
-    - each input selects its own prompts; the batch does not vote.
+    - `count_picks` counts the selections of a task's inputs once the task has ended.
+
+    For an image model, `sapt_fast.patch` makes `model.l2p` a
+    `sapt_fast.methods.l2p_images.L2PImageHandle`.
 
     `attention` contains the indices [B, N] of the selected prompts.
 
     Attributes:
         prompt_keys: [M, D], in the embedding's dtype.
         picked: [M] int64, how often past tasks selected each prompt.
+        centre: [D], subtracted from queries; zeros unless `centre_queries`.
+        begun: the number of tasks that have begun.
 
     Example:
         >>> import sapt_fast, torch
         >>> from sapt_fast.demo.backbone import load_backbone
-        >>> from sapt_fast.methods.l2p import L2pConfig
-        >>> model = sapt_fast.patch(load_backbone(), L2pConfig(prompts=6, top=2))
+        >>> model = sapt_fast.patch(load_backbone(), sapt_fast.L2PConfig(prompts=6, top=2))
         >>> model.l2p.grow("first")
         >>> ids = torch.tensor([[4, 5, 6], [9, 8, 7]])
         >>> loss = model(ids, labels=ids).loss + model.l2p.key_loss(ids)
@@ -92,31 +66,62 @@ class L2pHandle(ConcatenatedHandle):
         torch.Size([2, 2])
     """
 
-    Config = L2pConfig
+    Config = L2PConfig
     method = "l2p"
     attribute = "l2p"
-    prompt_keys: nn.Parameter
-    picked: Tensor
 
     def __init__(self, model: Any, config: Any, report: Any) -> None:
         super().__init__(model, config, report)
         table = model.get_input_embeddings().weight
-        dtype = config.adapter_dtype(table.dtype)
-        keys = torch.empty(0, table.shape[1], device=self._device, dtype=dtype)
-        self.prompt_keys = nn.Parameter(keys, requires_grad=False)
-        picked = torch.zeros(config.prompts, dtype=torch.int64, device=self._device)
-        self.register_buffer("picked", picked, persistent=False)  # `state` has it
+        self.init_choice(table.shape[1], self._device, config.adapter_dtype(table.dtype))
         pool = ConcatenatedPrompts(self.prompts.rows, config.length, self._top)
         self.routing = PlacesRouting(model, self.signal, self._has_tasks, self._top, pool)
+
+    @classmethod
+    def of_model(cls, model: Any) -> type[Handle]:
+        """Returns the class of the handle for a model of texts, or of images."""
+        if not reads_images(model):
+            return cls
+        from sapt_fast.methods.l2p_images import L2PImageHandle
+
+        return L2PImageHandle
+
+    @classmethod
+    def sites(cls, model: Any, config: Any) -> PatchReport:
+        """Returns the modules that read prompts.
+
+        Raises:
+            ValueError: if the config has fields for images.
+        """
+        for name, text in (("layer", 0), ("query_layer", None), ("query_pooling", None)):
+            require(getattr(config, name) == text, name, getattr(config, name), f"{text} for text")
+        require(config.head != "prompts", "head", config.head, "'model' or None for text")
+        start = config.prompt_start
+        require(start != "patches", "prompt_start", start, "another start for text")
+        return super().sites(model, config)
 
     def _top(self) -> int:
         top: int = self.config.top
         return top
 
     def add_task(self, name: str, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Creates the pool for the first task; later tasks train the same pool."""
+        """Creates the pool for the first task; later tasks train the same pool.
+
+        Args:
+            name: the task's name; the first one names the pool.
+            optimizer: gets the pool's parameters for the first task. With `shared_pool_copy`, it
+                loses its state of the prompts, some of which change.
+
+        Raises:
+            ValueError: as `TaskHandle.add_task`.
+            ValueError: with `task_prompts`, if the pool has no prompts left.
+        """
+        self.require_room()
         if not self.tasks:
             super().add_task(name, optimizer)
+        else:
+            rows = self.prompts.rows
+            self.begin(rows.rows(), [rows.trainable], optimizer)
 
     def put_task(
         self,
@@ -134,25 +139,6 @@ class L2pHandle(ConcatenatedHandle):
         """Returns the indices [B, N] int64 of the prompts that inputs select."""
         return self.pick(self._query(**inputs), self._model.training)[1]
 
-    def pick(self, query: Tensor, training: bool) -> tuple[Tensor, Tensor]:
-        """Selects prompts for queries.
-
-        Args:
-            query: [B, D].
-            training: whether to apply frequency-diversified selection, if the config says so.
-
-        Returns:
-            Cosines [B, N], and the prompts' indices [B, N] int64.
-        """
-        keys, top = self.prompt_keys, self.config.top
-        if not (training and self.config.diversified and self.picked.any()):
-            return topk_keys(query, keys, top, metric="cosine")
-        cosines, places = topk_keys(query, keys, len(keys), metric="cosine")
-        share = self.picked / self.picked.sum()
-        # Stable: among prompts that were never selected, the nearest are first.
-        order = ((1 - cosines) * share[places]).argsort(dim=1, stable=True)[:, :top]
-        return cosines.gather(1, order), places.gather(1, order)
-
     def key_loss(
         self,
         input_ids: Tensor,
@@ -161,11 +147,13 @@ class L2pHandle(ConcatenatedHandle):
     ) -> Tensor:
         """Returns the loss's second term, which moves selected keys towards their queries.
 
+        It is 0 if the choice does not depend on keys.
+
         Args:
             input_ids, attention_mask, labels: [B, T], as passed to the model.
         """
         query = self._query(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
-        return -self.config.strength * self.pick(query, True)[0].sum(1).mean()
+        return self.pull(self.pick(query, True)[0])
 
     @torch.no_grad()
     def count_picks(self, batches: Any) -> None:
@@ -174,11 +162,35 @@ class L2pHandle(ConcatenatedHandle):
         Args:
             batches: iterable of (ids [B, T], mask [B, T]) of prompts.
         """
-        picked = torch.zeros_like(self.picked)
+        self.picked += self.count(self._queries_of(batches), True)
+
+    @torch.no_grad()
+    def histogram(self, batches: Any) -> Tensor:
+        """Returns how often prediction selects each prompt for inputs, [M] int64.
+
+        Args:
+            batches: as in `count_picks`.
+        """
+        return self.count(self._queries_of(batches), False)
+
+    @torch.no_grad()
+    def start_from(self, batches: Any) -> None:
+        """Sets what the config takes from inputs of the first task: the centre and the keys.
+
+        Call it once, after the first task has begun and before it trains.
+
+        Args:
+            batches: as in `count_picks`.
+
+        Raises:
+            RuntimeError: if it is not the first task, or the values have been set.
+            ValueError: if there are too few inputs.
+        """
+        self.start_keys(torch.cat([self.prompt_keys[:0], *self._queries_of(batches)]))
+
+    def _queries_of(self, batches: Any) -> Iterable[Tensor]:
         for ids, mask in batches:
-            _, places = self.pick(self._query(input_ids=ids, attention_mask=mask), True)
-            picked += torch.bincount(places.flatten(), minlength=len(picked))
-        self.picked += picked
+            yield self._query(input_ids=ids, attention_mask=mask)
 
     @torch.no_grad()
     def _query(
@@ -192,41 +204,35 @@ class L2pHandle(ConcatenatedHandle):
         return pooled.to(self.prompt_keys.dtype)
 
     def state(self, held: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Returns the keys [M, D], and how often each prompt was selected [M]."""
-        keys = (held or {}).get(f"{self.attribute}.prompt_keys", self.prompt_keys)
-        return {"picked": self.picked, "keys": keys}
+        """Returns the keys [M, D], the counts [M], the centre [D] and the progress."""
+        return self.choice_state(
+            (held or {}).get(f"{self.attribute}.prompt_keys", self.prompt_keys)
+        )
 
-    @torch.no_grad()
     def restore_state(self, state: Mapping[str, Tensor]) -> None:
-        """Sets the keys and the counts from what `state` returned."""
-        self.picked.copy_(state["picked"])
-        self.prompt_keys.data = state["keys"].to(self.prompt_keys)
+        """Sets what `state` returned."""
+        self.restore_choice(state)
 
     @classmethod
     def require_state(
         cls, model: Any, config: Any, state: Mapping[str, Tensor], tasks: int, source: Path
     ) -> None:
-        """Raises ValueError unless there are one pool, M keys and counts."""
+        """Raises ValueError unless there are one pool, and what `state` returns."""
         if tasks != 1:
             raise ValueError(f"{source}: got {tasks} pools of prompts, expected one")
         width = model.get_input_embeddings().weight.shape[1]
-        expected = {"picked": (config.prompts,), "keys": (config.prompts, width)}
-        got = {name: tuple(state[name].shape) for name in expected if name in state}
-        if got != expected:
-            raise ValueError(f"{source}: got shapes {got}, expected {expected}")
-        keys, picked = state["keys"], state["picked"]
-        if not keys.is_floating_point() or picked.dtype != torch.int64 or (picked < 0).any():
-            raise ValueError(
-                f"{source}: got keys of {keys.dtype} and picked of {picked.dtype}, expected floats "
-                "and counts (int64, at least 0)"
-            )
+        cls.require_choice(config, width, state, source)
+
+    @torch.no_grad()
+    def _add_adapters(self) -> None:
+        super()._add_adapters()
+        fill_prompts(self.prompts.rows.rows(), self.config.prompt_start)
 
     def _add_key(self) -> None:
         super()._add_key()
-        embedding = self._model.get_input_embeddings().weight
-        keys = torch.empty(self.config.prompts, embedding.shape[1]).uniform_(-1, 1)
-        self.prompt_keys = nn.Parameter(keys.to(self.prompt_keys))
+        self.new_keys()
 
     def _task_added(self, name: str) -> None:
         super()._task_added(name)
-        self.prompt_keys.requires_grad_(True)
+        self.begun = 1
+        self.prompt_keys.requires_grad_(self.trains_keys)

@@ -27,6 +27,7 @@ from sapt_fast.pools.clusters import Clusters
 from sapt_fast.sites.edit_blocks import BlockOutput, Blocks, KeyOutput
 from sapt_fast.sites.output import find_outputs
 from sapt_fast.sites.report import PatchReport
+from sapt_fast.storage.tensors import require_finite as require_finite_values
 
 __all__ = ["MeloConfig", "MeloHandle"]
 
@@ -280,7 +281,7 @@ class MeloHandle(EditHandle):
         self.keys.clusters.remove(edit)
 
     def require_consistent(self) -> None:
-        """Raises ValueError if points and blocks do not fit the log."""
+        """Raises ValueError if points and blocks do not fit the log, or are not finite."""
         clusters = self.keys.clusters
         shapes = {name: tuple(buffer.shape) for name, buffer in clusters.named_buffers()}
         same = torch.equal(clusters.edits.cpu(), self.log.edits.cpu())
@@ -292,6 +293,8 @@ class MeloHandle(EditHandle):
         same_b = all(layer.blocks.b.shape[0] == len(layer.blocks) for layer in self.layers.values())
         if len(set(counts.values())) > 1 or min(counts.values()) < most or least < 0 or not same_b:
             raise ValueError(f"blocks: got {counts}, expected at least {most} in each layer")
+        for path, part in self.parts().items():
+            require_finite_values(path, dict(part.named_buffers()))
 
 
 def _key_path(model: Any, config: MeloConfig, targets: Sequence[str]) -> str:

@@ -6,10 +6,9 @@ Li et al., "Banishing LLM Hallucinations Requires Rethinking Generalization", ar
 
 from __future__ import annotations
 
-import copy
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from sapt_fast.checks import require_count, require_number
-from sapt_fast.methods.base import handles
-from sapt_fast.methods.edits.handle import LoggedHandle, Pair
+from sapt_fast.methods.edits.handle import Pair
 from sapt_fast.methods.edits.inputs import read_edits, read_prompt
 from sapt_fast.methods.edits.sites import device_of, in_decoder
 from sapt_fast.methods.edits.texts import kind_of
-from sapt_fast.methods.memory.bank_folders import read_banks, remove_other_banks, save_banks
+from sapt_fast.methods.memory.background import BackgroundUse
+from sapt_fast.methods.memory.building import make_bank, make_lookup, make_shards
 from sapt_fast.methods.memory.config import MomeConfig
 from sapt_fast.methods.memory.facts import Fact, Memorised, Recalled
 from sapt_fast.methods.memory.folder import FactFolder
@@ -30,24 +29,20 @@ from sapt_fast.methods.memory.keys import fit_keys
 from sapt_fast.methods.memory.memorising import Memorising
 from sapt_fast.methods.memory.recalling import recall
 from sapt_fast.methods.memory.router import MemoryRouter
+from sapt_fast.methods.memory.saved import SavedMemory
 from sapt_fast.methods.memory.sites import memory_targets, memory_widths
-from sapt_fast.pools.experts import ExpertBank
-from sapt_fast.pools.fact_table import FactTable
-from sapt_fast.pools.key_index import key_index
+from sapt_fast.pools.sharded_index import ShardedIndex
 from sapt_fast.sites.features import HiddenMean
-from sapt_fast.sites.memory import FactLookup, KeyLookup, Lookup, MemoryOutput
+from sapt_fast.sites.memory import FactLookup, Lookup, MemoryOutput
 from sapt_fast.sites.output import find_outputs
 from sapt_fast.sites.report import PatchReport
-from sapt_fast.storage.description import writes
-from sapt_fast.storage.method_files import write_method
 
 __all__ = ["MomeConfig", "MomeHandle"]
 
 _BATCH = 32  # prompts whose queries are computed together
-_KEY_WIDTH = 64  # of learned and product keys
 
 
-class MomeHandle(LoggedHandle):
+class MomeHandle(SavedMemory):
     """`model.mome`: facts, each in a few experts of a large bank.
 
         y' = y + s sum_j g_j B_j A_j x,  j the experts of the fact nearest to the prompt
@@ -86,6 +81,9 @@ class MomeHandle(LoggedHandle):
         self.router = MemoryRouter(model.device)
         self._banks = nn.ModuleList()
         self._lookups = nn.ModuleList()
+        self._uses = nn.ModuleList()
+        self.shards = make_shards(config)
+        self.prompts.together = self.shards.group.size > 1
         if self.looks_up_by_tokens:
             self.prompts.query = self._query_of
 
@@ -114,15 +112,18 @@ class MomeHandle(LoggedHandle):
         first = self.report.patched[0] == path
         per_token = config.query == "token"
         if first or not config.shared:
-            self._banks.append(self._bank(widths, device))
+            self._banks.append(make_bank(config, widths, device))
+            if config.slots is not None:
+                self._uses.append(BackgroundUse(config.num_experts, device))
         if first or per_token:
-            self._lookups.append(self._lookup(widths[0], device))
-        bank: Any = self._banks[-1]
-        if (bank.in_features, bank.out_features) != widths:
+            self._lookups.append(make_lookup(config, widths[0], device, self.shards))
+        own = self.banks[-1]
+        if (own.in_features, own.out_features) != widths:
             raise ValueError(
                 f"shared: got True for {path} of widths {widths}, expected those of the first "
-                f"layer, {(bank.in_features, bank.out_features)}"
+                f"layer, {(own.in_features, own.out_features)}"
             )
+        bank: Any = self._banks[-1]
         lookup: Any = self._lookups[-1]
         replacement = "generation" if kind_of(model) == "causal" or inside else "replace_all"
         return MemoryOutput(
@@ -130,45 +131,12 @@ class MomeHandle(LoggedHandle):
             decides=path == alike[0],
         )  # fmt: skip
 
-    def _bank(
-        self, widths: tuple[int, int], device: torch.device, storage: str | None = None
-    ) -> ExpertBank:
-        config = self.config
-        return ExpertBank(
-            config.num_experts, config.r, *widths, dtype=getattr(torch, config.dtype),
-            storage=storage or config.storage, seed=config.seed, device=device,
-        )  # fmt: skip
-
-    def _lookup(self, width: int, device: torch.device) -> Lookup:
-        config = self.config
-        features = width if config.query == "token" else config.components
-        by_facts = config.keys == "facts"
-        keys = config.components if by_facts else _KEY_WIDTH
-        options: dict[str, Any] = {"device": device}
-        if config.keys == "learned":
-            options["trainable"] = True
-        index = key_index(config.index_kind, config.num_experts, keys, **options)
-        index.requires_grad_(False)
-        width = 0 if config.query == "token" else config.experts_per_fact
-        table = FactTable(width, config.num_experts, device)
-        if by_facts:
-            return FactLookup(index, config.gate, config.least_score, table, config.ratio)
-        return KeyLookup(
-            index, config.gate, config.least_score, table, config.k, config.heads, features
-        )
-
     # --- what there is ---
 
     @property
     def layers(self) -> dict[str, MemoryOutput]:
         """The layers with memory by path, in the order in which they run."""
         return self.modules_at()
-
-    @property
-    def banks(self) -> list[ExpertBank]:
-        """The banks of experts: one, or one for each layer."""
-        found: list[Any] = list(self._banks)
-        return found
 
     @property
     def lookup(self) -> Lookup:
@@ -195,7 +163,20 @@ class MomeHandle(LoggedHandle):
     def parts(self) -> dict[str, nn.Module]:
         """Returns the modules whose buffers are the method's state, the banks excepted, by name."""
         parts: dict[str, nn.Module] = {"router": self.router}
-        return parts | {f"lookup.{place}": lookup for place, lookup in enumerate(self._lookups)}
+        parts |= {f"lookup.{place}": lookup for place, lookup in enumerate(self._lookups)}
+        return parts | {f"use.{place}": use for place, use in enumerate(self._uses)}
+
+    @property
+    def uses(self) -> list[BackgroundUse]:
+        """How often the router's prompts use the experts of each bank, if `slots` is set."""
+        found: list[Any] = list(self._uses)
+        return found
+
+    @property
+    def sharded_index(self) -> ShardedIndex | None:
+        """The keys of a sharded memory; None of another one."""
+        index: Any = self.lookup.index
+        return index if isinstance(index, ShardedIndex) else None
 
     @property
     def facts(self) -> list[Fact]:
@@ -247,6 +228,8 @@ class MomeHandle(LoggedHandle):
             if self.looks_up_by_tokens:
                 texts = [prompt.to(self._model.device) for prompt in prompts]
                 self.router.fit(self._features(), texts, config.components, config.whitening)
+                for name, found in self.router.named_buffers():  # the same on all processes
+                    setattr(self.router, name, self.shards.group.first(found))
             if pairs:
                 fit_keys(self, pairs)
 
@@ -329,11 +312,15 @@ class MomeHandle(LoggedHandle):
         pairs, _ = read_edits(self._model, self.tokenizer, facts, None, "facts")
         require_number("until", until, positive=True)
         require_count("batch_size", batch_size)
-        run = Memorising(self, pairs, until, batch_size)
+        run, group = Memorising(self, pairs, until, batch_size), self.shards.group
         shown = sys.stderr.isatty() if progress is None else progress
+        if group.size > 1:
+            given = run.description()["facts"], until, batch_size, folder is None
+            group.require_same("facts, until, batch_size, folder", given)
         if folder is None:
             return run.run(None, shown)
-        kept = FactFolder(Path(folder), run.description())
+        path = Path(folder) / group.name
+        kept = group.together(lambda: FactFolder(path, run.description()))
         try:
             return run.run(kept, shown)
         finally:
@@ -374,7 +361,8 @@ class MomeHandle(LoggedHandle):
     def keys_of(self, facts: Tensor) -> Tensor:
         """Returns the keys [F, C] of facts [F] int64, for `keys="facts"`."""
         lookup: Any = self.lookup
-        return lookup.index.keys[lookup.table.keys[lookup.table.rows_of(facts)]]
+        found: Tensor = lookup.index.keys_at(lookup.table.keys[lookup.table.rows_of(facts)])
+        return found
 
     def forget(self, fact: int | Sequence[int]) -> None:
         """Removes a fact; the model answers as if it had never been memorised.
@@ -415,9 +403,20 @@ class MomeHandle(LoggedHandle):
         if kept is not None:
             given_up = given_up[~torch.isin(given_up, kept.to(given_up))]
         for bank in self.banks:
-            bank.reset_rows(given_up)
+            bank.reset_rows(self.shards.kept(given_up))
         for fact in facts:
             self.log.remove(fact)
+
+    def clear(self) -> None:
+        """Removes all facts, keys and experts."""
+        self._remove(self.log.edits.tolist())
+        for bank in self.banks:
+            bank.reset_rows(bank.touched.clone())
+        if self.sharded_index is not None:
+            local = self.sharded_index.local
+            local.remove_rows(local.present_keys()[1])
+            local.build()
+        self.follow_edits()
 
     def experts_of(self, prompt: Any) -> Recalled:
         """Finds the experts of a prompt, at the first layer.
@@ -437,71 +436,12 @@ class MomeHandle(LoggedHandle):
         """Raises TypeError: facts are added by `memorise`."""
         raise TypeError(f"grow({name!r}): facts are added by model.mome.memorise(facts)")
 
-    def save(
-        self,
-        directory: str | os.PathLike[str],
-        *,
-        is_main_process: bool | None = None,
-        state: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        """Saves the memory; each bank in shards in a folder of its own, whose name changes.
-
-        So a kill leaves the earlier memory complete.
-        """
-        for one in handles(self._model):
-            one.require_unmerged()
-        tensors, values = self.content(state)
-        folder, names = Path(directory), {}
-        if writes(self._model, is_main_process):
-            copied = (bank if state is None else self._copy_of(bank, state) for bank in self.banks)
-            names = save_banks(folder, copied)
-        write_method(self, directory, tensors, {**values, "banks": names}, is_main_process)
-        if names:
-            remove_other_banks(folder, names)
-
-    def _copy_of(self, bank: ExpertBank, state: Mapping[str, Tensor]) -> ExpertBank:
-        """Returns a bank with the rows in a state_dict of the model."""
-        paths = {module: path for path, module in self._model.named_modules()}
-        copied = self._bank((bank.in_features, bank.out_features), torch.device("cpu"), "device")
-        copied.restore({name: state[f"{paths[bank]}.{name}"] for name in bank.stored()})
-        return copied
-
-    def restore_files(self, folder: Path, values: Mapping[str, Any]) -> None:
-        """Reads the banks of a saved folder.
-
-        Raises:
-            FileNotFoundError: if a bank is missing.
-            ValueError: if a file is damaged; the message names it.
-        """
-        try:
-            read_banks(folder, values["banks"], self.banks, self.config_file)
-        except BaseException:
-            self._remove(self.log.edits.tolist())
-            self.follow_edits()
-            raise
-
-    def restore_values(self, directory: str | os.PathLike[str]) -> None:
-        """Sets the facts to those in a saved folder; errors as `sapt_fast.load_pretrained`.
-
-        After an error the memory is as before.
-        """
-        before = copy.deepcopy(self._state())
-        banks = [(bank, bank._rows, bank.seed) for bank in self.banks]
-        stored = self.read_stored(directory)
-        self.restore(stored.tensors, stored.values)
-        try:
-            read_banks(stored.source.parent, stored.values["banks"], self.banks, self.config_file)
-        except BaseException:
-            for bank, rows, seed in banks:
-                bank.adopt(rows, seed)
-            self._restore_state(before)
-            raise
-
     def require_consistent(self) -> None:
         """Raises ValueError if router, keys and facts do not fit each other."""
         text: Any = self._model.config.get_text_config()
         if self.looks_up_by_tokens:
             self.router.require_consistent(text.hidden_size)
-        for lookup in self._lookups:
-            given: Any = lookup
-            given.require_consistent(self.log.edits)
+        for lookup in self.lookups:
+            lookup.require_consistent(self.log.edits)
+        for use in self.uses:
+            use.require_consistent()

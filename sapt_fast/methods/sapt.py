@@ -31,12 +31,15 @@ from sapt_fast.ops.route import query, reflection_loss
 from sapt_fast.pools.lora import AdapterPool
 from sapt_fast.pools.sharding import gathered, require_reduced
 from sapt_fast.routing.hooks import Routing
+from sapt_fast.routing.images import ImageRouting
 from sapt_fast.sites.attach import group_by_input, mix_adapters, restore
 from sapt_fast.sites.find import chosen_names, find_layers, linear_names
+from sapt_fast.sites.image_embeddings import reads_images
+from sapt_fast.sites.image_queries import ImageQueries
 from sapt_fast.sites.linear import Mixed
 from sapt_fast.sites.merging import Addend, Merged, static_weights
 from sapt_fast.sites.report import PatchReport
-from sapt_fast.sites.towers import token_embedding
+from sapt_fast.sites.towers import input_layer, input_width, token_embedding
 from sapt_fast.sites.warm import run_mixed
 from sapt_fast.storage.lora import LoraFiles
 from sapt_fast.storage.task_saving import stacked_rows
@@ -143,22 +146,25 @@ class SaptHandle(TaskHandle):
 
     def __init__(self, model: Any, config: Any, report: PatchReport) -> None:
         super().__init__(model, config, report)
-        embedding = token_embedding(model)
+        embedding = input_layer(model)
+        self._queries = _image_queries(model, config)
         copied = [model.get_submodule(path) for path in self.task_modules.paths]
-        if not only_looks_up(embedding) and any(module is embedding for module in copied):
+        read = self._queries is None and not only_looks_up(embedding)
+        if read and any(module is embedding for module in copied):
             raise ValueError(
                 f"modules_to_save: tasks cannot have copies of the input embedding "
                 f"({type(embedding).__name__}), because the router calls it; use "
                 "modules_per_task=False"
             )
         self.router = SaptRouter(
-            embedding.weight.shape[1],
+            input_width(model),
             config,
             initializer_range=getattr(model.config, "initializer_range", 0.02),
             device=execution_device(embedding),
             dtype=config.adapter_dtype(embedding.weight.dtype),
         )
-        self.routing = Routing(model, self.signal, self._has_tasks, self._count)
+        kind = Routing if self._queries is None else ImageRouting
+        self.routing = kind(model, self.signal, self._has_tasks, self._count)
         if config.standardize_query:
             self.router.standardize(embedding, embedding.weight.shape[0])
 
@@ -169,9 +175,10 @@ class SaptHandle(TaskHandle):
         """Returns the linear layers that the config selects, and why others are skipped.
 
         Raises:
-            ValueError: if no layer can be patched.
+            ValueError: if no layer can be patched, or the router cannot read the model's inputs.
         """
-        token_embedding(model)
+        if _image_queries(model, config) is None:
+            token_embedding(model)
         report = find_layers(model, config)
         if not report.patched:
             raise ValueError(
@@ -184,7 +191,7 @@ class SaptHandle(TaskHandle):
     def attach(self, path: str) -> None:
         """Adds a pool to a layer, and swaps the layer's class for one that mixes the pool."""
         layer: Any = self._model.get_submodule(path)
-        dtype = token_embedding(self._model).weight.dtype
+        dtype = input_layer(self._model).weight.dtype
         mix_adapters(layer, self.routing, self.config, dtype)
         self.routing.pools.append(layer.sapt_pool)
 
@@ -278,6 +285,7 @@ class SaptHandle(TaskHandle):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
     ) -> Tensor:
         """Returns the router's weights [B, K] for these inputs, with gradient.
 
@@ -290,6 +298,8 @@ class SaptHandle(TaskHandle):
                 The first token of a text is never predicted, so its label alone marks no prompt.
             position_ids: [B, T]. If they restart within a row and there is no mask, the row is
                 packed: each of its texts is routed alone, and the result is per token, [B, T, K].
+            pixel_values: [B, C, H, W], for an image model, which takes nothing else. With one task
+                the weights are [1, 1].
 
         Raises:
             RuntimeError: if there is no task yet.
@@ -297,6 +307,8 @@ class SaptHandle(TaskHandle):
             ValueError: if attention_mask is used and has another shape.
         """
         self._require_task()
+        if self._queries is not None:
+            return self.signal(pixel_values=pixel_values)
         inputs = {
             "input_ids": input_ids,
             "inputs_embeds": inputs_embeds,
@@ -307,7 +319,9 @@ class SaptHandle(TaskHandle):
         return self.routing.routed(inputs)[0]
 
     def signal(self, **inputs: Tensor | None) -> Tensor:
-        """Returns the router's weights [B, K] for inputs with one text per row."""
+        """Returns the router's weights [B, K] for inputs with one text or image per row."""
+        if self._queries is not None and len(self.tasks) == 1:
+            return torch.ones(1, 1, device=self._device)  # without a pass for the queries
         with self._in_one_piece():
             return self.router.weights(self._pooled(**inputs))
 
@@ -315,26 +329,32 @@ class SaptHandle(TaskHandle):
         """Runs the router, with and without a mask, and what mixes by its weights."""
         self._require_task()
         ids = torch.zeros(samples, tokens, dtype=torch.int64, device=self._device)
+        if self._queries is not None:
+            norm = self.router.norm.weight
+            self._run_mixture(self.router.weights(norm.new_zeros(samples, len(norm))), ids)
+            return
         for mask in (torch.ones_like(ids), None):
             weights = self.signal(input_ids=ids, inputs_embeds=None, attention_mask=mask)
-        weights = weights.expand(samples, -1).detach().requires_grad_(weights.requires_grad)
         self._run_mixture(weights, ids)
 
     def _run_mixture(self, weights: Tensor, ids: Tensor) -> None:
+        weights = weights.expand(len(ids), -1).detach().requires_grad_(weights.requires_grad)
         run_mixed(self.layers.values(), weights, ids.shape[1])
 
     def reflection_loss(
         self,
-        input_ids: Tensor,
-        target: Tensor,
+        input_ids: Tensor | None = None,
+        target: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
+        *,
+        pixel_values: Tensor | None = None,
     ) -> Tensor:
         """Returns KL(target || prediction) on inputs of an earlier task, averaged over the texts.
 
         Args:
-            input_ids, attention_mask, labels, position_ids: as in `route`.
+            input_ids, attention_mask, labels, position_ids, pixel_values: as in `route`.
             target: [K'] or [B, K'] in learning order; [S, K'] for the S texts of packed rows.
                 Missing newer tasks count as zeros.
 
@@ -342,9 +362,11 @@ class SaptHandle(TaskHandle):
             RuntimeError: if there is no task yet.
             RuntimeError: if the router is sharded. FSDP2 shards it, except between the model's
                 forward and its backward.
-            ValueError: if target has negative or non-finite values.
+            ValueError: if target is None, or has negative or non-finite values.
         """
         self._require_task()
+        if target is None:
+            raise ValueError("target: got None, expected weights [K'] or [B, K']")
         known = transforms.values(target)
         if known is not None and (not torch.isfinite(known).all() or (known < 0).any()):
             raise ValueError("target: got negative or non-finite values, expected weights")
@@ -355,21 +377,31 @@ class SaptHandle(TaskHandle):
             "position_ids": position_ids,
         }
         with self._in_one_piece():
-            pooled = self.routing.of_texts(self._pooled, inputs)
+            if self._queries is not None:
+                pooled = self._pooled(pixel_values=pixel_values)
+            else:
+                pooled = self.routing.of_texts(self._pooled, inputs)
             return reflection_loss(self.router.scores(pooled), target.to(pooled.device))
 
     @torch.no_grad()
-    def init_key(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
+    def init_key(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        pixel_values: Tensor | None = None,
+    ) -> None:
         """Sets the newest key to the mean query of these inputs (`key_init="mean_query"`).
 
         Args:
             input_ids, attention_mask: [B, T].
+            pixel_values: [B, C, H, W], for an image model.
 
         Raises:
             RuntimeError: if there is no task yet.
         """
         self._require_task()
-        pooled = self._pooled(input_ids, None, attention_mask)
+        pooled = self._pooled(input_ids, None, attention_mask, pixel_values=pixel_values)
         queries = query(pooled, self.router.projection)
         self.router.keys.trainable.copy_(queries.mean(0, keepdim=True))
 
@@ -378,7 +410,7 @@ class SaptHandle(TaskHandle):
     @classmethod
     def expected(cls, model: Any, config: Any, report: PatchReport) -> Expected:
         """Returns what a saved folder of this method with this config must contain."""
-        router = router_shapes(token_embedding(model).weight.shape[1], config)
+        router = router_shapes(input_width(model), config)
         return Expected(config, cls.adapter_files, report.patched, report.patched, router)
 
     def adapters(self, state: Mapping[str, Tensor] | None = None) -> list[Any]:
@@ -440,7 +472,7 @@ class SaptHandle(TaskHandle):
         for path, layer in self.layers.items():
             a, b = cast(Any, layer).sapt_pool.scaled(weights)
             addends[path] = Addend(layer, a, b, isinstance(layer, Conv1D))
-        with self._changes.ignoring(self._model):
+        with self._trained.changes.ignoring(self._model):
             self.routing.merged = Merged(addends, self._model)
         self.task_modules.static = weights
 
@@ -451,7 +483,7 @@ class SaptHandle(TaskHandle):
             ValueError: if the model was converted to another dtype after `merge`; nothing has
                 changed then.
         """
-        with self._changes.ignoring(self._model):
+        with self._trained.changes.ignoring(self._model):
             self.routing.unmerge()
         self.task_modules.static = None
 
@@ -460,16 +492,26 @@ class SaptHandle(TaskHandle):
         if torch.compiler.is_compiling() or not (dist.is_available() and dist.is_initialized()):
             return nullcontext()
         require_reduced(self.router.keys)
-        embedding = self._model.get_input_embeddings()
+        embedding = input_layer(self._model)
         return gathered(self._model, self.router, embedding, keep=self.routing.is_running)
 
     def _pooled(
         self,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        attention_mask: Tensor | None,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        interpolate_pos_encoding: Any = None,
     ) -> Tensor:
+        if self._queries is not None:
+            if pixel_values is None:
+                raise ValueError(
+                    "pixel_values: got None, expected images [B, C, H, W], which the router reads; "
+                    "or run inside model.sapt.fixed(weights)"
+                )
+            queries = self._queries(pixel_values, bool(interpolate_pos_encoding))
+            return queries.to(self.router.norm.weight.dtype)
         mask = attention_mask if self.config.mask_padding else None
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
@@ -511,3 +553,20 @@ class SaptHandle(TaskHandle):
 
     def extra_repr(self) -> str:
         return f"tasks={self.tasks}, layers={len(self.report.patched)}"
+
+
+def _image_queries(model: Any, config: Any) -> ImageQueries | None:
+    """Returns the queries of an image model; None for a model that reads tokens.
+
+    Raises:
+        ValueError: if the image model is not supported, or not with this config.
+    """
+    # Of a model that also reads texts (CLIPModel), texts would be mixed by the weights of images.
+    if getattr(model, "main_input_name", "") != "pixel_values" or not reads_images(model):
+        return None
+    if config.standardize_query:
+        raise ValueError(
+            "standardize_query: got True for an image model, expected False: there are no random "
+            "tokens to standardise by"
+        )
+    return ImageQueries(model, config.query_layer, config.query_pooling)

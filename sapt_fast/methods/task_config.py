@@ -39,6 +39,7 @@ def _loss_weight(value: Any) -> bool:
 _MOST = 2**31 - 1  # far larger numbers would overflow in float16 or float32 without an error
 _INITS, _KEY_INITS = ("linear", "normal"), ("uniform", "mean_query")
 _ADAPTERS = ("lora", "prompt")
+_QUERY_POOLINGS = (None, "cls", "mean")
 _POOLINGS = ("mean", "max")  # as in ops.pool_tokens, which would be slow to import here
 _FLAG = (lambda v: isinstance(v, bool), "True or False")
 _MOST_COUNT = 2**16  # memory is reserved by these
@@ -62,6 +63,8 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "pooling": (lambda v: v in _POOLINGS, f"one of {_POOLINGS}"),
     "standardize_query": _FLAG,
+    "query_layer": (lambda v: v is None or _count(v), "an integer, at least 1, or None"),
+    "query_pooling": (lambda v: v in _QUERY_POOLINGS, f"one of {_QUERY_POOLINGS}"),
     "key_init": (lambda v: v in _KEY_INITS, f"one of {_KEY_INITS}"),
     "own_key_loss": (_loss_weight, f"{_WEIGHT[1]} and at most {_MOST}"),
     "kl_ratio": (_loss_weight, f"{_WEIGHT[1]} and at most {_MOST}"),
@@ -143,6 +146,20 @@ class TaskConfig(MethodConfig[_Handle]):
         metadata={
             "help": "Standardise the pooled embedding by the mean and standard deviation of random "
             "token sequences, which makes inputs easier to distinguish."
+        },
+    )
+    query_layer: int | None = field(
+        default=None,
+        metadata={
+            "help": "For images: number of frozen layers that compute the query; None for all, and "
+            "the last norm."
+        },
+    )
+    query_pooling: str | None = field(
+        default=None,
+        metadata={
+            "help": "For images: 'cls' or 'mean' (over the patches); None for 'cls' if the model "
+            "has it."
         },
     )
     key_init: str = field(

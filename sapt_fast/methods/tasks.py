@@ -16,16 +16,9 @@ from sapt_fast.files.names import require_folder_name
 from sapt_fast.methods.base import Handle, follow, handles, require_held
 from sapt_fast.ops import transforms
 from sapt_fast.routing.hooks import Routing
-from sapt_fast.sites.modules import (
-    Changes,
-    TaskModules,
-    base_tensors,
-    find_modules,
-    heads,
-    require_present,
-    trained_tensors,
-)
+from sapt_fast.sites.modules import TaskModules, find_modules, heads
 from sapt_fast.sites.report import PatchReport
+from sapt_fast.sites.trained import Trained
 from sapt_fast.storage.description import CONFIG_FILE, STRATEGY_FILE, is_sealed, method_of
 from sapt_fast.storage.task_saving import export_mixture, save_tasks
 from sapt_fast.storage.tasks import (
@@ -37,7 +30,7 @@ from sapt_fast.storage.tasks import (
     require_same_config,
 )
 
-__all__ = ["TaskHandle", "pool_of", "task_handle"]
+__all__ = ["TaskHandle", "learner_of", "pool_of", "task_handle"]
 
 
 class TaskHandle(Handle):
@@ -76,13 +69,7 @@ class TaskHandle(Handle):
                 f"{', '.join(unsaved)} is frozen and will not train; to train a head and save it "
                 f"with the tasks, set modules_to_save={unsaved} in the config"
             )
-        self._in_place = [] if config.modules_per_task else saved
-        # Parameters of the base model that train beside the adapters.
-        self._beside = [
-            p for path in self._in_place for p in model.get_submodule(path).parameters()
-        ]
-        self._changes = Changes(model)
-        self._hooks: list[Any] = []
+        self._trained = Trained(model, [] if config.modules_per_task else saved)
 
     # --- what the adapters are ---
 
@@ -265,7 +252,7 @@ class TaskHandle(Handle):
         They are those of the modules that all tasks train, and all others that require a gradient
         or have changed since `patch`.
         """
-        return trained_tensors(self._model, self._in_place, self._changes)
+        return self._trained.tensors()
 
     def restore_trained(self, tensors: Mapping[str, Tensor]) -> None:
         """Copies trained tensors into the base model; its parameters among them then train.
@@ -277,15 +264,7 @@ class TaskHandle(Handle):
             ValueError: if the model lacks a tensor, or has one of another shape; nothing has
                 changed then.
         """
-        require_present("tensors", tensors, self._model)
-        own = base_tensors(self._model)
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                own[name].copy_(tensor)
-        for name in tensors:
-            parameter = own[name]
-            if isinstance(parameter, nn.Parameter):
-                self._beside.append(parameter.requires_grad_(True))
+        self._trained.restore(tensors)
 
     # --- saving ---
 
@@ -429,30 +408,14 @@ class TaskHandle(Handle):
         self.task_modules.install(self.routing)
         if self.task_modules.paths and self.task_modules not in self.routing.pools:
             self.routing.pools.append(self.task_modules)
-        for parameter in self._beside:
-            parameter.requires_grad_(True)
-        self._hooks = [
-            self._model.register_load_state_dict_pre_hook(self._before_load),
-            self._model.register_load_state_dict_post_hook(self._after_load),
-        ]
+        self._trained.install()
 
     def remove(self) -> None:
         """Removes the hooks; called by `unpatch`."""
         self.routing.remove()
         super().remove()
         self.task_modules.remove()
-        for parameter in self._beside:
-            parameter.requires_grad_(False)
-        for hook in self._hooks:
-            hook.remove()
-
-    # Values loaded from a state_dict count as the base model's, not as trained here.
-
-    def _before_load(self, *args: Any) -> None:
-        self._changes.settle(self._model)
-
-    def _after_load(self, *args: Any) -> None:
-        self._changes.restart(self._model)
+        self._trained.remove()
 
     def _has_tasks(self) -> bool:
         return bool(self.tasks)
@@ -478,6 +441,18 @@ class TaskHandle(Handle):
 def task_handle(model: nn.Module) -> TaskHandle | None:
     """Returns the handle of a model's pool of tasks; None if it has none."""
     return next((one for one in handles(model) if isinstance(one, TaskHandle)), None)
+
+
+def learner_of(model: nn.Module) -> Any:
+    """Returns the handle of the method that learns tasks: a pool of tasks, or of prompts.
+
+    Raises:
+        ValueError: if the model has none.
+    """
+    found = task_handle(model) or next((h for h in handles(model) if h.routing is not None), None)
+    if found is None:
+        raise ValueError("model: not patched by sapt_fast.patch")
+    return found
 
 
 def pool_of(model: nn.Module) -> Any:

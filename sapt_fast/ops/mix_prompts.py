@@ -150,7 +150,7 @@ def mix_prompts_fwd(
     """
     with without_autocast(source.device):
         flat = prompts.to(mixture.dtype).flatten(1)
-        mixed = present_product(mixture, mixture != 0, flat)
+        mixed = _product(mixture, flat)
     embeds = source if input_ids is None else torch.nn.functional.embedding(input_ids, source)
     mixed = mixed.view(mixture.shape[0], *prompts.shape[1:]).to(source.dtype)
     return torch.cat([mixed, embeds], 1)
@@ -169,12 +169,23 @@ def mix_prompts_bwd(
     d_prompts = d_mixture = None
     with without_autocast(dy.device):
         if needs_prompts:
-            d_prompts = present_product(mixture.t(), mixture.t() != 0, d_mixed)
+            d_prompts = _product(mixture.t(), d_mixed)
             d_prompts = d_prompts.view(prompts.shape).to(prompts.dtype)
         if needs_mixture:
             d_mixture = d_mixed @ prompts.to(mixture.dtype).flatten(1).t()
             d_mixture = without_undefined(d_mixture, mixture)
     return d_prompts, d_mixture
+
+
+def _product(weights: Tensor, rows: Tensor) -> Tensor:
+    """Returns `weights @ rows`, in which rows of weight 0 are absent.
+
+    On a CPU one pass over the rows finds whether they are finite, which a finite sum shows: then it
+    is the plain product. Elsewhere the host would have to wait for the answer.
+    """
+    if rows.device.type == "cpu" and bool(rows.sum().isfinite()):
+        return weights @ rows
+    return present_product(weights, weights != 0, rows)
 
 
 # --- registered ops ----------------------------------------------------------------------------

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial, reduce
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Group", "Sent", "exchanged", "gathered_rows"]
+__all__ = ["Group", "Sent", "Share", "exchanged", "gathered_rows"]
+
+_Result = TypeVar("_Result")
 
 
 class Group:
@@ -22,6 +24,7 @@ class Group:
 
     Args:
         group: a process group; None for all processes.
+        alone: whether it is this process only, also where there are others.
 
     Attributes:
         group: as above; None if there is one process without torch.distributed.
@@ -29,11 +32,16 @@ class Group:
         rank: number of this one.
     """
 
-    def __init__(self, group: Any = None) -> None:
-        there = dist.is_available() and dist.is_initialized()
+    def __init__(self, group: Any = None, *, alone: bool = False) -> None:
+        there = not alone and dist.is_available() and dist.is_initialized()
         self.group: Any = (group or dist.group.WORLD) if there else None
         self.size = dist.get_world_size(self.group) if there else 1
         self.rank = dist.get_rank(self.group) if there else 0
+
+    @property
+    def name(self) -> str:
+        """A folder for what this process alone writes; of one process, the one it is in."""
+        return f"process-{self.rank}-of-{self.size}" if self.size > 1 else "."
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Group:
         return self
@@ -73,10 +81,86 @@ class Group:
 
     def gather_ragged(self, rows: Tensor) -> Tensor:
         """As `gather`, of different numbers of rows."""
+        if self.size == 1:
+            return rows.clone()
         counts = self.counts(len(rows), rows.device)
         everyone = self.gather(_padded(rows, max(counts)))
         parts = everyone.view(self.size, max(counts), *rows.shape[1:])
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    def first(self, rows: Tensor) -> Tensor:
+        """Returns the rows [M, ...] of the first process; all give as many."""
+        return rows if self.size == 1 else self.gather(rows)[: len(rows)]
+
+    def values(self, value: Any) -> list[Any]:
+        """Returns the small Python values of all processes."""
+        found = [value] * self.size
+        if self.group is not None:
+            dist.all_gather_object(found, value, self.group)
+        return found
+
+    def require_same(self, name: str, value: Any) -> None:
+        """Raises ValueError, on every process, unless all have the same value."""
+        for rank, other in enumerate(self.values(value)):
+            if other != value:
+                raise ValueError(
+                    f"{name}: process {rank} got others than process {self.rank}, expected the "
+                    "same on all processes"
+                )
+
+    def together(self, function: Callable[[], _Result]) -> _Result:
+        """Calls a function; if it raises an error on a process, all raise one."""
+        error: Exception | None = None
+        try:
+            result = function()
+        except Exception as raised:
+            error = raised
+        messages = self.values(None if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        for rank, message in enumerate(messages):
+            if message is not None:
+                raise RuntimeError(f"process {rank}: {message}")
+        return result
+
+    def barrier(self) -> None:
+        """Waits for all processes."""
+        if self.group is not None:
+            dist.barrier(self.group)
+
+
+class Share:
+    """The rows of a batch that one process computes: every W-th, and at least one.
+
+    A process that would have none computes the first row too, which is not counted.
+
+    Args:
+        count: number of rows of the batch, B.
+        group: the processes.
+
+    Attributes:
+        rows: the numbers of the rows that this process computes.
+    """
+
+    def __init__(self, count: int, group: Group) -> None:
+        own = [*range(group.rank, count, group.size)]
+        self.group, self.count = group, count
+        self.rows = own or [0]
+        self._counted = len(own)
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Returns values of all rows, [B, ...], given those of this process's rows."""
+        size = self.group.size
+        if size == 1:
+            return values
+        found = self.group.gather_ragged(values[: self._counted])
+        order = torch.cat([torch.arange(rank, self.count, size) for rank in range(size)])
+        return found[order.argsort().to(found.device)]
+
+    def mine(self, chosen: Tensor) -> Tensor:
+        """Returns which of this process's rows are chosen, given that of all rows [B] bool."""
+        mine = chosen[self.rows]
+        return mine if self._counted else torch.zeros_like(mine)
 
 
 def gathered_rows(rows: Tensor, group: Group) -> Tensor:

@@ -60,12 +60,12 @@ class ExpertBank(Own, nn.Module):
         cache_rows: number of experts in the cache on `device`; not used by storage "device". A
             call that selects more copies them without the cache.
         seed: of the start values.
-        first: number of this bank's first expert in a larger one, of which it is a part; its start
-            values are those of that expert.
+        first: number of this bank's first expert in the larger bank of which it is a part.
         device: where `mix` computes.
 
     Attributes:
         seed: as above; a loaded state brings its own.
+        version: changes whenever stored rows do.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class ExpertBank(Own, nn.Module):
         self._rows: RowTable | MappedRows = RowTable(num_experts, self.shapes(), home)
         self._cache = self._new_cache()
         self._trained: Trained | None = None
-        self._version = next(_VERSIONS)  # of the stored rows
+        self.version = next(_VERSIONS)
 
     @property
     def device(self) -> torch.device:
@@ -291,7 +291,7 @@ class ExpertBank(Own, nn.Module):
         Raises:
             TypeError, ValueError: if the index is not [M, k] int64, or (on a CPU) out of range.
         """
-        return Selection(*self._selected(index, dtype), self._version)
+        return Selection(*self._selected(index, dtype), self.version)
 
     def mix(
         self,
@@ -320,7 +320,7 @@ class ExpertBank(Own, nn.Module):
                 bank's, or the bank has rows in training, which no selection contains.
         """
         if isinstance(index, Selection):
-            if index.version != self._version:
+            if index.version != self.version:
                 raise RuntimeError(
                     "index: got a selection of another bank, or from before the bank changed"
                 )
@@ -390,7 +390,7 @@ class ExpertBank(Own, nn.Module):
     def _forget(self, ids: Tensor) -> None:
         """Drops what was copied from rows that have changed."""
         self._trained = None
-        self._version = next(_VERSIONS)
+        self.version = next(_VERSIONS)
         if self._cache is not None:
             self._cache.drop(ids)
 
@@ -468,7 +468,7 @@ class ExpertBank(Own, nn.Module):
             seed: as the argument of the constructor.
         """
         self._rows, self.seed = rows, seed
-        self._version = next(_VERSIONS)
+        self.version = next(_VERSIONS)
         self._trained, self._cache = None, self._new_cache()
 
     def _load_from_state_dict(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,8 @@ from sapt_fast.pools.codebook import Exact, resize, rows_of
 
 __all__ = ["FactTable"]
 
+_GOLDEN = 0.6180339887  # multiples of it are spread evenly over the numbers modulo 1
+
 
 class FactTable(Exact):
     """One row for each fact.
@@ -20,6 +23,8 @@ class FactTable(Exact):
         experts: K, how many experts a fact has.
         num_experts: N.
         device: of the buffers.
+        spread: whether new facts are spread evenly over all experts and keys, for tables that are
+            divided by rows over processes, however many these are. Else the first ones are taken.
 
     Attributes:
         facts: [F] int64, ascending, the facts' numbers.
@@ -31,9 +36,12 @@ class FactTable(Exact):
     keys: Tensor
     experts: Tensor
 
-    def __init__(self, experts: int, num_experts: int, device: torch.device) -> None:
+    def __init__(
+        self, experts: int, num_experts: int, device: torch.device, spread: bool = False
+    ) -> None:
         super().__init__()
         self.num_experts = num_experts
+        self.spread = spread
         empty: Any = partial(torch.empty, dtype=torch.int64, device=device)
         self.register_buffer("facts", empty(0))
         self.register_buffer("keys", empty(0))
@@ -91,7 +99,8 @@ class FactTable(Exact):
         chosen = []
         while count > 0:
             together = min(count, self.num_experts // width)  # that do not share experts
-            order = uses.argsort(stable=True)
+            order = self._order(width)
+            order = order[uses[order].argsort(stable=True)]
             order = order[kept[order].argsort(stable=True)][: together * width]
             uses[order] += 1
             kept[order] += 1
@@ -101,10 +110,25 @@ class FactTable(Exact):
 
     def free_keys(self, count: int) -> Tensor:
         """Returns the first rows of the index without a key, [count] int64."""
-        device = self.facts.device
-        free = torch.ones(len(self) + count, dtype=torch.bool, device=device)
-        free[self.keys[self.keys < len(free)]] = False
-        return free.nonzero().squeeze(1)[:count]
+        size = len(self) + count
+        first = self._order(1)[:size] if self.spread else torch.arange(size).to(self.keys)
+        return first[~torch.isin(first, self.keys)][:count]
+
+    def _order(self, together: int) -> Tensor:
+        """Returns all numbers, in the order in which facts take them.
+
+        Spread, `together` neighbours at a time are taken from all over the table.
+        """
+        numbers = torch.arange(self.num_experts, device=self.facts.device)
+        if not self.spread:
+            return numbers
+        blocks = self.num_experts // together
+        step = max(1, round(blocks * _GOLDEN))
+        while math.gcd(step, blocks) > 1:
+            step += 1
+        whole = numbers[: blocks * together].view(blocks, together)
+        first = whole[numbers[:blocks] * step % blocks].flatten()
+        return torch.cat([first, numbers[len(first) :]])
 
     def add(self, facts: Tensor, keys: Tensor, experts: Tensor) -> None:
         """Adds facts [M], greater than those that are there, with their keys and experts."""

@@ -108,12 +108,7 @@ class PromptPool(Own, Resident):
 
     def _stacked(self) -> Tensor:
         """Returns all prompts [K, P, D]; the newest receives its gradient through them."""
-        newest = self.rows.trainable
-        if torch.is_grad_enabled() and newest.requires_grad:
-            rows = torch.cat([self.rows.frozen, newest])
-        else:
-            rows = self.rows.rows()
-        return rows.view(-1, self.length, self.rows.width)
+        return self.rows.joined().view(-1, self.length, self.rows.width)
 
     def extra_repr(self) -> str:
         return f"prompts={len(self)}, length={self.length}"
@@ -164,13 +159,24 @@ class ConcatenatedPrompts:
             [B, N * rows + T, D].
         """
         embeds = embedding(input_ids) if inputs_embeds is None else inputs_embeds
-        stacked = torch.cat([self.stack.frozen, self.stack.trainable])
-        if index.stride(0) == 0:  # one row for all
-            index = index[:1]
-        prompts = stacked.view(-1, self.rows, stacked.shape[1])[index].flatten(1, 2)
+        prompts = self.chosen(index)
         if len(prompts) == 1:  # the same for all inputs: a mixture of one prompt
             return mix_prompts(prompts, prompts.new_ones(len(embeds), 1), embeds)
         return torch.cat([prompts.to(embeds.dtype), embeds], 1)
+
+    def chosen(self, index: Tensor) -> Tensor:
+        """Returns the rows of prompts, one after the other.
+
+        Args:
+            index: [B, N] int64, the indices of the prompts.
+
+        Returns:
+            [B, N * rows, D]; [1, N * rows, D] if all rows of the index are one.
+        """
+        stacked = self.stack.joined()
+        if index.stride(0) == 0:  # one row for all
+            index = index[:1]
+        return stacked.view(-1, self.rows, stacked.shape[1])[index].flatten(1, 2)
 
 
 def _is_plain(embedding: nn.Module) -> bool:

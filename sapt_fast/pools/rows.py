@@ -101,6 +101,12 @@ class RowStack(Resident):
                 self._realign()
         return self._rows
 
+    def joined(self) -> Tensor:
+        """Returns all rows [R, width]; `trainable` receives its gradient through them."""
+        if torch.is_grad_enabled() and self.trainable.requires_grad:
+            return torch.cat([self.frozen, self.trainable])
+        return self.rows()
+
     def _has_own_parts(self) -> bool:
         parts, own = self._parameters, self._own
         if is_partitioned(own[1]):

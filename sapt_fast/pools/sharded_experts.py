@@ -60,6 +60,11 @@ class RowShards:
         at = ids - self.first
         return torch.where((at >= 0) & (at < self.count), at, -1)
 
+    def kept(self, ids: Tensor) -> Tensor:
+        """Returns the rows of these that this process has, numbered within it."""
+        local = self.local(ids)
+        return local[local >= 0]
+
     def require_keys(self, index: KeyIndex) -> None:
         """Raises TypeError or ValueError unless an index has a key for each row of this process."""
         if isinstance(index, ProductIndex):
@@ -114,6 +119,11 @@ class ShardedExperts(Own, nn.Module):
     def num_experts(self) -> int:
         """N, over all processes."""
         return self.shards.num_rows
+
+    @property
+    def version(self) -> int:
+        """That of this process's bank."""
+        return self.bank.version
 
     def training_rows(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Hands out the rows of the experts that any process names, as `ExpertBank.training_rows`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -25,7 +25,8 @@ class Prompt(NamedTuple):
         length: tokens of the longest prompt, padding included.
         start: tokens in the cache.
         query: [B, D], what the prompts are looked up by; None if layers look up by their input.
-        decided: what layers have decided about the prompts, [B] by the layer's path.
+        decided: what layers have decided about the prompts, [B, ...] by the layer's path, and what
+            follows from that.
         tokens: T of the forward's input, which is that of the layers; None: not known.
         copies: rows per prompt, of which one is counted (beams have several); 0: none is counted.
     """
@@ -35,7 +36,7 @@ class Prompt(NamedTuple):
     length: int
     start: int
     query: Tensor | None
-    decided: dict[str, Tensor]
+    decided: dict[str, Any]
     tokens: int | None = None
     copies: int = 0
 
@@ -65,6 +66,7 @@ class Forward:
         segments: the texts of packed rows, if the weights are those of each text; or None.
         waiting: outputs of layers that were computed together with another layer.
         inserted: whether a prompt was inserted before its tokens and has to be removed again.
+        prompt_outputs: [B, P, D], the last layer's outputs of prompts in an image model.
         prompt: where its prompts end, for methods that decide by a prompt's last token.
     """
 
@@ -80,6 +82,7 @@ class Forward:
         self.segments: Segments | None = None
         self.waiting: Waiting = {}
         self.inserted = False
+        self.prompt_outputs: Tensor | None = None
         self.prompt: Prompt | None = None
 
     def interrupted(self) -> bool:

@@ -70,8 +70,7 @@ class Routing(Running):
     def install(self) -> None:
         """Adds the hooks and stand-ins; `remove` takes them away again."""
         model = self.model
-        # The model with its head, and the one inside it, which may be called on its own.
-        for root in dict.fromkeys((model, model.base_model)):
+        for root in dict.fromkeys(self.roots()):
             self._hook(root, self._enter_model, self._leave_model)
         if self.router.is_encoder_decoder:
             self._hook(model.get_encoder(), self._enter_encoder, self._leave_encoder)
@@ -85,6 +84,10 @@ class Routing(Running):
             stand_in.install()
             self._stand_ins.append(stand_in)
         self.recomputation.install()
+
+    def roots(self) -> tuple[Any, ...]:
+        """The model with its head, and the one inside it, which may be called on its own."""
+        return self.model, self.model.base_model
 
     def remove(self) -> None:
         """Takes hooks and stand-ins away; those of others, from before or since, stay.

@@ -49,6 +49,7 @@ class Prompts(Running):
     Attributes:
         query: computes what prompts are looked up by, [B, D], from the tokens [T_b] of each; None
             if layers look up by their input.
+        together: whether processes generate together, each until all have finished.
     """
 
     def __init__(self, model: Any, name: str, by_function: bool) -> None:
@@ -59,6 +60,7 @@ class Prompts(Running):
         # Its own name: the numbers in caches of another patch are those of other edits.
         self.carried = f"prompts_of_{name}_{uuid.uuid4().hex}"
         self.query: Callable[[list[Tensor]], Tensor] | None = None
+        self.together = False
         self.recomputation = Recomputation(model, self)
         self._hooks: list[Any] = []
         self._stand_ins: list[StandIn] = []
@@ -205,6 +207,8 @@ class Prompts(Running):
         text = _tokens(inputs)
         self._call.samples = text.shape[0] if isinstance(text, Tensor) else None
         self._call.decided = {}
+        if self.together:
+            kwargs.setdefault("synced_gpus", True)
         try:
             with self.generating():
                 return own(*args, **kwargs)

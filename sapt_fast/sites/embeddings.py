@@ -223,16 +223,30 @@ class PlacesRouting(PromptRouting):
         Raises:
             ValueError: if they have another shape or dtype or, on a CPU, there is no such prompt.
         """
-        index, count, total = torch.as_tensor(weights), self.count(), self.pool.total
-        if index.dtype != torch.int64 or index.dim() not in (1, 2) or index.shape[-1] != count:
-            raise ValueError(
-                f"mixture: got {index.dtype} of shape {tuple(index.shape)}, expected the places of "
-                f"prompts, int64 [{count}] or [B, {count}]"
-            )
-        known = transforms.values(index) if index.device.type == "cpu" else None
-        if known is not None and not bool(((known >= 0) & (known < total)).all()):
-            raise ValueError(f"mixture: got places {known.tolist()}, expected 0 to {total - 1}")
-        return index[None] if index.dim() == 1 else index
+        return checked_places(weights, self.count(), self.pool.total)
+
+
+def checked_places(places: Tensor, count: int, total: int) -> Tensor:
+    """Returns places of prompts that a caller gives, as [1, N] or [B, N].
+
+    Args:
+        places: int64 [N] or [B, N].
+        count: N.
+        total: the number of prompts.
+
+    Raises:
+        ValueError: if they have another shape or dtype or, on a CPU, there is no such prompt.
+    """
+    index = torch.as_tensor(places)
+    if index.dtype != torch.int64 or index.dim() not in (1, 2) or index.shape[-1] != count:
+        raise ValueError(
+            f"mixture: got {index.dtype} of shape {tuple(index.shape)}, expected the places of "
+            f"prompts, int64 [{count}] or [B, {count}]"
+        )
+    known = transforms.values(index) if index.device.type == "cpu" else None
+    if known is not None and not bool(((known >= 0) & (known < total)).all()):
+        raise ValueError(f"mixture: got places {known.tolist()}, expected 0 to {total - 1}")
+    return index[None] if index.dim() == 1 else index
 
 
 def prompt_place(model: Any) -> Any:

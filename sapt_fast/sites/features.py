@@ -15,7 +15,7 @@ from sapt_fast.ops._common import without_autocast
 from sapt_fast.pools.own import Own
 from sapt_fast.sites.linear import Mixed, base_kind
 
-__all__ = ["HiddenMean", "PrincipalComponents"]
+__all__ = ["HiddenMean", "PrincipalComponents", "bare"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOK_FLAGS = (
@@ -207,18 +207,18 @@ def _low_states(backbone: Any, layer: int, ids: Tensor, mask: Tensor) -> Tensor:
     threads may run the model meanwhile, and it may be moved or patched between calls.
     """
     blocks = _blocks_of(backbone)
-    kept = nn.ModuleList([_bare(block) for block in [*blocks][:layer]])
+    kept = nn.ModuleList([bare(block) for block in [*blocks][:layer]])
     found: list[Tensor] = []
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
         found.append(output if isinstance(output, Tensor) else output[0])
 
     kept[-1].register_forward_hook(keep)
-    _bare(backbone, blocks, kept)(input_ids=ids, attention_mask=mask)
+    bare(backbone, blocks, kept)(input_ids=ids, attention_mask=mask)
     return found[0]
 
 
-def _bare(module: Any, old: Any = None, new: Any = None) -> Any:
+def bare(module: Any, old: Any = None, new: Any = None) -> Any:
     """Returns a copy with the same tensors, without hooks, dropout and what methods have added.
 
     Args:
@@ -241,7 +241,7 @@ def _bare(module: Any, old: Any = None, new: Any = None) -> Any:
         state[name] = OrderedDict()
     children = module._modules.items()
     state["_modules"] = {
-        name: None if child is None else _bare(child, old, new)
+        name: None if child is None else bare(child, old, new)
         for name, child in children
         if not isinstance(child, Own)
     }

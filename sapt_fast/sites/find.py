@@ -39,6 +39,12 @@ _READ_BY_TORCH: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
 )
 # Attributes of a weight that are read without multiplying by it.
 _PROPERTIES = ("device", "dtype", "ndim", "requires_grad", "shape", "size", "data")
+# Default layers of vision transformers, for which PEFT has none.
+_OF_IMAGES = dict.fromkeys(
+    ("vit", "deit", "beit", "dinov2", "dinov2_with_registers", "clip", "clip_vision_model",
+     "siglip", "siglip_vision_model"),
+    ("q_proj", "v_proj"),
+)  # fmt: skip
 _HEADS = ("score", "classifier")  # of models without output embeddings
 # A child, and the attributes of its parent that must be true for its weight to be read.
 Reading = tuple[str, tuple[str, ...]]
@@ -116,8 +122,9 @@ def chosen_names(model: PreTrainedModel, config: Chosen) -> Iterable[str] | str:
         return frozenset(n for n in all_linear(model) if not f"{n}.".startswith(inside))
     if targets is not None:
         return targets
-    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as defaults
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as of_peft
 
+    defaults = {**_OF_IMAGES, **of_peft}
     kind = model.config.model_type
     if kind not in defaults:
         raise ValueError(

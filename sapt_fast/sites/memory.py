@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sapt_fast.ops._common import without_autocast
+from sapt_fast.ops import mix_experts
+from sapt_fast.ops._common import compute_dtype, without_autocast
 from sapt_fast.pools.codebook import Exact
+from sapt_fast.pools.experts import ExpertBank
 from sapt_fast.pools.fact_table import FactTable
+from sapt_fast.pools.selections import Selection
 from sapt_fast.routing.forward import Prompt
 from sapt_fast.routing.prompts import Prompts
 from sapt_fast.sites.edited import AtPrompts, replaced_tokens, tokens_behind
@@ -113,9 +117,7 @@ class FactLookup(Lookup):
     def require_consistent(self, facts: Tensor) -> None:
         """Raises ValueError unless each fact has a key."""
         super().require_consistent(facts)
-        keys = self.index.present_keys()[1]
-        if not torch.equal(self.table.keys.sort().values, keys):
-            raise ValueError(f"index: got {len(keys)} keys, expected those of {len(facts)} facts")
+        self.index.require_rows(self.table.keys)
 
 
 class KeyLookup(Lookup):
@@ -177,6 +179,34 @@ class KeyLookup(Lookup):
         return torch.where(acts, keys, -1).flatten(1), weights.flatten(1)
 
 
+class _Held:
+    """The experts of prompts in a cache, for all tokens that follow.
+
+    A copy is empty, so that copied and pickled caches have no table of experts.
+
+    Args:
+        decided: what was decided about the prompts.
+        of: version of the bank, and dtype that it computes in.
+        chosen: the experts [B, K], -1 for none, or the bank's selection of them.
+        weights: [B, K].
+        acts: [B, 1, 1] bool, whether a prompt has experts; None: all have.
+    """
+
+    def __init__(
+        self,
+        decided: tuple[Tensor, ...] = (),
+        of: Any = None,
+        chosen: Tensor | Selection | None = None,
+        weights: Tensor | None = None,
+        acts: Tensor | None = None,
+    ) -> None:
+        self.decided, self.of = decided, of
+        self.chosen, self.weights, self.acts = chosen, weights, acts
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Held, ()
+
+
 class MemoryOutput(AtPrompts):
     """Adds the experts that are found for each prompt, or for each token.
 
@@ -185,7 +215,7 @@ class MemoryOutput(AtPrompts):
     Args:
         path, prompts, in_decoder: as in `AtPrompts`.
         lookup: finds experts; layers may share it.
-        bank: the experts (a `pools.experts.ExpertBank`); layers may share it.
+        bank: the experts (an `ExpertBank`, or `ShardedExperts`); layers may share it.
         scaling: s.
         replacement: "generation" or "replace_all", the tokens on which experts act.
         per_token: whether each token looks up by the layer's input, instead of each prompt.
@@ -225,15 +255,20 @@ class MemoryOutput(AtPrompts):
         x = self.require_tokens(args[0] if args else None)
         self.require_tokens(output)
         prompt = self.prompt_of(x)
+        if self._is_behind(prompt):
+            return self._behind_prompts(output, x, prompt)
         where = replaced_tokens(self.replacement, tokens_behind(output, prompt))  # [B, T]
-        if where.device.type == "cpu" and not where.any():
+        # Other processes may need this one for their experts, and a graph has no branches.
+        skips = where.device.type == "cpu" and isinstance(self.bank, ExpertBank)
+        skips = skips and not torch.compiler.is_compiling()
+        if skips and not where.any():
             return output
         found = self._of_tokens(x, where) if self.per_token else self._of_prompts(x, prompt)
         if found is None:
             return output
         index, weights = found  # [B, 1 or T, K]
         where = where & (index >= 0).any(-1)
-        if where.device.type == "cpu" and not where.any():
+        if skips and not where.any():
             return output
         index = torch.where(where[..., None], index, -1)  # [B, T, K]
         weights = weights.expand(index.shape)
@@ -243,6 +278,48 @@ class MemoryOutput(AtPrompts):
         delta = self.bank.mix(*flat, self.scaling)
         changed = output + delta.view_as(output).to(output.dtype)
         return torch.where(where[..., None], changed, output)
+
+    def _is_behind(self, prompt: Prompt) -> bool:
+        """Whether all tokens follow prompts that are read: in generation, not when run again."""
+        behind = not prompt.is_read and prompt.copies > 0 and self.replacement == "generation"
+        return behind and not self.per_token and not torch.compiler.is_compiling()
+
+    def _behind_prompts(self, output: Tensor, x: Tensor, prompt: Prompt) -> Tensor:
+        """As `at_output`: experts are found in the first of the forwards that follow a prompt."""
+        name, kept = f"{self.prompts.name}:", f"held by {self.path}"
+        decided = tuple(t for key, t in prompt.decided.items() if key.startswith(name))
+        of = self.bank.version, compute_dtype(x)
+        held: Any = prompt.decided.get(kept, _Held())
+        same = len(held.decided) == len(decided) and all(map(is_, held.decided, decided))
+        if not same or held.of != of:
+            prompt.decided[kept] = held = self._found_once(decided, of, x, prompt)
+        if held.chosen is None:
+            return output
+        chosen, weights = held.chosen, held.weights
+        index = chosen.at if isinstance(chosen, Selection) else chosen  # [B, K]
+        if x.shape[1] > 1:
+            index, weights = (t.repeat_interleave(x.shape[1], 0) for t in (index, weights))
+        x = x.flatten(0, 1)
+        if isinstance(chosen, Selection):
+            delta = mix_experts(x, chosen.a, chosen.b, index, weights, scaling=self.scaling)
+        else:
+            delta = self.bank.mix(x, index, weights, self.scaling)
+        changed = output + delta.view_as(output).to(output.dtype)
+        return changed if held.acts is None else torch.where(held.acts, changed, output)
+
+    def _found_once(self, decided: tuple[Tensor, ...], of: Any, x: Tensor, prompt: Prompt) -> _Held:
+        found = self._of_prompts(x, prompt)
+        if found is None:
+            return _Held(decided, of)
+        index, weights = (t[:, 0] for t in found)
+        acts = (index >= 0).any(1)[:, None, None]
+        if not isinstance(self.bank, ExpertBank):  # others need this process for their experts
+            return _Held(decided, of, index, weights, acts)
+        if acts.device.type == "cpu" and not acts.any():
+            return _Held(decided, of)
+        everywhere = acts.device.type == "cpu" and bool(acts.all())
+        chosen = self.bank.select(index, of[1])
+        return _Held(decided, of, chosen, weights, None if everywhere else acts)
 
     def _of_tokens(self, x: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
         """Returns experts and weights [B, T, K]; -1 at tokens that are not in `where` [B, T]."""

@@ -31,6 +31,30 @@ def token_embedding(model: Any) -> Any:
     )
 
 
+def input_layer(model: Any) -> Any:
+    """Returns the layer that reads the inputs: token embeddings, or the projection of patches.
+
+    Raises:
+        ValueError: if the model has neither.
+    """
+    try:
+        embedding = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        embedding = None
+    if hasattr(embedding, "weight"):
+        return embedding
+    inside = model if embedding is None else embedding
+    patches = next((m for m in inside.modules() if isinstance(m, nn.Conv2d)), None)
+    return token_embedding(model) if patches is None else patches
+
+
+def input_width(model: Any) -> int:
+    """Returns D, the width of the embeddings of tokens or patches."""
+    layer = input_layer(model)
+    width: int = layer.weight.shape[0 if isinstance(layer, nn.Conv2d) else 1]
+    return width
+
+
 def tower_notes(model: PreTrainedModel, patched: Iterable[str]) -> list[str]:
     """Returns a note if layers of one name were patched in several parts of a model, else none.
 

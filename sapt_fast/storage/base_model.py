@@ -11,6 +11,7 @@ from torch import Tensor
 from sapt_fast.devices import present_weight
 from sapt_fast.pools.sharding import unsharded_class, whole
 from sapt_fast.sites.linear import is_torchao, packed_weight
+from sapt_fast.sites.towers import input_layer
 
 __all__ = ["describe_base", "require_base", "require_model_type"]
 
@@ -102,7 +103,7 @@ def _samples(
 
     Quantised layers are left out.
     """
-    embedding = model.get_input_embeddings()
+    embedding = input_layer(model)
     weights = {"input embedding": _weight(_place(model), embedding, state)}
     for path in (paths[0], paths[-1]):
         layer = model.get_submodule(path)
@@ -121,7 +122,7 @@ def _samples(
 
 def _place(model: Any) -> str:
     """Returns the path of the input embedding."""
-    embedding = model.get_input_embeddings()
+    embedding = input_layer(model)
     return next((name for name, module in model.named_modules() if module is embedding), "")
 
 

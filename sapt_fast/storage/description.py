@@ -59,12 +59,16 @@ _SEALED_FIELDS = frozenset({"method", "strategy", "files", "digest"})
 _OPTIONAL_FIELDS: frozenset[str] = frozenset()
 # To store more of a task, add its field here; `files_of_tasks` lists the files of a task.
 _OPTIONAL_TASK_FIELDS: frozenset[str] = frozenset()
-# Strategies without SAPT's router, whose adapters earlier versions stored as SAPT's.
-_NOT_ROUTED = ("epi", "l2p", "olora", "progprompt")
+# Strategies without SAPT's router, whose adapters earlier versions stored as SAPT's, or whose own
+# way to choose adapters or to predict is only known to a run.
+_NOT_ROUTED = (
+    *("epi", "l2p", "olora", "progprompt", "coda", "dualprompt"),
+    *("ncm", "lda", "ridge", "lda_experts"),
+)
 # Strategies that use SAPT's router.
 _ROUTED = (
     *("sapt", "sapt_prompt", "seqlora", "joint", "replay", "generative_replay"),
-    *("ewc", "lwf", "lfpt5", "single"),
+    *("ewc", "lwf", "lfpt5", "single", "head"),
 )
 
 _ADVICE = "Restore it from a backup"

@@ -30,9 +30,9 @@ from sapt_fast.storage.description import require_fields, require_own_digest, wr
 from sapt_fast.storage.tensors import digest_of_file, require_finite
 from sapt_fast.version import __version__
 
-__all__ = ["load_sharded_bank", "save_sharded_bank"]
+__all__ = ["SHARDED_BANK_FILE", "load_sharded_bank", "save_sharded_bank"]
 
-_FILE = "sharded_bank.json"
+SHARDED_BANK_FILE = _FILE = "sharded_bank.json"
 _FORMAT_VERSION = 1
 _FIELDS = frozenset(
     {

@@ -21,6 +21,7 @@ from sapt_fast.sites.modules import (
     whole_modules,
     with_prefix,
 )
+from sapt_fast.sites.towers import input_layer, input_width
 from sapt_fast.storage.base_model import require_base, require_model_type
 from sapt_fast.storage.description import (
     CONFIG_FILE,
@@ -176,7 +177,7 @@ def read_tasks(
     names = [task["name"] for task in description["tasks"]]
     beside = _beside(model, expected, trained)
     adapters = [
-        kind.read(files, task, layers, config, _width(model), beside)
+        kind.read(files, task, layers, config, input_width(model), beside)
         for task in description["tasks"]
     ]
     router, _ = files.tensors(ROUTER_FILE)
@@ -245,8 +246,8 @@ def _own_paths(model: Any, expected: Expected) -> list[str]:
 
 def require_fits(model: Any, expected: Expected, stored: StoredTasks) -> None:
     """Raises ValueError unless names, shapes and values of stored tasks fit a model."""
-    layers, width = expected.features(model), _width(model)
-    dtype = stored.config.adapter_dtype(model.get_input_embeddings().weight.dtype)
+    layers, width = expected.features(model), input_width(model)
+    dtype = stored.config.adapter_dtype(input_layer(model).weight.dtype)
     for name, adapter in zip(stored.names, stored.adapters, strict=True):
         tensors, shapes = expected.kind.parts(
             adapter, layers, stored.config, width, f"{stored.source}: task {name!r}"
@@ -317,9 +318,3 @@ def require_targets(source: str, targets: Mapping[str, Tensor], names: list[str]
                 f"{source}: {name!r}: got {target.dtype} of shape {tuple(target.shape)}, expected "
                 f"floats of shape {shape}"
             )
-
-
-def _width(model: Any) -> int:
-    """Returns D, the width of the input embeddings."""
-    width: int = model.get_input_embeddings().weight.shape[1]
-    return width

@@ -25,6 +25,7 @@ from sapt_fast.continual.run.evaluate import answers, mean_attention
 from sapt_fast.continual.run.loop import evaluate_run, run_alone, run_continual
 from sapt_fast.continual.run.state import last_checkpoint
 from sapt_fast.continual.settings import ContinualSettings
+from sapt_fast.continual.workbench import Workbench
 from sapt_fast.demo.tasks import CharTokenizer
 
 KINDS = ("t5", "llama")
@@ -106,13 +107,13 @@ def test_dev_rows_are_scored_where_asked(
     scored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tasks, seen = make_tasks(2, train=4, held_out=2), []
-    own = loop.score
+    own = Workbench.score
 
-    def watched(model: Any, tokenizer: Any, rows: Any, *rest: Any) -> float:
+    def watched(bench: Any, rows: Any, *rest: Any) -> float:
         seen.append(rows)
-        return own(model, tokenizer, rows, *rest)
+        return own(bench, rows, *rest)
 
-    monkeypatch.setattr(loop, "score", watched)
+    monkeypatch.setattr(Workbench, "score", watched)
     settings = make_settings(scored=scored, steps=1)
     run_continual(make_model("t5"), CharTokenizer(), tasks, tmp_path, settings)
     first, second = (getattr(task, scored) for task in tasks)

@@ -265,3 +265,17 @@ def test_a_sharded_bank_repeats_bit_for_bit(processes, tmp_path):
         processes.run("sharded_bank", 3, tmp_path / name, dtype="bfloat16")
     one, other = (torch.load(tmp_path / name / "sharded-3-bfloat16.pt") for name in ("a", "b"))
     assert all(map(torch.equal, one, other))
+
+
+def test_a_sharded_memory_is_that_of_one_process(processes, tmp_path):
+    """Facts are trained, forgotten, answered and saved; loaded by other numbers of processes."""
+    for world in (1, 2):
+        (tmp_path / str(world)).mkdir()
+        processes.run("sharded_mome", world, tmp_path / str(world))
+    one, two = (torch.load(tmp_path / str(world) / f"mome-{world}-0.pt") for world in (1, 2))
+    assert torch.equal(one[1], two[1])  # the experts
+    for first, second in zip(one, two, strict=True):
+        torch.testing.assert_close(second, first, rtol=1e-3, atol=1e-4)
+    processes.run("sharded_mome", 2, tmp_path / "1", loaded=1)
+    for first, second in zip(one, torch.load(tmp_path / "1" / "mome-2-1.pt"), strict=True):
+        torch.testing.assert_close(second, first, rtol=1e-5, atol=1e-5)

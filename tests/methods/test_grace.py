@@ -344,8 +344,12 @@ class TestSaving:
             (f"{path}:edits", torch.tensor([0, 7])),
             (f"{path}:lengths", torch.tensor([1, 1])),
             (f"{path}:keys", torch.ones(2, 3)),
+            *(
+                (name, torch.full_like(tensors[name], float("nan")))
+                for name in (f"{path}:keys", f"{path}:radii", f"{path}:values")
+            ),
         ):
-            with pytest.raises(ValueError, match=r"log|rows|keys"):
+            with pytest.raises(ValueError, match=r"log|rows|keys|NaN"):
                 other.grace.restore({**tensors, name: wrong}, values)
             assert other.grace.tasks == []
 

@@ -12,7 +12,9 @@ from sapt_fast.demo.backbone import load_backbone
 from sapt_fast.methods.memory import fitting
 from sapt_fast.methods.memory.groups import packed, parts_of
 from sapt_fast.methods.mome import MomeConfig
+from sapt_fast.pools.experts import ExpertBank
 from sapt_fast.pools.fact_table import FactTable
+from sapt_fast.pools.slot_choice import SlotUse
 
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16]]
 TARGETS = [[20, 30, 1], [21, 31, 1], [22, 1]]
@@ -251,6 +253,32 @@ def test_a_damaged_shard_is_named_and_an_earlier_bank_is_removed(tmp_path):
     assert answer(target, PROMPTS[0]) == TARGETS[0]
 
 
+@pytest.mark.parametrize("index", ["ivf", "hnsw"])
+def test_an_approximate_index(index, tmp_path):
+    pytest.importorskip("faiss")
+    model = memorised(index=index)
+    assert [answer(model, p) for p in PROMPTS] == TARGETS
+    model.mome.save_pretrained(tmp_path)
+    loaded = sapt_fast.load_pretrained(fresh(), tmp_path)
+    assert [answer(loaded, p) for p in PROMPTS] == TARGETS
+    loaded.mome.forget(0)
+    assert not loaded.mome.experts_of(PROMPTS[0]).acts
+    rows = loaded.mome.lookup.table.keys
+    loaded.mome.lookup.index.set_rows(rows, loaded.mome.keys_of(loaded.mome.lookup.table.facts))
+    with pytest.raises(RuntimeError, match="older than its keys"):
+        loaded.mome.experts_of(PROMPTS[1])
+
+
+def test_a_pinned_bank_is_served_by_its_cache():
+    model = memorised(storage="pinned")
+    (bank,) = model.mome.banks
+    assert bank.home.type == "cpu"
+    assert [answer(model, p) for p in PROMPTS] == TARGETS
+    before = bank.hit_rate
+    assert [answer(model, p) for p in PROMPTS] == TARGETS
+    assert bank.hit_rate > before
+
+
 @pytest.mark.thorough
 def test_a_mapped_bank(tmp_path):
     model = memorised(storage="mapped")
@@ -288,6 +316,53 @@ def test_keys_of_experts(fields, tmp_path):
     assert loaded.mome.experts_of(PROMPTS[0]) == model.mome.experts_of(PROMPTS[0])
 
 
+def test_only_some_experts_are_trained(tmp_path):
+    """By TF-IDF, with the router's prompts as the other data."""
+    model = sapt_fast.patch(
+        fresh(), MomeConfig(**{**SETTINGS, "threshold": None}, keys="learned", slots=3)
+    )
+    pairs = [(prompt, [7, 1]) for prompt in router_data(40)]
+    model.mome.fit_router(pairs)
+    found = [
+        torch.tensor([model.mome.experts_of(prompt).experts for prompt, _ in pairs[at : at + 16]])
+        for at in range(0, 40, 16)
+    ]
+    expected = SlotUse(64)
+    for index in found:
+        expected.add(index)
+    (use,) = model.mome.uses
+    assert torch.equal(use.counts, expected.state_dict()["counts"])
+    model.mome.memorise(FACTS, until=0.5)
+    index = torch.tensor([fact.experts for fact in model.mome.facts])
+    assert model.mome.banks[0].touched.tolist() == expected.choose(index, 3).tolist()
+    assert index.unique().numel() > 3
+    model.mome.save_pretrained(tmp_path)
+    loaded = sapt_fast.load_pretrained(fresh(), tmp_path)
+    assert torch.equal(loaded.mome.uses[0].counts, use.counts)
+    loaded.mome.memorise([(OTHER, [23, 1])], until=0.5)
+
+
+@pytest.mark.parametrize("storage", ["device", "pinned"])
+def test_experts_are_found_once_per_prompt(storage, monkeypatch):
+    model, calls, own = memorised(storage=storage), [], ExpertBank.select
+    monkeypatch.setattr(ExpertBank, "select", lambda *args: calls.append(1) or own(*args))
+    assert answer(model, PROMPTS[0], max_new_tokens=5) == TARGETS[0]
+    assert len(calls) == 1
+    ids, step = torch.tensor([PROMPTS[0], OTHER]), torch.tensor([[20], [44]])
+    labels = torch.cat([torch.full_like(ids, -100), step, step], 1)
+    whole = run(model, torch.cat([ids, step, step], 1), labels=labels)[:, -1]
+    cache = model(input_ids=ids, use_cache=True).past_key_values
+    several = model(input_ids=step.repeat(1, 2), past_key_values=copy.deepcopy(cache)).logits
+    torch.testing.assert_close(several[:, -1], whole)
+    model(input_ids=step, past_key_values=cache)
+    torch.testing.assert_close(
+        model(input_ids=step, past_key_values=copy.deepcopy(cache)).logits[:, 0], whole
+    )
+    model.mome.forget(0)  # which the cache still names
+    plain = fresh()(input_ids=step, past_key_values=copy.deepcopy(cache)).logits
+    assert torch.equal(model(input_ids=step, past_key_values=cache).logits, plain)
+
+
 def test_beside_sapt():
     model = sapt_fast.patch(fresh(), SaptConfig(r=2, target_modules=("q_proj",)))
     model.sapt.add_task("one")
@@ -314,6 +389,25 @@ def test_compiled():
     model, ids = memorised(), torch.tensor([PROMPTS[0], OTHER])
     expected = run(model, ids)
     torch.testing.assert_close(run(torch.compile(model, backend="eager"), ids), expected)
+    with torch.no_grad():  # a step of decoding is one graph
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+        step = {"input_ids": torch.tensor([[20], [44]])}
+        expected = model(**step, past_key_values=copy.deepcopy(cache)).logits
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(**step, past_key_values=cache).logits, expected)
+
+
+@pytest.mark.thorough
+def test_a_look_up_per_token_is_part_of_the_graph():
+    config = MomeConfig(**{**SETTINGS, "threshold": None, "keys": "product", "query": "token"})
+    model, ids = sapt_fast.patch(fresh(), config), torch.tensor([PROMPTS[0], OTHER])
+    model.mome.fit_router([(prompt, [7, 1]) for prompt in router_data()])
+    model.mome.memorise(FACTS[:1], until=0.5)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(run(compiled, ids), run(model, ids))
 
 
 def test_what_a_prompt_recalls():

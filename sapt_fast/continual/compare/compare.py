@@ -19,13 +19,13 @@ from sapt_fast.continual.compare.tensorboard import require_tensorboard, write_s
 from sapt_fast.continual.data.orders import resolve_order
 from sapt_fast.continual.data.sources import Source
 from sapt_fast.continual.run import processes
-from sapt_fast.continual.run.checks import check_processes
+from sapt_fast.continual.run.checks import check_kind, check_processes
 from sapt_fast.continual.run.loop import ALONE_NAME, run_alone, run_continual
 from sapt_fast.continual.run.state import read_json
 from sapt_fast.continual.settings import ContinualSettings, differences
 from sapt_fast.continual.strategies import STRATEGIES
 from sapt_fast.files.names import require_folder_name
-from sapt_fast.methods.tasks import task_handle
+from sapt_fast.methods.base import handles
 from sapt_fast.patching import unpatch
 
 __all__ = ["compare", "settings_of_rows"]
@@ -101,6 +101,7 @@ def compare(
     runs = [*singles.values(), *plan]
     processes.start(plan[0].settings.device)
     for run in runs:
+        check_kind(run.settings.strategy, source.has_images)
         check_processes(run.settings)
     _check_stored(runs)
     model = None
@@ -330,5 +331,5 @@ def _run(model: tuple[Any, Any], run: _Planned, alone: Mapping[str, float] | Non
             alone=alone, source=run.source.to_dict(),
         )  # fmt: skip
     finally:
-        if task_handle(base) is not None:
+        if handles(base):
             unpatch(base)

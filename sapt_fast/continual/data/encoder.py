@@ -9,7 +9,7 @@ loses to a later "positive").
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,6 +49,16 @@ class LabelSpace:
         with torch.autocast(hidden.device.type, enabled=False):
             cosines = self.pooled(hidden, mask) @ self.encodings.to(hidden.device).T
         return (cosines / self.temperature)[:, None]
+
+    def logits(self, outputs: Any, batch: Mapping[str, Tensor], training: bool) -> Tensor:
+        """Returns logits [B, 1, C] of a forward.
+
+        Args:
+            outputs: of the encoder, with `last_hidden_state` [B, T, D].
+            batch: the inputs of the forward, with `attention_mask` [B, T].
+            training: whether the model trains; of no effect.
+        """
+        return self(outputs.last_hidden_state, batch["attention_mask"])
 
     @staticmethod
     def pooled(hidden: Tensor, mask: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from sapt_fast.continual.data.rows import SPLITS, TaskData
 from sapt_fast.continual.run import processes
@@ -11,8 +12,16 @@ from sapt_fast.continual.settings import ContinualSettings
 from sapt_fast.continual.strategies import STRATEGIES, Strategy
 from sapt_fast.continual.workbench import Workbench
 from sapt_fast.files.names import require_folder_name
+from sapt_fast.methods.registry import handle_type
 
-__all__ = ["check_alone", "check_processes", "check_replay", "check_tasks"]
+__all__ = [
+    "check_alone",
+    "check_kind",
+    "check_processes",
+    "check_replay",
+    "check_sites",
+    "check_tasks",
+]
 
 _APPENDED = 40  # bytes at most that a checkpoint's folder, and hidden ones, add to a task's name
 
@@ -56,7 +65,7 @@ def check_replay(bench: Workbench, strategy: Strategy, tasks: Sequence[TaskData]
     if settings.replay in ("none", "real") or not strategy.pseudo:
         return
     if settings.replay == "generated":
-        if bench.kind == "encoder":
+        if not bench.writes:
             raise ValueError(
                 f"replay: got 'generated', but {type(bench.model).__name__} does not generate "
                 "text; expected 'real', 'none' or a folder of pseudo-samples"
@@ -70,6 +79,23 @@ def check_replay(bench: Workbench, strategy: Strategy, tasks: Sequence[TaskData]
                 f"replay: got {settings.replay!r}, expected 'real', 'generated', 'none' "
                 f"or a folder of pseudo-samples; {error}"
             ) from error
+
+
+def check_kind(strategy: str, has_images: bool) -> None:
+    """Raises ValueError if a strategy does not support images, or only images."""
+    kind, names = STRATEGIES[strategy], "images" if has_images else "text"
+    if names not in kind.data:
+        others = [name for name, other in STRATEGIES.items() if names in other.data]
+        raise ValueError(
+            f"strategy: got {strategy!r}, which does not support {names}, expected one of "
+            f"{', '.join(others)}"
+        )
+
+
+def check_sites(model: Any, config: Any) -> None:
+    """Raises ValueError if the model cannot be patched with this config; changes nothing."""
+    kind = handle_type(config.method, "config").of_model(model)
+    kind.sites(model, kind.settled(model, config))
 
 
 def check_processes(settings: ContinualSettings) -> None:

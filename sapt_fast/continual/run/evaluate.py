@@ -21,8 +21,9 @@ from sapt_fast.methods.tasks import pool_of
 
 __all__ = ["Mixture", "answers", "mean_attention", "metric_of", "score"]
 
-# Weights [B, K] or [1, K] for input ids and mask [B, T]; None for the router's.
-Mixture = Callable[[Tensor, Tensor], "Tensor | None"]
+# Weights [B, K] or [1, K] for input ids and mask [B, T], or for images [B, C, H, W] and None; None
+# for the router's.
+Mixture = Callable[[Tensor, "Tensor | None"], "Tensor | None"]
 
 
 def score(

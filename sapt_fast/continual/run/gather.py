@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,13 +64,16 @@ def gather_results(
     )
 
 
-def write_results(results: Results, strategy: str, metrics: Sequence[str]) -> None:
+def write_results(
+    results: Results, strategy: str, metrics: Sequence[str], further: Mapping[str, Any]
+) -> None:
     """Writes results.json, results.md and, with attention, attention.png into the run's folder.
 
     Args:
         results: results of the run.
         strategy: name of the strategy.
         metrics: names of the metrics that score the tasks.
+        further: more entries of results.json.
     """
     write_report(
         results.folder,
@@ -86,6 +90,7 @@ def write_results(results: Results, strategy: str, metrics: Sequence[str]) -> No
             "trained_parameters": results.trained_parameters,
             "peak_memory": results.peak_memory,
             "resumed": results.resumed,
+            **further,
         },
         metrics=results.metrics,
     )

@@ -17,15 +17,20 @@ from numpy.typing import NDArray
 from transformers import set_seed
 
 from sapt_fast import __version__
+from sapt_fast.continual.data.image_transform import ImageTransform
 from sapt_fast.continual.data.rows import TaskData, merged
+from sapt_fast.continual.image_bench import ImageBench
 from sapt_fast.continual.run import processes
+from sapt_fast.continual.run.checkpoints import config_name, load_checkpoint, save_checkpoint
 from sapt_fast.continual.run.checks import (
     check_alone,
+    check_kind,
     check_processes,
     check_replay,
+    check_sites,
     check_tasks,
 )
-from sapt_fast.continual.run.evaluate import Mixture, mean_attention, metric_of, score
+from sapt_fast.continual.run.evaluate import Mixture, metric_of
 from sapt_fast.continual.run.gather import gather_results, write_results
 from sapt_fast.continual.run.memory import peak_memory, reset_peak_memory
 from sapt_fast.continual.run.pseudo_samples import make_pseudo_samples, pseudo_sample_file
@@ -36,9 +41,7 @@ from sapt_fast.continual.settings import ContinualSettings, differences
 from sapt_fast.continual.strategies import STRATEGIES
 from sapt_fast.continual.workbench import Workbench
 from sapt_fast.files.writing import write_json
-from sapt_fast.loading import load_of_strategy
 from sapt_fast.methods.base import handles
-from sapt_fast.methods.tasks import task_handle
 from sapt_fast.patching import patch, unpatch
 
 __all__ = ["Results", "evaluate_run", "run_alone", "run_continual"]
@@ -65,10 +68,11 @@ def run_continual(
     weights.
 
     Args:
-        model: an unpatched transformers model with a language-modelling head, or an encoder
-            without any head (`continual.data.encoder`). It is patched in place and keeps the
-            adapters of the last task.
-        tokenizer: its tokenizer, with a pad token.
+        model: an unpatched transformers model with a language-modelling head, an encoder without
+            any head (`continual.data.encoder`), or an image classifier with a row for every class
+            (`continual.image_bench`). It is patched in place and keeps the adapters of the last
+            task.
+        tokenizer: its tokenizer, with a pad token; an `ImageTransform` for images.
         tasks: in learning order.
         output_dir: gets run.json, state.json, a checkpoint after each task (`load_pretrained`
             reads them), results.json, results.md and, with one adapter per task, attention.png.
@@ -169,8 +173,7 @@ def evaluate_run(
     for index in run.stages:
         run.restore(index + 1)
         run.folder.scores.append(run.score_seen(index, mixture))
-        target = run.bench.handle.targets.get(run.names[index])
-        attention.append([] if target is None else target.tolist())
+        attention.append(run.target(index))
     run.folder.attention = attention
     return run.results(alone)
 
@@ -185,18 +188,18 @@ class _Run:
     ) -> None:
         if handles(model):
             raise ValueError("model: got a patched model; pass it unpatched (sapt_fast.unpatch)")
-        if getattr(tokenizer, "pad_token_id", None) is None:
-            raise ValueError("tokenizer: got one without a pad token; set tokenizer.pad_token")
         check_tasks(tasks)
         self.device = processes.start(settings.device)
         if not processes.is_first():
             settings = replace(settings, progress=False)
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
-        self.bench = Workbench(model, tokenizer, settings)
+        kind = STRATEGIES[settings.strategy]
+        has_images = isinstance(tokenizer, ImageTransform)
+        check_kind(settings.strategy, has_images)
+        self.bench = (ImageBench if has_images else Workbench)(model, tokenizer, settings)
         self.given, self.tasks = tuple(tasks), self.bench.prepare(tasks)
         self.names = tuple(task.name for task in tasks)
-        kind = STRATEGIES[settings.strategy]
-        if kind.generates and self.bench.kind == "encoder":
+        if kind.generates and not self.bench.writes:
             raise ValueError(
                 f"strategy: {settings.strategy!r} generates text, which {type(model).__name__} "
                 "cannot"
@@ -205,6 +208,8 @@ class _Run:
         self.strategy = kind(
             self.bench, kind.options_of(settings.strategy, settings.strategy_options)
         )
+        if has_images:  # before anything is written
+            check_sites(model, self._config())
         # The tasks after which the model is saved and scored.
         self.stages = [len(tasks) - 1] if kind.together else list(range(len(tasks)))
         check_replay(self.bench, self.strategy, self.tasks)
@@ -220,6 +225,7 @@ class _Run:
         with processes.first_goes_first():
             resume = resume or not processes.is_first()
             self.folder = RunFolder.open(path, self.names, description, resume=resume)
+        self.folder.complete_with = config_name(self.model, self._config())
         self.bench.pseudo_samples = path / "pseudo_samples"
         return closing(self.folder)
 
@@ -239,6 +245,7 @@ class _Run:
                 "class": type(self.model).__name__,
                 "parameters": sum(p.numel() for p in self.model.parameters()),
                 "dtype": str(self.model.dtype),
+                **self.bench.describe(),
             },
             "version": __version__,
         }
@@ -256,10 +263,9 @@ class _Run:
             if not self.folder.has_checkpoint(index):
                 self.learn(index)
             self.restore(index + 1)
-            target = self.bench.handle.targets.get(self.names[index])
             scores = self.score_seen(index)
             self.folder.scores.append(scores)
-            self.folder.attention.append([] if target is None else target.tolist())
+            self.folder.attention.append(self.target(index))
             self.folder.seconds.append(time.perf_counter() - start)
             self.folder.peaks.append(peak_memory(self.bench.device))
             self.folder.write()
@@ -279,20 +285,17 @@ class _Run:
         self._holds = None
         self.folder.trained.append(sum(p.numel() for p in handle.trainable_parameters()))
         self.folder.write()
-        train_stage(
-            self.bench, strategy, task, learned, self.folder.training(index), seed, self._steps()
-        )
-        strategy.end_task(task)
-        if strategy.routes:
-            handle.targets[task.name] = mean_attention(
-                self.model, self.tokenizer, task.dev, self.settings, strategy.mixture
-            )
+        if strategy.trains:
+            folder = self.folder.training(index)
+            train_stage(self.bench, strategy, task, learned, folder, seed, self._steps())
+        with self.bench.seeded():
+            strategy.end_task(task)
+            self.bench.end_task(task, strategy.mixture)
+            if strategy.routes:
+                handle.targets[task.name] = self.bench.mean_attention(task.dev, strategy.mixture)
         self.folder.forget_unfinished(index)
-        handle.save_pretrained(
-            self.folder.checkpoint(index),
-            is_main_process=processes.is_first(),
-            strategy_state=strategy.state(),
-        )
+        state = {**strategy.state(), **self.bench.state()}
+        save_checkpoint(handle, self.folder.checkpoint(index), state)
         self._holds = index + 1
         self._remove(self.folder.training(index))
 
@@ -330,25 +333,34 @@ class _Run:
             return
         self.reset()
         if count:
-            load_of_strategy(
-                self.model,
-                self.folder.checkpoint(count - 1),
-                self.settings.strategy,
-                self.strategy.configure(self.settings.sapt),
-            )
-            self.strategy.load_state(self.folder.strategy_state(count - 1))
+            folder = self.folder.checkpoint(count - 1)
+            state = load_checkpoint(self.model, folder, self.settings.strategy, self._config())
         else:
             set_seed(self.settings.seed)
-            patch(self.model, self.strategy.configure(self.settings.sapt))
+            patch(self.model, self._config())
             self.bench.handle.strategy = self.settings.strategy
-            self.strategy.load_state({})
+            state = {}
+        self.strategy.load_state(state)
+        self.bench.load_state(state)
         self._holds = count
 
     def reset(self) -> None:
         """Takes the adapters off."""
-        if task_handle(self.model) is not None:
+        if handles(self.model):
             unpatch(self.model)
+        self.bench.reset()
         self._holds = None
+
+    def _config(self) -> Any:
+        """Returns the config with which the strategy patches the model."""
+        return self.strategy.configure(self.bench.configure(self.settings.sapt))
+
+    def target(self, index: int) -> list[float]:
+        """Mean weights of a task's dev inputs when it was learned; empty if inputs do not route."""
+        if not self.strategy.routes:
+            return []
+        found = self.bench.handle.targets.get(self.names[index])
+        return [] if found is None else found.tolist()
 
     def score_seen(
         self, index: int, mixture: Callable[[str], Mixture] | None = None
@@ -356,14 +368,10 @@ class _Run:
         """Scores of the tasks up to `index`; of that one only if tasks are learned alone."""
         seen = [self.tasks[index]] if self.strategy.alone else self.tasks[: index + 1]
         return [
-            score(
-                self.model,
-                self.tokenizer,
+            self.bench.score(
                 getattr(task, self.settings.scored),
                 task.benchmark,
-                self.settings,
                 self.strategy.mixture if mixture is None else mixture(task.name),
-                self.bench.space,
             )
             for task in seen
         ]
@@ -391,13 +399,8 @@ class _Run:
         attention = np.zeros((count, count))
         self.restore(count)
         for index, task in enumerate(self.tasks):
-            attention[index] = mean_attention(
-                self.model,
-                self.tokenizer,
-                getattr(task, self.settings.scored),
-                self.settings,
-                self.strategy.mixture,
-            ).numpy()
+            rows = getattr(task, self.settings.scored)
+            attention[index] = self.bench.mean_attention(rows, self.strategy.mixture).numpy()
         return attention
 
     def report(self, alone: Mapping[str, float] | None) -> Results:
@@ -405,6 +408,7 @@ class _Run:
         results = self.results(None if alone is None else [alone[name] for name in self.names])
         if processes.is_first():
             metrics = sorted({metric_of(t.benchmark, self.settings) for t in self.tasks})
-            write_results(results, self.settings.strategy, metrics)
+            further = self.bench.report(self.tasks)
+            write_results(results, self.settings.strategy, metrics, further)
         processes.wait()
         return results

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, Seq2SeqTrainingArguments, TrainerState
 
-from sapt_fast.continual.data.collate import Collator
 from sapt_fast.continual.data.rows import TaskData
 from sapt_fast.continual.run import processes
 from sapt_fast.continual.run.state import TRAINER_STATE, last_checkpoint
@@ -42,23 +41,23 @@ def train_stage(
         steps: optimizer steps; -1 trains for `settings.epochs`.
     """
     model, settings = bench.model, bench.settings
-    padding: Any = bench.tokenizer.pad_token_id
     with model_given_back(model):
         trainer = SaptTrainer(
             model,
             _arguments(settings, folder, seed, steps, bench.device),
-            train_dataset=bench.encode(task.train),
+            train_dataset=bench.encode_task(task),
             eval_dataset=bench.encode(task.dev),
-            data_collator=Collator(padding),
+            data_collator=bench.collator,
             replay=strategy.reflection(learned),
             replay_batch_size=settings.replay_batch_size,
-            pad_token_id=padding,
             key_learning_rate=settings.key_learning_rate,
             query_learning_rate=settings.query_learning_rate,
             kl_per_micro_batch=settings.kl_per_micro_batch,
             mixture=strategy.mixture,
             objective=strategy.objective,
-            space=bench.space,
+            space=bench.space_of(task),
+            load_replay=bench.routing_inputs if bench.has_images else None,
+            pad_token_id=getattr(bench.tokenizer, "pad_token_id", None),
         )
         trainer.remove_callback(PrinterCallback)
         with processes.first_goes_first():  # it deletes incomplete checkpoints

@@ -10,16 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from sapt_fast.continual.run import processes
 from sapt_fast.continual.settings import differences
 from sapt_fast.files import reading as _reading
 from sapt_fast.files.directories import require_unused, whole_directory
 from sapt_fast.files.locks import FolderLock
 from sapt_fast.files.writing import write_json
-from sapt_fast.loading import read_strategy_state
-from sapt_fast.storage.description import STRATEGY_FILE
+from sapt_fast.storage.description import CONFIG_FILE, STRATEGY_FILE
 
 __all__ = ["RunFolder", "last_checkpoint"]
 
@@ -44,7 +41,10 @@ class RunFolder:
         peaks: peak memory of each stage in bytes; None if it is not known.
         trained: the number of trained parameters of each stage.
         resumed: whether the run was interrupted.
+        complete_with: name of the file that every complete checkpoint contains.
     """
+
+    complete_with = CONFIG_FILE
 
     def __init__(self, path: Path, tasks: Sequence[str]) -> None:
         self.path = path
@@ -160,7 +160,7 @@ class RunFolder:
     def has_checkpoint(self, index: int) -> bool:
         """Returns whether the training of task `index` was finished."""
         try:
-            whole_directory(self.checkpoint(index), "sapt_config.json")
+            whole_directory(self.checkpoint(index), self.complete_with)
         except FileNotFoundError:
             return False
         return True
@@ -170,14 +170,6 @@ class RunFolder:
         an interrupted run of an earlier version leaves."""
         if processes.is_first() and not self.has_checkpoint(index):
             (self.checkpoint(index) / STRATEGY_FILE).unlink(missing_ok=True)
-
-    def strategy_state(self, index: int) -> dict[str, Tensor]:
-        """Returns the strategy's own state after task `index`.
-
-        Raises:
-            ValueError: if it is damaged.
-        """
-        return read_strategy_state(self.checkpoint(index))
 
     def training(self, index: int) -> Path:
         """Returns the Trainer's output folder for task `index`."""

@@ -9,11 +9,19 @@ from sapt_fast.continual import registry
 from sapt_fast.continual.strategies.base import Strategy
 from sapt_fast.continual.strategies.epi import Epi
 from sapt_fast.continual.strategies.ewc import Ewc
+from sapt_fast.continual.strategies.experts import LdaExperts
 from sapt_fast.continual.strategies.generative_replay import GenerativeReplay
+from sapt_fast.continual.strategies.heads import (
+    FineTunedHead,
+    FrozenLda,
+    FrozenNcm,
+    FrozenRidge,
+)
 from sapt_fast.continual.strategies.l2p import L2p
 from sapt_fast.continual.strategies.lfpt5 import Lfpt5
 from sapt_fast.continual.strategies.lwf import Lwf
 from sapt_fast.continual.strategies.olora import OLora
+from sapt_fast.continual.strategies.prefixes import Coda, DualPrompt
 from sapt_fast.continual.strategies.progprompt import ProgPrompt
 from sapt_fast.continual.strategies.replay import Replay
 from sapt_fast.continual.strategies.sapt import Sapt
@@ -38,6 +46,13 @@ STRATEGIES.update(
         "lfpt5": Lfpt5,
         "l2p": L2p,
         "progprompt": ProgPrompt,
+        "dualprompt": DualPrompt,
+        "coda": Coda,
+        "head": FineTunedHead,
+        "ncm": FrozenNcm,
+        "lda": FrozenLda,
+        "ridge": FrozenRidge,
+        "lda_experts": LdaExperts,
         "single": Single,
     }
 )

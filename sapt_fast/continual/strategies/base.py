@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sapt_fast.continual.data.rows import TaskData
-from sapt_fast.continual.objective import Step, forward, prompt_mask, supervised
+from sapt_fast.continual.objective import Step, forward, routed_inputs, supervised
 from sapt_fast.continual.settings import ContinualSettings
 from sapt_fast.continual.trainer import Replay
 from sapt_fast.continual.workbench import Workbench
@@ -44,6 +44,11 @@ class Strategy:
         pseudo: whether the method trains on the inputs of earlier tasks that `settings.replay`
             keeps.
         routes: whether each input selects among adapters, one per task.
+        trains: whether a task trains parameters at all.
+        head: the head that predicts, instead of `settings.head`; for images.
+        own_classes_only: whether the adapter with the largest weight predicts among the classes of
+            its task alone; for images.
+        data: "text" and "images", the data that the method supports.
         generates: whether the model must generate text, so that encoders are not supported.
     """
 
@@ -53,6 +58,10 @@ class Strategy:
     pseudo: ClassVar[bool] = False
     routes: ClassVar[bool] = False
     generates: ClassVar[bool] = False
+    trains: ClassVar[bool] = True
+    head: ClassVar[str | None] = None
+    own_classes_only: ClassVar[bool] = False
+    data: ClassVar[tuple[str, ...]] = ("text",)
 
     def __init__(self, bench: Workbench, options: Any) -> None:
         self.bench, self.options = bench, options
@@ -113,11 +122,12 @@ class Strategy:
         """
         return []
 
-    def mixture(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor | None:
+    def mixture(self, inputs: Tensor, attention_mask: Tensor | None) -> Tensor | None:
         """Returns the adapters' weights, [B, K] or [1, K] for all inputs; None for the router's.
 
         Args:
-            input_ids, attention_mask: [B, T], on the device; the mask covers only the prompt.
+            inputs: token ids [B, T], or images [B, C, H, W]; on the device.
+            attention_mask: [B, T], covers only the prompt; None for images.
         """
         return None
 
@@ -162,7 +172,7 @@ class Strategy:
             batch: `input_ids` and `attention_mask` [B, T], `labels` [B, T'].
             model: the model to call, as in `forward`; None for the run's model.
         """
-        weights = self.mixture(batch["input_ids"], prompt_mask(batch, self.bench.causal))
+        weights = self.mixture(*routed_inputs(batch, self.bench.causal))
         called = self.model if model is None else model
         outputs = forward(called, batch, weights, base=self.model, space=self.bench.space)
         return supervised(outputs.logits, batch["labels"], self.bench.causal)
@@ -213,6 +223,14 @@ def _like(default: Any, value: Any, name: str) -> Any:
         expected = "a whole number"
     elif isinstance(default, float):
         fits, expected = number, "a number"
+    elif isinstance(default, (list, tuple)):
+        if isinstance(value, (list, tuple)) and all(type(part) is int for part in value):
+            return tuple(value)
+        fits, expected = False, "a list of whole numbers"
+    elif default is None:
+        if value is None or isinstance(value, str):
+            return value
+        fits, expected = False, "a string, or null"
     else:
         fits, expected = isinstance(value, str), "a string"
     if not fits:

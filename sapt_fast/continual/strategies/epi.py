@@ -37,15 +37,13 @@ class Epi(Strategy):
     def begin_task(self, task: TaskData, learned: Sequence[TaskData]) -> None:
         self.handle.add_task(task.name)
 
-    def mixture(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def mixture(self, inputs: Tensor, attention_mask: Tensor | None) -> Tensor:
         # Under autocast as in training, because generation runs without it.
-        with self.bench.settings.autocast(input_ids.device):
-            weights: Tensor = self.handle.route(input_ids, attention_mask)
+        with self.bench.settings.autocast(inputs.device):
+            weights: Tensor = self.handle.route(inputs, attention_mask)
         return weights
 
     def end_task(self, task: TaskData) -> None:
         self.model.eval()
-        inputs, size = self.bench.inputs(task.train), self.bench.settings.eval_batch_size
-        starts = range(0, len(inputs), size)
         with self.bench.settings.autocast(self.bench.device):
-            self.handle.fit(self.bench.pad(inputs[start : start + size]) for start in starts)
+            self.handle.fit(self.bench.batches(task.train))

@@ -51,6 +51,7 @@ class Ewc(SeqLora):
     mean of theta*_k weighted by F_k), and a constant.
     """
 
+    data = ("text",)
     Options = EwcOptions
     _fisher: dict[str, Tensor]
     _center: dict[str, Tensor]

@@ -50,6 +50,7 @@ class Lwf(SeqLora):
     the old ones, smaller values learn more.
     """
 
+    data = ("text",)
     Options = LwfOptions
 
     def begin_task(self, task: TaskData, learned: Sequence[TaskData]) -> None:

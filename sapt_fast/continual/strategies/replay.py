@@ -55,6 +55,7 @@ class Replay(SeqLora):
     functions of the seed and the earlier tasks, so nothing is stored.
     """
 
+    data = ("text",)
     Options: ClassVar[Any] = ReplayOptions
 
     @classmethod

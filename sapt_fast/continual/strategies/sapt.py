@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from sapt_fast.continual.data.rows import TaskData
 from sapt_fast.continual.strategies.base import Strategy
@@ -23,6 +24,7 @@ class Sapt(Strategy):
     pseudo-samples. The adapter, the key and the query projection train.
     """
 
+    data: ClassVar[tuple[str, ...]] = ("text", "images")
     pseudo = True
     routes = True
 
@@ -30,7 +32,8 @@ class Sapt(Strategy):
         sapt = self.handle
         sapt.add_task(task.name)
         if sapt.config.key_init == "mean_query":
-            sapt.init_key(*self.bench.pad(self.bench.inputs(task.train[:_ROWS_FOR_KEY])))
+            rows = self.bench.inputs(task.train[:_ROWS_FOR_KEY])
+            sapt.init_key(**self.bench.routing_inputs(rows))
 
     def reflection(self, learned: Sequence[TaskData]) -> list[Replay]:
         targets = self.handle.targets

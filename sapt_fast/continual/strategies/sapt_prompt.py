@@ -21,5 +21,7 @@ class SaptPrompt(Sapt):
     variant; the original SAPT code does not contain it.
     """
 
+    data = ("text",)
+
     def configure(self, config: TaskConfig[Any]) -> SaptConfig:
         return SaptConfig(**{**prompt_fields(config), "own_key_loss": config.own_key_loss})

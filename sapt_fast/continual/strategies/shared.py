@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from sapt_fast.continual.data.rows import TaskData
 from sapt_fast.continual.strategies.base import Strategy
@@ -17,6 +18,7 @@ class SeqLora(Strategy):
     """
 
     adapter = "shared"
+    data: ClassVar[tuple[str, ...]] = ("text", "images")
 
     def begin_task(self, task: TaskData, learned: Sequence[TaskData]) -> None:
         if not self.handle.tasks:
@@ -37,6 +39,7 @@ class Single(Strategy):
     """One adapter per task, each on the base model: the reference for forward transfer."""
 
     alone = True
+    data: ClassVar[tuple[str, ...]] = ("text", "images")
 
     def begin_task(self, task: TaskData, learned: Sequence[TaskData]) -> None:
         self.handle.add_task(task.name)

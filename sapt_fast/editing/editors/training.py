@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,7 +65,7 @@ def train(
         batches: prompts and targets.
         options: how to train.
         penalty: a term to add to the loss.
-        lowest: the lowest layer that changes; with one batch, blocks below it run once.
+        lowest: the lowest layer that changes; blocks below it run once for each batch.
 
     Returns:
         [N] bool, which targets the model gives now, in the order of the batches.
@@ -74,25 +74,33 @@ def train(
         FloatingPointError: if the loss is not finite.
     """
     optimizer = torch.optim.Adam(parameters, lr=options.learning_rate)
-    single = len(batches) == 1 and lowest is not None
-    held: Any = held_below(model, lowest) if single and lowest is not None else nullcontext()
     taken, passed = 0, 0
-    with only_training(model, parameters), held:
-        if single:
-            with torch.no_grad():
-                batches[0].whole()  # from here on, lower blocks are held
+    held: dict[int, dict[int, Any]] = {}
+
+    def logits_of(place: int) -> Tensor:
+        texts, is_first = batches[place], place not in held
+        if lowest is None:
+            return texts.whole()
+        with held_below(model, lowest, held.setdefault(place, {})):
+            if is_first:
+                with torch.no_grad():
+                    texts.whole()  # from here on, lower blocks are held
+            return texts.whole()
+
+    with only_training(model, parameters):
         while taken < options.steps and passed < len(batches):
-            texts = batches[(taken + passed) % len(batches)]
+            place = (taken + passed) % len(batches)
+            labels = batches[place].labels
             with torch.enable_grad():
-                logits = texts.whole()
-                losses = losses_of(logits, texts.labels)
+                logits = logits_of(place)
+                losses = losses_of(logits, labels)
                 loss = losses.mean() if penalty is None else losses.mean() + penalty()
             if not torch.isfinite(loss):
                 raise FloatingPointError(
                     f"the loss is {loss.item()} after {taken} steps: expected a finite one; use a "
                     "smaller learning_rate"
                 )
-            if bool(gives(logits, texts.labels, options.margin).all()):
+            if bool(gives(logits, labels, options.margin).all()):
                 passed += 1
                 continue
             gradients = torch.autograd.grad(loss, parameters)
@@ -103,7 +111,8 @@ def train(
         for parameter in parameters:
             parameter.grad = None
         with torch.no_grad():
-            return torch.cat([gives(texts.whole(), texts.labels, 0.0) for texts in batches]).cpu()
+            found = [gives(logits_of(i), b.labels, 0.0) for i, b in enumerate(batches)]
+            return torch.cat(found).cpu()
 
 
 @contextmanager

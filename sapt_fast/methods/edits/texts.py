@@ -165,20 +165,22 @@ def _shared(cache: Any) -> Any:
 
 @contextmanager
 def held_below(model: nn.Module, path: str, held: dict[int, Any] | None = None) -> Iterator[None]:
-    """Lets the blocks below a layer return what they return in this thread's first forward.
+    """Lets the blocks below a layer run in this thread's first forward alone.
+
+    The output of the last of them is held. In later forwards all of them return it.
 
     Args:
         model: the model.
         path: the layer's path. Its block, and those above, run in every forward.
-        held: what the blocks returned in an earlier context, filled by the first one; None: the
-            context begins without.
+        held: what was held in an earlier context, filled by the first one; None: the context
+            begins without.
     """
     blocks, index = _block_of(model, path)
     below = list(blocks)[:index]
     before = [vars(block).get("forward") for block in below]
     outputs = {} if held is None else held
     for place, block in enumerate(below):
-        vars(block)["forward"] = _Held(block.forward, outputs, place)
+        vars(block)["forward"] = _Held(block.forward, outputs, place, index - 1)
     try:
         yield
     finally:
@@ -190,18 +192,22 @@ def held_below(model: nn.Module, path: str, held: dict[int, Any] | None = None) 
 
 
 class _Held:
-    def __init__(self, forward: Any, outputs: dict[int, Any], place: int) -> None:
+    def __init__(self, forward: Any, outputs: dict[int, Any], place: int, last: int) -> None:
         self._forward = forward
         self._thread = threading.get_ident()
         self._outputs = outputs
         self._place = place
+        self._last = last
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() != self._thread:
             return self._forward(*args, **kwargs)
-        if self._place not in self._outputs:
-            self._outputs[self._place] = self._forward(*args, **kwargs)
-        return self._outputs[self._place]
+        if self._last in self._outputs:
+            return self._outputs[self._last]  # blocks below the last pass it on
+        output = self._forward(*args, **kwargs)
+        if self._place == self._last:
+            self._outputs[self._last] = output
+        return output
 
 
 def _block_of(model: nn.Module, path: str) -> tuple[Sequence[nn.Module], int]:

@@ -1,4 +1,7 @@
-"""The banks in a saved folder of `model.mome`, each in shards in a folder of its own."""
+"""The banks in a saved folder of `model.mome`, each in shards in a folder of its own.
+
+The folder of the first bank of a sharded memory has the keys too.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,15 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from sapt_fast.pools.experts import ExpertBank
+from sapt_fast.pools.key_index.table import TableIndex
+from sapt_fast.pools.sharded_experts import ShardedExperts
+from sapt_fast.pools.sharded_index import ShardedIndex
 from sapt_fast.storage.bank_files import BANK_FILE, read_bank, save_bank
+from sapt_fast.storage.sharded_bank_files import (
+    SHARDED_BANK_FILE,
+    load_sharded_bank,
+    save_sharded_bank,
+)
 from sapt_fast.storage.tensors import digest_of_file
 
 __all__ = ["read_banks", "remove_other_banks", "save_banks"]
@@ -16,14 +27,32 @@ __all__ = ["read_banks", "remove_other_banks", "save_banks"]
 _BANKS = "mome_bank_"  # what the names of their folders begin with
 
 
-def save_banks(folder: Path, banks: Iterable[ExpertBank]) -> dict[str, str]:
-    """Saves banks under new names; returns the digests of their descriptions by these names."""
+def save_banks(
+    folder: Path, banks: Iterable[ExpertBank | ShardedExperts], index: ShardedIndex | None = None
+) -> dict[str, str]:
+    """Saves banks under new names; returns the digests of their descriptions by these names.
+
+    Args:
+        folder: the saved folder.
+        banks: the banks. Of a sharded memory, all processes call this together.
+        index: of a sharded memory, the keys.
+    """
     mark, names = secrets.token_hex(6), {}
+    if index is not None:
+        mark = index.shards.group.values(mark)[0]
     for place, bank in enumerate(banks):
         name = f"{_BANKS}{mark}_{place}"
-        save_bank(folder / name, bank)
-        names[name] = digest_of_file(folder / name / BANK_FILE)
+        if isinstance(bank, ShardedExperts):
+            save_sharded_bank(folder / name, bank, None, _keys(place, index))
+            names[name] = digest_of_file(folder / name / SHARDED_BANK_FILE)
+        else:
+            save_bank(folder / name, bank)
+            names[name] = digest_of_file(folder / name / BANK_FILE)
     return names
+
+
+def _keys(place: int, index: ShardedIndex | None) -> TableIndex | None:
+    return index.local if index is not None and place == 0 else None
 
 
 def remove_other_banks(folder: Path, names: Collection[str]) -> None:
@@ -34,7 +63,11 @@ def remove_other_banks(folder: Path, names: Collection[str]) -> None:
 
 
 def read_banks(
-    folder: Path, names: Mapping[str, str], banks: Sequence[ExpertBank], source: str
+    folder: Path,
+    names: Mapping[str, str],
+    banks: Sequence[ExpertBank | ShardedExperts],
+    source: str,
+    index: ShardedIndex | None = None,
 ) -> None:
     """Reads banks.
 
@@ -43,6 +76,7 @@ def read_banks(
         names: the return value of `save_banks`.
         banks: in the order in which they were saved; those before a damaged one are read.
         source: the file with the digests, for messages.
+        index: of a sharded memory, the keys, which are read too.
 
     Raises:
         FileNotFoundError: if a bank is missing.
@@ -50,10 +84,15 @@ def read_banks(
     """
     if len(names) != len(banks):
         raise ValueError(f"{folder}: got {len(names)} banks, expected {len(banks)}")
-    for bank, (name, digest) in zip(banks, names.items(), strict=True):
-        if digest_of_file(folder / name / BANK_FILE) != digest:
+    for place, (bank, (name, digest)) in enumerate(zip(banks, names.items(), strict=True)):
+        sharded = isinstance(bank, ShardedExperts)
+        file = folder / name / (SHARDED_BANK_FILE if sharded else BANK_FILE)
+        if digest_of_file(file) != digest:
             raise ValueError(
-                f"{folder / name / BANK_FILE}: its SHA-256 does not match the one in "
-                f"{source}: it was damaged or copied from another folder"
+                f"{file}: its SHA-256 does not match the one in {source}: it was damaged or copied "
+                "from another folder"
             )
-        read_bank(folder / name, bank)
+        if isinstance(bank, ShardedExperts):
+            load_sharded_bank(folder / name, bank, _keys(place, index))
+        else:
+            read_bank(folder / name, bank)

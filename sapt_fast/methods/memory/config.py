@@ -108,12 +108,26 @@ class MomeConfig(MethodConfig["MomeHandle"]):  # type: ignore[name-defined]
         default="device",
         metadata={"help": "Where trained experts are: device, pinned or mapped."},
     )
+    sharded: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether experts and keys are divided over the processes of "
+            "torch.distributed, which then call the model and its memory together."
+        },
+    )
     dtype: str = field(default="float32", metadata={"help": "Of experts: float32 or bfloat16."})
     scaling: float = field(default=1.0, metadata={"help": "s, by which experts are multiplied."})
     optimizer: str = field(
         default="adam", metadata={"help": f"One of {', '.join(ROW_OPTIMIZERS)}."}
     )
     learning_rate: float = field(default=0.04, metadata={"help": "The optimizer's rate."})
+    slots: int | None = field(
+        default=None,
+        metadata={
+            "help": "How many experts a step trains: those that its facts use often and the "
+            "prompts of `fit_router` seldom (TF-IDF); only with learned keys. None: all."
+        },
+    )
     epochs: int = field(default=60, metadata={"help": "The largest number of passes over a fact."})
     seed: int = field(default=0, metadata={"help": "Of the experts' start values."})
 
@@ -140,6 +154,10 @@ class MomeConfig(MethodConfig["MomeHandle"]):  # type: ignore[name-defined]
         by_facts = self.keys == "facts"
         require(self.heads == 1 or not by_facts, "heads", self.heads, "1 with keys='facts'")
         require(self.query == "sequence" or not by_facts, "query", self.query, "sequence for facts")
+        require(by_facts or not self.sharded, "sharded", self.sharded, "False with learned keys")
+        if self.slots is not None:
+            require_count("slots", self.slots)
+            require(not by_facts, "slots", self.slots, "None with keys='facts'")
         kinds = {"facts": ("exact", "ivf", "hnsw"), "learned": ("exact",), "product": ("product",)}
         fits = kinds[self.keys]
         expected = f"one of {', '.join(fits)} with keys={self.keys!r}"

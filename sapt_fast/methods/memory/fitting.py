@@ -11,8 +11,11 @@ from torch import Tensor
 
 from sapt_fast.methods.edits.fitting import gives, losses_of, require_finite
 from sapt_fast.methods.edits.texts import EditTexts, held_below
+from sapt_fast.pools.collectives import Group, Share
 from sapt_fast.pools.experts import ExpertBank
 from sapt_fast.pools.row_optimizers import RowOptimizer
+from sapt_fast.pools.sharded_experts import RowShards, ShardedExperts
+from sapt_fast.pools.slot_choice import SlotUse
 from sapt_fast.routing.forward import Prompt
 from sapt_fast.routing.prompts import Prompts
 from sapt_fast.sites.memory import MemoryOutput
@@ -42,6 +45,7 @@ class FactTexts:
         prompts: the prompts of the model's forwards.
         lowest: the path of the lowest layer with memory.
         decided: experts and weights of the prompts, as in `Prompt.decided`; None: layers look up.
+        share: which rows of a batch these facts are; None: all.
     """
 
     def __init__(
@@ -50,12 +54,16 @@ class FactTexts:
         prompts: Prompts,
         lowest: str,
         decided: Mapping[str, Tensor] | None,
+        share: Share | None = None,
     ) -> None:
         self.texts = texts
+        self.share = share or Share(len(texts.labels), Group(alone=True))
         self.decided = decided
         self._prompts = prompts
         self._lowest = lowest
         self._held: dict[int, Any] = {}
+        if self.share.group.size > 1:  # all run the layers alike, also for prompts of one token
+            return
         with prompts.given(self._prompt()._replace(tokens=None)), torch.no_grad():
             texts.keep_prefix()
 
@@ -77,6 +85,9 @@ class Trainer:
         optimizer: makes the optimizer of a bank.
         until: the loss at which a fact is learned.
         epochs: the largest number of passes over the facts.
+        shards: which experts this process has.
+        slots: how many experts of a batch are trained, and what chooses those of each bank; None:
+            all are.
     """
 
     def __init__(
@@ -85,10 +96,19 @@ class Trainer:
         optimizer: Callable[[ExpertBank], RowOptimizer],
         until: float,
         epochs: int,
+        shards: RowShards,
+        slots: tuple[int, Sequence[SlotUse]] | None = None,
     ) -> None:
         self.layers = layers
         banks = {id(layer.bank): layer.bank for layer in layers}
-        self.optimizers = {key: optimizer(bank) for key, bank in banks.items()}
+        self.optimizers = {
+            key: optimizer(bank.bank if isinstance(bank, ShardedExperts) else bank)
+            for key, bank in banks.items()
+        }
+        self.shards = shards
+        self.slots: tuple[int, Mapping[int, SlotUse]] | None = None
+        if slots is not None:
+            self.slots = slots[0], dict(zip(banks, slots[1], strict=True))
         self.until = until
         self.epochs = epochs
 
@@ -132,7 +152,7 @@ class Trainer:
         keys: Sequence[Tensor],
         moving: Callable[[Tensor, Tensor], Tensor],
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        """Makes a step on some facts.
+        """Makes a step on some facts; losses and which facts to train are of all processes.
 
         Args:
             batch: the facts.
@@ -142,7 +162,7 @@ class Trainer:
         Returns:
             The losses and whether facts fit, before the step; and the gradients.
         """
-        ids = self._ids(batch)
+        ids = {key: self._trained(key, index) for key, index in self.used(batch).items()}
         leaves = {key: o.bank.training_rows(ids[key]) for key, o in self.optimizers.items()}
         grads: list[Tensor | None] = [None] * len(keys)
         try:
@@ -151,10 +171,12 @@ class Trainer:
                 losses = losses_of(logits, batch.texts.labels)
             with torch.no_grad():
                 fits = gives(logits, batch.texts.labels, 0.0) & (losses <= self.until)
-            rows = moving(losses.detach(), fits)
+            all_losses, fits = map(batch.share.gather, (losses.detach(), fits))
+            rows = moving(all_losses, fits)
             if bool(rows.any()) and losses.requires_grad:  # else no experts were found
+                rows = batch.share.mine(rows)
                 grads = self._step(losses, rows, ids, leaves, chosen, keys)
-            return losses.detach(), fits, grads
+            return all_losses, fits, grads
         finally:
             for optimizer in self.optimizers.values():
                 optimizer.bank.stop_training()
@@ -173,22 +195,32 @@ class Trainer:
         found = iter(grads[len(keys) :])
         for key, optimizer in self.optimizers.items():
             of_a, of_b = next(found), next(found)
-            used = [index[moving].flatten() for index, _ in chosen[key]]
-            rows = torch.isin(ids[key], torch.cat(used))
+            used = torch.cat([index[moving].flatten() for index, _ in chosen[key]])
+            rows = torch.isin(ids[key], self._here(used))
             if of_a is not None and of_b is not None and bool(rows.any()):
                 optimizer.step(ids[key][rows], (of_a[rows], of_b[rows]))
         return [*grads[: len(keys)]]
 
-    def _ids(self, batch: FactTexts) -> dict[int, Tensor]:
-        """Returns the experts [U] that the batch uses, of each bank."""
+    def _trained(self, key: int, index: Tensor) -> Tensor:
+        """Returns the experts [U] to train of a bank, of those that processes use."""
+        if self.slots is None:
+            return self._here(index)
+        count, uses = self.slots
+        return uses[key].choose(index, count).to(index.device)
+
+    def _here(self, index: Tensor) -> Tensor:
+        """Returns which experts of all processes' this one has, ascending, as its bank counts."""
+        return self.shards.kept(self.shards.group.gather_ragged(index.unique())).unique()
+
+    def used(self, batch: FactTexts) -> dict[int, Tensor]:
+        """Returns the experts that the batch uses, once per use, of each bank; -1 for none."""
         if batch.decided is not None:
             found = {key: list(_experts_in(batch.decided)) for key in self.optimizers}
         else:
             with self._recording() as chosen, torch.no_grad():
                 batch.logits()
             found = {key: [index for index, _ in calls] for key, calls in chosen.items()}
-        used = {key: torch.cat([t.flatten() for t in found[key]]).unique() for key in found}
-        return {key: ids[ids >= 0] for key, ids in used.items()}
+        return {key: torch.cat([t.flatten() for t in calls]) for key, calls in found.items()}
 
     @contextmanager
     def _recording(self) -> Iterator[dict[int, list[tuple[Tensor, Tensor]]]]:

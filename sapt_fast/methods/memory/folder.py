@@ -10,7 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sapt_fast.files.directories import read_directory, replace_directory, require_unused
+from sapt_fast.files.directories import (
+    read_directory,
+    replace_directory,
+    require_unused,
+    whole_directory,
+)
 from sapt_fast.files.locks import FolderLock
 from sapt_fast.files.reading import read_json
 from sapt_fast.files.writing import write_json
@@ -86,8 +91,16 @@ class FactFolder:
         require_unused("folder", self.path, _RUN)
         write_json(file, description)
 
-    def load(self, number: int, banks: Sequence[ExpertBank]) -> Group | None:
-        """Puts the experts of a group into the banks; None if it is not trained yet.
+    def has(self, number: int) -> bool:
+        """Returns whether a group is trained."""
+        try:
+            whole_directory(self._of(number), _GROUP)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def load(self, number: int, banks: Sequence[ExpertBank]) -> Group:
+        """Puts the experts of a group that is trained into the banks.
 
         Raises:
             ValueError: if a file is damaged.
@@ -101,10 +114,7 @@ class FactFolder:
             require_digest(values, files, [_ROWS], source, _ADVICE)
             return values, files.tensors(_ROWS)[0]
 
-        try:
-            values, tensors = read_directory(self._of(number), _GROUP, read)
-        except FileNotFoundError:
-            return None
+        values, tensors = read_directory(self._of(number), _GROUP, read)
         for place, bank in enumerate(banks):
             ids, a, b = (tensors[f"{place}.{name}"] for name in ("ids", "a", "b"))
             bank.write(ids.to(bank.home), a, b)

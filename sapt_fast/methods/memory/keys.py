@@ -36,7 +36,9 @@ def fit_keys(handle: Any, pairs: Sequence[Pair]) -> None:
     """
     kind, config = ROW_OPTIMIZERS[handle.config.optimizer], handle.config
     layers = [*handle.layers.values()]
-    trainer = Trainer(layers, lambda bank: kind(bank, lr=config.learning_rate), 0.0, 1)
+    trainer = Trainer(
+        layers, lambda bank: kind(bank, lr=config.learning_rate), 0.0, 1, handle.shards
+    )
     with _training(handle) as keys, evaluating(handle._model), handle.listening():
         tables = [key for key in keys if key.shape == (config.num_experts, key.shape[-1])]
         others = [key for key in keys if not any(key is table for table in tables)]
@@ -54,6 +56,22 @@ def fit_keys(handle: Any, pairs: Sequence[Pair]) -> None:
                 key.grad = grad
             for optimizer in optimizers:
                 optimizer.step()
+    if handle.uses:
+        _count_uses(handle, trainer, pairs)
+
+
+def _count_uses(handle: Any, trainer: Trainer, pairs: Sequence[Pair]) -> None:
+    """Counts the experts that the prompts use by the keys as they are now."""
+    batches: list[dict[int, Tensor]] = []
+    with evaluating(handle._model), handle.listening():
+        for first in range(0, len(pairs), _BATCH):
+            part = pairs[first : first + _BATCH]
+            batch = FactTexts(
+                handle.batch(part), handle.prompts, handle.lowest, _decided(handle, part)
+            )
+            batches.append(trainer.used(batch))
+    for use, key in zip(handle.uses, trainer.optimizers, strict=True):
+        use.count([batch[key] for batch in batches])
 
 
 def _decided(handle: Any, pairs: Sequence[Pair]) -> dict[str, Tensor] | None:

@@ -21,6 +21,8 @@ from sapt_fast.methods.memory.facts import Memorised
 from sapt_fast.methods.memory.fitting import FactTexts, Outcome, Trainer
 from sapt_fast.methods.memory.folder import FactFolder, Group
 from sapt_fast.methods.memory.groups import packed, parts_of
+from sapt_fast.pools.collectives import Share
+from sapt_fast.pools.experts import ExpertBank
 from sapt_fast.pools.row_optimizers import ROW_OPTIMIZERS
 from sapt_fast.sites.memory import FactLookup
 from sapt_fast.storage.tensors import tensor_bytes
@@ -116,8 +118,10 @@ class Memorising:
             for part, module in handle.parts().items()
             for name, tensor in module.state_dict().items()
         }
+        group = handle.shards.group
         return {
             "config": handle.config.to_dict(),
+            "process": [group.rank, group.size],
             "until": self.until,
             "batch_size": self.batch_size,
             "facts before": len(self.held),
@@ -132,6 +136,7 @@ class Memorising:
         keys = self.handle.queries([prompt for prompt, _ in self.pairs])
         if keys is None:
             return None
+        keys = self.handle.shards.group.first(keys)
         wrong = (~keys.isfinite().all(1)).nonzero().flatten().tolist()
         if wrong:
             raise ValueError(
@@ -200,14 +205,15 @@ class Memorising:
         epochs, spent = 0, 0.0
         with tqdm(total=count, desc="facts", disable=not progress) as bar:
             for number, group in enumerate(self._groups(plan)):
-                found = None if folder is None else folder.load(number, banks)
+                found = self._loaded(folder, number, banks)
                 if found is None:
                     begun = time.monotonic()
                     outcome = self._train_group(group, plan)
                     found = Group(outcome, time.monotonic() - begun)
                     if folder is not None:
                         ids = None if plan is None else plan.experts[group].unique()
-                        folder.save(number, found, banks, ids)
+                        kept = None if ids is None else self.handle.shards.kept(ids)
+                        folder.save(number, found, banks, kept)
                 else:
                     spent += found.seconds
                 own = [i for i, fact in enumerate(group) if fact >= first]
@@ -216,6 +222,16 @@ class Memorising:
                 epochs = max(epochs, found.outcome.epochs)
                 bar.update(len(own))
         return Outcome(losses, fits, epochs), spent
+
+    def _loaded(
+        self, folder: FactFolder | None, number: int, banks: Sequence[ExpertBank]
+    ) -> Group | None:
+        """Returns a group whose experts are put into the banks, if all processes have it."""
+        together = self.handle.shards.group
+        if folder is None or not all(together.values(folder.has(number))):
+            return None
+        found: Group = together.together(lambda: folder.load(number, banks))
+        return found
 
     def _groups(self, plan: _Plan | None) -> list[list[int]]:
         """Returns the facts of each group, those that are there counted before the given ones."""
@@ -230,7 +246,9 @@ class Memorising:
         pairs, layers, name = [*self.held_pairs, *self.pairs], handle.layers, handle.prompts.name
         batches = []
         for start in range(0, len(group), self.batch_size):
-            rows = [*group[start : start + self.batch_size]]
+            whole = group[start : start + self.batch_size]
+            share = Share(len(whole), handle.shards.group)
+            rows = [whole[row] for row in share.rows]
             decided = None
             if plan is not None:
                 decided = {
@@ -238,11 +256,13 @@ class Memorising:
                     f"{name}:weights": plan.weights[rows],
                 }
             texts = handle.batch([pairs[i] for i in rows])
-            batches.append(FactTexts(texts, handle.prompts, next(iter(layers)), decided))
+            batches.append(FactTexts(texts, handle.prompts, next(iter(layers)), decided, share))
         kind, rate = ROW_OPTIMIZERS[config.optimizer], config.learning_rate
+        slots = config.slots and (config.slots, [use.slots() for use in handle.uses])
         trainer = Trainer(
-            [*layers.values()], lambda bank: kind(bank, lr=rate), self.until, config.epochs
-        )
+            [*layers.values()], lambda bank: kind(bank, lr=rate), self.until, config.epochs,
+            handle.shards, slots,
+        )  # fmt: skip
         outcome = trainer.train(batches)
         return outcome._replace(losses=outcome.losses.cpu(), fits=outcome.fits.cpu())
 
@@ -259,7 +279,7 @@ class Memorising:
             stored = bank.touched
             if plan is not None:
                 ids = torch.cat([plan.experts.flatten().to(stored), changing.to(stored)])
-                stored = stored[torch.isin(stored, ids)]
+                stored = stored[torch.isin(stored, handle.shards.kept(ids))]
             saved.append((bank, bank.touched.clone(), stored.clone(), bank.master_rows(stored)))
         try:
             yield

@@ -62,6 +62,16 @@ class TableIndex(KeyIndex):
     def remove_rows(self, rows: Tensor) -> None:
         self._write(self._checked_rows(rows), float("nan"))
 
+    def keys_at(self, rows: Tensor) -> Tensor:
+        """Returns the keys [M, D] in rows [M]; NaN in a row without a key."""
+        return self.keys[rows]
+
+    def require_rows(self, rows: Tensor) -> None:
+        """Raises ValueError unless these rows have keys, and no others."""
+        present = self.present_keys()[1]
+        if not torch.equal(rows.sort().values, present):
+            raise ValueError(f"index: got {len(present)} keys, expected {len(rows)}, one per fact")
+
     @torch.inference_mode(False)
     @torch.no_grad()
     def _write(self, rows: Tensor, keys: Tensor | float) -> None:

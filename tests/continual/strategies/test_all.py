@@ -23,7 +23,7 @@ from sapt_fast.continual.settings import ContinualSettings
 from sapt_fast.continual.strategies import STRATEGIES
 from sapt_fast.demo.tasks import CharTokenizer
 
-SEQUENTIAL = [name for name in STRATEGIES if name != "single"]
+SEQUENTIAL = [n for n, kind in STRATEGIES.items() if "text" in kind.data and not kind.alone]
 # By default every strategy on one kind of model, in turns.
 RUNS = [
     pytest.param(strategy, kind, marks=[pytest.mark.thorough] * ((number + place) % 2))

@@ -42,6 +42,7 @@ _IDS = torch.tensor([[3, 0, 3, 7, 1], [10, 9, 9, 9, 2], [5, 4, 3, 2, 1]])
 SAMPLES = {
     "embeddings": Sample(mix_prompts, _inputs(3, 5, 7, 9, 33), wide=("mixture",)),
     "samples in parts": Sample(mix_prompts, _inputs(19, 5, 3, 4, 33), wide=("mixture",)),
+    "without tokens": Sample(mix_prompts, _inputs(3, 5, 7, 0, 33), wide=("mixture",)),
     "tokens": Sample(_with_tokens, {**_TABLE, "input_ids": _IDS}, wide=("mixture",)),
 }
 EMPTY = {

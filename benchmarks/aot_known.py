@@ -67,7 +67,7 @@ KNOWN: tuple[Known, ...] = (
         "programs share a multiprocessor; only a measurement chooses this route", (100,),
     ),
     Known(
-        "narrow loads in a main loop: 2 x 8 B", "gemm_kernel", "few rows",
+        "narrow loads in a main loop: 2 x 8 B", "gemm_kernel", "*few rows",
         "16 ranks of 64 rows and of 64 columns are 4 elements of 16 bits for each of 256 threads, "
         "once for a tile", (100,),
     ),

@@ -77,11 +77,10 @@ def cases(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         match = _NAME.match(name)
-        if match is None:
-            raise ValueError(f"{name}: got an unknown tensor, expected <pooling>.<choice>.<name>")
-        found.setdefault(match[1], {})[match[2]] = tensor
+        if match is not None:  # others are not compared
+            found.setdefault(match[1], {})[match[2]] = tensor
     if not found:
-        raise ValueError("got no tensors, expected at least one case")
+        raise ValueError("got no case, expected tensors named <pooling>.<choice>.<name>")
     for case, own in found.items():
         pooling, _ = kind_of(case)
         wanted = [*_RECORDED, *(f"grad.{name}" for name in GRADIENTS)]

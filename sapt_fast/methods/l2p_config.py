@@ -20,7 +20,7 @@ class L2PConfig(ConcatenatedConfig[Any]):  # the handle's class depends on the m
     """The pool of prompts, and how texts or images pick from it.
 
     Of texts, `pooling`, `standardize_query` and `mask_padding` apply to the query; of images,
-    `query_layer` and `query_pooling`. The other fields of LoRA and of SAPT's router have no effect.
+    `query_layer` and `query_pooling`. Other fields of LoRA and of SAPT's router have no effect.
     `prompt_length` is derived: `prompts * length`.
 
     `prompts=1, top=1` is one prompt that all inputs share.
@@ -102,20 +102,6 @@ class L2PConfig(ConcatenatedConfig[Any]):  # the handle's class depends on the m
             "model has a classifier."
         },
     )
-    query_layer: int | None = field(
-        default=None,
-        metadata={
-            "help": "Images: number of encoder layers that compute the query; None for all, with "
-            "the last norm."
-        },
-    )
-    query_pooling: str | None = field(
-        default=None,
-        metadata={
-            "help": "Images: 'cls' or 'mean' (of the patches); None for 'cls', or for 'mean' if "
-            "the model has no CLS."
-        },
-    )
 
     def __post_init__(self) -> None:
         for name in ("prompts", "top", "length"):
@@ -131,15 +117,11 @@ class L2PConfig(ConcatenatedConfig[Any]):  # the handle's class depends on the m
             "keys_start": _KEYS,
             "prompt_start": (None, *_STARTS),
             "head": (None, "prompts", "model"),
-            "query_pooling": (None, "cls", "mean"),
         }
         for name, known in named.items():
             value = getattr(self, name)
             require(value in known, name, value, f"one of {known}")
         require(type(self.layer) is int and self.layer >= 0, "layer", self.layer, "at least 0")
-        deep = self.query_layer
-        require(deep is None or (type(deep) is int and deep >= 1), "query_layer", deep,
-                "an integer, at least 1, or None")  # fmt: skip
         alone = self.task_prompts or not self.shared_pool_copy
         require(alone, "shared_pool_copy", True, "False without task_prompts")
         nearest = self.choice == "sample" or not self.task_prompts

@@ -120,6 +120,8 @@ class L2PImageHandle(PromptChoice, ImageHandle):
         without = config.head != "prompts" or parts.classifier is not None
         reason = f"'model' or None: {type(model).__name__} has no linear classifier"
         require(without, "head", config.head, reason)
+        tokens = "False for images: there are no random tokens to standardise by"
+        require(not config.standardize_query, "standardize_query", True, tokens)
         ImageQueries(model, config.query_layer, config.query_pooling)  # raises if it cannot query
         find_modules(model, config.modules_to_save or (), ())  # raises if there is no such module
         return PatchReport(prompted=[f"{parts.layers_path()}.{config.layer}"])

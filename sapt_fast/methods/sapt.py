@@ -299,7 +299,7 @@ class SaptHandle(TaskHandle):
             position_ids: [B, T]. If they restart within a row and there is no mask, the row is
                 packed: each of its texts is routed alone, and the result is per token, [B, T, K].
             pixel_values: [B, C, H, W], for an image model, which takes nothing else. With one task
-                the weights are [1, 1].
+                and no gradient to compute, the weights are [1, 1].
 
         Raises:
             RuntimeError: if there is no task yet.
@@ -320,8 +320,13 @@ class SaptHandle(TaskHandle):
 
     def signal(self, **inputs: Tensor | None) -> Tensor:
         """Returns the router's weights [B, K] for inputs with one text or image per row."""
-        if self._queries is not None and len(self.tasks) == 1:
-            return torch.ones(1, 1, device=self._device)  # without a pass for the queries
+        # One weight is 1. DDP waits for the gradients of a router that trains, even of zeros.
+        if (
+            self._queries is not None
+            and len(self.tasks) == 1
+            and not (torch.is_grad_enabled() and self.router.keys.trainable.requires_grad)
+        ):
+            return torch.ones(1, 1, device=self._device)
         with self._in_one_piece():
             return self.router.weights(self._pooled(**inputs))
 

@@ -91,10 +91,11 @@ class ImagePromptRouting(ImageRouting):
             hooks.append(source.register_forward_hook(self._choose_by_layer))
         for block in [*parts.layers][self.layer :]:
             hooks.append(block.register_forward_pre_hook(self._before_layer, with_kwargs=True))
-            bias = getattr(block, "relative_position_bias", None)  # BEiT's
-            if isinstance(bias, nn.Module):
-                hooks.append(bias.register_forward_pre_hook(self._before_bias, with_kwargs=True))
-                hooks.append(bias.register_forward_hook(self._after_bias))
+            for name, bias in block.named_modules():
+                if name.rpartition(".")[2] == "relative_position_bias":  # BEiT's
+                    before = self._before_bias
+                    hooks.append(bias.register_forward_pre_hook(before, with_kwargs=True))
+                    hooks.append(bias.register_forward_hook(self._after_bias))
         last = parts.layers[-1]
         hooks.append(last.register_forward_hook(self._after_layers, prepend=True))
         # Before the hook that ends the forward.

@@ -146,7 +146,8 @@ class ImageQueries:
             if hasattr(tower, "use_head"):
                 tower.use_head = False
             self._copy = tower, bare(parts.norm)
-        self._require_frozen(self._copy[0])
+        for part in self._copy if self.layer is None else self._copy[:1]:
+            self._require_frozen(part)
         frozen: tuple[Any, Any] = self._copy
         return frozen
 
@@ -155,10 +156,11 @@ class ImageQueries:
         if self.encoder is None:
             self._frozen()
 
-    def _require_frozen(self, tower: Any) -> None:
+    @staticmethod
+    def _require_frozen(part: Any) -> None:
         if torch.compiler.is_compiling():
             return  # an eager forward looks
-        for name, parameter in tower.named_parameters():
+        for name, parameter in part.named_parameters():
             if parameter.requires_grad:
                 raise RuntimeError(
                     f"model: {name} requires a gradient, but queries must not change while the "

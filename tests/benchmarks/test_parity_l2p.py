@@ -75,4 +75,5 @@ def test_what_cannot_be_replayed_is_named(run):
     assert (status, out) == (2, "")
     assert "mean.per_sample.grad.key: got no such tensor" in error
     assert run({f"sum.{n}": t for n, t in recording().items()})[0] == 0  # any further parts
+    assert "got no case" in run({"mean.per_sample.other": torch.zeros(1)})[2]
     assert "unknown case" in run({"median.per_sample.x": torch.zeros(1)})[2]

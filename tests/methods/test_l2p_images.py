@@ -319,6 +319,8 @@ def test_what_is_saved_is_loaded(family, tmp_path):
         ("vit", {"query_layer": 9}, "layer: got 9, expected 1 to 3"),
         ("siglip", {"query_pooling": "cls"}, "pooling: got 'cls'"),
         ("vit", {"top": 7}, r"top: got 7, expected 1 to 6 \(prompts\)"),
+        ("vit", {"query_layer": 0}, "query_layer: got 0, expected an integer, at least 1"),
+        ("vit", {"standardize_query": True}, "standardize_query: got True, expected False"),
         ("vit", {"shared_pool_copy": True}, "False without task_prompts"),
         ("vit", {"choice": "votes"}, "choice: got 'votes'"),
     ],

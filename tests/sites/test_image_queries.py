@@ -104,5 +104,10 @@ def test_models_that_do_not_fit_are_named():
         ImageQueries(model, layer=4)
     with pytest.raises(RuntimeError, match="requires a gradient"):
         ImageQueries(model)(images())
+    model.requires_grad_(False)
+    vision_parts(model).norm.bias.requires_grad_(True)  # above the layers
+    ImageQueries(model, layer=3)(images())
+    with pytest.raises(RuntimeError, match="bias requires a gradient"):
+        ImageQueries(model)(images())
     with pytest.raises(TypeError, match=r"pixel_values: got torch\.uint8"):
         vision_parts(model).require_images(images().byte())

@@ -16,6 +16,7 @@ from tiny_images import write_images
 from sapt_fast.continual.data.classes import ClassSpace, mask_other_classes
 from sapt_fast.continual.data.image_folders import read_image_tasks
 from sapt_fast.continual.data.image_transform import ImageTransform
+from sapt_fast.continual.image_bench import ImageRows
 from sapt_fast.demo.images import DEMO_CLASSES
 
 TRANSFORM = ImageTransform((16, 16), (16, 16))
@@ -181,3 +182,17 @@ def test_mask_leaves_the_classes_of_the_task_alone() -> None:
     assert ClassSpace(("a", "b")).of_task(("b", "a")).own is None
     with pytest.raises(ValueError, match=r"own: got torch.bool \[4\] with 0 classes"):
         mask_other_classes(logits, torch.zeros(4, dtype=torch.bool))
+
+
+def test_augmentation_depends_on_seed_epoch_and_image(folder: Path) -> None:
+    task = read(folder)[0]
+
+    def drawn(epoch: int, seed: int = 0) -> list[bool]:
+        rows = ImageRows(task.train, TRANSFORM, ClassSpace(task.labels), "flip", seed)
+        rows.set_epoch(epoch)
+        return [torch.equal(rows[i]["pixel_values"], TRANSFORM(task.train[i].image()))
+                for i in range(len(rows))]  # fmt: skip
+
+    assert drawn(1) == drawn(1)
+    assert len({tuple(drawn(epoch)) for epoch in range(4)}) > 1
+    assert drawn(0) != drawn(0, seed=1)

@@ -13,7 +13,7 @@ import torch
 from tiny_images import image_model, image_settings, image_tasks, write_images
 from typer.testing import CliRunner
 
-from sapt_fast import SaptConfig, cli
+from sapt_fast import SaptConfig, cli, unpatch
 from sapt_fast.continual.data.sources import Source
 from sapt_fast.continual.image_bench import ImageBench, effective_number
 from sapt_fast.continual.run.loop import evaluate_run, run_continual
@@ -119,6 +119,16 @@ def test_masked_training_leaves_the_rows_of_earlier_classes(
     assert torch.equal(masked.classifier.weight[:2], trained)
     _, free = run(tmp_path / "free", strategy="head", steps=1, mask_classes=False)
     assert not torch.equal(free.classifier.weight[:2], trained)
+
+
+def test_a_run_does_not_start_from_the_head_of_the_last_one(tmp_path: Path) -> None:
+    _, model = run(tmp_path / "first", strategy="head", steps=1)
+    trained = model.classifier.weight.detach().clone()
+    unpatch(model)
+    tasks = image_tasks(2)
+    settings = image_settings(strategy="head", steps=1)
+    run_continual(model, image_model(tasks)[1], tasks, tmp_path / "second", settings)
+    assert torch.equal(model.classifier.weight, trained)
 
 
 def test_frozen_heads_do_not_depend_on_the_order(tmp_path: Path) -> None:

@@ -37,6 +37,10 @@ _AROUND_LOOPS = (
     "{} stored once before the first loop and read once behind the last: {} registers let {} "
     "programs of {} threads share the 65536 of a multiprocessor"
 )
+_SIXTEEN_RANKS = (
+    "16 ranks of 64 rows and of 64 columns are 4 elements of 16 bits for each of 256 threads, once "
+    "for a tile"
+)
 _WEIGHTED = "float32 h is weighted and rounded in registers before the product of the same step"
 
 KNOWN: tuple[Known, ...] = (
@@ -67,9 +71,11 @@ KNOWN: tuple[Known, ...] = (
         "programs share a multiprocessor; only a measurement chooses this route", (100,),
     ),
     Known(
-        "narrow loads in a main loop: 2 x 8 B", "gemm_kernel", "*few rows",
-        "16 ranks of 64 rows and of 64 columns are 4 elements of 16 bits for each of 256 threads, "
-        "once for a tile", (100,),
+        "narrow loads in a main loop: 2 x 8 B", "gemm_kernel", "*few rows", _SIXTEEN_RANKS, (100,)
+    ),
+    Known(
+        "narrow loads in a main loop: 2 x 8 B", "gemm_kernel", "two, dropout",
+        _SIXTEEN_RANKS, (100,),
     ),
     Known(
         "narrow loads in a main loop: 2 x 8 B", "gemm_tma_kernel", "two, dropout",

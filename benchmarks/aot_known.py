@@ -44,7 +44,6 @@ _SIXTEEN_RANKS = (
 _WEIGHTED = "float32 h is weighted and rounded in registers before the product of the same step"
 
 KNOWN: tuple[Known, ...] = (
-    Known("wgmma.wait_group 0", "*shrink*_kernel", "*float32 factors*", _CONVERTED, (90,)),
     Known("wgmma.wait_group 0", "gemm*_kernel", "*float32 factors*", _CONVERTED, (90,)),
     Known("wgmma.wait_group 0", "split_kernel", "*float32 factors*", _CONVERTED, (90,)),
     Known("wgmma.wait_group 0", "gemm_kernel", "*float32", _SPLIT, (90,)),

@@ -134,7 +134,7 @@ class ImageHandle(Handle):
             raise ValueError(
                 f"queries: got {len(given)} for {len(pixel_values)} images, expected one each"
             )
-        return given.to(self._device)
+        return given.to(self._device, torch.promote_types(given.dtype, torch.float32))
 
     def last_cosines(self, trains: bool) -> Tensor:
         """Returns the cosines [B, N] by which this thread's last forward chose.
@@ -169,7 +169,8 @@ class ImageHandle(Handle):
                 f"queries: got {queries.dtype} of shape {tuple(queries.shape)}, expected floats "
                 f"[B, {width}]"
             )
-        return self.routing.use_queries(queries.detach())
+        queries = queries.clone() if queries.is_inference() else queries.detach()
+        return self.routing.use_queries(queries)
 
     def look_up_by(self, encoder: nn.Module) -> None:
         """Lets another frozen model compute the queries; call it before the first task.

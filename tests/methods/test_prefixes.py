@@ -338,6 +338,14 @@ def test_given_queries_replace_the_second_forward(method):
     moved = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0))
     with handle(model).queries(moved):
         assert not torch.equal(handle(model).signal(pixel_values=x), handle(model).attention)
+    with handle(model).queries(query.half()):
+        rounded = handle(model).signal(pixel_values=x)
+    with handle(model).queries(query.half().float()):
+        assert torch.equal(handle(model).signal(pixel_values=x), rounded)  # computed in float32
+    with torch.inference_mode():
+        stored = handle(model).query(x)
+    with handle(model).queries(stored):
+        (model.train()(x).logits.sum() + handle(model).key_loss()).backward()
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -300,6 +300,19 @@ def test_another_model_computes_the_queries(method, tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("of_all", [True, False])
+def test_an_optimizer_from_before_the_first_task(method, of_all):
+    model = patched(method, tasks=0)
+    own = model.parameters() if of_all else handle(model).trainable_parameters()
+    optimizer = torch.optim.SGD(own, lr=0.1)
+    for name in ("first", "second"):
+        handle(model).grow(name, optimizer)
+        held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+        assert len(held) == len({*held})
+        assert {id(p) for p in handle(model).trainable_parameters()} <= {*held}
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_unpatch_restores_the_model(method):
     model = vision_model("dinov2")
     base = {name: p.requires_grad for name, p in model.named_parameters()}

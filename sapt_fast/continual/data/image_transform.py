@@ -213,9 +213,10 @@ class ImageTransform:
 
     def _converted(self, image: Image.Image) -> Image.Image:
         mode = _MODES[self.channels]
-        if image.mode == mode:
+        clear = self.convert and image.has_transparency_data  # also of grey and RGB images
+        if image.mode == mode and not clear:
             return image
-        if image.has_transparency_data:
+        if clear:
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image)

@@ -56,6 +56,17 @@ def test_classes_are_cut_into_tasks_by_the_seed(folder: Path) -> None:
     assert read(folder)[0].describe()["digest"] != before
 
 
+def test_warns_of_test_images_that_are_trained_on(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    read(folder)
+    assert not caplog.records
+    (folder / "test/checks/1.png").write_bytes((folder / "train/checks/0.png").read_bytes())
+    read(folder, dev="in_train")
+    assert "1 test images are also training images" in caplog.text
+    assert "test/checks/1.png" in caplog.text
+
+
 def test_one_folder_of_classes_holds_test_images_out(tmp_path: Path) -> None:
     write_images(tmp_path, FOUR[:2], 10)
     (task,) = read(tmp_path)
@@ -182,6 +193,9 @@ def test_converts_where_asked_and_augments_by_the_seed() -> None:
     convert = ImageTransform((2, 2), convert=True)
     clear = Image.new("RGBA", (2, 2), (10, 20, 30, 0))
     torch.testing.assert_close(convert(clear), torch.ones(3, 2, 2))  # white
+    marked = Image.new("RGB", (2, 2), (10, 20, 30))
+    marked.info["transparency"] = (10, 20, 30)
+    torch.testing.assert_close(convert(marked), torch.ones(3, 2, 2))
     grey = Image.new("L", (2, 2), 51)
     torch.testing.assert_close(convert(grey), torch.full((3, 2, 2), 0.2))
     image = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))

@@ -33,14 +33,17 @@ _UNALIGNED = (
     "rows that are no multiple of 16 elements are not known to begin at more than an element of 2 "
     "bytes, and copies past the registers take 4 or more"
 )
-_ONE_REGISTER = (
-    "one register is stored before the first loop and read behind the last: {} let {} programs of "
-    "{} threads share the 65536 of a multiprocessor"
+_AROUND_LOOPS = (
+    "{} stored once before the first loop and read once behind the last: {} registers let {} "
+    "programs of {} threads share the 65536 of a multiprocessor"
+)
+_SIXTEEN_RANKS = (
+    "16 ranks of 64 rows and of 64 columns are 4 elements of 16 bits for each of 256 threads, once "
+    "for a tile"
 )
 _WEIGHTED = "float32 h is weighted and rounded in registers before the product of the same step"
 
 KNOWN: tuple[Known, ...] = (
-    Known("wgmma.wait_group 0", "*shrink*_kernel", "*float32 factors*", _CONVERTED, (90,)),
     Known("wgmma.wait_group 0", "gemm*_kernel", "*float32 factors*", _CONVERTED, (90,)),
     Known("wgmma.wait_group 0", "split_kernel", "*float32 factors*", _CONVERTED, (90,)),
     Known("wgmma.wait_group 0", "gemm_kernel", "*float32", _SPLIT, (90,)),
@@ -51,11 +54,15 @@ KNOWN: tuple[Known, ...] = (
     Known("wgmma.wait_group 0", "factor_grad_kernel", "*odd width", _UNALIGNED, (90,)),
     Known(
         "spills 4 bytes", "shrink_bwd_kernel", "decode, batch 32",
-        _ONE_REGISTER.format(32, 8, 256), (80,),
+        _AROUND_LOOPS.format("one", 32, 8, 256), (80,),
     ),
     Known(
         "spills 4 bytes", "split_kernel", "few tiles, float32",
-        _ONE_REGISTER.format(80, 3, 256), (90,),
+        _AROUND_LOOPS.format("one", 80, 3, 256), (90,),
+    ),
+    Known(
+        "spills 8 bytes", "split_kernel", "five, decode",
+        _AROUND_LOOPS.format("two", 64, 8, 128), (120,),
     ),
     Known(
         "spills 12 bytes", "gemm_kernel", "two",
@@ -63,9 +70,11 @@ KNOWN: tuple[Known, ...] = (
         "programs share a multiprocessor; only a measurement chooses this route", (100,),
     ),
     Known(
-        "narrow loads in a main loop: 2 x 8 B", "gemm_kernel", "few rows",
-        "16 ranks of 64 rows and of 64 columns are 4 elements of 16 bits for each of 256 threads, "
-        "once for a tile", (100,),
+        "narrow loads in a main loop: 2 x 8 B", "gemm_kernel", "*few rows", _SIXTEEN_RANKS, (100,)
+    ),
+    Known(
+        "narrow loads in a main loop: 2 x 8 B", "gemm_kernel", "two, dropout",
+        _SIXTEEN_RANKS, (100,),
     ),
     Known(
         "narrow loads in a main loop: 2 x 8 B", "gemm_tma_kernel", "two, dropout",

@@ -104,22 +104,25 @@ _GRACE = Method(
 _FORCED = (_FIRST, "fine-tuning")  # measured by teacher forcing too, in one order
 METHODS = {
     "GRACE, question, radius": _GRACE,
-    "GRACE, question, ratio": replace(_GRACE, limit="ratio", like=_FIRST, every=50),
-    "GRACE, projected, radius": replace(_GRACE, keys="projected", like=_FIRST, every=50),
-    "GRACE, own keys": replace(_GRACE, keys="own", like=_FIRST, every=50),
-    "GRACE, question, one vector": replace(_GRACE, options={}),
+    "GRACE, question, ratio": replace(_GRACE, limit="ratio", like=_FIRST, orders=1, every=50),
+    "GRACE, projected, radius": replace(_GRACE, keys="projected", like=_FIRST, orders=1, every=50),
+    "GRACE, own keys": replace(_GRACE, keys="own", like=_FIRST, orders=1, every=50),
+    "GRACE, question, one vector": replace(_GRACE, options={}, orders=1),
     "MELO, question, radius": Method(
-        "melo", "question", "radius", 5, options={"margin": 1.0}, every=50
+        "melo", "question", "radius", 5, orders=1, options={"margin": 1.0}, every=50
     ),
     "fine-tuning": Method("ft", tuned="learning_rate", tried=(1e-4, 1e-4 * _STEP, 1e-3)),
     "fine-tuning, L2": Method(
         "ft-l2",
         tuned="strength",
         tried=(0.01, 0.01 * _STEP, 0.1),
+        orders=1,
         every=50,
         like="fine-tuning",
     ),
-    "deferral": Method("defer", tuned="learning_rate", tried=(1e-3, 1e-3 * _STEP, 1e-2), every=50),
+    "deferral": Method(
+        "defer", tuned="learning_rate", tried=(1e-3, 1e-3 * _STEP, 1e-2), orders=1, every=50
+    ),
     "UltraEdit": Method(
         "ultraedit",
         tuned="learning_rate",
@@ -132,6 +135,7 @@ METHODS = {
         tuned="learning_rate",
         tried=(1e-4, 1e-4 * _STEP, 1e-3),
         batch=100,
+        orders=1,
         options={"steps": 300},
     ),
 }

@@ -26,6 +26,9 @@ _PLOTTED = {  # the rows of the plot, and their styles
     "MELO, question, radius": ("C3", "-"),
     "fine-tuning": ("C4", "--"),
     "UltraEdit": ("C5", "--"),
+    "fine-tuning, L2": ("C6", "--"),
+    "deferral": ("C7", "--"),
+    "retraining": ("C8", "--"),
 }
 
 

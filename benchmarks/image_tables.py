@@ -67,12 +67,12 @@ def methods(result: Mapping[str, Any]) -> list[str]:
         for method, by_seed in by_method.items():
             runs = list(by_seed.values())
             cells = [_shares([run["accuracy"][head] for run in runs]) for head in _HEADS]
-            rates = ", ".join(sorted({f"{run['rate']:g}" for run in runs if run["rate"]}))
+            rates = " / ".join(f"{runs[0][name]:g}" for name in ("rate", "head_rate"))
             again = [run["refitted"]["LDA"] for run in runs if "refitted" in run]
             cells += [_shares(again) if again else "", _forgetting(runs), rates]
             rows.append([method, str(len(runs)), *cells])
         head = [name, "seeds", *(f"{head} head" for head in _HEADS)]
-        head += ["LDA refitted", "forgetting, own head", "rate"]
+        head += ["LDA refitted", "forgetting, own head", "rate / of the head"]
         lines += [*_table(head, rows), ""]
     notes = [
         [name, method, *_noted(list(by_seed.values()))]
@@ -83,13 +83,12 @@ def methods(result: Mapping[str, Any]) -> list[str]:
     lines += [*_table(head, notes), ""]
     if "targets" in result:
         lines += [*_targets(result), ""]
-    missing = result["not run"]
-    lines += [
-        f"Not run ({len(missing)}): {'; '.join(missing)}." if missing else "All runs ran.",
-        "",
-    ]
+    for name, by_method in result["not run"].items():
+        left = [f"{method} (seeds {', '.join(map(str, s))})" for method, s in by_method.items()]
+        lines += [f"**Not run on {name}:** {'; '.join(left)}.", ""]
+    lines += ["Accuracy of the own head on held-out training images, by rate:", ""]
     tried = [[method, _tried(scores)] for method, scores in result["tuning"].items() if scores]
-    return [*lines, *_table(["method", "rate: accuracy on held-out training images"], tried)]
+    return [*lines, *_table(["method", "rate: accuracy"], tried)]
 
 
 def prompts(result: Mapping[str, Any]) -> list[str]:

@@ -47,6 +47,8 @@ def targets(runs: Mapping[str, Any], bar: Bar) -> list[dict[str, Any]]:
             least = min(closed[seed] - own[seed] for seed in own)
             rows.append((f"{name}: L2P, {best} above own head, in each seed", least, 0.0))
             rows.append((f"{name}: L2P, {best} head", _mean(closed), _CLOSED[name]))
+            again = fmean(run["refitted"]["ridge"] for run in l2p.values())
+            rows.append((f"{name}: L2P, ridge refitted on all images", again, _CLOSED[name]))
         if routed := by_method.get("LoRA per task, routed by LDA"):
             own = _accuracies(routed, "own")
             rows.append((f"{name}: LoRA routed by LDA", _mean(own), _ROUTED[name]))

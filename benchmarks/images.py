@@ -383,11 +383,11 @@ class Experiment:
     def report(self) -> dict[str, Any]:
         """Returns the runs that are there, and names those that are not."""
         runs: dict[str, Any] = {}
-        missing = []
+        missing: dict[str, dict[str, list[int]]] = {}
         for name, seed, method in self.cells():
             found = self.cell(Cell(name, method, f"seed{seed}"))
             if found is None:
-                missing.append(f"{name}, {method}, seed {seed}")
+                missing.setdefault(name, {}).setdefault(method, []).append(seed)
             else:
                 runs.setdefault(name, {}).setdefault(method, {})[seed] = found
         tuning: dict[str, Any] = {}

@@ -237,19 +237,20 @@ def sharded_mome(folder: Path, loaded: int = 0) -> None:
         model = mome_model(folder / f"mome-{loaded}")
     else:
         model = mome_model()
-        model.mome.memorise(facts[:2], until=0.3, batch_size=1, folder=folder / "run")
+        model.mome.memorise(facts[:2], until=1.0, batch_size=1, folder=folder / "run")
         if world() > 1:
             resumed_mome(model, facts[:2], folder / "run")
-        report = model.mome.memorise([*facts[1:], ([40], [41, 1])], until=0.3, batch_size=3)
+        report = model.mome.memorise([*facts[1:], ([40], [41, 1])], until=1.0, batch_size=3)
         assert report.unfitted == []
         model.mome.forget(report.facts[-1])
         model.mome.save_pretrained(folder / f"mome-{world()}")
     (bank,), group = model.mome.banks, model.mome.shards.group
     assert len(model.mome.facts) == 3
-    assert 0 < len(bank.touched) <= 12 // min(world(), 2) + 4  # both processes have some
+    if world() == 2:
+        assert len(bank.touched) in (4, 8)  # new facts are spread over both
     bare = copy.deepcopy(model)
     sapt_fast.unpatch(bare)
-    (mine, target), other = facts[rank()], [50, 51]  # answers of different lengths
+    (mine, target), other = facts[rank() % 3], [50, 51]  # answers of different lengths
     rows = [answered(m, p) for m, p in ((model, mine), (model, other), (bare, other))]
     assert rows[0][: len(target)] == target
     assert rows[1] == rows[2]
@@ -272,9 +273,9 @@ def answered(model, prompt):
 def resumed_mome(model, facts, folder: Path) -> None:
     """A group that one process has not saved is trained again by both."""
     if rank() == 1:
-        shutil.rmtree(folder / "process-1-of-2" / "groups" / "00001")
+        shutil.rmtree(folder / f"process-1-of-{world()}" / "groups" / "00001")
     again = mome_model()
-    again.mome.memorise(facts, until=0.3, batch_size=1, folder=folder)
+    again.mome.memorise(facts, until=1.0, batch_size=1, folder=folder)
     for one, other in zip(model.mome.banks, again.mome.banks, strict=True):
         assert all(map(torch.equal, one.stored().values(), other.stored().values()))
 

@@ -154,8 +154,8 @@ class Share:
         if size == 1:
             return values
         found = self.group.gather_ragged(values[: self._counted])
-        order = torch.cat([torch.arange(rank, self.count, size) for rank in range(size)])
-        return found[order.argsort().to(found.device)]
+        order = [row for rank in range(size) for row in range(rank, self.count, size)]
+        return found[torch.tensor(order, device=found.device).argsort()]
 
     def mine(self, chosen: Tensor) -> Tensor:
         """Returns which of this process's rows are chosen, given that of all rows [B] bool."""

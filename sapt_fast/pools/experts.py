@@ -57,8 +57,7 @@ class ExpertBank(Own, nn.Module):
             chosen rows are gathered into pinned memory and copied to a cache on `device`. Without
             CUDA it is ordinary memory. "mapped": as "pinned", but rows of a saved bank stay in its
             files until they are chosen (see `storage.bank_files`).
-        cache_rows: number of experts in the cache on `device`; not used by storage "device". A
-            call that selects more copies them without the cache.
+        cache_rows: experts in that cache; a call that selects more copies them without it.
         seed: of the start values.
         first: number of this bank's first expert in the larger bank of which it is a part.
         device: where `mix` computes.

@@ -139,6 +139,7 @@ def test_what_did_not_run_is_named():
         "accuracy": {"own": 0.5, "NCM": 0.4, "LDA": 0.6, "ridge": 0.7},
         "matrix": {"own": [[0.9], [0.6, 0.4]]},
         "rate": 0.001,
+        "head_rate": 0.003,
         "chosen": {"exp(H)": 3.0},
         "refitted": {"LDA": 0.65, "ridge": 0.5},
         "loss of the last steps": [1.0, 0.25],
@@ -149,17 +150,18 @@ def test_what_did_not_run_is_named():
         "only": "images",
         "environment": {"cpu": "a CPU", "torch": "2", "date": "2026-01-01", "commit": "abc"},
         "runs": {"emoji": {"L2P": {"0": run, "1": other}}},
-        "not run": ["emoji, SAPT, seed 0"],
+        "not run": {"emoji": {"L2P, penalty": [0, 2]}},
         "tuning": {"L2P": {"0.01": 0.3, "0.001": 0.4}, "SAPT": {}},
         "bar": {"emoji": {"LDA": {"0": 0.7, "1": 0.8}, "sequential": {"0": 0.3, "1": 0.5}}},
     }
     result["targets"] = image_targets.targets(result["runs"], result["bar"])
     drawn = image_tables.block(result)
     assert "| L2P | 2 | 55.0 (50.0 to 60.0) | 40.0 (40.0 to 40.0) |" in drawn
-    assert "| 65.0 (65.0 to 65.0) | 30.0 (30.0 to 30.0) | 0.001 |" in drawn  # .9 fell to .6
-    assert "Not run (1): emoji, SAPT, seed 0." in drawn
+    assert "| 65.0 (65.0 to 65.0) | 30.0 (30.0 to 30.0) | 0.001 / 0.003 |" in drawn  # .9 fell to .6
+    assert "**Not run on emoji:** L2P, penalty (seeds 0, 2)." in drawn
     assert "| L2P | 0.001: 40.0, 0.01: 30.0 |" in drawn
     assert "SAPT |" not in drawn
     assert "| **frozen features, LDA** | 2 | 75.0 (70.0 to 80.0) |" in drawn
     assert "| emoji: L2P, own head, above sequential linear >= 0.15 | 0.15 |" in drawn
+    assert "| emoji: L2P, ridge refitted on all images >= 0.5 | 0.5 |" in drawn
     assert "| emoji: L2P, ridge above own head, in each seed >= 0 | 0.1 |" in drawn

@@ -267,15 +267,16 @@ def test_a_sharded_bank_repeats_bit_for_bit(processes, tmp_path):
     assert all(map(torch.equal, one, other))
 
 
-def test_a_sharded_memory_is_that_of_one_process(processes, tmp_path):
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.thorough)])
+def test_a_sharded_memory_is_that_of_one_process(world, processes, tmp_path):
     """Facts are trained, forgotten, answered and saved; loaded by other numbers of processes."""
-    for world in (1, 2):
-        (tmp_path / str(world)).mkdir()
-        processes.run("sharded_mome", world, tmp_path / str(world))
-    one, two = (torch.load(tmp_path / str(world) / f"mome-{world}-0.pt") for world in (1, 2))
+    for size in (1, world):
+        (tmp_path / str(size)).mkdir()
+        processes.run("sharded_mome", size, tmp_path / str(size))
+    one, two = (torch.load(tmp_path / str(size) / f"mome-{size}-0.pt") for size in (1, world))
     assert torch.equal(one[1], two[1])  # the experts
     for first, second in zip(one, two, strict=True):
         torch.testing.assert_close(second, first, rtol=1e-3, atol=1e-4)
-    processes.run("sharded_mome", 2, tmp_path / "1", loaded=1)
-    for first, second in zip(one, torch.load(tmp_path / "1" / "mome-2-1.pt"), strict=True):
+    processes.run("sharded_mome", world, tmp_path / "1", loaded=1)
+    for first, second in zip(one, torch.load(tmp_path / "1" / f"mome-{world}-1.pt"), strict=True):
         torch.testing.assert_close(second, first, rtol=1e-5, atol=1e-5)

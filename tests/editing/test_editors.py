@@ -87,6 +87,14 @@ def test_an_edit_is_answered(name):
     assert answers(model, PROMPTS[:2]) == TARGETS[:2]
 
 
+def test_retraining_in_several_batches():
+    """What is held below the trained layer is that of each batch."""
+    model = fresh()
+    options = {"train_batch": 1, "target_modules": ("layers.1.mlp.down_proj",)}
+    assert editor_on(model, "retrain", **options).edit(pairs(rows=[0, 1])) == [MADE, MADE]
+    assert answers(model, PROMPTS[:2]) == TARGETS[:2]
+
+
 @pytest.mark.parametrize("name", EDITORS)
 def test_a_restored_state_continues_to_the_same_bits(name):
     whole = editor_on(fresh(), name)

@@ -10,10 +10,8 @@ import sapt_fast
 from sapt_fast import SaptConfig
 from sapt_fast.demo.backbone import load_backbone
 from sapt_fast.methods.memory import fitting
-from sapt_fast.methods.memory.groups import packed, parts_of
 from sapt_fast.methods.mome import MomeConfig
 from sapt_fast.pools.experts import ExpertBank
-from sapt_fast.pools.fact_table import FactTable
 from sapt_fast.pools.slot_choice import SlotUse
 
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16]]
@@ -498,20 +496,3 @@ class TestFolder:
         damaged.write_bytes(damaged.read_bytes()[:-4] + b"\0\0\0\1")
         with pytest.raises(ValueError, match="00001"):
             patched().mome.memorise(FACTS, until=0.3, batch_size=2, folder=tmp_path)
-
-
-class TestTable:
-    def test_experts_are_spread(self):
-        table = FactTable(2, 5, torch.device("cpu"))
-        experts = table.choose_experts(3)  # the fifth expert is left over
-        assert experts.tolist() == [[0, 1], [2, 3], [4, 0]]
-        table.add(torch.arange(3), table.free_keys(3), experts)
-        assert table.sharing().tolist() == [True, False, True]
-        assert table.remove(torch.tensor([0])).tolist() == [1]
-        assert table.free_keys(2).tolist() == [0, 3]
-        assert table.facts_at(torch.tensor([0, 1, 2, 9, -1])).tolist() == [-1, 1, 2, -1, -1]
-
-    def test_groups_share_nothing(self):
-        experts = torch.tensor([[0, 1], [2, 3], [1, 4], [5, 6], [4, 7], [8, 9]])
-        assert parts_of(experts) == [[0, 2, 4], [1], [3], [5]]
-        assert packed(parts_of(experts), 2) == [[0, 2, 4], [1, 3], [5]]

@@ -28,12 +28,13 @@ _BY_DESCRIPTORS = (
     TileConfig(64, 128, 64, num_warps=4, num_stages=4),
     _SMALL,
 )
-# The generator of a mask and a second sum spill where a thread has more than 32 elements.
+# The generator of a mask and a second sum spill where a thread has more than 32 elements. On other
+# chips than sm_80 and sm_90 the larger tile spills even so.
 _DROPPING = (TileConfig(64, 128, 64, num_warps=8, num_stages=4), _SMALL)
 _LEAST_STEPS = 4  # of a part
-# With less shared memory than 128 KB (99 on the chips that have it), three stages: two programs fit
-# beside each other, and their two steps under way, 24 KB and more, are four times what bandwidth
-# times latency asks of a multiprocessor there (1.8 TB/s over 188 at 600 ns: 6 KB).
+# With less shared memory (99 KB on the chips that have less) three stages: two programs fit beside
+# each other. One step under way, 16 KB and more, is over twice what bandwidth times latency asks of
+# a multiprocessor there (1.8 TB/s over 188 of them at 600 ns: 6 KB).
 _SMALL_SHARED = 128 * 1024
 
 # All of these are estimated, none is measured. Shares of what a chip can do at most that cuBLAS and
@@ -90,7 +91,7 @@ def candidates(traits: DeviceTraits, product: Product) -> tuple[TileConfig, ...]
     elif product.rows <= FEW_ROWS:
         tiles = (_FEW,)
     elif product.drops:
-        tiles = _DROPPING if traits.shared > _SMALL_SHARED else (_SMALL,)
+        tiles = _DROPPING if traits.capability in (80, 90) else (_SMALL,)
     elif takes_descriptors(traits, product):
         tiles = _BY_DESCRIPTORS
     elif traits.capability < 120:

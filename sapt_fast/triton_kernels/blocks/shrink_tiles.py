@@ -270,7 +270,7 @@ def _wanted_tile(
         return TileConfig(16, 16 if columns <= 16 else 32, 32, num_warps=4, num_stages=1)
     block_n = max(16, min(64, triton.next_power_of_2(columns)))
     if itemsize == 4:
-        # Of 64 columns a step takes 1024 cycles: a load hides behind one, and a third would spill.
+        # Of 64 columns a step takes 1024 cycles or more: one hides a load, and a third would spill.
         return TileConfig(64, block_n, 32, num_warps=4, num_stages=2 if block_n == 64 else 3)
     if segments > 2 and not backward and traits.capability in (100, 103):
         # There a thread has half a row, and beside it the weights of each sample would spill.

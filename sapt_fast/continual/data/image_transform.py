@@ -282,6 +282,7 @@ def _random_box(width: int, height: int, draw: random.Random) -> tuple[float, fl
         if 0 < across <= width and 0 < down <= height:
             left, top = draw.randint(0, width - across), draw.randint(0, height - down)
             return left, top, left + across, top + down
-    edge = min(width, height)
-    left, top = (width - edge) // 2, (height - edge) // 2
-    return left, top, left + edge, top + edge
+    least, most = _CROP_RATIO
+    across, down = min(width, round(height * most)), min(height, round(width / least))
+    left, top = (width - across) // 2, (height - down) // 2
+    return left, top, left + across, top + down

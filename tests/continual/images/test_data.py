@@ -16,7 +16,7 @@ from tiny_images import write_images
 
 from sapt_fast.continual.data.classes import ClassSpace, mask_other_classes
 from sapt_fast.continual.data.image_folders import read_image_tasks
-from sapt_fast.continual.data.image_transform import ImageTransform
+from sapt_fast.continual.data.image_transform import ImageTransform, _random_box
 from sapt_fast.continual.image_bench import ImageRows
 from sapt_fast.demo.images import DEMO_CLASSES
 
@@ -157,6 +157,11 @@ def test_transform_equals_the_models_own_processor() -> None:
 
 
 STORED = {"size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+
+
+def test_crops_of_long_images_have_the_ratio_that_is_nearest() -> None:
+    assert _random_box(300, 3, random.Random(0)) == (148, 0, 152, 3)  # as torchvision's
+    assert _random_box(3, 300, random.Random(0)) == (0, 148, 3, 152)
 
 
 def test_values_that_a_processor_leaves_out_are_its_defaults() -> None:

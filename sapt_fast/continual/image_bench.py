@@ -26,7 +26,7 @@ from sapt_fast.continual.data.image_transform import ImageTransform
 from sapt_fast.continual.data.rows import Example, TaskData
 from sapt_fast.continual.registry import strategies
 from sapt_fast.continual.run import processes
-from sapt_fast.continual.run.evaluate import Mixture
+from sapt_fast.continual.run.evaluate import Mixture, require_scores
 from sapt_fast.continual.settings import ContinualSettings
 from sapt_fast.continual.workbench import Workbench
 from sapt_fast.methods.task_config import TaskConfig
@@ -63,7 +63,7 @@ class ImageRows(Dataset[dict[str, Any]]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch, as the Trainer does before each one, also when it resumes."""
+        """Sets the epoch, before each one and when training resumes."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -227,6 +227,9 @@ class ImageBench(Workbench):
         """Returns the predicted class of each image; the model stays in evaluation mode.
 
         Several processes divide the batches, and each returns all answers.
+
+        Raises:
+            ValueError: if logits are NaN or Inf: training has diverged.
         """
         self.model.eval()
         head = None if self.head == "own" else self._closed_head(self.head, self.features)
@@ -235,7 +238,7 @@ class ImageBench(Workbench):
             for pixels in self._shared_batches(rows, "predicting"):
                 weights = None if mixture is None else mixture(pixels, None)
                 if head is None:
-                    scores = self._forward(pixels, weights)[0].float()
+                    scores = self._forward(pixels, weights)[0]
                 else:
                     scores = head(self.features_of(self.features, pixels, weights))
                 if self.own_classes_only and weights is not None:
@@ -244,6 +247,11 @@ class ImageBench(Workbench):
                 found.append(scores.argmax(-1).tolist())
         names = self.classes.classes
         return [names[place] for batch in processes.gathered(found) for place in batch]
+
+    def score(self, rows: Sequence[Example], benchmark: str, mixture: Mixture | None) -> float:
+        """Returns the accuracy in percent; names of classes are compared as they are."""
+        found = zip(self.answers(rows, mixture), rows, strict=True)
+        return 100.0 * sum(answer == row.output for answer, row in found) / len(rows)
 
     @torch.no_grad()
     def mean_attention(self, rows: Sequence[Example], mixture: Mixture | None) -> Tensor:
@@ -280,12 +288,16 @@ class ImageBench(Workbench):
             weights: of the adapters; None for the router's.
         """
         if which == "method":
-            return self._forward(pixels, weights)[1].float()
+            return self._forward(pixels, weights)[1]
         with self.settings.autocast(pixels.device):
             return self.queries(pixels).float()
 
     def _forward(self, pixels: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Returns the logits [B, C], and what the head read for them [B, head.in_features]."""
+        """Returns the logits [B, C], and the head's inputs [B, head.in_features], float32.
+
+        Raises:
+            ValueError: if logits are NaN or Inf.
+        """
         read: list[Tensor] = []
         hook = getattr(self.model, HEAD).register_forward_pre_hook(
             lambda module, args: read.append(args[0])
@@ -295,7 +307,7 @@ class ImageBench(Workbench):
                 logits: Tensor = self.model(pixel_values=pixels, mixture=weights).logits
         finally:
             hook.remove()
-        return logits, read[-1]
+        return require_scores(logits.float()), read[-1].float()
 
     @contextmanager
     def seeded(self) -> Iterator[None]:

@@ -19,8 +19,8 @@ __all__ = ["Space", "Step", "forward", "prompt_mask", "routed_inputs", "supervis
 class Space(Protocol):
     """What a model chooses among that does not generate: label strings, or classes of images."""
 
-    def logits(self, outputs: Any, batch: Mapping[str, Tensor], training: bool) -> Tensor:
-        """Returns logits [B, 1, C] of a forward on a batch."""
+    def logits(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """Returns logits [B, 1, C] of a forward on a batch, for the loss."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def forward(
         outputs = model(**inputs)
     if space is None:
         return outputs
-    return TokenClassifierOutput(logits=space.logits(outputs, inputs, base.training))
+    return TokenClassifierOutput(logits=space.logits(outputs, inputs))
 
 
 def routed_inputs(batch: Mapping[str, Tensor], causal: bool) -> tuple[Tensor, Tensor | None]:

@@ -43,8 +43,6 @@ IMAGE_SETTINGS: dict[str, Any] = {
 }
 _HEADS = ("own", "ncm", "lda", "ridge")
 _AUGMENTATIONS = ("none", "flip", "crop_flip")
-_METRICS = (None, "rouge_l", "exact_match")
-_DEVICES = (None, "cpu", "cuda")
 # These change where a run computes and what it shows, not its results.
 _FREE = ("device", "progress")
 _POSITIVE = ("learning_rate", "epochs", "save_steps", "label_temperature")
@@ -288,9 +286,9 @@ class ContinualSettings:
         self.strategy_options = {
             name: [*value] if isinstance(value, tuple) else value for name, value in options.items()
         }
-        require_choice("metric", self.metric, _METRICS)
+        require_choice("metric", self.metric, (None, "rouge_l", "exact_match"))
         require_choice("scored", self.scored, ("test", "dev"))
-        require_choice("device", self.device, _DEVICES)
+        require_choice("device", self.device, (None, "cpu", "cuda"))
         require_choice("head", self.head, _HEADS)
         require_choice("head_features", self.head_features, ("method", "frozen"))
         require_choice("augmentation", self.augmentation, _AUGMENTATIONS)

@@ -6,18 +6,18 @@ Large Language Models", ACL 2024.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from sapt_fast.devices import execution_device
 from sapt_fast.methods.config import MethodConfig
+from sapt_fast.methods.lora_tasks import LoraHandle
 from sapt_fast.methods.sapt_router import (
     SaptRouter,
     only_looks_up,
@@ -25,25 +25,19 @@ from sapt_fast.methods.sapt_router import (
     tokens_of_prompt,
 )
 from sapt_fast.methods.task_config import TaskConfig
-from sapt_fast.methods.tasks import TaskHandle
 from sapt_fast.ops import transforms
 from sapt_fast.ops.route import query, reflection_loss
-from sapt_fast.pools.lora import AdapterPool
 from sapt_fast.pools.sharding import gathered, require_reduced
 from sapt_fast.routing.hooks import Routing
 from sapt_fast.routing.images import ImageRouting
-from sapt_fast.sites.attach import group_by_input, mix_adapters, restore
+from sapt_fast.sites.attach import group_by_input
 from sapt_fast.sites.find import chosen_names, find_layers, linear_names
 from sapt_fast.sites.image_embeddings import reads_images
 from sapt_fast.sites.image_queries import ImageQueries
-from sapt_fast.sites.linear import Mixed
-from sapt_fast.sites.merging import Addend, Merged, static_weights
 from sapt_fast.sites.report import PatchReport
 from sapt_fast.sites.towers import input_layer, input_width, token_embedding
 from sapt_fast.sites.warm import run_mixed
-from sapt_fast.storage.lora import LoraFiles
-from sapt_fast.storage.task_saving import stacked_rows
-from sapt_fast.storage.tasks import AdapterFiles, Expected
+from sapt_fast.storage.tasks import Expected
 
 __all__ = ["SaptConfig", "SaptHandle", "SaptRouter"]
 
@@ -112,7 +106,7 @@ _OFFICIAL = {
 }
 
 
-class SaptHandle(TaskHandle):
+class SaptHandle(LoraHandle):
     """The tasks, the router and the losses of a patched model.
 
     Attributes:
@@ -140,8 +134,6 @@ class SaptHandle(TaskHandle):
     Config: ClassVar[type[MethodConfig[Any]]] = SaptConfig
     method = "sapt"
     attribute = "sapt"
-    site = "linear"
-    adapter_files: ClassVar[AdapterFiles] = LoraFiles()
     trains_router: ClassVar[bool] = True
 
     def __init__(self, model: Any, config: Any, report: PatchReport) -> None:
@@ -188,25 +180,10 @@ class SaptHandle(TaskHandle):
             )
         return report
 
-    def attach(self, path: str) -> None:
-        """Adds a pool to a layer, and swaps the layer's class for one that mixes the pool."""
-        layer: Any = self._model.get_submodule(path)
-        dtype = input_layer(self._model).weight.dtype
-        mix_adapters(layer, self.routing, self.config, dtype)
-        self.routing.pools.append(layer.sapt_pool)
-
-    def detach(self, path: str) -> None:
-        """Restores a layer's class and deletes its pool."""
-        restore(self._model.get_submodule(path))
-
     def install(self) -> None:
         """Adds the hooks, and groups the layers that share an input, to compute them together."""
         group_by_input(self._model, self.report.patched)
         super().install()
-
-    def require_own(self) -> None:
-        """Raises ValueError if another library has replaced a patched layer."""
-        _ = self.layers
 
     def put_task(
         self,
@@ -245,37 +222,6 @@ class SaptHandle(TaskHandle):
             pool.add(a.shape[0], scaling, (a, b))
         self.task_modules.add(modules)
         self._task_added(name)
-
-    @property
-    def layers(self) -> dict[str, nn.Module]:
-        """Every patched layer, by its path in the model.
-
-        Raises:
-            ValueError: if another library has replaced a layer.
-        """
-        layers = {}
-        for path in self.report.patched:
-            try:
-                layers[path] = self._model.get_submodule(path)
-            except AttributeError:
-                raise ValueError(f"{path}: the model no longer has this layer") from None
-            kind = type(layers[path])
-            if not isinstance(layers[path], Mixed):
-                raise ValueError(
-                    f"{path}: got {kind.__module__}.{kind.__name__}, expected the layer that patch "
-                    "created; first undo what another library changed after patch (for PEFT, "
-                    "call peft_model.unload())"
-                )
-        return layers
-
-    @property
-    def pools(self) -> dict[str, AdapterPool]:
-        """The adapter pool of every patched layer, by its path in the model.
-
-        Raises:
-            ValueError: if another library has replaced a layer.
-        """
-        return {path: cast(Any, layer).sapt_pool for path, layer in self.layers.items()}
 
     def route(
         self,
@@ -418,80 +364,6 @@ class SaptHandle(TaskHandle):
         router = router_shapes(input_width(model), config)
         return Expected(config, cls.adapter_files, report.patched, report.patched, router)
 
-    def adapters(self, state: Mapping[str, Tensor] | None = None) -> list[Any]:
-        """Returns each task's {layer path: (A [r, in], B [r, out], scaling)}.
-
-        Sharded tensors are gathered.
-
-        Args:
-            state: the model's state_dict, whose values are used instead of the current ones.
-        """
-        pools = self.pools
-        stacks = {
-            path: tuple(
-                stacked_rows(f"{path}.sapt_pool.{side}", getattr(pool, side), state)
-                for side in "ab"
-            )
-            for path, pool in pools.items()
-        }
-        adapters = []
-        for index in range(len(self.tasks)):
-            own = {}
-            for path, (a, b) in stacks.items():
-                start = sum(pools[path].ranks[:index])
-                end = start + pools[path].ranks[index]
-                own[path] = a[start:end], b[start:end], pools[path].scaling[index]
-            adapters.append(own)
-        return adapters
-
-    def set_adapter(self, index: int, adapter: Any) -> None:
-        """Copies the values of a stored adapter into that of task `index`."""
-        for path, pool in self.pools.items():
-            for own, value in zip(pool.adapter(index), adapter[path][:2], strict=True):
-                own.copy_(value)
-
-    def mixed_adapter(self, weights: Tensor, shared: Mapping[str, Tensor]) -> Any:
-        """Returns one LoRA of rank R that computes the static mixture `weights` [K]."""
-        return {path: (*pool.scaled(weights), 1.0) for path, pool in self.pools.items()}
-
-    def merge(self, weights: Tensor | Sequence[float]) -> None:
-        """Adds a static mixture to the base weights, until `unmerge`.
-
-        The merged model routes nothing and runs at the cost of the base model. It must not be
-        trained. The original base weights are kept on the CPU.
-
-        Args:
-            weights: [K], finite; in learning order.
-
-        Raises:
-            ValueError: if the weights do not fit.
-            ValueError: if a layer's base weight is quantised, sharded, not in memory, or shared
-                with another module; nothing has changed then.
-            RuntimeError: if there is no task yet.
-            RuntimeError: if a mixture is merged already.
-        """
-        self._require_task()
-        self.routing.require_unmerged()
-        weights = static_weights(weights, self.tasks)
-        addends = {}
-        for path, layer in self.layers.items():
-            a, b = cast(Any, layer).sapt_pool.scaled(weights)
-            addends[path] = Addend(layer, a, b, isinstance(layer, Conv1D))
-        with self._trained.changes.ignoring(self._model):
-            self.routing.merged = Merged(addends, self._model)
-        self.task_modules.static = weights
-
-    def unmerge(self) -> None:
-        """Restores the base weights of before `merge` bit for bit; does nothing if not merged.
-
-        Raises:
-            ValueError: if the model was converted to another dtype after `merge`; nothing has
-                changed then.
-        """
-        with self._trained.changes.ignoring(self._model):
-            self.routing.unmerge()
-        self.task_modules.static = None
-
     def _in_one_piece(self) -> AbstractContextManager[None]:
         """Returns a context that gathers what the router reads, for FSDP2 and ZeRO-3."""
         if torch.compiler.is_compiling() or not (dist.is_available() and dist.is_initialized()):
@@ -544,10 +416,6 @@ class SaptHandle(TaskHandle):
     @property
     def _device(self) -> torch.device:
         return self.router.norm.weight.device
-
-    def _add_adapters(self) -> None:
-        for pool in self.pools.values():
-            pool.add(self.config.r, self.config.lora_alpha / self.config.r)
 
     def _growing(self) -> Iterator[nn.Parameter]:
         """Yields the parameters that `add_task` replaces by new ones."""

@@ -13,7 +13,7 @@ __all__ = ["ClassSpace", "mask_other_classes"]
 
 
 def mask_other_classes(logits: Tensor, own: Tensor) -> Tensor:
-    """Returns the logits with those of other tasks' classes as -inf, for training alone.
+    """Returns the logits with those of other tasks' classes as -inf, for the loss alone.
 
     L2P (Wang et al., CVPR 2022) trains so: the classes of earlier tasks get no gradient, and are
     not pushed down by a task that has no example of them.
@@ -55,16 +55,17 @@ class ClassSpace:
         own = torch.tensor([name in labels for name in self.classes])
         return replace(self, own=None if own.all() else own)
 
-    def logits(self, outputs: Any, batch: Mapping[str, Tensor], training: bool) -> Tensor:
-        """Returns logits [B, 1, C] of a forward, masked in training alone.
+    def logits(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """Returns logits [B, 1, C] of a forward for the loss, masked to the task's classes.
+
+        The dev loss, by which `load_best` selects a checkpoint, is masked as the training loss is.
 
         Args:
             outputs: of the model, with `logits` [B, C].
             batch: the inputs of the forward.
-            training: whether the model trains.
         """
         logits: Tensor = outputs.logits
-        if training and self.own is not None:
+        if self.own is not None:
             logits = mask_other_classes(logits, self.own)
         return logits[:, None]
 

@@ -50,13 +50,12 @@ class LabelSpace:
             cosines = self.pooled(hidden, mask) @ self.encodings.to(hidden.device).T
         return (cosines / self.temperature)[:, None]
 
-    def logits(self, outputs: Any, batch: Mapping[str, Tensor], training: bool) -> Tensor:
+    def logits(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """Returns logits [B, 1, C] of a forward.
 
         Args:
             outputs: of the encoder, with `last_hidden_state` [B, T, D].
             batch: the inputs of the forward, with `attention_mask` [B, T].
-            training: whether the model trains; of no effect.
         """
         return self(outputs.last_hidden_state, batch["attention_mask"])
 

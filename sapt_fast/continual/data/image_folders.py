@@ -14,6 +14,7 @@ Which task a test image belongs to is never told to the model.
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ __all__ = [
     "class_tasks",
     "read_image_tasks",
 ]
+
+logger = logging.getLogger(__name__)
 
 IMAGES = "images"
 IMAGE_SPLITS = ("classes", "domains", "tasks")
@@ -91,7 +94,8 @@ def read_image_tasks(
 ) -> list[TaskData]:
     """Reads the tasks of an image benchmark, in learning order.
 
-    Every file is read once and decoded, so that damaged ones are found before a run starts.
+    Every file is read once and decoded, so that damaged ones are found before a run starts. Test
+    images whose file is also a training image are counted in a warning.
 
     Args:
         root: the benchmark's folder, as in the module's docstring.
@@ -123,10 +127,13 @@ def read_image_tasks(
         parts = _read_parts(root, root, dev, seed, transform)
         groups = _grouped(sorted(parts["train"]), classes_per_task, class_order, seed)
         width = len(str(len(groups)))
-        return [
-            _task(f"classes{number:0{width}}", parts, classes)
-            for number, classes in enumerate(groups, start=1)
-        ]
+        return _warned(
+            root,
+            [
+                _task(f"classes{number:0{width}}", parts, classes)
+                for number, classes in enumerate(groups, start=1)
+            ],
+        )
     if classes_per_task is not None:
         raise ValueError(
             f"classes_per_task: got {classes_per_task} with split {split!r}, expected it with "
@@ -137,7 +144,8 @@ def read_image_tasks(
         for name in _task_folders(root, tasks)
     }
     (_require_same_classes if split == "domains" else _require_own_classes)(named)
-    return [_task(name, parts, sorted(parts["train"])) for name, parts in named.items()]
+    read = [_task(name, parts, sorted(parts["train"])) for name, parts in named.items()]
+    return _warned(root, read)
 
 
 def class_tasks(tasks: Sequence[TaskData]) -> tuple[str, ...]:
@@ -323,6 +331,20 @@ def _require_own_classes(named: dict[str, _Parts]) -> None:
                     "both mean the same"
                 )
             owner[label] = name
+
+
+def _warned(root: Path, tasks: list[TaskData]) -> list[TaskData]:
+    """Warns of test images that are training images too; returns the tasks."""
+    trained = {row.prompt for task in tasks for row in task.train}
+    tested = [row.input for task in tasks for row in task.test if row.prompt in trained]
+    if tested:
+        logger.warning(
+            "%s: %d test images are also training images, so scores are too high; one is %s",
+            root,
+            len(tested),
+            tested[0],
+        )
+    return tasks
 
 
 def _task(name: str, parts: _Parts, classes: Sequence[str]) -> TaskData:

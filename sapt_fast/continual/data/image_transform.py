@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,12 +12,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sapt_fast.checks import require_choice, require_count
+from sapt_fast.checks import require_choice, require_count, require_number
 
 __all__ = ["ImageTransform"]
 
 _MODES = {1: "L", 3: "RGB"}  # PIL's, by number of channels
 _BILINEAR = 2
+# By the names of image processors: what their files may leave out, else as ViT's.
+_BICUBIC = ("DeiT", "Beit", "Bit", "CLIP", "Siglip")
+_CROPPING = ("DeiT", "Bit", "CLIP")
+_SHORTEST = ("Bit", "CLIP")  # a size that is a number is that of the shortest edge
 _CROP_AREA, _CROP_RATIO = (0.05, 1.0), (3 / 4, 4 / 3)  # those of the original L2P code
 _CROP_TRIES = 10
 
@@ -69,8 +73,12 @@ class ImageTransform:
                 values is not None and len(values) != self.channels
             ):
                 raise ValueError(f"{name}: got {values}, expected {self.channels} numbers")
-        if self.std is not None and min(self.std) <= 0:
-            raise ValueError(f"std: got {self.std}, expected positive numbers")
+        require_number("scale", self.scale, positive=True)
+        require_choice("resample", self.resample, tuple(map(int, Image.Resampling)))
+        for value in self.mean or ():
+            require_number("mean", value, least=-1e9)
+        for value in self.std or ():
+            require_number("std", value, positive=True)
         if not self.crop and isinstance(self.resize, tuple) and self.resize != self.size:
             raise ValueError(f"resize: got {self.resize} without a crop, expected {self.size}")
 
@@ -94,8 +102,14 @@ class ImageTransform:
         Raises:
             ValueError: if the file gives no size, or a value does not fit.
         """
+        kind = str(values.get("image_processor_type") or values.get("feature_extractor_type"))
         resize = _edges(values.get("size")) if values.get("do_resize", True) else None
-        crop = _edges(values.get("crop_size")) if values.get("do_center_crop", False) else None
+        cropped = values.get("do_center_crop", kind.startswith(_CROPPING))
+        crop = _edges(_present(values, "crop_size")) if cropped else None
+        if isinstance(resize, int) and not (
+            isinstance(values["size"], Mapping) or kind.startswith(_SHORTEST)
+        ):
+            resize = (resize, resize)
         if image_size is not None:
             require_count("image_size", image_size)
             pair = (image_size, image_size)
@@ -104,22 +118,25 @@ class ImageTransform:
             crop = (crop, crop)
         target = crop if crop is not None else resize
         if isinstance(target, int):
-            target = resize = (target, target)  # a size alone means both edges
+            raise ValueError(
+                f"preprocessor_config.json: size: got shortest_edge {target} without a crop, which "
+                "gives images of different sizes; expected height and width, or pass --image-size"
+            )
         if target is None:
             raise ValueError(
                 "preprocessor_config.json: got neither size nor crop_size, expected the size of "
                 "the model's images"
             )
-        normalised = values.get("do_normalize", True) and values.get("image_mean") is not None
-        scaled = values.get("do_rescale", True)
+        normalised = values.get("do_normalize", True)
+        resample = values.get("resample", 3 if kind.startswith(_BICUBIC) else _BILINEAR)
         return cls(
             size=target,
             resize=resize,
             crop=crop is not None,
-            mean=_channels(values["image_mean"], channels) if normalised else None,
-            std=_channels(values["image_std"], channels) if normalised else None,
-            scale=float(values.get("rescale_factor", 1 / 255)) if scaled else 1.0,
-            resample=int(values.get("resample", _BILINEAR)),
+            mean=_channels(_present(values, "image_mean"), channels) if normalised else None,
+            std=_channels(_present(values, "image_std"), channels) if normalised else None,
+            scale=values.get("rescale_factor", 1 / 255) if values.get("do_rescale", True) else 1.0,
+            resample=int(resample) if isinstance(resample, int) else resample,
             channels=channels,
             convert=convert,
         )
@@ -196,9 +213,10 @@ class ImageTransform:
 
     def _converted(self, image: Image.Image) -> Image.Image:
         mode = _MODES[self.channels]
-        if image.mode == mode:
+        clear = self.convert and image.has_transparency_data  # also of grey and RGB images
+        if image.mode == mode and not clear:
             return image
-        if image.has_transparency_data:
+        if clear:
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image)
@@ -224,19 +242,30 @@ class ImageTransform:
 
 def _edges(size: Any) -> int | tuple[int, int] | None:
     """Reads a size of a preprocessor_config.json: an edge, (H, W), or None."""
+    found = size
     if isinstance(size, Mapping):
-        if "shortest_edge" in size:
-            return int(size["shortest_edge"])
-        if "height" not in size or "width" not in size:
-            raise ValueError(
-                f"preprocessor_config.json: size: got {dict(size)}, expected height and width, or "
-                "shortest_edge"
-            )
-        return int(size["height"]), int(size["width"])
-    if isinstance(size, Sequence):
-        height, width = size
-        return int(height), int(width)
-    return None if size is None else (int(size), int(size))
+        names = {name for name, value in size.items() if value is not None}
+        if names == {"shortest_edge"}:
+            found = size["shortest_edge"]
+        elif names == {"height", "width"}:
+            found = (size["height"], size["width"])
+    if isinstance(found, (list, tuple)) and len(found) == 2 and all(type(e) is int for e in found):
+        return found[0], found[1]
+    if found is None or type(found) is int:
+        return found
+    raise ValueError(
+        f"preprocessor_config.json: size: got {size!r}, expected height and width, or shortest_edge"
+    )
+
+
+def _present(values: Mapping[str, Any], name: str) -> Any:
+    """Returns a value that the image processor uses."""
+    if values.get(name) is None:
+        raise ValueError(
+            f"preprocessor_config.json: got no {name}, which the image processor uses; save it "
+            "again with AutoImageProcessor.save_pretrained"
+        )
+    return values[name]
 
 
 def _channels(values: Any, channels: int) -> tuple[float, ...]:
@@ -253,6 +282,7 @@ def _random_box(width: int, height: int, draw: random.Random) -> tuple[float, fl
         if 0 < across <= width and 0 < down <= height:
             left, top = draw.randint(0, width - across), draw.randint(0, height - down)
             return left, top, left + across, top + down
-    edge = min(width, height)
-    left, top = (width - edge) // 2, (height - edge) // 2
-    return left, top, left + edge, top + edge
+    least, most = _CROP_RATIO
+    across, down = min(width, round(height * most)), min(height, round(width / least))
+    left, top = (width - across) // 2, (height - down) // 2
+    return left, top, left + across, top + down

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from sapt_fast.continual.data.collate import pad_rows, prompt_ids
 from sapt_fast.continual.data.encoder import LabelSpace
@@ -19,7 +20,7 @@ from sapt_fast.continual.settings import ContinualSettings
 from sapt_fast.devices import execution_device
 from sapt_fast.methods.tasks import pool_of
 
-__all__ = ["Mixture", "answers", "mean_attention", "metric_of", "score"]
+__all__ = ["Mixture", "answers", "mean_attention", "metric_of", "require_scores", "score"]
 
 # Weights [B, K] or [1, K] for input ids and mask [B, T], or for images [B, C, H, W] and None; None
 # for the router's.
@@ -70,6 +71,9 @@ def answers(
         settings: give lengths, batch size, autocast and progress bars.
         mixture: returns the weights of the adapters for each batch; None uses the router's.
         space: the labels of an encoder, whose answer is the label that fits best.
+
+    Raises:
+        ValueError: if logits are NaN: training has diverged.
     """
     model.eval()
     causal = model_kind(model) == "causal"
@@ -79,9 +83,10 @@ def answers(
         if space is not None:
             with settings.autocast(ids.device):
                 outputs = model(input_ids=ids, attention_mask=mask, mixture=weights)
-            hidden = outputs.last_hidden_state
-            texts.append([space.labels[best] for best in space(hidden, mask)[:, 0].argmax(-1)])
+            scores = require_scores(space(outputs.last_hidden_state, mask)[:, 0])
+            texts.append([space.labels[best] for best in scores.argmax(-1)])
             continue
+        watch = _Watch()
         generated = model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -90,11 +95,43 @@ def answers(
             num_beams=1,
             use_cache=True,
             pad_token_id=tokenizer.pad_token_id,
+            logits_processor=LogitsProcessorList([watch]),
             mixture=weights,
         )
+        if watch.broken.any():
+            raise _diverged()
         new = generated[:, ids.shape[1] :] if causal else generated
         texts.append(tokenizer.batch_decode(new, skip_special_tokens=True))
     return [text.strip() for batch in processes.gathered(texts) for text in batch]
+
+
+def require_scores(scores: Tensor) -> Tensor:
+    """Returns scores [B, C], of which the largest of each row is the answer.
+
+    Raises:
+        ValueError: if a score is NaN or Inf: argmax would still return a class.
+    """
+    if not scores.isfinite().all():
+        raise _diverged()
+    return scores
+
+
+def _diverged() -> ValueError:
+    return ValueError(
+        "model: got NaN or Inf as logits, expected finite numbers: training has diverged; use a "
+        "smaller learning_rate"
+    )
+
+
+class _Watch(LogitsProcessor):
+    """Notes whether the logits of a generation are NaN; it changes none and does not wait."""
+
+    def __init__(self) -> None:
+        self.broken = torch.zeros(1, dtype=torch.bool)
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        self.broken = self.broken.to(scores.device) | scores.isnan().any()
+        return scores
 
 
 @torch.no_grad()

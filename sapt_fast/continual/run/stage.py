@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, Seq2SeqTrainingArguments, TrainerState
+from transformers import (
+    PrinterCallback,
+    Seq2SeqTrainingArguments,
+    TrainerCallback,
+    TrainerState,
+)
 
 from sapt_fast.continual.data.rows import TaskData
 from sapt_fast.continual.run import processes
@@ -41,11 +46,12 @@ def train_stage(
         steps: optimizer steps; -1 trains for `settings.epochs`.
     """
     model, settings = bench.model, bench.settings
+    rows = bench.encode_task(task)
     with model_given_back(model):
         trainer = SaptTrainer(
             model,
             _arguments(settings, folder, seed, steps, bench.device),
-            train_dataset=bench.encode_task(task),
+            train_dataset=rows,
             eval_dataset=bench.encode(task.dev),
             data_collator=bench.collator,
             replay=strategy.reflection(learned),
@@ -60,6 +66,8 @@ def train_stage(
             pad_token_id=getattr(bench.tokenizer, "pad_token_id", None),
         )
         trainer.remove_callback(PrinterCallback)
+        if hasattr(rows, "set_epoch"):
+            trainer.add_callback(_Epochs(rows))
         with processes.first_goes_first():  # it deletes incomplete checkpoints
             checkpoint = last_checkpoint(folder)
         try:
@@ -70,6 +78,16 @@ def train_stage(
         finally:
             if settings.gradient_checkpointing:
                 _recompute_activations(model, False)
+
+
+class _Epochs(TrainerCallback):
+    """Sets the epoch of a data set. accelerate 1.15 does not in several processes."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.rows.set_epoch(int(state.epoch))
 
 
 def _arguments(

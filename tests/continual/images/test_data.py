@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tiny_images import write_images
 
 from sapt_fast.continual.data.classes import ClassSpace, mask_other_classes
 from sapt_fast.continual.data.image_folders import read_image_tasks
-from sapt_fast.continual.data.image_transform import ImageTransform
+from sapt_fast.continual.data.image_transform import ImageTransform, _random_box
 from sapt_fast.continual.image_bench import ImageRows
 from sapt_fast.demo.images import DEMO_CLASSES
 
@@ -53,6 +54,17 @@ def test_classes_are_cut_into_tasks_by_the_seed(folder: Path) -> None:
     before = tasks[0].describe()["digest"]
     Image.open(file).rotate(90).save(file)
     assert read(folder)[0].describe()["digest"] != before
+
+
+def test_warns_of_test_images_that_are_trained_on(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    read(folder)
+    assert not caplog.records
+    (folder / "test/checks/1.png").write_bytes((folder / "train/checks/0.png").read_bytes())
+    read(folder, dev="in_train")
+    assert "1 test images are also training images" in caplog.text
+    assert "test/checks/1.png" in caplog.text
 
 
 def test_one_folder_of_classes_holds_test_images_out(tmp_path: Path) -> None:
@@ -144,10 +156,51 @@ def test_transform_equals_the_models_own_processor() -> None:
         torch.testing.assert_close(transform(image), expected, rtol=0, atol=1e-5)
 
 
+STORED = {"size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+
+
+def test_crops_of_long_images_have_the_ratio_that_is_nearest() -> None:
+    assert _random_box(300, 3, random.Random(0)) == (148, 0, 152, 3)  # as torchvision's
+    assert _random_box(3, 300, random.Random(0)) == (0, 148, 3, 152)
+
+
+def test_values_that_a_processor_leaves_out_are_its_defaults() -> None:
+    clip = ImageTransform.of_processor(
+        {**STORED, "feature_extractor_type": "CLIPFeatureExtractor", "crop_size": 12}
+    )
+    assert (clip.resize, clip.size, clip.resample) == (16, (12, 12), 3)  # of the shorter edge
+    deit = ImageTransform.of_processor(
+        {**STORED, "feature_extractor_type": "DeiTFeatureExtractor", "crop_size": 12}
+    )
+    assert (deit.resize, deit.size, deit.resample) == ((16, 16), (12, 12), 3)
+    plain = ImageTransform.of_processor(STORED)
+    assert (plain.resize, plain.size, plain.resample) == ((16, 16), (16, 16), 2)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"image_mean": None}, "got no image_mean"),
+        ({"do_center_crop": True}, "got no crop_size"),
+        ({"size": {"shortest_edge": 16}}, "size: got shortest_edge 16 without a crop"),
+        ({"size": {"shortest_edge": 16, "longest_edge": 20}}, "size: got {'shortest_edge'"),
+        ({"size": "16"}, "size: got '16'"),
+        ({"resample": 9}, "resample: got 9"),
+        ({"image_std": [0.5, 0.5, float("nan")]}, "std: got nan"),
+    ],
+)
+def test_processors_that_cannot_be_followed_are_named(values: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ImageTransform.of_processor({**STORED, **values})
+
+
 def test_converts_where_asked_and_augments_by_the_seed() -> None:
     convert = ImageTransform((2, 2), convert=True)
     clear = Image.new("RGBA", (2, 2), (10, 20, 30, 0))
     torch.testing.assert_close(convert(clear), torch.ones(3, 2, 2))  # white
+    marked = Image.new("RGB", (2, 2), (10, 20, 30))
+    marked.info["transparency"] = (10, 20, 30)
+    torch.testing.assert_close(convert(marked), torch.ones(3, 2, 2))
     grey = Image.new("L", (2, 2), 51)
     torch.testing.assert_close(convert(grey), torch.full((3, 2, 2), 0.2))
     image = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
@@ -171,14 +224,14 @@ def test_mask_leaves_the_classes_of_the_task_alone() -> None:
 
     outputs = Outputs()
     outputs.logits = logits[:, 0]
-    trained = space.logits(outputs, {}, training=True)
+    trained = space.logits(outputs, {})
     labels = torch.tensor([1, 3, 3, 1, 3])
     F.cross_entropy(trained[:, 0], labels).backward()
     assert logits.grad is not None
     assert not logits.grad[..., [0, 2]].any()
     expected = F.cross_entropy(logits[:, 0, own], torch.tensor([0, 1, 1, 0, 1]))
     torch.testing.assert_close(F.cross_entropy(trained[:, 0], labels), expected)
-    assert torch.equal(space.logits(outputs, {}, training=False), logits)
+    assert torch.equal(replace(space, own=None).logits(outputs, {}), logits)
     assert ClassSpace(("a", "b")).of_task(("b", "a")).own is None
     with pytest.raises(ValueError, match=r"own: got torch.bool \[4\] with 0 classes"):
         mask_other_classes(logits, torch.zeros(4, dtype=torch.bool))

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.data_loader import DataLoaderShard
 from tiny_images import image_model, image_settings, image_tasks, write_images
 from typer.testing import CliRunner
 
 from sapt_fast import SaptConfig, cli, unpatch
 from sapt_fast.continual.data.sources import Source
-from sapt_fast.continual.image_bench import ImageBench, effective_number
+from sapt_fast.continual.image_bench import ImageBench, ImageRows, effective_number
 from sapt_fast.continual.run.loop import evaluate_run, run_continual
 from sapt_fast.continual.strategies import STRATEGIES
 from sapt_fast.continual.trainer import SaptTrainer
@@ -119,6 +120,40 @@ def test_masked_training_leaves_the_rows_of_earlier_classes(
     assert torch.equal(masked.classifier.weight[:2], trained)
     _, free = run(tmp_path / "free", strategy="head", steps=1, mask_classes=False)
     assert not torch.equal(free.classifier.weight[:2], trained)
+
+
+def test_diverged_models_get_no_score(tmp_path: Path) -> None:
+    for head in ("own", "ncm"):
+        with pytest.raises(ValueError, match=r"got NaN or Inf as logits.*smaller learning_rate"):
+            run(tmp_path / head, strategy="seqlora", head=head, learning_rate=2e9)
+
+
+def test_several_processes_draw_anew_in_every_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # accelerate then sets the epoch of the sampler alone.
+    monkeypatch.setattr(DataLoaderShard, "set_epoch", lambda self, epoch: None)
+    epochs, own = set(), ImageRows.__getitem__
+    monkeypatch.setattr(
+        ImageRows, "__getitem__", lambda rows, i: epochs.add(rows.epoch) or own(rows, i)
+    )
+    run(tmp_path, image_tasks(1), strategy="head", augmentation="flip", steps=4)
+    assert epochs == {0, 1}
+
+
+def test_names_of_classes_are_compared_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def named(row: Any) -> Any:
+        name = {"checks": "+", "columns": "-"}[row.output]
+        return replace(row, output=name, outputs=(name,))
+
+    (task,) = image_tasks(1)
+    rows = {split: tuple(map(named, getattr(task, split))) for split in ("train", "dev", "test")}
+    labels = tuple(dict.fromkeys(row.output for row in rows["train"]))
+    monkeypatch.setattr(ImageBench, "answers", lambda self, rows, mixture: ["+"] * len(rows))
+    results, _ = run(tmp_path, [replace(task, labels=labels, **rows)], strategy="ncm")
+    assert results.scores.tolist() == [[50.0]]
 
 
 def test_a_run_does_not_start_from_the_head_of_the_last_one(tmp_path: Path) -> None:

@@ -137,15 +137,6 @@ class EPrompts(AtAttention):
 class PlaceRouting(ImageRouting):
     """`ImageRouting` by the place of a prefix instead of weights."""
 
-    @property
-    def cosines(self) -> Tensor | None:
-        """[B, 1], of this thread's last forward in training mode, with gradient to the key."""
-        return getattr(self._thread, "cosines", None)
-
-    @cosines.setter
-    def cosines(self, value: Tensor | None) -> None:
-        self._thread.cosines = value
-
     def checked(self, weights: Tensor) -> Tensor:
         """Returns places that a caller gives, as [1, 1] or [B, 1].
 
@@ -231,12 +222,21 @@ class DualPromptHandle(PrefixHandle):
         Args:
             **inputs: pixel_values [B, C, H, W] and interpolate_pos_encoding.
         """
-        query = self.query(**inputs).to(self.keys.frozen.dtype)
+        return self._places(self.query(**inputs))
+
+    def _route(self, **inputs: Any) -> Tensor:
+        """As `signal`; notes the cosines that `key_loss` reads."""
+        query = self.query(**inputs)
         if self._model.training:
             self.routing.cosines = self._cosines(query)
+        return self._places(query)
+
+    def _places(self, query: Tensor) -> Tensor:
+        if self._model.training:
             return torch.full((1, 1), len(self.tasks) - 1, device=self._device)
         with torch.no_grad():
-            return topk_keys(query, self.keys.rows(), 1, metric="cosine")[1]
+            keys = self.keys.rows()
+            return topk_keys(query.to(keys.dtype), keys, 1, metric="cosine")[1]
 
     def key_loss(
         self, pixel_values: Tensor | None = None, interpolate_pos_encoding: bool | None = None
@@ -245,29 +245,25 @@ class DualPromptHandle(PrefixHandle):
 
         Args:
             pixel_values, interpolate_pos_encoding: as passed to the model. Inside `queries`, no
-                query is computed. None: of this thread's last forward in training mode, whose
-                queries are used.
+                query is computed. None: of this thread's last forward, whose queries are used.
 
         Raises:
-            RuntimeError: if there was no such forward.
+            RuntimeError: if there was no such forward, it was given its prompts, it ran in eval
+                mode, or it ran without gradients and they are enabled now.
         """
         weight = self.config.strength
         if not weight or not self.tasks:
             return torch.zeros((), device=self._device)
-        cosines = self.routing.cosines
-        if pixel_values is not None:
-            query = self.query(pixel_values, interpolate_pos_encoding)
-            cosines = self._cosines(query.to(self.keys.frozen.dtype))
-        if cosines is None:
-            raise RuntimeError(
-                "key_loss: got no images and there was no forward in training mode; call the model "
-                "first, or pass pixel_values"
-            )
-        return -weight * cosines.mean()
+        if pixel_values is None:
+            cosines = self.last_cosines(self.keys.trainable.requires_grad)
+        else:
+            cosines = self._cosines(self.query(pixel_values, interpolate_pos_encoding))
+        return -weight * cosines.sum() / max(len(cosines), 1)
 
     def _cosines(self, query: Tensor) -> Tensor:
         """Returns the cosines [B, 1] of queries and the newest task's key."""
-        return topk_keys(query, self.keys.trainable, 1, metric="cosine")[0]
+        key = self.keys.trainable
+        return topk_keys(query.to(key.dtype), key, 1, metric="cosine")[0]
 
     def _task_added(self, name: str) -> None:
         super()._task_added(name)

@@ -134,7 +134,25 @@ class ImageHandle(Handle):
             raise ValueError(
                 f"queries: got {len(given)} for {len(pixel_values)} images, expected one each"
             )
-        return given.to(self._device)
+        return given.to(self._device, torch.promote_types(given.dtype, torch.float32))
+
+    def last_cosines(self, trains: bool) -> Tensor:
+        """Returns the cosines [B, N] by which this thread's last forward chose.
+
+        Args:
+            trains: whether the keys need a gradient through them.
+
+        Raises:
+            RuntimeError: if it did not choose by keys that train, or there is no gradient.
+        """
+        cosines = self.routing.cosines
+        lost = trains and torch.is_grad_enabled()
+        if cosines is None or (lost and not cosines.requires_grad):
+            raise RuntimeError(
+                "key_loss: got no images, and the last forward did not choose prompts by the keys "
+                "that train, or ran without gradients; call the model first, or pass pixel_values"
+            )
+        return cosines
 
     def queries(self, queries: Tensor) -> AbstractContextManager[None]:
         """Returns a context in which forwards use these queries instead of computing them.
@@ -151,7 +169,8 @@ class ImageHandle(Handle):
                 f"queries: got {queries.dtype} of shape {tuple(queries.shape)}, expected floats "
                 f"[B, {width}]"
             )
-        return self.routing.use_queries(queries.detach())
+        queries = queries.clone() if queries.is_inference() else queries.detach()
+        return self.routing.use_queries(queries)
 
     def look_up_by(self, encoder: nn.Module) -> None:
         """Lets another frozen model compute the queries; call it before the first task.

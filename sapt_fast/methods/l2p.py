@@ -109,8 +109,8 @@ class L2pHandle(PromptChoice, ConcatenatedHandle):
 
         Args:
             name: the task's name; the first one names the pool.
-            optimizer: gets the pool's parameters for the first task. With `shared_pool_copy`, it
-                loses its state of the prompts, some of which change.
+            optimizer: gets the pool's parameters for the first task. With `task_prompts`, it loses
+                its state of prompts and keys: its momentum would move those of earlier tasks.
 
         Raises:
             ValueError: as `TaskHandle.add_task`.
@@ -121,7 +121,7 @@ class L2pHandle(PromptChoice, ConcatenatedHandle):
             super().add_task(name, optimizer)
         else:
             rows = self.prompts.rows
-            self.begin(rows.rows(), [rows.trainable], optimizer)
+            self.begin(rows, optimizer)
 
     def put_task(
         self,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sapt_fast.methods.l2p_config import L2PConfig
 from sapt_fast.ops import topk_keys
+from sapt_fast.pools.rows import RowStack
 
 __all__ = ["PromptChoice", "fill_prompts", "similarities", "votes"]
 
@@ -152,23 +153,25 @@ class PromptChoice:
                 f"{config.top} of its own"
             )
 
-    def begin(self, rows: Tensor, parameters: Iterable[nn.Parameter], optimizer: Any) -> None:
+    def begin(self, rows: RowStack, optimizer: Any) -> None:
         """Counts a task that begins, and copies its prompts from the last task's, if so set.
 
         Args:
             rows: [M * L_p, D] of all prompts, which are written in place.
-            parameters: those of the pool, whose state an optimizer loses if rows change.
-            optimizer: trains them; or None.
+            optimizer: trains them; or None. With `task_prompts`, it loses its state of prompts and
+                keys: its momentum would move those of earlier tasks.
         """
         self.begun += 1
-        if not self.config.shared_pool_copy or self.begun == 1:
+        if not self.config.task_prompts or self.begun == 1:
             return
         size = self.config.top * self.config.length
         first = (self.begun - 1) * size
-        with torch.no_grad():
-            rows[first : first + size] = rows[first - size : first].clone()
-        for parameter in parameters if optimizer is not None else ():
-            optimizer.state.pop(parameter, None)
+        if self.config.shared_pool_copy:
+            with torch.no_grad():
+                rows.rows()[first : first + size] = rows.rows()[first - size : first].clone()
+        if optimizer is not None:
+            for parameter in (rows.trainable, self.prompt_keys):
+                optimizer.state.pop(parameter, None)
 
     def new_keys(self) -> None:
         """Initialises the keys, which train if they decide the choice."""

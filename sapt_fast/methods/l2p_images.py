@@ -15,6 +15,7 @@ from sapt_fast.methods.l2p_config import L2PConfig
 from sapt_fast.methods.task_config import require
 from sapt_fast.pools.own import Own
 from sapt_fast.pools.prompts import ConcatenatedPrompts, PromptPool
+from sapt_fast.sites.features import bare
 from sapt_fast.sites.find import require_placement
 from sapt_fast.sites.image_embeddings import vision_parts
 from sapt_fast.sites.image_prompts import ImagePromptRouting
@@ -213,14 +214,7 @@ class L2PImageHandle(PromptChoice, ImageHandle):
             return self.pull(self.pick(query.to(self.prompt_keys.dtype), True)[0])
         if not self.config.looks_up:
             return self.prompt_keys.new_zeros(())
-        cosines = self.routing.cosines
-        lost = self.trains_keys and torch.is_grad_enabled()
-        if cosines is None or (lost and not cosines.requires_grad):
-            raise RuntimeError(
-                "key_loss: got no images, and the last forward did not choose prompts by the keys, "
-                "or ran without gradients; call the model first, or pass pixel_values"
-            )
-        return self.pull(cosines)
+        return self.pull(self.last_cosines(self.trains_keys))
 
     @torch.no_grad()
     def count_picks(self, batches: Any) -> None:
@@ -270,7 +264,8 @@ class L2PImageHandle(PromptChoice, ImageHandle):
             hidden = ImageQueries(self._model, layer).hidden(images)
         else:
             weight = next(parts.embeddings.parameters())
-            hidden = parts.embeddings(parts.require_images(images).to(weight.dtype))
+            embeddings = bare(parts.embeddings)  # without dropout
+            hidden = embeddings(parts.require_images(images).to(weight.dtype))
         return hidden[:, parts.prefix :]
 
     def _queries_of(self, batches: Any) -> Iterable[Tensor]:
@@ -298,8 +293,8 @@ class L2PImageHandle(PromptChoice, ImageHandle):
 
         Args:
             name: the task's name, unique.
-            optimizer: gets the pool's parameters for the first task. With `shared_pool_copy`, it
-                loses its state of the prompts, some of which change.
+            optimizer: gets the pool's parameters for the first task. With `task_prompts`, it loses
+                its state of prompts and keys: its momentum would move those of earlier tasks.
 
         Raises:
             ValueError: if the name is not valid, or another task has it.
@@ -313,7 +308,7 @@ class L2PImageHandle(PromptChoice, ImageHandle):
         if fresh:
             self._new_pool()
         rows = self.prompts.rows
-        self.begin(rows.rows(), [rows.trainable], optimizer)
+        self.begin(rows, optimizer)
         self._tasks.append(name)
         self.routing.weights = self.routing.cosines = None
         if fresh and optimizer is not None:

@@ -121,7 +121,7 @@ class PrefixHandle(ImageHandle):
 
     def __init__(self, model: Any, config: Any, report: Any) -> None:
         super().__init__(model, config, report)
-        self.routing = self.Routing(model, self.signal, self._has_tasks, self._count)
+        self.routing = self.Routing(model, self._route, self._has_tasks, self._count)
         self.routing.tower = self._parts.tower
 
     # --- what a method with prefixes defines ---
@@ -146,6 +146,10 @@ class PrefixHandle(ImageHandle):
     def kept(self) -> dict[str, nn.Parameter]:
         """Returns the parameters that all tasks train, by their names in saved folders."""
         return {}
+
+    def _route(self, **inputs: Any) -> Tensor:
+        """Returns the weights (or places) of the running forward."""
+        return self.signal(**inputs)
 
     def _add(self) -> None:
         """Adds the rows of a new task."""
@@ -203,8 +207,9 @@ class PrefixHandle(ImageHandle):
 
         Args:
             name: the task's name, unique.
-            optimizer: in its parameter groups, the new parameters replace those of the previous
-                task, with fresh state. None changes no optimizer.
+            optimizer: gets the method's parameters for the first task, in its first group. Later,
+                the new parameters replace those of the previous task, with fresh state. None
+                changes no optimizer.
 
         Raises:
             ValueError: if the name is not valid, or another task has it.
@@ -213,13 +218,18 @@ class PrefixHandle(ImageHandle):
         Nothing has changed after an error.
         """
         self._require_new(name)
-        before = list(self._growing())
-        if optimizer is not None:
+        first, before = not self.tasks, list(self._growing())
+        if optimizer is not None and not first:
             require_held(optimizer, before)
         self._add()
         self._task_added(name)
         if optimizer is not None:
-            follow(optimizer, before, list(self._growing()))
+            after = list(self._growing())
+            follow(optimizer, before, after)
+            if first:
+                held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+                new = [p for p in (*after, *self.kept().values()) if id(p) not in held]
+                optimizer.param_groups[0]["params"] += new
 
     def _task_added(self, name: str) -> None:
         self._tasks.append(name)

@@ -50,6 +50,21 @@ class ImageRouting(Routing):
         return weights
 
     @property
+    def cosines(self) -> Tensor | None:
+        """[B, N], by which this thread's last forward chose, with gradient to the keys; or None."""
+        return getattr(self._thread, "cosines", None)
+
+    @cosines.setter
+    def cosines(self, value: Tensor | None) -> None:
+        self._thread.cosines = value
+
+    def _chosen(
+        self, forward: Forward, inputs: dict[str, Any], given: Tensor | None
+    ) -> Tensor | None:
+        self.cosines = None  # those of an earlier forward
+        return super()._chosen(forward, inputs, given)
+
+    @property
     def queries(self) -> Tensor | None:
         """[B, D] that replace those of the images, in this thread; None for none."""
         return getattr(self._thread, "queries", None)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sapt_fast.routing.running import Running
@@ -12,6 +12,9 @@ from sapt_fast.routing.running import Running
 
 class Checkpoint:
     """A checkpoint function that hands the weights to the recomputation as an input.
+
+    A reentrant checkpoint computes no gradients if no input of the layer requires one. A layer
+    whose parameters train then raises RuntimeError.
 
     Args:
         running: where the weights are.
@@ -31,7 +34,26 @@ class Checkpoint:
             with self.running.resume(weights):
                 return layer(*inner)
 
-        return self.function(run, self.running.running, *args, **kwargs)
+        output = self.function(run, self.running.running, *args, **kwargs)
+        _require_gradient(layer, output)
+        return output
+
+
+def _require_gradient(layer: Any, output: Any) -> None:
+    """Raises RuntimeError if a layer's parameters train, but its output has no gradient."""
+    first = output[0] if isinstance(output, tuple) else output
+    if not torch.is_grad_enabled() or not isinstance(first, Tensor) or first.requires_grad:
+        return
+    # transformers passes partial(forward, module); earlier versions a method of the module.
+    arguments, function = getattr(layer, "args", ()), getattr(layer, "func", layer)
+    module = arguments[0] if arguments else getattr(function, "__self__", None)
+    if isinstance(module, nn.Module) and any(p.requires_grad for p in module.parameters()):
+        raise RuntimeError(
+            f"gradient checkpointing: a {type(module).__name__} whose parameters train gets no "
+            "input that requires a gradient, so that a reentrant checkpoint computes none: call "
+            "gradient_checkpointing_enable(gradient_checkpointing_kwargs="
+            '{"use_reentrant": False})'
+        )
 
 
 class Recomputation:

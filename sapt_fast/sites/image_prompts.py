@@ -59,15 +59,6 @@ class ImagePromptRouting(ImageRouting):
         self.of_layer: tuple[int, Callable[[Tensor], Tensor]] | None = None
         self.pools.append(pool)
 
-    @property
-    def cosines(self) -> Tensor | None:
-        """[B, N], of the last choice in this thread, with gradient to the keys."""
-        return getattr(self._thread, "cosines", None)
-
-    @cosines.setter
-    def cosines(self, value: Tensor | None) -> None:
-        self._thread.cosines = value
-
     def checked(self, weights: Tensor) -> Tensor:
         """Places that a caller gives, as [1, N] or [B, N].
 
@@ -75,12 +66,6 @@ class ImagePromptRouting(ImageRouting):
             ValueError: if they have another shape or dtype or, on a CPU, there is no such prompt.
         """
         return checked_places(weights, self.count(), self.pool.total)
-
-    def _chosen(
-        self, forward: Forward, inputs: dict[str, Any], given: Tensor | None
-    ) -> Tensor | None:
-        self.cosines = None  # those of an earlier forward
-        return super()._chosen(forward, inputs, given)
 
     def install(self) -> None:
         """Adds the hooks; `remove` takes them away again."""
@@ -207,6 +192,7 @@ class ImagePromptRouting(ImageRouting):
         if self._places() is None:
             return None
         values = list(output) if isinstance(output, tuple) else list(output.values())
+        self._require_gradient(values[0])
         count = values[0].shape[1] + self.pool.length
         stripped = [self._stripped(value, count) for value in values]
         if isinstance(output, tuple):
@@ -231,17 +217,21 @@ class ImagePromptRouting(ImageRouting):
         forward = self.forward
         if forward is None or forward.prompt_outputs is None:
             return None
+        self._require_gradient(forward.prompt_outputs)
+        read = args[0]
+        prompts = self.parts.norm(forward.prompt_outputs).mean(1).to(read.dtype)
+        # DINOv2's classifier reads the mean of the patches behind CLS.
+        return torch.cat([prompts, read[:, prompts.shape[1] :]], 1), *args[1:]
+
+    def _require_gradient(self, rows: Tensor) -> None:
+        """Raises RuntimeError if prompts train, but rows that depend on them have no gradient."""
         trained = self.pool.stack.trainable.requires_grad and torch.is_grad_enabled()
-        if trained and not forward.prompt_outputs.requires_grad:
+        if trained and not rows.requires_grad:
             raise RuntimeError(
                 "the prompts' outputs have no gradient: with this version of transformers, call "
                 "gradient_checkpointing_enable(gradient_checkpointing_kwargs="
                 '{"use_reentrant": False})'
             )
-        read = args[0]
-        prompts = self.parts.norm(forward.prompt_outputs).mean(1).to(read.dtype)
-        # DINOv2's classifier reads the mean of the patches behind CLS.
-        return torch.cat([prompts, read[:, prompts.shape[1] :]], 1), *args[1:]
 
 
 def _rows_of(output: Any) -> Tensor:

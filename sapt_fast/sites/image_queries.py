@@ -156,15 +156,17 @@ class ImageQueries:
         if self.encoder is None:
             self._frozen()
 
-    @staticmethod
-    def _require_frozen(part: Any) -> None:
+    def _require_frozen(self, part: Any) -> None:
         if torch.compiler.is_compiling():
             return  # an eager forward looks
         for name, parameter in part.named_parameters():
             if parameter.requires_grad:
+                paths = {id(p): path for path, p in self.model.named_parameters()}
                 raise RuntimeError(
-                    f"model: {name} requires a gradient, but queries must not change while the "
-                    "model trains: freeze the model, or pass encoder=ImageQueries(frozen_copy)"
+                    f"model: {paths.get(id(parameter), name)} requires a gradient, but queries "
+                    "must not change while the model trains: freeze it, or let another model "
+                    "compute the queries (encoder=ImageQueries(frozen_copy); of a handle "
+                    "look_up_by(ImageQueries(frozen_copy)))"
                 )
 
     def _encoded(self, pixel_values: Tensor) -> Tensor:

@@ -244,6 +244,9 @@ def test_dropout_does_not_reach_the_query():
     cosines = F.normalize(query, dim=1) @ F.normalize(model.l2p.prompt_keys, dim=1).T
     model(x)
     torch.testing.assert_close(model.l2p.key_loss(), -0.1 * cosines.topk(N)[0].sum() / B)
+    model = made(model=VISION["vit"](hidden_dropout_prob=0.5).double())
+    patches = model.train().l2p._patches(x)  # by which prompts can start
+    assert torch.equal(patches, model.eval().l2p._patches(x))
 
 
 def test_given_queries_and_places_replace_computed_ones():

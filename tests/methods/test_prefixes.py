@@ -187,6 +187,27 @@ def test_prediction_takes_the_nearest_key_and_training_the_newest():
     assert model.dualprompt.keys.trainable.grad.abs().sum() > 0
 
 
+def test_the_key_loss_is_that_of_the_last_forward():
+    model, x, others = patched("dualprompt").train(), images(), images(seed=5)
+    model(x)
+    loss = model.dualprompt.key_loss()
+    model.dualprompt.signal(pixel_values=others)
+    assert torch.equal(model.dualprompt.key_loss(), loss)
+    for training, gradients, given in (
+        (True, True, True),
+        (False, True, False),
+        (True, False, False),
+    ):
+        model.train()
+        model(x)
+        model.train(bool(training))
+        place = model.dualprompt.attention[:1]
+        with torch.set_grad_enabled(bool(gradients)):
+            model(others, mixture=place) if given else model(others)
+        with pytest.raises(RuntimeError, match="key_loss: got no images"):
+            model.dualprompt.key_loss()
+
+
 def test_tasks_start_from_the_previous_one_and_share_g_prompts():
     model = patched("dualprompt", tasks=1)
     optimizer = train(model)
@@ -279,6 +300,19 @@ def test_another_model_computes_the_queries(method, tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("of_all", [True, False])
+def test_an_optimizer_from_before_the_first_task(method, of_all):
+    model = patched(method, tasks=0)
+    own = model.parameters() if of_all else handle(model).trainable_parameters()
+    optimizer = torch.optim.SGD(own, lr=0.1)
+    for name in ("first", "second"):
+        handle(model).grow(name, optimizer)
+        held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+        assert len(held) == len({*held})
+        assert {id(p) for p in handle(model).trainable_parameters()} <= {*held}
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_unpatch_restores_the_model(method):
     model = vision_model("dinov2")
     base = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -317,6 +351,14 @@ def test_given_queries_replace_the_second_forward(method):
     moved = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0))
     with handle(model).queries(moved):
         assert not torch.equal(handle(model).signal(pixel_values=x), handle(model).attention)
+    with handle(model).queries(query.half()):
+        rounded = handle(model).signal(pixel_values=x)
+    with handle(model).queries(query.half().float()):
+        assert torch.equal(handle(model).signal(pixel_values=x), rounded)  # computed in float32
+    with torch.inference_mode():
+        stored = handle(model).query(x)
+    with handle(model).queries(stored):
+        (model.train()(x).logits.sum() + handle(model).key_loss()).backward()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -332,6 +374,12 @@ def test_checkpointing_autocast_and_copies(method):
     expected = gradients()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     torch.testing.assert_close(gradients(), expected)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    if method == "coda":  # whose weights have a gradient
+        torch.testing.assert_close(gradients(), expected)
+    else:
+        with pytest.raises(RuntimeError, match=r'ViTLayer .* reentrant.*"use_reentrant": False'):
+            gradients()
     model.gradient_checkpointing_disable()
     model.eval()
     logits = model(x).logits

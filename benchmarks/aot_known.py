@@ -52,6 +52,8 @@ KNOWN: tuple[Known, ...] = (
     Known("wgmma.wait_group 0", "split_kernel", "*odd width", _UNALIGNED, (90,)),
     Known("wgmma.wait_group 0", "shrink_*_kernel", "*odd width", _UNALIGNED, (90,)),
     Known("wgmma.wait_group 0", "factor_grad_kernel", "*odd width", _UNALIGNED, (90,)),
+    Known("wgmma.wait_group 0", "nearest_stream_kernel", "keys, odd width*", _UNALIGNED, (90,)),
+    Known("wgmma.wait_group 0", "group_*_kernel", "keys, odd width*", _UNALIGNED, (90,)),
     Known(
         "spills 4 bytes", "shrink_bwd_kernel", "decode, batch 32",
         _AROUND_LOOPS.format("one", 32, 8, 256), (80,),
@@ -63,6 +65,11 @@ KNOWN: tuple[Known, ...] = (
     Known(
         "spills 8 bytes", "split_kernel", "five, decode",
         _AROUND_LOOPS.format("two", 64, 8, 128), (120,),
+    ),
+    Known(
+        "spills 104 bytes", "gemm_tma_kernel", "five, short rows",
+        "bounds and addresses of a tile, stored and read once for it: the code for sm_100 has none "
+        "of them inside a loop of products", (100,),
     ),
     Known(
         "spills 12 bytes", "gemm_kernel", "two",

@@ -301,15 +301,18 @@ def sum_parts(parts: Tensor, outs: Sequence[Tensor]) -> None:
     )  # fmt: skip
 
 
-def _factor_config(traits: DeviceTraits, itemsize: int, ranks: int, aligned: bool) -> TileConfig:
+def _factor_config(
+    traits: DeviceTraits, itemsize: int, ranks: int, *, aligned: bool, drops: bool
+) -> TileConfig:
     """Features, ranks and rows of a step; `aligned` where rows of x begin at whole vectors."""
     if traits.capability == 0:
         return TileConfig(32, 16, 16, num_warps=4, num_stages=1)
     block_n = max(16, min(64, triton.next_power_of_2(ranks)))
     if itemsize == 4:
         return TileConfig(64, block_n, 32, num_warps=4, num_stages=3)
-    # Loaded by element, a thread's 64 addresses would spill.
-    return TileConfig(128, block_n, 64 if aligned else 32, num_warps=4, num_stages=4)
+    # Loaded by element, a thread's 64 addresses would spill, and 32 beside their masks.
+    rows = 64 if aligned else 16 if drops else 32
+    return TileConfig(128, block_n, rows, num_warps=4, num_stages=4)
 
 
 def factor_grads(
@@ -343,7 +346,8 @@ def factor_grads(
     size = count * (even + odd) * (len(xs) // 2)
     first_groups = [start // RANK_ALIGN for start, _ in rows]
     width = max(s - g * RANK_ALIGN for (_, s), g in zip(rows, first_groups, strict=True))
-    tile = _factor_config(traits, xs[0].element_size(), width, all(map(is_aligned, xs[:2])))
+    aligned, drops = all(map(is_aligned, xs[:2])), dropout is not None
+    tile = _factor_config(traits, xs[0].element_size(), width, aligned=aligned, drops=drops)
     grid = (len(xs) // 2 * (cdiv(even, tile.m) + cdiv(odd, tile.m)), cdiv(width, tile.n))
     # Two programs per multiprocessor, each at least eight steps long.
     num_parts = min(2 * traits.num_sms // (grid[0] * grid[1]), cdiv(M, 8 * tile.k))

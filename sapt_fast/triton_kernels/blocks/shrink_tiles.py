@@ -272,7 +272,8 @@ def _wanted_tile(
     if itemsize == 4:
         # Of 64 columns a step takes 1024 cycles or more: one hides a load, and a third would spill.
         return TileConfig(64, block_n, 32, num_warps=4, num_stages=2 if block_n == 64 else 3)
-    if segments > 2 and not backward and traits.capability in (100, 103):
+    gathers = segments == 0 or (segments > 2 and not backward)
+    if gathers and traits.capability in (100, 103):
         # There a thread has half a row, and beside it the weights of each sample would spill.
         return TileConfig(64, block_n, 64, num_warps=8, num_stages=4)
     if segments > 0 and traits.capability < 120:
@@ -349,6 +350,8 @@ def plan_shrink(
     tile = _shrink_config(traits, sizes, M, widths, segments, backward=backward)
     if dropout is not None and 0 < traits.capability < 90 and tile.m == _MOST_ROWS:
         tile = tile._replace(m=64, num_warps=4)  # beside the masks 128 rows would spill
+    if dropout is not None and traits.capability and D % RANK_ALIGN:
+        tile = tile._replace(k=32)  # elements loaded one by one take registers beside their masks
     tiles_r = _tiles(widths, tile.n)
     steps = cdiv(D, tile.k)
     num_parts = min(traits.num_sms // (cdiv(M, tile.m) * tiles_r), steps // _LEAST_STEPS)

@@ -66,9 +66,7 @@ class CodaConfig(PrefixConfig["CodaHandle"]):
         require(self.length % 2 == 0, "length", self.length, "an even number of rows")
         divides = self.pool % self.n_tasks == 0
         require(divides, "pool", self.pool, f"a multiple of n_tasks ({self.n_tasks})")
-        weight = self.orthogonality
-        fits = isinstance(weight, (int, float)) and 0 <= weight < float("inf")
-        require(fits, "orthogonality", weight, "a number, at least 0")
+        self.require_weight("orthogonality")
 
     @property
     def method(self) -> str:

@@ -83,9 +83,7 @@ class DualPromptConfig(PrefixConfig["DualPromptHandle"]):
         self.require_layers("e_layers")
         shared = sorted({*self.g_layers} & {*self.e_layers})
         require(not shared, "e_layers", shared, "layers without G-prompts")
-        weight = self.strength
-        fits = isinstance(weight, (int, float)) and 0 <= weight < float("inf")
-        require(fits, "strength", weight, "a number, at least 0")
+        self.require_weight("strength")
 
     @property
     def method(self) -> str:

@@ -156,31 +156,13 @@ class L2pHandle(PromptChoice, ConcatenatedHandle):
         return self.pull(self.pick(query, True)[0])
 
     @torch.no_grad()
-    def count_picks(self, batches: Any) -> None:
-        """Ends a task: adds the selections of its inputs to `picked`.
-
-        Args:
-            batches: iterable of (ids [B, T], mask [B, T]) of prompts.
-        """
-        self.picked += self.count(self._queries_of(batches), True)
-
-    @torch.no_grad()
-    def histogram(self, batches: Any) -> Tensor:
-        """Returns how often prediction selects each prompt for inputs, [M] int64.
-
-        Args:
-            batches: as in `count_picks`.
-        """
-        return self.count(self._queries_of(batches), False)
-
-    @torch.no_grad()
     def start_from(self, batches: Any) -> None:
         """Sets what the config takes from inputs of the first task: the centre and the keys.
 
         Call it once, after the first task has begun and before it trains.
 
         Args:
-            batches: as in `count_picks`.
+            batches: iterable of (ids [B, T], mask [B, T]) of prompts, as in `count_picks`.
 
         Raises:
             RuntimeError: if it is not the first task, or the values have been set.

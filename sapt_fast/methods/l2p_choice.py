@@ -141,6 +141,29 @@ class PromptChoice:
             counts += torch.bincount(index.flatten(), minlength=len(counts))
         return counts
 
+    @torch.no_grad()
+    def count_picks(self, batches: Any) -> None:
+        """Ends a task: adds the selections of its inputs to `picked`.
+
+        Args:
+            batches: for text, iterable of (ids [B, T], mask [B, T]) of prompts; for images, of
+                pixel_values [B, C, H, W], or of tuples that begin with them.
+        """
+        self.picked += self.count(self._queries_of(batches), True)
+
+    @torch.no_grad()
+    def histogram(self, batches: Any) -> Tensor:
+        """Returns how often prediction selects each prompt for inputs, [M] int64.
+
+        Args:
+            batches: as in `count_picks`.
+        """
+        return self.count(self._queries_of(batches), False)
+
+    def _queries_of(self, batches: Any) -> Iterable[Tensor]:
+        """Yields the queries [B, D] of each batch."""
+        raise NotImplementedError
+
     # --- tasks ---
 
     def require_room(self) -> None:

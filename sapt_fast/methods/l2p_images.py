@@ -141,17 +141,7 @@ class L2PImageHandle(PromptChoice, ImageHandle):
         self.centre = self.centre.new_zeros(width)
 
     def look_up_by(self, encoder: nn.Module) -> None:
-        """Lets another frozen model compute the queries; call it before the first task.
-
-        The encoder is not saved: call this after loading, too.
-
-        Args:
-            encoder: in eval mode, takes pixel_values [B, C, H, W] and returns [B, D].
-
-        Raises:
-            ValueError, RuntimeError: if the encoder is in training mode, or returns something else.
-            RuntimeError: if there are keys of another width.
-        """
+        """As `ImageHandle.look_up_by`; then no layer of this model gives the queries."""
         super().look_up_by(encoder)
         self.routing.of_layer = None
 
@@ -217,31 +207,14 @@ class L2PImageHandle(PromptChoice, ImageHandle):
         return self.pull(self.last_cosines(self.trains_keys))
 
     @torch.no_grad()
-    def count_picks(self, batches: Any) -> None:
-        """Ends a task: adds the selections of its images to `picked`.
-
-        Args:
-            batches: iterable of pixel_values [B, C, H, W], or of tuples that begin with them.
-        """
-        self.picked += self.count(self._queries_of(batches), True)
-
-    @torch.no_grad()
-    def histogram(self, batches: Any) -> Tensor:
-        """Returns how often prediction selects each prompt for images, [M] int64.
-
-        Args:
-            batches: as in `count_picks`.
-        """
-        return self.count(self._queries_of(batches), False)
-
-    @torch.no_grad()
     def start_from(self, batches: Any) -> None:
         """Sets what the config takes from images of the first task: centre, keys, prompts.
 
         Call it once, after the first task has begun and before it trains.
 
         Args:
-            batches: as in `count_picks`.
+            batches: iterable of pixel_values [B, C, H, W], or of tuples that begin with them, as in
+                `count_picks`.
 
         Raises:
             RuntimeError: if it is not the first task, or the values have been set.

@@ -91,6 +91,12 @@ class PrefixConfig(MethodConfig[_Handle]):
             value = getattr(self, name)
             require(_is_count(value), name, value, "an integer, at least 1")
 
+    def require_weight(self, name: str) -> None:
+        """Raises ValueError unless a field is a finite number of at least 0."""
+        value = getattr(self, name)
+        fits = isinstance(value, (int, float)) and 0 <= value < float("inf")
+        require(fits, name, value, "a number, at least 0")
+
     def require_flags(self, *names: str) -> None:
         """Raises ValueError unless these fields are True or False."""
         for name in names:

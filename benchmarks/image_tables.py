@@ -86,7 +86,7 @@ def methods(result: Mapping[str, Any]) -> list[str]:
     for name, by_method in result["not run"].items():
         left = [f"{method} (seeds {', '.join(map(str, s))})" for method, s in by_method.items()]
         lines += [f"**Not run on {name}:** {'; '.join(left)}.", ""]
-    lines += ["Accuracy of the own head on held-out training images, by rate:", ""]
+    lines += ["Incremental accuracy of the own head on held-out training images, by rate:", ""]
     tried = [[method, _tried(scores)] for method, scores in result["tuning"].items() if scores]
     return [*lines, *_table(["method", "rate: accuracy"], tried)]
 

@@ -15,8 +15,9 @@ read all training images under the final model, which continual learning cannot.
 heads on features that nobody trained: `images_frozen.py`, whose result is FILE.
 
 Learning rates are tuned alike for all: on the first three tasks of emoji, seed 0, with a quarter of
-their training images held out; first the head's, then each method's own, by the accuracy of the
-method's own head. Rates are tried until the best has worse ones on both sides.
+their training images held out; first the head's, then each method's own, by the incremental accuracy
+of the method's own head (the mean over tasks of the accuracy after each): the accuracy at the end
+counts 48 images and ties. Rates are tried until the best has worse ones on both sides.
 
 Every run is a file under `--work/cells`: a script that was ended goes on with the same command, and
 nothing runs twice. Several may share the folder if their `--methods` or `--seeds` differ.
@@ -69,6 +70,11 @@ class Data:
     def of_task(self, rows: Rows, classes: Sequence[int]) -> Rows:
         """Returns the rows of some classes."""
         return rows.at(torch.isin(rows.labels, torch.tensor(classes)))
+
+
+def incremental(run: dict[str, Any]) -> float:
+    """Returns the mean over tasks of the accuracy after each, by the method's own head."""
+    return fmean(fmean(row) for row in run["matrix"]["own"])
 
 
 def rows_of(split: Split) -> Rows:
@@ -356,8 +362,7 @@ class Experiment:
         if found is None:
             data = for_tuning(self.data(TUNING_SET, 0))
             found = self.run(cell, name, data, 0, (0.0, rate) if head is None else (rate, head))
-        accuracy: float = found["accuracy"]["own"]
-        return accuracy
+        return incremental(found)
 
     def cells(self) -> Iterator[tuple[str, int, str]]:
         """Yields data set, seed and method: one seed of all methods before the next seed."""
@@ -394,7 +399,7 @@ class Experiment:
         for method in METHODS:
             folder = Cell("tuning", method, "").path(self.options.work).parent
             files = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
-            tuning[method] = {rate: found["accuracy"]["own"] for rate, found in files.items()}
+            tuning[method] = {rate: incremental(found) for rate, found in files.items()}
         result = {"runs": runs, "not run": missing, "tuning": tuning}
         if self.options.frozen is not None:
             result["bar"] = bar_of(json.loads(self.options.frozen.read_text()))

@@ -15,9 +15,10 @@ read all training images under the final model, which continual learning cannot.
 heads on features that nobody trained: `images_frozen.py`, whose result is FILE.
 
 Learning rates are tuned alike for all: on the first three tasks of emoji, seed 0, with a quarter of
-their training images held out; first the head's, then each method's own, by the incremental accuracy
-of the method's own head (the mean over tasks of the accuracy after each): the accuracy at the end
-counts 48 images and ties. Rates are tried until the best has worse ones on both sides.
+their training images held out; first the head's, then each method's own. What decides is the
+incremental accuracy of the method's own head (the mean over tasks of the accuracy after each): the
+accuracy at the end counts 48 images and ties. Rates are tried until the best has worse ones on both
+sides.
 
 Every run is a file under `--work/cells`: a script that was ended goes on with the same command, and
 nothing runs twice. Several may share the folder if their `--methods` or `--seeds` differ.

@@ -108,6 +108,18 @@ def find_layers(model: PreTrainedModel, config: Chosen) -> PatchReport:
     return report
 
 
+def layers_to_patch(model: PreTrainedModel, config: Chosen) -> PatchReport:
+    """Returns `find_layers`; raises ValueError if no layer can be patched."""
+    report = find_layers(model, config)
+    if not report.patched:
+        raise ValueError(
+            f"target_modules: {chosen_names(model, config)!r} selects no layer to patch in "
+            f"{type(model).__name__}. {report}. Its linear layers are named: "
+            f"{linear_names(model)}"
+        )
+    return report
+
+
 def chosen_names(model: PreTrainedModel, config: Chosen) -> Iterable[str] | str:
     """Returns the names or regular expression of a config; for "all-linear", a frozenset of paths.
 

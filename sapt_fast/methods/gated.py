@@ -169,7 +169,7 @@ class GatedConfig(MethodConfig["GatedHandle"]):
 
     @classmethod
     def mixlora(cls, **changed: Any) -> GatedConfig:
-        """Returns the gate and sizes of MixLoRA's code (TUDB-Labs/MoE-PEFT, templates/mixlora.json).
+        """Returns the gate and sizes of MixLoRA's code (TUDB-Labs/MoE-PEFT, mixlora.json).
 
         8 experts of rank 16, alpha 32, dropout 0.05; softmax over all, the 2 largest weights
         scaled to sum to 1; routers start from N(0, 0.02^2); balance 0.001; no jitter.
@@ -254,7 +254,7 @@ def _dense(experts: int) -> dict[str, Any]:
 
 
 class GatedHandle(Handle):
-    """`model.gated`: K experts in each adapted linear layer, and a router that weighs them by token.
+    """`model.gated`: K experts in each adapted linear layer, weighed by its router for each token.
 
         y = W x + (alpha / r) sum_k w_k(x) B_k A_k x,    w(x) = gate(R x)
 
@@ -393,8 +393,8 @@ class GatedHandle(Handle):
     def balance_loss(self) -> Tensor:
         """Returns the balance loss of this thread's last forward, times `config.balance`.
 
-        For loops that compute their own loss. If the forward got labels and `config.balance_in_loss`
-        is set, it is part of the output's loss already and returned without gradient.
+        For loops that compute their own loss. If the forward got labels, it is part of the output's
+        loss already (unless `config.balance_in_loss` is False) and has no gradient.
 
         Raises:
             RuntimeError: if `config.balance` is 0, or the last forward did not train.

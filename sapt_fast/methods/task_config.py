@@ -226,9 +226,7 @@ class TaskConfig(MethodConfig[_Handle]):
         return torch.promote_types(base, torch.float32) if self.autocast_adapter_dtype else base
 
 
-def require_fields(
-    config: object, checks: Mapping[str, tuple[Callable[[Any], bool], str]]
-) -> None:
+def require_fields(config: object, checks: Mapping[str, tuple[Callable[[Any], bool], str]]) -> None:
     """Raises ValueError unless each field of a config fits its check."""
     for name, (fits, expected) in checks.items():
         value = getattr(config, name)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,8 @@ _SPARSE_RATIO = 8
 _SPARSE_ROWS = 65
 
 
-class Experts(NamedTuple):
+@dataclass(frozen=True)
+class Experts:
     """Shape of a layer's experts and how they are weighed.
 
     Attributes:
@@ -114,10 +116,10 @@ class GatedPool(AdapterPool):
         if jitter and self.training:
             rows = rows * torch.empty_like(rows).uniform_(1 - jitter, 1 + jitter)
         if not balanced:
-            given = {"top_k": gate.top_k, "renormalize": gate.renormalize}
             weights = route(
-                rows, self.router, None, pooling="none", temperature=1.0, gate=gate.kind, **given
-            )
+                rows, self.router, None, pooling="none", temperature=1.0, gate=gate.kind,
+                top_k=gate.top_k, renormalize=gate.renormalize,
+            )  # fmt: skip
             return weights, None
         scores = route_scores(rows, self.router, None, pooling="none", temperature=1.0)
         weights = gate_fwd(scores, gate)

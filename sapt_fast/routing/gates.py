@@ -262,10 +262,10 @@ def _share_of_batch(module: Any, given: dict[str, Any]) -> Tensor | float:
 
 
 def _shifts_labels(module: Any) -> bool:
-    """Returns whether the model predicts label i + 1 at token i, as transformers' Trainer counts."""
+    """Returns whether the model predicts label i + 1 at token i, as Trainer finds out."""
     from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-    shifts = LOSS_MAPPING.get(getattr(module, "loss_type", None)) is ForCausalLMLoss
+    shifts = LOSS_MAPPING.get(str(getattr(module, "loss_type", None))) is ForCausalLMLoss
     return shifts and not _has_encoder(module)
 
 

@@ -227,7 +227,7 @@ def obstacle(module: Any, parent: nn.Module, name: str) -> str | None:
     """
     kind = f"{type(module).__module__}.{type(module).__name__}"
     if isinstance(module, Mixed):
-        return f"{kind} is patched already, as part of another model"
+        return f"{kind} is patched already, by another method or as part of another model"
     if not is_linear(module):
         return f"{kind} is not a linear layer"
     if reader := _never_called_by(parent, name):

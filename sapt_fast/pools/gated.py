@@ -153,7 +153,7 @@ class GatedPool(AdapterPool):
             adapted = F.dropout(adapted, dropout_p)
         if sparse:
             delta = self._of_chosen(adapted, mixture)
-            y = delta if rows is None else delta + rows
+            y = delta if rows is None else delta.add_(rows)  # no new [M, O]
         else:
             y = self._of_shared_a(adapted, rows, mixture, backend)
         return y.view(*x.shape[:-1], self.b.width)

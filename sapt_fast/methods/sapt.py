@@ -31,7 +31,7 @@ from sapt_fast.pools.sharding import gathered, require_reduced
 from sapt_fast.routing.hooks import Routing
 from sapt_fast.routing.images import ImageRouting
 from sapt_fast.sites.attach import group_by_input
-from sapt_fast.sites.find import chosen_names, find_layers, linear_names
+from sapt_fast.sites.find import layers_to_patch
 from sapt_fast.sites.image_embeddings import reads_images
 from sapt_fast.sites.image_queries import ImageQueries
 from sapt_fast.sites.report import PatchReport
@@ -171,14 +171,7 @@ class SaptHandle(LoraHandle):
         """
         if _image_queries(model, config) is None:
             token_embedding(model)
-        report = find_layers(model, config)
-        if not report.patched:
-            raise ValueError(
-                f"target_modules: {chosen_names(model, config)!r} selects no layer to patch in "
-                f"{type(model).__name__}. {report}. Its linear layers are named: "
-                f"{linear_names(model)}"
-            )
-        return report
+        return layers_to_patch(model, config)
 
     def install(self) -> None:
         """Adds the hooks, and groups the layers that share an input, to compute them together."""

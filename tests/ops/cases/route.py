@@ -143,6 +143,9 @@ def registered(backend: str) -> Iterator[tuple[object, tuple]]:
     for given in (_inputs(), _WITHOUT_PROJECTION):
         tensors = [t.to(device(backend)).requires_grad_() for t in given.values()]
         tensors += [None] * (6 - len(tensors))
-        yield op._scores_op, (*tensors, 1e-5, 3.0, backend)
+        yield op._scores_op, (*tensors, 1e-5, 3.0, backend, "dot")
         for top_k, threshold in ((None, None), (2, 0.1)):
-            yield op._route_op, (*tensors, 1e-5, 3.0, top_k, threshold, backend)
+            yield (
+                op._route_op,
+                (*tensors, 1e-5, 3.0, top_k, threshold, backend, "softmax", "dot", True),
+            )

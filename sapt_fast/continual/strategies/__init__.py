@@ -10,6 +10,7 @@ from sapt_fast.continual.strategies.base import Strategy
 from sapt_fast.continual.strategies.epi import Epi
 from sapt_fast.continual.strategies.ewc import Ewc
 from sapt_fast.continual.strategies.experts import LdaExperts
+from sapt_fast.continual.strategies.gainlora import GainLora
 from sapt_fast.continual.strategies.generative_replay import GenerativeReplay
 from sapt_fast.continual.strategies.heads import (
     FineTunedHead,
@@ -45,6 +46,7 @@ STRATEGIES.update(
         "lwf": Lwf,
         "olora": OLora,
         "inflora": InfLora,
+        "gainlora": GainLora,
         "sd_lora": SdLora,
         "epi": Epi,
         "lfpt5": Lfpt5,

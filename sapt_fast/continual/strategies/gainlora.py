@@ -95,6 +95,10 @@ class GainLora(InfLora):
 
     def begin_task(self, task: TaskData, learned: Sequence[TaskData]) -> None:
         self.handle.add_task(task.name)
+        self.prepare(task)
+
+    def prepare(self, task: TaskData) -> None:
+        """Designs the newest adapter and starts the newest key, from the task's inputs."""
         moments = self.moments(task)
         if self._designs:
             self.design(moments)

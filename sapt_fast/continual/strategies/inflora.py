@@ -175,7 +175,7 @@ class InfLora(Strategy):
         """
         groups: dict[Any, tuple[str, list[AdapterPool]]] = {}
         for path, layer in self.handle.layers.items():
-            key = getattr(layer, "sapt_group", layer)
+            key = getattr(layer, "sapt_group", None) or layer
             groups.setdefault(key, (path, []))[1].append(layer.sapt_pool)
         return dict(groups.values())
 

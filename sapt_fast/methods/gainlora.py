@@ -243,7 +243,7 @@ class GainLoraHandle(SaptHandle):
             found = state.get(name)
             got = "none" if found is None else f"{found.dtype} of shape {tuple(found.shape)}"
             if found is None or not found.is_floating_point() or tuple(found.shape) != shape:
-                raise ValueError(f"{source}: {name}: got {got}, expected floats of shape {shape}")
+                raise ValueError(f"{source}: got {name}: {got}, expected floats of shape {shape}")
 
 
 _SIDES = ("down", "up")

@@ -156,7 +156,7 @@ class SdLoraHandle(SaptHandle):
         fits = found is not None and found.is_floating_point() and tuple(found.shape) == (tasks,)
         if found is None or not fits or not (found.abs() <= _MOST_MAGNITUDE).all():
             raise ValueError(
-                f"{source}: magnitudes: got {got}, expected floats of shape ({tasks},), at most "
+                f"{source}: got magnitudes: {got}, expected floats of shape ({tasks},), at most "
                 f"{_MOST_MAGNITUDE:g}"
             )
 

@@ -37,6 +37,11 @@ class Subspace(NamedTuple):
         inside = (rows @ basis) @ basis.T
         return inside if self.complement else rows - inside
 
+    def copy_to(self, device: torch.device) -> Subspace:
+        """Returns a copy in its own memory on a device."""
+        basis = torch.empty(self.basis.shape, dtype=self.basis.dtype, device=device)
+        return Subspace(basis.copy_(self.basis), self.complement)
+
 
 def leading_directions(moment: Tensor, count: int, kept: Subspace | None) -> Tensor:
     """Returns the directions off a subspace in which inputs are largest.

@@ -15,7 +15,7 @@ from sapt_fast.continual.objective import Step, routed_inputs
 from sapt_fast.continual.strategies.base import require
 from sapt_fast.continual.strategies.inflora import InfLora, MemoryOptions
 from sapt_fast.continual.strategies.olora import overlap
-from sapt_fast.continual.subspaces import Moment, leading_directions
+from sapt_fast.continual.subspaces import Moment, Subspace, leading_directions
 from sapt_fast.methods.gainlora import GainLoraConfig
 from sapt_fast.methods.task_config import TaskConfig
 
@@ -88,7 +88,7 @@ class GainLora(InfLora):
 
     Options = GainLoraOptions
     routes = True
-    _start: dict[str, Tensor]
+    _start: dict[str, tuple[Tensor, Subspace]]
 
     def configure(self, config: TaskConfig[Any]) -> GainLoraConfig:
         return GainLoraConfig(**config.to_dict())
@@ -103,7 +103,12 @@ class GainLora(InfLora):
         if self._designs:
             self.design(moments)
         self.start_key(moments[_OUTPUTS])
-        self._start = {name: p.detach().clone() for name, p in self.gate().items()}
+        self._start = {
+            # A copy in memory of its own: products depend on alignment, and resumed runs repeat.
+            name: (p.detach().float().clone(), self._memory[name].copy_to(p.device))
+            for name, p in self.gate().items()
+            if name in self._memory
+        }
 
     def objective(self, step: Step) -> Tensor:
         if self._designs:
@@ -112,10 +117,10 @@ class GainLora(InfLora):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        for name, parameter in self.gate().items():
-            if name in self._memory:
-                start = self._start[name].float()
-                parameter.copy_(start + self._memory[name].off(parameter.float() - start))
+        parameters = self.gate()
+        for name, (start, kept) in self._start.items():
+            parameter = parameters[name]
+            parameter.copy_(start + kept.off(parameter.float() - start))
 
     @property
     def _designs(self) -> bool:

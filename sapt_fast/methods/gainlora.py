@@ -203,8 +203,8 @@ class GainLoraHandle(SaptHandle):
         self.router.keys.trainable.requires_grad_(True)
 
     def _growing(self) -> Iterator[nn.Parameter]:
-        yield from super()._growing()
         yield from (self.gates.down.trainable, self.gates.up.trainable)
+        yield from super()._growing()  # last: the first task's modules have no predecessors
 
     def put_task(
         self,

@@ -99,8 +99,9 @@ class SdLoraHandle(SaptHandle):
         self.magnitudes = nn.Parameter(weight.new_empty(0), requires_grad=False)
 
     def signal(self, **inputs: Tensor | None) -> Tensor:
-        """Returns the magnitudes [1, K], for all inputs."""
-        return self.magnitudes[None]
+        """Returns the magnitudes [1, K], in float32 at least, for all inputs."""
+        wide = torch.promote_types(self.magnitudes.dtype, torch.float32)
+        return self.magnitudes[None].to(wide)
 
     @torch.no_grad()
     def _add_adapters(self) -> None:
@@ -133,8 +134,8 @@ class SdLoraHandle(SaptHandle):
         self.magnitudes = nn.Parameter(torch.cat([self.magnitudes.detach(), start]))
 
     def _growing(self) -> Iterator[nn.Parameter]:
-        yield from super()._growing()
         yield self.magnitudes
+        yield from super()._growing()  # last: the first task's modules have no predecessors
 
     def state(self, held: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Returns the magnitudes [K]."""

@@ -105,7 +105,7 @@ class GainLora(InfLora):
         self.start_key(moments[_OUTPUTS])
         self._start = {
             # A copy in memory of its own: products depend on alignment, and resumed runs repeat.
-            name: (p.detach().float().clone(), self._memory[name].copy_to(p.device))
+            name: (p.detach().clone(), self._memory[name].copy_to(p.device))
             for name, p in self.gate().items()
             if name in self._memory
         }
@@ -119,8 +119,9 @@ class GainLora(InfLora):
     def after_step(self) -> None:
         parameters = self.gate()
         for name, (start, kept) in self._start.items():
-            parameter = parameters[name]
-            parameter.copy_(start + kept.off(parameter.float() - start))
+            wide = torch.promote_types(start.dtype, torch.float32)
+            moved = parameters[name].to(wide) - start
+            parameters[name].copy_(start + kept.off(moved))
 
     @property
     def _designs(self) -> bool:

@@ -357,13 +357,18 @@ class SaptHandle(LoraHandle):
         router = router_shapes(input_width(model), config)
         return Expected(config, cls.adapter_files, report.patched, report.patched, router)
 
-    def _in_one_piece(self) -> AbstractContextManager[None]:
-        """Returns a context that gathers what the router reads, for FSDP2 and ZeRO-3."""
+    def _in_one_piece(self, module: nn.Module | None = None) -> AbstractContextManager[None]:
+        """Returns a context that gathers what the router reads, for FSDP2 and ZeRO-3.
+
+        Args:
+            module: part of this handle; None for the router.
+        """
         if torch.compiler.is_compiling() or not (dist.is_available() and dist.is_initialized()):
             return nullcontext()
         require_reduced(self.router.keys)
         embedding = input_layer(self._model)
-        return gathered(self._model, self.router, embedding, keep=self.routing.is_running)
+        module = self.router if module is None else module
+        return gathered(self._model, module, embedding, keep=self.routing.is_running)
 
     def _pooled(
         self,

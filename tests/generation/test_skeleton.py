@@ -8,16 +8,9 @@ from written_answers import Written, tokenizer
 
 import sapt_fast
 from sapt_fast.generation import (
-    Done,
-    PlainToken,
-    PointDone,
-    PointToken,
-    SkeletonDone,
     SkeletonPrompts,
     SkeletonSettings,
-    SkeletonToken,
     skeleton_of_thought,
-    stream_skeleton_of_thought,
 )
 from sapt_fast.generation.forwards import Forwards
 from sapt_fast.generation.prompts import opening, point_messages, skeleton_messages
@@ -130,3 +123,80 @@ def test_an_xlora_model(tmp_path):
     model = xlora(tmp_path)
     assert isinstance(rows_of(Forwards(model)), OwnLengths)
     assert_alone(model, skeleton_of_thought(model, tokenizer(), "Why?", settings=settings(batch=3)))
+
+
+def forwards_of(model):
+    """[rows, tokens] of each forward of a model."""
+    sizes = []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    return sizes
+
+
+def test_the_prefix_is_read_once():
+    model, tokens = make("llama"), tokenizer()
+    sizes = forwards_of(model)
+    answer = skeleton_of_thought(model, tokens, "Why?", settings=settings())
+    prompt = skeleton_prompt(model, tokens).shape[1]
+    assert sizes[0] == (1, prompt)
+    steps = len(LIST) + 1  # the last token that is read ends the skeleton
+    assert set(sizes[1:steps]) == {(1, 1)}
+    # The skeleton's tokens are not read again, only what all points have in common after it.
+    common = len("|\n<user>Point ")
+    assert sizes[steps] == (1, common)
+    endings = [f"{n}|\n<assistant>{n}. {title}:" for n, title in enumerate(TITLES, 1)]
+    assert sizes[steps + 1] == (4, max(map(len, endings)))
+    assert set(sizes[steps + 2 :]) == {(4, 1)}
+    assert answer.prefill_tokens == prompt + common + sum(map(len, endings))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@torch.no_grad()
+def test_logits_are_those_of_whole_texts(family):
+    rows = rows_of(Forwards(make(family)))
+    prompts = [[5, 6, 7, 8], [5, 6, 9], [5, 6, 10, 11, 12, 13]]
+    texts = [list(prompt) for prompt in prompts]
+
+    def check(logits, texts):
+        for got, text in zip(logits, texts, strict=True):
+            expected = model(torch.tensor([text])).logits[0, -1]
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+    model = make(family)
+    rows.open(prompts, 3, 6)
+    logits, unread = rows.add(prompts)
+    texts = [text[: len(text) - len(rest)] for text, rest in zip(texts, unread, strict=True)]
+    check(logits, texts)
+    for step in range(4):
+        new = [rest.pop(0) if rest else 20 + step for rest in unread]
+        for text, token in zip(texts, new, strict=True):
+            text.append(token)
+        check(rows.step(new), texts)
+    rows.keep([0, 2])
+    texts = [texts[0], texts[2]]
+    if rows.joins:
+        logits, _ = rows.add([prompts[1]])
+        texts.append(list(prompts[1]))
+        check(logits, texts[2:])
+    for text in texts:
+        text.append(30)
+    check(rows.step([30] * len(texts)), texts)
+
+
+def test_sampling_does_not_depend_on_the_batch():
+    model, tokens = make("llama"), tokenizer()
+    sampled = {"do_sample": True, "temperature": 1.5, "seed": 3}
+    answers = [
+        skeleton_of_thought(model, tokens, "Why?", settings=settings(**sampled, **batch))
+        for batch in ({"batch": 4}, {"batch": 1}, {"batch": 2, "order": "longest first"})
+    ]
+    assert answers[0].points == answers[1].points == answers[2].points
+    texts = [text for _, text in answers[0].points]
+    assert len(set(texts)) == len(texts)
+    torch.manual_seed(1)
+    other = {**sampled, "seed": None}
+    drawn = skeleton_of_thought(model, tokens, "Why?", settings=settings(**other))
+    torch.manual_seed(1)
+    again = skeleton_of_thought(model, tokens, "Why?", settings=settings(**other))
+    assert drawn.points == again.points != answers[0].points

@@ -65,8 +65,9 @@ class MappedRows:
     @property
     def nbytes(self) -> int:
         """Number of bytes in memory: changed rows, and what finds and checks the others."""
-        parts = (self._ids, self._in_file, *self._checks.values())
-        return self._changed.nbytes + sum(part.nbytes for part in parts)
+        tensors = self._ids, *self._checks.values()
+        found = self._changed.nbytes + self._in_file.nbytes
+        return found + sum(tensor.nbytes for tensor in tensors)
 
     def used_ids(self) -> Tensor:
         kept = self._in_file.find(self._ids) >= 0

@@ -57,7 +57,8 @@ class RowTable:
     @property
     def nbytes(self) -> int:
         """Number of bytes of tables, ids and map, spare rows included."""
-        return sum(part.nbytes for part in (self._map, self.ids, *self.tables.values()))
+        tensors = self.ids, *self.tables.values()
+        return self._map.nbytes + sum(tensor.nbytes for tensor in tensors)
 
     def used_ids(self) -> Tensor:
         """Returns the ids that have a row, [len] int64, in the order of the rows."""

@@ -35,7 +35,7 @@ class CodaConfig(PrefixConfig["CodaHandle"]):
 
     Example:
         >>> import sapt_fast
-        >>> sapt_fast.CodaConfig(pool=20, n_tasks=5, modules_to_save=["classifier"]).length
+        >>> sapt_fast.CodaConfig(pool=20, n_tasks=5).length
         8
     """
 
@@ -155,7 +155,7 @@ class CodaHandle(PrefixHandle):
         ...     image_size=16, patch_size=8, hidden_size=16, intermediate_size=16,
         ...     num_hidden_layers=2, num_attention_heads=2)
         >>> model = transformers.ViTForImageClassification(config)
-        >>> options = {"pool": 6, "n_tasks": 3, "layers": [0, 1], "modules_to_save": ["classifier"]}
+        >>> options = {"pool": 6, "n_tasks": 3, "layers": [0, 1]}
         >>> model = sapt_fast.patch(model, sapt_fast.CodaConfig(**options))
         >>> model.coda.grow("first")
         >>> images, labels = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 1, 0])

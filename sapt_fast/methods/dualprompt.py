@@ -36,7 +36,7 @@ class DualPromptConfig(PrefixConfig["DualPromptHandle"]):
 
     Example:
         >>> import sapt_fast
-        >>> sapt_fast.DualPromptConfig(modules_to_save=["classifier"]).e_layers
+        >>> sapt_fast.DualPromptConfig().e_layers
         [2, 3, 4]
     """
 
@@ -162,7 +162,7 @@ class DualPromptHandle(PrefixHandle):
         ...     image_size=16, patch_size=8, hidden_size=16, intermediate_size=16,
         ...     num_hidden_layers=2, num_attention_heads=2)
         >>> model = transformers.ViTForImageClassification(config)
-        >>> options = {"g_layers": [0], "e_layers": [1], "modules_to_save": ["classifier"]}
+        >>> options = {"g_layers": [0], "e_layers": [1]}
         >>> model = sapt_fast.patch(model, sapt_fast.DualPromptConfig(**options))
         >>> model.dualprompt.grow("first")
         >>> images, labels = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 1, 0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from sapt_fast.files.directories import read_directory
 from sapt_fast.files.names import require_folder_name
 from sapt_fast.methods.base import Handle
 from sapt_fast.routing.images import ImageRouting
+from sapt_fast.sites.image_embeddings import vision_parts
 from sapt_fast.sites.image_queries import ImageQueries
 from sapt_fast.sites.modules import find_modules, heads, require_present, with_prefix
 from sapt_fast.sites.report import PatchReport
@@ -50,6 +52,15 @@ class ImageHandle(Handle):
         self._images = ImageQueries(model, config.query_layer, config.query_pooling)
         self._parts = self._images.parts
         self._encoder_is_missing = False
+
+    @classmethod
+    def settled(cls, model: Any, config: Any) -> Any:
+        """Returns the config, which trains and saves the classifier unless it names modules."""
+        parts = vision_parts(model)
+        if config.modules_to_save is not None or parts.classifier is None:
+            return config
+        name = next(n for n, m in model.named_modules() if m is parts.classifier)
+        return replace(config, modules_to_save=[name])
 
     # --- what a method defines ---
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -96,15 +95,6 @@ class L2PImageHandle(PromptChoice, ImageHandle):
         )
         if config.query_layer is not None and config.query_layer <= config.layer:
             self.routing.of_layer = config.query_layer, self._of_layer
-
-    @classmethod
-    def settled(cls, model: Any, config: Any) -> Any:
-        """Returns the config, which trains and saves the classifier unless it names modules."""
-        parts = vision_parts(model)
-        if config.modules_to_save is not None or parts.classifier is None:
-            return config
-        name = next(n for n, m in model.named_modules() if m is parts.classifier)
-        return replace(config, modules_to_save=[name])
 
     @classmethod
     def sites(cls, model: Any, config: Any) -> PatchReport:

@@ -50,8 +50,8 @@ class PrefixConfig(MethodConfig[_Handle]):
     modules_to_save: Sequence[str] | None = field(
         default=None,
         metadata={
-            "help": "Modules to train in full and save with the prefixes, such as "
-            "['classifier']: names (last parts of the path); None for no module."
+            "help": "Modules to train in full and save with the prefixes: names (last parts of "
+            "the path); None for the classifier, [] for no module."
         },
     )
     autocast_adapter_dtype: bool = field(

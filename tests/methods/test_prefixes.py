@@ -436,6 +436,14 @@ def test_settings_that_mean_nothing_are_refused(method, field, value, message):
         type(METHODS[method]).from_dict(values)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_the_classifier_trains_unless_others_are_named(method):
+    for named, expected in ((None, ["classifier"]), ([], [])):
+        model = patched(method, modules_to_save=named)
+        assert handle(model).config.modules_to_save == expected
+        assert model.classifier.weight.requires_grad == bool(expected)
+
+
 def test_bad_use_is_refused():
     with pytest.raises(ValueError, match=r"layers: got .9., expected 0 to 2"):
         patched("coda", layers=[9])

@@ -82,7 +82,7 @@ class L2PImageHandle(PromptChoice, ImageHandle):
         self.prompts = PromptPool(
             config.prompt_length, parts.width, reserve=1, device=weight.device, dtype=dtype
         )
-        self.init_choice(self._images.width, weight.device, dtype)
+        self.init_choice(self._queries.width, weight.device, dtype)
         self.routing = ImagePromptRouting(
             model,
             self._route,
@@ -157,12 +157,12 @@ class L2PImageHandle(PromptChoice, ImageHandle):
         """Whether the running forward's own low layers compute what the frozen model would."""
         if self.routing.of_layer is None or self.routing.queries is not None:
             return False
-        self._images.require_frozen()
+        self._queries.require_frozen()
         alone = sum(isinstance(child, Own) for child in self._model.children()) == 1
         return alone and not (self._model.training and self._parts.has_dropout())
 
     def _of_layer(self, hidden: Tensor) -> Tensor:
-        return self._noted(self._images.pooled(hidden))
+        return self._noted(self._queries.pooled(hidden))
 
     def _noted(self, query: Tensor) -> Tensor:
         """Returns the prompts of the running forward, whose cosines `key_loss` reads."""

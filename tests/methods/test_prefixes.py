@@ -336,9 +336,9 @@ def test_given_queries_replace_the_second_forward(method):
     x = images()
     logits, query = model(x).logits, handle(model).query(x)
     calls = []
-    own = handle(model)._images
-    handle(model)._images = lambda *args: calls.append(args) or own(*args)
-    handle(model)._images.width = own.width
+    own = handle(model)._queries
+    handle(model)._queries = lambda *args: calls.append(args) or own(*args)
+    handle(model)._queries.width = own.width
     with handle(model).queries(query):
         assert torch.equal(model(x).logits, logits)
         assert not calls

@@ -64,6 +64,18 @@ def edit() -> Callable[..., None]:
     return edit_command
 
 
+@app.command(name="train-router", cls=DeferredCommand)
+def train_router() -> Callable[..., None]:
+    """Train the classifier that decides which questions are answered by Skeleton-of-Thought.
+
+    On the package's questions, 'tiny' takes about a minute on one core. An interrupted training
+    starts again. The confusion tables are also written to report.json in --output.
+    """
+    from sapt_fast.commands.train_router import train_router_command
+
+    return train_router_command
+
+
 @app.command(name="eval")
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],

@@ -22,7 +22,7 @@ LAYERS = [
     ("loading",),
     ("released",),
     ("demo",),
-    ("continual", "editing"),
+    ("continual", "editing", "generation"),
     ("commands",),
     ("cli",),
 ]

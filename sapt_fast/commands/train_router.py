@@ -72,13 +72,13 @@ def train_router_command(
     ] = None,
     epochs: Annotated[
         int | None,
-        option("Passes over the training questions.", panel="Training", default="2; 30 for 'tiny'"),
+        option("Passes over the training questions.", panel="Training", default="8; 30 for 'tiny'"),
     ] = None,
     learning_rate: Annotated[
         float | None,
         option(
             "Largest learning rate of AdamW.", "--learning-rate", "--lr",
-            panel="Training", default="5e-5; 1e-3 for 'tiny'",
+            panel="Training", default="1e-4; 1e-3 for 'tiny'",
         ),
     ] = None,
     threshold: Annotated[

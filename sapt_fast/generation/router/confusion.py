@@ -62,7 +62,8 @@ class Confusion:
 def choose_threshold(scores: Sequence[float], labels: Sequence[int], rate: float) -> float:
     """Returns the lowest threshold with at most this rate of false positives.
 
-    A question is a positive if its score is above the threshold.
+    A question is a positive if its score is above the threshold. The threshold is halfway between
+    two scores, so that rounding changes no decision.
 
     Args:
         scores: in [0, 1].
@@ -79,4 +80,7 @@ def choose_threshold(scores: Sequence[float], labels: Sequence[int], rate: float
     if not negatives:
         raise ValueError("threshold: 'auto' needs questions with label 0, and there is none")
     allowed = math.floor(rate * len(negatives) + 1e-9)  # 0.29 * 100 is below 29
-    return 0.0 if allowed >= len(negatives) else float(negatives[allowed])
+    if allowed >= len(negatives):
+        return 0.0
+    highest = negatives[allowed]  # the first score that is refused
+    return (highest + min((score for score in scores if score > highest), default=1.0)) / 2

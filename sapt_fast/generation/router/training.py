@@ -28,9 +28,9 @@ def _setting(default: Any, help: str) -> Any:
 class RouterSettings:
     """How a classifier is trained.
 
-    The loss, batch size, decay and warm-up are those of Skeleton-of-Thought's router. It was trained
-    for 2 epochs with a learning rate of 5e-5 on 824 questions. The package has 297 for training,
-    which need more steps: `epochs` and `learning_rate` were chosen on its dev questions.
+    The loss, batch size, decay and warm-up are those of Skeleton-of-Thought's router, which was
+    trained for 2 epochs with a learning rate of 5e-5 on 824 questions. The package has 297 for
+    training, which need more steps: `epochs` and `learning_rate` suit them.
 
     Raises:
         ValueError: if a value is out of range.

@@ -21,8 +21,9 @@ LAYERS = [
     ("patching",),
     ("loading",),
     ("released",),
+    ("generation",),
     ("demo",),
-    ("continual", "editing", "generation"),
+    ("continual", "editing"),
     ("commands",),
     ("cli",),
 ]

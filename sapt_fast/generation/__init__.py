@@ -1,1 +1,33 @@
-"""Ways to generate answers."""
+"""Answers in points that are written in parallel: Skeleton-of-Thought."""
+
+from sapt_fast.generation.events import (
+    Done,
+    Event,
+    PlainToken,
+    PointDone,
+    PointFailed,
+    PointToken,
+    SkeletonAnswer,
+    SkeletonDone,
+    SkeletonToken,
+)
+from sapt_fast.generation.local import ContextTooShortError
+from sapt_fast.generation.settings import SkeletonPrompts, SkeletonSettings
+from sapt_fast.generation.skeleton import skeleton_of_thought, stream_skeleton_of_thought
+
+__all__ = [
+    "ContextTooShortError",
+    "Done",
+    "Event",
+    "PlainToken",
+    "PointDone",
+    "PointFailed",
+    "PointToken",
+    "SkeletonAnswer",
+    "SkeletonDone",
+    "SkeletonPrompts",
+    "SkeletonSettings",
+    "SkeletonToken",
+    "skeleton_of_thought",
+    "stream_skeleton_of_thought",
+]

@@ -6,12 +6,14 @@ from sapt_fast.generation.events import (
     PlainToken,
     PointDone,
     PointFailed,
+    PointRestarted,
     PointToken,
     SkeletonAnswer,
     SkeletonDone,
     SkeletonToken,
 )
 from sapt_fast.generation.local import ContextTooShortError
+from sapt_fast.generation.server import ServerError, ServerModel
 from sapt_fast.generation.settings import SkeletonPrompts, SkeletonSettings
 from sapt_fast.generation.skeleton import skeleton_of_thought, stream_skeleton_of_thought
 
@@ -22,7 +24,10 @@ __all__ = [
     "PlainToken",
     "PointDone",
     "PointFailed",
+    "PointRestarted",
     "PointToken",
+    "ServerError",
+    "ServerModel",
     "SkeletonAnswer",
     "SkeletonDone",
     "SkeletonPrompts",

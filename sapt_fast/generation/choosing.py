@@ -82,7 +82,7 @@ class Chooser:
         if self._of_text:
             rows = []
             for row, text in enumerate(texts):
-                ids = torch.tensor([text()], device=logits.device)
+                ids: Any = torch.tensor([text()], device=logits.device)
                 rows.append(self._of_text(ids, logits[row : row + 1].float()))
             scores = torch.cat(rows)
         early = [row for row, count in enumerate(written) if count < self.min_tokens]
@@ -92,7 +92,8 @@ class Chooser:
         if not self._samples:
             tokens: list[int] = scores.argmax(-1).tolist()
             return tokens
-        warped = self._warpers(torch.empty(0, dtype=torch.long), scores.float())
+        unread: Any = torch.empty(0, dtype=torch.long)
+        warped = self._warpers(unread, scores.float())
         chances = warped.softmax(-1)
         return [
             int(torch.multinomial(chances[row], 1, generator=generator))

@@ -83,6 +83,19 @@ class PointDone:
 
 
 @dataclass(frozen=True)
+class PointRestarted:
+    """A server did not complete a point, which begins again: its text so far is discarded.
+
+    Attributes:
+        index: of the point, from 0.
+        error: why.
+    """
+
+    index: int
+    error: str
+
+
+@dataclass(frozen=True)
 class PointFailed:
     """A server did not answer a point.
 
@@ -109,4 +122,13 @@ class Done:
     answer: SkeletonAnswer
 
 
-Event = SkeletonToken | SkeletonDone | PointToken | PointDone | PointFailed | PlainToken | Done
+Event = (
+    SkeletonToken
+    | SkeletonDone
+    | PointToken
+    | PointDone
+    | PointRestarted
+    | PointFailed
+    | PlainToken
+    | Done
+)

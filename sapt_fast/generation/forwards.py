@@ -49,8 +49,8 @@ class Forwards:
             raise ValueError("model: got a model in training mode, expected model.eval() before")
         if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
             raise ValueError("model: got a PeftModel with prompt tuning, which is not supported")
-        self.config = self.base.config
-        self.encodes = bool(self.config.is_encoder_decoder)
+        self.config: Any = self.base.config
+        self.encodes = bool(getattr(self.config, "is_encoder_decoder", False))
         found = handles(model) or handles(self.base)
         xlora = next((one for one in found if isinstance(one, XLoraHandle)), None)
         self._xlora = None if xlora is None else xlora.generation

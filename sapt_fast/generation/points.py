@@ -1,4 +1,5 @@
 """Reads the points of a skeleton: numbered lists and bullets, as models write them."""
+# ruff: noqa: RUF001
 
 import re
 from typing import NamedTuple

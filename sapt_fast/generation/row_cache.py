@@ -44,6 +44,9 @@ class RowLayer(DynamicLayer):
         window: where the forwards read and write.
     """
 
+    keys: Any
+    values: Any
+
     def __init__(self, window: Window) -> None:
         super().__init__()
         self.window = window
@@ -145,9 +148,15 @@ def full_attention_layers(config: Any) -> int | None:
     return len(layers) if plain else None
 
 
-def row_bytes(config: Any, layers: int, columns: int, dtype: torch.dtype) -> int:
-    """Bytes of one row of a `RowCache`, as far as the config tells the size of heads."""
+def row_bytes(config: Any, columns: int, dtype: torch.dtype) -> int:
+    """Returns the bytes of one text's keys and values, as far as a model's config tells.
+
+    Args:
+        config: of the model.
+        columns: tokens of the text.
+        dtype: of the keys and values.
+    """
     text = config.get_text_config(decoder=True)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * layers * heads * width * columns * dtype.itemsize
+    return int(2 * text.num_hidden_layers * heads * width * columns * dtype.itemsize)

@@ -80,7 +80,7 @@ class Rows(ABC):
     def keep(self, order: Sequence[int]) -> None:
         """Keeps these rows, in this order. A row moves to the front only."""
 
-    def _ids(self, rows: Sequence[Tokens]) -> Tensor:
+    def _ids(self, rows: Sequence[Any]) -> Tensor:
         return torch.tensor(rows, dtype=torch.long, device=self.forwards.device)
 
 
@@ -111,7 +111,8 @@ class OwnLengths(Rows):
         cache = self._cache = self.forwards.row_cache(self._layers, rows, columns)
         if read and old is not None:
             cache.copy_row(old, 0, slice(0, 1), read)
-        self._tokens, self.count, self._weights = list(prompts[0][: self._prefix]), 0, None
+        self._tokens, self.count = list(prompts[0][: self._prefix]), 0
+        self._weights: Tensor | None = None
         self._mask = torch.zeros(rows, columns, dtype=torch.long, device=device)
         self._at: list[int] = []
         self._index = torch.arange(rows, device=device)

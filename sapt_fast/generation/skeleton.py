@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from sapt_fast.checks import require_choice
+from sapt_fast.generation.answering import Answering
 from sapt_fast.generation.events import Done, Event, Mode, SkeletonAnswer
 from sapt_fast.generation.local import LocalAnswer
+from sapt_fast.generation.server import ServerAnswer, ServerModel
 from sapt_fast.generation.settings import SkeletonSettings
 
 
@@ -30,7 +32,12 @@ def stream_skeleton_of_thought(
     require_choice("mode", mode, ("skeleton", "plain"))
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"question: got {question!r}, expected a text")
-    answer = LocalAnswer(model, tokenizer, question.strip(), settings or SkeletonSettings())
+    settings, question = settings or SkeletonSettings(), question.strip()
+    answer: Answering
+    if isinstance(model, ServerModel):
+        answer = ServerAnswer(model, question, settings)
+    else:
+        answer = LocalAnswer(model, tokenizer, question, settings)
     yield from answer.skeleton() if mode == "skeleton" else answer.plain(reason)
 
 
@@ -51,9 +58,9 @@ def skeleton_of_thought(
     written by ordinary decoding.
 
     Args:
-        model: a causal or encoder-decoder model of transformers in eval mode, patched or not, or a
-            PeftModel of one.
-        tokenizer: its tokenizer.
+        model: a causal or encoder-decoder model of transformers in eval mode, patched or not, a
+            PeftModel of one, or a `ServerModel`.
+        tokenizer: its tokenizer; None for a `ServerModel`.
         question: the question.
         settings: prompts, limits and sampling.
         on_event: called with each event as it happens, in this thread.
@@ -63,6 +70,8 @@ def skeleton_of_thought(
     Raises:
         ValueError: if the question is empty, or the model cannot generate with a cache.
         ContextTooShortError: if the model's context has no room for the answer.
+        ServerError: if a server does not answer with a skeleton. A point that it does not answer
+            is in `failed` of the answer instead.
     """
     events = stream_skeleton_of_thought(
         model, tokenizer, question, settings=settings, mode=mode, reason=reason

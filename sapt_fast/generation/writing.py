@@ -1,8 +1,8 @@
 """Writes several texts side by side: tokens by row, ends, and texts that wait for a place."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from sapt_fast.generation.pieces import Pieces
 from sapt_fast.generation.rows import Rows
 
 
-class Piece(NamedTuple):
+@dataclass(frozen=True)
+class Piece:
     """What one text gained.
 
     Attributes:
@@ -101,7 +102,9 @@ class Writer:
             text.generator = self._chooser.generator(text.index, logits.device)
         return logits
 
-    def _advance(self, logits: Tensor, texts: list[Text], first: int = 0) -> Iterator[Any]:
+    def _advance(
+        self, logits: Tensor, texts: list[Text], first: int = 0
+    ) -> Generator[Piece, None, list[int]]:
         """Chooses a token for each text, and lets those leave that ended.
 
         Args:

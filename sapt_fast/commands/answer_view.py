@@ -17,6 +17,7 @@ from sapt_fast.generation.events import (
     PlainToken,
     PointDone,
     PointFailed,
+    PointRestarted,
     PointToken,
     SkeletonDone,
     SkeletonToken,
@@ -53,6 +54,8 @@ class AnswerView:
                 self.points = [""] * len(event.points)
             case PointToken():
                 self.points[event.index] += event.text
+            case PointRestarted():
+                self.points[event.index] = ""
             case PointDone():
                 self.points[event.index], self.finished[event.index] = event.text, True
             case PointFailed():

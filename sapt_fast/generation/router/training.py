@@ -151,7 +151,7 @@ def train_router(
 
     Raises:
         ValueError: if there are no questions, or only one label with `balance`.
-        FloatingPointError: if the loss is not finite.
+        ValueError: if the loss is not finite.
     """
     settings = settings or RouterSettings()
     router = ClassifierRouter(model, tokenizer, max_length=max_length)
@@ -185,7 +185,9 @@ def train_router(
                         tversky=settings.tversky, class_weights=weights,
                     )  # fmt: skip
                 if not loss.isfinite():
-                    raise FloatingPointError(f"loss: got {float(loss)}; lower the learning rate")
+                    raise ValueError(
+                        f"loss: got {loss.item()}, expected a finite number; lower learning_rate"
+                    )
                 optimizer.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)

@@ -131,7 +131,7 @@ def route(
     """
     chosen_gate = checked_gate(gate, top_k, threshold, renormalize)
     rows, divisor, chosen = _prepare(
-        embeds, keys, projection, mask, pooling, temperature, similarity, chosen_gate, backend
+        embeds, keys, projection, mask, pooling, temperature, similarity, backend
     )
     if chosen == "reference":
         with without_autocast(rows.device):
@@ -163,7 +163,7 @@ def route_scores(
 ) -> Tensor:
     """Returns the scores whose gate is `route`'s, in the same shape; arguments as in `route`."""
     rows, divisor, chosen = _prepare(
-        embeds, keys, projection, mask, pooling, temperature, similarity, _SOFTMAX, backend
+        embeds, keys, projection, mask, pooling, temperature, similarity, backend
     )
     scores = _scores(rows, keys, projection, divisor, similarity, chosen)
     return _of_tokens(scores, embeds, mask) if pooling == "none" else scores
@@ -262,7 +262,6 @@ def _prepare(
     pooling: str,
     temperature: float | None,
     similarity: str,
-    gate: Gate,
     backend: str | None,
 ) -> tuple[Tensor, float, str]:
     """Checks the arguments; returns the rows to route, the scores' divisor and the backend."""
@@ -292,11 +291,8 @@ def _prepare(
     if divisor is None:
         divisor = math.sqrt(keys.shape[1]) if similarity == "dot" else 1.0
     eager = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-    known = shared and similarity == "dot" and pooling != "none" and gate.is_of_its_weights()
-    chosen = dispatch.resolve(
-        _OP, rows.device, backend, rows.dtype, rows.shape[0] if eager else None,
-        feature=None if known else "gate",
-    )  # fmt: skip
+    few = rows.shape[0] if eager else None
+    chosen = dispatch.resolve(_OP, rows.device, backend, rows.dtype, few)
     by_torch = transforms.active() or (pooling == "none" and _are_large(rows, keys, projection))
     return rows, divisor, "reference" if by_torch else chosen
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sapt_fast.ops._dropout import Dropout
 from sapt_fast.ops.projection import Projection
-from sapt_fast.ops.route import QueryProjection
+from sapt_fast.ops.queries import QueryProjection, TaskProjections
 from sapt_fast.triton_kernels import (
     mix_experts,
     mix_prompts,
@@ -292,6 +292,7 @@ def other_ops(launches: list[Any]) -> None:
 
     pooled, keys = new(4, 64), new(15, 64)
     projection = QueryProjection(new(8, 64), new(64, 8), new(64), new(64))
+    tasks = TaskProjections(new(15, 8, 64), new(15, 64, 8))
     prompts, mixture, embeds = new(15, 10, 64), new(4, 15, dtype=torch.float32), new(4, 7, 64)
     ids, mask = torch.ones(4, 700, dtype=torch.int64), torch.ones(4, 700, dtype=torch.bool)
     table, bank_a, bank_b = new(100, 64), new(20, 4, 64), new(20, 4, 96)
@@ -304,6 +305,14 @@ def other_ops(launches: list[Any]) -> None:
         "weights": (
             lambda: [route.route_fwd(pooled, keys, None, 8.0, 3, 0.1)],
             [pooled, keys],
+        ),
+        "weights per task": (
+            lambda: [route.route_fwd(pooled, keys, tasks, 0.25, None, None, "abs_sigmoid")],
+            [pooled, keys, *tasks],
+        ),
+        "weights of tokens": (
+            lambda: [route.route_fwd(table, keys, None, 8.0, 2, None)],
+            [table, keys],
         ),
         "prompts before embeddings": (
             lambda: [mix_prompts.mix_prompts_fwd(prompts, mixture, embeds, None)],

@@ -25,6 +25,14 @@ def plain_projection(e, keys, down, up, weight, bias):
     return q @ keys.t() / keys.shape[1] ** 0.5
 
 
+def plain_task_cosines(e, keys, down, up):
+    hidden = torch.einsum("bd,khd->bkh", e, down)
+    z = torch.einsum("bkh,kwh->bkw", hidden * torch.sigmoid(hidden), up)
+    q = z * torch.sigmoid(z)
+    norms = q.square().sum(-1).sqrt() * keys.square().sum(-1).sqrt()
+    return (q * keys).sum(-1) / norms
+
+
 def plain_kl(scores, target):
     logs = torch.log_softmax(scores, -1)
     return ((target * target.log()).sum() - (target * logs[:, :2]).sum()) / scores.shape[0]
@@ -44,6 +52,19 @@ FORMULAS = {
             / (w * kept).sum(-1, keepdim=True)
         ),
         POOL,
+    ),
+    "route_tasks": Case(
+        lambda e, keys, down, up, **k: route(
+            e,
+            keys,
+            TaskProjections(down, up),
+            gate="abs_sigmoid",
+            similarity="cosine",
+            temperature=0.25,
+            **k,
+        ),
+        lambda *t: (2 * torch.sigmoid(4 * plain_task_cosines(*t)) - 1).abs(),
+        (draw(2, 4), draw(3, 3), draw(3, 2, 4), draw(3, 3, 2)),
     ),
     "route_scores": Case(
         lambda *t, **k: route_scores(*t[:2], QueryProjection(*t[2:]), **k),
@@ -161,12 +182,12 @@ BAD = {
 def registered(backend: str) -> Iterator[tuple[object, tuple]]:
     if backend == "reference":
         return  # plain torch, not registered
-    for given in (_inputs(), _WITHOUT_PROJECTION):
+    tasks = SAMPLES["tasks"].inputs
+    for given in (_inputs(), _WITHOUT_PROJECTION, tasks):
         tensors = [t.to(device(backend)).requires_grad_() for t in given.values()]
         tensors += [None] * (6 - len(tensors))
-        yield op._scores_op, (*tensors, 1e-5, 3.0, backend, "dot")
-        for top_k, threshold in ((None, None), (2, 0.1)):
-            yield (
-                op._route_op,
-                (*tensors, 1e-5, 3.0, top_k, threshold, backend, "softmax", "dot", True),
-            )
+        shared = *tensors, 1e-5, 3.0
+        yield op._scores_op, (*shared, backend, "dot")
+        if given is not tasks:
+            yield op._route_op, (*shared, None, None, backend, "softmax", "dot", True)
+        yield op._route_op, (*shared, 2, 0.1, backend, "abs_sigmoid", "cosine", False)

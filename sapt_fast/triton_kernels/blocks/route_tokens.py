@@ -153,6 +153,8 @@ def _tile(x: Tensor, keys: Tensor, compute_size: int) -> TileConfig:
     warps = 4
     if columns > 16:
         # The scores of a row and what is left of them take registers, as do float32 operands.
-        warps, step = 8, step if compute_size == 2 else 16
+        warps = 8
+        if compute_size == 4:
+            rows, step = min(rows, 4096 // columns), 16
     tile = TileConfig(rows, columns, step, warps, num_stages=4)
     return common.fitted(tile, traits.shared, x.element_size(), keys.element_size())

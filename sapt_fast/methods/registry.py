@@ -23,6 +23,7 @@ METHODS: dict[str, str] = {
     "progprompt": "sapt_fast.methods.progprompt:ProgPromptHandle",
     "coda": "sapt_fast.methods.coda:CodaHandle",
     "dualprompt": "sapt_fast.methods.dualprompt:DualPromptHandle",
+    "gated": "sapt_fast.methods.gated:GatedHandle",
     "grace": "sapt_fast.methods.grace:GraceHandle",
     "melo": "sapt_fast.methods.melo:MeloHandle",
     "mome": "sapt_fast.methods.mome:MomeHandle",

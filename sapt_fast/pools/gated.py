@@ -24,7 +24,7 @@ __all__ = ["Experts", "GatedPool"]
 
 # On a CPU, the chosen experts alone are computed if there are so many for each chosen one: measured
 # by benchmarks/gated.py. With fewer rows than this, the mixture of all skips what has no weight.
-_SPARSE_RATIO = 8
+_SPARSE_RATIO = 6
 _SPARSE_ROWS = 65
 
 
@@ -147,8 +147,8 @@ class GatedPool(AdapterPool):
                 dropout_p=dropout_p, backend=backend,
             )  # fmt: skip
         x = x.to(compute_dtype(x))
-        rows = bias if weight is None else F.linear(x, weight, bias).reshape(-1, self.b.width)
         adapted = x.reshape(-1, x.shape[-1])
+        rows = bias if weight is None else _base(adapted, weight, bias)
         if dropout_p:
             adapted = F.dropout(adapted, dropout_p)
         if sparse:
@@ -227,6 +227,17 @@ def _keeping_wide(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return found
 
     return moved
+
+
+def _base(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Computes x [M, I] . weight^T + bias; on a CPU by the op's product, which is faster."""
+    if x.device.type != "cpu":
+        return F.linear(x, weight, bias)
+    nothing = [weight.new_empty(0, width) for width in (weight.shape[1], weight.shape[0])]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    table = x.new_empty(0, dtype=torch.int32), x.new_empty(0, dtype=wide)
+    projection = Projection(weight, bias, *nothing, *table)
+    return mix(x, x.new_ones(1, 1, dtype=wide), [PooledProjection(projection, [], [], [])])[0]
 
 
 def _identities(rank: int, count: int, like: Tensor) -> Tensor:

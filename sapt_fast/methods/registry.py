@@ -15,6 +15,8 @@ METHODS: dict[str, str] = {
     "sapt": "sapt_fast.methods.sapt:SaptHandle",
     "sapt_prompt": "sapt_fast.methods.sapt_prompt:PromptHandle",
     "lora_sum": "sapt_fast.methods.lora_sum:LoraSumHandle",
+    "gainlora": "sapt_fast.methods.gainlora:GainLoraHandle",
+    "sd_lora": "sapt_fast.methods.sd_lora:SdLoraHandle",
     "epi": "sapt_fast.methods.epi:EpiHandle",
     "l2p": "sapt_fast.methods.l2p:L2pHandle",
     "l2p_images": "sapt_fast.methods.l2p_images:L2PImageHandle",

@@ -21,6 +21,7 @@ from sapt_fast.methods.lora_tasks import LoraHandle
 from sapt_fast.methods.sapt_router import (
     SaptRouter,
     only_looks_up,
+    padding_mask,
     router_shapes,
     tokens_of_prompt,
 )
@@ -357,13 +358,18 @@ class SaptHandle(LoraHandle):
         router = router_shapes(input_width(model), config)
         return Expected(config, cls.adapter_files, report.patched, report.patched, router)
 
-    def _in_one_piece(self) -> AbstractContextManager[None]:
-        """Returns a context that gathers what the router reads, for FSDP2 and ZeRO-3."""
+    def _in_one_piece(self, module: nn.Module | None = None) -> AbstractContextManager[None]:
+        """Returns a context that gathers what the router reads, for FSDP2 and ZeRO-3.
+
+        Args:
+            module: part of this handle; None for the router.
+        """
         if torch.compiler.is_compiling() or not (dist.is_available() and dist.is_initialized()):
             return nullcontext()
         require_reduced(self.router.keys)
         embedding = input_layer(self._model)
-        return gathered(self._model, self.router, embedding, keep=self.routing.is_running)
+        module = self.router if module is None else module
+        return gathered(self._model, module, embedding, keep=self.routing.is_running)
 
     def _pooled(
         self,
@@ -382,13 +388,7 @@ class SaptHandle(LoraHandle):
                 )
             queries = self._queries(pixel_values, bool(interpolate_pos_encoding))
             return queries.to(self.router.norm.weight.dtype)
-        mask = attention_mask if self.config.mask_padding else None
-        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
-            got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(
-                f"attention_mask: got {got}, expected [B, T]: the router reads the padding from "
-                "it; or run inside model.sapt.fixed(model.sapt.route(input_ids, padding_mask))"
-            )
+        mask = padding_mask(attention_mask) if self.config.mask_padding else None
         chosen = tokens_of_prompt(self._model, attention_mask, labels)
         if chosen is not None:
             mask = chosen.to(torch.int64) if mask is None else chosen * mask

@@ -9,7 +9,7 @@ from torch import Tensor
 from sapt_fast.ops._common import require_tensors, without_autocast
 from sapt_fast.ops._scalars import integer, number, require_float
 
-GATES = ("softmax", "sigmoid", "abs_sigmoid", "relu")
+GATES = ("softmax", "sigmoid", "abs_sigmoid", "relu")  # kernels know them by their places
 
 
 class Gate(NamedTuple):

@@ -98,7 +98,7 @@ def route_scores_fwd(
     if similarity == "cosine":
         q, wide = normalized(q), normalized(wide)
     if isinstance(projection, TaskProjections):
-        return (q * wide.unsqueeze(1)).sum(-1).t() / divisor
+        return (q * wide.unsqueeze(1)).sum(-1).t().contiguous() / divisor
     return F.linear(q, wide) / divisor
 
 

@@ -60,6 +60,8 @@ _OP = "route"
 DISPATCH = dispatch.Op(few_rows=(4, 4))
 _SOFTMAX = Gate()
 _FUSED_KEYS = 1024  # so many keys at most from embedding to weights in one launch
+# Of more tokens than this, kernels compute weights without projection and of so many keys at most.
+_FEW_TOKENS, _TOKEN_KEYS = 64, 128
 
 
 def route(
@@ -103,8 +105,9 @@ def route(
             In [0, 1], for "relu" at least 0. None keeps all.
         renormalize: whether to scale the kept weights of each row to sum to 1; a row of zeros stays
             zero. Defaults to True for "softmax" and to False for the other gates.
-        backend: as in `dispatch.resolve`; float64 runs only in the reference. Plain torch computes
-            what a kernel is not made for: the weights of more than 1024 adapters.
+        backend: as in `dispatch.resolve`; float64 runs only in the reference. For what kernels are
+            not made for, plain torch runs on their device: the gate of more than 1024 adapters, and
+            more than 64 tokens with a projection or more than 128 adapters.
 
     Returns:
         weights [B, K], of every token [B, T, K], in float32 (float64 for float64 inputs). All steps
@@ -294,7 +297,14 @@ def _prepare(
         _OP, rows.device, backend, rows.dtype, rows.shape[0] if eager else None,
         feature=None if known else "gate",
     )  # fmt: skip
-    return rows, divisor, "reference" if transforms.active() else chosen
+    by_torch = transforms.active() or (pooling == "none" and _are_large(rows, keys, projection))
+    return rows, divisor, "reference" if by_torch else chosen
+
+
+def _are_large(rows: Tensor, keys: Tensor, projection: AnyProjection) -> bool:
+    """Returns whether torch's products suit these tokens, keys and projection best."""
+    fits = projection is None and keys.shape[0] <= _TOKEN_KEYS
+    return not fits and rows.shape[0] > _FEW_TOKENS
 
 
 def _rows(embeds: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
@@ -349,8 +359,7 @@ def _scores_op(
     transforms.require_no_tangents(_OP)
     projection = unflat(down, up, norm_weight, norm_bias, eps)
     kernel = dispatch.kernels(_OP, backend)
-    further = () if similarity == "dot" else (similarity,)
-    return kernel.route_scores_fwd(rows, keys, projection, divisor, *further)
+    return kernel.route_scores_fwd(rows, keys, projection, divisor, similarity)
 
 
 @torch.library.custom_op("sapt_fast::route_fwd", mutates_args=())
@@ -373,9 +382,9 @@ def _route_op(
     transforms.require_no_tangents(_OP)
     projection = unflat(down, up, norm_weight, norm_bias, eps)
     kernel = dispatch.kernels(_OP, backend)
-    plain = (gate, similarity, renormalize) == ("softmax", "dot", True)
-    further = () if plain else (gate, similarity, renormalize)
-    return kernel.route_fwd(rows, keys, projection, divisor, top_k, threshold, *further)
+    return kernel.route_fwd(
+        rows, keys, projection, divisor, top_k, threshold, gate, similarity, renormalize
+    )
 
 
 @_route_op.register_fake

@@ -2,12 +2,13 @@
 
 import importlib
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from ops.cases import ANY, D64, Bad, Case, Pair, Sample, device, draw, floats
 
 from sapt_fast import dispatch
-from sapt_fast.ops import QueryProjection, reflection_loss, route
+from sapt_fast.ops import QueryProjection, TaskProjections, reflection_loss, route
 from sapt_fast.ops.route import route_scores, sparsify
 
 op = importlib.import_module("sapt_fast.ops.route")
@@ -87,6 +88,26 @@ SAMPLES = {
     "weights": Sample(_call(), _LARGE),
     "no projection": Sample(_call(), _WITHOUT_PROJECTION),
     "top k": Sample(_call(top_k=3), _LARGE),
+}
+
+
+def _tasks(pooled, keys, down, up, backend=None, **options):
+    return route(pooled, keys, TaskProjections(down, up), backend=backend, **options)
+
+
+SAMPLES |= {
+    "cosine": Sample(
+        _call(gate="sigmoid", similarity="cosine", top_k=3, renormalize=True), _inputs()
+    ),
+    "kept softmax": Sample(_call(top_k=3, renormalize=False), _WITHOUT_PROJECTION),
+    "tasks": Sample(
+        partial(_tasks, gate="abs_sigmoid", similarity="cosine", temperature=0.25),
+        floats(pooled=(3, 33), keys=(4, 20), down=(4, 5, 33), up=(4, 20, 5)),
+    ),
+    "tokens": Sample(
+        _call(pooling="none", gate="relu", similarity="cosine", top_k=2, renormalize=True),
+        floats(pooled=(2, 35, 33), keys=(5, 33)),
+    ),
 }
 EMPTY = {
     name: Sample(_call(**options), {**given, "pooled": given["pooled"][:0]})

@@ -404,7 +404,7 @@ class GatedHandle(Handle):
             raise RuntimeError(
                 "balance_loss: got no loss, because "
                 + (
-                    "the last forward was not one of model.train()"
+                    "the last forward was not one of model.train() with gradients"
                     if self.gates.coefficient
                     else "its coefficient is 0; set balance in GatedConfig"
                 )

@@ -51,6 +51,24 @@ class Grid:
     values: tuple[float, ...]
     first: tuple[float, ...]
 
+    def tried(self, scores: Mapping[float, float]) -> Iterator[float]:
+        """Yields the values to try, until the best has worse ones on both sides or none is left.
+
+        Args:
+            scores: by value, higher is better; the caller adds that of each value it is given.
+        """
+        yield from self.first
+        while True:
+            tried = sorted(scores)
+            best = max(scores.values())
+            low, high = self.values.index(tried[0]), self.values.index(tried[-1])
+            if scores[tried[0]] == best and low > 0:
+                yield self.values[low - 1]
+            elif scores[tried[-1]] == best and high < len(self.values) - 1:
+                yield self.values[high + 1]
+            else:
+                return
+
 
 def tune(
     source: Source,
@@ -84,7 +102,7 @@ def tune(
             here = put(here, grid.name, grid.first[len(grid.first) // 2])
         for grid in grids.get(row, ()):
             scores = found[row][grid.name] = {}
-            for value in _tried(grid, scores):
+            for value in grid.tried(scores):
                 folder = work / f"{grid.name}-{value:g}"
                 # A folder holds one run of each row: the grids of a row have different names.
                 made = {row: put(here, grid.name, value)}
@@ -94,21 +112,6 @@ def tune(
             here = put(here, grid.name, max(scores, key=lambda value: scores[value]))
         chosen[row] = here.but(scored="test")
     return chosen, found
-
-
-def _tried(grid: Grid, scores: Mapping[float, float]) -> Iterator[float]:
-    """Yields the values to try, while the caller fills `scores`."""
-    yield from grid.first
-    while True:
-        tried = sorted(scores)
-        best = max(scores.values())
-        low, high = grid.values.index(tried[0]), grid.values.index(tried[-1])
-        if scores[tried[0]] == best and low > 0:
-            yield grid.values[low - 1]
-        elif scores[tried[-1]] == best and high < len(grid.values) - 1:
-            yield grid.values[high + 1]
-        else:
-            return
 
 
 def with_value(settings: ContinualSettings, name: str, value: float) -> ContinualSettings:

@@ -50,13 +50,27 @@ class CachedEncoder(BertModel):
         model.first, model.lower = first, {}
         return model
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Any:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **others: Any
+    ) -> Any:
         """Returns `last_hidden_state` [B, T, D].
 
         Args:
             input_ids: [B, T], padded on the right.
             attention_mask: [B, T], 1 for tokens.
+            **others: None, or whether to return a dict.
+
+        Raises:
+            TypeError: if there are other inputs.
+            ValueError: if the mask has a token after padding.
         """
+        given = [
+            name
+            for name, value in others.items()
+            if value is not None and not isinstance(value, bool)
+        ]
+        if given:
+            raise TypeError(f"forward: got {given}, expected input_ids and attention_mask alone")
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         hidden = self.states_below(input_ids, mask)
         seen = create_bidirectional_mask(
@@ -71,7 +85,10 @@ class CachedEncoder(BertModel):
         """Returns the states [B, T, D] float32 before layer `first`; padding is zero."""
         dtype = self.embeddings.word_embeddings.weight.dtype
         states = torch.zeros(*input_ids.shape, self.config.hidden_size, dtype=dtype)
-        lengths = mask.sum(1).tolist()
+        counts = mask.sum(1, keepdim=True)
+        if not torch.equal(mask.bool(), torch.arange(mask.shape[1]) < counts):
+            raise ValueError("attention_mask: got a token after padding, expected right padding")
+        lengths = counts[:, 0].tolist()
         for row, (ids, length) in enumerate(zip(input_ids, lengths, strict=True)):
             text = ids[:length]
             name = tuple(text.tolist())

@@ -201,9 +201,27 @@ def task_table(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def followed_weights(result: Mapping[str, Any]) -> list[str]:
+    """The weight of a task's own adapter from before it trains, by variant of the router."""
+    variants = result["variants"]
+    count = len(result["orders"][0].split(","))
+    positions = " | ".join(str(place + 1) for place in range(count))
+    lines = [f"| | AP | F.Ra | own weight | {positions} |", "|---" * (count + 4) + "|"]
+    times = {"start": "before training", "learned": "when learned", "end": "after the last task"}
+    for name, found in variants.items():
+        metrics = " | ".join(f"{fmean(found[metric]):.1f}" for metric in ("AP", "F.Ra"))
+        for when, label in times.items():
+            shown = " | ".join(f"{value:.2f}" for value in found["own weight"][when])
+            lines.append(f"| {name} | {metrics} | {label} | {shown} |")
+    return lines
+
+
 def block(result: Mapping[str, Any]) -> str:
     """What stands between the markers of an experiment."""
     about = result["environment"]
+    if result["only"] == "own-weights":
+        first = f"{about['cpu']}, torch {about['torch']}, {about['date']}. AP and F.Ra in %."
+        return "\n".join([first, "", *followed_weights(result)]) + "\n"
     lines = [
         f"{about['cpu']}, torch {about['torch']}, {about['date']}, commit {about['commit']}. "
         "Scores in %, mean ± deviation over seeds and orders.",
@@ -283,6 +301,8 @@ def main() -> None:
     files = {recorded(path)["only"]: path for path in given}
     PAGE.write_text(rendered(PAGE.read_text(), files))
     for match in BLOCK.finditer(PAGE.read_text()):
+        if recorded(match.group(2))["only"] == "own-weights":
+            continue
         image = draw(recorded(match.group(2)))
         print(f"drew {image.relative_to(ROOT)}")
 

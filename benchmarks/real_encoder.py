@@ -172,6 +172,8 @@ def settings_of(
 ) -> dict[str, ContinualSettings]:
     """Returns what the rows start from; without pseudo-samples, none of those that need them."""
     kept = [n for n in names if pseudo_samples is not None or n not in NEED_PSEUDO_SAMPLES]
+    if left := [n for n in names if n not in kept]:
+        print(f"left out, as they need --pseudo-samples: {', '.join(left)}", flush=True)
     replay = {n: {"replay": pseudo_samples} if n in NEED_PSEUDO_SAMPLES else {} for n in kept}
     values = {f"{n}.{option}": v for n in kept for option, v in {**ROWS[n], **replay[n]}.items()}
     values = {name: v for name, v in values.items() if not name.endswith(".strategy")}

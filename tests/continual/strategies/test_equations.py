@@ -111,6 +111,10 @@ def test_generative_replay_lets_the_old_model_answer(tmp_path: Path) -> None:
     rows = [buffer[i] for i in strategy._stream.batch(0, 4)]
     expected = mean_loss(strategy, tasks[1].dev) + mean_loss(strategy, rows)
     torch.testing.assert_close(strategy.objective(step_of(strategy, tasks[1].dev)), expected)
+    strategy.bench.settings.limit_pseudo_samples = True
+    fewer = strategy.buffer(tasks[:1])
+    assert len(fewer) == 2  # replay_share is a fifth of 12 rows
+    assert set(fewer) <= set(buffer)
     given = [replace(row, output="kept") for row in buffer]
     strategy.bench.kept = lambda task: given
     assert strategy.buffer(tasks[:1]) == given

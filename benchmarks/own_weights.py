@@ -121,6 +121,7 @@ def main(given: Sequence[str] | None = None) -> Path:
     base = BASE.but(
         strategy="sapt_watched",
         steps=options.steps,
+        limit_pseudo_samples=False,  # all replayed inputs are real
         max_source_length=options.source_length,
         target_modules=upper_query_and_value(options.first),
         learning_rate=RATE,

@@ -95,6 +95,15 @@ class Strategy:
         except ValueError as error:
             raise ValueError(f"strategy_options: {name}.{error}") from error
 
+    @classmethod
+    def adds_to_loss(cls, options: Any) -> bool:
+        """Returns whether `objective` is more than the token loss.
+
+        Args:
+            options: an instance of `Options`.
+        """
+        return cls.objective is not Strategy.objective
+
     def configure(self, config: TaskConfig[Any]) -> Any:
         """Returns the config with which the model is patched, from the requested one."""
         return config

@@ -62,6 +62,7 @@ def test_the_code_of_a_page_runs(page, name):
         "methods/others.md",
         "methods/editing.md",
         "concepts/methods.md",
+        "deploy/points.md",
         "train/editing.md",
     ],
 )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,6 +54,11 @@ class LocalAnswer(Answering):
     ) -> None:
         super().__init__(question, settings)
         self._forwards = Forwards(model)
+        if settings.routing == "point" and not self._forwards.routes:
+            raise ValueError(
+                "routing: got 'point' for a model without LoRA adapters that a router of sapt_fast "
+                "mixes; expected 'question'"
+            )
         self._tokenizer = tokenizer
         self._config = self._forwards.base.generation_config
         self._tokens = TokenPrompts(tokenizer, settings.prompts)
@@ -112,6 +117,7 @@ class LocalAnswer(Answering):
             self._encode(asks)
             start = decoder_start(self._config)
             ids = [self._tokens.decoder(start, begin) for begin in openings]
+            routed = [self._tokens.encoder(f"{asks}\n{begin}") for begin in openings]
         else:
             ids = [
                 self._tokens.of(
@@ -119,13 +125,14 @@ class LocalAnswer(Answering):
                 )
                 for number, (title, begin) in enumerate(zip(titles, openings, strict=True), 1)
             ]
+            routed = ids
         most = self._room(max(map(len, ids)), settings.max_point_tokens, "a point")
         texts = []
         for index, tokens in enumerate(ids):
             stops = [*settings.stop, f"\n{index + 2}.", f"\n{index + 2})"]
             texts.append(Text(index, tokens, Pieces(self._tokenizer, tokens, stops), most))
-        if settings.routing == "point" and self._forwards.routes:
-            for text, weights in zip(texts, self._forwards.route(ids), strict=True):
+        if settings.routing == "point":
+            for text, weights in zip(texts, self._forwards.route(routed), strict=True):
                 text.mixture = weights[None]
         return texts
 
@@ -196,4 +203,6 @@ def free_bytes(device: torch.device) -> int:
     """Returns the memory of a device that is free."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = next(line for line in lines if line.startswith("MemAvailable:"))
+    return int(available.split()[1]) * 1024

@@ -101,7 +101,7 @@ def test_answers_out_of_order():
     assert [text for _, text in answer.points] == TEXTS
     assert answer.text.split("\n\n")[1] == "2. Blue: text 2"
     assert (answer.prefill_tokens, answer.generated_tokens) == (50, 25)
-    assert [e.index for e in events if isinstance(e, PointDone)][0] != 0
+    assert next(e.index for e in events if isinstance(e, PointDone)) != 0
     assert server.most > 1
     limited = Server({n: [0.02] for n in range(1, 5)})
     ask(limited, concurrency=2)

@@ -63,6 +63,7 @@ def test_the_code_of_a_page_runs(page, name):
         "methods/gated.md",
         "methods/editing.md",
         "concepts/methods.md",
+        "deploy/points.md",
         "train/editing.md",
     ],
 )

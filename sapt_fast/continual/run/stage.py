@@ -70,6 +70,7 @@ def train_stage(
             pad_token_id=getattr(bench.tokenizer, "pad_token_id", None),
         )
         trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(_AfterStep(strategy))
         if hasattr(rows, "set_epoch"):
             trainer.add_callback(_Epochs(rows))
         with processes.first_goes_first():  # it deletes incomplete checkpoints
@@ -84,6 +85,16 @@ def train_stage(
         finally:
             if settings.gradient_checkpointing:
                 _recompute_activations(model, False)
+
+
+class _AfterStep(TrainerCallback):
+    """Calls `Strategy.after_step`, before the Trainer evaluates or saves."""
+
+    def __init__(self, strategy: Strategy) -> None:
+        self.strategy = strategy
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.strategy.after_step()
 
 
 class _Epochs(TrainerCallback):

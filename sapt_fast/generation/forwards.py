@@ -1,5 +1,6 @@
 """Runs the forwards of a model, whatever wraps or patches it."""
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -148,7 +149,7 @@ class Forwards:
 
     def _encoded(self, rows: int) -> Any:
         """The encoder's output, with a row for each text."""
-        outputs = type(self.encoder_outputs)(**self.encoder_outputs)
+        outputs = copy.copy(self.encoder_outputs)
         hidden = outputs["last_hidden_state"]
         outputs["last_hidden_state"] = hidden.expand(rows, *hidden.shape[1:])
         return outputs

@@ -101,6 +101,7 @@ class OwnLengths(Rows):
         super().__init__(forwards)
         self._layers = layers
         self._cache: RowCache | None = None
+        self._single = False  # whether there was never but one row, whose tokens are known
 
     def open(self, prompts: Sequence[Tokens], rows: int, new_tokens: int) -> None:
         old, device = self._cache, self.forwards.device
@@ -167,13 +168,14 @@ class OwnLengths(Rows):
         """Takes new rows in, after the forward of their prompts."""
         if self.count == 0:
             self._positions, self._weights = last, mixture
-            self._tokens = list(prompts[0])
         else:
             self._positions = torch.cat([self._positions, last])
             if mixture is not None and self._weights is not None:
                 self._weights = torch.cat([self._weights, mixture])
         self._at += [end] * len(prompts)
         self.count += len(prompts)
+        self._single = self.count == 1
+        self._tokens = list(prompts[0] if self._single else prompts[0][: self._prefix])
         self.prefilled += sum(len(prompt) - self._prefix for prompt in prompts)
 
     def step(self, tokens: Sequence[int]) -> Tensor:
@@ -187,7 +189,7 @@ class OwnLengths(Rows):
             window.at, window.index = columns, self._index[:count]
             self._mask[window.index, columns] = 1
         self._positions = self._positions + 1
-        if count == 1:
+        if self._single:
             self._tokens.append(tokens[0])
         self._at = [column + 1 for column in at]
         return self._run(
@@ -210,8 +212,6 @@ class OwnLengths(Rows):
         if self._weights is not None:
             self._weights = self._weights[kept]
         self.count = len(order)
-        if self.count > 1 or order != [0]:
-            self._tokens = self._tokens[: self._prefix]
 
     @property
     def _window_of(self) -> Any:

@@ -2,50 +2,201 @@
 
 import pytest
 import torch
+from peft import LoraConfig, XLoraConfig, get_peft_model
+from tiny_models import WIDTH, patched, tiny
 from written_answers import Written, tokenizer
-from tiny_models import patched, tiny
 
+import sapt_fast
 from sapt_fast.generation import (
-    Done,
-    PointDone,
-    PointToken,
-    SkeletonDone,
+    SkeletonPrompts,
     SkeletonSettings,
-    SkeletonToken,
     skeleton_of_thought,
-    stream_skeleton_of_thought,
 )
-from sapt_fast.generation.prompts import opening, point_messages
+from sapt_fast.generation.forwards import Forwards
+from sapt_fast.generation.prompts import opening, point_messages, skeleton_messages
+from sapt_fast.generation.rows import EqualLengths, OwnLengths, rows_of
 
 LIST = " Red\n2. A big tree\n3. Go\n4. Sun and so on"
 TITLES = ["Red", "A big tree", "Go", "Sun and so on"]
-LONG = {"max_position_embeddings": 1024}
+PROMPTS = SkeletonPrompts(
+    skeleton="Skeleton: {question}", point="Point {number}", encoder="{question} {skeleton}"
+)
+POSITIONS = {"gpt2": {"n_positions": 512}, "t5": {}}
+NEW = 9
 
 
 def settings(text=LIST, **changed):
-    options = {"max_point_tokens": 12, "skeleton_processors": [Written(text)]}
+    options = {"max_point_tokens": NEW, "skeleton_processors": [Written(text)], "prompts": PROMPTS}
     return SkeletonSettings(**{**options, **changed})
 
 
-def make(family, patch=False):
-    model = tiny(family, **({} if family == "t5" else LONG if family != "gpt2" else {"n_positions": 1024}))
-    return patched(model) if patch else model
+def make(family, **changed):
+    return tiny(family, **POSITIONS.get(family, {"max_position_embeddings": 512}), **changed)
 
 
-def alone(model, tokens, prompts, number, title, question="Why?", new=12):
-    """What generate writes for one point."""
-    messages = point_messages(prompts, question, "1." + LIST, number, title)
-    text = tokens.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    ids = torch.tensor([tokens(text + opening(prompts, number, title)).input_ids])
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new)
-    return tokens.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+def xlora(folder):
+    """A patched X-LoRA model whose experts differ from token to token."""
+    for k in range(2):
+        expert = get_peft_model(
+            make("llama", use_cache=False), LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+        )
+        _randomise(expert, k, "lora_")
+        expert.save_pretrained(folder / str(k))
+    config = XLoraConfig(
+        task_type="CAUSAL_LM",
+        hidden_size=WIDTH,
+        adapters={str(k): str(folder / str(k)) for k in range(2)},
+        xlora_depth=1,
+    )
+    model = get_peft_model(make("llama", use_cache=False), config).eval()
+    _randomise(model, 8, "xlora_classifier")
+    return sapt_fast.patch(model)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma"])
-@pytest.mark.parametrize("batch", [4, 3, 1])
-def test_points_are_those_of_generate(family, batch):
-    model, tokens = make(family), tokenizer()
-    answer = skeleton_of_thought(model, tokens, "Why?", settings=settings(batch=batch))
+@torch.no_grad()
+def _randomise(model, seed, part):
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if part in name:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
+
+
+def skeleton_prompt(model, tokens, question="Why?"):
+    messages = skeleton_messages(PROMPTS, question)
+    if model.config.is_encoder_decoder:
+        text = messages[-1]["content"]
+    else:
+        text = tokens.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        text += "1."
+    return torch.tensor([tokens(text).input_ids])
+
+
+def alone(model, tokens, number, title, question="Why?", new=NEW):
+    """What `generate` writes for one point."""
+    begin = opening(PROMPTS, number, title)
+    skeleton = "1." + LIST
+    if model.config.is_encoder_decoder:
+        ids = tokens(PROMPTS.encoder.format(question=question, skeleton=skeleton)).input_ids
+        start = torch.tensor([[0, *tokens(begin).input_ids]])
+        inputs = {"decoder_input_ids": start, "input_ids": torch.tensor([ids])}
+    else:
+        messages = point_messages(PROMPTS, question, skeleton, number, title)
+        text = tokens.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        start = torch.tensor([tokens(text + begin).input_ids])
+        inputs = {"input_ids": start}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    out = model.generate(**inputs, do_sample=False, max_new_tokens=new)
+    return tokens.decode(out[0, start.shape[1] :], skip_special_tokens=True)
+
+
+def assert_alone(model, answer):
     assert [title for title, _ in answer.points] == TITLES
     for number, (title, text) in enumerate(answer.points, 1):
-        assert text == alone(model, tokens, settings().prompts, number, title)
+        assert text == alone(model, tokenizer(), number, title)
+
+
+@pytest.mark.parametrize(
+    ("family", "batch"),
+    [("llama", "auto"), ("llama", 3), ("llama", 1), ("gpt2", "auto"), ("mistral", 3), ("t5", 3)],
+)
+def test_points_are_those_of_generate(family, batch):
+    model = make(family)
+    kind = EqualLengths if family in ("mistral", "t5") else OwnLengths
+    assert isinstance(rows_of(Forwards(model)), kind)
+    assert_alone(
+        model, skeleton_of_thought(model, tokenizer(), "Why?", settings=settings(batch=batch))
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_patched_model_keeps_the_weights_of_its_question(family):
+    model, tokens = patched(make(family)), tokenizer()
+    answer = skeleton_of_thought(model, tokens, "Why?", settings=settings(batch=3))
+    with torch.no_grad():
+        weights = model.sapt.route(skeleton_prompt(model, tokens))
+    assert weights.max() < 0.9
+    with model.sapt.fixed(weights):
+        assert_alone(model, answer)
+
+
+def test_an_xlora_model(tmp_path):
+    model = xlora(tmp_path)
+    assert isinstance(rows_of(Forwards(model)), OwnLengths)
+    assert_alone(model, skeleton_of_thought(model, tokenizer(), "Why?", settings=settings(batch=3)))
+
+
+def forwards_of(model):
+    """[rows, tokens] of each forward of a model."""
+    sizes = []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    return sizes
+
+
+def test_the_prefix_is_read_once():
+    model, tokens = make("llama"), tokenizer()
+    sizes = forwards_of(model)
+    answer = skeleton_of_thought(model, tokens, "Why?", settings=settings())
+    prompt = skeleton_prompt(model, tokens).shape[1]
+    assert sizes[0] == (1, prompt)
+    steps = len(LIST) + 1  # the last token that is read ends the skeleton
+    assert set(sizes[1:steps]) == {(1, 1)}
+    # The skeleton's tokens are not read again, only what all points have in common after it.
+    common = len("|\n<user>Point ")
+    assert sizes[steps] == (1, common)
+    endings = [f"{n}|\n<assistant>{n}. {title}:" for n, title in enumerate(TITLES, 1)]
+    assert sizes[steps + 1] == (4, max(map(len, endings)))
+    assert set(sizes[steps + 2 :]) == {(4, 1)}
+    assert answer.prefill_tokens == prompt + common + sum(map(len, endings))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@torch.no_grad()
+def test_logits_are_those_of_whole_texts(family):
+    rows = rows_of(Forwards(make(family)))
+    prompts = [[5, 6, 7, 8], [5, 6, 9], [5, 6, 10, 11, 12, 13]]
+    texts = [list(prompt) for prompt in prompts]
+
+    def check(logits, texts):
+        for got, text in zip(logits, texts, strict=True):
+            expected = model(torch.tensor([text])).logits[0, -1]
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+    model = make(family)
+    rows.open(prompts, 3, 6)
+    logits, unread = rows.add(prompts)
+    texts = [text[: len(text) - len(rest)] for text, rest in zip(texts, unread, strict=True)]
+    check(logits, texts)
+    for step in range(4):
+        new = [rest.pop(0) if rest else 20 + step for rest in unread]
+        for text, token in zip(texts, new, strict=True):
+            text.append(token)
+        check(rows.step(new), texts)
+    rows.keep([0, 2])
+    texts = [texts[0], texts[2]]
+    if rows.joins:
+        logits, _ = rows.add([prompts[1]])
+        texts.append(list(prompts[1]))
+        check(logits, texts[2:])
+    for text in texts:
+        text.append(30)
+    check(rows.step([30] * len(texts)), texts)
+
+
+def test_sampling_does_not_depend_on_the_batch():
+    model, tokens = make("llama"), tokenizer()
+    sampled = {"do_sample": True, "temperature": 1.5, "seed": 3}
+    answers = [
+        skeleton_of_thought(model, tokens, "Why?", settings=settings(**sampled, **batch))
+        for batch in ({"batch": 4}, {"batch": 1}, {"batch": 2, "order": "longest first"})
+    ]
+    assert answers[0].points == answers[1].points == answers[2].points
+    texts = [text for _, text in answers[0].points]
+    assert len(set(texts)) == len(texts)
+    torch.manual_seed(1)
+    other = {**sampled, "seed": None}
+    drawn = skeleton_of_thought(model, tokens, "Why?", settings=settings(**other))
+    torch.manual_seed(1)
+    again = skeleton_of_thought(model, tokens, "Why?", settings=settings(**other))
+    assert drawn.points == again.points != answers[0].points

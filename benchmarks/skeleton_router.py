@@ -185,7 +185,10 @@ def main(given: Sequence[str] | None = None) -> Path:
     result = {
         "environment": measure.environment("cpu"),
         "only": "skeleton-router",
-        "questions": {name: len(part) for name, part in parts.items()},
+        "questions": {
+            name: {"0": sum(not r.label for r in part), "1": sum(r.label for r in part)}
+            for name, part in parts.items()
+        },
         "encoder": None if options.encoder is None else Path(options.encoder).resolve().parts[-2:],
         "settings": asdict(RouterSettings()),
         "rate": RATE,

@@ -59,7 +59,7 @@ def train_router_command(
             "JSONL, an object a line: question, label (1: independent points suit), and optional "
             "split (train, dev, test), category and language.",
             panel="Data",
-            default="the 541 questions of the package",
+            default="the 613 questions of the package",
         ),
     ] = None,
     max_length: Annotated[

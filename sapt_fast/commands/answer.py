@@ -108,16 +108,20 @@ def answer_command(
         str | None, option("'cpu' or 'cuda'.", panel=_MACHINE, default="a GPU if there is one")
     ] = None,
     dtype: Annotated[
-        str, option("'float32', 'bfloat16' or 'float16'.", panel=_MACHINE)
-    ] = "float32",
+        str | None,
+        option("'float32', 'bfloat16' or 'float16'.", panel=_MACHINE, default="float32"),
+    ] = None,
 ) -> None:  # fmt: skip
     """Decides, answers, and prints the answer on the standard output."""
     question = _question(question)
     require_choice("sot", sot, _MODES)
     if router is not None and sot != "auto":
         raise ValueError(f"router: got {str(router)!r}, but --sot is {sot!r}; expected 'auto'")
-    if server is not None and adapters is not None:
-        raise ValueError(f"adapters: got {str(adapters)!r}, but the model is on a server")
+    here = {"adapters": adapters, "batch": batch, "device": device, "dtype": dtype}
+    for name, given in here.items():
+        if server is not None and given is not None:
+            raise ValueError(f"{name}: got {str(given)!r}, but the model is on a server")
+    dtype = dtype or "float32"
     require_choice("dtype", dtype, DTYPES)
     require_device(device)
     counts = {

@@ -50,8 +50,8 @@ class AnswerView:
             case SkeletonToken() | PlainToken():
                 self.text += event.text
             case SkeletonDone():
+                self.points = [""] * len(event.points)  # first: another thread renders
                 self.titles, self.text = event.points, ""
-                self.points = [""] * len(event.points)
             case PointToken():
                 self.points[event.index] += event.text
             case PointRestarted():

@@ -106,11 +106,11 @@ def test_a_model_is_asked_by_greedy_search() -> None:
     assert asked == skeleton_of_thought(llama, words, "Which?", settings=short, mode="plain").text
 
 
-def served(reply: str, fails: bool = False) -> SimpleNamespace:
-    """A client of a server that gives each request this reply."""
+def served(reply: str, fails_at: str | None = None) -> SimpleNamespace:
+    """A client of a server that gives this reply to each request without a certain text."""
 
     def create(**request) -> Iterator[SimpleNamespace]:
-        if fails:
+        if fails_at is not None and fails_at in request["messages"][-1]["content"]:
             raise ConnectionResetError("gone")
         delta = SimpleNamespace(content=reply)
         yield SimpleNamespace(choices=[SimpleNamespace(delta=delta, finish_reason="stop")])
@@ -119,17 +119,20 @@ def served(reply: str, fails: bool = False) -> SimpleNamespace:
 
 
 def test_a_server_answers_or_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def connect(fails: bool):
-        client = served("A", fails)
-        made = lambda url, name: ServerModel(client, name, retries=0)  # noqa: E731
-        monkeypatch.setattr(command, "ServerModel", made)
+    def connect(reply: str, fails_at: str | None = None) -> None:
+        server = ServerModel(served(reply, fails_at), "m", retries=0)
+        monkeypatch.setattr(command, "ServerModel", lambda url, name: server)
 
     given = ("--server", "http://nowhere/v1", "--model", "m", "Why?")
-    connect(fails=False)
+    connect("A")
     result = run(*given)
     assert result.stdout == "A\n"  # a skeleton without points
     assert "points: the model says: independent points" in result.stderr
-    connect(fails=True)
+    connect("1. Red\n2. Sun", fails_at="point 2")
+    partial = run(*given, "--sot", "always", code=1)
+    assert "error: point 2 has no answer: ConnectionResetError: gone" in partial.stderr
+    assert partial.stdout.startswith("1. Red:")
+    connect("A", fails_at="")
     failed = run(*given, code=1)
     assert isinstance(failed.exception, ConnectionError)
     assert "http://nowhere/v1 gave no answer" in str(failed.exception)
@@ -173,6 +176,7 @@ def test_bad_input_is_named_before_a_model_is_loaded(tmp_path: Path) -> None:
         (("--router", str(tmp_path), "Why?"), "it has no skeleton_router.json"),
         (("--router", str(tmp_path), "--sot", "never", "Why?"), "but --sot is 'never'"),
         (("--server", "u", "--adapters", "a", "Why?"), "adapters: got 'a'"),
+        (("--server", "u", "--dtype", "float16", "Why?"), "dtype: got 'float16', but the model"),
         (("Why?",), "which does not exist"),
     ):
         result = run("--model", str(tmp_path / "missing"), *given, code=1)

@@ -41,7 +41,7 @@ def packaged_questions() -> list[LabelledQuestion]:
     """Returns the 613 questions of this package, in 16 languages, with their splits.
 
     Label 1: advice, comparisons, reasons, overviews, ideas. Label 0: mathematics, code, procedures
-    whose steps need each other, estimates, translations, single facts, rewriting, roleplay, flowing text.
+    whose steps need each other, translations, single facts, rewriting, roleplay, flowing text.
     """
     with resources.as_file(resources.files(__package__) / "questions.jsonl") as path:
         return read_questions(path)

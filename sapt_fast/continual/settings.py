@@ -139,9 +139,9 @@ class ContinualSettings:
         default="sapt",
         metadata={
             "help": "Continual-learning method: sapt, sapt_prompt, seqlora, joint, replay, "
-            "generative_replay, ewc, lwf, olora, epi, lfpt5, l2p, progprompt, or single (each "
-            "task alone); of images: sapt, seqlora, joint, l2p, dualprompt, coda, head, ncm, lda, "
-            "ridge, lda_experts, single."
+            "generative_replay, ewc, lwf, olora, inflora, gainlora, sd_lora, epi, lfpt5, l2p, "
+            "progprompt, or single (each task alone); of images: sapt, seqlora, joint, sd_lora, "
+            "l2p, dualprompt, coda, head, ncm, lda, ridge, lda_experts, single."
         },
     )
     strategy_options: dict[str, Any] = field(

@@ -223,6 +223,14 @@ class Workbench:
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Restores what `state` returned; ignores other names."""
 
+    def require_state(self, state: Mapping[str, Tensor], folder: Path) -> None:
+        """Raises ValueError if a checkpoint lacks what predictions need.
+
+        Args:
+            state: of the checkpoint.
+            folder: that of the checkpoint.
+        """
+
     def report(self, tasks: Sequence[TaskData]) -> dict[str, Any]:
         """Returns further entries of results.json, once all tasks are learned."""
         return {}

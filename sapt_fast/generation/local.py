@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +42,12 @@ class LocalAnswer(Answering):
         tokenizer: its tokenizer.
         question: the question.
         settings: the settings.
+
+    Attributes:
+        texts: those that were written last, with their tokens.
     """
+
+    texts: Sequence[Text] = ()
 
     def __init__(
         self, model: Any, tokenizer: Any, question: str, settings: SkeletonSettings
@@ -174,10 +179,10 @@ class LocalAnswer(Answering):
     def _write(
         self, texts: list[Text], stage: str, processors: Any, batch: int = 1
     ) -> Iterator[Piece]:
-        least = self.settings.min_point_tokens if stage == "points" else 0
+        least = 0 if stage == "skeleton" else self.settings.min_tokens
         chooser = Chooser(self._config, self.settings, processors, least, self._seed)
         writer = Writer(self._rows, chooser, batch, self.settings.refill)
-        begin = time.perf_counter()
+        self.texts, begin = texts, time.perf_counter()
         yield from writer.write(texts)
         self.seconds[stage] = time.perf_counter() - begin
         self._generated += writer.generated

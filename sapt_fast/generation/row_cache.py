@@ -38,7 +38,7 @@ class Window:
 
 
 class RowLayer(DynamicLayer):
-    """The keys and values of one layer, [B, H, C, D], stored as [B, C, H, D].
+    """The keys and values of one layer, [B, H, C, D].
 
     Args:
         window: where the forwards read and write.
@@ -56,7 +56,7 @@ class RowLayer(DynamicLayer):
         rows, columns = self.window.rows, self.window.columns
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys, self.values = (
-            states.new_zeros(rows, columns, states.shape[1], states.shape[3]).transpose(1, 2)
+            states.new_zeros(rows, states.shape[1], columns, states.shape[3])
             for states in (key_states, value_states)
         )
         self.is_initialized = True

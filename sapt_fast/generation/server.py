@@ -85,7 +85,7 @@ class ServerAnswer(Answering):
         self._prefilled = self._generated = 0
         ignored = [
             name
-            for name in ("processors", "skeleton_processors", "top_k", "min_point_tokens")
+            for name in ("processors", "skeleton_processors", "top_k", "min_tokens")
             if getattr(settings, name)
         ]
         if ignored:

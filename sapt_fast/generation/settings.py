@@ -113,7 +113,7 @@ class SkeletonSettings:
         max_point_tokens: tokens that each point may have.
         max_plain_tokens: tokens of an answer by ordinary decoding.
         max_points: further points of a skeleton are left out.
-        min_point_tokens: tokens before which no point ends.
+        min_tokens: tokens before which no point, and no answer by ordinary decoding, ends.
         batch: points that are decoded at a time; "auto" takes as many as fit into half of the free
             memory.
         order: "as written", or "longest first": points with longer titles begin earlier, which
@@ -137,7 +137,7 @@ class SkeletonSettings:
     max_point_tokens: int = 128
     max_plain_tokens: int = 512
     max_points: int = 20
-    min_point_tokens: int = 0
+    min_tokens: int = 0
     batch: int | Literal["auto"] = "auto"
     order: Literal["as written", "longest first"] = "as written"
     refill: bool = True
@@ -156,7 +156,7 @@ class SkeletonSettings:
     def __post_init__(self) -> None:
         for name in ("max_skeleton_tokens", "max_point_tokens", "max_plain_tokens", "max_points"):
             require_count(name, getattr(self, name))
-        require_count("min_point_tokens", self.min_point_tokens, least=0)
+        require_count("min_tokens", self.min_tokens, least=0)
         if self.batch != "auto":
             require_count("batch", self.batch)
         require_choice("order", self.order, ("as written", "longest first"))

@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.runtime.errors import InterpreterError
 
 import sapt_fast.triton_kernels
-from sapt_fast.ops import QueryProjection
+from sapt_fast.ops import QueryProjection, TaskProjections
 from sapt_fast.triton_kernels.blocks import common
 
 pytestmark = pytest.mark.skipif(not common.INTERPRETED, reason="needs TRITON_INTERPRET=1")
@@ -170,9 +170,11 @@ def _route(kernels: Any) -> list[Tensor]:
 
     projection = QueryProjection(draw(7, 37), draw(37, 7), draw(37), draw(37))
     pooled, keys = draw(3, 37), draw(6, 37)
+    tasks = TaskProjections(draw(2, 7, 37) / 6, draw(2, 20, 7) / 6)
     return [
         kernels.route_fwd(pooled, keys, projection, 6.0, 2, 0.1),
         kernels.route_fwd(pooled, keys, None, 6.0, None, None),
+        kernels.route_fwd(pooled[:2], keys[:2, :20], tasks, 1.0, 1, None),
     ]
 
 

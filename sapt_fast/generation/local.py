@@ -57,12 +57,14 @@ class LocalAnswer(Answering):
         self._tokenizer = tokenizer
         self._config = self._forwards.base.generation_config
         self._tokens = TokenPrompts(tokenizer, settings.prompts)
-        self._rows = rows_of(self._forwards)
+        self._rows = rows_of(self._forwards, settings.static_cache)
         self._generated = 0
         seed = settings.seed
         if seed is None:  # from torch's generator, which the caller may have seeded
             seed = int(torch.randint(2**31, ())) if settings.do_sample else 0
         self._seed = seed
+        if not self._forwards.shares:
+            self.notes.append("edits are looked up at the end of each prompt: one point at a time")
         if not self._tokens.has_template and not self._forwards.encodes:
             self.notes.append("the tokenizer has no chat template: prompts are plain text")
 
@@ -183,7 +185,9 @@ class LocalAnswer(Answering):
         chooser = Chooser(self._config, self.settings, processors, least, self._seed)
         writer = Writer(self._rows, chooser, batch, self.settings.refill)
         self.texts, begin = texts, time.perf_counter()
-        yield from writer.write(texts)
+        shared = [texts] if self._forwards.shares else [[text] for text in texts]
+        for together in shared:
+            yield from writer.write(together)
         self.seconds[stage] = time.perf_counter() - begin
         self._generated += writer.generated
 

@@ -8,12 +8,12 @@ from typing import Any, Literal
 from sapt_fast.checks import require_choice, require_count, require_number
 
 _SKELETON = """\
-Give only the skeleton of an answer to the question below, not the answer. \
-Write it as a numbered list of 3 to 10 points, each of 3 to 5 words.
+Give only the skeleton of an answer: a numbered list of 3 to 10 points of 3 to 5 words each.
 
 Question: {question}"""
 
-_POINT = "Now write only point {number} of the answer, in one or two sentences. No other points."
+# The opening tells which point, so that all of this is read once.
+_POINT = "Now write one of these points, in one or two sentences. No other points."
 
 _POINTS = """\
 Question: {question}
@@ -55,10 +55,10 @@ class SkeletonPrompts:
     Attributes:
         skeleton: asks for the skeleton.
         skeleton_opening: the first characters of the model's answer to it.
-        point: asks for one point. What all points have in common has to come first: the model
+        point: asks for one point. What all points have in common is best put first: the model
             reads it once.
         point_opening: the first characters of the model's answer to it, and of the point in the
-            joined answer.
+            joined answer. A server cannot be given them; it is asked to begin with them.
         conversation: whether `point` is the next turn of the conversation that began with
             `skeleton`, so that its keys and values are used again; else it begins a new one.
         encoder: what an encoder-decoder model reads, once for all points.

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from peft import LoraConfig, XLoraConfig, get_peft_model
-from tiny_models import WIDTH, patched, tiny
+from tiny_models import WIDTH, fill, patched
+from tiny_prompts import bare, prompted
 from written_answers import Written, tokenizer
 
 import sapt_fast
@@ -15,6 +16,7 @@ from sapt_fast.generation import (
 from sapt_fast.generation.forwards import Forwards
 from sapt_fast.generation.prompts import opening, point_messages, skeleton_messages
 from sapt_fast.generation.rows import EqualLengths, OwnLengths, rows_of
+from sapt_fast.methods.grace import GraceConfig
 
 LIST = " Red\n2. A big tree\n3. Go\n4. Sun and so on"
 TITLES = ["Red", "A big tree", "Go", "Sun and so on"]
@@ -31,7 +33,7 @@ def settings(text=LIST, **changed):
 
 
 def make(family, **changed):
-    return tiny(family, **POSITIONS.get(family, {"max_position_embeddings": 512}), **changed)
+    return bare(family, **POSITIONS.get(family, {"max_position_embeddings": 512}), **changed)
 
 
 def xlora(folder):
@@ -91,6 +93,7 @@ def alone(model, tokens, number, title, question="Why?", new=NEW):
 
 def assert_alone(model, answer):
     assert [title for title, _ in answer.points] == TITLES
+    assert len({text for _, text in answer.points}) > 2  # the model tells the points apart
     for number, (title, text) in enumerate(answer.points, 1):
         assert text == alone(model, tokenizer(), number, title)
 
@@ -110,7 +113,7 @@ def test_points_are_those_of_generate(family, batch):
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_a_patched_model_keeps_the_weights_of_its_question(family):
-    model, tokens = patched(make(family)), tokenizer()
+    model, tokens = fill(patched(make(family)), deviation=0.1), tokenizer()
     answer = skeleton_of_thought(model, tokens, "Why?", settings=settings(batch=3))
     with torch.no_grad():
         weights = model.sapt.route(skeleton_prompt(model, tokens))
@@ -147,7 +150,7 @@ def test_the_prefix_is_read_once():
     assert sizes[steps] == (1, common)
     endings = [f"{n}|\n<assistant>{n}. {title}:" for n, title in enumerate(TITLES, 1)]
     assert sizes[steps + 1] == (4, max(map(len, endings)))
-    assert set(sizes[steps + 2 :]) == {(4, 1)}
+    assert {length for _, length in sizes[steps + 2 :]} == {1}
     assert answer.prefill_tokens == prompt + common + sum(map(len, endings))
 
 
@@ -200,3 +203,46 @@ def test_sampling_does_not_depend_on_the_batch():
     torch.manual_seed(1)
     again = skeleton_of_thought(model, tokens, "Why?", settings=settings(**other))
     assert drawn.points == again.points != answers[0].points
+
+
+def test_a_model_with_prompts():
+    model, tokens = prompted(make("llama")), tokenizer()
+    answer = skeleton_of_thought(model, tokens, "Why?", settings=settings(batch=3))
+    with torch.no_grad(), model.sapt.fixed(model.sapt.route(skeleton_prompt(model, tokens))):
+        assert_alone(model, answer)
+
+
+def test_an_edited_model_reads_each_prompt_whole():
+    model, tokens = make("llama"), tokenizer()
+    sapt_fast.patch(model, GraceConfig(target_modules=["model.layers.1.mlp.down_proj"]))
+    text = tokens.apply_chat_template(
+        point_messages(PROMPTS, "Why?", "1." + LIST, 2, "A big tree"),
+        add_generation_prompt=True, tokenize=False,
+    )  # fmt: skip
+    model.grace.edit(tokens(text + "2. A big tree:").input_ids, tokens("z").input_ids)
+    answer = skeleton_of_thought(model, tokens, "Why?", settings=settings())
+    assert_alone(model, answer)
+    assert any("one point at a time" in note for note in answer.notes)
+    sapt_fast.unpatch(model)
+    assert answer.points[1][1] != alone(model, tokens, 2, "A big tree")
+
+
+def test_static_steps():
+    model = make("llama")
+    answer = skeleton_of_thought(
+        model, tokenizer(), "Why?", settings=settings(static_cache=True, batch=3)
+    )
+    assert_alone(model, answer)
+    with pytest.raises(ValueError, match="static_cache: got True"):
+        skeleton_of_thought(make("mistral"), tokenizer(), "?", settings=settings(static_cache=True))
+
+
+def test_weights_of_each_point():
+    """A batch mixes as each point alone after the prefix, by its own weights."""
+    model, tokens = fill(patched(make("llama")), deviation=0.2), tokenizer()
+    together, apart = (
+        skeleton_of_thought(model, tokens, "Why?", settings=settings(routing="point", batch=batch))
+        for batch in (3, 1)
+    )
+    question = skeleton_of_thought(model, tokens, "Why?", settings=settings())
+    assert together.points == apart.points != question.points

@@ -49,7 +49,7 @@ def fails(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, *argum
 
 @pytest.mark.parametrize(
     "command",
-    ["train", "compare", "edit", "eval", "train-router", "demo", "bench", "doctor"],
+    ["train", "compare", "edit", "eval", "answer", "train-router", "demo", "bench", "doctor"],
 )
 def test_every_command_has_help(command: str) -> None:
     assert command in invoke("--help")

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from sapt_fast.checks import require_count
@@ -31,7 +32,7 @@ from sapt_fast.sites.report import PatchReport
 from sapt_fast.storage.method_files import config_file, write_method
 from sapt_fast.storage.pretrained_files import PretrainedFiles
 
-__all__ = ["Handle", "follow", "handles", "require_held"]
+__all__ = ["Handle", "follow", "handles", "require_held", "trainable_share"]
 
 
 class Handle(Own, nn.Module):
@@ -269,6 +270,10 @@ class Handle(Own, nn.Module):
         """
         return (p for p in self._model.parameters() if p.requires_grad)
 
+    def print_trainable_parameters(self) -> None:
+        """Prints how many of the model's numbers train, in PEFT's format."""
+        print(trainable_share(self._model))
+
     def save_pretrained(
         self, directory: str | os.PathLike[str], *, is_main_process: bool | None = None
     ) -> None:
@@ -315,6 +320,14 @@ class Handle(Own, nn.Module):
             f"{directory}: contains {self.method} together with the model, which cannot be loaded "
             "into a patched model; load both with from_pretrained and sapt_fast.load_pretrained"
         )
+
+
+def trainable_share(model: nn.Module) -> str:
+    """Returns how many of a model's numbers train, as PEFT prints it."""
+    # PEFT's own count, which knows the parameters of ZeRO-3 and of 4-bit layers.
+    trainable, total = PeftModel.get_nb_trainable_parameters(model)  # type: ignore[arg-type]
+    share = 100 * trainable / max(total, 1)
+    return f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}"
 
 
 def handles(model: nn.Module) -> list[Handle]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sapt_fast.files.directories import read_directory
 from sapt_fast.files.names import require_folder_name
-from sapt_fast.methods.base import Handle
+from sapt_fast.methods.task_order import OrderedTasks
 from sapt_fast.routing.images import ImageRouting
 from sapt_fast.sites.image_queries import ImageQueries
 from sapt_fast.sites.modules import find_modules, heads, require_present, with_prefix
@@ -25,7 +25,7 @@ from sapt_fast.storage.tasks import require_same_config
 __all__ = ["ImageHandle"]
 
 
-class ImageHandle(Handle):
+class ImageHandle(OrderedTasks):
     """The base class of L2P, CODA-Prompt and DualPrompt on images.
 
     A subclass defines what it adds to the model, its keys and `signal`, and what it saves: the

@@ -318,12 +318,14 @@ class SaptTrainer(Seq2SeqTrainer):
 
         Every process of a sharded model has to call this.
         """
-        if _internal_call:
+        if _internal_call and output_dir is not None:  # a checkpoint
             self._save(output_dir)
-        else:
-            self.sapt.save_pretrained(
-                output_dir or self.args.output_dir, is_main_process=self.args.should_save
-            )
+            return
+        self.sapt.save_pretrained(
+            output_dir or self.args.output_dir, is_main_process=self.args.should_save
+        )
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save")
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         held = state_dict or self.model.state_dict(keep_vars=is_sharded(self.model))

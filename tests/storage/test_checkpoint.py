@@ -134,7 +134,7 @@ class TestPeft:
     def test_layout(self, saved):
         _, folder = saved
         assert sorted(os.listdir(folder)) == [
-            "router.safetensors", "sapt_config.json", "task0", "task1", "task2",
+            "README.md", "router.safetensors", "sapt_config.json", "task0", "task1", "task2",
         ]  # fmt: skip
         tensors = load_file(folder / "task0" / "adapter_model.safetensors")
         stem = "base_model.model.encoder.block.0.layer.0.SelfAttention.q"

@@ -11,6 +11,9 @@ _EXPORTS = {
     "CodaConfig": "sapt_fast.methods.coda",
     "DualPromptConfig": "sapt_fast.methods.dualprompt",
     "L2PConfig": "sapt_fast.methods.l2p",
+    "Reflection": "sapt_fast.continual.reflection",
+    "Replay": "sapt_fast.continual.reflection",
+    "SaptCallback": "sapt_fast.continual.callback",
     "SaptConfig": "sapt_fast.methods.sapt",
     "SaptTrainer": "sapt_fast.continual.trainer",
     "handle": "sapt_fast.patching",
@@ -23,6 +26,9 @@ __all__ = [
     "CodaConfig",
     "DualPromptConfig",
     "L2PConfig",
+    "Reflection",
+    "Replay",
+    "SaptCallback",
     "SaptConfig",
     "SaptTrainer",
     "__version__",
@@ -34,6 +40,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from sapt_fast.continual.callback import SaptCallback
+    from sapt_fast.continual.reflection import Reflection, Replay
     from sapt_fast.continual.trainer import SaptTrainer
     from sapt_fast.loading import load_pretrained
     from sapt_fast.methods.coda import CodaConfig

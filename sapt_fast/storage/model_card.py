@@ -32,7 +32,8 @@ def write_card(folder: Path, directory: str | os.PathLike[str], handle: Any) -> 
         directory: the folder that it replaces.
         handle: the handle of the method that is saved.
     """
-    if not (Path(directory) / CARD_FILE).exists() or own_card(Path(directory)):
+    taken = (Path(directory) / CARD_FILE).exists() or (folder / CARD_FILE).exists()
+    if not taken or own_card(Path(directory)):
         saved = [one for one in _handles(handle) if (Path(directory) / one.config_file).is_file()]
         others = [one for one in saved if one is not handle]
         with_base = (Path(directory) / "config.json").is_file()

@@ -214,7 +214,9 @@ class TestFilesOfOthers:
         _, folder = saved
         fewer = patched("t5", tasks=1)
         fewer.sapt.save_pretrained(folder)
-        assert sorted(os.listdir(folder)) == ["router.safetensors", "sapt_config.json", "task0"]
+        assert sorted(os.listdir(folder)) == [
+            "README.md", "router.safetensors", "sapt_config.json", "task0",
+        ]  # fmt: skip
 
     def test_one_in_the_way(self, tmp_path):
         adapter = tmp_path / "run" / "task0" / "adapter_model.safetensors"

@@ -53,6 +53,7 @@ KNOWN: tuple[Known, ...] = (
     Known("wgmma.wait_group 0", "shrink_*_kernel", "*odd width", _UNALIGNED, (90,)),
     Known("wgmma.wait_group 0", "factor_grad_kernel", "*odd width", _UNALIGNED, (90,)),
     Known("wgmma.wait_group 0", "nearest_stream_kernel", "keys, odd width*", _UNALIGNED, (90,)),
+    Known("wgmma.wait_group 0", "route_tokens_kernel", "*odd width", _UNALIGNED, (90,)),
     Known("wgmma.wait_group 0", "group_*_kernel", "keys, odd width*", _UNALIGNED, (90,)),
     Known(
         "spills 4 bytes", "shrink_bwd_kernel", "decode, batch 32",
@@ -119,5 +120,10 @@ KNOWN: tuple[Known, ...] = (
         "a row of 256 columns gives each of 128 threads 2 elements; the other loads are weights",
     ),
     Known("narrow loads", "route_kernel", "*", "rows of the bottleneck have 100 elements"),
+    Known(
+        "no wgmma.mma_async", "route_tokens_kernel", "token router, few",
+        "tiles of 16 tokens, so that more programs read: a product of 16 keys takes less time than "
+        "its loads", (90,),
+    ),
     Known("narrow loads", "sum_parts_kernel", "prompts*", "d_mixture has 15 columns"),
 )  # fmt: skip

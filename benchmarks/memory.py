@@ -16,8 +16,8 @@ printed is one JSON object; with --quick its values are those of the largest and
 - decode_product_1e6_over_1e3: time of a decoded token with product keys, N 1e6 over N 1024.
 - decode_exact_1e6_over_copy: time of an exact search in 1e6 keys over that of one pass over them
   at the speed of a copy (half the time in which torch copies them).
-- state_bytes_per_touched: bytes of the optimizer's state for each expert trained at N 1e6, without
-  its map of 4 bytes for each of N.
+- state_bytes_per_touched: bytes of the optimizer's state for each expert trained at N 1e6, with the
+  map from experts to it.
 - step_peak_1e6_over_1e3: peak memory of training (bank, optimizer, steps), N 1e6 over N 1024.
 """
 
@@ -232,7 +232,7 @@ def summary(result: dict[str, Any]) -> dict[str, float | None]:
     copied = checks.ratio(decode, f"search exact {many}", "copy of the keys")
     state = peak = None
     if ours:
-        state = (ours[many]["optimizer_bytes"] - 4 * many) / ours[many]["touched"]
+        state = ours[many]["optimizer_bytes"] / ours[many]["touched"]
         peak = ours[many]["peak_bytes"] / max(1, ours[few]["peak_bytes"])
     return {
         "decode_product_1e6_over_1e3": checks.ratio(

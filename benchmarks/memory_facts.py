@@ -42,7 +42,8 @@ from sapt_fast.methods.mome import MomeConfig
 _PATTERN = r"<\|im_start\|>user\n(.*?)<\|im_end\|>"
 _ROUTERS = ((64, 0.0), (128, 1.0), (256, 0.5))  # components and whitening
 _FALSE = 0.01  # the largest share of the untouched tuning questions on which experts may act
-_RATES = {"LoRA": (3e-4, 1e-3, 3e-3), "full tuning": (1e-4, 3e-4, 1e-3)}
+_RATES = {"LoRA": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "full tuning": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)}
+_LEAST = 3  # rates that are tried
 _CAPACITY = ((1, 1.0), (4, 1.0), (16, 1.0), (4, 0.25), (16, 0.25), (16, 0.0625))  # k, share of N
 _LAYER = 20
 _BATCH = 16
@@ -303,20 +304,32 @@ class Experiment:
 
     def tuned(self, method: str, base: dict[str, Any]) -> Any:
         """Chooses a rate on the tuning facts, then learns five batches one after another."""
+        tried = self._tried(method)
+        chosen = min(tried, key=lambda rate: tried[rate])
+        result = self.part(f"{method} at {chosen:g}", lambda: self._learned(method, chosen, base))
+        return {"rates": {str(rate): row for rate, row in tried.items()}, "rate": chosen, **result}
+
+    def _tried(self, method: str) -> dict[float, tuple[int, float]]:
+        """Returns epochs and loss by rate; tries higher rates until the best is not the last."""
         pairs, tried = self.pairs(self.data.tuning), {}
         for rate in _RATES[method]:
-            model, parameters = self._rival(method)
-            epochs, loss = self._tune(model, parameters, pairs, rate)
-            tried[rate] = epochs, loss
-        chosen = min(tried, key=lambda rate: tried[rate])
+            made = self.part(
+                f"{method} {rate:g}", lambda r=rate: self._tune(*self._rival(method), pairs, r)
+            )
+            tried[rate] = made[0], made[1]
+            if len(tried) >= _LEAST and min(tried.values()) < tried[rate]:
+                break
+        return tried
+
+    def _learned(self, method: str, rate: float, base: dict[str, Any]) -> dict[str, Any]:
+        """Five batches one after another at a rate."""
         model, parameters = self._rival(method)
         begun = time.process_time()
 
         def learn(given: Pairs) -> int:
-            return self._tune(model, parameters, given, chosen)[0]
+            return self._tune(model, parameters, given, rate)[0]
 
-        result = self._sequence(model, learn, base, begun)
-        return {"rates": {str(rate): row for rate, row in tried.items()}, "rate": chosen, **result}
+        return self._sequence(model, learn, base, begun)
 
     def _rival(self, method: str) -> tuple[Any, list[nn.Parameter]]:
         model = copy.deepcopy(self.base).requires_grad_(False)

@@ -10,6 +10,7 @@ from sapt_fast.version import __version__
 _EXPORTS = {
     "CodaConfig": "sapt_fast.methods.coda",
     "DualPromptConfig": "sapt_fast.methods.dualprompt",
+    "GatedConfig": "sapt_fast.methods.gated",
     "L2PConfig": "sapt_fast.methods.l2p",
     "Reflection": "sapt_fast.continual.reflection",
     "Replay": "sapt_fast.continual.reflection",
@@ -25,6 +26,7 @@ _EXPORTS = {
 __all__ = [
     "CodaConfig",
     "DualPromptConfig",
+    "GatedConfig",
     "L2PConfig",
     "Reflection",
     "Replay",
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from sapt_fast.loading import load_pretrained
     from sapt_fast.methods.coda import CodaConfig
     from sapt_fast.methods.dualprompt import DualPromptConfig
+    from sapt_fast.methods.gated import GatedConfig
     from sapt_fast.methods.l2p import L2PConfig
     from sapt_fast.methods.sapt import SaptConfig
     from sapt_fast.patching import handle, patch, unpatch

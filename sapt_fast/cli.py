@@ -80,6 +80,31 @@ def edit() -> Callable[..., None]:
     return edit_command
 
 
+@app.command(cls=DeferredCommand)
+def answer() -> Callable[..., None]:
+    """Answer a question in points that are written in parallel, where that suits it.
+
+    The model first writes a skeleton, then all points at once (Skeleton-of-Thought). A router
+    decides which questions are answered so. On a terminal the points grow side by side. The answer
+    goes to the standard output, all else to the standard error.
+    """
+    from sapt_fast.commands.answer import answer_command
+
+    return answer_command
+
+
+@app.command(name="train-router", cls=DeferredCommand)
+def train_router() -> Callable[..., None]:
+    """Train the classifier that decides which questions are answered by Skeleton-of-Thought.
+
+    On the package's questions, 'tiny' takes about a minute on one core. An interrupted training
+    starts again. The confusion tables are also written to report.json in --output.
+    """
+    from sapt_fast.commands.train_router import train_router_command
+
+    return train_router_command
+
+
 @app.command(name="eval")
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],

@@ -262,11 +262,14 @@ def _put_in(model: Any, stored: StoredTasks) -> PreTrainedModel:
 
 
 def _without_tasks(model: Any, kind: type[Handle]) -> Any:
-    """Returns the model's handle of a method, without tasks; None if it is not patched."""
+    """Returns the model's handle of a method, without tasks; None if it is not patched.
+
+    The handle of a method that does not grow has the values that will be replaced.
+    """
     handle = model._modules.get(kind.attribute)
     if not isinstance(handle, Handle):
         return None
-    if handle.tasks:
+    if handle.tasks and kind.grows:
         raise ValueError(
             f"model: got one with tasks {handle.tasks}, expected none; call "
             "sapt_fast.unpatch(model) first"

@@ -21,6 +21,7 @@ LAYERS = [
     ("patching",),
     ("loading",),
     ("released",),
+    ("generation",),
     ("demo",),
     ("continual", "editing"),
     ("commands",),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cases.pool_tokens import Pool, pool_forward
 from sapt_fast import dispatch
-from sapt_fast.ops import QueryProjection, pool_tokens, route
+from sapt_fast.ops import QueryProjection, TaskProjections, pool_tokens, route
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Launch:
     aligned: bool = True
 
     def launch(self, tensor: NewTensor) -> None:
-        """The scores and the weights, with and without a projection."""
+        """The scores and the weights, with and without a projection, and one further gate."""
         kernels, d = dispatch.kernels("route", "triton"), self.d
         pooled, keys = tensor(self.batch, d), tensor(self.count, d)
         projection = QueryProjection(
@@ -159,6 +159,54 @@ class Launch:
             kernels.route_scores_fwd(pooled, keys, query, 32.0)
             for top_k, threshold in ((None, None), (None, 0.1), (2, 0.1)):
                 kernels.route_fwd(pooled, keys, query, 32.0, top_k, threshold)
+        kernels.route_fwd(pooled, keys, projection, 1.0, 2, 0.1, "abs_sigmoid", "cosine", True)
+
+
+@dataclass(frozen=True)
+class TaskLaunch:
+    """Sizes of one batch of pooled embeddings, with a projection per task."""
+
+    name: str
+    batch: int
+    d: int
+    hidden: int
+    count: int
+    dtype: torch.dtype = torch.bfloat16
+    quick: bool = False
+    aligned: bool = True
+
+    def launch(self, tensor: NewTensor) -> None:
+        """GainLoRA's weights, and the scores."""
+        kernels, d, count = dispatch.kernels("route", "triton"), self.d, self.count
+        projections = TaskProjections(tensor(count, self.hidden, d), tensor(count, d, self.hidden))
+        given = tensor(self.batch, d), tensor(count, d), projections
+        kernels.route_scores_fwd(*given, 32.0)
+        kernels.route_fwd(*given, 0.25, None, None, "abs_sigmoid", "cosine", False)
+
+
+@dataclass(frozen=True)
+class TokenLaunch:
+    """Sizes of a layer's router; its keys may have a dtype of their own."""
+
+    name: str
+    tokens: int
+    d: int
+    count: int
+    dtype: torch.dtype = torch.bfloat16
+    keys: torch.dtype | None = None
+    quick: bool = False
+    aligned: bool = True
+
+    def launch(self, tensor: NewTensor) -> None:
+        """The scores, MixLoRA's weights, and those of the other gates."""
+        kernels = dispatch.kernels("route", "triton")
+        x, keys = tensor(self.tokens, self.d), tensor(self.count, self.d)
+        if self.keys is not None:
+            keys = tensor(self.count, self.d, dtype=self.keys)
+        kernels.route_scores_fwd(x, keys, None, 32.0)
+        kernels.route_fwd(x, keys, None, 32.0, 2, None)
+        kernels.route_fwd(x, keys, None, 1.0, 2, 0.1, "abs_sigmoid", "cosine", True)
+        kernels.route_fwd(x, keys, None, 32.0, None, None, "relu", "dot", True)
 
 
 LAUNCHES = (
@@ -169,4 +217,13 @@ LAUNCHES = (
     Launch("router, float16", 8, 1024, 100, 15, dtype=torch.float16),
     Launch("router, float32", 8, 1024, 100, 15, dtype=torch.float32),
     Launch("router, odd width", 3, 100, 7, 5, aligned=False),
+    TaskLaunch("router per task", 8, 1024, 100, 15, quick=True),
+    TaskLaunch("router per task, float32", 8, 1024, 100, 15, dtype=torch.float32),
+    TokenLaunch("token router", 16384, 1024, 8, quick=True),
+    TokenLaunch("token router, few", 512, 4096, 8),
+    TokenLaunch("token router, 100 keys", 16384, 4096, 100),
+    TokenLaunch("token router, float32", 16384, 1024, 8, dtype=torch.float32),
+    TokenLaunch("token router, float32, 100 keys", 16384, 1024, 100, dtype=torch.float32),
+    TokenLaunch("token router, float32 keys", 16384, 1024, 64, keys=torch.float32),
+    TokenLaunch("token router, odd width", 16384, 100, 5, aligned=False),
 )

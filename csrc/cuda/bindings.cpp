@@ -125,11 +125,15 @@ TypedAddress typed(const char* name, const Typed& tensor,
 void route_samples(const Typed& pooled, const std::vector<Typed>& projection, const Typed& keys,
                    const Memory& workspace, const Memory& scores, const Memory& weights,
                    std::int64_t samples, std::int64_t width, std::int64_t hidden,
-                   std::int64_t count, std::int64_t top_k, float eps, float divisor,
-                   float threshold, const Place& place) {
-    require(samples >= 0 && width >= 0 && hidden >= 0 && count >= 0,
-            "samples, width, hidden, count: negative");
-    require(projection.empty() || projection.size() == 4, "projection: not 4 tensors");
+                   std::int64_t key_width, std::int64_t count, std::int64_t top_k, float eps,
+                   float divisor, float threshold, int gate, bool cosine, bool scales,
+                   const Place& place) {
+    require(samples >= 0 && width >= 0 && hidden >= 0 && key_width >= 0 && count >= 0,
+            "samples, width, hidden, key_width, count: negative");
+    const std::size_t parts = projection.size();
+    require(parts == 0 || parts == 2 || parts == 4, "projection: not 2 or 4 tensors");
+    require(parts == 2 || key_width == width, "key_width: not that of the queries");
+    require(gate >= 0 && gate <= static_cast<int>(Gate::relu), "gate: not a known code");
     require(!weights || count <= kMaxRoutedKeys, "count: more than MAX_ROUTED_KEYS");
     require(!weights || top_k >= 1, "top_k: below 1");
     if (samples == 0 || count == 0) return;
@@ -137,25 +141,34 @@ void route_samples(const Typed& pooled, const std::vector<Typed>& projection, co
     if (weights) require_holds("weights", weights, {samples, count}, sizeof(float));
     Route arguments = {};
     arguments.pooled = typed("pooled", pooled, {samples, width});
-    if (!projection.empty()) {
+    arguments.of_keys = parts == 2;
+    if (arguments.of_keys) {
+        arguments.down = typed("projection.down", projection[0], {count, hidden, width});
+        arguments.up = typed("projection.up", projection[1], {count, key_width, hidden});
+        require_workspace(workspace, samples * count * (hidden + key_width), sizeof(float));
+    } else if (parts == 4) {
         arguments.down = typed("projection.down", projection[0], {hidden, width});
         arguments.up = typed("projection.up", projection[1], {width, hidden});
         arguments.norm_weight = typed("projection.norm_weight", projection[2], {width});
         arguments.norm_bias = typed("projection.norm_bias", projection[3], {width});
         require_workspace(workspace, samples * (hidden + width), sizeof(float));
     }
-    arguments.keys = typed("keys", keys, {count, width});
+    arguments.keys = typed("keys", keys, {count, key_width});
     arguments.workspace = at<float>(workspace);
     arguments.scores = at<float>(scores);
     arguments.weights = at<float>(weights);
     arguments.samples = samples;
     arguments.width = width;
+    arguments.key_width = key_width;
     arguments.hidden = hidden;
     arguments.count = count;
     arguments.top_k = top_k;
     arguments.eps = eps;
     arguments.divisor = divisor;
     arguments.threshold = threshold;
+    arguments.gate = static_cast<Gate>(gate);
+    arguments.cosine = cosine;
+    arguments.scales = scales;
     route(arguments, stream_of(place));
 }
 
@@ -238,8 +251,9 @@ void bind_cuda(py::module_& m) {
     m.attr("MAX_ROUTED_KEYS") = kMaxRoutedKeys;
     m.def("cuda_route", &route_samples, arg("pooled"), arg("projection"), arg("keys"),
           arg("workspace"), arg("scores"), arg("weights"), arg("samples"),
-          arg("width"), arg("hidden"), arg("count"), arg("top_k"), arg("eps"), arg("divisor"),
-          arg("threshold"), arg("place"), py::call_guard<py::gil_scoped_release>(),
+          arg("width"), arg("hidden"), arg("key_width"), arg("count"), arg("top_k"), arg("eps"),
+          arg("divisor"), arg("threshold"), arg("gate"), arg("cosine"), arg("scales"),
+          arg("place"), py::call_guard<py::gil_scoped_release>(),
           "Scores, and weights unless they are None, of every key for each sample.");
     m.def("cuda_mix_prompts", &prompts_and_embeds, arg("prompts"), arg("mixture"), arg("source"),
           arg("source_dtype"), arg("ids"), arg("wide_ids"), arg("out"), arg("samples"),

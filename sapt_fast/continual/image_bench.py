@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -406,6 +407,15 @@ class ImageBench(Workbench):
             for name, tensor in statistics.state_dict().items()
         }
         return {**state, "choices": self.choices} if len(self.choices) else state
+
+    def require_state(self, state: Mapping[str, Tensor], folder: Path) -> None:
+        for which in self._widths:
+            if not any(name.startswith(f"statistics.{which}.") for name in state):
+                head = "lda" if self.own_classes_only else self.head
+                raise ValueError(
+                    f"head: got {head!r}, but {folder} has no statistics of {which} features; "
+                    "expected the head of the run, 'own' or that of its settings"
+                )
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         self.statistics = {}

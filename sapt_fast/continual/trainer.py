@@ -163,6 +163,7 @@ class SaptTrainer(Seq2SeqTrainer):
         self._micro_batch = (-1, 0)
         # The KL of each micro-batch and its fraction of a step.
         self._kl_since_log: list[tuple[Tensor, float]] = []
+        self._finite = torch.ones((), dtype=torch.bool)
 
     # --- the loss ---
 
@@ -202,7 +203,13 @@ class SaptTrainer(Seq2SeqTrainer):
                 self._kl_since_log.append((kl.detach(), share))
                 scale = 1 if self.kl_per_micro_batch else steps
                 loss = loss + self.sapt.config.kl_ratio * kl / scale
+            self._finite = self._finite.to(loss.device) & loss.detach().isfinite()
         return (loss, outputs) if return_outputs else loss
+
+    @property
+    def diverged(self) -> bool:
+        """Whether a loss of this process's training was NaN or infinite. Waits for the device."""
+        return not bool(self._finite)
 
     def _forward(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
         base = self.accelerator.unwrap_model(model)
@@ -294,9 +301,11 @@ class SaptTrainer(Seq2SeqTrainer):
         kept = {*own_names(self.model), *trained}
         tensors = {name: tensor for name, tensor in held.items() if name in kept}
         tensors = {name: whole(tensor).contiguous() for name, tensor in tensors.items()}
+        folder = Path(output_dir or self.args.output_dir)
+        why = "not written: training has diverged, use a smaller learning rate"
+        require_finite(f"{folder / STATE_NAME}: {why}", tensors)
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         data = tensor_bytes(tensors, {"tasks": json.dumps(self.sapt.tasks)})
         atomic_write_bytes(folder / STATE_NAME, data)

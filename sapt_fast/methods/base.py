@@ -54,6 +54,8 @@ class Handle(Own, nn.Module):
         site: the kind of place that the method changes. Two methods of one kind may not change
             the same place.
         freezes: whether the base model's parameters are frozen while the model is patched.
+        grows: whether tasks are added after `patch`; if not, `patch` makes all there is, and
+            loading replaces its values.
         unfrozen_before: names of the parameters that required a gradient before `patch`.
         routing: the weights of the running forward; None for a method without mixture weights.
     """
@@ -63,6 +65,7 @@ class Handle(Own, nn.Module):
     attribute: ClassVar[str]
     site: ClassVar[str]
     freezes: ClassVar[bool] = True
+    grows: ClassVar[bool] = True
     config: Any
     routing: Routing | None = None
     files: Any

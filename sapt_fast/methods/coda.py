@@ -1,4 +1,4 @@
-"""CODA-Prompt: a weighted sum of all prefixes of a pool, by attention of an image's query.
+"""CODA-Prompt: a weighted sum of all prefixes of a pool, by attention of an input's query.
 
 Smith et al., "CODA-Prompt: COntinual Decomposed Attention-based Prompting for Rehearsal-Free
 Continual Learning", CVPR 2023.
@@ -13,12 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sapt_fast.methods.base import Handle
+from sapt_fast.methods.images import ImageHandle
 from sapt_fast.methods.prefix import PrefixConfig, PrefixHandle
 from sapt_fast.methods.task_config import require
+from sapt_fast.methods.texts import TextHandle
 from sapt_fast.ops._common import without_autocast
 from sapt_fast.pools.prefixes import mixed_prefixes, orthonormal_rows
 from sapt_fast.pools.rows import RowStack
+from sapt_fast.routing.images import ImageRouting
 from sapt_fast.routing.running import Running
+from sapt_fast.sites.image_embeddings import reads_images
 from sapt_fast.sites.prefix import AtAttention, find_attention, prefix_size, running_prefix_weights
 from sapt_fast.sites.report import PatchReport
 from sapt_fast.sites.warm import run_backward
@@ -35,7 +40,7 @@ class CodaConfig(PrefixConfig["CodaHandle"]):
 
     Example:
         >>> import sapt_fast
-        >>> sapt_fast.CodaConfig(pool=20, n_tasks=5, modules_to_save=["classifier"]).length
+        >>> sapt_fast.CodaConfig(pool=20, n_tasks=5).length
         8
     """
 
@@ -52,7 +57,9 @@ class CodaConfig(PrefixConfig["CodaHandle"]):
     )
     layers: Sequence[int] = field(
         default=(0, 1, 2, 3, 4),
-        metadata={"help": "Indices of the encoder layers with prefixes, from 0."},
+        metadata={
+            "help": "Indices of the layers with prefixes, from 0; of the encoder, if there is one."
+        },
     )
     orthogonality: float = field(
         default=0.0,
@@ -134,13 +141,13 @@ class CodaPool(AtAttention):
 
 
 class CodaHandle(PrefixHandle):
-    """`model.coda`: pools of M components in the first layers, which are mixed for each image.
+    """`model.coda`: pools of M components in the first layers, which are mixed for each input.
 
         p_l(x) = sum_k cos(q(x) * A_lk, K_lk) P_lk
 
-    q(x) is the query of an image, computed by the frozen model without prefixes; A, K and P train.
-    The halves of p_l go before the keys and the values of layer l. There is no softmax and no
-    selection: weights are between -1 and 1.
+    q(x) is the query of an image, computed by the frozen model without prefixes, or the pooled
+    input embedding of a text (`TextHandle`). A, K and P train. The halves of p_l go before the keys
+    and the values of layer l. There is no softmax and no selection: weights are between -1 and 1.
 
     The pool is split evenly among `n_tasks` tasks. A new task's rows of A, K and P start
     orthonormal to each other and orthogonal to all earlier rows (Gram-Schmidt). Rows of later tasks
@@ -155,7 +162,7 @@ class CodaHandle(PrefixHandle):
         ...     image_size=16, patch_size=8, hidden_size=16, intermediate_size=16,
         ...     num_hidden_layers=2, num_attention_heads=2)
         >>> model = transformers.ViTForImageClassification(config)
-        >>> options = {"pool": 6, "n_tasks": 3, "layers": [0, 1], "modules_to_save": ["classifier"]}
+        >>> options = {"pool": 6, "n_tasks": 3, "layers": [0, 1]}
         >>> model = sapt_fast.patch(model, sapt_fast.CodaConfig(**options))
         >>> model.coda.grow("first")
         >>> images, labels = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 1, 0])
@@ -169,6 +176,11 @@ class CodaHandle(PrefixHandle):
     attribute = "coda"
 
     @classmethod
+    def of_model(cls, model: Any) -> type[Handle]:
+        """Returns the class of the handle for a model of images, or of texts."""
+        return CodaImageHandle if reads_images(model) else CodaTextHandle
+
+    @classmethod
     def sites(cls, model: Any, config: Any) -> PatchReport:
         """Returns the attention layers that get prefixes."""
         return find_attention(model, config.layers)
@@ -178,7 +190,7 @@ class CodaHandle(PrefixHandle):
         layer, dtype = self._model.get_submodule(path), self._model.dtype
         index = self.report.patched.index(path)
         dtype = self.config.adapter_dtype(dtype)
-        return CodaPool(layer, self._images.width, self.config, index, self.routing, dtype)
+        return CodaPool(layer, self._queries.width, self.config, index, self.routing, dtype)
 
     @property
     def share(self) -> int:
@@ -197,16 +209,14 @@ class CodaHandle(PrefixHandle):
             pool.new_keys(width)
 
     def signal(self, **inputs: Any) -> Tensor:
-        """Returns the weights [B, layers * M] of the components, for pixel_values [B, C, H, W]."""
+        """Returns the weights [B, layers * M] of the components, for what `query` takes."""
         pools = self.sources().values()
         attention = torch.cat([pool.attention.joined() for pool in pools])
         keys = torch.cat([pool.keys.joined() for pool in pools])
         return coda_weights(self.query(**inputs), attention, keys)
 
-    def key_loss(
-        self, pixel_values: Tensor | None = None, interpolate_pos_encoding: bool | None = None
-    ) -> Tensor:
-        """Returns the orthogonality penalty, a scalar; it does not depend on the images.
+    def key_loss(self, *inputs: Any, **named: Any) -> Tensor:
+        """Returns the orthogonality penalty, a scalar; it does not depend on the inputs.
 
             lambda sum_l sum_{T in (P, K, A)} mean((T_l T_l^T - I)^2)
 
@@ -260,6 +270,16 @@ class CodaHandle(PrefixHandle):
 
     def _count(self) -> int:
         return len(self.config.layers) * self.share * len(self.tasks)
+
+
+class CodaImageHandle(ImageHandle, CodaHandle):
+    """`CodaHandle` of a model of images."""
+
+    Routing = ImageRouting
+
+
+class CodaTextHandle(TextHandle, CodaHandle):
+    """`CodaHandle` of a model of texts."""
 
 
 def coda_weights(query: Tensor, attention: Tensor, keys: Tensor) -> Tensor:

@@ -13,15 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sapt_fast.methods.base import Handle
+from sapt_fast.methods.images import ImageHandle
 from sapt_fast.methods.l2p_choice import fill_prompts
 from sapt_fast.methods.prefix import PrefixConfig, PrefixHandle
 from sapt_fast.methods.task_config import require
+from sapt_fast.methods.texts import TextHandle
 from sapt_fast.ops import topk_keys
 from sapt_fast.pools.prefixes import chosen_prefixes
 from sapt_fast.pools.rows import RowStack
 from sapt_fast.routing.images import ImageRouting
+from sapt_fast.routing.queries import QueryRouting
 from sapt_fast.routing.running import Running
 from sapt_fast.sites.embeddings import checked_places
+from sapt_fast.sites.image_embeddings import reads_images
 from sapt_fast.sites.prefix import AtAttention, find_attention, prefix_size, running_prefix_weights
 from sapt_fast.sites.report import PatchReport
 
@@ -36,7 +41,7 @@ class DualPromptConfig(PrefixConfig["DualPromptHandle"]):
 
     Example:
         >>> import sapt_fast
-        >>> sapt_fast.DualPromptConfig(modules_to_save=["classifier"]).e_layers
+        >>> sapt_fast.DualPromptConfig().e_layers
         [2, 3, 4]
     """
 
@@ -50,11 +55,15 @@ class DualPromptConfig(PrefixConfig["DualPromptHandle"]):
     )
     g_layers: Sequence[int] = field(
         default=(0, 1),
-        metadata={"help": "Indices of the encoder layers with G-prompts, from 0."},
+        metadata={
+            "help": "Indices of the layers with G-prompts, from 0; of the encoder, if there is one."
+        },
     )
     e_layers: Sequence[int] = field(
         default=(2, 3, 4),
-        metadata={"help": "Indices of the encoder layers with E-prompts, from 0."},
+        metadata={
+            "help": "Indices of the layers with E-prompts, from 0; of the encoder, if there is one."
+        },
     )
     strength: float = field(
         default=1.0,
@@ -92,7 +101,7 @@ class DualPromptConfig(PrefixConfig["DualPromptHandle"]):
 
 
 class GPrompt(AtAttention):
-    """The prefix of one layer that all images and tasks share.
+    """The prefix of one layer that all inputs and tasks share.
 
     Attributes:
         rows: [2, P, D].
@@ -109,12 +118,12 @@ class GPrompt(AtAttention):
         self.routing = routing
 
     def prefix(self, like: Tensor) -> Tensor | None:
-        """Returns the rows [1, 2, P, D] of all images."""
+        """Returns the rows [1, 2, P, D] of all inputs."""
         return None if running_prefix_weights(self.routing, like) is None else self.rows[None]
 
 
 class EPrompts(AtAttention):
-    """The prefixes of one layer, of which each image gets one.
+    """The prefixes of one layer, of which each input gets one.
 
     Attributes:
         rows: K prefixes, each flattened from [2, P, D].
@@ -132,8 +141,8 @@ class EPrompts(AtAttention):
         return None if index is None else chosen_prefixes(self.rows, index, like)
 
 
-class PlaceRouting(ImageRouting):
-    """`ImageRouting` by the place of a prefix instead of weights."""
+class _Places(QueryRouting):
+    """`QueryRouting` by the place of a prefix instead of weights."""
 
     def checked(self, weights: Tensor) -> Tensor:
         """Returns places that a caller gives, as [1, 1] or [B, 1].
@@ -144,14 +153,19 @@ class PlaceRouting(ImageRouting):
         return checked_places(weights, 1, self.count())
 
 
+class _ImagePlaces(_Places, ImageRouting):
+    """`_Places` of images."""
+
+
 class DualPromptHandle(PrefixHandle):
     """`model.dualprompt`: G-prompts that all tasks train, and an E-prompt and a key for each task.
 
         L = CE(y | G, E_t) - lambda (1 / B) sum_b cos(q(x_b), k_t)
 
-    While the model is in training mode, all images get the newest task's E-prompt; its key moves
-    towards their queries. In eval mode, each image gets the E-prompt of the key nearest to its
-    query q(x), which the frozen model computes without prefixes. A prompt has as many rows before
+    While the model is in training mode, all inputs get the newest task's E-prompt; its key moves
+    towards their queries. In eval mode, each input gets the E-prompt of the key nearest to its
+    query q(x), which the frozen model computes without prefixes; the query of a text is its pooled
+    input embedding (`TextHandle`). A prompt has as many rows before
     the keys as before the values. Keys start uniform in (-1, 1).
 
     `attention` contains the places [B, 1] of the tasks whose E-prompts were used.
@@ -162,7 +176,7 @@ class DualPromptHandle(PrefixHandle):
         ...     image_size=16, patch_size=8, hidden_size=16, intermediate_size=16,
         ...     num_hidden_layers=2, num_attention_heads=2)
         >>> model = transformers.ViTForImageClassification(config)
-        >>> options = {"g_layers": [0], "e_layers": [1], "modules_to_save": ["classifier"]}
+        >>> options = {"g_layers": [0], "e_layers": [1]}
         >>> model = sapt_fast.patch(model, sapt_fast.DualPromptConfig(**options))
         >>> model.dualprompt.grow("first")
         >>> images, labels = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 1, 0])
@@ -174,12 +188,16 @@ class DualPromptHandle(PrefixHandle):
     Config = DualPromptConfig
     method = "dualprompt"
     attribute = "dualprompt"
-    Routing = PlaceRouting
-    routing: PlaceRouting
+    Routing = _Places
 
     def __init__(self, model: Any, config: Any, report: PatchReport) -> None:
         super().__init__(model, config, report)
-        self.new_keys(self._images.width)
+        self.new_keys(self._queries.width)
+
+    @classmethod
+    def of_model(cls, model: Any) -> type[Handle]:
+        """Returns the class of the handle for a model of images, or of texts."""
+        return DualPromptImageHandle if reads_images(model) else DualPromptTextHandle
 
     @classmethod
     def sites(cls, model: Any, config: Any) -> PatchReport:
@@ -218,7 +236,7 @@ class DualPromptHandle(PrefixHandle):
         """Returns the places [B, 1] int64 of the tasks' prefixes; [1, 1] while training.
 
         Args:
-            **inputs: pixel_values [B, C, H, W] and interpolate_pos_encoding.
+            **inputs: as for `query`.
         """
         return self._places(self.query(**inputs))
 
@@ -234,16 +252,14 @@ class DualPromptHandle(PrefixHandle):
             return torch.full((1, 1), len(self.tasks) - 1, device=self._device)
         with torch.no_grad():
             keys = self.keys.rows()
-            return topk_keys(query.to(keys.dtype), keys, 1, metric="cosine")[1]
+            return topk_keys(query.to(keys), keys, 1, metric="cosine")[1]
 
-    def key_loss(
-        self, pixel_values: Tensor | None = None, interpolate_pos_encoding: bool | None = None
-    ) -> Tensor:
+    def key_loss(self, *inputs: Any, **named: Any) -> Tensor:
         """Returns the loss's second term, which moves the newest task's key to the queries.
 
         Args:
-            pixel_values, interpolate_pos_encoding: as passed to the model. Inside `queries`, no
-                query is computed. None: of this thread's last forward, whose queries are used.
+            *inputs, **named: as for `query`. Inside `queries`, no query is computed. None or
+                nothing: those of this thread's last forward, whose queries are used.
 
         Raises:
             RuntimeError: if there was no such forward, it was given its prompts, it ran in eval
@@ -252,16 +268,16 @@ class DualPromptHandle(PrefixHandle):
         weight = self.config.strength
         if not weight or not self.tasks:
             return torch.zeros((), device=self._device)
-        if pixel_values is None:
+        if all(given is None for given in (*inputs, *named.values())):
             cosines = self.last_cosines(self.keys.trainable.requires_grad)
         else:
-            cosines = self._cosines(self.query(pixel_values, interpolate_pos_encoding))
+            cosines = self._cosines(self.query(*inputs, **named))
         return -weight * cosines.sum() / max(len(cosines), 1)
 
     def _cosines(self, query: Tensor) -> Tensor:
         """Returns the cosines [B, 1] of queries and the newest task's key."""
         key = self.keys.trainable
-        return topk_keys(query.to(key.dtype), key, 1, metric="cosine")[0]
+        return topk_keys(query.to(key), key, 1, metric="cosine")[0]
 
     def _task_added(self, name: str) -> None:
         super()._task_added(name)
@@ -276,6 +292,16 @@ class DualPromptHandle(PrefixHandle):
 
     def _count(self) -> int:
         return len(self.tasks)
+
+
+class DualPromptImageHandle(ImageHandle, DualPromptHandle):
+    """`DualPromptHandle` of a model of images."""
+
+    Routing = _ImagePlaces
+
+
+class DualPromptTextHandle(TextHandle, DualPromptHandle):
+    """`DualPromptHandle` of a model of texts."""
 
 
 def _fill(fresh: Tensor, previous: Tensor | None, start: str) -> None:

@@ -108,7 +108,8 @@ class L2PConfig(ConcatenatedConfig[Any]):  # the handle's class depends on the m
             value = getattr(self, name)
             require(type(value) is int and value >= 1, name, value, "an integer, at least 1")
         require(self.top <= self.prompts, "top", self.top, f"1 to {self.prompts} (prompts)")
-        require(self.strength >= 0, "strength", self.strength, "at least 0")
+        finite = 0 <= self.strength < float("inf")
+        require(finite, "strength", self.strength, "a finite number, at least 0")
         for name in ("diversified", "task_prompts", "shared_pool_copy", "centre_queries"):
             value = getattr(self, name)
             require(isinstance(value, bool), name, value, "True or False")

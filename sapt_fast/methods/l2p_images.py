@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -83,7 +82,7 @@ class L2PImageHandle(PromptChoice, ImageHandle):
         self.prompts = PromptPool(
             config.prompt_length, parts.width, reserve=1, device=weight.device, dtype=dtype
         )
-        self.init_choice(self._images.width, weight.device, dtype)
+        self.init_choice(self._queries.width, weight.device, dtype)
         self.routing = ImagePromptRouting(
             model,
             self._route,
@@ -96,15 +95,6 @@ class L2PImageHandle(PromptChoice, ImageHandle):
         )
         if config.query_layer is not None and config.query_layer <= config.layer:
             self.routing.of_layer = config.query_layer, self._of_layer
-
-    @classmethod
-    def settled(cls, model: Any, config: Any) -> Any:
-        """Returns the config, which trains and saves the classifier unless it names modules."""
-        parts = vision_parts(model)
-        if config.modules_to_save is not None or parts.classifier is None:
-            return config
-        name = next(n for n, m in model.named_modules() if m is parts.classifier)
-        return replace(config, modules_to_save=[name])
 
     @classmethod
     def sites(cls, model: Any, config: Any) -> PatchReport:
@@ -167,12 +157,12 @@ class L2PImageHandle(PromptChoice, ImageHandle):
         """Whether the running forward's own low layers compute what the frozen model would."""
         if self.routing.of_layer is None or self.routing.queries is not None:
             return False
-        self._images.require_frozen()
+        self._queries.require_frozen()
         alone = sum(isinstance(child, Own) for child in self._model.children()) == 1
         return alone and not (self._model.training and self._parts.has_dropout())
 
     def _of_layer(self, hidden: Tensor) -> Tensor:
-        return self._noted(self._images.pooled(hidden))
+        return self._noted(self._queries.pooled(hidden))
 
     def _noted(self, query: Tensor) -> Tensor:
         """Returns the prompts of the running forward, whose cosines `key_loss` reads."""

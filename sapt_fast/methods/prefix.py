@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from sapt_fast.methods.base import follow, require_held
 from sapt_fast.methods.config import MethodConfig
-from sapt_fast.methods.images import ImageHandle
+from sapt_fast.methods.queried import QueryHandle
 from sapt_fast.methods.task_config import require
 from sapt_fast.pools.rows import RowStack
-from sapt_fast.routing.images import ImageRouting
+from sapt_fast.routing.queries import QueryRouting
 from sapt_fast.sites.prefix import (
     AtAttention,
     attach_prefix,
@@ -36,7 +36,7 @@ class PrefixConfig(MethodConfig[_Handle]):
     query_layer: int | None = field(
         default=None,
         metadata={
-            "help": "Number of encoder layers of the frozen model that compute an image's query; "
+            "help": "Images: number of encoder layers of the frozen model that compute a query; "
             "None for all of them and the last norm."
         },
     )
@@ -44,14 +44,14 @@ class PrefixConfig(MethodConfig[_Handle]):
         default=None,
         metadata={
             "help": "Query of an image: 'cls', the CLS token, or 'mean', the mean of the patches; "
-            "None for 'cls', or 'mean' if the model has no CLS token."
+            "None for 'cls', or 'mean' if the model has no CLS token. Texts have 'mean'."
         },
     )
     modules_to_save: Sequence[str] | None = field(
         default=None,
         metadata={
-            "help": "Modules to train in full and save with the prefixes, such as "
-            "['classifier']: names (last parts of the path); None for no module."
+            "help": "Modules to train in full and save with the prefixes: names (last parts of "
+            "the path); None for the classifier, if there is one, and [] for no module."
         },
     )
     autocast_adapter_dtype: bool = field(
@@ -112,8 +112,8 @@ def _is_count(value: object) -> bool:
     return type(value) is int and value >= 1
 
 
-class PrefixHandle(ImageHandle):
-    """The base class of handles whose pools are prefixes, chosen or weighted by image queries.
+class PrefixHandle(QueryHandle):
+    """The base class of handles whose pools are prefixes, chosen or weighted by queries.
 
     A subclass defines `sites`, `make`, `signal`, `stacks` and what a task adds.
 
@@ -123,12 +123,11 @@ class PrefixHandle(ImageHandle):
     """
 
     site = "attention"
-    Routing: ClassVar[type[ImageRouting]] = ImageRouting
+    Routing: ClassVar[type[QueryRouting]] = QueryRouting
 
     def __init__(self, model: Any, config: Any, report: Any) -> None:
         super().__init__(model, config, report)
         self.routing = self.Routing(model, self._route, self._has_tasks, self._count)
-        self.routing.tower = self._parts.tower
 
     # --- what a method with prefixes defines ---
 
@@ -162,7 +161,7 @@ class PrefixHandle(ImageHandle):
         raise NotImplementedError
 
     def _count(self) -> int:
-        """Returns the number of weights (or indices) per image that a caller has to give."""
+        """Returns the number of weights (or indices) per sample that a caller has to give."""
         raise NotImplementedError
 
     @property

@@ -21,6 +21,7 @@ from sapt_fast.methods.lora_tasks import LoraHandle
 from sapt_fast.methods.sapt_router import (
     SaptRouter,
     only_looks_up,
+    padding_mask,
     router_shapes,
     tokens_of_prompt,
 )
@@ -31,7 +32,7 @@ from sapt_fast.pools.sharding import gathered, require_reduced
 from sapt_fast.routing.hooks import Routing
 from sapt_fast.routing.images import ImageRouting
 from sapt_fast.sites.attach import group_by_input
-from sapt_fast.sites.find import chosen_names, find_layers, linear_names
+from sapt_fast.sites.find import layers_to_patch
 from sapt_fast.sites.image_embeddings import reads_images
 from sapt_fast.sites.image_queries import ImageQueries
 from sapt_fast.sites.report import PatchReport
@@ -171,14 +172,7 @@ class SaptHandle(LoraHandle):
         """
         if _image_queries(model, config) is None:
             token_embedding(model)
-        report = find_layers(model, config)
-        if not report.patched:
-            raise ValueError(
-                f"target_modules: {chosen_names(model, config)!r} selects no layer to patch in "
-                f"{type(model).__name__}. {report}. Its linear layers are named: "
-                f"{linear_names(model)}"
-            )
-        return report
+        return layers_to_patch(model, config)
 
     def install(self) -> None:
         """Adds the hooks, and groups the layers that share an input, to compute them together."""
@@ -310,12 +304,12 @@ class SaptHandle(LoraHandle):
                 Missing newer tasks count as zeros.
 
         Raises:
-            RuntimeError: if there is no task yet.
+            RuntimeError: if there is no task yet, or the method does not use the router.
             RuntimeError: if the router is sharded. FSDP2 shards it, except between the model's
                 forward and its backward.
             ValueError: if target is None, or has negative or non-finite values.
         """
-        self._require_task()
+        self._require_routing("reflection_loss")
         if target is None:
             raise ValueError("target: got None, expected weights [K'] or [B, K']")
         known = transforms.values(target)
@@ -349,12 +343,21 @@ class SaptHandle(LoraHandle):
             pixel_values: [B, C, H, W], for an image model.
 
         Raises:
-            RuntimeError: if there is no task yet.
+            RuntimeError: if there is no task yet, or the method does not use the router.
         """
-        self._require_task()
+        self._require_routing("init_key")
         pooled = self._pooled(input_ids, None, attention_mask, pixel_values=pixel_values)
         queries = query(pooled, self.router.projection)
         self.router.keys.trainable.copy_(queries.mean(0, keepdim=True))
+
+    def _require_routing(self, name: str) -> None:
+        """Raises RuntimeError if there is no task, or the method does not weigh by the router."""
+        if not self.trains_router:
+            raise RuntimeError(
+                f"{name}: not available for {self.method!r}, whose weights are not those of SAPT's "
+                "router"
+            )
+        self._require_task()
 
     # --- on disk ---
 
@@ -364,13 +367,18 @@ class SaptHandle(LoraHandle):
         router = router_shapes(input_width(model), config)
         return Expected(config, cls.adapter_files, report.patched, report.patched, router)
 
-    def _in_one_piece(self) -> AbstractContextManager[None]:
-        """Returns a context that gathers what the router reads, for FSDP2 and ZeRO-3."""
+    def _in_one_piece(self, module: nn.Module | None = None) -> AbstractContextManager[None]:
+        """Returns a context that gathers what the router reads, for FSDP2 and ZeRO-3.
+
+        Args:
+            module: part of this handle; None for the router.
+        """
         if torch.compiler.is_compiling() or not (dist.is_available() and dist.is_initialized()):
             return nullcontext()
         require_reduced(self.router.keys)
         embedding = input_layer(self._model)
-        return gathered(self._model, self.router, embedding, keep=self.routing.is_running)
+        module = self.router if module is None else module
+        return gathered(self._model, module, embedding, keep=self.routing.is_running)
 
     def _pooled(
         self,
@@ -389,13 +397,7 @@ class SaptHandle(LoraHandle):
                 )
             queries = self._queries(pixel_values, bool(interpolate_pos_encoding))
             return queries.to(self.router.norm.weight.dtype)
-        mask = attention_mask if self.config.mask_padding else None
-        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
-            got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(
-                f"attention_mask: got {got}, expected [B, T]: the router reads the padding from "
-                "it; or run inside model.sapt.fixed(model.sapt.route(input_ids, padding_mask))"
-            )
+        mask = padding_mask(attention_mask) if self.config.mask_padding else None
         chosen = tokens_of_prompt(self._model, attention_mask, labels)
         if chosen is not None:
             mask = chosen.to(torch.int64) if mask is None else chosen * mask

@@ -17,7 +17,14 @@ from sapt_fast.ops.route import (
 from sapt_fast.pools.rows import RowStack
 from sapt_fast.pools.sharding import is_partitioned
 
-__all__ = ["SaptRouter", "only_looks_up", "router_shapes", "tokens_of_prompt"]
+__all__ = [
+    "SaptRouter",
+    "only_looks_up",
+    "padding_mask",
+    "pool_inputs",
+    "router_shapes",
+    "tokens_of_prompt",
+]
 
 
 class RouterConfig(Protocol):
@@ -104,20 +111,12 @@ class SaptRouter(Resident):
         Raises:
             ValueError: if both inputs are None.
         """
-        pooling = self.config.pooling
         device = self.norm.weight.device  # hooks may move the model's inputs only later
         input_ids, inputs_embeds, mask = (
             t if t is None or t.device == device else t.to(device)
             for t in (input_ids, inputs_embeds, mask)
         )
-        if inputs_embeds is not None:
-            pooled = pool_embeds(inputs_embeds, mask=mask, pooling=pooling)
-        elif input_ids is None:
-            raise ValueError("input_ids: got None and no inputs_embeds, expected one of them")
-        elif isinstance(embedding, nn.Embedding) and only_looks_up(embedding):
-            pooled = pool_tokens(input_ids, embedding.weight, mask=mask, pooling=pooling)
-        else:
-            pooled = pool_embeds(embedding(input_ids), mask=mask, pooling=pooling)
+        pooled = pool_inputs(embedding, input_ids, inputs_embeds, mask, self.config.pooling)
         if self.config.standardize_query:
             pooled = (pooled - self.query_mean) / self.query_std
         return pooled
@@ -178,6 +177,39 @@ class SaptRouter(Resident):
         pooled = torch.cat([self.pool(embedding, few, None, m) for few, m in parts])
         self.query_mean.copy_(pooled.mean(0))
         self.query_std.copy_(pooled.std(0).clamp(min=1e-6))
+
+
+def pool_inputs(
+    embedding: nn.Module,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    mask: Tensor | None,
+    pooling: str,
+) -> Tensor:
+    """Returns pooled input embeddings [B, D]; arguments and errors as `SaptRouter.pool`."""
+    if inputs_embeds is not None:
+        return pool_embeds(inputs_embeds, mask=mask, pooling=pooling)
+    if input_ids is None:
+        raise ValueError("input_ids: got None and no inputs_embeds, expected one of them")
+    if isinstance(embedding, nn.Embedding) and only_looks_up(embedding):
+        return pool_tokens(input_ids, embedding.weight, mask=mask, pooling=pooling)
+    return pool_embeds(embedding(input_ids), mask=mask, pooling=pooling)
+
+
+def padding_mask(attention_mask: Any) -> Tensor | None:
+    """Returns a mask [B, T] of tokens; None for none.
+
+    Raises:
+        ValueError: if it has another shape.
+    """
+    if attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2):
+        return attention_mask
+    is_tensor = isinstance(attention_mask, Tensor)
+    got = tuple(attention_mask.shape) if is_tensor else type(attention_mask).__name__
+    raise ValueError(
+        f"attention_mask: got {got}, expected [B, T]: the router reads the padding from it; or run "
+        "inside model.sapt.fixed(model.sapt.route(input_ids, padding_mask))"
+    )
 
 
 def only_looks_up(embedding: nn.Embedding) -> bool:

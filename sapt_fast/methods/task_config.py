@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 from sapt_fast.methods.config import MethodConfig
 
-__all__ = ["TaskConfig", "require"]
+__all__ = ["FIELDS", "TaskConfig", "list_names", "require", "require_fields"]
 
 _Handle = TypeVar("_Handle")
 
@@ -46,7 +46,7 @@ _MOST_COUNT = 2**16  # memory is reserved by these
 _COUNT = (_count, f"an integer, at least 1 and at most {_MOST_COUNT}")
 _WEIGHT = (lambda v: _number(v) and v >= 0, "a number, at least 0")
 # The check of each field, and the words for what it expects.
-_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": _COUNT,
     "lora_alpha": (lambda v: _number(v) and 0 < v <= _MOST, f"a positive number, at most {_MOST}"),
     "lora_dropout": (lambda v: _number(v) and 0 <= v < 1, "[0, 1)"),
@@ -203,9 +203,7 @@ class TaskConfig(MethodConfig[_Handle]):
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value out of range; converts names to lists, as in JSON."""
-        for name, (fits, expected) in _FIELDS.items():
-            value = getattr(self, name)
-            require(fits(value), name, value, expected)
+        require_fields(self, FIELDS)
         sparse = self.top_k is not None or self.threshold is not None
         require(
             not (self.own_key_loss and sparse), "own_key_loss", self.own_key_loss,
@@ -215,11 +213,7 @@ class TaskConfig(MethodConfig[_Handle]):
             for name, without in (("target_modules", None), ("lora_dropout", 0)):
                 value = getattr(self, name)
                 require(value == without, name, value, f"{without} with adapter='prompt'")
-        if self.target_modules is not None and not isinstance(self.target_modules, str):
-            self.target_modules = list(self.target_modules)
-        if self.modules_to_save is not None:
-            named = self.modules_to_save
-            self.modules_to_save = [named] if isinstance(named, str) else list(named)
+        list_names(self)
         require(
             not self.modules_per_task or self.modules_to_save is not None,
             "modules_per_task", True, "False without modules_to_save",
@@ -230,6 +224,22 @@ class TaskConfig(MethodConfig[_Handle]):
         import torch
 
         return torch.promote_types(base, torch.float32) if self.autocast_adapter_dtype else base
+
+
+def require_fields(config: object, checks: Mapping[str, tuple[Callable[[Any], bool], str]]) -> None:
+    """Raises ValueError unless each field of a config fits its check."""
+    for name, (fits, expected) in checks.items():
+        value = getattr(config, name)
+        require(fits(value), name, value, expected)
+
+
+def list_names(config: Any) -> None:
+    """Converts `target_modules` and `modules_to_save` to lists, as in JSON."""
+    if config.target_modules is not None and not isinstance(config.target_modules, str):
+        config.target_modules = list(config.target_modules)
+    named = config.modules_to_save
+    if named is not None:
+        config.modules_to_save = [named] if isinstance(named, str) else list(named)
 
 
 def require(holds: bool, name: str, got: object, expected: str) -> None:

@@ -2,11 +2,12 @@
 
 SAPT (ACL 2024): the input embeddings are pooled over the sequence and projected to a query. The
 weights are the softmax of its products with one learned key per adapter. The reflection loss
-penalises changes in the weights of earlier tasks' inputs.
+penalises changes in the weights of earlier tasks' inputs. Other methods differ in the gate
+(`ops.gates`), in the projection and similarity (`ops.queries`), or have a query per token.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,8 @@ from torch import Tensor
 from sapt_fast import dispatch
 from sapt_fast.ops import transforms
 from sapt_fast.ops._common import require_tensors, without_autocast
-from sapt_fast.ops._scalars import integer, number, require_float
+from sapt_fast.ops._scalars import number, require_float
+from sapt_fast.ops.gates import Gate, checked_gate, gate_bwd, gate_fwd, sparsify
 from sapt_fast.ops.pool_tokens import (
     POOLINGS,
     check_devices,
@@ -23,10 +25,23 @@ from sapt_fast.ops.pool_tokens import (
     pool_tokens,
     pool_tokens_fwd,
 )
+from sapt_fast.ops.queries import (
+    SIMILARITIES,
+    AnyProjection,
+    QueryProjection,
+    TaskProjections,
+    flat,
+    projection_parts,
+    query,
+    route_scores_bwd,
+    route_scores_fwd,
+    unflat,
+)
 
 __all__ = [
     "POOLINGS",
     "QueryProjection",
+    "TaskProjections",
     "pool_embeds",
     "pool_tokens",
     "pool_tokens_fwd",
@@ -34,6 +49,7 @@ __all__ = [
     "reflection_loss",
     "route",
     "route_bwd",
+    "route_fwd",
     "route_scores",
     "route_scores_bwd",
     "route_scores_fwd",
@@ -42,69 +58,63 @@ __all__ = [
 
 _OP = "route"
 DISPATCH = dispatch.Op(few_rows=(4, 4))
+_SOFTMAX = Gate()
 _FUSED_KEYS = 1024  # so many keys at most from embedding to weights in one launch
-
-
-class QueryProjection(NamedTuple):
-    """The query projection `q = LayerNorm(SiLU(up down e))`, without biases.
-
-    Attributes:
-        down: [H, D].
-        up: [D, H].
-        norm_weight, norm_bias: [D], of the LayerNorm.
-        eps: of the LayerNorm.
-
-    Example:
-        >>> import torch
-        >>> from sapt_fast.ops import QueryProjection, route
-        >>> D, H, K = 8, 4, 3
-        >>> projection = QueryProjection(
-        ...     torch.randn(H, D), torch.randn(D, H), torch.ones(D), torch.zeros(D))
-        >>> route(torch.randn(2, 5, D), torch.randn(K, D), projection).shape
-        torch.Size([2, 3])
-    """
-
-    down: Tensor
-    up: Tensor
-    norm_weight: Tensor
-    norm_bias: Tensor
-    eps: float = 1e-5
+# Of more tokens than this, kernels compute weights without projection and of so many keys at most.
+_FEW_TOKENS, _TOKEN_KEYS = 64, 128
 
 
 def route(
     embeds: Tensor,
     keys: Tensor,
-    projection: QueryProjection | None,
+    projection: AnyProjection,
     *,
     mask: Tensor | None = None,
     pooling: str = "max",
     temperature: float | None = None,
+    gate: str = "softmax",
+    similarity: str = "dot",
     top_k: int | None = None,
     threshold: float | None = None,
+    renormalize: bool | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Computes one weight per sample and adapter from the embeddings and the adapters' keys.
+    """Computes one weight per adapter for each sample or token, from embeddings and adapters' keys.
 
     Args:
-        embeds: [B, T, D], or [B, D] if already pooled (by `pool_tokens`).
-        keys: [K, D].
-        projection: maps the pooled embedding to the query; None for the identity.
-        mask: [B, T], zero for tokens that are not pooled; None for no such tokens.
-        pooling: "max" (as in the original SAPT code) or "mean".
-        temperature: the scores' divisor; None for sqrt(D).
-        top_k: keep only the k largest weights of each sample, scaled to sum to 1; of equal weights,
-            those of the lower index. None keeps all.
-        threshold: set weights below it to exactly zero and scale the others to sum to 1; the
-            largest weight of a sample always stays. None keeps all.
-        backend: as in `dispatch.resolve`; float64 runs only in the reference.
+        embeds: [B, T, D], or [B, D] if already pooled (by `pool_tokens`) or of single tokens.
+        keys: [K, D]; with `TaskProjections` of any width.
+        projection: maps an embedding to its query; None for the identity. With `TaskProjections`
+            every adapter has its own.
+        mask: [B, T], zero for tokens that are not pooled, or whose weights are zero if the pooling
+            is "none"; None for no such tokens.
+        pooling: "max" (as in the original SAPT code) or "mean"; "none" for weights of every token.
+        temperature: the similarities' divisor; None for the square root of the keys' width, and for
+            1 if the similarity is "cosine".
+        gate: maps the scores s of a row to weights:
+
+            - "softmax": they sum to 1 (SAPT, MixLoRA).
+            - "sigmoid": each in (0, 1), independent of the others.
+            - "abs_sigmoid": |2 sigmoid(s) - 1| (GainLoRA).
+            - "relu": max(s, 0).
+        similarity: of query and key: "dot", their product; or "cosine", their product divided by
+            both norms, as `torch.nn.functional.cosine_similarity` does.
+        top_k: keep only the k largest weights of each row; of equal weights, those of the lower
+            index. None keeps all.
+        threshold: set weights below it to exactly zero; the largest weight of a row always stays.
+            In [0, 1], for "relu" at least 0. None keeps all.
+        renormalize: whether to scale the kept weights of each row to sum to 1; a row of zeros stays
+            zero. Defaults to True for "softmax" and to False for the other gates.
+        backend: as in `dispatch.resolve`; float64 runs only in the reference. For what kernels are
+            not made for, plain torch runs on their device: the gate of more than 1024 adapters, and
+            more than 64 tokens with a projection or more than 128 adapters.
 
     Returns:
-        weights [B, K] in float32 (float64 for float64 inputs); rows sum to 1. All steps are
-        computed in this dtype.
+        weights [B, K], of every token [B, T, K], in float32 (float64 for float64 inputs). All steps
+        are computed in this dtype.
 
     Raises:
-        ValueError: if a shape, device, `pooling`, `temperature`, `top_k` or `threshold` does not
-            fit.
+        ValueError, TypeError: if a shape, dtype, device or option does not fit.
         dispatch.BackendError: if the named backend cannot run here, or does not support float64.
 
     Example:
@@ -115,64 +125,48 @@ def route(
         tensor([[0.8808, 0.1192]])
         >>> route(embeds, keys, None, pooling="max", temperature=1.0, top_k=1)
         tensor([[1., 0.]])
+        >>> route(embeds, keys, None, pooling="none", temperature=1.0, gate="relu")
+        tensor([[[2., 0.],
+                 [0., 0.]]])
     """
-    top_k, threshold = _checked_sparsity(top_k, threshold)
-    pooled, divisor, chosen = _prepare(
-        embeds, keys, projection, mask, pooling, temperature, backend
+    chosen_gate = checked_gate(gate, top_k, threshold, renormalize)
+    rows, divisor, chosen = _prepare(
+        embeds, keys, projection, mask, pooling, temperature, similarity, chosen_gate, backend
     )
-    if chosen == "reference" or keys.shape[0] > _FUSED_KEYS:
-        scores = _scores(pooled, keys, projection, divisor, chosen)
-        return sparsify(torch.softmax(scores, -1), top_k=top_k, threshold=threshold)
-    return _route_op(pooled, keys, *_flat(projection), divisor, top_k, threshold, chosen)
+    if chosen == "reference":
+        with without_autocast(rows.device):
+            weights = route_fwd(
+                rows, keys, projection, divisor, chosen_gate.top_k, chosen_gate.threshold,
+                gate, similarity, chosen_gate.renormalize,
+            )  # fmt: skip
+    elif keys.shape[0] > _FUSED_KEYS:
+        scores = _scores(rows, keys, projection, divisor, similarity, chosen)
+        weights = gate_fwd(scores, chosen_gate)
+    else:
+        weights = _route_op(
+            rows, keys, *flat(projection), divisor, chosen_gate.top_k, chosen_gate.threshold,
+            chosen, gate, similarity, chosen_gate.renormalize,
+        )  # fmt: skip
+    return _of_tokens(weights, embeds, mask) if pooling == "none" else weights
 
 
 def route_scores(
     embeds: Tensor,
     keys: Tensor,
-    projection: QueryProjection | None,
+    projection: AnyProjection,
     *,
     mask: Tensor | None = None,
     pooling: str = "max",
     temperature: float | None = None,
+    similarity: str = "dot",
     backend: str | None = None,
 ) -> Tensor:
-    """Returns the scores [B, K] whose softmax is `route`; arguments and errors as in `route`."""
-    pooled, divisor, chosen = _prepare(
-        embeds, keys, projection, mask, pooling, temperature, backend
+    """Returns the scores whose gate is `route`'s, in the same shape; arguments as in `route`."""
+    rows, divisor, chosen = _prepare(
+        embeds, keys, projection, mask, pooling, temperature, similarity, _SOFTMAX, backend
     )
-    return _scores(pooled, keys, projection, divisor, chosen)
-
-
-def query(pooled: Tensor, projection: QueryProjection | None) -> Tensor:
-    """Returns the queries [B, D] of pooled embeddings [B, D], in float32 or wider."""
-    q = pooled.to(torch.promote_types(pooled.dtype, torch.float32))
-    if projection is None:
-        return q
-    down, up, norm_weight, norm_bias = (t.to(q.dtype) for t in projection[:4])
-    hidden = F.silu(F.linear(F.linear(q, down), up))
-    return F.layer_norm(hidden, hidden.shape[-1:], norm_weight, norm_bias, projection.eps)
-
-
-def sparsify(
-    weights: Tensor, *, top_k: int | None = None, threshold: float | None = None
-) -> Tensor:
-    """Removes small weights of [B, K] as `route` does; the kept ones sum to 1 in every row."""
-    top_k, threshold = _checked_sparsity(top_k, threshold)
-    count = weights.shape[-1]
-    if (top_k is None or top_k >= count) and not threshold:
-        return weights
-    keep = torch.ones_like(weights, dtype=torch.bool)
-    if threshold:
-        keep = weights >= weights.amax(-1, keepdim=True).clamp(max=threshold)
-    if top_k is not None and top_k < count:
-        # A stable sort, because topk guarantees no order among equal values.
-        largest = weights.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
-        chosen = torch.zeros_like(keep).scatter(
-            -1, largest, torch.ones_like(largest, dtype=keep.dtype)
-        )
-        keep = keep & chosen
-    kept = weights * keep
-    return kept / kept.sum(-1, keepdim=True)
+    scores = _scores(rows, keys, projection, divisor, similarity, chosen)
+    return _of_tokens(scores, embeds, mask) if pooling == "none" else scores
 
 
 def reflection_loss(scores: Tensor, target: Tensor) -> Tensor:
@@ -217,165 +211,132 @@ def reflection_loss(scores: Tensor, target: Tensor) -> Tensor:
 # --- reference ---------------------------------------------------------------------------------
 
 
-def route_scores_fwd(
-    pooled: Tensor, keys: Tensor, projection: QueryProjection | None, divisor: float
+def route_fwd(
+    rows: Tensor,
+    keys: Tensor,
+    projection: AnyProjection,
+    divisor: float,
+    top_k: int | None,
+    threshold: float | None,
+    gate: str = "softmax",
+    similarity: str = "dot",
+    renormalize: bool = True,
 ) -> Tensor:
-    """Computes `query(pooled) keys^T / divisor` in float32, or float64 for float64 inputs."""
-    q = query(pooled, projection)
-    return F.linear(q, keys.to(q.dtype)) / divisor
+    """Computes the weights [N, K] of rows [N, D]; the other arguments are as in `route`."""
+    scores = route_scores_fwd(rows, keys, projection, divisor, similarity)
+    return gate_fwd(scores, Gate(gate, top_k, threshold, renormalize))
 
 
 def route_bwd(
     d_weights: Tensor,
     weights: Tensor,
-    pooled: Tensor,
+    rows: Tensor,
     keys: Tensor,
-    projection: QueryProjection | None,
+    projection: AnyProjection,
     divisor: float,
     needs: tuple[bool, ...],
+    gate: Gate = _SOFTMAX,
+    similarity: str = "dot",
 ) -> tuple[Tensor | None, ...]:
     """Returns the gradients of `route`, for the backends that autograd cannot differentiate.
 
-    The weights are the softmax over the kept scores, w_i = exp(s_i) / sum of the kept exp(s_j),
-    and 0 for the others; which scores are kept is locally constant. So w determines
-    d_scores_i = w_i (d_weights_i - sum_j w_j d_weights_j), and nothing else has to be saved.
+    Where the weights do not determine the gradient of the scores, these are computed again.
 
     Args:
-        d_weights, weights: [B, K]. The other arguments and the result are as in
-            `route_scores_bwd`.
+        d_weights, weights: [N, K].
+        rows: [N, D]. The other arguments and the result are as in `route_scores_bwd`.
     """
-    shared = (weights * d_weights).sum(-1, keepdim=True)
-    d_scores = weights * (d_weights - shared)
-    return route_scores_bwd(d_scores, pooled, keys, projection, divisor, needs)
-
-
-def route_scores_bwd(
-    d_scores: Tensor,
-    pooled: Tensor,
-    keys: Tensor,
-    projection: QueryProjection | None,
-    divisor: float,
-    needs: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """Returns the gradients of `route_scores_fwd`, for backends that autograd cannot differentiate.
-
-    The query is computed again, so that only the inputs are saved for the backward. All tensors
-    have at most B x D numbers. A separate kernel would only save a few launches per step, so every
-    backend uses this.
-
-    Args:
-        d_scores: [B, K]. The other arguments are as in the forward.
-        needs: whether to compute the gradient of pooled, of keys, and of each of the projection's
-            four tensors.
-
-    Returns:
-        The gradients in that order and in the dtypes of their tensors, None for what is not needed.
-    """
-    wide = torch.promote_types(pooled.dtype, torch.float32)
-    grads: list[Tensor | None] = [None] * 6
-    with without_autocast(pooled.device):
-        scaled, e = d_scores.to(wide) / divisor, pooled.to(wide)
-        d_query = scaled @ keys.to(wide)
-        if projection is None:
-            grads[:2] = d_query, scaled.t() @ e
-        else:
-            down, up, norm_weight, norm_bias = (t.to(wide) for t in projection[:4])
-            hidden = e @ down.t()
-            z = hidden @ up.t()
-            gate = torch.sigmoid(z)
-            active = z * gate
-            centred = active - active.mean(-1, keepdim=True)
-            rstd = (centred.square().mean(-1, keepdim=True) + projection.eps).rsqrt()
-            normed = centred * rstd
-            d_normed = d_query * norm_weight
-            shift = d_normed.mean(-1, keepdim=True)
-            slope = (d_normed * normed).mean(-1, keepdim=True)
-            d_z = (d_normed - shift - normed * slope) * rstd * gate * (1 + z * (1 - gate))
-            d_hidden = d_z @ up
-            grads = [
-                d_hidden @ down,
-                scaled.t() @ (normed * norm_weight + norm_bias),
-                d_hidden.t() @ e,
-                d_z.t() @ hidden,
-                (d_query * normed).sum(0),
-                d_query.sum(0),
-            ]
-    tensors = (pooled, keys, *(projection or (None,) * 4)[:4])
-    return tuple(
-        grad.to(tensor.dtype) if wanted and grad is not None and tensor is not None else None
-        for grad, tensor, wanted in zip(grads, tensors, needs, strict=True)
-    )
+    with without_autocast(rows.device):
+        scores = None
+        if not gate.is_of_its_weights():
+            scores = route_scores_fwd(rows, keys, projection, divisor, similarity)
+        d_scores = gate_bwd(d_weights, weights, scores, gate)
+    return route_scores_bwd(d_scores, rows, keys, projection, divisor, needs, similarity)
 
 
 def _prepare(
     embeds: Tensor,
     keys: Tensor,
-    projection: QueryProjection | None,
+    projection: AnyProjection,
     mask: Tensor | None,
     pooling: str,
     temperature: float | None,
+    similarity: str,
+    gate: Gate,
     backend: str | None,
 ) -> tuple[Tensor, float, str]:
-    """Checks the arguments; returns the pooled embeddings, the scores' divisor and the backend."""
+    """Checks the arguments; returns the rows to route, the scores' divisor and the backend."""
     require_tensors(embeds=embeds, keys=keys, mask=mask)
     require_float("embeds", embeds)
     require_float("keys", keys)
     if embeds.dim() not in (2, 3):
         raise ValueError(f"embeds: got shape {tuple(embeds.shape)}, expected [B, T, D] or [B, D]")
-    if keys.dim() != 2 or keys.shape[1] != embeds.shape[-1]:
-        raise ValueError(f"keys: got shape {tuple(keys.shape)}, expected [K, {embeds.shape[-1]}]")
+    width = embeds.shape[-1]
+    shared = not isinstance(projection, TaskProjections)
+    if keys.dim() != 2 or (shared and keys.shape[1] != width):
+        expected = f"[K, {width}]" if shared else "[K, D']"
+        raise ValueError(f"keys: got shape {tuple(keys.shape)}, expected {expected}")
+    if pooling not in (*POOLINGS, "none"):
+        raise ValueError(f"pooling: got {pooling!r}, expected one of {(*POOLINGS, 'none')}")
+    if similarity not in SIMILARITIES:
+        raise ValueError(f"similarity: got {similarity!r}, expected one of {SIMILARITIES}")
     temperature = None if temperature is None else number("temperature", temperature)
     if temperature is not None and not temperature > 0:
         raise ValueError(f"temperature: got {temperature}, expected a positive number or None")
-    parts = _projection_parts(projection, keys.shape[1])
+    parts = projection_parts(projection, keys, width)
     for name, tensor in parts.items():
         require_float(name, tensor)
     check_devices(embeds, keys=keys, mask=mask, **parts)
-    pooled = embeds if embeds.dim() == 2 else pool_embeds(embeds, mask=mask, pooling=pooling)
-    divisor = math.sqrt(keys.shape[1]) if temperature is None else temperature
+    rows = _rows(embeds, mask, pooling)
+    divisor = temperature
+    if divisor is None:
+        divisor = math.sqrt(keys.shape[1]) if similarity == "dot" else 1.0
     eager = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-    rows = pooled.shape[0] if eager else None
-    chosen = dispatch.resolve(_OP, pooled.device, backend, pooled.dtype, rows)
-    return pooled, divisor, "reference" if transforms.active() else chosen
+    known = shared and similarity == "dot" and pooling != "none" and gate.is_of_its_weights()
+    chosen = dispatch.resolve(
+        _OP, rows.device, backend, rows.dtype, rows.shape[0] if eager else None,
+        feature=None if known else "gate",
+    )  # fmt: skip
+    by_torch = transforms.active() or (pooling == "none" and _are_large(rows, keys, projection))
+    return rows, divisor, "reference" if by_torch else chosen
+
+
+def _are_large(rows: Tensor, keys: Tensor, projection: AnyProjection) -> bool:
+    """Returns whether torch's products suit these tokens, keys and projection best."""
+    fits = projection is None and keys.shape[0] <= _TOKEN_KEYS
+    return not fits and rows.shape[0] > _FEW_TOKENS
+
+
+def _rows(embeds: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
+    """Returns what is routed, [N, D]: the pooled embeddings, or all of them without the masked."""
+    if pooling != "none":
+        return embeds if embeds.dim() == 2 else pool_embeds(embeds, mask=mask, pooling=pooling)
+    if mask is not None:
+        if mask.shape != embeds.shape[:-1]:
+            expected = tuple(embeds.shape[:-1])
+            raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected {expected}")
+        embeds = embeds.masked_fill((mask == 0).unsqueeze(-1), 0.0)
+    return embeds.reshape(-1, embeds.shape[-1])
+
+
+def _of_tokens(weights: Tensor, embeds: Tensor, mask: Tensor | None) -> Tensor:
+    """Returns weights or scores [N, K] in the shape of the embeddings, zeros for masked tokens."""
+    weights = weights.view(*embeds.shape[:-1], weights.shape[-1])
+    return weights if mask is None else weights.masked_fill((mask == 0).unsqueeze(-1), 0.0)
 
 
 def _scores(
-    pooled: Tensor, keys: Tensor, projection: QueryProjection | None, divisor: float, backend: str
+    rows: Tensor,
+    keys: Tensor,
+    projection: AnyProjection,
+    divisor: float,
+    similarity: str,
+    backend: str,
 ) -> Tensor:
     if backend == "reference":
-        with without_autocast(pooled.device):
-            return route_scores_fwd(pooled, keys, projection, divisor)
-    return _scores_op(pooled, keys, *_flat(projection), divisor, backend)
-
-
-def _checked_sparsity(
-    top_k: int | None, threshold: float | None
-) -> tuple[int | None, float | None]:
-    top_k = None if top_k is None else integer("top_k", top_k)
-    if top_k is not None and not top_k >= 1:
-        raise ValueError(f"top_k: got {top_k}, expected at least 1 or None")
-    threshold = None if threshold is None else number("threshold", threshold)
-    if threshold is not None and not 0 <= threshold <= 1:
-        raise ValueError(f"threshold: got {threshold}, expected a number in [0, 1] or None")
-    return top_k, threshold
-
-
-def _projection_parts(projection: QueryProjection | None, width: int) -> dict[str, Tensor]:
-    """Checks the shapes of the projection's tensors, and returns them by their names."""
-    if projection is None:
-        return {}
-    if not isinstance(projection, QueryProjection):
-        raise TypeError(
-            f"projection: got {type(projection).__name__}, expected a QueryProjection or None"
-        )
-    require_tensors(**{f"projection.{n}": t for n, t in projection._asdict().items() if n != "eps"})
-    hidden = projection.down.shape[0]
-    expected = ((hidden, width), (width, hidden), (width,), (width,))
-    parts = {f"projection.{n}": t for n, t in zip(projection._fields, projection[:4], strict=False)}
-    for (name, tensor), shape in zip(parts.items(), expected, strict=True):
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {shape}")
-    return parts
+        with without_autocast(rows.device):
+            return route_scores_fwd(rows, keys, projection, divisor, similarity)
+    return _scores_op(rows, keys, *flat(projection), divisor, backend, similarity)
 
 
 # --- registered ops ----------------------------------------------------------------------------
@@ -384,7 +345,7 @@ def _projection_parts(projection: QueryProjection | None, width: int) -> dict[st
 
 @torch.library.custom_op("sapt_fast::route_scores_fwd", mutates_args=())
 def _scores_op(
-    pooled: Tensor,
+    rows: Tensor,
     keys: Tensor,
     down: Tensor | None,
     up: Tensor | None,
@@ -393,15 +354,17 @@ def _scores_op(
     eps: float,
     divisor: float,
     backend: str,
+    similarity: str,
 ) -> Tensor:
     transforms.require_no_tangents(_OP)
-    projection = _projection(down, up, norm_weight, norm_bias, eps)
-    return dispatch.kernels(_OP, backend).route_scores_fwd(pooled, keys, projection, divisor)
+    projection = unflat(down, up, norm_weight, norm_bias, eps)
+    kernel = dispatch.kernels(_OP, backend)
+    return kernel.route_scores_fwd(rows, keys, projection, divisor, similarity)
 
 
 @torch.library.custom_op("sapt_fast::route_fwd", mutates_args=())
 def _route_op(
-    pooled: Tensor,
+    rows: Tensor,
     keys: Tensor,
     down: Tensor | None,
     up: Tensor | None,
@@ -412,39 +375,28 @@ def _route_op(
     top_k: int | None,
     threshold: float | None,
     backend: str,
+    gate: str,
+    similarity: str,
+    renormalize: bool,
 ) -> Tensor:
     transforms.require_no_tangents(_OP)
-    projection = _projection(down, up, norm_weight, norm_bias, eps)
+    projection = unflat(down, up, norm_weight, norm_bias, eps)
     kernel = dispatch.kernels(_OP, backend)
-    return kernel.route_fwd(pooled, keys, projection, divisor, top_k, threshold)
+    return kernel.route_fwd(
+        rows, keys, projection, divisor, top_k, threshold, gate, similarity, renormalize
+    )
 
 
 @_route_op.register_fake
 @_scores_op.register_fake
-def _scores_fake(pooled: Tensor, keys: Tensor, *others: Any) -> Tensor:
-    wide = torch.promote_types(pooled.dtype, torch.float32)
-    return pooled.new_empty(pooled.shape[0], keys.shape[0], dtype=wide)
-
-
-def _flat(projection: QueryProjection | None) -> tuple[Any, ...]:
-    """Converts the projection for the registered ops; `_projection` is the inverse."""
-    return (None,) * 4 + (0.0,) if projection is None else tuple(projection)
-
-
-def _projection(
-    down: Tensor | None,
-    up: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-) -> QueryProjection | None:
-    if down is None or up is None or norm_weight is None or norm_bias is None:
-        return None
-    return QueryProjection(down, up, norm_weight, norm_bias, eps)
+def _scores_fake(rows: Tensor, keys: Tensor, *others: Any) -> Tensor:
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    return rows.new_empty(rows.shape[0], keys.shape[0], dtype=wide)
 
 
 def _scores_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     tensors, ctx.eps, ctx.divisor = inputs[:6], inputs[6], inputs[7]
+    ctx.similarity = inputs[9]
     ctx.set_materialize_grads(False)
     ctx.needs = tuple(t is not None and t.requires_grad for t in tensors)
     ctx.save_for_backward(*tensors)
@@ -452,25 +404,33 @@ def _scores_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _scores_backward(ctx: Any, d_scores: Tensor | None) -> tuple[Tensor | None, ...]:
     if d_scores is None:
-        return (None,) * 9
-    pooled, keys, down, up, norm_weight, norm_bias = ctx.saved_tensors
-    projection = _projection(down, up, norm_weight, norm_bias, ctx.eps)
-    grads = route_scores_bwd(d_scores, pooled, keys, projection, ctx.divisor, ctx.needs)
-    return *grads, None, None, None
+        return (None,) * 10
+    rows, keys, down, up, norm_weight, norm_bias = ctx.saved_tensors
+    projection = unflat(down, up, norm_weight, norm_bias, ctx.eps)
+    grads = route_scores_bwd(
+        d_scores, rows, keys, projection, ctx.divisor, ctx.needs, ctx.similarity
+    )
+    return *grads, *(None,) * 4
 
 
 def _route_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _scores_setup(ctx, inputs, output)
-    ctx.save_for_backward(output, *inputs[:6])
+    tensors, (ctx.eps, ctx.divisor, top_k, threshold) = inputs[:6], inputs[6:10]
+    _, kind, ctx.similarity, renormalize = inputs[10:]
+    ctx.gate = Gate(kind, top_k, threshold, renormalize)
+    ctx.set_materialize_grads(False)
+    ctx.needs = tuple(t is not None and t.requires_grad for t in tensors)
+    ctx.save_for_backward(output, *tensors)
 
 
 def _route_backward(ctx: Any, d_weights: Tensor | None) -> tuple[Tensor | None, ...]:
     if d_weights is None:
-        return (None,) * 11
-    weights, pooled, keys, down, up, norm_weight, norm_bias = ctx.saved_tensors
-    projection = _projection(down, up, norm_weight, norm_bias, ctx.eps)
-    grads = route_bwd(d_weights, weights, pooled, keys, projection, ctx.divisor, ctx.needs)
-    return *grads, *(None,) * 5
+        return (None,) * 14
+    weights, rows, keys, down, up, norm_weight, norm_bias = ctx.saved_tensors
+    projection = unflat(down, up, norm_weight, norm_bias, ctx.eps)
+    grads = route_bwd(
+        d_weights, weights, rows, keys, projection, ctx.divisor, ctx.needs, ctx.gate, ctx.similarity
+    )
+    return *grads, *(None,) * 8
 
 
 _scores_op.register_autograd(_scores_backward, setup_context=_scores_setup)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sapt_fast.files.mapped import MappedTensors
+from sapt_fast.pools.id_map import IdMap
 from sapt_fast.pools.row_table import RowTable
 
 __all__ = ["MappedRows", "row_checks"]
@@ -51,9 +52,8 @@ class MappedRows:
         self._changed = RowTable(num_ids, shapes, self.device)
         self._shards, self._shard_rows, self._checks = dict(shards), shard_rows, dict(checks)
         self._ids = ids
-        # 0: none, or changed since; the last element is that of N and of -1.
-        self._plus_one = torch.zeros(num_ids + 1, dtype=torch.int32)
-        self._plus_one[ids] = torch.arange(1, len(ids) + 1, dtype=torch.int32)
+        self._in_file = IdMap(num_ids, self.device)  # without those that have changed since
+        self._in_file.set(ids, torch.arange(len(ids)))
         self._unchanged = len(ids)
         self.rows_read = 0
 
@@ -65,11 +65,12 @@ class MappedRows:
     @property
     def nbytes(self) -> int:
         """Number of bytes in memory: changed rows, and what finds and checks the others."""
-        parts = (self._ids, self._plus_one, *self._checks.values())
-        return self._changed.nbytes + sum(part.nbytes for part in parts)
+        tensors = self._ids, *self._checks.values()
+        found = self._changed.nbytes + self._in_file.nbytes
+        return found + sum(tensor.nbytes for tensor in tensors)
 
     def used_ids(self) -> Tensor:
-        kept = self._plus_one[self._ids] > 0
+        kept = self._in_file.find(self._ids) >= 0
         return torch.cat([self._ids[kept], self._changed.used_ids()])
 
     def used(self, name: str) -> Tensor:
@@ -78,8 +79,7 @@ class MappedRows:
 
     def find(self, ids: Tensor) -> Tensor:
         changed = self._changed.find(ids)
-        in_file = self._plus_one[ids].long() - 1
-        return torch.where(changed >= 0, changed + len(self._ids), in_file)
+        return torch.where(changed >= 0, changed + len(self._ids), self._in_file.find(ids))
 
     def add(self, ids: Tensor) -> Tensor:
         """As `RowTable.add`; a row of a file gets one in memory with undefined values."""
@@ -110,8 +110,8 @@ class MappedRows:
         self._leave_out(ids)
 
     def _leave_out(self, ids: Tensor) -> None:
-        self._unchanged -= int((self._plus_one[ids] > 0).sum())
-        self._plus_one[ids] = 0
+        self._unchanged -= int((self._in_file.find(ids) >= 0).sum())
+        self._in_file.drop(ids)
 
     def _from_file(self, name: str, shard: int, at: Tensor) -> Tensor:
         """Returns rows of a file after comparing their checksums."""

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sapt_fast.pools.id_map import IdMap
+
 __all__ = ["RowCache"]
 
 
@@ -44,7 +46,7 @@ class RowCache:
             name: torch.empty(capacity, *shape, dtype=dtype, device=device)
             for name, (shape, dtype) in shapes.items()
         }
-        self._plus_one = torch.zeros(num_ids, dtype=torch.int32)  # 0: not cached
+        self._map = IdMap(num_ids, torch.device("cpu"))
         self._ids = torch.full((capacity,), -1, dtype=torch.int64)
         self._used_at = torch.zeros(capacity, dtype=torch.int64)  # 0: free
         self._calls = 0
@@ -68,7 +70,7 @@ class RowCache:
             source: has `gather(name, at)`.
         """
         with self._lock:
-            place = self._plus_one[ids].long() - 1
+            place = self._map.find(ids)
             missing = place < 0
             count = int(missing.sum())
             self.hits += len(ids) - count
@@ -87,12 +89,12 @@ class RowCache:
     def drop(self, ids: Tensor) -> None:
         """Forgets rows [U] that have changed where they are stored."""
         with self._lock:
-            place = self._plus_one[ids].long() - 1
+            place = self._map.find(ids)
             self._evict(place[place >= 0])
 
     def _evict(self, place: Tensor) -> None:
         ids = self._ids[place]
-        self._plus_one[ids[ids >= 0]] = 0
+        self._map.drop(ids[ids >= 0])
         self._ids[place], self._used_at[place] = -1, 0
 
     def _admit(self, free: Tensor, ids: Tensor, at: Tensor, source: Any) -> None:
@@ -102,7 +104,7 @@ class RowCache:
         for name, rows in fresh.items():
             self.tables[name][where] = rows
         # Last: after an error in a copy, these places are free.
-        self._plus_one[ids] = (free + 1).to(torch.int32)
+        self._map.set(ids, free)
         self._ids[free], self._used_at[free] = ids, self._calls
 
     def _mixed(self, place: Tensor, missing: Tensor, at: Tensor, source: Any) -> dict[str, Tensor]:

@@ -86,7 +86,7 @@ class RowOptimizer:
             _require_finite("lr: too large, the updated rows", ids, rows[side])
             for moment in moments.values():
                 _require_finite("grads: too large, their moments", ids, moment)
-        self._state.reserve(len(self._state) + int((at < 0).sum()))  # may raise for want of memory
+        self._state.make_room(ids)  # may raise for want of memory
         bank.write(ids, rows["down"], rows["up"])
         self._state.write(self._state.add(ids), state)
 
@@ -117,7 +117,7 @@ class RowOptimizer:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the state, with the map from experts to it (4 bytes for each of N)."""
+        """Bytes of the state, with what finds it (see `IdMap`) and spare rows."""
         return self._state.nbytes
 
     def options(self) -> dict[str, Any]:

@@ -8,18 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sapt_fast.pools.id_map import SPARE, IdMap
+
 __all__ = ["RowTable", "require_ids"]
 
 _LEAST_ROWS = 64
-_SPARE = 16  # a full table grows by its 16th part, so that at most that much stays unused
 
 
 class RowTable:
     """Named tables whose rows belong to ids; an id takes memory once it has been added.
 
-    All tables have the same number of rows (`capacity`), of which the first `len` are in use. The
-    row of an id is found through a map of 4 bytes for each possible id. The operating system
-    provides the map's memory only where it is written.
+    All tables have the same number of rows (`capacity`), of which the first `len` are in use.
 
     Args:
         num_ids: N; ids are 0 to N - 1.
@@ -41,8 +40,7 @@ class RowTable:
         self.num_ids = num_ids
         self.shapes = dict(shapes)
         self._size = 0
-        # 0: no row. The last element is that of N and of -1, which never have one.
-        self._plus_one = torch.zeros(num_ids + 1, dtype=torch.int32, device=device)
+        self._map = IdMap(num_ids, device)
         self.ids = torch.empty(0, dtype=torch.int64, device=device)
         self.tables = {
             name: torch.empty(0, *shape, dtype=dtype, device=device)
@@ -59,8 +57,8 @@ class RowTable:
     @property
     def nbytes(self) -> int:
         """Number of bytes of tables, ids and map, spare rows included."""
-        parts = (self._plus_one, self.ids, *self.tables.values())
-        return sum(part.nbytes for part in parts)
+        tensors = self.ids, *self.tables.values()
+        return self._map.nbytes + sum(tensor.nbytes for tensor in tensors)
 
     def used_ids(self) -> Tensor:
         """Returns the ids that have a row, [len] int64, in the order of the rows."""
@@ -72,7 +70,7 @@ class RowTable:
 
     def find(self, ids: Tensor) -> Tensor:
         """Returns the rows of ids -1 to N (int64, any shape); -1 for ids without one, -1 and N."""
-        return self._plus_one[ids].long() - 1
+        return self._map.find(ids)
 
     def add(self, ids: Tensor) -> Tensor:
         """Returns the rows of distinct ids [U]; those without one get a row with undefined values.
@@ -82,15 +80,18 @@ class RowTable:
         at = self.find(ids)
         new = ids[at < 0]
         if len(new):
+            self.make_room(new)
             start, end = self._size, self._size + len(new)
-            self.reserve(end)
             self.ids[start:end] = new
             self._size = end
-            self._plus_one[new] = torch.arange(
-                start + 1, end + 1, dtype=torch.int32, device=self.device
-            )
+            self._map.set(new, torch.arange(start, end, device=self.device))
             at = self.find(ids)
         return at
+
+    def make_room(self, ids: Tensor) -> None:
+        """Takes the memory that `add` needs for distinct ids [U]. This waits for the device."""
+        self.reserve(self._size + int((self.find(ids) < 0).sum()))
+        self._map.reserve(ids)
 
     def read(self, at: Tensor) -> dict[str, Tensor]:
         """Returns copies of the rows `at` [U] of all tables."""
@@ -113,7 +114,7 @@ class RowTable:
         """
         at = self.find(ids)
         gone = at[at >= 0].sort().values
-        self._plus_one[ids] = 0
+        self._map.drop(ids)
         size = self._size - len(gone)
         last = torch.arange(size, self._size, device=self.device)
         source = last[~torch.isin(last, gone)]
@@ -123,12 +124,13 @@ class RowTable:
             return
         for table in (self.ids, *self.tables.values()):
             table[target] = table[source]
-        self._plus_one[self.ids[target]] = (target + 1).to(torch.int32)
+        self._map.set(self.ids[target], target)
 
     @torch.inference_mode(False)
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Replaces every tensor by `fn` of it, for moves to another device."""
-        self._plus_one, self.ids = fn(self._plus_one), fn(self.ids)
+        self._map.apply(fn)
+        self.ids = fn(self.ids)
         self.tables = {name: fn(table) for name, table in self.tables.items()}
 
     @torch.inference_mode(False)
@@ -137,7 +139,7 @@ class RowTable:
         capacity = self.ids.shape[0]
         if rows <= capacity:
             return
-        capacity = min(self.num_ids, max(rows, _LEAST_ROWS, capacity + capacity // _SPARE))
+        capacity = min(self.num_ids, max(rows, _LEAST_ROWS, capacity + capacity // SPARE))
         for name in self.tables:  # one after another: only one is there twice
             self.tables[name] = self._grown(self.tables[name], capacity)
         self.ids = self._grown(self.ids, capacity)  # last: without memory nothing has changed

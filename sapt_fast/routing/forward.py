@@ -51,6 +51,20 @@ class Prompt(NamedTuple):
         return self._replace(first=self.first + by, last=self.last + by, start=start)
 
 
+class Balance(NamedTuple):
+    """The balance losses of a forward's gated layers.
+
+    Attributes:
+        tokens: [B, T], zero for tokens that do not count; None if all count.
+        encoder_tokens: the same of an encoder's tokens; of a model without encoder, `tokens`.
+        losses: one scalar for each call of a gated layer so far.
+    """
+
+    tokens: Tensor | None
+    encoder_tokens: Tensor | None
+    losses: list[Tensor]
+
+
 class Forward:
     """A forward in progress.
 
@@ -68,6 +82,7 @@ class Forward:
         inserted: whether a prompt was inserted before its tokens and has to be removed again.
         prompt_outputs: [B, P, D], the last layer's outputs of prompts in an image model.
         prompt: where its prompts end, for methods that decide by a prompt's last token.
+        balance: what gated layers add to the loss of a forward that trains; or None.
     """
 
     def __init__(
@@ -84,6 +99,7 @@ class Forward:
         self.inserted = False
         self.prompt_outputs: Tensor | None = None
         self.prompt: Prompt | None = None
+        self.balance: Balance | None = None
 
     def interrupted(self) -> bool:
         """Returns whether its frame is gone from the stack although no hook has ended it.

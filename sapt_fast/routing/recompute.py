@@ -35,11 +35,11 @@ class Checkpoint:
                 return layer(*inner)
 
         output = self.function(run, self.running.running, *args, **kwargs)
-        _require_gradient(layer, output)
+        require_gradient(layer, output)
         return output
 
 
-def _require_gradient(layer: Any, output: Any) -> None:
+def require_gradient(layer: Any, output: Any) -> None:
     """Raises RuntimeError if a layer's parameters train, but its output has no gradient."""
     first = output[0] if isinstance(output, tuple) else output
     if not torch.is_grad_enabled() or not isinstance(first, Tensor) or first.requires_grad:
@@ -62,11 +62,13 @@ class Recomputation:
     Args:
         model: the transformers model.
         running: its running weights.
+        kind: of the wrappers.
     """
 
-    def __init__(self, model: Any, running: Running) -> None:
+    def __init__(self, model: Any, running: Running, kind: type[Checkpoint] = Checkpoint) -> None:
         self.model = model
         self.running = running
+        self.kind = kind
 
     def stand_ins(self) -> dict[str, Callable[..., Any]]:
         """By name, the methods that stand in for the model's own."""
@@ -77,7 +79,7 @@ class Recomputation:
         for module in self.model.modules():
             function = getattr(module, "_gradient_checkpointing_func", None)
             if function is not None:
-                module._gradient_checkpointing_func = Checkpoint(self.running, function)
+                module._gradient_checkpointing_func = self.kind(self.running, function)
 
     def remove(self) -> None:
         """Unwraps all of them."""
@@ -93,7 +95,7 @@ class Recomputation:
         gradient_checkpointing_func: Callable[..., Any] = checkpoint,
         **options: Any,
     ) -> None:
-        wrapped = Checkpoint(self.running, gradient_checkpointing_func)
+        wrapped = self.kind(self.running, gradient_checkpointing_func)
         own(enable=enable, gradient_checkpointing_func=wrapped, **options)
 
 

@@ -91,6 +91,22 @@ class Running:
         forward = self.forward
         return self.pinned if forward is None else forward.weights
 
+    def mixture(self, x: Tensor, pool: Any, kind: str) -> Tensor:
+        """Returns the weights by which a layer mixes its pool.
+
+        Args:
+            x: the input of the layer, [..., I].
+            pool: the adapters of the layer.
+            kind: the layer's class, for messages.
+
+        Returns:
+            [S, K] on the device of x, where S divides the rows of x.
+
+        Raises:
+            RuntimeError: if there are no weights, or they do not fit.
+        """
+        return checked_mixture(self.running, x, len(pool), kind)
+
     @property
     def waiting(self) -> Waiting | None:
         """Where layers of the running forward leave results for each other."""

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from sapt_fast.devices import execution_device
 from sapt_fast.pools.lora import AdapterPool
 from sapt_fast.routing.hooks import Routing
+from sapt_fast.routing.running import Running
 from sapt_fast.sites.find import layer_features
 from sapt_fast.sites.linear import (
     InputGroup,
@@ -49,17 +50,40 @@ class Mixing(Protocol):
 def mix_adapters(
     module: Any, routing: Routing, config: Mixing, embedding_dtype: torch.dtype
 ) -> None:
-    packed = packed_weight(module)
-    dtype = module.weight.dtype if packed is None else embedding_dtype
-    module.sapt_pool = AdapterPool(
+    pool = AdapterPool(
         *layer_features(module),
         reserve=config.reserve_tasks * config.r,
         device=execution_device(module),
-        dtype=config.adapter_dtype(dtype),
+        dtype=config.adapter_dtype(weight_dtype(module, embedding_dtype)),
     )
+    put_pool(module, pool, routing, config.lora_dropout, config.grad_through_frozen)
+
+
+def weight_dtype(module: Any, otherwise: torch.dtype) -> torch.dtype:
+    """Returns the dtype of a layer's weight; `otherwise` for a quantised layer."""
+    dtype: torch.dtype = module.weight.dtype if packed_weight(module) is None else otherwise
+    return dtype
+
+
+def put_pool(
+    module: Any,
+    pool: AdapterPool,
+    routing: Running,
+    dropout: float,
+    grad_through_frozen: bool = True,
+) -> None:
+    """Gives a layer a pool, and the class whose forward mixes it; `restore` undoes it.
+
+    Args:
+        module: the layer.
+        pool: its adapters.
+        routing: tells by which weights the layer mixes.
+        dropout, grad_through_frozen: as in `sites.linear.Mixed`.
+    """
+    module.sapt_pool = pool
     module.sapt_routing = routing
-    module.sapt_dropout = config.lora_dropout
-    module.sapt_grad_through_frozen = config.grad_through_frozen
+    module.sapt_dropout = dropout
+    module.sapt_grad_through_frozen = grad_through_frozen
     kind = mixed_kind(module)
     assert kind is not None  # as `find_layers` saw
     become(module, kind)
@@ -81,6 +105,21 @@ def group_by_input(model: PreTrainedModel, patched: Iterable[str]) -> None:
                 group = InputGroup(linear)
                 for layer in linear:
                     layer.sapt_group = group
+
+
+def reads_encoder(model: Any, path: str) -> bool:
+    """Returns whether a layer's input are the tokens of the model's encoder.
+
+    They are for the encoder's own layers, and for keys and values of cross-attention.
+    """
+    if not getattr(model.config, "is_encoder_decoder", False):
+        return False
+    layer = model.get_submodule(path)
+    if any(layer is module for module in model.get_encoder().modules()):
+        return True
+    parent, _, name = path.rpartition(".")
+    crosses = not set(parent.split(".")).isdisjoint(_CROSS_ATTENTION)
+    return crosses and any(name in names[1:] for names in _ONE_INPUT if len(names) == 3)
 
 
 def restore(module: Any) -> None:

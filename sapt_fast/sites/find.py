@@ -108,6 +108,18 @@ def find_layers(model: PreTrainedModel, config: Chosen) -> PatchReport:
     return report
 
 
+def layers_to_patch(model: PreTrainedModel, config: Chosen) -> PatchReport:
+    """Returns `find_layers`; raises ValueError if no layer can be patched."""
+    report = find_layers(model, config)
+    if not report.patched:
+        raise ValueError(
+            f"target_modules: {chosen_names(model, config)!r} selects no layer to patch in "
+            f"{type(model).__name__}. {report}. Its linear layers are named: "
+            f"{linear_names(model)}"
+        )
+    return report
+
+
 def chosen_names(model: PreTrainedModel, config: Chosen) -> Iterable[str] | str:
     """Returns the names or regular expression of a config; for "all-linear", a frozenset of paths.
 
@@ -215,7 +227,7 @@ def obstacle(module: Any, parent: nn.Module, name: str) -> str | None:
     """
     kind = f"{type(module).__module__}.{type(module).__name__}"
     if isinstance(module, Mixed):
-        return f"{kind} is patched already, as part of another model"
+        return f"{kind} is patched already, by another method or as part of another model"
     if not is_linear(module):
         return f"{kind} is not a linear layer"
     if reader := _never_called_by(parent, name):

@@ -15,7 +15,7 @@ from sapt_fast.ops._dropout import drawn
 from sapt_fast.ops.mixed_lora import mix
 from sapt_fast.pools.lora import AdapterPool
 from sapt_fast.routing.forward import Waiting
-from sapt_fast.routing.running import Running, checked_mixture
+from sapt_fast.routing.running import Running
 
 if TYPE_CHECKING:
     _Other = nn.Linear
@@ -28,7 +28,7 @@ class Mixed:
 
     Attributes:
         sapt_pool: the layer's adapters.
-        sapt_routing: the model's running weights.
+        sapt_routing: the model's running weights, or its gates.
         sapt_dropout: probability of dropping an element of the adapters' input, in training.
         sapt_grad_through_frozen: of `ops.mixed_lora_linear`.
     """
@@ -43,7 +43,7 @@ class Mixed:
         pool = self.sapt_pool
         if not len(pool) or self.sapt_routing.merged is not None:
             return F.linear(x, weight, bias)
-        mixture = checked_mixture(self.sapt_routing.running, x, len(pool), type(self).__name__)
+        mixture = self.sapt_routing.mixture(x, pool, type(self).__name__)
         if is_torchao(weight):
             return self._plus_mixture(F.linear(x, weight, bias), x, mixture)
         through, rate = self.sapt_grad_through_frozen, self._drop_rate()
@@ -99,9 +99,7 @@ class InputGroup:
         waiting.pop(self, None)
         if not self._can_share(x):
             return None
-        mixture = checked_mixture(
-            layer.sapt_routing.running, x, len(layer.sapt_pool), type(layer).__name__
-        )
+        mixture = layer.sapt_routing.mixture(x, layer.sapt_pool, type(layer).__name__)
         through = layer.sapt_grad_through_frozen
         pooled = [m.sapt_pool.projection(x, m.weight, m.bias, through) for m in self.layers]
         dropout = drawn(layer._drop_rate(), x, len(pooled))
@@ -176,7 +174,7 @@ class MixedOther(Mixed, _Other):
                 f"shape {tuple(x.shape)}, expected {[*x.shape[:-1], pool.b.width]}, to which a "
                 "mixture can be added: leave the layer out of target_modules"
             )
-        mixture = checked_mixture(self.sapt_routing.running, x, len(pool), type(self).__name__)
+        mixture = self.sapt_routing.mixture(x, pool, type(self).__name__)
         return self._plus_mixture(y, x, mixture)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -42,8 +42,9 @@ __all__ = [
 ]
 
 _NAME = "sapt_fast_prefix"
-_KEYS = ("k_proj", "key")  # the second one: earlier versions of transformers
+_KEYS = ("k_proj", "key", "k")  # the last one: T5
 _FLASH = "flash"
+_OTHER_INPUTS = {"pixel_values", "input_features", "input_values"}
 
 
 class AtAttention(Own, nn.Module):
@@ -231,40 +232,56 @@ def _unsupported(name: str | None, what: str) -> RuntimeError:
 
 
 def find_attention(model: Any, layers: Sequence[int], name: str = "layers") -> PatchReport:
-    """Returns the self-attention of these encoder layers of a model of images.
+    """Returns the self-attention of these layers of a model of images alone, or of texts alone.
 
     Args:
         model: the model, which is not changed.
-        layers: indices of encoder layers, from 0.
+        layers: indices of layers, from 0; those of the encoder, if the model has a decoder too.
         name: of the argument or field with the indices, for messages.
 
     Raises:
-        ValueError: if the model takes other inputs than images.
-        ValueError: if it has no supported vision tower, or no such layer.
+        ValueError: if the model takes other inputs.
+        ValueError: if it has no supported vision tower, no list of layers, or no such layer.
         ValueError: if a layer's attention does not use transformers' `AttentionInterface`.
     """
-    if getattr(model, "main_input_name", None) != "pixel_values":
-        raise ValueError(
-            f"model: got {type(model).__name__}, whose input is "
-            f"{getattr(model, 'main_input_name', None)!r}; prefixes support models of images alone"
-        )
-    parts = vision_parts(model)
-    count = len(parts.layers)
+    start, blocks = _blocks(model)
+    count = len(blocks)
     if not all(0 <= layer < count for layer in layers):
         raise ValueError(
             f"{name}: got {list(layers)}, expected 0 to {count - 1}: the model has {count} "
-            "encoder layers"
+            "such layers"
         )
-    start, report = parts.layers_path(), PatchReport()
+    report = PatchReport()
     for layer in layers:
-        found = [p for p, m in parts.layers[layer].named_modules() if _is_attention(m)]
-        if len(found) != 1 or _eager(parts.layers[layer].get_submodule(found[0])) is None:
+        found = [p for p, m in blocks[layer].named_modules() if _is_attention(m)]
+        if len(found) != 1 or _eager(blocks[layer].get_submodule(found[0])) is None:
             raise ValueError(
                 f"{name}: layer {layer} of {type(model).__name__} has no attention that prefixes "
                 "can be added to, expected one that calls transformers' attention functions"
             )
         report.patched.append(f"{start}.{layer}.{found[0]}")
     return report
+
+
+def _blocks(model: Any) -> tuple[str, nn.ModuleList]:
+    """Returns path and list of the layers of a vision tower, an encoder, or else a decoder."""
+    main = getattr(model, "main_input_name", None)
+    if main == "pixel_values":
+        parts = vision_parts(model)
+        return parts.layers_path(), parts.layers
+    place = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
+    others = _OTHER_INPUTS & {*inspect.signature(place.forward).parameters}
+    if main != "input_ids" or others:
+        takes = ", ".join([str(main), *sorted(others)])
+        raise ValueError(
+            f"model: got {type(model).__name__}, which takes {takes}; prefixes support models of "
+            "images alone (pixel_values), or of texts alone (input_ids)"
+        )
+    inside = {*place.modules()}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) and module in inside:
+            return path, module
+    raise ValueError(f"model: got {type(model).__name__} without a list of layers")
 
 
 def prefix_size(layer: Any) -> tuple[int, torch.device]:

@@ -48,7 +48,10 @@ def fails(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, *argum
     return error
 
 
-@pytest.mark.parametrize("command", ["train", "compare", "edit", "eval", "demo", "bench", "doctor"])
+@pytest.mark.parametrize(
+    "command",
+    ["train", "compare", "edit", "eval", "answer", "train-router", "demo", "bench", "doctor"],
+)
 def test_every_command_has_help(command: str) -> None:
     assert command in invoke("--help")
     assert "Usage" in invoke(command, "--help")

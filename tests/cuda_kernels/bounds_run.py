@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sapt_fast.cuda_kernels import common
 from sapt_fast.ops.projection import Projection
-from sapt_fast.ops.route import QueryProjection
+from sapt_fast.ops.route import QueryProjection, TaskProjections
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -91,6 +91,10 @@ def _route(kernel, dtype: torch.dtype) -> None:
         projection = QueryProjection(*(normal(*shape, dtype=dtype) for shape in shapes))
         pooled, keys = normal(samples, width, dtype=dtype), normal(count, width, dtype=dtype)
         kernel.route_fwd(pooled, keys, projection, 1.0, 3, 0.1)
+        shapes = (count, hidden, width), (count, 7, hidden)
+        projections = TaskProjections(*(normal(*shape, dtype=dtype) for shape in shapes))
+        keys = normal(count, 7, dtype=dtype)
+        kernel.route_fwd(pooled, keys, projections, 1.0, 3, 0.1, "relu", "cosine", True)
 
 
 def _mix_prompts(kernel, dtype: torch.dtype) -> None:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from sapt_fast import dispatch
 from sapt_fast.cuda_kernels import common
+from sapt_fast.ops.gates import GATES, sparsify
 from sapt_fast.ops.projection import Projection
-from sapt_fast.ops.route import QueryProjection, sparsify
+from sapt_fast.ops.queries import QueryProjection, TaskProjections
 
 DEVICE = "cuda"
 pytestmark = [
@@ -182,6 +183,18 @@ def test_router(samples, dtype):
         weights = _kernel("route").route_fwd(*given, 3, 0.1)
         want = sparsify(torch.softmax(scores.double(), -1), top_k=3, threshold=0.1)
         _close(weights, want, torch.float32)
+        shapes = (count, hidden, width), (count, 24, hidden)
+        projections = [_normal(*s, seed=2).mul(s[-1] ** -0.5).to(dtype) for s in shapes]
+        keys = _normal(count, 24, seed=1).to(dtype)
+        for gate in GATES:
+            further = None, None, gate, "cosine", True
+            given = pooled, keys, TaskProjections(*projections), 0.25
+            weights = _kernel("route").route_fwd(*given, *further)
+            wide = TaskProjections(*(t.double() for t in projections))
+            exact = _reference("route").route_fwd(
+                pooled.double(), keys.double(), wide, 0.25, *further
+            )
+            _close(weights, exact, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sapt_fast.ops.route import QueryProjection
+from sapt_fast.ops.gates import GATES, Gate, gate_fwd
+from sapt_fast.ops.queries import AnyProjection, QueryProjection, TaskProjections
 
 reference = importlib.import_module("sapt_fast.ops.route")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -19,7 +20,7 @@ def _case(
     count: int = 5,
     dtype: torch.dtype = torch.float32,
     dtypes: tuple[torch.dtype, ...] = (),
-) -> tuple[Tensor, Tensor, QueryProjection | None]:
+) -> tuple[Tensor, Tensor, AnyProjection]:
     """pooled, keys and projection; `dtypes` of the six tensors where they differ."""
     generator = torch.Generator().manual_seed(0)
     kinds = iter(dtypes or (dtype,) * 6)
@@ -35,10 +36,11 @@ def _case(
     return pooled, keys, QueryProjection(*parts, 1e-5)
 
 
-def _wide(case: tuple[Tensor, Tensor, QueryProjection | None]):
+def _wide(case: tuple[Tensor, Tensor, AnyProjection]):
     pooled, keys, projection = case
     if projection is not None:
-        projection = QueryProjection(*(t.double() for t in projection[:4]), projection.eps)
+        parts = [t.double() if isinstance(t, Tensor) else t for t in projection]
+        projection = type(projection)(*parts)
     return pooled.double(), keys.double(), projection
 
 
@@ -46,24 +48,25 @@ def _wide(case: tuple[Tensor, Tensor, QueryProjection | None]):
 def check(cuda, emulated_module):
     kernel = cuda("route")
 
-    def run(case, top_k=None, threshold=None) -> Tensor:
+    def run(
+        case, top_k=None, threshold=None, gate="softmax", similarity="dot", renormalize=True
+    ) -> Tensor:
         pooled, keys, projection = case
-        divisor = keys.shape[1] ** 0.5
-        exact = reference.route_scores_fwd(*_wide(case), divisor)
+        divisor = keys.shape[1] ** 0.5 if similarity == "dot" else 0.25
+        exact = reference.route_scores_fwd(*_wide(case), divisor, similarity)
+        how = gate, similarity, renormalize
         first = None
         for seed in (0, 1, 2, 3):
             emulated_module.set_order(seed)
-            scores = kernel.route_scores_fwd(pooled, keys, projection, divisor)
-            weights = kernel.route_fwd(pooled, keys, projection, divisor, top_k, threshold)
+            scores = kernel.route_scores_fwd(pooled, keys, projection, divisor, similarity)
+            weights = kernel.route_fwd(pooled, keys, projection, divisor, top_k, threshold, *how)
             first = first or (scores, weights)
             assert torch.equal(scores, first[0]), f"the order of seed {seed} changes the result"
             assert torch.equal(weights, first[1]), f"the order of seed {seed} changes the result"
         scale = max(1.0, exact.abs().max().item()) if exact.numel() else 1.0
         torch.testing.assert_close(scores.double(), exact, rtol=0, atol=3e-6 * scale)
         # From the scores as they are, so that rounding moves no adapter over a limit.
-        want = reference.sparsify(
-            torch.softmax(scores.double(), -1), top_k=top_k, threshold=threshold
-        )
+        want = gate_fwd(scores.double(), Gate(gate, top_k, threshold, renormalize))
         assert weights.dtype == torch.float32
         torch.testing.assert_close(weights.double(), want, rtol=2e-6, atol=1e-7)
         return weights
@@ -134,6 +137,31 @@ def test_most_weights_vanish(check, count, top_k):
 def test_threshold_above_every_weight_keeps_the_largest(check):
     weights = check(_case(count=20), threshold=1.0)
     assert torch.equal((weights == 1).sum(-1), torch.ones(2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_gates_and_cosines(check, gate):
+    for count, top_k, renormalize in ((5, 2, False), (300, 7, True)):
+        case = _case(width=8, hidden=3 if gate == "relu" else None, count=count)
+        check(case, top_k, 0.05, gate, "cosine", renormalize)
+    pooled, keys, _ = _case(hidden=None, count=6)
+    if gate == "relu":
+        weights = check((pooled.abs(), -keys.abs(), None), 2, None, gate)
+        assert torch.equal(weights, torch.zeros_like(weights))
+        assert not torch.signbit(weights).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("width", "hidden", "key_width"), [(40, 12, 40), (63, 3, 9), (8, 30, 1)])
+def test_projections_of_keys(check, width, hidden, key_width, dtype):
+    pooled, _, _ = _case(width=width, hidden=None, dtype=dtype)
+    keys = _case(width=key_width, count=3, hidden=None, dtype=dtype)[1]
+    generator = torch.Generator().manual_seed(1)
+    shapes = (3, hidden, width), (3, key_width, hidden)
+    parts = [torch.randn(s, generator=generator).mul(s[-1] ** -0.5).to(dtype) for s in shapes]
+    case = pooled, keys, TaskProjections(*parts)
+    check(case, None, None, "abs_sigmoid", "cosine", False)
+    check(case, 2)
 
 
 def test_scores_of_more_keys_than_are_chosen_from(cuda):

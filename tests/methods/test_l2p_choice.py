@@ -184,6 +184,9 @@ def test_warmup_runs_what_chooses_and_changes_nothing(make, monkeypatch):
 
 def test_the_earlier_name_of_the_config_stays():
     assert L2pConfig is L2PConfig
+    for strength in (float("inf"), float("nan"), -1.0):
+        with pytest.raises(ValueError, match=f"strength: got {strength}, expected a finite"):
+            L2PConfig(strength=strength)
     with pytest.raises(ValueError, match="layer: got 1, expected 0 for text"):
         sapt_fast.patch(tiny("t5"), L2PConfig(layer=1))
 

@@ -226,7 +226,7 @@ def test_a_low_layer_gives_the_query_in_the_same_forward():
     calls = []
     vision_parts(model).embeddings.register_forward_hook(lambda *_: calls.append(1))
     own = ImageQueries(model, 2, "mean")(x)
-    model.l2p._images.hidden = None  # not called
+    model.l2p._queries.hidden = None  # not called
     logits = model(x, labels=LABELS).logits
     assert calls == [1]
     cosines = F.normalize(own, dim=1) @ F.normalize(model.l2p.prompt_keys, dim=1).T

@@ -336,9 +336,9 @@ def test_given_queries_replace_the_second_forward(method):
     x = images()
     logits, query = model(x).logits, handle(model).query(x)
     calls = []
-    own = handle(model)._images
-    handle(model)._images = lambda *args: calls.append(args) or own(*args)
-    handle(model)._images.width = own.width
+    own = handle(model)._queries
+    handle(model)._queries = lambda *args: calls.append(args) or own(*args)
+    handle(model)._queries.width = own.width
     with handle(model).queries(query):
         assert torch.equal(model(x).logits, logits)
         assert not calls
@@ -434,6 +434,14 @@ def test_settings_that_mean_nothing_are_refused(method, field, value, message):
     values = {**METHODS[method].to_dict(), field: value}
     with pytest.raises(ValueError, match=f"{field}: got .*{message}"):
         type(METHODS[method]).from_dict(values)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_classifier_trains_unless_others_are_named(method):
+    for named, expected in ((None, ["classifier"]), ([], [])):
+        model = patched(method, modules_to_save=named)
+        assert handle(model).config.modules_to_save == expected
+        assert model.classifier.weight.requires_grad == bool(expected)
 
 
 def test_bad_use_is_refused():

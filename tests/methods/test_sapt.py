@@ -9,7 +9,7 @@ import torch
 
 from sapt_fast import SaptConfig
 from sapt_fast.methods.sapt import SaptRouter
-from sapt_fast.methods.task_config import _FIELDS
+from sapt_fast.methods.task_config import FIELDS
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_values_out_of_range(name, value):
 
 
 def test_every_field_is_checked():
-    assert set(_FIELDS) == {field.name for field in dataclasses.fields(SaptConfig)}
+    assert set(FIELDS) == {field.name for field in dataclasses.fields(SaptConfig)}
 
 
 @pytest.mark.parametrize("targets", [None, "q|v", ["q", "v"], ("q", "v")], ids=str)

@@ -1,4 +1,4 @@
-"""What L2P and EPI remember beside their adapters: saved, restored, checked, copied."""
+"""What L2P, EPI, SD-LoRA and GainLoRA remember beside their adapters: saved, restored, checked."""
 
 import copy
 import json
@@ -13,8 +13,10 @@ from transformers import Trainer, TrainingArguments
 import sapt_fast
 from sapt_fast.loading import load_of_strategy
 from sapt_fast.methods.epi import EpiConfig
+from sapt_fast.methods.gainlora import GainLoraConfig
 from sapt_fast.methods.l2p import L2pConfig
 from sapt_fast.methods.lora_sum import LoraSumConfig
+from sapt_fast.methods.sd_lora import SdLoraConfig
 from sapt_fast.storage.task_saving import renew_digests
 
 
@@ -43,7 +45,27 @@ def l2p(family="llama", **options):
     return model
 
 
-MADE = {"epi": (epi, tiny), "l2p": (l2p, bare)}
+def summed(config):
+    """A model with two tasks of a method that computes its weights from trained parameters."""
+
+    def make(family="llama"):
+        model = tiny(family)
+        torch.manual_seed(1)
+        sapt_fast.patch(model, config)
+        for k in range(2):
+            model.sapt.add_task(f"task{k}")
+            fill(model)
+        return model
+
+    return make
+
+
+MADE = {
+    "epi": (epi, tiny),
+    "l2p": (l2p, bare),
+    "sd_lora": (summed(SdLoraConfig(r=2)), tiny),
+    "gainlora": (summed(GainLoraConfig(r=2, query_hidden_dim=5)), tiny),
+}
 
 
 def handle_of(model):
@@ -92,7 +114,7 @@ def test_a_trainer_goes_on_from_its_checkpoint(method, tmp_path):
             parameter.zero_()
     if method == "l2p":
         other.l2p.picked.zero_()
-    else:
+    elif method == "epi":
         other.sapt.restore_state({})
     Trainer(model, arguments).save_model(str(tmp_path / "checkpoint-1"))
     Trainer(other, arguments)._load_from_checkpoint(str(tmp_path / "checkpoint-1"))
@@ -109,6 +131,14 @@ def test_values_of_another_method_are_not_taken(tmp_path):
         other.sapt.restore_values(tmp_path)
     with pytest.raises(ValueError, match="method is 'lora_sum', expected 'sapt'"):
         load_of_strategy(tiny("llama"), tmp_path, "sapt", sapt_fast.SaptConfig(r=2))
+
+
+def test_losses_of_sapt_s_router_are_refused_where_it_does_not_weigh():
+    model = MADE["gainlora"][0]()
+    with pytest.raises(RuntimeError, match="reflection_loss: not available for 'gainlora'"):
+        model.sapt.reflection_loss(inputs(10)[0], torch.ones(2) / 2)
+    with pytest.raises(RuntimeError, match="init_key: not available for 'gainlora'"):
+        model.sapt.init_key(*inputs(10))
 
 
 def test_a_weight_of_the_own_key_has_no_meaning_for_l2p():
@@ -178,7 +208,10 @@ def test_epi_keeps_its_gaussians_exact_in_a_model_of_another_dtype():
     assert model.sapt.route(*inputs(11)).tolist() == [[0.0, 1.0]] * 3
 
 
-@pytest.mark.parametrize("method", MADE)
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(m, marks=[pytest.mark.thorough] * (m == "sd_lora")) for m in MADE],
+)
 def test_one_graph(method):
     model = MADE[method][0]()
     torch._dynamo.reset()
@@ -205,6 +238,11 @@ def test_one_graph(method):
         ("l2p", {"picked": torch.zeros(4)}, "picked of torch.float32"),
         ("l2p", {"picked": -torch.ones(4, dtype=torch.int64)}, "at least 0"),
         ("l2p", {"keys": torch.full((4, 32), torch.nan)}, "NaN"),
+        ("sd_lora", {"magnitudes": None}, "got magnitudes: none"),
+        ("sd_lora", {"magnitudes": torch.ones(3)}, r"floats of shape \(2,\)"),
+        ("sd_lora", {"magnitudes": torch.full((2,), 2.0**31)}, "at most"),
+        ("gainlora", {"gates.up": torch.ones(1, 32, 5)}, r"floats of shape \(2, 32, 5\)"),
+        ("gainlora", {"gates.down": torch.ones(2, 5, 32).long()}, "got gates.down: torch.int64"),
     ],
 )
 def test_damaged_states_are_named(method, changed, message, tmp_path):

@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
+import transformers
 from tiny_models import FAMILIES
-from tiny_vision import VISION, WIDTH, images, vision_model
+from tiny_vision import _TEXT, _VIT, VISION, WIDTH, images, vision_model
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -237,8 +238,11 @@ def test_what_is_refused():
     model = vision_model("vit")
     with pytest.raises(ValueError, match=r"layers: got .3., expected 0 to 2"):
         find_attention(model, [3])
-    with pytest.raises(ValueError, match="images alone"):
-        find_attention(FAMILIES["llama"](), [0])
+    with pytest.raises(ValueError, match="layer 0 of GPT2LMHeadModel has no attention"):
+        find_attention(FAMILIES["gpt2"](), [0])
+    clip = transformers.CLIPModel(transformers.CLIPConfig(vision_config=_VIT, text_config=_TEXT))
+    with pytest.raises(ValueError, match=r"takes input_ids, pixel_values; .*of texts alone"):
+        find_attention(clip, [0])
     (path,) = find_attention(model, [0]).patched
     with_prefix(model, [path])
     with pytest.raises(ValueError, match="with a prefix"):

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from hashlib import sha256
 from io import BytesIO
@@ -29,7 +29,7 @@ from PIL import Image
 from sapt_fast.checks import require_choice, require_count
 from sapt_fast.continual.data.image_transform import ImageTransform
 from sapt_fast.continual.data.orders import resolve_order
-from sapt_fast.continual.data.rows import Example, TaskData
+from sapt_fast.continual.data.rows import Example, TaskData, draw_rows
 
 __all__ = [
     "CLASS_ORDERS",
@@ -38,6 +38,7 @@ __all__ = [
     "IMAGE_SPLITS",
     "ImageExample",
     "class_tasks",
+    "draw_images",
     "read_image_tasks",
 ]
 
@@ -153,6 +154,31 @@ def class_tasks(tasks: Sequence[TaskData]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(label for task in tasks for label in task.labels or ()))
 
 
+def draw_images(task: TaskData, max_train: int | None, max_eval: int | None, seed: int) -> TaskData:
+    """As `draw_rows`, but draws training images evenly over the classes.
+
+    Raises:
+        ValueError: if `max_train` is less than the number of classes.
+    """
+    drawn, classes = draw_rows(task, None, max_eval, seed), task.labels or ()
+    if max_train is None or len(task.train) <= max_train:
+        return drawn
+    if max_train < len(classes):
+        raise ValueError(
+            f"max_train: got {max_train} for the {len(classes)} classes of task {task.name!r}, "
+            f"expected at least {len(classes)}, one image of each"
+        )
+    order = list(range(len(task.train)))
+    random.Random(f"{seed}/{task.name}/train").shuffle(order)
+    seen = dict.fromkeys(classes, 0)
+    rounds: dict[int, int] = {}  # by image: how many of its class come before it
+    for index in order:
+        label = task.train[index].output
+        rounds[index], seen[label] = seen[label], seen[label] + 1
+    kept = sorted(sorted(order, key=rounds.__getitem__)[:max_train])
+    return replace(drawn, train=tuple(task.train[index] for index in kept))
+
+
 # --- folders ---
 
 
@@ -172,7 +198,20 @@ def _task_folders(root: Path, tasks: str | Sequence[str] | None) -> tuple[str, .
 
 
 def _folders(root: Path) -> list[Path]:
-    return [p for p in sorted(root.iterdir()) if p.is_dir() and not p.name.startswith(".")]
+    """Returns the folders in a folder.
+
+    Raises:
+        ValueError: if two of them are links to one.
+    """
+    found = [p for p in sorted(root.iterdir()) if p.is_dir() and not p.name.startswith(".")]
+    known: dict[Path, Path] = {}
+    for path in found:
+        other = known.setdefault(path.resolve(), path)
+        if other is not path:
+            raise ValueError(
+                f"{path}: got the same folder as {other}, expected a folder of its own"
+            )
+    return found
 
 
 _Parts = dict[str, dict[str, tuple[ImageExample, ...]]]

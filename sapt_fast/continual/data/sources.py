@@ -14,6 +14,7 @@ from sapt_fast.continual.data.image_folders import (
     IMAGE_SPLITS,
     IMAGES,
     class_tasks,
+    draw_images,
     read_image_tasks,
 )
 from sapt_fast.continual.data.image_models import (
@@ -92,7 +93,11 @@ class Source:
     )
     max_train: int | None = field(
         default=None,
-        metadata={"help": "Keep at most N training examples per task.", "default": "all"},
+        metadata={
+            "help": "Keep at most N training examples per task; of images, evenly over the "
+            "classes.",
+            "default": "all",
+        },
     )
     max_eval: int | None = field(
         default=None,
@@ -254,7 +259,7 @@ class Source:
         """
         if self.has_images:
             tasks = self._load_images()
-            return [draw_rows(task, self.max_train, self.max_eval, self.seed) for task in tasks]
+            return [draw_images(task, self.max_train, self.max_eval, self.seed) for task in tasks]
         if self.benchmark == DEMO:
             tasks = demo_tasks(self.seed)
             names = [task.name for task in tasks]

@@ -20,7 +20,15 @@ from sapt_fast.continual.settings import ContinualSettings
 from sapt_fast.devices import execution_device
 from sapt_fast.methods.tasks import pool_of
 
-__all__ = ["Mixture", "answers", "mean_attention", "metric_of", "require_scores", "score"]
+__all__ = [
+    "Mixture",
+    "answers",
+    "diverged",
+    "mean_attention",
+    "metric_of",
+    "require_scores",
+    "score",
+]
 
 # Weights [B, K] or [1, K] for input ids and mask [B, T], or for images [B, C, H, W] and None; None
 # for the router's.
@@ -99,7 +107,7 @@ def answers(
             mixture=weights,
         )
         if watch.broken.any():
-            raise _diverged()
+            raise diverged("logits")
         new = generated[:, ids.shape[1] :] if causal else generated
         texts.append(tokenizer.batch_decode(new, skip_special_tokens=True))
     return [text.strip() for batch in processes.gathered(texts) for text in batch]
@@ -112,13 +120,14 @@ def require_scores(scores: Tensor) -> Tensor:
         ValueError: if a score is NaN or Inf: argmax would still return a class.
     """
     if not scores.isfinite().all():
-        raise _diverged()
+        raise diverged("logits")
     return scores
 
 
-def _diverged() -> ValueError:
+def diverged(what: str) -> ValueError:
+    """Returns the error for numbers that are NaN or infinite."""
     return ValueError(
-        "model: got NaN or Inf as logits, expected finite numbers: training has diverged; use a "
+        f"model: got NaN or Inf as {what}, expected finite numbers: training has diverged; use a "
         "smaller learning_rate"
     )
 

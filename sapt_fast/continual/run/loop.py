@@ -344,6 +344,7 @@ class _Run:
         if count:
             folder = self.folder.checkpoint(count - 1)
             state = load_checkpoint(self.model, folder, self.settings.strategy, self._config())
+            self.bench.require_state(state, folder)
         else:
             set_seed(self.settings.seed)
             patch(self.model, self._config())

@@ -17,6 +17,7 @@ from transformers import (
 
 from sapt_fast.continual.data.rows import TaskData
 from sapt_fast.continual.run import processes
+from sapt_fast.continual.run.evaluate import diverged
 from sapt_fast.continual.run.state import TRAINER_STATE, last_checkpoint
 from sapt_fast.continual.settings import ContinualSettings
 from sapt_fast.continual.strategies.base import Strategy
@@ -45,6 +46,9 @@ def train_stage(
         folder: the folder of the Trainer's checkpoints.
         seed: the seed of the order of rows and of dropout.
         steps: optimizer steps; -1 trains for `settings.epochs`.
+
+    Raises:
+        ValueError: if a loss or a weight is NaN or infinite.
     """
     model, settings = bench.model, bench.settings
     rows = bench.encode_task(task)
@@ -67,6 +71,7 @@ def train_stage(
             pad_token_id=getattr(bench.tokenizer, "pad_token_id", None),
         )
         trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(_AfterStep(strategy))
         if hasattr(rows, "set_epoch"):
             trainer.add_callback(_Epochs(rows))
         with processes.first_goes_first():  # it deletes incomplete checkpoints
@@ -76,9 +81,21 @@ def train_stage(
                 _recompute_activations(model, True)
             if checkpoint is None or not _finished(trainer, checkpoint):
                 trainer.train(None if checkpoint is None else str(checkpoint))
+            if any(processes.gathered([trainer.diverged])):
+                raise diverged("a loss")
         finally:
             if settings.gradient_checkpointing:
                 _recompute_activations(model, False)
+
+
+class _AfterStep(TrainerCallback):
+    """Calls `Strategy.after_step`, before the Trainer evaluates or saves."""
+
+    def __init__(self, strategy: Strategy) -> None:
+        self.strategy = strategy
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.strategy.after_step()
 
 
 def steps_of(settings: ContinualSettings, rows: int, steps: int) -> int:

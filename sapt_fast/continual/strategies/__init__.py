@@ -10,6 +10,7 @@ from sapt_fast.continual.strategies.base import Strategy
 from sapt_fast.continual.strategies.epi import Epi
 from sapt_fast.continual.strategies.ewc import Ewc
 from sapt_fast.continual.strategies.experts import LdaExperts
+from sapt_fast.continual.strategies.gainlora import GainLora
 from sapt_fast.continual.strategies.generative_replay import GenerativeReplay
 from sapt_fast.continual.strategies.heads import (
     FineTunedHead,
@@ -17,6 +18,7 @@ from sapt_fast.continual.strategies.heads import (
     FrozenNcm,
     FrozenRidge,
 )
+from sapt_fast.continual.strategies.inflora import InfLora
 from sapt_fast.continual.strategies.l2p import L2p
 from sapt_fast.continual.strategies.lfpt5 import Lfpt5
 from sapt_fast.continual.strategies.lwf import Lwf
@@ -26,6 +28,7 @@ from sapt_fast.continual.strategies.progprompt import ProgPrompt
 from sapt_fast.continual.strategies.replay import Replay
 from sapt_fast.continual.strategies.sapt import Sapt
 from sapt_fast.continual.strategies.sapt_prompt import SaptPrompt
+from sapt_fast.continual.strategies.sd_lora import SdLora
 from sapt_fast.continual.strategies.shared import Joint, SeqLora, Single
 
 __all__ = ["STRATEGIES", "Strategy"]
@@ -42,6 +45,9 @@ STRATEGIES.update(
         "ewc": Ewc,
         "lwf": Lwf,
         "olora": OLora,
+        "inflora": InfLora,
+        "gainlora": GainLora,
+        "sd_lora": SdLora,
         "epi": Epi,
         "lfpt5": Lfpt5,
         "l2p": L2p,

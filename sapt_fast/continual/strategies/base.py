@@ -29,9 +29,9 @@ class Strategy:
     """One method: which adapters a task trains, which terms its loss adds, which adapters predict.
 
     Model, trainer and loop are the same for all methods. The loop creates an instance for a run.
-    For each task, it calls `begin_task`; then `reflection`, `mixture` and `objective` in training;
-    then `end_task`; and `mixture` for every batch in prediction. What a method stores in addition
-    to the adapters is saved in each checkpoint by `state` and `load_state`.
+    For each task, it calls `begin_task`; then `reflection`, `mixture`, `objective` and `after_step`
+    in training; then `end_task`; and `mixture` for every batch in prediction. What a method stores
+    in addition to the adapters is saved in each checkpoint by `state` and `load_state`.
 
     Args:
         bench: the run's model, tokenizer and settings.
@@ -95,6 +95,15 @@ class Strategy:
         except ValueError as error:
             raise ValueError(f"strategy_options: {name}.{error}") from error
 
+    @classmethod
+    def adds_to_loss(cls, options: Any) -> bool:
+        """Returns whether `objective` is more than the token loss.
+
+        Args:
+            options: an instance of `Options`.
+        """
+        return cls.objective is not Strategy.objective
+
     def configure(self, config: TaskConfig[Any]) -> Any:
         """Returns the config with which the model is patched, from the requested one."""
         return config
@@ -134,6 +143,9 @@ class Strategy:
     def objective(self, step: Step) -> Tensor:
         """Returns the loss of a micro-batch, a scalar, by the method's equation."""
         return step.loss
+
+    def after_step(self) -> None:
+        """Changes parameters after an optimizer step, before the model is evaluated or saved."""
 
     def end_task(self, task: TaskData) -> None:
         """Ends the training of a task."""

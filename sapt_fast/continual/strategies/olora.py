@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +15,9 @@ from sapt_fast.continual.settings import ContinualSettings
 from sapt_fast.continual.strategies.base import Strategy, require
 from sapt_fast.methods.lora_sum import LoraSumConfig
 from sapt_fast.methods.task_config import TaskConfig
+from sapt_fast.pools.lora import AdapterPool
 
-__all__ = ["OLora", "OLoraOptions"]
+__all__ = ["OLora", "OLoraOptions", "overlap"]
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,20 @@ class OLora(Strategy):
 
     def overlap(self) -> Tensor:
         """Returns the sum over layers of sum |A_past A_t^T|, a scalar."""
-        pools = self.handle.pools.values()
-        parts = [(pool.a.frozen @ pool.a.trainable.T).abs().sum() for pool in pools]
-        return torch.stack(parts).sum()
+        return overlap(self.handle.pools.values())
 
     def norms(self) -> Tensor:
         """Returns the sum over layers of |A_t|_2 + |B_t|_2 (Frobenius), a scalar."""
         pools = self.handle.pools.values()
         parts = [part.trainable.norm() for pool in pools for part in (pool.a, pool.b)]
         return torch.stack(parts).sum()
+
+
+def overlap(pools: Iterable[AdapterPool]) -> Tensor:
+    """Returns the sum over layers of sum |A_past A_t^T|, a scalar.
+
+    Args:
+        pools: of the layers.
+    """
+    parts = [(pool.a.frozen @ pool.a.trainable.T).abs().sum() for pool in pools]
+    return torch.stack(parts).sum()

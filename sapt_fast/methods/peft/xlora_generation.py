@@ -177,6 +177,23 @@ class CachedGeneration:
         return output
 
     @contextmanager
+    def by_hand(self, cache: Any) -> Iterator[None]:
+        """Lets forwards of the base model use a cache, outside of `generate`.
+
+        Args:
+            cache: a `PairedCache`, or another cache with `scaling` and `append`; None if no cache
+                is used.
+
+        Raises:
+            ValueError: if the tokens would not be those of PEFT.
+        """
+        reason = self.obstacle or self._call_obstacle((), {})
+        if reason is not None:
+            raise ValueError(f"model: X-LoRA has no exact cache here: {reason}")
+        with self._within(cache):
+            yield
+
+    @contextmanager
     def _within(self, cache: PairedCache | None) -> Iterator[None]:
         """Sets the state for one `generate`, and restores that of an outer `generate` after it."""
         running, before = vars(self._running), vars(self._running).copy()

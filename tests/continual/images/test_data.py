@@ -15,7 +15,7 @@ from PIL import Image
 from tiny_images import write_images
 
 from sapt_fast.continual.data.classes import ClassSpace, mask_other_classes
-from sapt_fast.continual.data.image_folders import read_image_tasks
+from sapt_fast.continual.data.image_folders import draw_images, read_image_tasks
 from sapt_fast.continual.data.image_transform import ImageTransform, _random_box
 from sapt_fast.continual.image_bench import ImageRows
 from sapt_fast.demo.images import DEMO_CLASSES
@@ -90,6 +90,28 @@ def test_domains_and_tasks(tmp_path: Path) -> None:
         read(tmp_path / "tasks", split="domains", classes_per_task=None)
 
 
+def test_training_images_are_drawn_evenly_over_classes(folder: Path) -> None:
+    image = (folder / "train" / FOUR[0] / "0.png").read_bytes()
+    for number in range(40):
+        (folder / "train" / FOUR[0] / f"more{number}.png").write_bytes(image)
+    (task,) = read(folder, classes_per_task=4)  # 40 of a class, 3 of others
+    for seed, limit in ((0, 4), (1, 4), (0, 6), (0, 20)):
+        drawn = draw_images(task, limit, 2, seed)
+        counts = [sum(row.output == label for row in drawn.train) for label in task.labels]
+        assert sum(counts) == limit
+        assert min(counts) >= min(3, limit // 4)
+        assert (len(drawn.dev), len(drawn.test)) == (2, 2)
+        assert drawn == draw_images(task, limit, 2, seed)
+    assert draw_images(task, 4, None, 0).train != draw_images(task, 4, None, 1).train
+    assert draw_images(task, 400, None, 0) == task
+    with pytest.raises(ValueError, match="max_train: got 3 for the 4 classes of task 'classes1'"):
+        draw_images(task, 3, None, 0)
+
+
+def _linked(folder: Path) -> None:
+    (folder / "train" / "zebra").symlink_to(folder / "train" / "checks")
+
+
 def _grey(folder: Path) -> None:
     Image.new("L", (16, 16)).save(folder / "train/checks/1.png")
 
@@ -119,6 +141,7 @@ def _text(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
+        (_linked, r"train/zebra: got the same folder as .*train/checks, expected a folder of its"),
         (_grey, r"train/checks/1.png: got an image of mode 'L', expected 'RGB'"),
         (_transparent, r"train/checks/1.png: got an image of mode 'RGBA', expected 'RGB'"),
         (_damaged, r"train/checks/1.png: cannot be read as an image"),

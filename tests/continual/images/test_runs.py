@@ -122,10 +122,23 @@ def test_masked_training_leaves_the_rows_of_earlier_classes(
     assert not torch.equal(free.classifier.weight[:2], trained)
 
 
-def test_diverged_models_get_no_score(tmp_path: Path) -> None:
-    for head in ("own", "ncm"):
-        with pytest.raises(ValueError, match=r"got NaN or Inf as logits.*smaller learning_rate"):
-            run(tmp_path / head, strategy="seqlora", head=head, learning_rate=2e9)
+def test_diverged_models_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"not written: training has diverged.*got NaN"):
+        run(tmp_path / "weights", strategy="seqlora", learning_rate=2e9)
+    own = SaptTrainer._token_loss
+    monkeypatch.setattr(SaptTrainer, "_token_loss", lambda *given: own(*given) + torch.inf)
+    with pytest.raises(ValueError, match=r"got NaN or Inf as a loss.*smaller learning_rate"):
+        run(tmp_path / "loss", strategy="seqlora")
+    assert not [*(tmp_path / "loss").glob("*/sapt_config.json")]
+
+
+def test_a_head_that_a_run_lacks_is_named(tmp_path: Path) -> None:
+    run(tmp_path, strategy="seqlora")
+    tasks = image_tasks(2)
+    model, transform = image_model(tasks)
+    settings = image_settings(strategy="seqlora", head="lda")
+    with pytest.raises(ValueError, match=f"head: got 'lda', but {tmp_path}.* has no statistics"):
+        evaluate_run(model, transform, tasks, tmp_path, settings)
 
 
 def test_several_processes_draw_anew_in_every_epoch(

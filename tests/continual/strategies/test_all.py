@@ -32,6 +32,9 @@ RUNS = [
 ]
 
 
+RESUMED = ("ewc", "epi", "lfpt5", "l2p", "inflora", "gainlora", "sd_lora")
+
+
 def settings_of(strategy: str, folder: Path, **options: Any) -> ContinualSettings:
     replay = str(folder) if strategy in ("generative_replay", "lfpt5") else "real"
     defaults: dict[str, Any] = {"steps": 3, "metric": "exact_match", "batch_size": 4}
@@ -61,11 +64,11 @@ def test_runs_and_is_evaluated_again_from_its_checkpoints(
 
 @pytest.mark.thorough
 def test_resuming_after_sigkill_gives_the_same_weights(tmp_path: Path) -> None:
-    names = [f"t5-{strategy}" for strategy in ("ewc", "epi", "lfpt5", "l2p")]
+    names = [f"t5-{strategy}" for strategy in RESUMED]
     tests = Path(__file__).parents[2]
     process = subprocess.run(
         [sys.executable, str(tests / "killed_run.py"), str(tmp_path), ",".join(names), "step"],
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=600,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tests.parent), *sys.path])},
     )  # fmt: skip
     assert process.returncode == 0, process.stderr

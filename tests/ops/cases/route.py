@@ -2,12 +2,13 @@
 
 import importlib
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from ops.cases import ANY, D64, Bad, Case, Pair, Sample, device, draw, floats
 
 from sapt_fast import dispatch
-from sapt_fast.ops import QueryProjection, reflection_loss, route
+from sapt_fast.ops import QueryProjection, TaskProjections, reflection_loss, route
 from sapt_fast.ops.route import route_scores, sparsify
 
 op = importlib.import_module("sapt_fast.ops.route")
@@ -88,6 +89,26 @@ SAMPLES = {
     "no projection": Sample(_call(), _WITHOUT_PROJECTION),
     "top k": Sample(_call(top_k=3), _LARGE),
 }
+
+
+def _tasks(pooled, keys, down, up, backend=None, **options):
+    return route(pooled, keys, TaskProjections(down, up), backend=backend, **options)
+
+
+SAMPLES |= {
+    "cosine": Sample(
+        _call(gate="sigmoid", similarity="cosine", top_k=3, renormalize=True), _inputs()
+    ),
+    "kept softmax": Sample(_call(top_k=3, renormalize=False), _WITHOUT_PROJECTION),
+    "tasks": Sample(
+        partial(_tasks, gate="abs_sigmoid", similarity="cosine", temperature=0.25),
+        floats(pooled=(3, 33), keys=(4, 20), down=(4, 5, 33), up=(4, 20, 5)),
+    ),
+    "tokens": Sample(
+        _call(pooling="none", gate="relu", similarity="cosine", top_k=2, renormalize=True),
+        floats(pooled=(2, 35, 33), keys=(5, 33)),
+    ),
+}
 EMPTY = {
     name: Sample(_call(**options), {**given, "pooled": given["pooled"][:0]})
     for name, options, given in (
@@ -143,6 +164,9 @@ def registered(backend: str) -> Iterator[tuple[object, tuple]]:
     for given in (_inputs(), _WITHOUT_PROJECTION):
         tensors = [t.to(device(backend)).requires_grad_() for t in given.values()]
         tensors += [None] * (6 - len(tensors))
-        yield op._scores_op, (*tensors, 1e-5, 3.0, backend)
+        yield op._scores_op, (*tensors, 1e-5, 3.0, backend, "dot")
         for top_k, threshold in ((None, None), (2, 0.1)):
-            yield op._route_op, (*tensors, 1e-5, 3.0, top_k, threshold, backend)
+            yield (
+                op._route_op,
+                (*tensors, 1e-5, 3.0, top_k, threshold, backend, "softmax", "dot", True),
+            )

@@ -193,7 +193,7 @@ class Reflection:
         - `kl`, `kl/<task>`: the divergence, averaged over the calls of `loss` since the last call.
         - `attention/<task>/<adapter>`: the mean weight of each task's adapter for some replayed
           inputs of each earlier task, always the same, and for the inputs of the last forward,
-          which belong to the newest task.
+          which belong to the newest task. Of a PEFT pool: `attention/inputs/<adapter>`.
         """
         found = {}
         if self._sums:
@@ -209,7 +209,8 @@ class Reflection:
                 for entry in self.replay
             }
         if latest is not None and latest.is_floating_point() and latest.shape[-1] == len(tasks):
-            rows[tasks[-1]] = latest.flatten(0, -2).float().mean(0)
+            own = tasks[-1] if hasattr(self.handle, "reflection_loss") else "inputs"
+            rows[own] = latest.flatten(0, -2).float().mean(0)
         for task, weights in rows.items():
             for adapter, weight in zip(tasks, weights.tolist(), strict=True):
                 found[f"attention/{task}/{adapter}"] = weight

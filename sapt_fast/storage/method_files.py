@@ -182,6 +182,6 @@ def _written(folder: Path, names: list[str]) -> list[str]:
     try:
         description = read_json(folder / names[0])
     except (FileNotFoundError, ValueError):
-        return []
+        description = None
     ours = isinstance(description, dict) and "sapt_fast_version" in description
-    return [*names, *own_card(folder)] if ours else []
+    return [*(names if ours else []), *own_card(folder)]

@@ -246,7 +246,7 @@ def _description(
 def _written(folder: Path) -> list[str]:
     """Returns the files of this folder that `save_pretrained` wrote."""
     if not (folder / CONFIG_FILE).is_file():
-        return []
+        return own_card(folder)  # of another method
     stated = stated_files(read_description(folder / CONFIG_FILE))
     return [CONFIG_FILE, *stated, *own_card(folder)]
 

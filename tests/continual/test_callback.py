@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from continual.test_trainer import arguments, patched, replays, rows
+from tiny_peft import peft_model
 from transformers import (
     DefaultDataCollator,
     EarlyStoppingCallback,
@@ -200,3 +201,17 @@ def test_what_would_give_other_gradients_is_refused(tmp_path, options, config, m
     own.add_callback(SaptCallback(own))
     own.train()
     assert "attention/task0/task2" in own.state.log_history[0]
+
+
+def test_a_pool_of_peft(tmp_path):
+    model = sapt_fast.patch(peft_model("llama"))
+    trainer = Trainer(
+        model, arguments(tmp_path), train_dataset=rows("llama", 8), data_collator=Collator(0)
+    )
+    trainer.add_callback(SaptCallback(trainer))
+    with model.sapt.fixed(torch.tensor([0.5, 0.25, 0.25])):
+        trainer.train()
+    names, logs = model.sapt.tasks, trainer.state.log_history[0]
+    assert [logs[f"attention/inputs/{name}"] for name in names] == [0.5, 0.25, 0.25]
+    with pytest.raises(ValueError, match="has no router to reflect"):
+        SaptCallback(trainer, replays())

@@ -8,11 +8,13 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from huggingface_hub.errors import EntryNotFoundError
 from tiny_models import patched, tiny
 from tiny_vision import vision_model
 
 import sapt_fast
+from sapt_fast.methods.grace import GraceConfig
 from sapt_fast.storage.model_card import is_own_card
 
 SNAPSHOT_DOWNLOAD = huggingface_hub.snapshot_download
@@ -68,6 +70,18 @@ class TestCard:
             model.dualprompt.save_pretrained(tmp_path)
         assert is_own_card(tmp_path / "README.md")
         assert "1. `birds`" in (tmp_path / "README.md").read_text()
+
+    def test_two_methods_share_one(self, tmp_path):
+        model = sapt_fast.patch(patched("llama", tasks=1), GraceConfig())
+        for save in (
+            model.sapt.save_pretrained,
+            model.grace.save_pretrained,
+            model.save_pretrained,
+        ):
+            save(tmp_path)
+        text = (tmp_path / "README.md").read_text()
+        assert "## grace" in text
+        assert "1. `task0`" in text
 
 
 @pytest.fixture
@@ -171,3 +185,20 @@ def test_the_cache_serves_without_a_connection(tmp_path):
         sapt_fast.load_pretrained(tiny("llama"), "me/tasks", revision="v9", **options)
     with pytest.raises(ValueError, match="revision: got 'v9', expected None"):
         sapt_fast.load_pretrained(tiny("llama"), saved, revision="v9")
+
+
+def test_saptrainer_uploads_the_tasks(tmp_path, monkeypatch):
+    """The Trainer's own `push_to_hub` uploads the folder that `save_model` has filled."""
+    sent = []
+    monkeypatch.setattr(transformers.trainer, "hf_api", lambda: SimpleNamespace(
+        create_repo=lambda *a, **k: SimpleNamespace(repo_id="me/x"),
+        upload_folder=lambda **k: sent.append(files(k["folder_path"])),
+    ), raising=False)  # fmt: skip
+    args = transformers.Seq2SeqTrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    model = patched("llama", tasks=1)
+    trainer = sapt_fast.SaptTrainer(model, args, train_dataset=[])
+    trainer.hub_model_id = "me/x"
+    monkeypatch.setattr(trainer, "create_model_card", lambda **k: None)
+    trainer.push_to_hub()
+    assert {"sapt_config.json", "router.safetensors", "README.md"} <= sent[0]
+    assert sapt_fast.load_pretrained(tiny("llama"), tmp_path).sapt.tasks == ["task0"]

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from sapt_fast.continual.data.rows import TaskData
 from sapt_fast.continual.objective import Step, forward, routed_inputs, supervised
+from sapt_fast.continual.reflection import Replay
 from sapt_fast.continual.settings import ContinualSettings
-from sapt_fast.continual.trainer import Replay
 from sapt_fast.continual.workbench import Workbench
 from sapt_fast.methods.task_config import TaskConfig
 

@@ -18,6 +18,7 @@ STREAMS = frozenset(
         "route_kernel",
         "row_squares_kernel",
         "sum_parts_kernel",
+        "task_scores_kernel",
     }
 )
 
@@ -120,6 +121,7 @@ KNOWN: tuple[Known, ...] = (
         "a row of 256 columns gives each of 128 threads 2 elements; the other loads are weights",
     ),
     Known("narrow loads", "route_kernel", "*", "rows of the bottleneck have 100 elements"),
+    Known("narrow loads", "task_scores_kernel", "*", "rows of the bottleneck have 100 elements"),
     Known(
         "no wgmma.mma_async", "route_tokens_kernel", "token router, few",
         "tiles of 16 tokens, so that more programs read: a product of 16 keys takes less time than "

@@ -312,7 +312,7 @@ def _rows(embeds: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
             expected = tuple(embeds.shape[:-1])
             raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected {expected}")
         embeds = embeds.masked_fill((mask == 0).unsqueeze(-1), 0.0)
-    return embeds.reshape(-1, embeds.shape[-1])
+    return embeds.flatten(0, -2)
 
 
 def _of_tokens(weights: Tensor, embeds: Tensor, mask: Tensor | None) -> Tensor:

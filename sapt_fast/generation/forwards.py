@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from sapt_fast.generation.row_cache import PairedRowCache, RowCache, full_attention_layers
 from sapt_fast.methods.base import handles
+from sapt_fast.methods.edits.handle import LoggedHandle
 from sapt_fast.methods.peft.xlora import XLoraHandle
 from sapt_fast.methods.peft.xlora_generation import PairedCache
+from sapt_fast.routing.generation import is_filled
 
 # Rotary embeddings of these kinds do not depend on the length of the batch's longest text.
 _FIXED_ROPE = {"default", "linear", "llama3", "yarn"}
@@ -52,7 +54,7 @@ class Forwards:
             raise ValueError("model: got a PeftModel with prompt tuning, which is not supported")
         self.config: Any = self.base.config
         self.encodes = bool(getattr(self.config, "is_encoder_decoder", False))
-        found = handles(model) or handles(self.base)
+        found = self._found = handles(model) or handles(self.base)
         xlora = next((one for one in found if isinstance(one, XLoraHandle)), None)
         self._xlora = None if xlora is None else xlora.generation
         if self._xlora is None and _is_xlora(model):
@@ -72,8 +74,18 @@ class Forwards:
 
     @property
     def routes(self) -> bool:
-        """Whether a router computes mixture weights for every text."""
-        return self.handle is not None and bool(self.handle.routing.routes)
+        """Whether texts that share a prefix may have weights of their own from the router."""
+        handle = self.handle
+        lora = handle is not None and handle.site == "linear" and hasattr(handle, "route")
+        return lora and bool(handle.routing.routes)
+
+    @property
+    def shares(self) -> bool:
+        """Whether texts may share the keys and values of a prefix.
+
+        Layers that decide at the last token of a prompt what holds for it have to read it whole.
+        """
+        return not any(isinstance(one, LoggedHandle) for one in self._found)
 
     def row_layers(self) -> int | None:
         """How many layers a `RowCache` needs; None if the model cannot use one.
@@ -114,7 +126,7 @@ class Forwards:
     def __call__(
         self,
         ids: Tensor,
-        cache: Cache,
+        cache: Any,
         *,
         mixture: Tensor | None = None,
         mask: Tensor | None = None,
@@ -134,6 +146,8 @@ class Forwards:
         inputs["decoder_input_ids" if self.encodes else "input_ids"] = ids
         if self.encodes:
             inputs["encoder_outputs"] = self._encoded(ids.shape[0])
+        elif mixture is not None and is_filled(cache):
+            cache.routing_weights = mixture  # a text with prompts keeps those of its cache
         if mask is not None:
             inputs |= {"attention_mask": mask, "position_ids": positions}
         if "logits_to_keep" in self._names:

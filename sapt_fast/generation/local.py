@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,22 +42,34 @@ class LocalAnswer(Answering):
         tokenizer: its tokenizer.
         question: the question.
         settings: the settings.
+
+    Attributes:
+        texts: those that were written last, with their tokens.
     """
+
+    texts: Sequence[Text] = ()
 
     def __init__(
         self, model: Any, tokenizer: Any, question: str, settings: SkeletonSettings
     ) -> None:
         super().__init__(question, settings)
         self._forwards = Forwards(model)
+        if settings.routing == "point" and not self._forwards.routes:
+            raise ValueError(
+                "routing: got 'point' for a model without LoRA adapters that a router of sapt_fast "
+                "mixes; expected 'question'"
+            )
         self._tokenizer = tokenizer
         self._config = self._forwards.base.generation_config
         self._tokens = TokenPrompts(tokenizer, settings.prompts)
-        self._rows = rows_of(self._forwards)
+        self._rows = rows_of(self._forwards, settings.static_cache)
         self._generated = 0
         seed = settings.seed
         if seed is None:  # from torch's generator, which the caller may have seeded
             seed = int(torch.randint(2**31, ())) if settings.do_sample else 0
         self._seed = seed
+        if not self._forwards.shares:
+            self.notes.append("edits are looked up at the end of each prompt: one point at a time")
         if not self._tokens.has_template and not self._forwards.encodes:
             self.notes.append("the tokenizer has no chat template: prompts are plain text")
 
@@ -105,6 +117,7 @@ class LocalAnswer(Answering):
             self._encode(asks)
             start = decoder_start(self._config)
             ids = [self._tokens.decoder(start, begin) for begin in openings]
+            routed = [self._tokens.encoder(f"{asks}\n{begin}") for begin in openings]
         else:
             ids = [
                 self._tokens.of(
@@ -112,13 +125,14 @@ class LocalAnswer(Answering):
                 )
                 for number, (title, begin) in enumerate(zip(titles, openings, strict=True), 1)
             ]
+            routed = ids
         most = self._room(max(map(len, ids)), settings.max_point_tokens, "a point")
         texts = []
         for index, tokens in enumerate(ids):
             stops = [*settings.stop, f"\n{index + 2}.", f"\n{index + 2})"]
             texts.append(Text(index, tokens, Pieces(self._tokenizer, tokens, stops), most))
-        if settings.routing == "point" and self._forwards.routes:
-            for text, weights in zip(texts, self._forwards.route(ids), strict=True):
+        if settings.routing == "point":
+            for text, weights in zip(texts, self._forwards.route(routed), strict=True):
                 text.mixture = weights[None]
         return texts
 
@@ -174,11 +188,13 @@ class LocalAnswer(Answering):
     def _write(
         self, texts: list[Text], stage: str, processors: Any, batch: int = 1
     ) -> Iterator[Piece]:
-        least = self.settings.min_point_tokens if stage == "points" else 0
+        least = 0 if stage == "skeleton" else self.settings.min_tokens
         chooser = Chooser(self._config, self.settings, processors, least, self._seed)
         writer = Writer(self._rows, chooser, batch, self.settings.refill)
-        begin = time.perf_counter()
-        yield from writer.write(texts)
+        self.texts, begin = texts, time.perf_counter()
+        shared = [texts] if self._forwards.shares else [[text] for text in texts]
+        for together in shared:
+            yield from writer.write(together)
         self.seconds[stage] = time.perf_counter() - begin
         self._generated += writer.generated
 
@@ -187,4 +203,6 @@ def free_bytes(device: torch.device) -> int:
     """Returns the memory of a device that is free."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = next(line for line in lines if line.startswith("MemAvailable:"))
+    return int(available.split()[1]) * 1024

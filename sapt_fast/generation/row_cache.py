@@ -38,7 +38,7 @@ class Window:
 
 
 class RowLayer(DynamicLayer):
-    """The keys and values of one layer, [B, H, C, D], stored as [B, C, H, D].
+    """The keys and values of one layer, [B, H, C, D].
 
     Args:
         window: where the forwards read and write.
@@ -56,7 +56,7 @@ class RowLayer(DynamicLayer):
         rows, columns = self.window.rows, self.window.columns
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys, self.values = (
-            states.new_zeros(rows, columns, states.shape[1], states.shape[3]).transpose(1, 2)
+            states.new_zeros(rows, states.shape[1], columns, states.shape[3])
             for states in (key_states, value_states)
         )
         self.is_initialized = True
@@ -70,13 +70,14 @@ class RowLayer(DynamicLayer):
         window = self.window
         keys = self.keys[window.first : window.last]
         values = self.values[window.first : window.last]
-        if window.at is None:
+        if window.at is None or window.index is None:
             stop = window.past + key_states.shape[2]
             keys[:, :, window.past : stop] = key_states
             values[:, :, window.past : stop] = value_states
         else:
-            keys[window.index, :, window.at] = key_states[:, :, 0]
-            values[window.index, :, window.at] = value_states[:, :, 0]
+            index, at = window.index.to(keys.device), window.at.to(keys.device)
+            keys[index, :, at] = key_states[:, :, 0]
+            values[index, :, at] = value_states[:, :, 0]
         return keys[:, :, : window.end], values[:, :, : window.end]
 
     def get_seq_length(self) -> int:

@@ -93,13 +93,15 @@ class OwnLengths(Rows):
     Args:
         forwards: of the model.
         layers: of its cache.
+        static: whether every step reads keys and values of the same shape.
     """
 
     joins = True
 
-    def __init__(self, forwards: Forwards, layers: int) -> None:
+    def __init__(self, forwards: Forwards, layers: int, static: bool) -> None:
         super().__init__(forwards)
         self._layers = layers
+        self._static = static
         self._cache: RowCache | None = None
         self._single = False  # whether there was never but one row, whose tokens are known
 
@@ -180,10 +182,11 @@ class OwnLengths(Rows):
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         count, at = self.count, self._at
-        end = max(at) + 1
-        self._window(0, count, end - 1, end)
-        if min(at) == end - 1:
-            self._mask[:count, end - 1] = 1
+        last = max(at)
+        end = self._mask.shape[1] if self._static else last + 1
+        self._window(0, count, last, end)
+        if min(at) == last and not self._static:
+            self._mask[:count, last] = 1
         else:
             window, columns = self._window_of, torch.tensor(at, device=self._mask.device)
             window.at, window.index = columns, self._index[:count]
@@ -294,7 +297,22 @@ class EqualLengths(Rows):
         return logits
 
 
-def rows_of(forwards: Forwards) -> Rows:
-    """Returns rows of the kind that suits the model."""
+def rows_of(forwards: Forwards, static: bool = False) -> Rows:
+    """Returns rows of the kind that suits the model.
+
+    Args:
+        forwards: of the model.
+        static: whether every step has to read keys and values of the same shape.
+
+    Raises:
+        ValueError: if the model's cache has no such shape.
+    """
     layers = forwards.row_layers()
-    return EqualLengths(forwards) if layers is None else OwnLengths(forwards, layers)
+    if layers is not None:
+        return OwnLengths(forwards, layers, static)
+    if static:
+        raise ValueError(
+            "static_cache: got True for a model without positions of its own for each row (an "
+            "encoder-decoder model, a sliding window, prompts); expected False"
+        )
+    return EqualLengths(forwards)

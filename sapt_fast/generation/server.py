@@ -85,7 +85,7 @@ class ServerAnswer(Answering):
         self._prefilled = self._generated = 0
         ignored = [
             name
-            for name in ("processors", "skeleton_processors", "top_k", "min_point_tokens")
+            for name in ("processors", "skeleton_processors", "top_k", "min_tokens")
             if getattr(settings, name)
         ]
         if ignored:
@@ -106,14 +106,11 @@ class ServerAnswer(Answering):
         self, skeleton: str, titles: list[str], openings: list[str]
     ) -> Generator[Event, None, list[str]]:
         settings, most = self.settings, self.settings.max_point_tokens
-        requests = {
-            index: self._request(
-                point_messages(settings.prompts, self.question, skeleton, index + 1, title),
-                most,
-                index,
-            )
-            for index, title in enumerate(titles)
-        }
+        requests = {}
+        for index, title in enumerate(titles):
+            messages = point_messages(settings.prompts, self.question, skeleton, index + 1, title)
+            messages[-1]["content"] += f'\n\nBegin with "{openings[index]}"'
+            requests[index] = self._request(messages, most, index)
         replies = [_Reply(begin) for begin in openings]
         begin = time.perf_counter()
         for news in self._server.requests.run(requests):

@@ -8,12 +8,12 @@ from typing import Any, Literal
 from sapt_fast.checks import require_choice, require_count, require_number
 
 _SKELETON = """\
-Give only the skeleton of an answer to the question below, not the answer. \
-Write it as a numbered list of 3 to 10 points, each of 3 to 5 words.
+Give only the skeleton of an answer: a numbered list of 3 to 10 points of 3 to 5 words each.
 
 Question: {question}"""
 
-_POINT = "Now write only point {number} of the answer, in one or two sentences. No other points."
+# The opening tells which point, so that all of this is read once.
+_POINT = "Now write one of these points, in one or two sentences. No other points."
 
 _POINTS = """\
 Question: {question}
@@ -55,10 +55,10 @@ class SkeletonPrompts:
     Attributes:
         skeleton: asks for the skeleton.
         skeleton_opening: the first characters of the model's answer to it.
-        point: asks for one point. What all points have in common has to come first: the model
+        point: asks for one point. What all points have in common is best put first: the model
             reads it once.
         point_opening: the first characters of the model's answer to it, and of the point in the
-            joined answer.
+            joined answer. A server cannot be given them; it is asked to begin with them.
         conversation: whether `point` is the next turn of the conversation that began with
             `skeleton`, so that its keys and values are used again; else it begins a new one.
         encoder: what an encoder-decoder model reads, once for all points.
@@ -113,7 +113,7 @@ class SkeletonSettings:
         max_point_tokens: tokens that each point may have.
         max_plain_tokens: tokens of an answer by ordinary decoding.
         max_points: further points of a skeleton are left out.
-        min_point_tokens: tokens before which no point ends.
+        min_tokens: tokens before which no point, and no answer by ordinary decoding, ends.
         batch: points that are decoded at a time; "auto" takes as many as fit into half of the free
             memory.
         order: "as written", or "longest first": points with longer titles begin earlier, which
@@ -137,7 +137,7 @@ class SkeletonSettings:
     max_point_tokens: int = 128
     max_plain_tokens: int = 512
     max_points: int = 20
-    min_point_tokens: int = 0
+    min_tokens: int = 0
     batch: int | Literal["auto"] = "auto"
     order: Literal["as written", "longest first"] = "as written"
     refill: bool = True
@@ -156,7 +156,7 @@ class SkeletonSettings:
     def __post_init__(self) -> None:
         for name in ("max_skeleton_tokens", "max_point_tokens", "max_plain_tokens", "max_points"):
             require_count(name, getattr(self, name))
-        require_count("min_point_tokens", self.min_point_tokens, least=0)
+        require_count("min_tokens", self.min_tokens, least=0)
         if self.batch != "auto":
             require_count("batch", self.batch)
         require_choice("order", self.order, ("as written", "longest first"))

@@ -3,18 +3,28 @@
 import pytest
 import torch
 from peft import LoraConfig, XLoraConfig, get_peft_model
-from tiny_models import WIDTH, patched, tiny
+from tiny_models import WIDTH, fill, patched
+from tiny_prompts import bare, prompted
 from written_answers import Written, tokenizer
 
 import sapt_fast
 from sapt_fast.generation import (
+    ContextTooShortError,
+    Done,
+    PlainToken,
+    PointDone,
+    PointToken,
+    SkeletonDone,
     SkeletonPrompts,
     SkeletonSettings,
+    SkeletonToken,
     skeleton_of_thought,
+    stream_skeleton_of_thought,
 )
 from sapt_fast.generation.forwards import Forwards
 from sapt_fast.generation.prompts import opening, point_messages, skeleton_messages
 from sapt_fast.generation.rows import EqualLengths, OwnLengths, rows_of
+from sapt_fast.methods.grace import GraceConfig
 
 LIST = " Red\n2. A big tree\n3. Go\n4. Sun and so on"
 TITLES = ["Red", "A big tree", "Go", "Sun and so on"]
@@ -31,7 +41,8 @@ def settings(text=LIST, **changed):
 
 
 def make(family, **changed):
-    return tiny(family, **POSITIONS.get(family, {"max_position_embeddings": 512}), **changed)
+    positions = POSITIONS.get(family, {"max_position_embeddings": 512})
+    return bare(family, **{**positions, **changed})
 
 
 def xlora(folder):
@@ -91,6 +102,7 @@ def alone(model, tokens, number, title, question="Why?", new=NEW):
 
 def assert_alone(model, answer):
     assert [title for title, _ in answer.points] == TITLES
+    assert len({text for _, text in answer.points}) > 2  # the model tells the points apart
     for number, (title, text) in enumerate(answer.points, 1):
         assert text == alone(model, tokenizer(), number, title)
 
@@ -110,7 +122,7 @@ def test_points_are_those_of_generate(family, batch):
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_a_patched_model_keeps_the_weights_of_its_question(family):
-    model, tokens = patched(make(family)), tokenizer()
+    model, tokens = fill(patched(make(family)), deviation=0.1), tokenizer()
     answer = skeleton_of_thought(model, tokens, "Why?", settings=settings(batch=3))
     with torch.no_grad():
         weights = model.sapt.route(skeleton_prompt(model, tokens))
@@ -147,7 +159,7 @@ def test_the_prefix_is_read_once():
     assert sizes[steps] == (1, common)
     endings = [f"{n}|\n<assistant>{n}. {title}:" for n, title in enumerate(TITLES, 1)]
     assert sizes[steps + 1] == (4, max(map(len, endings)))
-    assert set(sizes[steps + 2 :]) == {(4, 1)}
+    assert {length for _, length in sizes[steps + 2 :]} == {1}
     assert answer.prefill_tokens == prompt + common + sum(map(len, endings))
 
 
@@ -200,3 +212,150 @@ def test_sampling_does_not_depend_on_the_batch():
     torch.manual_seed(1)
     again = skeleton_of_thought(model, tokens, "Why?", settings=settings(**other))
     assert drawn.points == again.points != answers[0].points
+
+
+def test_a_model_with_prompts():
+    model, tokens = prompted(make("llama")), tokenizer()
+    answer = skeleton_of_thought(model, tokens, "Why?", settings=settings(batch=3))
+    with torch.no_grad(), model.sapt.fixed(model.sapt.route(skeleton_prompt(model, tokens))):
+        assert_alone(model, answer)
+
+
+def test_an_edited_model_reads_each_prompt_whole():
+    model, tokens = make("llama"), tokenizer()
+    sapt_fast.patch(model, GraceConfig(target_modules=["model.layers.1.mlp.down_proj"]))
+    text = tokens.apply_chat_template(
+        point_messages(PROMPTS, "Why?", "1." + LIST, 2, "A big tree"),
+        add_generation_prompt=True, tokenize=False,
+    )  # fmt: skip
+    model.grace.edit(tokens(text + "2. A big tree:").input_ids, tokens("z").input_ids)
+    answer = skeleton_of_thought(model, tokens, "Why?", settings=settings())
+    assert_alone(model, answer)
+    assert any("one point at a time" in note for note in answer.notes)
+    sapt_fast.unpatch(model)
+    assert answer.points[1][1] != alone(model, tokens, 2, "A big tree")
+
+
+def test_static_steps():
+    model = make("llama")
+    answer = skeleton_of_thought(
+        model, tokenizer(), "Why?", settings=settings(static_cache=True, batch=3)
+    )
+    assert_alone(model, answer)
+    with pytest.raises(ValueError, match="static_cache: got True"):
+        skeleton_of_thought(make("mistral"), tokenizer(), "?", settings=settings(static_cache=True))
+
+
+def test_weights_of_each_point():
+    """A batch mixes as each point alone after the prefix, by its own weights."""
+    model, tokens = fill(patched(make("llama")), deviation=0.2), tokenizer()
+    together, apart = (
+        skeleton_of_thought(model, tokens, "Why?", settings=settings(routing="point", batch=batch))
+        for batch in (3, 1)
+    )
+    question = skeleton_of_thought(model, tokens, "Why?", settings=settings())
+    assert together.points == apart.points != question.points
+
+
+@pytest.mark.parametrize(
+    ("skeleton", "reason"),
+    [("ne", "the skeleton has no point"), (" Red", "the skeleton has one point")],
+)
+def test_fewer_than_two_points_are_answered_plainly(skeleton, reason):
+    model, tokens = make("llama"), tokenizer()
+    if reason.endswith("no point"):
+        given = settings(
+            skeleton, max_plain_tokens=6, prompts=SkeletonPrompts(skeleton_opening="No")
+        )
+    else:
+        given = settings(skeleton, max_plain_tokens=6)
+    events = list(stream_skeleton_of_thought(model, tokens, "Why?", settings=given))
+    answer = events[-1].answer
+    assert (answer.mode, answer.reason, answer.points) == ("plain", reason, ())
+    ids = tokens.apply_chat_template(
+        [{"role": "user", "content": "Why?"}], add_generation_prompt=True, return_tensors="pt"
+    )["input_ids"]
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6
+    )
+    expected = tokens.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    assert "".join(e.text for e in events if isinstance(e, PlainToken)) == expected
+    direct = skeleton_of_thought(
+        model, tokens, "Why?", settings=given, mode="plain", reason="asked"
+    )
+    assert (direct.text, direct.reason) == (expected.strip(), "asked")
+
+
+def test_the_stream_tells_all():
+    """Pieces of every text add up to it; the last event has the answer."""
+    events = list(
+        stream_skeleton_of_thought(make("llama"), tokenizer(), "Why?", settings=settings(batch=3))
+    )
+    answer = events[-1].answer
+    assert isinstance(events[-1], Done)
+    told = "".join(e.text for e in events if isinstance(e, SkeletonToken))
+    assert told == answer.skeleton == "1." + LIST
+    assert SkeletonDone(tuple(TITLES)) in events
+    for index, (_, text) in enumerate(answer.points):
+        pieces = [e.text for e in events if isinstance(e, PointToken) and e.index == index]
+        assert "".join(pieces) == text
+        assert PointDone(index, text) in events
+    assert answer.text == "\n\n".join(
+        f"{n}. {title}:{text}".strip() for n, (title, text) in enumerate(answer.points, 1)
+    )
+
+
+def test_a_stop_inside_points_ends_each_for_itself():
+    model, tokens = make("llama"), tokenizer()
+    whole = skeleton_of_thought(model, tokens, "Why?", settings=settings())
+    stop = whole.points[1][1][2:4]  # two tokens, of which the first alone is held back
+    cut = skeleton_of_thought(model, tokens, "Why?", settings=settings(stop=[stop, ""], batch=2))
+    assert cut.points[1][1] == whole.points[1][1].partition(stop)[0]
+    for (_, got), (_, text) in zip(cut.points, whole.points, strict=True):
+        assert got == text.partition(stop)[0]
+
+
+def test_a_short_context_is_named():
+    model, tokens = make("llama", max_position_embeddings=130), tokenizer()
+    given = settings(max_point_tokens=200)
+    answer = skeleton_of_thought(model, tokens, "Why?", settings=given)
+    assert "context: a point has room for" in answer.notes[-1]
+    assert_alone(model, skeleton_of_thought(model, tokens, "Why?", settings=settings(batch=2)))
+    model.config.max_position_embeddings = 60
+    with pytest.raises(ContextTooShortError, match="for a point, expected fewer than the 60"):
+        skeleton_of_thought(model, tokens, "Why?", settings=settings())
+    with pytest.raises(ContextTooShortError, match="for the skeleton"):
+        skeleton_of_thought(model, tokens, "Why?" * 50, settings=settings())
+
+
+def test_a_tokenizer_without_template_and_pad():
+    tokens = tokenizer(template=None)
+    assert tokens.pad_token is None
+    answer = skeleton_of_thought(make("llama"), tokens, "Why?", settings=settings())
+    assert [title for title, _ in answer.points] == TITLES
+    assert answer.notes == ("the tokenizer has no chat template: prompts are plain text",)
+
+
+def test_bad_input_is_named():
+    model, tokens = make("llama"), tokenizer()
+    bad = {
+        "question: got ' '": {"question": " "},
+        "question: got None": {"question": None},
+        "mode: got 'fast'": {"mode": "fast"},
+        "model: got a model in training mode": {"model": make("llama").train()},
+        "model: got Linear": {"model": torch.nn.Linear(2, 2)},
+    }
+    for message, changed in bad.items():
+        options = {"model": model, "tokenizer": tokens, "question": "Why?", **changed}
+        with pytest.raises(ValueError, match=message):
+            skeleton_of_thought(**options)
+    with pytest.raises(ValueError, match="routing: got 'point' for a model without"):
+        skeleton_of_thought(model, tokens, "Why?", settings=settings(routing="point"))
+    for name, value in {
+        "batch": 0, "order": "random", "routing": "all", "temperature": 0, "top_p": 2, "seed": -1,
+        "stop": "a", "max_points": 0, "min_tokens": -1,
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=f"{name}: got"):
+            SkeletonSettings(**{name: value})
+    with pytest.raises(ValueError, match=r"point: got the fields \['titel'\]"):
+        SkeletonPrompts(point="{titel}")

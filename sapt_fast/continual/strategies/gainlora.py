@@ -90,6 +90,10 @@ class GainLora(InfLora):
     routes = True
     _start: dict[str, tuple[Tensor, Subspace]]
 
+    @classmethod
+    def adds_to_loss(cls, options: Any) -> bool:
+        return options.branch == "olora" or cls.objective is not GainLora.objective
+
     def configure(self, config: TaskConfig[Any]) -> GainLoraConfig:
         return GainLoraConfig(**config.to_dict())
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from sapt_fast.continual.data.rows import Example, TaskData
 from sapt_fast.continual.objective import Step
+from sapt_fast.continual.reflection import RowStream
 from sapt_fast.continual.settings import ContinualSettings
 from sapt_fast.continual.strategies.base import require
 from sapt_fast.continual.strategies.shared import SeqLora
-from sapt_fast.continual.trainer import RowStream
 
 __all__ = ["BUFFERS", "Replay", "ReplayOptions"]
 

@@ -132,7 +132,9 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="folder that holds Long_Sequence/")
     parser.add_argument("--model", help=f"an encoder's folder; by default that of {PACKAGE}")
     parser.add_argument("--tasks", default=TASKS, help="the first order; the second is its reverse")
-    parser.add_argument("--rows", help=f"of the table, by default all of {', '.join(ROWS)}")
+    parser.add_argument(
+        "--rows", help=f"of the table: 'main', or some of {', '.join(ROWS)} [default: all]"
+    )
     parser.add_argument(
         "--pseudo-samples",
         help="folder of pseudo-samples in the layout of the benchmark, for generative_replay and "
@@ -240,7 +242,8 @@ def main(given: Sequence[str] | None = None) -> Path:
     base = replace(BASE, steps=options.steps, max_source_length=options.source_length)
     if options.first:
         base = base.but(target_modules=upper_query_and_value(options.first))
-    rows = settings_of(known_rows(ROWS, options.rows), base, options.pseudo_samples)
+    asked = ",".join(MAIN) if options.rows == "main" else options.rows
+    rows = settings_of(known_rows(ROWS, asked), base, options.pseudo_samples)
     few = replace(source, tasks=",".join(names[: options.tuning_tasks]))
     rows, tuning = tune(few, rows, GRIDS, options.work / "tuning", at)
     folder = options.work / "runs"

@@ -83,7 +83,7 @@ def test_findings_follow_from_the_file() -> None:
     assert "has AP 35.0. Above it: joint +26.0, sapt +25.0, replay +23.0, ewc +5.0." in lines
     assert "Not above it: lwf, olora, seqlora." in lines
     assert "replay is 3.0 below the tasks learned alone." in lines
-    assert "sapt: the own adapter has less than half of the weight in 1 of 2 cells" in lines
+    assert "sapt: the own adapter's weight is below one half in 1 of 2 cells" in lines
     assert "lowest or the highest: seqlora (learning_rate), sapt" in lines
     assert not continual_tables.is_at_an_end({"0.1": 1.0, "1": 3.0, "10": 2.0})
     assert continual_tables.is_at_an_end({"0.1": 3.0, "1": 3.0, "10": 2.0})

@@ -131,13 +131,27 @@ def measured(parts: Parts, scores: Scores) -> dict[str, Any]:
 
 
 def run_row(
-    name: str, scores_of: Callable[[Parts, int], Scores], parts: Parts, seeds: list[int], work: Path
+    name: str,
+    scores_of: Callable[[Parts, int], Scores] | None,
+    parts: Parts,
+    seeds: list[int],
+    work: Path,
 ) -> dict[str, Any]:
-    """Trains with every seed, unless the run is there, and returns the row of the table."""
+    """Returns the row of the table.
+
+    Args:
+        name: of the row.
+        scores_of: runs a seed that is not there; None leaves it out.
+        parts: the questions.
+        seeds: the seeds.
+        work: folder of the runs.
+    """
     runs = []
     for seed in seeds:
         file = work / f"{name}-{seed}.json"
         if not file.exists():
+            if scores_of is None:
+                continue
             start = time.perf_counter()
             scores = scores_of(parts, seed)
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -150,7 +164,8 @@ def run_row(
         print(name, seed, f"{runs[-1]['half']['test']['accuracy']:.3f}", flush=True)
     found = [run["half"]["test"]["accuracy"] for run in runs]
     spread = statistics.stdev(found) if len(found) > 1 else None
-    return {"row": name, "accuracy": statistics.fmean(found), "deviation": spread, "runs": runs}
+    mean = statistics.fmean(found) if found else None
+    return {"row": name, "accuracy": mean, "deviation": spread, "runs": runs}
 
 
 def main(given: Sequence[str] | None = None) -> Path:
@@ -162,6 +177,7 @@ def main(given: Sequence[str] | None = None) -> Path:
     parser.add_argument("--encoder", help="folder or name of a pretrained encoder")
     parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument("--other", action="append", default=[], metavar="NAME=FILE")
+    parser.add_argument("--table-only", action="store_true", help="of the runs that are there")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=measure.RESULTS)
     options = parser.parse_args(given)
@@ -185,12 +201,15 @@ def main(given: Sequence[str] | None = None) -> Path:
     result = {
         "environment": measure.environment("cpu"),
         "only": "skeleton-router",
-        "questions": {name: len(part) for name, part in parts.items()},
+        "questions": {
+            name: {"0": sum(not r.label for r in part), "1": sum(r.label for r in part)}
+            for name, part in parts.items()
+        },
         "encoder": None if options.encoder is None else Path(options.encoder).resolve().parts[-2:],
         "settings": asdict(RouterSettings()),
         "rate": RATE,
         "rows": [
-            run_row(name, scores_of, parts, own, options.work)
+            run_row(name, None if options.table_only else scores_of, parts, own, options.work)
             for name, (scores_of, own) in rows.items()
         ],
     }

@@ -60,6 +60,7 @@ def test_the_code_of_a_page_runs(page, name):
         "methods/l2p.md",
         "methods/prefix_prompts.md",
         "methods/others.md",
+        "methods/gated.md",
         "methods/editing.md",
         "concepts/methods.md",
         "deploy/points.md",
@@ -117,7 +118,7 @@ def test_every_option_that_the_pages_give_to_a_command_exists():
     commands = typer.main.get_command(app).commands
     for page in sorted(DOCS.rglob("*.md")):
         text = page.read_text().replace("\\\n", " ")
-        for name, rest in re.findall(r"^sapt-fast (\w+)(.*)$", text, re.MULTILINE):
+        for name, rest in re.findall(r"^sapt-fast ([\w-]+)(.*)$", text, re.MULTILINE):
             options = [[*p.opts, *p.secondary_opts] for p in commands[name].params]
             known = {"--help", *(option for names in options for option in names)}
             given = set(re.findall(r" (--[a-z0-9-]+)", rest.partition("#")[0]))

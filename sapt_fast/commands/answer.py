@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,6 +21,7 @@ from sapt_fast.generation.events import Done, Event, SkeletonAnswer
 from sapt_fast.generation.router.classifier import ClassifierRouter
 from sapt_fast.generation.router.decision import Decision, Router, require_question
 from sapt_fast.generation.router.prompt import PromptRouter
+from sapt_fast.generation.server import ServerError, ServerModel
 from sapt_fast.generation.settings import SkeletonSettings
 from sapt_fast.generation.skeleton import stream_skeleton_of_thought
 
@@ -32,11 +33,22 @@ _LENGTHS, _SAMPLING, _MACHINE = "Lengths", "Sampling", "Machine"
 
 def answer_command(
     model: Annotated[
-        str, option("Folder or name of a transformers model, causal or encoder-decoder.")
+        str,
+        option(
+            "Folder or name of a transformers model, causal or encoder-decoder; with --server its "
+            "name there."
+        ),
     ],
     question: Annotated[
         str | None,
         typer.Argument(help="The question; left out, it is read from the standard input."),
+    ] = None,
+    server: Annotated[
+        str | None,
+        option(
+            "URL of an OpenAI-compatible server, such as http://localhost:8000/v1. The key is "
+            "read from OPENAI_API_KEY."
+        ),
     ] = None,
     adapters: Annotated[
         Path | None, option("Folder of adapters or edits that sapt_fast has saved for this model.")
@@ -96,14 +108,20 @@ def answer_command(
         str | None, option("'cpu' or 'cuda'.", panel=_MACHINE, default="a GPU if there is one")
     ] = None,
     dtype: Annotated[
-        str, option("'float32', 'bfloat16' or 'float16'.", panel=_MACHINE)
-    ] = "float32",
+        str | None,
+        option("'float32', 'bfloat16' or 'float16'.", panel=_MACHINE, default="float32"),
+    ] = None,
 ) -> None:  # fmt: skip
     """Decides, answers, and prints the answer on the standard output."""
     question = _question(question)
     require_choice("sot", sot, _MODES)
     if router is not None and sot != "auto":
         raise ValueError(f"router: got {str(router)!r}, but --sot is {sot!r}; expected 'auto'")
+    here = {"adapters": adapters, "batch": batch, "device": device, "dtype": dtype}
+    for name, given in here.items():
+        if server is not None and given is not None:
+            raise ValueError(f"{name}: got {str(given)!r}, but the model is on a server")
+    dtype = dtype or "float32"
     require_choice("dtype", dtype, DTYPES)
     require_device(device)
     counts = {
@@ -122,54 +140,38 @@ def answer_command(
         top_k=top_k, top_p=top_p, seed=seed,
     )  # fmt: skip
     trained = None if router is None else ClassifierRouter.from_pretrained(router)
-    source = _Local(model, adapters, device, dtype)
-    decision = _decided(sot, trained or PromptRouter(source.reply), question)
-    if progress:
-        kind = "points" if decision.skeleton else "ordinary decoding"
-        typer.echo(f"{kind}: {decision.reason}", err=True)
-    events = source.stream(question, settings, decision.skeleton, decision.reason)
-    answer = _shown(events, progress)
+    if server is None:
+        source, tokenizer = _load(model, adapters, device, dtype)
+    else:
+        source, tokenizer = ServerModel(server, model), None
+    try:
+        decision = _decided(sot, trained or PromptRouter.of_model(source, tokenizer), question)
+        if progress:
+            kind = "points" if decision.skeleton else "ordinary decoding"
+            typer.echo(f"{kind}: {decision.reason}", err=True)
+        events = stream_skeleton_of_thought(
+            source, tokenizer, question,
+            settings=settings, mode="skeleton" if decision.skeleton else "plain",
+            reason=decision.reason,
+        )  # fmt: skip
+        answer = _shown(events, progress)
+    except ServerError as error:
+        raise ConnectionError(f"server: {server} gave no answer: {error}") from error
     _print(answer, decision, as_json)
     if answer.failed:
         raise typer.Exit(1)
 
 
-class _Local:
-    """A model on this machine.
+def _load(model: str, adapters: Path | None, device: str | None, dtype: str) -> tuple[Any, Any]:
+    """Returns a model of this machine, and its tokenizer."""
+    from torch.cuda import is_available
 
-    Args:
-        model: its folder or name.
-        adapters: a folder for `load_pretrained`.
-        device, dtype: options of the command.
-    """
+    from sapt_fast.loading import load_pretrained
 
-    def __init__(self, model: str, adapters: Path | None, device: str | None, dtype: str) -> None:
-        from torch.cuda import is_available
-
-        from sapt_fast.loading import load_pretrained
-
-        self._model = load_model(model, "auto", dtype, None)
-        self._tokenizer = load_tokenizer(model)
-        if adapters is not None:
-            load_pretrained(self._model, adapters)
-        self._model.to(device or ("cuda" if is_available() else "cpu")).eval()
-
-    def reply(self, prompt: str) -> str:
-        """Returns a short reply by greedy search."""
-        short = SkeletonSettings(max_plain_tokens=8)
-        for event in self.stream(prompt, short, skeleton=False, reason=""):
-            if isinstance(event, Done):
-                return event.answer.text
-        raise AssertionError("the last event is Done")
-
-    def stream(
-        self, question: str, settings: SkeletonSettings, skeleton: bool, reason: str
-    ) -> Iterator[Event]:
-        """Yields the events of an answer; `reason` says why it is by ordinary decoding."""
-        return stream_skeleton_of_thought(
-            self._model, self._tokenizer, question,
-            settings=settings, mode="skeleton" if skeleton else "plain", reason=reason,
-        )  # fmt: skip
+    loaded, tokenizer = load_model(model, "auto", dtype, None), load_tokenizer(model)
+    if adapters is not None:
+        load_pretrained(loaded, adapters)
+    return loaded.to(device or ("cuda" if is_available() else "cpu")).eval(), tokenizer
 
 
 def _question(given: str | None) -> str:

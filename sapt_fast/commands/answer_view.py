@@ -50,8 +50,8 @@ class AnswerView:
             case SkeletonToken() | PlainToken():
                 self.text += event.text
             case SkeletonDone():
+                self.points = [""] * len(event.points)  # first: another thread renders
                 self.titles, self.text = event.points, ""
-                self.points = [""] * len(event.points)
             case PointToken():
                 self.points[event.index] += event.text
             case PointRestarted():
@@ -74,22 +74,22 @@ class AnswerView:
         grid = Table.grid(expand=True)
         for _ in range(columns):
             grid.add_column(ratio=1)
-        inner, lines = width // columns - 4, (height - 1) // rows - 2
-        panels = [self._panel(console, index, inner, max(1, lines)) for index in shown]
-        for start in range(0, len(panels), columns):
-            grid.add_row(*panels[start : start + columns])
+        inner, lines = width // columns - 4, max(1, (height - 1) // rows - 2)
+        for start in range(0, len(shown), columns):
+            part = shown[start : start + columns]
+            texts = [_tail(console, self.points[index], inner, lines) for index in part]
+            height = 3 + max(text.plain.count("\n") for text in texts)
+            panels = zip(part, texts, strict=True)
+            grid.add_row(*(self._panel(index, text, inner, height) for index, text in panels))
         hidden = len(self.titles) - len(shown)
         yield Group(grid, Text(f"and {hidden} more points")) if hidden else grid
 
-    def _panel(self, console: Console, index: int, width: int, lines: int) -> Panel:
+    def _panel(self, index: int, text: Text, width: int, height: int) -> Panel:
         state = self.finished.get(index)
         style = "cyan" if state is None else "green" if state else "red"
         title = Text(f"{index + 1}. {_printable(self.titles[index])}", style="bold")
         title.truncate(width - 2, overflow="ellipsis")
-        return Panel(
-            _tail(console, self.points[index], width, lines),
-            title=title, title_align="left", border_style=style, height=lines + 2,
-        )  # fmt: skip
+        return Panel(text, title=title, title_align="left", border_style=style, height=height)
 
 
 def event_line(event: Event, view: AnswerView) -> str | None:

@@ -12,7 +12,7 @@ from sapt_fast.commands.options import option, with_fields
 from sapt_fast.commands.output import show
 from sapt_fast.continual.data.models import load_config
 from sapt_fast.continual.run.processes import require_device
-from sapt_fast.generation.router.classifier import ClassifierRouter
+from sapt_fast.generation.router.classifier import ClassifierRouter, require_free
 from sapt_fast.generation.router.confusion import Confusion, choose_threshold
 from sapt_fast.generation.router.questions import (
     LabelledQuestion,
@@ -59,7 +59,7 @@ def train_router_command(
             "JSONL, an object a line: question, label (1: independent points suit), and optional "
             "split (train, dev, test), category and language.",
             panel="Data",
-            default="the 541 questions of the package",
+            default="the 613 questions of the package",
         ),
     ] = None,
     max_length: Annotated[
@@ -107,6 +107,7 @@ def train_router_command(
     from torch.cuda import is_available
 
     require_folder("output", output)
+    require_free(output)
     require_device(device)
     given = {"epochs": epochs, "learning_rate": learning_rate}
     defaults = _TINY_VALUES if model == TINY else {}

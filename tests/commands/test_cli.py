@@ -20,6 +20,7 @@ from sapt_fast.commands.output import show
 from sapt_fast.continual.settings import ContinualSettings
 from sapt_fast.continual.strategies import STRATEGIES
 from sapt_fast.methods.sapt import SaptConfig
+from sapt_fast.version import __version__
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests" / "data" / "CL_Benchmark"
@@ -49,11 +50,15 @@ def fails(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, *argum
 
 @pytest.mark.parametrize(
     "command",
-    ["train", "compare", "edit", "eval", "train-router", "demo", "bench", "doctor"],
+    ["train", "compare", "edit", "eval", "answer", "train-router", "demo", "bench", "doctor"],
 )
 def test_every_command_has_help(command: str) -> None:
     assert command in invoke("--help")
     assert "Usage" in invoke(command, "--help")
+
+
+def test_the_version() -> None:
+    assert invoke("--version") == f"sapt-fast {__version__}\n"
 
 
 def test_train_offers_every_setting() -> None:

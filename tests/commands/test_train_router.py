@@ -71,8 +71,11 @@ def test_tiny_needs_no_model_and_repeats_itself(tmp_path: Path, data: Path) -> N
 
 
 def test_bad_input_is_named_before_anything_runs(tmp_path: Path, data: Path) -> None:
-    folder = tmp_path / "router"
+    folder, other = tmp_path / "router", tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text("{}")
     for given, error, message in (
+        (("--output", str(other)), FileExistsError, "whose config.json is not that of a router"),
         (("--threshold", "high"), ValueError, "threshold: got 'high', expected a number"),
         (("--threshold", "nan"), ValueError, "threshold: got nan"),
         (("--false-positive-rate", "2"), ValueError, "false_positive_rate: got 2"),

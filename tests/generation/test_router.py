@@ -209,7 +209,7 @@ def test_the_threshold_is_the_lowest_with_the_rate_of_false_positives():
 def test_the_packaged_questions_are_varied_and_their_parts_share_nothing():
     rows = packaged_questions()
     parts = split_questions(rows)
-    assert len(rows) == sum(map(len, parts.values())) == 541
+    assert len(rows) == sum(map(len, parts.values())) == 613
     assert len({row.language for row in rows}) == 16
     for part in parts.values():
         assert 0.4 < sum(row.label for row in part) / len(part) < 0.6

@@ -16,11 +16,12 @@ from sapt_fast.files.reading import DATA_BYTES, read_bytes, read_json
 from sapt_fast.files.writing import write_json
 from sapt_fast.generation.router.decision import Decision, require_question
 
-__all__ = ["REPORT_FILE", "ROUTER_FILE", "ClassifierRouter"]
+__all__ = ["REPORT_FILE", "ROUTER_FILE", "ClassifierRouter", "require_free"]
 
 ROUTER_FILE, REPORT_FILE = "skeleton_router.json", "report.json"
 _VERSION = 1
 _MOST_TOKENS = 512
+_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
 class ClassifierRouter:
@@ -171,13 +172,25 @@ class ClassifierRouter:
             if _digest(folder / name) != digest:
                 raise ValueError(f"{folder / name}: is damaged, or not the file that was saved")
         model = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True
+            folder, dtype=torch.float32, use_safetensors=True, **_LOCAL
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **_LOCAL)
         try:
             return cls(model.to(device), tokenizer, content["threshold"], content["max_length"])
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
+
+
+def require_free(directory: str | os.PathLike[str]) -> None:
+    """Raises FileExistsError if a router cannot be saved in a folder, as another model is there."""
+    folder = Path(directory)
+    own = set(_own_files(folder)) if folder.is_dir() else set()
+    for name in ("config.json", "model.safetensors", "tokenizer.json", REPORT_FILE):
+        if name not in own and (folder / name).exists():
+            raise FileExistsError(
+                f"output: got {str(directory)!r}, whose {name} is not that of a router; expected "
+                "another folder"
+            )
 
 
 def _token_limit(model: Any, tokenizer: Any) -> int:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 from sapt_fast.generation.router.decision import Decision, require_question
+from sapt_fast.generation.settings import SkeletonSettings
+from sapt_fast.generation.skeleton import skeleton_of_thought
 
 __all__ = ["PromptRouter"]
 
+_REPLY_TOKENS = 8
 _PROMPT = """\
 Below is a question. Do not answer it. Decide which form suits its answer.
 
@@ -35,7 +39,7 @@ class PromptRouter:
     quotes it. The three choices are those of Skeleton-of-Thought (Ning et al., ICLR 2024, SoT-R).
 
     Args:
-        ask: returns the model's reply to a prompt; greedy decoding of about 8 tokens is enough.
+        ask: returns the model's reply to a prompt; `of_model` asks a model, by greedy search.
 
     Example:
         >>> from sapt_fast.generation.router.prompt import PromptRouter
@@ -46,6 +50,20 @@ class PromptRouter:
 
     def __init__(self, ask: Callable[[str], str]) -> None:
         self.ask = ask
+
+    @classmethod
+    def of_model(cls, model: Any, tokenizer: Any) -> PromptRouter:
+        """Returns the router that asks a model.
+
+        Args:
+            model, tokenizer: as in `skeleton_of_thought`; a `ServerModel` and None for a server.
+        """
+        short = SkeletonSettings(max_plain_tokens=_REPLY_TOKENS)
+
+        def ask(prompt: str) -> str:
+            return skeleton_of_thought(model, tokenizer, prompt, settings=short, mode="plain").text
+
+        return cls(ask)
 
     def decide(self, question: str) -> Decision:
         """Returns the decision for one question; the score is None.

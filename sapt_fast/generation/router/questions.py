@@ -38,7 +38,7 @@ class LabelledQuestion:
 
 
 def packaged_questions() -> list[LabelledQuestion]:
-    """Returns the 541 questions of this package, in 16 languages, with their splits.
+    """Returns the 613 questions of this package, in 16 languages, with their splits.
 
     Label 1: advice, comparisons, reasons, overviews, ideas. Label 0: mathematics, code, procedures
     whose steps need each other, translations, single facts, rewriting, roleplay, flowing text.

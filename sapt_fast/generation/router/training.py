@@ -29,7 +29,7 @@ class RouterSettings:
     """How a classifier is trained.
 
     The loss, batch size, decay and warm-up are those of Skeleton-of-Thought's router, which was
-    trained for 2 epochs with a learning rate of 5e-5 on 824 questions. The package has 297 for
+    trained for 2 epochs with a learning rate of 5e-5 on 824 questions. The package has 338 for
     training, which need more steps: `epochs` and `learning_rate` suit them.
 
     Raises:

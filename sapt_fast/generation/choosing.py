@@ -96,6 +96,8 @@ class Chooser:
             written: how many of them are new.
             generators: as `generator` returns them.
         """
+        if not texts:
+            return []
         scores = logits
         if self._of_text:
             rows = []

@@ -196,8 +196,9 @@ def test_logits_are_those_of_whole_texts(family):
     check(rows.step([30] * len(texts)), texts)
 
 
-def test_sampling_does_not_depend_on_the_batch():
-    model, tokens = make("llama"), tokenizer()
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_sampling_does_not_depend_on_the_batch(family):
+    model, tokens = make(family), tokenizer()
     sampled = {"do_sample": True, "temperature": 1.5, "seed": 3}
     answers = [
         skeleton_of_thought(model, tokens, "Why?", settings=settings(**sampled, **batch))

@@ -131,7 +131,8 @@ class LocalAnswer(Answering):
         most = self._room(max(map(len, ids)), settings.max_point_tokens, "a point")
         texts = []
         for index, tokens in enumerate(ids):
-            stops = [*settings.stop, f"\n{index + 2}.", f"\n{index + 2})"]
+            following = (f"\n{index + 2}.", f"\n{index + 2})") if settings.stop_at_next else ()
+            stops = (*settings.stop, *following)
             texts.append(Text(index, tokens, Pieces(self._tokenizer, tokens, stops), most))
         if settings.routing == "point":
             for text, weights in zip(texts, self._forwards.route(routed), strict=True):

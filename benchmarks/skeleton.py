@@ -102,6 +102,7 @@ class Bench:
             max_point_tokens=self.tokens,
             max_plain_tokens=self.tokens * points,
             min_tokens=self.tokens * points,
+            stop_at_next=False,
             skeleton_processors=[Given(given)],
             batch=points,
         )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sapt_fast.generation.answering import Answering, Written
-from sapt_fast.generation.choosing import Chooser
+from sapt_fast.generation.choosing import Chooser, not_applied
 from sapt_fast.generation.events import Event, PointDone, PointToken
 from sapt_fast.generation.forwards import Forwards
 from sapt_fast.generation.pieces import Pieces
@@ -68,6 +68,8 @@ class LocalAnswer(Answering):
         if seed is None:  # from torch's generator, which the caller may have seeded
             seed = int(torch.randint(2**31, ())) if settings.do_sample else 0
         self._seed = seed
+        if ignored := not_applied(self._config):
+            self.notes.append(f"not applied: {', '.join(ignored)} of the generation config")
         if not self._forwards.shares:
             self.notes.append("edits are looked up at the end of each prompt: one point at a time")
         if not self._tokens.has_template and not self._forwards.encodes:
@@ -129,7 +131,8 @@ class LocalAnswer(Answering):
         most = self._room(max(map(len, ids)), settings.max_point_tokens, "a point")
         texts = []
         for index, tokens in enumerate(ids):
-            stops = [*settings.stop, f"\n{index + 2}.", f"\n{index + 2})"]
+            following = (f"\n{index + 2}.", f"\n{index + 2})") if settings.stop_at_next else ()
+            stops = (*settings.stop, *following)
             texts.append(Text(index, tokens, Pieces(self._tokenizer, tokens, stops), most))
         if settings.routing == "point":
             for text, weights in zip(texts, self._forwards.route(routed), strict=True):

@@ -113,7 +113,7 @@ class SkeletonSettings:
         max_point_tokens: tokens that each point may have.
         max_plain_tokens: tokens of an answer by ordinary decoding.
         max_points: further points of a skeleton are left out.
-        min_tokens: tokens before which no point, and no answer by ordinary decoding, ends.
+        min_tokens: tokens before which no point and no answer by ordinary decoding chooses to end.
         batch: points that are decoded at a time; "auto" takes as many as fit into half of the free
             memory.
         order: "as written", or "longest first": points with longer titles begin earlier, which
@@ -123,7 +123,9 @@ class SkeletonSettings:
         temperature, top_k, top_p: of sampling; default to the model's generation config.
         seed: of sampling. Each point has its own random numbers, whatever it is decoded with.
             Defaults to a number from torch's generator.
-        stop: strings at which a point ends; they are not part of it.
+        stop: strings at which a point ends, whatever `min_tokens` is; they are not part of it.
+        stop_at_next: whether a point of a transformers model also ends at a line that begins with
+            the number of the next.
         processors: logits processors of transformers, called with the tokens of one text [1, T].
         skeleton_processors: the same for the skeleton; defaults to none.
         static_cache: whether each step reads keys and values of one constant shape.
@@ -147,6 +149,7 @@ class SkeletonSettings:
     top_p: float | None = None
     seed: int | None = None
     stop: Sequence[str] = ()
+    stop_at_next: bool = True
     processors: Sequence[Any] = ()
     skeleton_processors: Sequence[Any] = ()
     static_cache: bool = False

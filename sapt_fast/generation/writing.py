@@ -118,17 +118,13 @@ class Writer:
         Returns:
             The tokens of the texts that stay.
         """
-        chosen = self._chooser.choose(
-            logits,
-            [text.all_tokens for text in texts],
-            [len(text.tokens) for text in texts],
-            [text.generator for text in texts],
-        )
+        chosen = self._choose(logits, texts)
         stays: list[tuple[int, Text, int]] = []
-        for row, (text, token) in enumerate(zip(texts, chosen, strict=True), first):
+        for row, text in enumerate(texts, first):
             if text.unread:  # a token of its prompt comes next
                 stays.append((row, text, text.unread.pop(0)))
                 continue
+            token = next(chosen)
             piece = self._take(text, token)
             if piece.text or piece.ended:
                 yield piece
@@ -139,6 +135,20 @@ class Writer:
             self._rows.keep([*range(first), *(row for row, _, _ in stays)])
         texts[:] = [text for _, text, _ in stays]
         return [token for _, _, token in stays]
+
+    def _choose(self, logits: Tensor, texts: Sequence[Text]) -> Iterator[int]:
+        """Chooses a token for each text whose prompt is read; the others draw no random numbers."""
+        rows = [row for row, text in enumerate(texts) if not text.unread]
+        ready = [texts[row] for row in rows]
+        if len(ready) < len(texts):
+            logits = logits[torch.tensor(rows, dtype=torch.long, device=logits.device)]
+        tokens = self._chooser.choose(
+            logits,
+            [text.all_tokens for text in ready],
+            [len(text.tokens) for text in ready],
+            [text.generator for text in ready],
+        )
+        return iter(tokens)
 
     def _take(self, text: Text, token: int) -> Piece:
         self.generated += 1

@@ -196,8 +196,9 @@ def test_logits_are_those_of_whole_texts(family):
     check(rows.step([30] * len(texts)), texts)
 
 
-def test_sampling_does_not_depend_on_the_batch():
-    model, tokens = make("llama"), tokenizer()
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_sampling_does_not_depend_on_the_batch(family):
+    model, tokens = make(family), tokenizer()
     sampled = {"do_sample": True, "temperature": 1.5, "seed": 3}
     answers = [
         skeleton_of_thought(model, tokens, "Why?", settings=settings(**sampled, **batch))
@@ -329,11 +330,15 @@ def test_a_short_context_is_named():
 
 
 def test_a_tokenizer_without_template_and_pad():
-    tokens = tokenizer(template=None)
+    model, tokens = make("llama"), tokenizer(template=None)
     assert tokens.pad_token is None
-    answer = skeleton_of_thought(make("llama"), tokens, "Why?", settings=settings())
+    model.generation_config.num_beams = 2
+    answer = skeleton_of_thought(model, tokens, "Why?", settings=settings())
     assert [title for title, _ in answer.points] == TITLES
-    assert answer.notes == ("the tokenizer has no chat template: prompts are plain text",)
+    assert answer.notes == (
+        "not applied: num_beams of the generation config",
+        "the tokenizer has no chat template: prompts are plain text",
+    )
 
 
 def test_bad_input_is_named():

@@ -53,6 +53,7 @@ KNOWN: tuple[Known, ...] = (
     Known("wgmma.wait_group 0", "shrink_*_kernel", "*odd width", _UNALIGNED, (90,)),
     Known("wgmma.wait_group 0", "factor_grad_kernel", "*odd width", _UNALIGNED, (90,)),
     Known("wgmma.wait_group 0", "nearest_stream_kernel", "keys, odd width*", _UNALIGNED, (90,)),
+    Known("wgmma.wait_group 0", "route_tokens_kernel", "*odd width", _UNALIGNED, (90,)),
     Known("wgmma.wait_group 0", "group_*_kernel", "keys, odd width*", _UNALIGNED, (90,)),
     Known(
         "spills 4 bytes", "shrink_bwd_kernel", "decode, batch 32",

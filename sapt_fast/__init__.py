@@ -12,6 +12,9 @@ _EXPORTS = {
     "DualPromptConfig": "sapt_fast.methods.dualprompt",
     "GatedConfig": "sapt_fast.methods.gated",
     "L2PConfig": "sapt_fast.methods.l2p",
+    "Reflection": "sapt_fast.continual.reflection",
+    "Replay": "sapt_fast.continual.reflection",
+    "SaptCallback": "sapt_fast.continual.callback",
     "SaptConfig": "sapt_fast.methods.sapt",
     "SaptTrainer": "sapt_fast.continual.trainer",
     "handle": "sapt_fast.patching",
@@ -25,6 +28,9 @@ __all__ = [
     "DualPromptConfig",
     "GatedConfig",
     "L2PConfig",
+    "Reflection",
+    "Replay",
+    "SaptCallback",
     "SaptConfig",
     "SaptTrainer",
     "__version__",
@@ -36,6 +42,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from sapt_fast.continual.callback import SaptCallback
+    from sapt_fast.continual.reflection import Reflection, Replay
     from sapt_fast.continual.trainer import SaptTrainer
     from sapt_fast.loading import load_pretrained
     from sapt_fast.methods.coda import CodaConfig

@@ -16,16 +16,32 @@ from sapt_fast.commands.deferred import DeferredCommand
 from sapt_fast.commands.layer_size import LayerSize
 from sapt_fast.commands.options import is_given, option, with_fields
 from sapt_fast.commands.output import is_first_process, show
+from sapt_fast.version import __version__
 
 _UsageError: Any = typer.BadParameter.__base__  # typer does not export it
 
 app = typer.Typer(
     name="sapt-fast",
-    help="Continual learning with SAPT: a pool of LoRA adapters that share attention.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sapt-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Continual learning with SAPT: a pool of LoRA adapters that share attention."""
 
 
 @app.command(cls=DeferredCommand)
@@ -191,7 +207,8 @@ def main() -> None:
     """Entry point; prints expected errors as one line, without a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     if is_first_process():
-        logging.getLogger("sapt_fast.continual").setLevel(logging.INFO)
+        for part in ("sapt_fast.continual", "sapt_fast.editing"):
+            logging.getLogger(part).setLevel(logging.INFO)
     try:
         sys.exit(app(standalone_mode=False))
     except typer.BadParameter as error:

@@ -30,6 +30,7 @@ from sapt_fast.storage.description import (
     stored_as_sapt,
     strategy_of,
 )
+from sapt_fast.storage.hub import downloaded, is_hub_id
 from sapt_fast.storage.method_files import StoredMethod, config_file, methods_in, read_method
 from sapt_fast.storage.tasks import (
     Expected,
@@ -45,8 +46,16 @@ from sapt_fast.storage.tensors import StoredFiles
 __all__ = ["install", "load_of_strategy", "load_pretrained", "read_strategy_state"]
 
 
-def load_pretrained(model: PreTrainedModel, directory: str | os.PathLike[str]) -> PreTrainedModel:
-    """Loads what `save_pretrained` saved into a model of the same base.
+def load_pretrained(
+    model: PreTrainedModel,
+    directory: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> PreTrainedModel:
+    """Loads what `save_pretrained` or `push_to_hub` saved into a model of the same base.
 
     The last task is trainable, as after training it. Weights have the model's device and the dtype
     that the stored config specifies for the model. Everything is read and checked before the model
@@ -55,14 +64,19 @@ def load_pretrained(model: PreTrainedModel, directory: str | os.PathLike[str]) -
     Args:
         model: not patched (it gets the stored config), or patched with the stored config and
             without tasks.
-        directory: written by `save_pretrained` of a handle or of the model itself.
+        directory: written by `save_pretrained` of a handle or of the model itself. If there is no
+            such folder, the name `owner/name` of a repository on the Hugging Face Hub.
+        revision, token, cache_dir, local_files_only: for a repository, as in
+            `huggingface_hub.snapshot_download`. Downloaded files are kept in the cache, from which
+            they are read without a connection (also with the variable HF_HUB_OFFLINE=1).
 
     Returns:
         model.
 
     Raises:
         TypeError: if model is not a PreTrainedModel.
-        FileNotFoundError: if a file is missing.
+        FileNotFoundError: if a file is missing, or there is neither a folder nor a repository.
+        ValueError: if a revision is given for a folder.
         ValueError: if the model has tasks, another config, or another base model.
         ValueError: if a file is damaged, unsafe, or not the one that was saved.
         ValueError: if the files do not fit each other.
@@ -83,6 +97,16 @@ def load_pretrained(model: PreTrainedModel, directory: str | os.PathLike[str]) -
         ['first']
     """
     require_pretrained(model)
+    if is_hub_id(directory) and not Path(directory).exists() and not _has_tasks(directory):
+        directory = downloaded(
+            str(directory),
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+    elif revision is not None:
+        raise ValueError(f"revision: got {revision!r}, expected None for the folder {directory}")
     folder = Path(directory)
     found = methods_in(folder) if folder.is_dir() else {}
     tasks = None

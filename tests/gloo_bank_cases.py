@@ -17,6 +17,7 @@ from killed_edits import die_in_a_save
 from tiny_models import tiny
 
 import sapt_fast
+from sapt_fast.methods.memory.folder import FactFolder
 from sapt_fast.methods.mome import MomeConfig
 from sapt_fast.pools.collectives import Group
 from sapt_fast.pools.experts import ExpertBank
@@ -263,6 +264,22 @@ def sharded_mome(folder: Path, loaded: int = 0) -> None:
         torch.save(found, folder / f"mome-{world()}-{loaded}.pt")
     if world() > 1 and not loaded:
         wrong_mome(model, folder / f"mome-{world()}")
+
+
+def killed_mome(folder: Path, at: int | None = None) -> None:
+    """Memorises into a folder; at the save of group `at`, the last process is killed."""
+
+    def save(self, number, *rest) -> None:
+        if number == at and rank() == world() - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        own(self, number, *rest)
+
+    own, FactFolder.save = FactFolder.save, save
+    model = mome_model()
+    facts = [([5, 6, 7], [20, 1]), ([8, 9], [21, 31, 32, 1]), ([12], [22, 30, 1])]
+    model.mome.memorise(facts, until=1.0, batch_size=1, folder=folder / "run")
+    model.mome.save_pretrained(folder / "saved")
+    torch.save([bank.stored() for bank in model.mome.banks], folder / f"rows-{rank()}.pt")
 
 
 def answered(model, prompt):

@@ -64,8 +64,8 @@ def main(root):
         report[version] += 1
         expected = (old if version == "old" else new).state_dict()
         assert all(torch.equal(expected[name], x) for name, x in loaded.state_dict().items())
-        names = {"notes.txt", "router.safetensors", "sapt_config.json", *loaded.sapt.tasks}
-        assert set(os.listdir(found)) == names
+        names = {"README.md", "notes.txt", "router.safetensors", "sapt_config.json"}
+        assert set(os.listdir(found)) == {*names, *loaded.sapt.tasks}
 
         new.sapt.save_pretrained(folder)
         assert sapt_fast.load_pretrained(shallow("t5"), folder).sapt.tasks == ["task0", "task1"]

@@ -60,8 +60,10 @@ def test_the_code_of_a_page_runs(page, name):
         "methods/l2p.md",
         "methods/prefix_prompts.md",
         "methods/others.md",
+        "methods/gated.md",
         "methods/editing.md",
         "concepts/methods.md",
+        "deploy/points.md",
         "train/editing.md",
     ],
 )

@@ -223,6 +223,7 @@ LAUNCHES = (
     TokenLaunch("token router, few", 512, 4096, 8),
     TokenLaunch("token router, 100 keys", 16384, 4096, 100),
     TokenLaunch("token router, float32", 16384, 1024, 8, dtype=torch.float32),
+    TokenLaunch("token router, float32, 100 keys", 16384, 1024, 100, dtype=torch.float32),
     TokenLaunch("token router, float32 keys", 16384, 1024, 64, keys=torch.float32),
     TokenLaunch("token router, odd width", 16384, 100, 5, aligned=False),
 )

@@ -12,23 +12,23 @@ constexpr int kWarps = kThreads / kWarp;
 constexpr int kAhead = 4;  // loads of a row that are on their way at a time
 constexpr float kCosineEps = 1e-8f;  // the least norm that is divided by
 
-// out[sample, row] = f(matrix[sample % matrices, row] . vector[sample])
+// out[sample, row] = f(matrix[row] . vector[sample, row / rows_per_vector])
 struct Product {
-    AnyTensor matrix;  // [matrices, rows, columns]
-    AnyTensor vector;  // [samples, columns]
+    AnyTensor matrix;  // [rows, columns]
+    AnyTensor vector;  // [samples, vectors, columns]
     AnyTensor norm_weight;
     AnyTensor norm_bias;
     float* out;  // [samples, rows]
-    int64_t matrices;
     int64_t rows;
     int64_t columns;
+    int vectors;
+    int rows_per_vector;
     int64_t blocks_per_sample;
     int warps_per_row;
     float eps;
     float factor;
     bool silu;        // of the product
     bool layer_norm;  // of the vector
-    bool cosine;      // the product is divided by both norms
     bool follows;     // another kernel of the op, which writes no matrix
 };
 
@@ -84,7 +84,8 @@ __device__ inline Moments moments_of(const Product& product, int64_t sample, Sha
     return {mean, 1.0f / sqrtf(block_sum(sum, shared) / count + product.eps)};
 }
 
-// Blocks (samples, rows).
+// Blocks (samples, rows). With COSINE the product is divided by both norms.
+template <bool COSINE>
 __global__ void __launch_bounds__(kThreads, 2) multiply(const __grid_constant__ Product product) {
     Shared& shared = shared_memory<Shared>();
     const auto blocks = static_cast<unsigned>(product.blocks_per_sample);
@@ -94,18 +95,19 @@ __global__ void __launch_bounds__(kThreads, 2) multiply(const __grid_constant__ 
     const int rows_per_block = kWarps / product.warps_per_row;
     const int64_t first_row = static_cast<int64_t>(blockIdx.x % blocks) * rows_per_block;
     const int64_t row = first_row + warp / product.warps_per_row;
+    const int64_t vector_row =
+        sample * product.vectors + static_cast<int>(row) / product.rows_per_vector;
     const int part = warp % product.warps_per_row;
     const int64_t step = product.warps_per_row * kWarp * kVector;
     const int64_t stop = row < product.rows ? columns : 0;
     const int64_t start = (part * kWarp + threadIdx.x % kWarp) * kVector;
     AnyPacked packed[kAhead];
-    const int64_t matrix_row = sample % product.matrices * product.rows + row;
     const auto load_matrix = [&](int64_t first) {
 #pragma unroll
         for (int ahead = 0; ahead < kAhead; ++ahead) {
             const int64_t i = first + ahead * step;
             packed[ahead] = i < stop
-                                ? load<Cache::l2>(product.matrix, matrix_row * columns + i, stop - i)
+                                ? load<Cache::l2>(product.matrix, row * columns + i, stop - i)
                                 : zeros<float>();
         }
     };
@@ -128,7 +130,7 @@ __global__ void __launch_bounds__(kThreads, 2) multiply(const __grid_constant__ 
             float matrix[kVector];
             float vector[kVector];
             unpack(matrix, packed[ahead], product.matrix.dtype);
-            load_values(vector, product.vector, sample * columns + i, stop - i);
+            load_values(vector, product.vector, vector_row * columns + i, stop - i);
             if (product.layer_norm) {
                 float weight[kVector];
                 float bias[kVector];
@@ -141,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, 2) multiply(const __grid_constant__ 
             }
 #pragma unroll
             for (int e = 0; e < kVector; ++e) sum[0] += matrix[e] * vector[e];
-            if (product.cosine) {
+            if (COSINE) {
 #pragma unroll
                 for (int e = 0; e < kVector; ++e) {
                     vector_squares[0] += vector[e] * vector[e];
@@ -151,8 +153,8 @@ __global__ void __launch_bounds__(kThreads, 2) multiply(const __grid_constant__ 
         }
     }
     const float warp_sum = warp_sums(sum);
-    const float warp_vector = product.cosine ? warp_sums(vector_squares) : 0.0f;
-    const float warp_matrix = product.cosine ? warp_sums(matrix_squares) : 0.0f;
+    const float warp_vector = COSINE ? warp_sums(vector_squares) : 0.0f;
+    const float warp_matrix = COSINE ? warp_sums(matrix_squares) : 0.0f;
     __syncthreads();
     if (threadIdx.x % kWarp == 0) {
         shared.sums[warp] = warp_sum;
@@ -171,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, 2) multiply(const __grid_constant__ 
         vector_square += shared.vector_squares[place * product.warps_per_row + w];
         matrix_square += shared.matrix_squares[place * product.warps_per_row + w];
     }
-    if (product.cosine) {
+    if (COSINE) {
         total /= fmaxf(sqrtf(vector_square), kCosineEps);
         total /= fmaxf(sqrtf(matrix_square), kCosineEps);
     }
@@ -367,13 +369,15 @@ Product product_of(const TypedAddress& matrix, const TypedAddress& vector, float
     product.matrix = any(matrix, columns);
     product.vector = any(vector, columns);
     product.out = out;
-    product.matrices = 1;
+    product.vectors = 1;
+    product.rows_per_vector = static_cast<int>(rows);
     product.rows = rows;
     product.columns = columns;
     product.factor = 1.0f;
     return product;
 }
 
+template <bool COSINE = false>
 void run(Product product, int64_t samples, const Stream& stream) {
     if (product.rows == 0) return;
     // All warps of a block on a row that is long enough for them.
@@ -383,7 +387,7 @@ void run(Product product, int64_t samples, const Stream& stream) {
         product.warps_per_row *= 2;
     }
     product.blocks_per_sample = ceil_div(product.rows, kWarps / product.warps_per_row);
-    launch<multiply>("router multiply", product.blocks_per_sample * samples, kThreads,
+    launch<multiply<COSINE>>("router multiply", product.blocks_per_sample * samples, kThreads,
                      sizeof(Shared), stream, product);
 }
 
@@ -392,7 +396,6 @@ Product scores_of(const Route& route) {
     Product scores =
         product_of(route.keys, route.pooled, route.scores, route.count, route.key_width);
     scores.factor = 1.0f / route.divisor;
-    scores.cosine = route.cosine;
     return scores;
 }
 
@@ -415,10 +418,10 @@ void score(const Route& route, const Stream& stream) {
         scores.layer_norm = true;
         scores.follows = route.width > 0;
     }
-    run(scores, route.samples, stream);
+    (route.cosine ? run<true> : run<false>)(scores, route.samples, stream);
 }
 
-// Of one query per sample and key: samples x count samples of the later products.
+// Of one query per sample and key.
 void score_keys(const Route& route, const Stream& stream) {
     const int64_t pairs = route.samples * route.count;
     const TypedAddress hidden = {route.workspace, DType::float32};
@@ -427,17 +430,18 @@ void score_keys(const Route& route, const Stream& stream) {
                               route.count * route.hidden, route.width);
     down.silu = true;
     run(down, route.samples, stream);
-    Product up = product_of(route.up, hidden, query, route.key_width, route.hidden);
-    up.matrices = route.count;
+    Product up = product_of(route.up, hidden, query, route.count * route.key_width, route.hidden);
+    up.vectors = static_cast<int>(route.count);
+    up.rows_per_vector = static_cast<int>(route.key_width);
     up.silu = true;
     up.follows = route.hidden > 0;
-    run(up, pairs, stream);
+    run(up, route.samples, stream);
     Product scores = scores_of(route);
     scores.vector = any({query, DType::float32}, route.key_width);
-    scores.matrices = route.count;
-    scores.rows = 1;
+    scores.vectors = static_cast<int>(route.count);
+    scores.rows_per_vector = 1;
     scores.follows = route.key_width > 0;
-    run(scores, pairs, stream);
+    (route.cosine ? run<true> : run<false>)(scores, route.samples, stream);
 }
 
 }  // namespace

@@ -39,7 +39,10 @@ PANELS: dict[str, tuple[str, ...]] = {
         "autocast_adapter_dtype", "pooling", "standardize_query", "temperature", "key_init",
         "own_key_loss",
     ),
-    "Replay": ("kl_ratio", "replay", "generator", "replay_share", "replay_batch_size"),
+    "Replay": (
+        "kl_ratio", "replay", "generator", "replay_share", "limit_pseudo_samples",
+        "replay_batch_size",
+    ),
     "Machine": (
         "resume", "tensorboard", "device", "dtype", "attention", "bf16", "gradient_checkpointing",
         "progress",

@@ -43,6 +43,8 @@ IMAGE_SETTINGS: dict[str, Any] = {
 }
 _HEADS = ("own", "ncm", "lda", "ridge")
 _AUGMENTATIONS = ("none", "flip", "crop_flip")
+# Further settings that runs of earlier versions lack, with their defaults.
+_LATER = {"limit_pseudo_samples": False}
 # These change where a run computes and what it shows, not its results.
 _FREE = ("device", "progress")
 _POSITIVE = ("learning_rate", "epochs", "save_steps", "label_temperature")
@@ -54,6 +56,7 @@ _COUNTS_OR_NONE = ("steps", "replay_batch_size")
 _BELOW_ONE = math.nextafter(1.0, 0.0)
 _FLAGS = (
     "kl_per_micro_batch", "load_best", "bf16", "gradient_checkpointing", "progress", "mask_classes",
+    "limit_pseudo_samples",
 )  # fmt: skip
 
 
@@ -206,6 +209,13 @@ class ContinualSettings:
     replay_share: float = field(
         default=0.02,
         metadata={"help": "Fraction of a task's inputs kept for replay, at least one input."},
+    )
+    limit_pseudo_samples: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep replay_share of a task's number of inputs of its pseudo-samples too, "
+            "drawn by the seed; otherwise all of them."
+        },
     )
     replay_batch_size: int | None = field(
         default=None,
@@ -425,8 +435,9 @@ class ContinualSettings:
 def differences(stored: Any, asked: Mapping[str, Any]) -> list[str]:
     """Compares two JSON-ready descriptions of a run.
 
-    A field of SaptConfig or a setting of images that `stored` lacks was added later and counts as
-    its default. A digest that `stored` lacks is not compared.
+    A field of SaptConfig, a setting of images, an option of a strategy or another later setting
+    that `stored` lacks was added later and counts as its default. A digest that `stored` lacks is
+    not compared.
 
     Args:
         stored: the description in a run's folder.
@@ -438,7 +449,11 @@ def differences(stored: Any, asked: Mapping[str, Any]) -> list[str]:
     if not isinstance(stored, Mapping):
         return [f"got {str(stored)[:80]!r}, expected entries by name"]
     before, now = _flat(stored), _flat(asked)
-    added = {**IMAGE_SETTINGS, **_flat({"sapt": _sapt_config()().to_dict()})}
+    added = {**IMAGE_SETTINGS, **_LATER, **_flat({"sapt": _sapt_config()().to_dict()})}
+    name = now.get("settings.strategy", now.get("strategy"))
+    if isinstance(name, str) and name in strategies():
+        options = asdict(strategies()[name].options_of(name, {}))
+        added |= {f"strategy_options.{option}": value for option, value in options.items()}
     for name, value in added.items():
         for place in (name, f"settings.{name}"):
             if place in now:

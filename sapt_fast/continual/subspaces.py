@@ -56,6 +56,9 @@ def leading_directions(moment: Tensor, count: int, kept: Subspace | None) -> Ten
     Returns:
         [r, D] float64, on the CPU: orthonormal rows, largest first. Rows for which the inputs have
         no direction left are zero.
+
+    Raises:
+        ValueError: if M has non-finite values.
     """
     vectors, shares = _remaining(moment, kept)
     rows = moment.new_zeros(count, len(moment), dtype=torch.float64, device="cpu")
@@ -78,6 +81,9 @@ def grown(kept: Subspace | None, moment: Tensor, threshold: float) -> Subspace:
 
     Returns:
         The subspace, on the CPU.
+
+    Raises:
+        ValueError: if M has non-finite values.
     """
     vectors, shares = _remaining(moment, kept)
     before = (1 - shares.sum() if kept is not None else 0.0) + shares.cumsum(0)
@@ -102,7 +108,10 @@ def _remaining(moment: Tensor, kept: Subspace | None) -> tuple[Tensor, Tensor]:
     """Returns left singular vectors [D, D] of (I - P) M, and each one's share [D] of |M|^2."""
     whole = moment.cpu().double()
     if not whole.isfinite().all():
-        raise ValueError("moment: got non-finite values, expected finite inputs of the layers")
+        raise ValueError(
+            "moment: got non-finite values, expected finite inputs of layers and gates; if the "
+            "training has diverged, use a smaller learning_rate"
+        )
     rest = whole if kept is None else kept.off(whole.T).T
     vectors, values, _ = torch.linalg.svd(rest)
     total = whole.square().sum()

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer
 
-from sapt_fast.continual.data.collate import pad_rows
 from sapt_fast.continual.data.kinds import model_kind
 from sapt_fast.continual.objective import Space, Step, forward, routed_inputs, token_loss
+from sapt_fast.continual.reflection import Reflection, Replay, RowStream
 from sapt_fast.files.directories import atomic_write_bytes
 from sapt_fast.files.reading import parse_json
 from sapt_fast.methods.base import handles
@@ -30,23 +28,6 @@ from sapt_fast.storage.tensors import read_tensors, require_finite, tensor_bytes
 __all__ = ["Replay", "RowStream", "SaptTrainer", "model_given_back"]
 
 STATE_NAME = "sapt_state.safetensors"
-
-
-@dataclass(frozen=True)
-class Replay:
-    """Inputs of an earlier task and their target attention, for the reflection loss.
-
-    Attributes:
-        task: the task's name.
-        inputs: token ids of each input, without its answer, or what `SaptTrainer.load_replay`
-            takes; at least one input.
-        target: [K'], mean attention over the task's inputs when it had been learned, in learning
-            order.
-    """
-
-    task: str
-    inputs: Sequence[Any]
-    target: Tensor
 
 
 class SaptTrainer(Seq2SeqTrainer):
@@ -148,7 +129,6 @@ class SaptTrainer(Seq2SeqTrainer):
             raise ValueError(
                 f"replay_batch_size: got {replay_batch_size}, expected at least 1 or None"
             )
-        _check_replay(replay, sapt)
         kind = model_kind(model)
         if (space is not None) != (kind == "encoder"):
             raise ValueError(
@@ -162,17 +142,24 @@ class SaptTrainer(Seq2SeqTrainer):
         # The token loss is divided by the tokens of the whole step, unlike the model's own loss.
         self.model_accepts_loss_kwargs = True
         self.replay = list(replay)
-        self.replay_batch_size = replay_batch_size
-        self.pad_token_id = pad_token_id
         self.key_learning_rate = key_learning_rate
         self.query_learning_rate = query_learning_rate
         self.kl_per_micro_batch = kl_per_micro_batch
         self.mixture = mixture
         self.objective = objective
         self.load_replay = load_replay
-        self._streams = [
-            RowStream(len(entry.inputs), f"{self.args.seed}/{entry.task}") for entry in replay
-        ]
+        if pad_token_id is None:
+            pad_token_id = getattr(self.processing_class, "pad_token_id", None)
+        self._reflection = Reflection(
+            model,
+            replay,
+            batch_size=replay_batch_size
+            or self.args.per_device_train_batch_size * self.args.world_size,
+            pad_token_id=pad_token_id,
+            seed=self.args.seed,
+            load_replay=load_replay,
+            device=self.args.device,
+        )
         self._micro_batch = (-1, 0)
         # The KL of each micro-batch and its fraction of a step.
         self._kl_since_log: list[tuple[Tensor, float]] = []
@@ -252,30 +239,8 @@ class SaptTrainer(Seq2SeqTrainer):
 
     def _reflection_loss(self, number: int) -> Tensor:
         """Returns the sum over earlier tasks of KL(target || prediction) on their next inputs."""
-        total = torch.zeros((), device=self.args.device)
-        world, own = self.args.world_size, self.args.process_index
-        size = self.replay_batch_size or self.args.per_device_train_batch_size * world
-        for entry, stream in zip(self.replay, self._streams, strict=True):
-            rows = stream.batch(number // world, min(size, len(entry.inputs)))
-            mine = rows[own::world]
-            share = len(mine) * world / len(rows)  # so that processes average to the inputs' mean
-            # All processes of a sharded model gather the router, also one without inputs.
-            mine = mine or rows[:1]
-            total = total + self._kl([entry.inputs[row] for row in mine], entry.target) * share
-        return total
-
-    def _kl(self, inputs: Sequence[Any], target: Tensor) -> Tensor:
-        """Returns KL(target || prediction) on replayed inputs, a scalar."""
-        device = self.args.device
-        kl: Tensor
-        if self.load_replay is not None:
-            loaded = self.load_replay(inputs)
-            loaded = {name: tensor.to(device) for name, tensor in loaded.items()}
-            kl = self.sapt.reflection_loss(target=target, **loaded)
-        else:
-            ids, mask = pad_rows(inputs, self._pad_token_id())
-            kl = self.sapt.reflection_loss(ids.to(device), target, mask.to(device))
-        return kl
+        world = self.args.world_size
+        return self._reflection.loss(number // world, rank=self.args.process_index, world=world)
 
     def _next_micro_batch(self) -> int:
         """Returns the number of the running micro-batch, counted over all steps and processes."""
@@ -284,14 +249,6 @@ class SaptTrainer(Seq2SeqTrainer):
         self._micro_batch = (self.state.global_step, index)
         number = self.state.global_step * self.args.gradient_accumulation_steps + index
         return number * self.args.world_size + self.args.process_index
-
-    def _pad_token_id(self) -> int:
-        candidates = (
-            self.pad_token_id,
-            getattr(self.processing_class, "pad_token_id", None),
-            getattr(self.model.config, "pad_token_id", None),
-        )
-        return next((i for i in candidates if i is not None), 0)
 
     # --- what is optimised ---
 
@@ -325,12 +282,14 @@ class SaptTrainer(Seq2SeqTrainer):
 
         Every process of a sharded model has to call this.
         """
-        if _internal_call:
+        if _internal_call and output_dir is not None:  # a checkpoint
             self._save(output_dir)
-        else:
-            self.sapt.save_pretrained(
-                output_dir or self.args.output_dir, is_main_process=self.args.should_save
-            )
+            return
+        self.sapt.save_pretrained(
+            output_dir or self.args.output_dir, is_main_process=self.args.should_save
+        )
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save")
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         held = state_dict or self.model.state_dict(keep_vars=is_sharded(self.model))
@@ -413,44 +372,6 @@ def model_given_back(model: Any) -> Iterator[None]:
         for name in names:
             own.pop(name, None)
         own.update(before)
-
-
-class RowStream:
-    """An endless stream of row numbers in seeded permutations.
-
-    Args:
-        rows: the number of rows.
-        seed: the seed of the permutations.
-    """
-
-    def __init__(self, rows: int, seed: str) -> None:
-        self.rows = rows
-        self.seed = seed
-        self._order: tuple[int, list[int]] = (-1, [])
-
-    def batch(self, number: int, size: int) -> list[int]:
-        """Returns the elements `number * size` to `(number + 1) * size` of the stream."""
-        positions = range(number * size, (number + 1) * size)
-        return [self._permutation(p // self.rows)[p % self.rows] for p in positions]
-
-    def _permutation(self, number: int) -> list[int]:
-        if self._order[0] != number:
-            order = list(range(self.rows))
-            random.Random(f"{self.seed}/{number}").shuffle(order)
-            self._order = (number, order)
-        return self._order[1]
-
-
-def _check_replay(replay: Sequence[Replay], sapt: Any) -> None:
-    for entry in replay:
-        if not len(entry.inputs):
-            raise ValueError(f"replay: got no inputs of task {entry.task!r}, expected at least one")
-        if entry.target.dim() != 1 or not 1 <= len(entry.target) <= len(sapt.tasks):
-            raise ValueError(
-                f"replay: got a target of shape {tuple(entry.target.shape)} for task "
-                f"{entry.task!r}, expected [k] with 1 <= k <= {len(sapt.tasks)}, the number of "
-                "tasks"
-            )
 
 
 def _separate(

@@ -257,10 +257,14 @@ class Workbench:
             definition, rows = read_pseudo_samples(root, task.benchmark, task.name)
             rows = self._plain(rows, definition) if self.kind == "encoder" else rows
             self._require_tokens(rows, f"pseudo-samples: {task.name!r} has an example")
-            return rows
+            return self._share_of(task, rows) if self.settings.limit_pseudo_samples else rows
+        return self._share_of(task, task.train)
+
+    def _share_of(self, task: TaskData, rows: Sequence[Example]) -> Sequence[Example]:
+        """Draws `replay_share` of the task's number of training rows, at least one."""
         count = max(1, int(self.settings.replay_share * len(task.train)))
         draw = random.Random(f"{self.settings.seed}/{task.name}/replay")
-        return [task.train[i] for i in sorted(draw.sample(range(len(task.train)), count))]
+        return [rows[i] for i in sorted(draw.sample(range(len(rows)), min(count, len(rows))))]
 
     def _require_tokens(self, rows: Sequence[Example], what: str) -> None:
         # Only blank texts can have no tokens, so only those are tokenized.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import time
@@ -26,9 +27,12 @@ from sapt_fast.editing.report import write_report
 from sapt_fast.editing.settings import EditingSettings
 from sapt_fast.editing.state import EDITED, Progress, RunFolder
 from sapt_fast.methods.edits.handle import evaluating
+from sapt_fast.methods.run_header import model_header
 from sapt_fast.pools.own import is_inside, own_paths
 
 __all__ = ["run_edits"]
+
+logger = logging.getLogger(__name__)
 
 _SAMPLES = 16  # values of a parameter, or keys, that tell one from another
 
@@ -111,6 +115,7 @@ def run_edits(
             elif getattr(chosen_options, "keys", None) == "function":
                 raise ValueError("keys: got 'function', expected look_up_by with it")
             folder.open(description, resume=resume)
+            _log_header(model, method, chosen_options, rows, settings)
             run = _Run(editor, examiner, rows, upstream, text, settings, folder)
             run.begin()
             run.go(progress)
@@ -235,6 +240,17 @@ class _Run:
 
     def _save(self) -> None:
         self.folder.save(self.progress, self.editor.state())
+
+
+def _log_header(
+    model: Any, method: str, options: Any, rows: Sequence[EditRow], settings: EditingSettings
+) -> None:
+    logger.info("%s", model_header(model, model.device))
+    steps = getattr(options, "steps", None)
+    logger.info(
+        "%s, %d edits in batches of %d%s",
+        method, len(rows), settings.batch, "" if steps is None else f", at most {steps} steps each",
+    )  # fmt: skip
 
 
 def _fingerprint(model: Any) -> dict[str, str]:

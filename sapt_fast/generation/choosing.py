@@ -20,6 +20,24 @@ from transformers import (
 
 from sapt_fast.generation.settings import SkeletonSettings
 
+# Settings that would change tokens, with the values that do not.
+_UNKNOWN: dict[str, tuple[Any, ...]] = {
+    "num_beams": (None, 1),
+    "guidance_scale": (None, 1, 1.0),
+    "penalty_alpha": (None, 0, 0.0),
+    "encoder_repetition_penalty": (None, 1.0),
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "sequence_bias": (None,),
+    "min_length": (None, 0),
+    "min_new_tokens": (None, 0),
+    "forced_eos_token_id": (None,),
+    "begin_suppress_tokens": (None,),
+    "exponential_decay_length_penalty": (None,),
+    "typical_p": (None, 1.0),
+    "epsilon_cutoff": (None, 0.0),
+    "eta_cutoff": (None, 0.0),
+}
+
 
 class Chooser:
     """Greedy search or sampling, as a model's generation config and the settings have it.
@@ -99,6 +117,13 @@ class Chooser:
             int(torch.multinomial(chances[row], 1, generator=generator))
             for row, generator in enumerate(generators)
         ]
+
+
+def not_applied(config: GenerationConfig) -> list[str]:
+    """Returns the settings of a generation config that `Chooser` does not know, if they are set."""
+    return [
+        name for name, neutral in _UNKNOWN.items() if getattr(config, name, None) not in neutral
+    ]
 
 
 def _of_text(config: GenerationConfig) -> list[Any]:

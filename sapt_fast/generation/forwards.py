@@ -74,8 +74,10 @@ class Forwards:
 
     @property
     def routes(self) -> bool:
-        """Whether a router computes mixture weights for every text."""
-        return self.handle is not None and bool(self.handle.routing.routes)
+        """Whether texts that share a prefix may have weights of their own from the router."""
+        handle = self.handle
+        lora = handle is not None and handle.site == "linear" and hasattr(handle, "route")
+        return lora and bool(handle.routing.routes)
 
     @property
     def shares(self) -> bool:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from sapt_fast.generation.answering import Answering, Written
-from sapt_fast.generation.choosing import Chooser
+from sapt_fast.generation.choosing import Chooser, not_applied
 from sapt_fast.generation.events import Event, PointDone, PointToken
 from sapt_fast.generation.forwards import Forwards
 from sapt_fast.generation.pieces import Pieces
@@ -54,6 +54,11 @@ class LocalAnswer(Answering):
     ) -> None:
         super().__init__(question, settings)
         self._forwards = Forwards(model)
+        if settings.routing == "point" and not self._forwards.routes:
+            raise ValueError(
+                "routing: got 'point' for a model without LoRA adapters that a router of sapt_fast "
+                "mixes; expected 'question'"
+            )
         self._tokenizer = tokenizer
         self._config = self._forwards.base.generation_config
         self._tokens = TokenPrompts(tokenizer, settings.prompts)
@@ -63,6 +68,8 @@ class LocalAnswer(Answering):
         if seed is None:  # from torch's generator, which the caller may have seeded
             seed = int(torch.randint(2**31, ())) if settings.do_sample else 0
         self._seed = seed
+        if ignored := not_applied(self._config):
+            self.notes.append(f"not applied: {', '.join(ignored)} of the generation config")
         if not self._forwards.shares:
             self.notes.append("edits are looked up at the end of each prompt: one point at a time")
         if not self._tokens.has_template and not self._forwards.encodes:
@@ -112,6 +119,7 @@ class LocalAnswer(Answering):
             self._encode(asks)
             start = decoder_start(self._config)
             ids = [self._tokens.decoder(start, begin) for begin in openings]
+            routed = [self._tokens.encoder(f"{asks}\n{begin}") for begin in openings]
         else:
             ids = [
                 self._tokens.of(
@@ -119,13 +127,14 @@ class LocalAnswer(Answering):
                 )
                 for number, (title, begin) in enumerate(zip(titles, openings, strict=True), 1)
             ]
+            routed = ids
         most = self._room(max(map(len, ids)), settings.max_point_tokens, "a point")
         texts = []
         for index, tokens in enumerate(ids):
             stops = [*settings.stop, f"\n{index + 2}.", f"\n{index + 2})"]
             texts.append(Text(index, tokens, Pieces(self._tokenizer, tokens, stops), most))
-        if settings.routing == "point" and self._forwards.routes:
-            for text, weights in zip(texts, self._forwards.route(ids), strict=True):
+        if settings.routing == "point":
+            for text, weights in zip(texts, self._forwards.route(routed), strict=True):
                 text.mixture = weights[None]
         return texts
 
@@ -196,4 +205,6 @@ def free_bytes(device: torch.device) -> int:
     """Returns the memory of a device that is free."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = next(line for line in lines if line.startswith("MemAvailable:"))
+    return int(available.split()[1]) * 1024

@@ -76,9 +76,9 @@ def parse_points(text: str, *, complete: bool = True) -> list[str]:
 
 
 def _title(text: str) -> str:
-    """A title without emphasis and what follows it like a colon."""
+    """A title without emphasis and without the mark that ends it."""
     text = re.sub(r"(\*\*|__|`)", "", text).strip()
-    return text.strip("*_# ").rstrip(" :：,;，；").strip()
+    return text.strip("*_# ").rstrip(" :：,;，；.。").strip()
 
 
 def _in_one_line(text: str) -> list[str]:

@@ -51,6 +51,7 @@ class _Try:
                 for item in items:
                     if self.dropped:
                         return
+                    self.heard = time.monotonic()
                     self._out.put((self, "item", item))
             finally:
                 close = getattr(items, "close", None)
@@ -98,11 +99,9 @@ class Requests:
                 one: _Try | None = None
                 with suppress(queue.Empty):
                     one, kind, value = out.get(timeout=self._pause(waiting, running))
-                stalled = self._stalled(running)
+                # While news waits to be read, nobody knows who has none.
+                stalled = self._stalled(running) if one is None and out.empty() else []
                 if one is not None and running.get(one.key) is one:
-                    one.heard = time.monotonic()
-                    if one in stalled:
-                        stalled.remove(one)
                     if kind == "item":
                         yield News(one.key, "item", value)
                     elif kind == "end":

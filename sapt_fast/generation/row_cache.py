@@ -70,13 +70,14 @@ class RowLayer(DynamicLayer):
         window = self.window
         keys = self.keys[window.first : window.last]
         values = self.values[window.first : window.last]
-        if window.at is None:
+        if window.at is None or window.index is None:
             stop = window.past + key_states.shape[2]
             keys[:, :, window.past : stop] = key_states
             values[:, :, window.past : stop] = value_states
         else:
-            keys[window.index, :, window.at] = key_states[:, :, 0]
-            values[window.index, :, window.at] = value_states[:, :, 0]
+            index, at = window.index.to(keys.device), window.at.to(keys.device)
+            keys[index, :, at] = key_states[:, :, 0]
+            values[index, :, at] = value_states[:, :, 0]
         return keys[:, :, : window.end], values[:, :, : window.end]
 
     def get_seq_length(self) -> int:

@@ -280,7 +280,7 @@ class EqualLengths(Rows):
         return self._run(self._cache, self._ids(tokens)[:, None])
 
     def keep(self, order: Sequence[int]) -> None:
-        if list(order) != list(range(self.count)):
+        if order and list(order) != list(range(self.count)):
             kept = self._ids(order)
             self._cache.reorder_cache(kept)
             if self._weights is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 from sapt_fast.checks import require_count, require_number
@@ -143,7 +143,7 @@ class ServerAnswer(Answering):
         for news in self._server.requests.run({0: self._request(messages, most, -1)}):
             if news.kind == "item":
                 text += self._read(news.value)
-                complete = complete and not _was_cut(news.value)
+                complete = complete and _finish_reason(news.value) != "length"
             elif news.kind == "restart":
                 text, complete = "", True
             elif news.kind == "failed":
@@ -171,7 +171,7 @@ class ServerAnswer(Answering):
                 options["seed"] = settings.seed + index + 1
         if settings.stop and index >= 0:
             options["stop"] = list(settings.stop)
-        return lambda: self._server.client.chat.completions.create(**options)
+        return lambda: _whole(self._server.client.chat.completions.create(**options))
 
     def _read(self, chunk: Any) -> str:
         """Counts the tokens of a chunk of a reply, and returns its text."""
@@ -215,9 +215,28 @@ class _Reply:
         return text and " " + text.lstrip()
 
 
-def _was_cut(chunk: Any) -> bool:
+def _whole(chunks: Any) -> Iterator[Any]:
+    """Yields the chunks of a reply.
+
+    Raises:
+        ConnectionError: if it breaks off without saying why it ends.
+    """
+    ended = False
+    try:
+        for chunk in chunks:
+            ended = ended or _finish_reason(chunk) is not None
+            yield chunk
+    finally:
+        close = getattr(chunks, "close", None)
+        if close is not None:
+            close()
+    if not ended:
+        raise ConnectionError("the reply broke off without a finish_reason")
+
+
+def _finish_reason(chunk: Any) -> Any:
     choices: Any = getattr(chunk, "choices", None)
-    return bool(choices) and getattr(choices[0], "finish_reason", None) == "length"
+    return getattr(choices[0], "finish_reason", None) if choices else None
 
 
 def _named(error: Exception) -> str:

@@ -15,12 +15,14 @@ To add a method, write its config and handle in one file and add the handle to
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from sapt_fast.checks import require_count
@@ -28,10 +30,13 @@ from sapt_fast.methods.config import MethodConfig
 from sapt_fast.pools.own import Own
 from sapt_fast.routing.hooks import Routing
 from sapt_fast.sites.report import PatchReport
+from sapt_fast.storage.description import writes
+from sapt_fast.storage.hub import upload
 from sapt_fast.storage.method_files import config_file, write_method
+from sapt_fast.storage.model_card import CARD_FILE, card_of
 from sapt_fast.storage.pretrained_files import PretrainedFiles
 
-__all__ = ["Handle", "follow", "handles", "require_held"]
+__all__ = ["Handle", "follow", "handles", "require_held", "trainable_share"]
 
 
 class Handle(Own, nn.Module):
@@ -272,6 +277,10 @@ class Handle(Own, nn.Module):
         """
         return (p for p in self._model.parameters() if p.requires_grad)
 
+    def print_trainable_parameters(self) -> None:
+        """Prints how many of the model's numbers train, in PEFT's format."""
+        print(trainable_share(self._model))
+
     def save_pretrained(
         self, directory: str | os.PathLike[str], *, is_main_process: bool | None = None
     ) -> None:
@@ -308,6 +317,57 @@ class Handle(Own, nn.Module):
         tensors, values = self.stored()
         write_method(self, directory, tensors, values, is_main_process)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload with sapt_fast",
+        create_pr: bool = False,
+        is_main_process: bool | None = None,
+    ) -> str | None:
+        """Uploads what `save_pretrained` saves, with a model card, as one commit.
+
+        `sapt_fast.load_pretrained(model, repo_id)` loads it. The base model is not uploaded.
+
+        Args:
+            repo_id: the repository on the Hugging Face Hub, `owner/name`; created if it is missing.
+                Files that only an earlier upload has are deleted; files of others stay. A README.md
+                that is not an unedited model card of sapt_fast stays.
+            private: whether a new repository is private; None for the owner's default.
+            token: None for the token of the login.
+            revision: the branch; None for the main branch.
+            commit_message: the subject of the commit.
+            create_pr: whether to open a pull request instead of committing to the branch.
+            is_main_process: whether this process uploads. None: every process that calls does; for
+                a sharded model, all processes must call, and only rank 0 uploads.
+
+        Returns:
+            The address of the commit or of the pull request; None if this process does not upload.
+
+        Raises:
+            ValueError, RuntimeError: as `save_pretrained`; nothing is uploaded then.
+            OSError: if the Hub refuses the upload.
+        """
+        writing = writes(self._model, is_main_process)
+        with tempfile.TemporaryDirectory() as name:
+            self.save_pretrained(Path(name, "saved"), is_main_process=is_main_process)
+            if not writing:
+                return None
+            card = Path(name, "saved", CARD_FILE)
+            card.write_text(card_of([self], repo_id), encoding="utf-8")
+            return upload(
+                card.parent,
+                repo_id,
+                private=private,
+                token=token,
+                revision=revision,
+                commit_message=commit_message,
+                create_pr=create_pr,
+            )
+
     def restore_values(self, directory: str | os.PathLike[str]) -> None:
         """Sets the model's tasks to the values in a saved folder.
 
@@ -318,6 +378,14 @@ class Handle(Own, nn.Module):
             f"{directory}: contains {self.method} together with the model, which cannot be loaded "
             "into a patched model; load both with from_pretrained and sapt_fast.load_pretrained"
         )
+
+
+def trainable_share(model: nn.Module) -> str:
+    """Returns how many of a model's numbers train, as PEFT prints it."""
+    # PEFT's own count, which knows the parameters of ZeRO-3 and of 4-bit layers.
+    trainable, total = PeftModel.get_nb_trainable_parameters(model)  # type: ignore[arg-type]
+    share = 100 * trainable / max(total, 1)
+    return f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}"
 
 
 def handles(model: nn.Module) -> list[Handle]:

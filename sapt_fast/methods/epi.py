@@ -6,7 +6,7 @@ Wang et al., "Rehearsal-free Continual Language Learning via Efficient Parameter
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -176,6 +176,24 @@ class EpiHandle(SaptHandle):
         self.scatter = state.get("scatter", empty).to(self._device)
         self.rows = state.get("count", torch.zeros((), dtype=torch.int64)).to(self._device)
         self._precision = None
+
+    def _require_order(self, order: Sequence[int]) -> None:
+        """Raises ValueError if a task without a Gaussian is not the last one."""
+        fitted = [k < len(self.means) for k in order]
+        if not all(fitted[:-1]):
+            raise ValueError(
+                f"names: {self.tasks[-1]!r} has no Gaussian yet, so it must stay the last task; "
+                "call fit first"
+            )
+
+    def _selected(self, order: Sequence[int], *, same: bool) -> None:
+        """Selects the means too. The covariance keeps what a deleted task's inputs added to it."""
+        super()._selected(order, same=same)
+        kept = [k for k in order if k < len(self.means)]
+        if kept:
+            self.means = self.means[kept]
+        else:
+            self.restore_state({})
 
     @classmethod
     def require_state(

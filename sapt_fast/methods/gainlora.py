@@ -6,7 +6,7 @@ Models", NeurIPS 2025.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -201,6 +201,11 @@ class GainLoraHandle(SaptHandle):
     def _task_added(self, name: str) -> None:
         super()._task_added(name)
         self.router.keys.trainable.requires_grad_(True)
+
+    def _rows(self) -> Iterator[tuple[RowStack, Sequence[int]]]:
+        for rows, of_task in ((self.gates.down, self.gates.up), (self.gates.up, self.gates.down)):
+            yield rows, [of_task.width] * len(self.tasks)
+        yield from super()._rows()
 
     def _growing(self) -> Iterator[nn.Parameter]:
         yield from (self.gates.down.trainable, self.gates.up.trainable)

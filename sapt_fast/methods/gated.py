@@ -1,7 +1,7 @@
 """Mixtures of LoRA experts that a router in each layer weighs for each token, trained from scratch.
 
-MixLoRA (Li et al., arXiv 2404.15159), LoRAMoE (Dou et al., ACL 2024) and HydraLoRA (Tian et al.,
-NeurIPS 2024) differ in the gate and in whether the experts share A.
+MixLoRA (Li et al., arXiv 2404.15159), LoRAMoE (Dou et al., arXiv 2312.09979) and HydraLoRA (Tian
+et al., arXiv 2404.19245) differ in the gate and in whether the experts share A.
 """
 
 from __future__ import annotations
@@ -404,7 +404,7 @@ class GatedHandle(Handle):
             raise RuntimeError(
                 "balance_loss: got no loss, because "
                 + (
-                    "the last forward was not one of model.train()"
+                    "the last forward was not one of model.train() with gradients"
                     if self.gates.coefficient
                     else "its coefficient is 0; set balance in GatedConfig"
                 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -69,6 +69,9 @@ class PromptChoice:
     centre: Tensor
     begun: int
     started: bool
+
+    def _require_order(self, order: Sequence[int]) -> None:
+        raise ValueError("tasks: all tasks of L2P train one pool, so none can be deleted or moved")
 
     def init_choice(self, width: int, device: torch.device, dtype: torch.dtype) -> None:
         """Adds the attributes to the handle, a module; width is D."""

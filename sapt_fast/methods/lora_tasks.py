@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sapt_fast.methods.tasks import TaskHandle
 from sapt_fast.pools.lora import AdapterPool
+from sapt_fast.pools.rows import RowStack
 from sapt_fast.sites.attach import mix_adapters, restore
 from sapt_fast.sites.linear import Mixed
 from sapt_fast.sites.merging import Addend, Merged, static_weights
@@ -150,3 +151,13 @@ class LoraHandle(TaskHandle):
     def _add_adapters(self) -> None:
         for pool in self.pools.values():
             pool.add(self.config.r, self.config.lora_alpha / self.config.r)
+
+    def _rows(self) -> Iterator[tuple[RowStack, Sequence[int]]]:
+        for pool in self.pools.values():
+            yield from ((pool.a, pool.ranks), (pool.b, pool.ranks))
+        yield from super()._rows()
+
+    def _selected(self, order: Sequence[int], *, same: bool) -> None:
+        super()._selected(order, same=same)
+        for pool in self.pools.values():
+            pool.reorder(order)

@@ -245,6 +245,15 @@ class PrefixHandle(QueryHandle):
     def _growing(self) -> Iterator[nn.Parameter]:
         yield from (stack.trainable for stack in self.stacks().values())
 
+    def _rows(self) -> Iterator[tuple[RowStack, Sequence[int]]]:
+        for stack in self.stacks().values():
+            yield stack, [self.share] * len(self.tasks)
+
+    def _selected(self, order: Sequence[int], *, same: bool) -> None:
+        """Freezes what all tasks train if no task is left."""
+        for parameter in self.kept().values():
+            parameter.requires_grad_(parameter.requires_grad and bool(order))
+
     # --- saving ---
 
     def own_tensors(self) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sapt_fast.files.directories import read_directory
 from sapt_fast.files.names import require_folder_name
-from sapt_fast.methods.base import Handle
+from sapt_fast.methods.task_order import OrderedTasks
 from sapt_fast.routing.queries import QueryRouting
 from sapt_fast.sites.modules import find_modules, heads, require_present, with_prefix
 from sapt_fast.sites.report import PatchReport
@@ -24,7 +24,7 @@ from sapt_fast.storage.tasks import require_same_config
 __all__ = ["QueryHandle"]
 
 
-class QueryHandle(Handle):
+class QueryHandle(OrderedTasks):
     """The base class of CODA-Prompt and DualPrompt, and of L2P on images.
 
     `ImageHandle` or `TextHandle` defines the queries. A method defines what it adds to the model,

@@ -304,12 +304,12 @@ class SaptHandle(LoraHandle):
                 Missing newer tasks count as zeros.
 
         Raises:
-            RuntimeError: if there is no task yet.
+            RuntimeError: if there is no task yet, or the method does not use the router.
             RuntimeError: if the router is sharded. FSDP2 shards it, except between the model's
                 forward and its backward.
             ValueError: if target is None, or has negative or non-finite values.
         """
-        self._require_task()
+        self._require_routing("reflection_loss")
         if target is None:
             raise ValueError("target: got None, expected weights [K'] or [B, K']")
         known = transforms.values(target)
@@ -343,12 +343,21 @@ class SaptHandle(LoraHandle):
             pixel_values: [B, C, H, W], for an image model.
 
         Raises:
-            RuntimeError: if there is no task yet.
+            RuntimeError: if there is no task yet, or the method does not use the router.
         """
-        self._require_task()
+        self._require_routing("init_key")
         pooled = self._pooled(input_ids, None, attention_mask, pixel_values=pixel_values)
         queries = query(pooled, self.router.projection)
         self.router.keys.trainable.copy_(queries.mean(0, keepdim=True))
+
+    def _require_routing(self, name: str) -> None:
+        """Raises RuntimeError if there is no task, or the method does not weigh by the router."""
+        if not self.trains_router:
+            raise RuntimeError(
+                f"{name}: not available for {self.method!r}, whose weights are not those of SAPT's "
+                "router"
+            )
+        self._require_task()
 
     # --- on disk ---
 

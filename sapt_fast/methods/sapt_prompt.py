@@ -10,6 +10,7 @@ from sapt_fast.devices import execution_device
 from sapt_fast.methods.sapt import SaptHandle
 from sapt_fast.methods.sapt_router import router_shapes
 from sapt_fast.pools.prompts import PromptPool
+from sapt_fast.pools.rows import RowStack
 from sapt_fast.sites.embeddings import PromptRouting, prompt_place
 from sapt_fast.sites.find import require_placement
 from sapt_fast.sites.report import PatchReport
@@ -124,6 +125,10 @@ class PromptHandle(SaptHandle):
     def _growing(self) -> Iterator[nn.Parameter]:
         yield from (self.prompts.rows.trainable, self.router.keys.trainable)
         yield from self.task_modules.newest()
+
+    def _rows(self) -> Iterator[tuple[RowStack, Sequence[int]]]:
+        yield self.prompts.rows, [self.prompts.length] * len(self.tasks)
+        yield from super()._rows()
 
     # --- on disk ---
 

@@ -6,7 +6,7 @@ Wu et al., "SD-LoRA: Scalable Decoupled Low-Rank Adaptation for Class Incrementa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,6 +132,12 @@ class SdLoraHandle(SaptHandle):
         super().put_task(name, adapters, key, modules)
         start = self.magnitudes.new_full((1,), self.config.magnitude)
         self.magnitudes = nn.Parameter(torch.cat([self.magnitudes.detach(), start]))
+
+    def _require_order(self, order: Sequence[int]) -> None:
+        raise ValueError(
+            "tasks: got another selection or order, but all magnitudes of SD-LoRA train as one "
+            "parameter, and the newest adapter alone is not divided by its norms"
+        )
 
     def _growing(self) -> Iterator[nn.Parameter]:
         yield self.magnitudes

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from sapt_fast.files.directories import read_directory
 from sapt_fast.files.names import require_folder_name
-from sapt_fast.methods.base import Handle, follow, handles, require_held
+from sapt_fast.methods.base import follow, handles, require_held
+from sapt_fast.methods.task_order import OrderedTasks, reordered_targets
 from sapt_fast.ops import transforms
+from sapt_fast.pools.rows import RowStack
 from sapt_fast.routing.hooks import Routing
 from sapt_fast.sites.modules import TaskModules, find_modules, heads
 from sapt_fast.sites.report import PatchReport
@@ -33,7 +35,7 @@ from sapt_fast.storage.tasks import (
 __all__ = ["TaskHandle", "learner_of", "pool_of", "task_handle"]
 
 
-class TaskHandle(Handle):
+class TaskHandle(OrderedTasks):
     """The tasks of a model, each with an adapter, and the weights that mix the adapters.
 
     A subclass defines the adapters (`pools`, `put_task`, `adapters` and the methods that begin with
@@ -136,10 +138,6 @@ class TaskHandle(Handle):
     def _add_key(self) -> None:
         """Adds what a new task needs besides adapter and modules."""
 
-    def _growing(self) -> Iterator[nn.Parameter]:
-        """Yields the parameters that `add_task` replaces by new ones."""
-        raise NotImplementedError
-
     # --- tasks ---
 
     def add_task(self, name: str, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -176,6 +174,22 @@ class TaskHandle(Handle):
     def grow(self, name: str, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Calls `add_task`; all methods have `grow`."""
         self.add_task(name, optimizer)
+
+    def _rows(self) -> Iterator[tuple[RowStack, Sequence[int]]]:
+        """Yields each pool's rows, with the number of rows of each task."""
+        yield self.router.keys, [1] * len(self.tasks)
+
+    def _selected(self, order: Sequence[int], *, same: bool) -> None:
+        """Selects the copies of modules and the targets."""
+        self.task_modules.select(order, same=same)
+        targets = reordered_targets(self.targets, self.tasks, order)
+        self.targets.clear()
+        self.targets.update(targets)
+
+    def _renamed(self, old: str, new: str) -> None:
+        """Renames the target."""
+        if old in self.targets:
+            self.targets[new] = self.targets.pop(old)
 
     def restore_task(
         self,

@@ -1,6 +1,6 @@
 """The ops: for each a contract, a plain-torch reference and an autograd formula."""
 
-from sapt_fast.ops.gates import balance_loss
+from sapt_fast.ops.gates import balance_loss, sparsify
 from sapt_fast.ops.mix_experts import mix_experts
 from sapt_fast.ops.mix_prompts import mix_prompts, mix_prompts_with_tokens
 from sapt_fast.ops.mixed_lora import mixed_lora, mixed_lora_linear
@@ -27,5 +27,6 @@ __all__ = [
     "pool_tokens",
     "reflection_loss",
     "route",
+    "sparsify",
     "topk_keys",
 ]

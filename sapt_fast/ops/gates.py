@@ -11,6 +11,8 @@ from sapt_fast.ops._scalars import integer, number, require_float
 
 GATES = ("softmax", "sigmoid", "abs_sigmoid", "relu")  # kernels know them by their places
 
+_FEW = 4  # so many maxima take less time than a sort of all weights
+
 
 class Gate(NamedTuple):
     """How scores become weights: the checked arguments of `route` of the same names."""
@@ -59,10 +61,27 @@ def sparsify(
     threshold: float | None = None,
     renormalize: bool = True,
 ) -> Tensor:
-    """Sets small weights of [..., K] to zero as `route` does.
+    """Sets small weights to zero, as `route` does.
 
-    The kept ones are scaled to sum to 1 in every row if `renormalize`; if nothing can be dropped,
-    the weights are returned as they are.
+    Args:
+        weights: [..., K], none of them negative.
+        top_k: keep only the k largest weights of each row; of equal weights, those of the lower
+            index. None keeps all.
+        threshold: set weights below it to zero, in [0, 1]; the largest weight of a row stays. None
+            keeps all.
+        renormalize: whether to scale the kept weights of each row to sum to 1.
+
+    Returns:
+        [..., K] in the dtype of the weights; these themselves if nothing can be dropped.
+
+    Raises:
+        ValueError, TypeError: if `top_k`, `threshold` or `renormalize` does not fit.
+
+    Example:
+        >>> import torch
+        >>> from sapt_fast.ops import sparsify
+        >>> sparsify(torch.tensor([[0.5, 0.1, 0.4]]), top_k=2)
+        tensor([[0.5556, 0.0000, 0.4444]])
     """
     gate = checked_gate("softmax", top_k, threshold, renormalize)
     return _sparse(weights, gate) if gate.is_sparse(weights.shape[-1]) else weights
@@ -176,14 +195,22 @@ def _sparse(weights: Tensor, gate: Gate) -> Tensor:
     if threshold:
         keep = weights >= weights.amax(-1, keepdim=True).clamp(max=threshold)
     if top_k is not None and top_k < weights.shape[-1]:
-        # A stable sort, because topk guarantees no order among equal values.
-        largest = weights.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
-        chosen = torch.zeros_like(keep).scatter(
-            -1, largest, torch.ones_like(largest, dtype=keep.dtype)
-        )
-        keep = keep & chosen
+        keep = keep & _largest(weights.detach(), top_k)
     kept = weights * keep
     return _normalized(kept) if gate.renormalize else kept
+
+
+def _largest(weights: Tensor, top_k: int) -> Tensor:
+    """Returns which of [..., K] are among the top_k largest; of equal ones the first."""
+    if top_k > _FEW:
+        # A stable sort, because topk guarantees no order among equal values.
+        largest = weights.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
+        of_all = torch.zeros_like(weights, dtype=torch.bool)
+        return of_all.scatter(-1, largest, torch.ones_like(largest, dtype=torch.bool))
+    left = weights
+    for _ in range(top_k):
+        left = left.scatter(-1, left.argmax(-1, keepdim=True), -math.inf)
+    return left == -math.inf
 
 
 def _normalized(weights: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from sapt_fast.ops.gates import Gate, balance_loss, gate_fwd
 from sapt_fast.ops.mix_experts import mix_experts
 from sapt_fast.ops.mixed_lora import mix
 from sapt_fast.ops.projection import PooledProjection, Projection
+from sapt_fast.ops.rank_table import rank_table
 from sapt_fast.ops.route import route, route_scores
 from sapt_fast.pools.lora import AdapterPool
 
@@ -24,7 +25,7 @@ __all__ = ["Experts", "GatedPool"]
 
 # On a CPU, the chosen experts alone are computed if there are so many for each chosen one: measured
 # by benchmarks/gated.py. With fewer rows than this, the mixture of all skips what has no weight.
-_SPARSE_RATIO = 8
+_SPARSE_RATIO = 6
 _SPARSE_ROWS = 65
 
 
@@ -114,7 +115,8 @@ class GatedPool(AdapterPool):
         rows = x.reshape(-1, x.shape[-1])
         gate, jitter = self.experts.gate, self.experts.jitter
         if jitter and self.training:
-            rows = rows * torch.empty_like(rows).uniform_(1 - jitter, 1 + jitter)
+            noise = torch.empty_like(rows, dtype=self.router.dtype)
+            rows = rows * noise.uniform_(1 - jitter, 1 + jitter)
         if not balanced:
             weights = route(
                 rows, self.router, None, pooling="none", temperature=1.0, gate=gate.kind,
@@ -147,8 +149,8 @@ class GatedPool(AdapterPool):
                 dropout_p=dropout_p, backend=backend,
             )  # fmt: skip
         x = x.to(compute_dtype(x))
-        rows = bias if weight is None else F.linear(x, weight, bias).reshape(-1, self.b.width)
         adapted = x.reshape(-1, x.shape[-1])
+        rows = bias if weight is None else _base(adapted, weight, bias)
         if dropout_p:
             adapted = F.dropout(adapted, dropout_p)
         if sparse:
@@ -172,7 +174,7 @@ class GatedPool(AdapterPool):
         """Computes [M, O], each row's mixture of the experts that it chose."""
         experts = self.experts
         weights, index = mixture.topk(experts.gate.top_k or experts.count, -1)
-        a, b = (rows.view(experts.count, experts.rank, -1) for rows in self._trained())
+        a, b = (rows.reshape(experts.count, experts.rank, -1) for rows in self._trained())
         return mix_experts(x, a, b, index, weights, scaling=experts.scaling)
 
     def _of_shared_a(
@@ -227,6 +229,18 @@ def _keeping_wide(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return found
 
     return moved
+
+
+def _base(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Computes x [M, I] . weight^T + bias; on a CPU by the op's product, which is faster."""
+    if x.device.type != "cpu":
+        return F.linear(x, weight, bias)
+    outputs, inputs = weight.shape
+    wide = torch.promote_types(x.dtype, torch.float32)
+    table = rank_table((0,), (1.0,), x.device, wide)
+    a, b = weight.new_empty(0, inputs), weight.new_empty(0, outputs)
+    projection = Projection(weight, bias, a, b, *table)  # one adapter of rank 0
+    return mix(x, x.new_ones(1, 1, dtype=wide), [PooledProjection(projection, [], [], [])])[0]
 
 
 def _identities(rank: int, count: int, like: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The pool of LoRA adapters of one linear layer, stacked for one pass over all of them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class AdapterPool(Own, Resident):
         a: the stacked A, [R, in_features].
         b: the stacked B, transposed, [R, out_features].
         ranks: rank of each adapter, in learning order; 0 if a task does not adapt this layer.
-        scaling: alpha / r of each adapter. Only `add` changes ranks and scaling.
+        scaling: alpha / r of each adapter. Only `add` and `reorder` change ranks and scaling.
     """
 
     ranks: tuple[int, ...]
@@ -90,8 +91,15 @@ class AdapterPool(Own, Resident):
             self.require_fits(rank, weights, scaling)
             self.a.append(rank, lambda rows: rows.copy_(weights[0]))
             self.b.append(rank, lambda rows: rows.copy_(weights[1]))
-        self.ranks += (rank,)
-        self.scaling += (float(scaling),)
+        self._set_ranks((*self.ranks, rank), (*self.scaling, float(scaling)))
+
+    def reorder(self, order: Sequence[int]) -> None:
+        """Sets ranks and scaling after the rows of the adapters `order` were selected."""
+        ranks = tuple(self.ranks[k] for k in order)
+        self._set_ranks(ranks, tuple(self.scaling[k] for k in order))
+
+    def _set_ranks(self, ranks: tuple[int, ...], scaling: tuple[float, ...]) -> None:
+        self.ranks, self.scaling = ranks, scaling
         self._tables.clear()
         rows = self.a.trainable
         self._table(rows.device, torch.promote_types(rows.dtype, torch.float32))

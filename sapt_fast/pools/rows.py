@@ -1,6 +1,6 @@
 """Rows that grow task by task in one buffer, so that the rows of all tasks are one matrix."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -63,28 +63,70 @@ class RowStack(Resident):
         Raises:
             RuntimeError: if other tensors have replaced the parameters.
         """
-        if self._was_replaced():
-            self._move(self._memory.shape[0])
-        if not self._has_own_parts():
-            raise RuntimeError(
-                "a task cannot be added, because other tensors have replaced the pool's parameters "
-                "(functional_call, FSDP, ZeRO-3 or an assignment): add it before that. If the "
-                "model is sharded, save it, load_pretrained into a new one, add the task, and "
-                "shard that one"
-            )
-        self._realign()
+        self._require_own_parts()
         start = len(self)
         if start + rows > self._memory.shape[0]:
             self._move(max(2 * self._memory.shape[0], start + rows))
         fresh = self._memory[start : start + rows]
         fill(fresh)
-        self.trainable.requires_grad_(False)
-        self.trainable.grad = None
-        self.trainable.data = self.trainable.data.clone()
+        self._release_trainable()
         self.frozen.data = self._memory[:start]
         self.trainable = nn.Parameter(fresh)
         self._note_rows()
         return self.trainable
+
+    @torch.no_grad()
+    @torch.inference_mode(False)
+    def selection(self, rows: Sequence[int], last: int, *, same: bool) -> Callable[[], None]:
+        """Prepares to keep only some rows, in another order; changes nothing yet.
+
+        Args:
+            rows: indices of the rows to keep, in their new order.
+            last: how many of them, at the end, are those of the newest task.
+            same: whether these are the rows that train now, so that `trainable` stays the same
+                parameter. If not, it leaves the module as in `append`.
+
+        Returns:
+            A function that makes the change.
+
+        Raises:
+            RuntimeError: if other tensors have replaced the parameters.
+        """
+        self._require_own_parts()
+        size, first = len(rows), len(rows) - last
+        memory = torch.empty_like(self._memory)
+        memory[:size] = self._memory[torch.tensor(rows, dtype=torch.int64, device=memory.device)]
+
+        def change() -> None:
+            trains = self.trainable.requires_grad and size > 0
+            if not same:
+                self._release_trainable()
+                self.trainable = nn.Parameter(memory[first:size], requires_grad=trains)
+            self._memory = memory
+            self.frozen.data = memory[:first]
+            self.trainable.data = memory[first:size]
+            self._note_rows()
+
+        return change
+
+    def _release_trainable(self) -> None:
+        """Gives the parameter that trained a copy of its rows, before another replaces it."""
+        self.trainable.requires_grad_(False)
+        self.trainable.grad = None
+        self.trainable.data = self.trainable.data.clone()
+
+    def _require_own_parts(self) -> None:
+        """Puts the rows in place; raises RuntimeError if other tensors are the parameters."""
+        if self._was_replaced():
+            self._move(self._memory.shape[0])
+        if not self._has_own_parts():
+            raise RuntimeError(
+                "a task cannot be added, deleted or moved, because other tensors have replaced the "
+                "pool's parameters (functional_call, FSDP, ZeRO-3 or an assignment): do it before "
+                "that. If the model is sharded, save it, load_pretrained into a new one, change "
+                "the tasks, and shard that one"
+            )
+        self._realign()
 
     def rows(self) -> Tensor:
         """Returns all rows [R, width] without gradient, which share memory with the parameters.

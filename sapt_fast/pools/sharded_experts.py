@@ -24,7 +24,9 @@ __all__ = ["RowShards", "ShardedExperts", "sharded_search"]
 
 
 class RowShards:
-    """Which of N rows this process has: a contiguous part, as `torch.chunk` and DTensor divide.
+    """Which of N rows this process has: a contiguous part.
+
+    Parts differ by one row at most; the larger ones come first (`torch.tensor_split`).
 
     Args:
         num_rows: N, over all processes.
@@ -32,28 +34,30 @@ class RowShards:
 
     Attributes:
         num_rows, group: as above.
-        size: number of rows of each process but the last.
         first: the first row of this process.
         count: number of rows of this process.
 
     Raises:
-        ValueError: if a process would have no rows.
+        ValueError: if there are fewer rows than processes.
     """
 
     def __init__(self, num_rows: int, group: Group) -> None:
         self.num_rows, self.group = num_rows, group
-        self.size = -(-num_rows // group.size)
-        self.first = group.rank * self.size
-        self.count = min(self.size, num_rows - self.first)
-        if (group.size - 1) * self.size >= num_rows:
+        if num_rows < group.size:
             raise ValueError(
-                f"num_experts: got {num_rows} for {group.size} processes, expected enough for each"
+                f"num_experts: got {num_rows} for {group.size} processes, expected at least "
+                f"{group.size}, one for each"
             )
+        self._size, self._larger = divmod(num_rows, group.size)
+        self.first = group.rank * self._size + min(group.rank, self._larger)
+        self.count = self._size + (group.rank < self._larger)
 
     def owner(self, ids: Tensor) -> Tensor:
         """Returns the process of each row; -1 for -1 and for what is out of range."""
+        # Without the row that each larger part has more, all parts would have the same size.
+        larger, smaller = ids // (self._size + 1), (ids - self._larger) // self._size
         inside = (ids >= 0) & (ids < self.num_rows)
-        return torch.where(inside, ids // self.size, -1)
+        return torch.where(inside, torch.where(larger < self._larger, larger, smaller), -1)
 
     def local(self, ids: Tensor) -> Tensor:
         """Returns the rows within this process; -1 for those of others and for -1."""

@@ -1,8 +1,8 @@
 """Forwards of a model whose layers weigh their experts by gates, and the loss that balances these.
 
 Each gated layer computes the weights of its tokens from its own input, so that nothing is routed
-above the layers. In training it also computes a balance loss over the tokens that are no padding.
-The mean over the layers is added to the loss of the model, with which every Trainer trains.
+above the layers. In training (with gradients) it also computes a balance loss over the tokens that
+are no padding. The mean over the layers is added to the loss of the model's output.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class Gates(Running):
             return  # inside the model with its head
         forward = self.begin(module)
         self._thread.balance_loss = None
-        if self.coefficient and module.training:
+        if self.coefficient and module.training and torch.is_grad_enabled():
             forward.balance = _begin_balance(module, _named(module, args, kwargs))
 
     def _leave(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:

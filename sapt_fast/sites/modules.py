@@ -87,7 +87,7 @@ class TaskModules(nn.Module):
         """
         self.require_fits(tensors)
         for path, copies in zip(self.paths, self._stacks(), strict=True):
-            copies.requires_grad_(False)
+            _freeze(copies)
             own = _copy_of(self._model.get_submodule(path)).requires_grad_(True)
             if tensors is not None:
                 start = f"{path}."
@@ -95,6 +95,16 @@ class TaskModules(nn.Module):
                     {n[len(start) :]: t for n, t in tensors.items() if n.startswith(start)}
                 )
             copies.append(own)
+
+    def select(self, order: Sequence[int], *, same: bool) -> None:
+        """Keeps only the copies of the tasks `order`; the last trains, unless it is the `same`."""
+        for copies in self._stacks():
+            kept = [copies[k] for k in order]
+            if not same:
+                _freeze(copies)
+                nn.ModuleList(kept[-1:]).requires_grad_(True)
+            del copies[:]
+            copies.extend(kept)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shape of each tensor of one task's copies, by its name in the base model."""
@@ -215,6 +225,13 @@ class _Mixture:
                 f"{self.path}: got an output of shape {tuple(output.shape)} for weights of shape "
                 f"{tuple(weights.shape)}, expected {[*samples, '...']}"
             )
+
+
+def _freeze(module: nn.Module) -> None:
+    """Freezes parameters, so that an optimizer that still contains them does not change them."""
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+        parameter.grad = None
 
 
 def _as_wide(weight: Tensor, tensor: Tensor) -> Tensor:

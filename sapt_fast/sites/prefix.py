@@ -277,9 +277,9 @@ def _blocks(model: Any) -> tuple[str, nn.ModuleList]:
             f"model: got {type(model).__name__}, which takes {takes}; prefixes support models of "
             "images alone (pixel_values), or of texts alone (input_ids)"
         )
+    inside = {*place.modules()}
     for path, module in model.named_modules():
-        inside = module is not place and any(module is m for m in place.modules())
-        if inside and isinstance(module, nn.ModuleList) and len(module):
+        if isinstance(module, nn.ModuleList) and len(module) and module in inside:
             return path, module
     raise ValueError(f"model: got {type(model).__name__} without a list of layers")
 

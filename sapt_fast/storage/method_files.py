@@ -26,6 +26,7 @@ from sapt_fast.storage.description import (
     write_sealed,
     writes,
 )
+from sapt_fast.storage.model_card import own_card, write_card
 from sapt_fast.storage.prompt import outer_layers
 from sapt_fast.storage.tensors import StoredFiles, require_finite, write_tensors
 from sapt_fast.version import __version__
@@ -108,6 +109,7 @@ def write_method(
     with replace_directory(directory, lambda folder: _written(folder, names)) as folder:
         write_tensors(folder / names[1], held)
         write_sealed(folder, names[0], description)
+        write_card(folder, directory, handle)
 
 
 def methods_in(folder: Path) -> dict[str, str]:
@@ -180,6 +182,6 @@ def _written(folder: Path, names: list[str]) -> list[str]:
     try:
         description = read_json(folder / names[0])
     except (FileNotFoundError, ValueError):
-        return []
+        description = None
     ours = isinstance(description, dict) and "sapt_fast_version" in description
-    return names if ours else []
+    return [*(names if ours else []), *own_card(folder)]

@@ -210,7 +210,7 @@ def _collected(
     }
     _read({f"{part}.{name}": _global(t, group, rows) for name, t in local.items()}, folder, group)
     kept = local["ids"] >= 0
-    owners = local["ids"][kept] // shards.size
+    owners = shards.owner(local["ids"][kept])
     sent = torch.bincount(owners, minlength=group.size)
     received = group.exchange(sent).tolist()
     found = {name: group.exchange(t[kept], sent.tolist(), received) for name, t in local.items()}

@@ -8,6 +8,7 @@ A saved folder contains:
   digests (see `sapt_fast.storage.description`).
 - modules.safetensors, if tensors of the base model were trained (`shared.<name>`) or tasks have
   their own modules (`tasks.<index>.<name>`).
+- README.md, a model card without a digest, unless there is one of the user.
 - strategy.safetensors, if the method or a continual strategy has further tensors.
 """
 
@@ -40,6 +41,7 @@ from sapt_fast.storage.description import (
     writes,
 )
 from sapt_fast.storage.lora import LORA_FILES, read_metadata, task_mark
+from sapt_fast.storage.model_card import own_card, write_card
 from sapt_fast.storage.tasks import AdapterFiles, Expected, read_files, require_targets
 from sapt_fast.storage.tensors import write_tensors
 
@@ -109,6 +111,7 @@ def save_tasks(
         if remembered:
             write_tensors(folder / STRATEGY_FILE, remembered)
         write_sealed(folder, CONFIG_FILE, description)
+        write_card(folder, directory, handle)
 
 
 def renew_digests(directory: str | os.PathLike[str]) -> None:
@@ -243,8 +246,9 @@ def _description(
 def _written(folder: Path) -> list[str]:
     """Returns the files of this folder that `save_pretrained` wrote."""
     if not (folder / CONFIG_FILE).is_file():
-        return []
-    return [CONFIG_FILE, *stated_files(read_description(folder / CONFIG_FILE))]
+        return own_card(folder)  # of another method
+    stated = stated_files(read_description(folder / CONFIG_FILE))
+    return [CONFIG_FILE, *stated, *own_card(folder)]
 
 
 def _exported(folder: Path) -> list[str]:

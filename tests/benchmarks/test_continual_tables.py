@@ -16,11 +16,22 @@ def metric(mean: float | None, deviation: float | None = 1.0) -> dict[str, Any]:
 
 
 def row(ap: float, forgetting: float | None) -> dict[str, Any]:
-    cells = [{"tasks": ["a", "b"], "scores": [[ap, None], [ap - 1, ap + 1]], "strategy": "sapt"}]
+    cells = [
+        {
+            "tasks": ["a", "b"],
+            "scores": [[ap, None], [ap - 1, ap + 1]],
+            "strategy": "sapt",
+            "alone": [60.0, 62.0],
+            "metrics": {"AP": ap},
+            "training_attention": [[1.0, None], [0.75, 0.25]],
+            "testing_attention": [[0.9, 0.1], [0.8, 0.2]],
+        }
+    ]
     metrics = {"AP": metric(ap), "F.Ra": metric(forgetting), "FWT": metric(None), "BWT": metric(0)}
     return {
         "metrics": metrics,
         "runs": 1,
+        "trained_parameters": 1234,
         "cells": cells,
         "dev_ap": {"learning_rate": {"0.001": ap, "0.003": ap - 2}},
     }
@@ -37,6 +48,7 @@ def result() -> dict[str, Any]:
         "environment": ENVIRONMENT,
         "orders": ["a,b"],
         "rows": rows,
+        "constant": {"metrics": {"AP": metric(35.0)}, "tasks": {"a": 30.0, "b": 40.0}},
         "ablations": {"sapt": rows["sapt"], "sapt_without_reflection": row(20.0, 40.0)},
         "other_weights": [
             {name: {"AP": 30.0, "F.Ra": 1.0} for name in ("uniform", "hardest_wrong")}
@@ -54,11 +66,27 @@ def test_targets_are_differences_of_means() -> None:
 def test_block_has_every_row_by_falling_average() -> None:
     lines = continual_tables.block(result()).splitlines()
     names = [line.split("|")[1].strip() for line in lines if line.startswith("| ")]
-    assert names[1:8] == ["joint", "sapt", "replay", "ewc", "lwf", "olora", "seqlora"]
-    assert "| joint | 61.0 ± 1.0 | - | - | 0.0 ± 1.0 | 1 |" in lines
+    constant = "constant answer (majority label of each task)"
+    first = ["joint", "sapt", "replay", "ewc", constant, "lwf", "olora", "seqlora"]
+    assert names[1:9] == first
+    assert "| joint | 61.0 ± 1.0 | - | - | 0.0 ± 1.0 | 1,234 | 1 |" in lines
+    assert f"| {constant} | 35.0 ± 1.0 | - | - | - | 0 | - |" in lines
+    assert f"| {constant} | 30 | 40 |" in lines
+    assert "| sapt, after the last task | 0.90 | 0.20 |" in lines
     assert "| sapt_without_reflection | 20.0 ± 1.0 | 40.0 ± 1.0 | -40.0 |" in lines
     assert "| sapt, uniform weights | 30.0 | 1.0 | -30.0 |" in lines
     assert "| sapt | 59 | 61 |" in lines
+
+
+def test_findings_follow_from_the_file() -> None:
+    lines = "\n".join(continual_tables.findings(result()))
+    assert "has AP 35.0. Above it: joint +26.0, sapt +25.0, replay +23.0, ewc +5.0." in lines
+    assert "Not above it: lwf, olora, seqlora." in lines
+    assert "replay is 3.0 below the tasks learned alone." in lines
+    assert "sapt: the own adapter has less than half of the weight in 1 of 2 cells" in lines
+    assert "lowest or the highest: seqlora (learning_rate), sapt" in lines
+    assert not continual_tables.is_at_an_end({"0.1": 1.0, "1": 3.0, "10": 2.0})
+    assert continual_tables.is_at_an_end({"0.1": 3.0, "1": 3.0, "10": 2.0})
 
 
 def test_a_given_file_takes_the_place_of_its_experiment(

@@ -20,6 +20,7 @@ from sapt_fast.commands.output import show
 from sapt_fast.continual.settings import ContinualSettings
 from sapt_fast.continual.strategies import STRATEGIES
 from sapt_fast.methods.sapt import SaptConfig
+from sapt_fast.version import __version__
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests" / "data" / "CL_Benchmark"
@@ -54,6 +55,10 @@ def fails(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, *argum
 def test_every_command_has_help(command: str) -> None:
     assert command in invoke("--help")
     assert "Usage" in invoke(command, "--help")
+
+
+def test_the_version() -> None:
+    assert invoke("--version") == f"sapt-fast {__version__}\n"
 
 
 def test_train_offers_every_setting() -> None:

@@ -141,7 +141,7 @@ def test_answers_are_labels_of_all_tasks(tmp_path: Path) -> None:
     assert alone == chosen
 
 
-@pytest.mark.parametrize("strategy", ["joint", "replay", "ewc", "lwf", "olora", "epi"])
+@pytest.mark.parametrize("strategy", ["joint", "replay", "ewc", "lwf", "olora", "epi", "gainlora"])
 def test_every_strategy_that_needs_no_text(strategy: str, tmp_path: Path) -> None:
     options = settings(strategy=strategy, steps=20)
     results = run_continual(make_encoder(), TOKENIZER, word_tasks()[:2], tmp_path, options)

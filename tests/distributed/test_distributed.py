@@ -280,3 +280,18 @@ def test_a_sharded_memory_is_that_of_one_process(world, processes, tmp_path):
     processes.run("sharded_mome", world, tmp_path / "1", loaded=1)
     for first, second in zip(one, torch.load(tmp_path / "1" / f"mome-{world}-1.pt"), strict=True):
         torch.testing.assert_close(second, first, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.thorough
+def test_a_sharded_memory_resumes_after_a_kill(processes, tmp_path):
+    for at in ("whole", 0, 2):
+        folder = tmp_path / str(at)
+        folder.mkdir()
+        if at != "whole":
+            with pytest.raises(AssertionError, match="rank 1 of 2: status 9"):
+                processes.run("killed_mome", 2, folder, timeout=200, at=at)
+        processes.run("killed_mome", 2, folder, timeout=200)
+        for process in range(2):
+            banks = [torch.load(tmp_path / str(n) / f"rows-{process}.pt") for n in ("whole", at)]
+            for one, other in zip(*banks, strict=True):
+                assert all(map(torch.equal, one.values(), other.values()))

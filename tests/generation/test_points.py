@@ -19,6 +19,7 @@ CASES = {
     "1. a\n1. b\n1. A\n5. c": ["a", "b", "c"],
     "**1. Foo**\n**2.** Bar": ["Foo", "Bar"],
     "### 1. Head\ntext\n### 2. Tail": ["Head", "Tail"],
+    "1. One thing.\n2. And more:": ["One thing", "And more"],
     "(1) a\n(2) b": ["a", "b"],
     "I. One\nII. Two": ["One", "Two"],
     "a) x\nb) y": ["x", "y"],

@@ -37,7 +37,8 @@ class Server:
 
     Args:
         scripts: by number of the point, what each try does: an error to raise, "stall", "break"
-            (an error after a piece), or seconds to wait before the answer.
+            (an error after a piece), "cut" (an end without a reason), or seconds to wait before
+            the answer.
     """
 
     def __init__(self, scripts=None, skeleton=SKELETON):
@@ -68,13 +69,16 @@ class Server:
             if does == "break":
                 yield chunk("half")
                 raise ConnectionError("broken")
-            time.sleep(does)
+            time.sleep(0 if does == "cut" else does)
             if number == 0:
                 yield chunk(self.skeleton, reason="stop")
             else:
                 title = SKELETON.split("\n")[number - 1]
                 for piece in (title[:2], title[2:] + ":", " te", "xt", f" {number}"):
                     yield chunk(piece)
+                if does == "cut":
+                    return
+                yield chunk(None, reason="stop")
             usage = SimpleNamespace(prompt_tokens=10, completion_tokens=5)
             yield SimpleNamespace(choices=[], usage=usage)
         finally:
@@ -101,7 +105,7 @@ def test_answers_out_of_order():
     assert [text for _, text in answer.points] == TEXTS
     assert answer.text.split("\n\n")[1] == "2. Blue: text 2"
     assert (answer.prefill_tokens, answer.generated_tokens) == (50, 25)
-    assert [e.index for e in events if isinstance(e, PointDone)][0] != 0
+    assert next(e.index for e in events if isinstance(e, PointDone)) != 0
     assert server.most > 1
     limited = Server({n: [0.02] for n in range(1, 5)})
     ask(limited, concurrency=2)
@@ -113,14 +117,14 @@ def test_failures_and_stalls_lose_no_point():
         1: [StatusError(500), StatusError(429, "0.01"), 0],
         2: ["stall", 0],
         3: ["break", 0],
-        4: [0],
+        4: ["cut", 0],
     }
     server = Server(scripts)
     answer, events = ask(server)
     assert [text for _, text in answer.points] == TEXTS
     assert not answer.failed
     restarts = sorted(e.index for e in events if isinstance(e, PointRestarted))
-    assert restarts == [0, 0, 1, 2]
+    assert restarts == [0, 0, 1, 2, 3]
     server.released.set()
 
 

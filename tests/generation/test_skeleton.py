@@ -9,9 +9,17 @@ from written_answers import Written, tokenizer
 
 import sapt_fast
 from sapt_fast.generation import (
+    ContextTooShortError,
+    Done,
+    PlainToken,
+    PointDone,
+    PointToken,
+    SkeletonDone,
     SkeletonPrompts,
     SkeletonSettings,
+    SkeletonToken,
     skeleton_of_thought,
+    stream_skeleton_of_thought,
 )
 from sapt_fast.generation.forwards import Forwards
 from sapt_fast.generation.prompts import opening, point_messages, skeleton_messages
@@ -33,7 +41,8 @@ def settings(text=LIST, **changed):
 
 
 def make(family, **changed):
-    return bare(family, **POSITIONS.get(family, {"max_position_embeddings": 512}), **changed)
+    positions = POSITIONS.get(family, {"max_position_embeddings": 512})
+    return bare(family, **{**positions, **changed})
 
 
 def xlora(folder):
@@ -246,3 +255,111 @@ def test_weights_of_each_point():
     )
     question = skeleton_of_thought(model, tokens, "Why?", settings=settings())
     assert together.points == apart.points != question.points
+
+
+@pytest.mark.parametrize(
+    ("skeleton", "reason"),
+    [("ne", "the skeleton has no point"), (" Red", "the skeleton has one point")],
+)
+def test_fewer_than_two_points_are_answered_plainly(skeleton, reason):
+    model, tokens = make("llama"), tokenizer()
+    if reason.endswith("no point"):
+        given = settings(
+            skeleton, max_plain_tokens=6, prompts=SkeletonPrompts(skeleton_opening="No")
+        )
+    else:
+        given = settings(skeleton, max_plain_tokens=6)
+    events = list(stream_skeleton_of_thought(model, tokens, "Why?", settings=given))
+    answer = events[-1].answer
+    assert (answer.mode, answer.reason, answer.points) == ("plain", reason, ())
+    ids = tokens.apply_chat_template(
+        [{"role": "user", "content": "Why?"}], add_generation_prompt=True, return_tensors="pt"
+    )["input_ids"]
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6
+    )
+    expected = tokens.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    assert "".join(e.text for e in events if isinstance(e, PlainToken)) == expected
+    direct = skeleton_of_thought(
+        model, tokens, "Why?", settings=given, mode="plain", reason="asked"
+    )
+    assert (direct.text, direct.reason) == (expected.strip(), "asked")
+
+
+def test_the_stream_tells_all():
+    """Pieces of every text add up to it; the last event has the answer."""
+    events = list(
+        stream_skeleton_of_thought(make("llama"), tokenizer(), "Why?", settings=settings(batch=3))
+    )
+    answer = events[-1].answer
+    assert isinstance(events[-1], Done)
+    told = "".join(e.text for e in events if isinstance(e, SkeletonToken))
+    assert told == answer.skeleton == "1." + LIST
+    assert SkeletonDone(tuple(TITLES)) in events
+    for index, (_, text) in enumerate(answer.points):
+        pieces = [e.text for e in events if isinstance(e, PointToken) and e.index == index]
+        assert "".join(pieces) == text
+        assert PointDone(index, text) in events
+    assert answer.text == "\n\n".join(
+        f"{n}. {title}:{text}".strip() for n, (title, text) in enumerate(answer.points, 1)
+    )
+
+
+def test_a_stop_inside_points_ends_each_for_itself():
+    model, tokens = make("llama"), tokenizer()
+    whole = skeleton_of_thought(model, tokens, "Why?", settings=settings())
+    stop = whole.points[1][1][2:4]  # two tokens, of which the first alone is held back
+    cut = skeleton_of_thought(model, tokens, "Why?", settings=settings(stop=[stop, ""], batch=2))
+    assert cut.points[1][1] == whole.points[1][1].partition(stop)[0]
+    for (_, got), (_, text) in zip(cut.points, whole.points, strict=True):
+        assert got == text.partition(stop)[0]
+
+
+def test_a_short_context_is_named():
+    model, tokens = make("llama", max_position_embeddings=130), tokenizer()
+    given = settings(max_point_tokens=200)
+    answer = skeleton_of_thought(model, tokens, "Why?", settings=given)
+    assert "context: a point has room for" in answer.notes[-1]
+    assert_alone(model, skeleton_of_thought(model, tokens, "Why?", settings=settings(batch=2)))
+    model.config.max_position_embeddings = 60
+    with pytest.raises(ContextTooShortError, match="for a point, expected fewer than the 60"):
+        skeleton_of_thought(model, tokens, "Why?", settings=settings())
+    with pytest.raises(ContextTooShortError, match="for the skeleton"):
+        skeleton_of_thought(model, tokens, "Why?" * 50, settings=settings())
+
+
+def test_a_tokenizer_without_template_and_pad():
+    model, tokens = make("llama"), tokenizer(template=None)
+    assert tokens.pad_token is None
+    model.generation_config.num_beams = 2
+    answer = skeleton_of_thought(model, tokens, "Why?", settings=settings())
+    assert [title for title, _ in answer.points] == TITLES
+    assert answer.notes == (
+        "not applied: num_beams of the generation config",
+        "the tokenizer has no chat template: prompts are plain text",
+    )
+
+
+def test_bad_input_is_named():
+    model, tokens = make("llama"), tokenizer()
+    bad = {
+        "question: got ' '": {"question": " "},
+        "question: got None": {"question": None},
+        "mode: got 'fast'": {"mode": "fast"},
+        "model: got a model in training mode": {"model": make("llama").train()},
+        "model: got Linear": {"model": torch.nn.Linear(2, 2)},
+    }
+    for message, changed in bad.items():
+        options = {"model": model, "tokenizer": tokens, "question": "Why?", **changed}
+        with pytest.raises(ValueError, match=message):
+            skeleton_of_thought(**options)
+    with pytest.raises(ValueError, match="routing: got 'point' for a model without"):
+        skeleton_of_thought(model, tokens, "Why?", settings=settings(routing="point"))
+    for name, value in {
+        "batch": 0, "order": "random", "routing": "all", "temperature": 0, "top_p": 2, "seed": -1,
+        "stop": "a", "max_points": 0, "min_tokens": -1,
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=f"{name}: got"):
+            SkeletonSettings(**{name: value})
+    with pytest.raises(ValueError, match=r"point: got the fields \['titel'\]"):
+        SkeletonPrompts(point="{titel}")

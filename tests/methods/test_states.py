@@ -133,6 +133,14 @@ def test_values_of_another_method_are_not_taken(tmp_path):
         load_of_strategy(tiny("llama"), tmp_path, "sapt", sapt_fast.SaptConfig(r=2))
 
 
+def test_losses_of_sapt_s_router_are_refused_where_it_does_not_weigh():
+    model = MADE["gainlora"][0]()
+    with pytest.raises(RuntimeError, match="reflection_loss: not available for 'gainlora'"):
+        model.sapt.reflection_loss(inputs(10)[0], torch.ones(2) / 2)
+    with pytest.raises(RuntimeError, match="init_key: not available for 'gainlora'"):
+        model.sapt.init_key(*inputs(10))
+
+
 def test_a_weight_of_the_own_key_has_no_meaning_for_l2p():
     with pytest.raises(ValueError, match=r"own_key_loss: got 0.5, expected 0"):
         L2pConfig(own_key_loss=0.5)

@@ -163,6 +163,11 @@ def test_of_equal_weights_those_of_the_lower_index_stay():
     assert kept.nonzero()[:, 1].tolist() == [0, 1, 2] * 2
     weights = torch.tensor([[0.1, 0.3, 0.2, 0.2, 0.2]])
     assert sparsify(weights, top_k=3).nonzero()[:, 1].tolist() == [1, 2, 3]
+    weights = torch.randint(0, 3, (50, 9)).double()  # many are equal
+    order = weights.sort(dim=-1, descending=True, stable=True).indices
+    for k in range(1, 9):
+        kept = torch.zeros_like(weights).scatter(-1, order[:, :k], 1.0) * weights
+        assert torch.equal(sparsify(weights, top_k=k, renormalize=False), kept)
 
 
 def test_gradcheck_of_dropped_weights():

@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from sapt_fast.pools.id_map import IdMap
 from sapt_fast.pools.row_cache import RowCache
 from sapt_fast.pools.row_optimizers import ROW_OPTIMIZERS, RowAdam
 from sapt_fast.pools.row_table import RowTable
+from sapt_fast.pools.sharded_experts import RowShards
 from sapt_fast.pools.slot_choice import SlotUse
 from sapt_fast.pools.split_floats import joined, split
 
@@ -344,6 +346,19 @@ def test_a_compiled_forward_is_one_graph():
         assert torch.equal(delta, bank.mix(x, INDEX, weights))
         delta.sum().backward()
         RowAdam(bank, lr=0.1).step(torch.tensor([3, 12]), (a.grad, b.grad))
+
+
+@pytest.mark.parametrize(("rows", "processes"), [(9, 4), (5, 4), (10, 3), (12, 4), (4, 4), (7, 1)])
+def test_every_process_has_rows_of_a_sharded_bank(rows, processes):
+    parts = torch.tensor_split(torch.arange(rows), processes)
+    for rank, part in enumerate(parts):
+        shards = RowShards(rows, SimpleNamespace(rank=rank, size=processes))
+        assert (shards.first, shards.count) == (part[0], len(part))
+        assert shards.owner(part).tolist() == [rank] * len(part)
+        assert shards.local(part).tolist() == [*range(len(part))]
+    assert shards.owner(torch.tensor([-1, rows])).tolist() == [-1, -1]
+    with pytest.raises(ValueError, match=f"num_experts: got {rows} for {rows + 1} processes"):
+        RowShards(rows, SimpleNamespace(rank=0, size=rows + 1))
 
 
 def test_slot_choice_is_tf_idf():

@@ -134,7 +134,7 @@ class TestPeft:
     def test_layout(self, saved):
         _, folder = saved
         assert sorted(os.listdir(folder)) == [
-            "router.safetensors", "sapt_config.json", "task0", "task1", "task2",
+            "README.md", "router.safetensors", "sapt_config.json", "task0", "task1", "task2",
         ]  # fmt: skip
         tensors = load_file(folder / "task0" / "adapter_model.safetensors")
         stem = "base_model.model.encoder.block.0.layer.0.SelfAttention.q"
@@ -214,7 +214,9 @@ class TestFilesOfOthers:
         _, folder = saved
         fewer = patched("t5", tasks=1)
         fewer.sapt.save_pretrained(folder)
-        assert sorted(os.listdir(folder)) == ["router.safetensors", "sapt_config.json", "task0"]
+        assert sorted(os.listdir(folder)) == [
+            "README.md", "router.safetensors", "sapt_config.json", "task0",
+        ]  # fmt: skip
 
     def test_one_in_the_way(self, tmp_path):
         adapter = tmp_path / "run" / "task0" / "adapter_model.safetensors"

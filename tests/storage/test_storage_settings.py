@@ -136,6 +136,19 @@ def test_costs_of_a_run(costs, tmp_path):
     assert (folder.seconds, folder.peaks, folder.trained) == ([1.5], [None], [7])
 
 
+def test_settings_that_a_stored_run_lacks_count_as_their_defaults():
+    stored = {"settings": ContinualSettings(strategy="lwf").to_dict()}
+    del stored["settings"]["limit_pseudo_samples"]
+    stored["settings"]["strategy_options"] = {"strength": 1.0, "temperature": 2.0}
+    now = ContinualSettings(strategy="lwf")
+    assert differences(stored, {"settings": now.to_dict()}) == []
+    changed = now.but(strategy_options={"old_classes": True}, limit_pseudo_samples=True)
+    assert sorted(differences(stored, {"settings": changed.to_dict()})) == [
+        "limit_pseudo_samples was False, now True",
+        "strategy_options.old_classes was False, now True",
+    ]
+
+
 @pytest.mark.parametrize("stored", [True, 3, "x", [1], None])
 def test_a_description_that_is_none(stored):
     assert len(differences(stored, {"a": 1})) == 1

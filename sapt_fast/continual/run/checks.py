@@ -111,7 +111,8 @@ def check_processes(settings: ContinualSettings) -> None:
             "replay: got 'generated' in several processes, expected a folder of pseudo-samples; "
             "generate them in one process"
         )
-    if count > 1 and kind.objective is not Strategy.objective:
+    options = kind.options_of(settings.strategy, settings.strategy_options)
+    if count > 1 and kind.adds_to_loss(options):
         raise ValueError(
             f"strategy: {settings.strategy!r} does not support several processes: each would add "
             "its loss term separately. Run it in one."

@@ -34,7 +34,7 @@ from sapt_fast.continual.run.evaluate import Mixture, metric_of
 from sapt_fast.continual.run.gather import gather_results, write_results
 from sapt_fast.continual.run.memory import peak_memory, reset_peak_memory
 from sapt_fast.continual.run.pseudo_samples import make_pseudo_samples, pseudo_sample_file
-from sapt_fast.continual.run.stage import train_stage
+from sapt_fast.continual.run.stage import steps_of, train_stage
 from sapt_fast.continual.run.state import RunFolder, read_alone, read_json
 from sapt_fast.continual.scores.results import Results
 from sapt_fast.continual.settings import ContinualSettings, differences
@@ -42,6 +42,8 @@ from sapt_fast.continual.strategies import STRATEGIES
 from sapt_fast.continual.workbench import Workbench
 from sapt_fast.files.writing import write_json
 from sapt_fast.methods.base import handles
+from sapt_fast.methods.registry import handle_type
+from sapt_fast.methods.run_header import model_header, trained_count
 from sapt_fast.patching import patch, unpatch
 
 __all__ = ["Results", "evaluate_run", "run_alone", "run_continual"]
@@ -253,7 +255,11 @@ class _Run:
     # --- the steps of a run ---
 
     def learn_all(self) -> None:
-        for index in self.stages[len(self.folder.scores) :]:
+        left = self.stages[len(self.folder.scores) :]
+        if left:
+            site = handle_type(self._config().method, "strategy").site
+            logger.info("%s", model_header(self.model, self.device, site))
+        for index in left:
             logger.info(
                 "%s, task %d of %d: %s",
                 self.settings.strategy, index + 1, len(self.tasks), self.names[index],
@@ -286,6 +292,9 @@ class _Run:
         self.folder.trained.append(sum(p.numel() for p in handle.trainable_parameters()))
         self.folder.write()
         if strategy.trains:
+            count, rows = trained_count(handle.trainable_parameters()), len(task.train)
+            steps = steps_of(self.settings, rows, self._steps())
+            logger.info("%s, %d rows, %d steps", count, rows, steps)
             folder = self.folder.training(index)
             train_stage(self.bench, strategy, task, learned, folder, seed, self._steps())
         with self.bench.seeded():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from sapt_fast.continual.strategies.base import Strategy
 from sapt_fast.continual.trainer import SaptTrainer, model_given_back
 from sapt_fast.continual.workbench import Workbench
 
-__all__ = ["train_stage"]
+__all__ = ["steps_of", "train_stage"]
 
 
 def train_stage(
@@ -95,6 +96,20 @@ class _AfterStep(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.strategy.after_step()
+
+
+def steps_of(settings: ContinualSettings, rows: int, steps: int) -> int:
+    """Returns the optimizer steps of a stage, as the Trainer counts them.
+
+    Args:
+        settings: the run's settings.
+        rows: the number of training rows.
+        steps: as in `train_stage`.
+    """
+    if steps > 0:
+        return steps
+    batches = math.ceil(rows / settings.batch_size)
+    return math.ceil(settings.epochs * math.ceil(batches / settings.accumulation))
 
 
 class _Epochs(TrainerCallback):

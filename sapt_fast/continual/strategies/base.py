@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from sapt_fast.continual.data.rows import TaskData
 from sapt_fast.continual.objective import Step, forward, routed_inputs, supervised
+from sapt_fast.continual.reflection import Replay
 from sapt_fast.continual.settings import ContinualSettings
-from sapt_fast.continual.trainer import Replay
 from sapt_fast.continual.workbench import Workbench
 from sapt_fast.methods.task_config import TaskConfig
 
@@ -94,6 +94,15 @@ class Strategy:
             return cls.Options(**checked)
         except ValueError as error:
             raise ValueError(f"strategy_options: {name}.{error}") from error
+
+    @classmethod
+    def adds_to_loss(cls, options: Any) -> bool:
+        """Returns whether `objective` is more than the token loss.
+
+        Args:
+            options: an instance of `Options`.
+        """
+        return cls.objective is not Strategy.objective
 
     def configure(self, config: TaskConfig[Any]) -> Any:
         """Returns the config with which the model is patched, from the requested one."""

@@ -90,6 +90,10 @@ class GainLora(InfLora):
     routes = True
     _start: dict[str, tuple[Tensor, Subspace]]
 
+    @classmethod
+    def adds_to_loss(cls, options: Any) -> bool:
+        return bool(options.branch == "olora")
+
     def configure(self, config: TaskConfig[Any]) -> GainLoraConfig:
         return GainLoraConfig(**config.to_dict())
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from sapt_fast.continual.data.rows import Example, TaskData
 from sapt_fast.continual.objective import Step
+from sapt_fast.continual.reflection import RowStream
 from sapt_fast.continual.settings import ContinualSettings
 from sapt_fast.continual.strategies.base import require
 from sapt_fast.continual.strategies.shared import SeqLora
-from sapt_fast.continual.trainer import RowStream
 
 __all__ = ["BUFFERS", "Replay", "ReplayOptions"]
 
@@ -36,6 +36,13 @@ class ReplayOptions:
         default=200, metadata={"help": "Number of examples of a balanced buffer or reservoir."}
     )
     weight: float = field(default=1.0, metadata={"help": "Weight of the replayed loss."})
+    batch_per_task: bool = field(
+        default=False,
+        metadata={
+            "help": "Replay a batch for each earlier task, as SAPT's reflection loss does; "
+            "otherwise one batch in all."
+        },
+    )
 
     def __post_init__(self) -> None:
         require(self.buffer in BUFFERS, "buffer", self.buffer, f"one of {', '.join(BUFFERS)}")
@@ -49,7 +56,8 @@ class Replay(SeqLora):
         L = CE(new) + weight CE(buffer)
 
     Every micro-batch draws `replay_batch_size` examples (by default the batch size) from one buffer
-    of all earlier tasks, in seeded permutations. A balanced buffer contains the same number of
+    of all earlier tasks, in seeded permutations; with `batch_per_task`, as many for each earlier
+    task, at most the whole buffer. A balanced buffer contains the same number of
     examples of each class. Classes are a task's outputs if it has labels; otherwise the task is one
     class. A reservoir is a uniform sample of all earlier examples (Vitter's algorithm R). Both are
     functions of the seed and the earlier tasks, so nothing is stored.
@@ -70,6 +78,7 @@ class Replay(SeqLora):
         rows = self.buffer(learned)
         super().begin_task(task, learned)
         self._rows = self.bench.encode(rows)
+        self._batches = len(learned) if getattr(self.options, "batch_per_task", False) else 1
         self._stream = RowStream(len(rows), f"{self.bench.settings.seed}/{task.name}/buffer")
 
     def objective(self, step: Step) -> Tensor:
@@ -86,9 +95,14 @@ class Replay(SeqLora):
         """
         if not self._rows:
             return None
+        return self.bench.collate([self._rows[i] for i in self.drawn(number)])
+
+    def drawn(self, number: int) -> list[int]:
+        """Returns the rows of the buffer that a micro-batch replays, by place."""
         settings = self.bench.settings
-        size = min(settings.replay_batch_size or settings.batch_size, len(self._rows))
-        return self.bench.collate([self._rows[i] for i in self._stream.batch(number, size)])
+        size = self._batches * (settings.replay_batch_size or settings.batch_size)
+        size = min(size, len(self._rows))
+        return self._stream.batch(number, size)
 
     def buffer(self, learned: Sequence[TaskData]) -> list[Example]:
         """Returns the examples that are kept of the earlier tasks."""

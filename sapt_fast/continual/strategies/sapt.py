@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from sapt_fast.continual.data.rows import TaskData
+from sapt_fast.continual.reflection import Replay
 from sapt_fast.continual.strategies.base import Strategy
-from sapt_fast.continual.trainer import Replay
 
 __all__ = ["Sapt"]
 

@@ -113,8 +113,8 @@ def route_tokens(
     (N, D), K = x.shape, keys.shape[0]
     x, keys = with_unit_column_stride(x), with_unit_column_stride(keys)
     out = x.new_empty((N, K), dtype=torch.float32)
-    same = x.dtype == keys.dtype
-    tile = _tile(x, keys)
+    compute = x.dtype if x.dtype == keys.dtype else torch.float32
+    tile = _tile(x, keys, compute.itemsize)
     with torch.cuda.device_of(x):
         launch(
             _route_tokens_kernel,
@@ -133,14 +133,16 @@ def route_tokens(
             0.0 if gate is None else gate.threshold or 0.0,
             **tile.launch_options(),
             EVEN_K=D % tile.k == 0,
-            COMPUTE=common.compute_dtype(x.dtype if same else torch.float32),
+            COMPUTE=common.compute_dtype(compute),
             COSINE=cosine,
+            # Left to itself ptxas takes 80 and spills.
+            maxnreg=224 if compute == torch.float32 and tile.num_warps == 8 else None,
             **gate_options(gate or Gate(), K),
         )
     return [out, None] if gate is None else [None, out]
 
 
-def _tile(x: Tensor, keys: Tensor) -> TileConfig:
+def _tile(x: Tensor, keys: Tensor, compute_size: int) -> TileConfig:
     """Tokens, keys and step over the width: all keys, and fewer tokens if these fill no chip."""
     traits = common.device_traits(x.device)
     columns = next(size for size in (16, 64, MOST_KEYS) if size >= keys.shape[0])
@@ -148,5 +150,9 @@ def _tile(x: Tensor, keys: Tensor) -> TileConfig:
         return TileConfig(16, columns, 32, num_warps=4, num_stages=1)
     many = x.shape[0] >= 64 * traits.num_sms
     rows, step = (64, 64) if many else (16, 128)
-    tile = TileConfig(rows, columns, step, num_warps=4, num_stages=4)
+    warps = 4
+    if columns > 16:
+        # The scores of a row and what is left of them take registers, as do float32 operands.
+        warps, step = 8, step if compute_size == 2 else 16
+    tile = TileConfig(rows, columns, step, warps, num_stages=4)
     return common.fitted(tile, traits.shared, x.element_size(), keys.element_size())

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import sapt_fast
 from sapt_fast.continual.data.collate import Collator
 from sapt_fast.continual.objective import Step, supervised
+from sapt_fast.continual.settings import ContinualSettings
 from sapt_fast.continual.strategies import STRATEGIES
 from sapt_fast.continual.strategies.lwf import softened_kl
 from sapt_fast.demo.tasks import CharTokenizer
@@ -88,6 +89,14 @@ def test_a_reservoir_is_a_uniform_sample_of_the_stream() -> None:
         assert counts[row] == pytest.approx(900, abs=90)  # three deviations are 75
 
 
+def test_replay_draws_a_batch_of_each_earlier_task_if_asked() -> None:
+    strategy = made("replay", tasks=1, buffer="all", batch_per_task=True)
+    strategy.begin_task(TASKS[2], TASKS[:2])
+    assert len(strategy.drawn(0)) == 2 * strategy.bench.settings.batch_size
+    strategy.bench.settings.replay_batch_size = 100
+    assert sorted(strategy.drawn(0)) == list(range(24))
+
+
 def test_generative_replay_lets_the_old_model_answer(tmp_path: Path) -> None:
     tasks = with_pseudo_samples(tmp_path, TASKS[:2])
     strategy = made("generative_replay", replay=str(tmp_path), tasks=1)
@@ -102,6 +111,10 @@ def test_generative_replay_lets_the_old_model_answer(tmp_path: Path) -> None:
     rows = [buffer[i] for i in strategy._stream.batch(0, 4)]
     expected = mean_loss(strategy, tasks[1].dev) + mean_loss(strategy, rows)
     torch.testing.assert_close(strategy.objective(step_of(strategy, tasks[1].dev)), expected)
+    strategy.bench.settings.limit_pseudo_samples = True
+    fewer = strategy.buffer(tasks[:1])
+    assert len(fewer) == 2  # replay_share is a fifth of 12 rows
+    assert set(fewer) <= set(buffer)
     given = [replace(row, output="kept") for row in buffer]
     strategy.bench.kept = lambda task: given
     assert strategy.buffer(tasks[:1]) == given
@@ -236,6 +249,24 @@ def test_lwf_distils_the_model_before_the_task(kind: str) -> None:
     assert strategy.model.training
     after, _ = one_by_one(strategy, TASKS[1].dev)
     torch.testing.assert_close(torch.cat(after), torch.cat(new))
+
+
+def test_lwf_compares_the_old_classes_alone_without_the_square_if_asked() -> None:
+    strategy = made("lwf", tasks=1, strength=0.7, temperature=3.0, squared_temperature=False)
+    strategy.begin_task(TASKS[1], TASKS[:1])
+    shaken(strategy, seed=4)
+    step = step_of(strategy, TASKS[1].dev)
+    old, _ = strategy._old.token_logits(step.batch)
+    new, _ = strategy.token_logits(step.batch)
+    added = strategy.objective(step) - step.loss
+    torch.testing.assert_close(added, 0.7 * softened_kl(old, new, 3.0) / 9)
+    # As an encoder with four labels, of which the earlier task has two.
+    strategy._classes = [3, 1]
+    q, p = (F.softmax(logits[:, [1, 3]] / 3, -1) for logits in (old, new))
+    added = strategy.objective(step) - step.loss
+    torch.testing.assert_close(added, 0.7 * (q * (q / p).log()).sum(-1).mean())
+    with pytest.raises(ValueError, match="old_classes: got True, expected False for a model that"):
+        made("lwf", old_classes=True)
 
 
 # --- adapters of their own ---
@@ -412,3 +443,39 @@ def test_lfpt5_is_its_equation(kind: str, tmp_path: Path) -> None:
     divergence = (p * (p.log() - F.log_softmax(torch.cat(new), -1))).sum(-1).mean()
     expected = 0.8 * loss + 0.2 * divergence
     torch.testing.assert_close(strategy.objective(step), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_lfpt5_in_the_form_of_its_authors(tmp_path: Path) -> None:
+    tasks = with_pseudo_samples(tmp_path, TASKS[:2])
+    options = {"kl_share": 0.2, "lm_weight": 0.0, "replay": str(tmp_path)}
+    losses = []
+    for kl_sum in (False, True):
+        strategy = made("lfpt5", tasks=1, kl_sum=kl_sum, **options)
+        strategy.begin_task(tasks[1], tasks[:1])
+        shaken(strategy, seed=6)
+        losses.append(strategy.objective(step_of(strategy, tasks[1].dev)))
+    batch = strategy.replayed(0)
+    old, new = strategy._old.token_logits(batch)[0], strategy.token_logits(batch)[0]
+    more = 0.2 * (len(new) - 1) * softened_kl(old, new)
+    torch.testing.assert_close(losses[1] - losses[0], more)
+
+
+def test_lfpt5_generates_from_a_marker_of_the_task() -> None:
+    strategy = made("lfpt5", tasks=1, task_markers=True, generate=True, replay="none")
+    tokenizer = CharTokenizer()
+    marker = tokenizer.encode(f"__gen_{TASKS[0].name}__", add_special_tokens=False)
+    middle = tokenizer.encode("__ans__", add_special_tokens=False)
+    rows = strategy.bench.encode(TASKS[0].dev[:1])
+    made_of = strategy.generation(strategy.bench.collate(rows), [TASKS[0].name])
+    assert made_of["input_ids"][0].tolist() == [*marker, 1]
+    expected = [*rows[0]["input_ids"][:-1], *middle, *rows[0]["labels"]]
+    assert made_of["labels"][0].tolist() == expected
+    # What the model samples is read back; what has no answer is not.
+    drawn = torch.tensor([[0, *expected], [0, *expected[:3]] + [1] * (len(expected) - 3)])
+    strategy.model.generate = lambda **given: drawn
+    [row] = strategy.generated(TASKS[0], 1)
+    assert (row.prompt, row.output) == (TASKS[0].dev[0].prompt, TASKS[0].dev[0].output)
+    with pytest.raises(ValueError, match="expected 'none' with generate=True"):
+        ContinualSettings(
+            strategy="lfpt5", strategy_options={"task_markers": True, "generate": True}
+        )

@@ -128,7 +128,7 @@ def test_a_server_answers_or_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     result = run(*given)
     assert result.stdout == "A\n"  # a skeleton without points
     assert "points: the model says: independent points" in result.stderr
-    connect("1. Red\n2. Sun", fails_at="point 2")
+    connect("1. Red\n2. Sun", fails_at='Begin with "2.')
     partial = run(*given, "--sot", "always", code=1)
     assert "error: point 2 has no answer: ConnectionResetError: gone" in partial.stderr
     assert partial.stdout.startswith("1. Red:")

@@ -6,7 +6,7 @@ Models", NeurIPS 2025.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,6 +143,7 @@ class GainLoraHandle(SaptHandle):
     Config = GainLoraConfig
     method = "gainlora"
     trains_router = False
+    weights_sum_to_one = False
 
     def __init__(self, model: Any, config: Any, report: Any) -> None:
         super().__init__(model, config, report)
@@ -205,6 +206,11 @@ class GainLoraHandle(SaptHandle):
     def _growing(self) -> Iterator[nn.Parameter]:
         yield from (self.gates.down.trainable, self.gates.up.trainable)
         yield from super()._growing()  # last: the first task's modules have no predecessors
+
+    def _rows(self) -> Iterator[tuple[RowStack, Sequence[int]]]:
+        gates, count = self.gates, len(self.tasks)
+        yield from ((gates.down, [gates.up.width] * count), (gates.up, [gates.down.width] * count))
+        yield from super()._rows()
 
     def put_task(
         self,

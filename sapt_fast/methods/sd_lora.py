@@ -6,7 +6,7 @@ Wu et al., "SD-LoRA: Scalable Decoupled Low-Rank Adaptation for Class Incrementa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,7 @@ class SdLoraHandle(SaptHandle):
     Config = SdLoraConfig
     method = "sd_lora"
     trains_router = False
+    weights_sum_to_one = False
     magnitudes: nn.Parameter
 
     def __init__(self, model: Any, config: Any, report: Any) -> None:
@@ -136,6 +137,12 @@ class SdLoraHandle(SaptHandle):
     def _growing(self) -> Iterator[nn.Parameter]:
         yield self.magnitudes
         yield from super()._growing()  # last: the first task's modules have no predecessors
+
+    def _require_order(self, order: Sequence[int]) -> None:
+        raise ValueError(
+            "tasks: the magnitudes of all tasks of SD-LoRA train together, so none can be deleted "
+            "or moved"
+        )
 
     def state(self, held: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Returns the magnitudes [K]."""

@@ -145,18 +145,19 @@ class OrderedTasks(Handle):
 
 
 def reordered_targets(
-    targets: Mapping[str, Tensor], names: Sequence[str], order: Sequence[int]
+    targets: Mapping[str, Tensor], names: Sequence[str], order: Sequence[int], sum_to_one: bool
 ) -> dict[str, Tensor]:
     """Returns the targets of the tasks that are kept, in their new order.
 
     A target contains the mean weights of the tasks up to its own. Those that are deleted, or come
-    later in the new order, are left out, and a target with sum 1 is normalised again. It is then
-    the target of a softmax without them, up to the order of mean and normalisation.
+    later in the new order, are left out. Weights that sum to 1 are normalised again. It is then the
+    target of a softmax without them, up to the order of mean and normalisation.
 
     Args:
         targets: by task name, [1 + index].
         names: the tasks before.
         order: indices of the tasks that are kept, in their new order.
+        sum_to_one: whether an input's weights sum to 1.
 
     Returns:
         By task name, [1 + new index]. A target whose weights are all left out is dropped, with a
@@ -171,7 +172,7 @@ def reordered_targets(
         for column, source in enumerate(order[: place + 1]):
             if source < len(target):
                 left[column] = target[source]
-        if abs(float(target.sum()) - 1) < 1e-3:
+        if sum_to_one:
             if not left.sum() > 0:
                 logger.warning(
                     "targets: dropped that of %r, because it has no weight on the tasks up to it",

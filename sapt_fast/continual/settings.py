@@ -451,7 +451,7 @@ def differences(stored: Any, asked: Mapping[str, Any]) -> list[str]:
     before, now = _flat(stored), _flat(asked)
     added = {**IMAGE_SETTINGS, **_LATER, **_flat({"sapt": _sapt_config()().to_dict()})}
     name = now.get("settings.strategy", now.get("strategy"))
-    if name in strategies():
+    if isinstance(name, str) and name in strategies():
         options = asdict(strategies()[name].options_of(name, {}))
         added |= {f"strategy_options.{option}": value for option, value in options.items()}
     for name, value in added.items():

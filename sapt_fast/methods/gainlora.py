@@ -203,6 +203,11 @@ class GainLoraHandle(SaptHandle):
         super()._task_added(name)
         self.router.keys.trainable.requires_grad_(True)
 
+    def _rows(self) -> Iterator[tuple[RowStack, Sequence[int]]]:
+        for rows, of_task in ((self.gates.down, self.gates.up), (self.gates.up, self.gates.down)):
+            yield rows, [of_task.width] * len(self.tasks)
+        yield from super()._rows()
+
     def _growing(self) -> Iterator[nn.Parameter]:
         yield from (self.gates.down.trainable, self.gates.up.trainable)
         yield from super()._growing()  # last: the first task's modules have no predecessors

@@ -134,6 +134,12 @@ class SdLoraHandle(SaptHandle):
         start = self.magnitudes.new_full((1,), self.config.magnitude)
         self.magnitudes = nn.Parameter(torch.cat([self.magnitudes.detach(), start]))
 
+    def _require_order(self, order: Sequence[int]) -> None:
+        raise ValueError(
+            "tasks: got another selection or order, but all magnitudes of SD-LoRA train as one "
+            "parameter, and the newest adapter alone is not divided by its norms"
+        )
+
     def _growing(self) -> Iterator[nn.Parameter]:
         yield self.magnitudes
         yield from super()._growing()  # last: the first task's modules have no predecessors

@@ -218,3 +218,36 @@ def test_trainable_parameters_are_printed_as_by_peft(capsys):
     total = sum(p.numel() for p in model.parameters())
     out = capsys.readouterr().out
     assert out.startswith(f"trainable params: {trainable:,} || all params: {total:,} ||")
+
+
+def grown(config):
+    model = sapt_fast.patch(tiny("llama"), config).eval()
+    for name in ("a", "b", "c"):
+        model.sapt.add_task(name)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.sapt.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model
+
+
+def test_gates_of_gainlora_follow_their_tasks():
+    model, ids = grown(GainLoraConfig(r=2)), token_ids()
+    weights = model.sapt.route(ids).detach()
+    assert weights.std(1).min() > 1e-3  # the tasks differ
+    model.sapt.reorder_tasks(["c", "a", "b"])
+    torch.testing.assert_close(model.sapt.route(ids), weights[:, [2, 0, 1]])
+    model.sapt.delete_task("b")
+    torch.testing.assert_close(model.sapt.route(ids), weights[:, [2, 0]])
+    assert [p.shape[0] for p in model.sapt._growing()][:2] == [100, 32]
+
+
+def test_sd_lora_refuses_what_its_magnitudes_cannot_follow():
+    model, ids = grown(SdLoraConfig(r=2)), token_ids()
+    before = run(model, ids)
+    for change in (lambda: model.sapt.delete_task("a"), lambda: model.sapt.reorder_tasks([*"bac"])):
+        with pytest.raises(ValueError, match="magnitudes"):
+            change()
+    model.sapt.rename_task("a", "first")
+    assert model.sapt.tasks == ["first", "b", "c"]
+    assert torch.equal(run(model, ids), before)

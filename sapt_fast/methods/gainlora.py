@@ -212,11 +212,6 @@ class GainLoraHandle(SaptHandle):
         yield from (self.gates.down.trainable, self.gates.up.trainable)
         yield from super()._growing()  # last: the first task's modules have no predecessors
 
-    def _rows(self) -> Iterator[tuple[RowStack, Sequence[int]]]:
-        gates, count = self.gates, len(self.tasks)
-        yield from ((gates.down, [gates.up.width] * count), (gates.up, [gates.down.width] * count))
-        yield from super()._rows()
-
     def put_task(
         self,
         name: str,

@@ -144,12 +144,6 @@ class SdLoraHandle(SaptHandle):
         yield self.magnitudes
         yield from super()._growing()  # last: the first task's modules have no predecessors
 
-    def _require_order(self, order: Sequence[int]) -> None:
-        raise ValueError(
-            "tasks: the magnitudes of all tasks of SD-LoRA train together, so none can be deleted "
-            "or moved"
-        )
-
     def state(self, held: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Returns the magnitudes [K]."""
         name = f"{self.attribute}.magnitudes"

@@ -191,20 +191,6 @@ def test_other_methods():
         assert handle.tasks == ["a", "d"]
         assert {len(s) for s in handle.stacks().values()} <= {2, 4}
 
-    model = sapt_fast.patch(tiny("llama"), GainLoraConfig(r=2)).eval()
-    for name in "abc":
-        model.sapt.add_task(name)
-        torch.nn.init.normal_(model.sapt.gates.down.trainable)
-    weights = model.sapt.route(ids)
-    model.sapt.reorder_tasks(["c", "a", "b"])
-    model.sapt.delete_task("a")
-    torch.testing.assert_close(model.sapt.route(ids), weights[:, [2, 1]])
-
-    model = sapt_fast.patch(tiny("llama"), SdLoraConfig(r=2))
-    model.sapt.add_task("a")
-    with pytest.raises(ValueError, match="train together"):
-        model.sapt.delete_task("a")
-
     model = sapt_fast.patch(tiny("llama"), sapt_fast.L2PConfig(prompts=4, top=2))
     model.l2p.add_task("pool")
     with pytest.raises(ValueError, match="one pool"):

@@ -48,7 +48,8 @@ class OrderedTasks(Handle):
         """Deletes a task: its adapter, its key and its copies of modules.
 
         SAPT's router computes a softmax over the keys. So the weights of the other tasks keep
-        their ratios: weight k becomes w_k / (1 - w_deleted). Targets change in the same way.
+        their ratios: weight k becomes w_k / (1 - w_deleted). Targets change in the same way, those
+        in `Replay` objects do not: make these again.
 
         If the newest task is deleted, the one before it trains from now on, as after
         `load_pretrained`. If the only task is deleted, the model computes what its base model does.

@@ -92,7 +92,7 @@ class GainLora(InfLora):
 
     @classmethod
     def adds_to_loss(cls, options: Any) -> bool:
-        return bool(options.branch == "olora")
+        return options.branch == "olora" or cls.objective is not GainLora.objective
 
     def configure(self, config: TaskConfig[Any]) -> GainLoraConfig:
         return GainLoraConfig(**config.to_dict())

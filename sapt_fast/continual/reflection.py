@@ -75,7 +75,7 @@ class Replay:
             pad_token_id: pads the inputs; None for that of the model's config, else 0.
 
         Raises:
-            ValueError: if there is no row, or a row has no `input_ids`.
+            ValueError: if there is no row, or a row has no `input_ids` or is packed.
             ValueError: if the model has no such task, or it is an earlier one without a target.
             ValueError: if share is not in (0, 1], or batch_size is less than 1.
         """
@@ -284,6 +284,11 @@ def _inputs_of(model: Any, dataset: Iterable[Mapping[str, Any]], name: str) -> l
             raise ValueError(
                 f"{name}: got a row with {sorted(row)}, expected input_ids (and labels, for a "
                 "decoder-only model): tokenize the rows first"
+            )
+        if packed := sorted({"position_ids", "seq_lengths"} & row.keys()):
+            raise ValueError(
+                f"{name}: got rows with {packed[0]}, which hold several texts; expected one text a "
+                "row, such as the rows before packing"
             )
         ids = torch.as_tensor(row["input_ids"])[None]
         mask, labels = row.get("attention_mask"), row.get("labels")

@@ -143,6 +143,7 @@ class GainLoraHandle(SaptHandle):
     Config = GainLoraConfig
     method = "gainlora"
     trains_router = False
+    weights_sum_to_one = False
 
     def __init__(self, model: Any, config: Any, report: Any) -> None:
         super().__init__(model, config, report)

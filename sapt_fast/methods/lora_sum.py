@@ -48,6 +48,7 @@ class LoraSumHandle(SaptHandle):
     Config = LoraSumConfig
     method = "lora_sum"
     trains_router = False
+    weights_sum_to_one = False
 
     def signal(self, **inputs: Tensor | None) -> Tensor:
         """Returns ones [1, K], for all inputs."""

@@ -91,6 +91,7 @@ class SdLoraHandle(SaptHandle):
     Config = SdLoraConfig
     method = "sd_lora"
     trains_router = False
+    weights_sum_to_one = False
     magnitudes: nn.Parameter
 
     def __init__(self, model: Any, config: Any, report: Any) -> None:

@@ -48,7 +48,8 @@ class OrderedTasks(Handle):
         """Deletes a task: its adapter, its key and its copies of modules.
 
         SAPT's router computes a softmax over the keys. So the weights of the other tasks keep
-        their ratios: weight k becomes w_k / (1 - w_deleted). Targets change in the same way.
+        their ratios: weight k becomes w_k / (1 - w_deleted). Targets change in the same way, those
+        in `Replay` objects do not: make these again.
 
         If the newest task is deleted, the one before it trains from now on, as after
         `load_pretrained`. If the only task is deleted, the model computes what its base model does.
@@ -145,18 +146,19 @@ class OrderedTasks(Handle):
 
 
 def reordered_targets(
-    targets: Mapping[str, Tensor], names: Sequence[str], order: Sequence[int]
+    targets: Mapping[str, Tensor], names: Sequence[str], order: Sequence[int], sum_to_one: bool
 ) -> dict[str, Tensor]:
     """Returns the targets of the tasks that are kept, in their new order.
 
     A target contains the mean weights of the tasks up to its own. Those that are deleted, or come
-    later in the new order, are left out, and a target with sum 1 is normalised again. It is then
-    the target of a softmax without them, up to the order of mean and normalisation.
+    later in the new order, are left out. Weights that sum to 1 are normalised again. It is then the
+    target of a softmax without them, up to the order of mean and normalisation.
 
     Args:
         targets: by task name, [1 + index].
         names: the tasks before.
         order: indices of the tasks that are kept, in their new order.
+        sum_to_one: whether an input's weights sum to 1.
 
     Returns:
         By task name, [1 + new index]. A target whose weights are all left out is dropped, with a
@@ -171,7 +173,7 @@ def reordered_targets(
         for column, source in enumerate(order[: place + 1]):
             if source < len(target):
                 left[column] = target[source]
-        if abs(float(target.sum()) - 1) < 1e-3:
+        if sum_to_one:
             if not left.sum() > 0:
                 logger.warning(
                     "targets: dropped that of %r, because it has no weight on the tasks up to it",

@@ -52,9 +52,11 @@ class TaskHandle(OrderedTasks):
         routing: the weights of the running forward.
         router: a module with `add_key`, `keys` and a state_dict, such as `SaptRouter`.
         adapter_files: the file format of an adapter.
+        weights_sum_to_one: whether the weights of an input sum to 1.
     """
 
     adapter_files: ClassVar[AdapterFiles]
+    weights_sum_to_one: ClassVar[bool] = True
     targets: dict[str, Tensor]
     routing: Routing
     router: Any
@@ -182,7 +184,7 @@ class TaskHandle(OrderedTasks):
     def _selected(self, order: Sequence[int], *, same: bool) -> None:
         """Selects the copies of modules and the targets."""
         self.task_modules.select(order, same=same)
-        targets = reordered_targets(self.targets, self.tasks, order)
+        targets = reordered_targets(self.targets, self.tasks, order, self.weights_sum_to_one)
         self.targets.clear()
         self.targets.update(targets)
 

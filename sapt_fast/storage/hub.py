@@ -51,7 +51,7 @@ def downloaded(
             repo_id,
             revision=revision,
             token=token,
-            cache_dir=cache_dir,
+            cache_dir=None if cache_dir is None else Path(cache_dir),
             local_files_only=local_files_only,
             ignore_patterns=_OTHER_FILES,
         )

@@ -172,6 +172,7 @@ class TestFromDataset:
             ({"task": "x"}, "task: got 'x'"),
             ({"dataset": []}, "dataset: got no rows"),
             ({"dataset": [{"text": "a"}]}, r"dataset: got a row with \['text'\]"),
+            ({"dataset": [{"input_ids": [5], "seq_lengths": [1]}]}, "got rows with seq_lengths"),
             ({"share": 0}, "share: got 0"),
             ({"batch_size": 0}, "batch_size"),
         ):

@@ -187,18 +187,10 @@ def test_the_cache_serves_without_a_connection(tmp_path):
         sapt_fast.load_pretrained(tiny("llama"), saved, revision="v9")
 
 
-def test_saptrainer_uploads_the_tasks(tmp_path, monkeypatch):
-    """The Trainer's own `push_to_hub` uploads the folder that `save_model` has filled."""
-    sent = []
-    monkeypatch.setattr(transformers.trainer, "hf_api", lambda: SimpleNamespace(
-        create_repo=lambda *a, **k: SimpleNamespace(repo_id="me/x"),
-        upload_folder=lambda **k: sent.append(files(k["folder_path"])),
-    ), raising=False)  # fmt: skip
+def test_saptrainer_uploads_the_tasks(tmp_path):
+    """A Trainer's `push_to_hub` makes this call, then uploads the folder."""
     args = transformers.Seq2SeqTrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
-    model = patched("llama", tasks=1)
-    trainer = sapt_fast.SaptTrainer(model, args, train_dataset=[])
-    trainer.hub_model_id = "me/x"
-    monkeypatch.setattr(trainer, "create_model_card", lambda **k: None)
-    trainer.push_to_hub()
-    assert {"sapt_config.json", "router.safetensors", "README.md"} <= sent[0]
+    trainer = sapt_fast.SaptTrainer(patched("llama", tasks=1), args, train_dataset=[])
+    trainer.save_model(_internal_call=True)
+    assert {"sapt_config.json", "router.safetensors", "README.md"} <= files(tmp_path)
     assert sapt_fast.load_pretrained(tiny("llama"), tmp_path).sapt.tasks == ["task0"]

@@ -72,7 +72,8 @@ def grown(kept: Subspace | None, moment: Tensor, threshold: float) -> Subspace:
 
     Directions are added, those of the largest share first, while the subspace has less than
     `threshold` of the energy |M|^2 of the inputs. To an empty subspace, directions are added while
-    the share with the next one is below `threshold`, and at least one.
+    the share with the next one is below `threshold`, and at least one. With a threshold of 1, all
+    directions are added that are more than rounding: a sum of shares may reach 1 before the last.
 
     Args:
         kept: the subspace; None for the empty one.
@@ -89,7 +90,7 @@ def grown(kept: Subspace | None, moment: Tensor, threshold: float) -> Subspace:
     before = (1 - shares.sum() if kept is not None else 0.0) + shares.cumsum(0)
     if kept is not None:
         before = before - shares
-    added = int((before < threshold).sum())
+    added = int((before < threshold).sum()) if threshold < 1 else len(shares)
     added = min(added if kept is not None else max(added, 1), int((shares > _LEAST_SHARE).sum()))
     new = _orthonormal(vectors[:, :added], kept)
     if kept is None:

@@ -63,7 +63,7 @@ _OPTIONAL_TASK_FIELDS: frozenset[str] = frozenset()
 # way to choose adapters or to predict is only known to a run.
 _NOT_ROUTED = (
     *("epi", "l2p", "olora", "progprompt", "coda", "dualprompt"),
-    *("ncm", "lda", "ridge", "lda_experts"),
+    *("ncm", "lda", "ridge", "lda_experts", "inflora", "gainlora", "sd_lora"),
 )
 # Strategies that use SAPT's router.
 _ROUTED = (

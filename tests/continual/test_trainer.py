@@ -169,10 +169,10 @@ def test_replay_draws_every_row_of_each_task_and_repeats_itself(
     drawn: list[tuple[int, list[list[int]]]] = []
     own = model.sapt.reflection_loss
 
-    def watched(ids, target, mask):
-        found = [row[: int(m.sum())].tolist() for row, m in zip(ids, mask, strict=True)]
-        drawn.append((len(target), found))
-        return own(ids, target, mask)
+    def watched(*, target, input_ids, attention_mask):
+        rows = zip(input_ids, attention_mask, strict=True)
+        drawn.append((len(target), [row[: int(m.sum())].tolist() for row, m in rows]))
+        return own(input_ids, target, attention_mask)
 
     monkeypatch.setattr(model.sapt, "reflection_loss", watched)
     trainer = trainer_of(

@@ -104,7 +104,8 @@ def test_saving_again_replaces_the_whole(saved):
     model.sapt.save_pretrained(folder)
     names = {path.name for path in folder.iterdir()}
     assert names == {
-        *(f"task{k}" for k in range(4)), "router.safetensors", "sapt_config.json", "notes.txt",
+        *(f"task{k}" for k in range(4)), "router.safetensors", "sapt_config.json", "README.md",
+        "notes.txt",
     }  # fmt: skip
     assert torch.equal(logits(sapt_fast.load_pretrained(bare(family), folder)), logits(model))
 

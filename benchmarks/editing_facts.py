@@ -75,7 +75,8 @@ class Method:
         keys: what prompts are looked up by; None: the method has no keys.
         limit: "radius" or "ratio", which is chosen from distances.
         batch: edits that are made together.
-        orders: the largest number of orders.
+        orders: the largest number of orders; 1 where a codebook does not depend on the order, or
+            all edits are learned together.
         tuned: the option that is tuned by runs; None for none.
         tried: the first values of it.
         like: the method whose tuned option this one takes over; None for none.
@@ -109,20 +110,17 @@ METHODS = {
     "GRACE, own keys": replace(_GRACE, keys="own", like=_FIRST, orders=1, every=50),
     "GRACE, question, one vector": replace(_GRACE, options={}, orders=1),
     "MELO, question, radius": Method(
-        "melo", "question", "radius", 5, orders=1, options={"margin": 1.0}, every=50
+        "melo", "question", "radius", 5, options={"margin": 1.0}, every=50
     ),
     "fine-tuning": Method("ft", tuned="learning_rate", tried=(1e-4, 1e-4 * _STEP, 1e-3)),
     "fine-tuning, L2": Method(
         "ft-l2",
         tuned="strength",
         tried=(0.01, 0.01 * _STEP, 0.1),
-        orders=1,
         every=50,
         like="fine-tuning",
     ),
-    "deferral": Method(
-        "defer", tuned="learning_rate", tried=(1e-3, 1e-3 * _STEP, 1e-2), orders=1, every=50
-    ),
+    "deferral": Method("defer", tuned="learning_rate", tried=(1e-3, 1e-3 * _STEP, 1e-2), every=50),
     "UltraEdit": Method(
         "ultraedit",
         tuned="learning_rate",

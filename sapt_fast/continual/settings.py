@@ -22,7 +22,6 @@ __all__ = [
     "PRESETS",
     "ContinualSettings",
     "GeneratorSettings",
-    "differences",
     "parse_values",
 ]
 
@@ -43,10 +42,6 @@ IMAGE_SETTINGS: dict[str, Any] = {
 }
 _HEADS = ("own", "ncm", "lda", "ridge")
 _AUGMENTATIONS = ("none", "flip", "crop_flip")
-# Further settings that runs of earlier versions lack, with their defaults.
-_LATER = {"limit_pseudo_samples": False}
-# These change where a run computes and what it shows, not its results.
-_FREE = ("device", "progress")
 _POSITIVE = ("learning_rate", "epochs", "save_steps", "label_temperature")
 _POSITIVE_OR_NONE = ("key_learning_rate", "query_learning_rate")
 _COUNTS = (
@@ -432,46 +427,6 @@ class ContinualSettings:
         return cls(**{**values, "sapt": _sapt_config().from_dict(values["sapt"])})
 
 
-def differences(stored: Any, asked: Mapping[str, Any]) -> list[str]:
-    """Compares two JSON-ready descriptions of a run.
-
-    A field of SaptConfig, a setting of images, an option of a strategy or another later setting
-    that `stored` lacks was added later and counts as its default. A digest that `stored` lacks is
-    not compared.
-
-    Args:
-        stored: the description in a run's folder.
-        asked: the description of the new run.
-
-    Returns:
-        A text for each entry that differs, such as "r was 8, now 4".
-    """
-    if not isinstance(stored, Mapping):
-        return [f"got {str(stored)[:80]!r}, expected entries by name"]
-    before, now = _flat(stored), _flat(asked)
-    added = {**IMAGE_SETTINGS, **_LATER, **_flat({"sapt": _sapt_config()().to_dict()})}
-    name = now.get("settings.strategy", now.get("strategy"))
-    if isinstance(name, str) and name in strategies():
-        options = asdict(strategies()[name].options_of(name, {}))
-        added |= {f"strategy_options.{option}": value for option, value in options.items()}
-    for name, value in added.items():
-        for place in (name, f"settings.{name}"):
-            if place in now:
-                before.setdefault(place, value)
-    ignored = {name for name in {**before, **now} if name.split(".")[-1] in _FREE}
-    ignored |= {name for name in now if name.split(".")[-1] == "digest" and name not in before}
-    different = [
-        name
-        for name in {**before, **now}
-        if before.get(name, ...) != now.get(name, ...) and name not in ignored
-    ]
-    return [
-        f"{name.removeprefix('settings.').removeprefix('sapt.')} was "
-        f"{before.get(name, 'absent')!r}, now {now.get(name, 'absent')!r}"
-        for name in different
-    ]
-
-
 def parse_values(texts: Iterable[str], option: str) -> dict[str, Any]:
     """Reads the NAME=VALUE texts of a command line as JSON.
 
@@ -502,13 +457,3 @@ def parse_values(texts: Iterable[str], option: str) -> dict[str, Any]:
                 f"{option}: {name}: got a value that is nested too deep or too long"
             ) from error
     return values
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{name}."))
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat

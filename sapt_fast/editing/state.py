@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sapt_fast.continual.settings import differences
+from sapt_fast.continual.stored_settings import differences
 from sapt_fast.editing.data import Tokens
 from sapt_fast.files.directories import read_directory, replace_directory, require_unused
 from sapt_fast.files.locks import FolderLock

@@ -18,6 +18,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,15 +27,17 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from sapt_fast.checks import require_count
+from sapt_fast.files.directories import read_directory
 from sapt_fast.methods.config import MethodConfig
 from sapt_fast.pools.own import Own
 from sapt_fast.routing.hooks import Routing
 from sapt_fast.sites.report import PatchReport
 from sapt_fast.storage.description import writes
 from sapt_fast.storage.hub import upload
-from sapt_fast.storage.method_files import config_file, write_method
+from sapt_fast.storage.method_files import StoredMethod, config_file, read_method, write_method
 from sapt_fast.storage.model_card import CARD_FILE, card_of
 from sapt_fast.storage.pretrained_files import PretrainedFiles
+from sapt_fast.storage.tasks import require_same_config
 
 __all__ = ["Handle", "follow", "handles", "require_held", "trainable_share"]
 
@@ -316,6 +319,22 @@ class Handle(Own, nn.Module):
             one.require_unmerged()
         tensors, values = self.stored()
         write_method(self, directory, tensors, values, is_main_process)
+
+    def _read(self, directory: str | os.PathLike[str]) -> StoredMethod:
+        """Returns what a folder has stored of this method, with this config.
+
+        Raises:
+            FileNotFoundError: if a file is missing.
+            ValueError: if the folder contains another method, or one with another config.
+        """
+        read = partial(read_method, attribute=self.attribute)
+        stored = read_directory(directory, self.config_file, read)
+        require_same_config(self.config, stored.config, stored.source)
+        if stored.method != self.method:
+            raise ValueError(
+                f"{stored.source}: method is {stored.method!r}, expected {self.method!r}"
+            )
+        return stored
 
     def push_to_hub(
         self,

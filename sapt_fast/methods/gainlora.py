@@ -195,12 +195,9 @@ class GainLoraHandle(SaptHandle):
 
     # --- tasks ---
 
-    def _add_key(self) -> None:
-        super()._add_key()
-        self.gates.add()
-
     def _task_added(self, name: str) -> None:
         super()._task_added(name)
+        self.gates.add()
         self.router.keys.trainable.requires_grad_(True)
 
     def _rows(self) -> Iterator[tuple[RowStack, Sequence[int]]]:
@@ -211,17 +208,6 @@ class GainLoraHandle(SaptHandle):
     def _growing(self) -> Iterator[nn.Parameter]:
         yield from (self.gates.down.trainable, self.gates.up.trainable)
         yield from super()._growing()  # last: the first task's modules have no predecessors
-
-    def put_task(
-        self,
-        name: str,
-        adapters: Any,
-        key: Tensor,
-        modules: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        """`SaptHandle.put_task`; the gate is a copy of the previous one, until `restore_state`."""
-        super().put_task(name, adapters, key, modules)
-        self.gates.add()
 
     # --- on disk ---
 

@@ -9,14 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sapt_fast.devices import execution_device
-from sapt_fast.files.directories import read_directory
 from sapt_fast.methods.base import Handle
 from sapt_fast.methods.config import MethodConfig
 from sapt_fast.methods.task_config import FIELDS, list_names, require, require_fields
@@ -26,12 +24,10 @@ from sapt_fast.routing.gates import Gates
 from sapt_fast.sites.attach import put_pool, reads_encoder, restore, weight_dtype
 from sapt_fast.sites.find import layer_features, layers_to_patch
 from sapt_fast.sites.linear import Mixed
-from sapt_fast.sites.modules import find_modules, heads, require_present, with_prefix
+from sapt_fast.sites.modules import require_present, with_prefix
 from sapt_fast.sites.report import PatchReport
-from sapt_fast.sites.trained import Trained
+from sapt_fast.sites.trained import Trained, saved_modules
 from sapt_fast.sites.warm import run_on_zeros
-from sapt_fast.storage.method_files import read_method
-from sapt_fast.storage.tasks import require_same_config
 
 __all__ = ["GatedConfig", "GatedHandle"]
 
@@ -291,13 +287,7 @@ class GatedHandle(Handle):
         super().__init__(model, config, report)
         self._tasks = [f"expert{k}" for k in range(config.num_experts)]
         self.gates = Gates(model, config.coefficient(), config.balance_in_loss)
-        saved = find_modules(model, config.modules_to_save or (), report.patched)
-        unsaved = [path for path in heads(model) if path not in saved]
-        if unsaved:
-            report.notes.append(
-                f"{', '.join(unsaved)} is frozen and will not train; to train a head and save it "
-                f"with the experts, set modules_to_save={unsaved} in the config"
-            )
+        saved = saved_modules(model, config, report, "the experts")
         self._trained = Trained(model, saved)
 
     # --- where the experts are ---
@@ -411,15 +401,6 @@ class GatedHandle(Handle):
             )
         return found
 
-    def print_trainable_parameters(self) -> None:
-        """Prints how many parameters train, as PEFT does."""
-        every = [(p.numel(), p.requires_grad) for p in self._model.parameters()]
-        total, trained = sum(n for n, _ in every), sum(n for n, trains in every if trains)
-        print(
-            f"trainable params: {trained:,d} || all params: {total:,d} || "
-            f"trainable%: {100 * trained / total:.4f}"
-        )
-
     # --- saving ---
 
     def stored(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -452,13 +433,7 @@ class GatedHandle(Handle):
             FileNotFoundError: if a file is missing.
             ValueError: if the folder contains something else, or has another config.
         """
-        read = partial(read_method, attribute=self.attribute)
-        stored = read_directory(directory, self.config_file, read)
-        require_same_config(self.config, stored.config, stored.source)
-        if stored.method != self.method:
-            raise ValueError(
-                f"{stored.source}: method is {stored.method!r}, expected {self.method!r}"
-            )
+        stored = self._read(directory)
         self.restore(stored.tensors, stored.values)
 
     def _own(self) -> dict[str, Tensor]:

@@ -5,21 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from sapt_fast.files.directories import read_directory
 from sapt_fast.files.names import require_folder_name
 from sapt_fast.methods.task_order import OrderedTasks
 from sapt_fast.routing.queries import QueryRouting
-from sapt_fast.sites.modules import find_modules, heads, require_present, with_prefix
+from sapt_fast.sites.modules import require_present, with_prefix
 from sapt_fast.sites.report import PatchReport
-from sapt_fast.sites.trained import Trained
-from sapt_fast.storage.method_files import read_method
-from sapt_fast.storage.tasks import require_same_config
+from sapt_fast.sites.trained import Trained, saved_modules
 
 __all__ = ["QueryHandle"]
 
@@ -41,13 +37,7 @@ class QueryHandle(OrderedTasks):
 
     def __init__(self, model: Any, config: Any, report: PatchReport) -> None:
         super().__init__(model, config, report)
-        saved = find_modules(model, config.modules_to_save or (), report.patched)
-        unsaved = [path for path in heads(model) if path not in saved]
-        if unsaved:
-            report.notes.append(
-                f"{', '.join(unsaved)} is frozen and will not train; to train a head and save it "
-                f"with the method, set modules_to_save={unsaved} in the config"
-            )
+        saved = saved_modules(model, config, report, "the method")
         self._trained = Trained(model, saved)
         self._queries = self._new_queries()
         self._encoder_is_missing = False
@@ -234,13 +224,7 @@ class QueryHandle(OrderedTasks):
             FileNotFoundError: if a file is missing.
             ValueError: if the folder contains something else, or other tasks.
         """
-        read = partial(read_method, attribute=self.attribute)
-        stored = read_directory(directory, self.config_file, read)
-        require_same_config(self.config, stored.config, stored.source)
-        if stored.method != self.method:
-            raise ValueError(
-                f"{stored.source}: method is {stored.method!r}, expected {self.method!r}"
-            )
+        stored = self._read(directory)
         tasks, width, own = self._checked(stored.tensors, stored.values)
         if tasks != self.tasks or width != self.query_width:
             raise ValueError(

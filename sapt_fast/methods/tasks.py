@@ -18,9 +18,9 @@ from sapt_fast.methods.task_order import OrderedTasks, reordered_targets
 from sapt_fast.ops import transforms
 from sapt_fast.pools.rows import RowStack
 from sapt_fast.routing.hooks import Routing
-from sapt_fast.sites.modules import TaskModules, find_modules, heads
+from sapt_fast.sites.modules import TaskModules
 from sapt_fast.sites.report import PatchReport
-from sapt_fast.sites.trained import Trained
+from sapt_fast.sites.trained import Trained, saved_modules
 from sapt_fast.storage.description import CONFIG_FILE, STRATEGY_FILE, is_sealed, method_of
 from sapt_fast.storage.task_saving import export_mixture, save_tasks
 from sapt_fast.storage.tasks import (
@@ -65,14 +65,8 @@ class TaskHandle(OrderedTasks):
         super().__init__(model, config, report)
         self.targets = {}
         self.strategy: str | None = None
-        saved = find_modules(model, config.modules_to_save or (), report.patched)
+        saved = saved_modules(model, config, report, "the tasks")
         self.task_modules = TaskModules(model, saved if config.modules_per_task else ())
-        unsaved = [path for path in heads(model) if path not in (config.modules_to_save or ())]
-        if unsaved:
-            report.notes.append(
-                f"{', '.join(unsaved)} is frozen and will not train; to train a head and save it "
-                f"with the tasks, set modules_to_save={unsaved} in the config"
-            )
         self._trained = Trained(model, [] if config.modules_per_task else saved)
 
     # --- what the adapters are ---

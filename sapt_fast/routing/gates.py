@@ -15,14 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from sapt_fast.routing.forward import Balance, Forward
+from sapt_fast.routing.installed import Installed
 from sapt_fast.routing.recompute import Checkpoint, Recomputation, require_gradient
-from sapt_fast.routing.running import Running
-from sapt_fast.routing.stand_in import StandIn, positional_names
 
 __all__ = ["BalancedCheckpoint", "Gates"]
 
 
-class Gates(Running):
+class Gates(Installed):
     """What the gated layers of one model know of the running forward.
 
     Args:
@@ -32,19 +31,10 @@ class Gates(Running):
     """
 
     def __init__(self, model: Any, coefficient: float, in_loss: bool) -> None:
-        super().__init__(self._never, self._none)
-        self.model = model
+        super().__init__(model, bool, int)  # nothing is routed above the layers
         self.coefficient = coefficient
         self.in_loss = in_loss
         self.recomputation = Recomputation(model, self, BalancedCheckpoint)
-        self._hooks: list[Any] = []
-        self._stand_ins: list[StandIn] = []
-
-    def _never(self) -> bool:
-        return False
-
-    def _none(self) -> int:
-        return 0
 
     # --- what layers and the handle read ---
 
@@ -72,34 +62,9 @@ class Gates(Running):
     def install(self) -> None:
         """Adds the hooks and stand-ins; `remove` takes them away again."""
         for root in dict.fromkeys((self.model, self.model.base_model)):
-            self._hooks += [
-                root.register_forward_pre_hook(self._enter, with_kwargs=True),
-                root.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
-            ]
-        for name, method in self.recomputation.stand_ins().items():
-            stand_in = StandIn(self.model, name, method)
-            stand_in.install()
-            self._stand_ins.append(stand_in)
+            self._hook(root, self._enter, self._leave)
+        self._stand_in(self.recomputation.stand_ins())
         self.recomputation.install()
-
-    def require_removable(self) -> None:
-        """Raises ValueError if another library has replaced a stand-in."""
-        for stand_in in self._stand_ins:
-            stand_in.above()
-
-    def remove(self) -> None:
-        """Takes hooks and stand-ins away; those of others stay.
-
-        Raises:
-            ValueError: if another library has replaced a stand-in; nothing has changed then.
-        """
-        self.require_removable()
-        for stand_in in self._stand_ins:
-            stand_in.remove()
-        for hook in self._hooks:
-            hook.remove()
-        self.recomputation.remove()
-        self._hooks, self._stand_ins = [], []
 
     # --- forwards ---
 
@@ -115,7 +80,7 @@ class Gates(Running):
         forward = self.begin(module)
         self._thread.balance_loss = None
         if self.coefficient and module.training and torch.is_grad_enabled():
-            forward.balance = _begin_balance(module, _named(module, args, kwargs))
+            forward.balance = _begin_balance(module, self._named(module, args, kwargs))
 
     def _leave(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         forward = self.forward
@@ -127,7 +92,7 @@ class Gates(Running):
             return None
         mean = torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
         balance = self.coefficient * mean
-        given = _named(module, args, kwargs)
+        given = self._named(module, args, kwargs)
         own = _loss_of(output, given) if self.in_loss else None
         self._thread.balance_loss = balance if own is None else balance.detach()
         if own is None:
@@ -180,12 +145,6 @@ class BalancedCheckpoint(Checkpoint):
         balance.losses.extend(outputs[first:])
         require_gradient(layer, outputs[0])
         return outputs[:first] if several else outputs[0]
-
-
-def _named(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    if not args:
-        return kwargs
-    return {**dict(zip(positional_names(module.forward), args, strict=False)), **kwargs}
 
 
 def _begin_balance(module: Any, given: dict[str, Any]) -> Balance:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from sapt_fast.routing.forward import Forward
 from sapt_fast.routing.generation import Generation, for_rows, is_filled
 from sapt_fast.routing.inputs import for_router, row_counts
+from sapt_fast.routing.installed import Installed
 from sapt_fast.routing.packing import Segments, find_segments
 from sapt_fast.routing.recompute import Recomputation
 from sapt_fast.routing.router_call import RouterCall
-from sapt_fast.routing.running import Running
-from sapt_fast.routing.stand_in import StandIn, positional_names
+from sapt_fast.routing.stand_in import StandIn
 
 # Arguments of a patched model's forward that the model itself does not see. A decoder-only model's
 # `routing_labels` [B, T] tell the router what is prompt, as labels would.
@@ -25,7 +25,7 @@ _OURS = ("mixture", "routing_labels")
 _ADAPTERS_INSIDE = ("add_adapter", "load_adapter")
 
 
-class Routing(Running):
+class Routing(Installed):
     """The running mixture weights of one patched model and the hooks that set them.
 
     Args:
@@ -47,15 +47,11 @@ class Routing(Running):
         active: Callable[[], bool],
         count: Callable[[], int],
     ) -> None:
-        super().__init__(active, count)
-        self.model = model
+        super().__init__(model, active, count)
         self.router = RouterCall(model, route)
         self.generation = Generation(model, self, self.router)
         self.recomputation = Recomputation(model, self)
         self.admit: Callable[[Tensor], None] | None = None
-        self._hooks: list[Any] = []
-        self._stand_ins: list[StandIn] = []
-        self._argument_names: dict[type[nn.Module], tuple[str, ...]] = {}
 
     def routed(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Segments | None]:
         """As `RouterCall.weights`: [B, K], or of packed rows [B, T, K] and their texts."""
@@ -80,42 +76,12 @@ class Routing(Running):
         for name in _ADAPTERS_INSIDE:
             if hasattr(model, name):
                 methods[name] = _refuse_adapters_inside
-        for stand_in in [StandIn(model, name, method) for name, method in methods.items()]:
-            stand_in.install()
-            self._stand_ins.append(stand_in)
+        self._stand_in(methods)
         self.recomputation.install()
 
     def roots(self) -> tuple[Any, ...]:
         """The model with its head, and the one inside it, which may be called on its own."""
         return self.model, self.model.base_model
-
-    def remove(self) -> None:
-        """Takes hooks and stand-ins away; those of others, from before or since, stay.
-
-        Raises:
-            ValueError: if another library has replaced a stand-in; nothing has changed then.
-        """
-        self.require_removable()
-        for stand_in in self._stand_ins:
-            stand_in.remove()
-        for hook in self._hooks:
-            hook.remove()
-        self.recomputation.remove()
-        self._hooks, self._stand_ins = [], []
-
-    def require_removable(self) -> None:
-        """Raises ValueError if another library has replaced a stand-in."""
-        for stand_in in self._stand_ins:
-            stand_in.above()
-
-    def _hook(
-        self, module: nn.Module, enter: Callable[..., Any], leave: Callable[..., None]
-    ) -> None:
-        self._argument_names[type(module)] = positional_names(module.forward)
-        self._hooks += [
-            module.register_forward_pre_hook(enter, with_kwargs=True),
-            module.register_forward_hook(leave, with_kwargs=True, always_call=True),
-        ]
 
     # --- the model ---
 
@@ -235,11 +201,6 @@ class Routing(Running):
         forward.per_row = for_rows(weights, rows, generating)
         if weights.dim() == 3 or weights.shape[0] > 1:
             forward.weights = forward.per_row
-
-    def _named(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-        if not args:
-            return kwargs
-        return {**dict(zip(self._argument_names[type(module)], args, strict=False)), **kwargs}
 
 
 def require_unrouted(model: nn.Module) -> None:

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from sapt_fast.routing.forward import Forward, Prompt
 from sapt_fast.routing.generation import REFUSED, for_rows, prompt_of
 from sapt_fast.routing.inputs import for_router
+from sapt_fast.routing.installed import Installed
 from sapt_fast.routing.packing import find_segments
 from sapt_fast.routing.recompute import Recomputation
-from sapt_fast.routing.running import Running
-from sapt_fast.routing.stand_in import StandIn, generation_arguments, positional_names
+from sapt_fast.routing.stand_in import generation_arguments
 
 __all__ = ["Prompts"]
 
@@ -38,7 +38,7 @@ __all__ = ["Prompts"]
 _OF_GENERATE = ("generation", "samples", "decided")
 
 
-class Prompts(Running):
+class Prompts(Installed):
     """The prompts of one model's forwards, as the layers of a method see them.
 
     Args:
@@ -53,8 +53,7 @@ class Prompts(Running):
     """
 
     def __init__(self, model: Any, name: str, by_function: bool) -> None:
-        super().__init__(bool, int)  # there are no weights
-        self.model = model
+        super().__init__(model, bool, int)  # there are no weights
         self.name = name
         self.by_function = by_function
         # Its own name: the numbers in caches of another patch are those of other edits.
@@ -62,9 +61,6 @@ class Prompts(Running):
         self.query: Callable[[list[Tensor]], Tensor] | None = None
         self.together = False
         self.recomputation = Recomputation(model, self)
-        self._hooks: list[Any] = []
-        self._stand_ins: list[StandIn] = []
-        self._argument_names: dict[type[nn.Module], tuple[str, ...]] = {}
         self._call = threading.local()
 
     # --- what layers read ---
@@ -153,42 +149,11 @@ class Prompts(Running):
             # The model with its head, and the one inside it, which may be called on its own.
             roots = dict.fromkeys((model, model.base_model), self._enter)
         for root, enter in roots.items():
-            self._argument_names[type(root)] = positional_names(root.forward)
-            self._hooks += [
-                root.register_forward_pre_hook(enter, with_kwargs=True),
-                root.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
-            ]
+            self._hook(root, enter, self._leave)
         methods |= REFUSED
         methods["generate"] = self._generate
-        for name in [name for name in methods if hasattr(model, name)]:
-            self._stand_ins.append(StandIn(model, name, methods[name]))
-            self._stand_ins[-1].install()
+        self._stand_in({name: m for name, m in methods.items() if hasattr(model, name)})
         self.recomputation.install()
-
-    @property
-    def installed(self) -> bool:
-        """Whether the hooks are there."""
-        return bool(self._hooks)
-
-    def remove(self) -> None:
-        """Takes hooks and stand-ins away.
-
-        Raises:
-            ValueError: if another library has replaced a stand-in; nothing has changed then.
-        """
-        self.require_removable()
-        for stand_in in self._stand_ins:
-            stand_in.remove()
-        for hook in self._hooks:
-            hook.remove()
-        if self.installed:
-            self.recomputation.remove()
-        self._hooks, self._stand_ins = [], []
-
-    def require_removable(self) -> None:
-        """Raises ValueError if another library has replaced a stand-in."""
-        for stand_in in self._stand_ins:
-            stand_in.above()
 
     @property
     def _is_encoder_decoder(self) -> bool:
@@ -365,11 +330,6 @@ class Prompts(Running):
         cache = inputs.get("past_key_values")
         start = 0 if cache is None else int(cache.get_seq_length())
         return start, getattr(cache, self.carried, None) if start else None
-
-    def _named(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-        if not args:
-            return kwargs
-        return {**dict(zip(self._argument_names[type(module)], args, strict=False)), **kwargs}
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in super().__getstate__().items() if k != "_call"}

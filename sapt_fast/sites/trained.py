@@ -8,9 +8,39 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sapt_fast.sites.modules import Changes, base_tensors, require_present, trained_tensors
+from sapt_fast.sites.modules import (
+    Changes,
+    base_tensors,
+    find_modules,
+    heads,
+    require_present,
+    trained_tensors,
+)
+from sapt_fast.sites.report import PatchReport
 
-__all__ = ["Trained"]
+__all__ = ["Trained", "saved_modules"]
+
+
+def saved_modules(model: Any, config: Any, report: PatchReport, what: str) -> list[str]:
+    """Returns the paths of `config.modules_to_save`, and notes in the report which heads stay.
+
+    Args:
+        model: the model.
+        config: of the method.
+        report: of `patch`.
+        what: what such a module would be saved with, for the note.
+
+    Raises:
+        ValueError: as `find_modules`.
+    """
+    saved = find_modules(model, config.modules_to_save or (), report.patched)
+    unsaved = [path for path in heads(model) if path not in saved]
+    if unsaved:
+        report.notes.append(
+            f"{', '.join(unsaved)} is frozen and will not train; to train a head and save it with "
+            f"{what}, set modules_to_save={unsaved} in the config"
+        )
+    return saved
 
 
 class Trained:

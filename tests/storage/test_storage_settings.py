@@ -15,7 +15,8 @@ from sapt_fast.continual.data.rows import read_task
 from sapt_fast.continual.data.sources import Source
 from sapt_fast.continual.run.loop import run_continual
 from sapt_fast.continual.run.state import RunFolder, read_alone
-from sapt_fast.continual.settings import ContinualSettings, differences, parse_values
+from sapt_fast.continual.settings import ContinualSettings, parse_values
+from sapt_fast.continual.stored_settings import differences
 from sapt_fast.demo.tasks import CharTokenizer
 
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(

@@ -22,7 +22,8 @@ from sapt_fast.continual.run import processes
 from sapt_fast.continual.run.checks import check_kind, check_processes
 from sapt_fast.continual.run.loop import ALONE_NAME, run_alone, run_continual
 from sapt_fast.continual.run.state import read_json
-from sapt_fast.continual.settings import ContinualSettings, differences
+from sapt_fast.continual.settings import ContinualSettings
+from sapt_fast.continual.stored_settings import differences
 from sapt_fast.continual.strategies import STRATEGIES
 from sapt_fast.files.names import require_folder_name
 from sapt_fast.methods.base import handles

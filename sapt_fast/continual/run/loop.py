@@ -37,7 +37,8 @@ from sapt_fast.continual.run.pseudo_samples import make_pseudo_samples, pseudo_s
 from sapt_fast.continual.run.stage import steps_of, train_stage
 from sapt_fast.continual.run.state import RunFolder, read_alone, read_json
 from sapt_fast.continual.scores.results import Results
-from sapt_fast.continual.settings import ContinualSettings, differences
+from sapt_fast.continual.settings import ContinualSettings
+from sapt_fast.continual.stored_settings import differences
 from sapt_fast.continual.strategies import STRATEGIES
 from sapt_fast.continual.workbench import Workbench
 from sapt_fast.files.writing import write_json

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sapt_fast.continual.run import processes
-from sapt_fast.continual.settings import differences
+from sapt_fast.continual.stored_settings import differences
 from sapt_fast.files import reading as _reading
 from sapt_fast.files.directories import require_unused, whole_directory
 from sapt_fast.files.locks import FolderLock
